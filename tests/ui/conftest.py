@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from slimtune.ui.app import Pages, build_app
+from slimtune.ui.app import build_app
 from slimtune.ui.jobs import Job
+from slimtune.ui.pages import Pages
 from slimtune.ui.security import Guard
 from slimtune.ui.workspace import Workspace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reporting"))  # full_run
 
 TOKEN = "a-token-of-the-tests"
 ORIGIN = "http://127.0.0.1:7860"
@@ -27,6 +29,25 @@ except KeyboardInterrupt:
     sys.exit(130)
 print(answer["stdout"])
 sys.exit(answer["code"])
+"""
+CHAT = """
+import json, sys, time
+def send(**event): print(json.dumps(event), flush=True)
+if "broken" in sys.argv[1]:
+    send(error={"message": "no <b>weights</b>"}); sys.exit(1)
+send(ready="tiny with lora")
+for line in sys.stdin:
+    request = json.loads(line)
+    for model in request.get("models", ()):
+        send(model=model, piece=f"<i>{model}</i> says ")
+        send(model=model, piece=request["text"])
+        try:
+            time.sleep(30 if "slowly" in request["text"] else 0)
+        except KeyboardInterrupt:
+            send(model=model, problem="stopped")
+            break
+    if "models" in request:
+        send(end=True)
 """
 
 
@@ -55,7 +76,9 @@ def commands(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def pages(folder: Path, tmp_path: Path, commands: Callable[..., None]) -> Iterator[Pages]:
-    made = Pages(Workspace(folder), (sys.executable, str(tmp_path / "slimtune.py")))
+    (tmp_path / "chat.py").write_text(CHAT)
+    slimtune, chat = ((sys.executable, str(tmp_path / name)) for name in ("slimtune.py", "chat.py"))
+    made = Pages(Workspace(folder), slimtune, chat)
     yield made
     for job in made.close():
         job.stop()
@@ -88,12 +111,3 @@ def finish(pages: Pages) -> Callable[[str], Job]:
         return job
 
     return wait
-
-
-def wait_for_message(job: Job) -> None:
-    """Wait until a command has said something: it can be stopped from then on."""
-    for _ in range(400):
-        if job.messages:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the command says nothing")

@@ -1,5 +1,6 @@
 """`slimtune generate` and `slimtune chat`: answers of the tuned model, or of base and tuned model side by side."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -76,33 +77,32 @@ def _converse(
 ) -> list[dict[str, str]]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run(run)
+    from ..evaluation.conversation import Conversation
     from ..evaluation.generate import Generator
 
     generator = Generator.open(run, device=device)
     screen = console(stderr=as_json)
     models = ("base", "tuned") if side_by_side else ("tuned",)
     turns: list[dict[str, str]] = []
-    # Each model remembers its own answers: the base must not continue what the tuned model said.
-    messages: dict[str, list[dict[str, str]]] = {}
+    conversation = Conversation(generator, system)
     if prompt is None:
         _print_note(f"{generator.description}\n{COMMANDS}")
     is_dialog = prompt is None and sys.stdin.isatty()
     for line in [prompt] if prompt is not None else _read_lines():
         if line is None:
-            messages = {}
+            conversation = Conversation(generator, system)
             continue
         turn = {"user": line}
         for model in models:
-            history = messages.setdefault(model, [{"role": "system", "content": system}] if system else [])
-            history.append({"role": "user", "content": line})
             label = f"{model}: " if side_by_side else ""
             screen.print(label, style="bold", end="")
             printer = AnswerPrinter(screen.file, len(label))
             turn[model], problem = "", ""
             try:
-                for piece in generator.stream(history, tuned=model == "tuned", **how):
-                    turn[model] += piece
-                    printer.write(piece)
+                with contextlib.closing(conversation.stream(line, model, **how)) as pieces:
+                    for piece in pieces:
+                        turn[model] += piece
+                        printer.write(piece)
             except (KeyboardInterrupt, UsageError) as error:
                 if prompt is not None or (isinstance(error, UsageError) and not is_dialog):
                     raise
@@ -113,10 +113,6 @@ def _converse(
                 _print_note(problem)
             elif not turn[model].strip():
                 _print_note("(an empty answer: the model ended its turn at once)")
-            if turn[model]:
-                history.append({"role": "assistant", "content": turn[model]})
-            else:
-                history.pop()
             if problem:
                 break
         turns.append(turn)

@@ -37,10 +37,11 @@ class Job:
         args: of `slimtune`, without `--json`.
         folder: where it runs.
         program: `slimtune`.
+        subject: the run that it is about.
     """
 
-    def __init__(self, kind: str, args: Sequence[str], folder: Path, program: Sequence[str] = SLIMTUNE) -> None:
-        self.kind, self.args = kind, list(args)
+    def __init__(self, kind: str, args: Sequence[str], folder: Path, program: Sequence[str], subject: str = "") -> None:
+        self.kind, self.args, self.subject = kind, list(args), subject
         self.started, self.ended = time.time(), 0.0
         self.messages: deque[str] = deque(maxlen=MAX_LINES)
         self._output = bytearray()
@@ -61,12 +62,14 @@ class Job:
         self._waiter.start()
 
     def _read_output(self, stream: IO[bytes]) -> None:
-        while block := stream.read1(1 << 16):  # type: ignore[attr-defined]
-            self._output += block[: MAX_OUTPUT - len(self._output)]
+        with stream:
+            while block := stream.read1(1 << 16):  # type: ignore[attr-defined]
+                self._output += block[: MAX_OUTPUT - len(self._output)]
 
     def _read_messages(self, stream: IO[bytes]) -> None:
-        while line := stream.readline(4 * MAX_LINE):
-            self.messages.append(line.decode("utf-8", "replace").rstrip()[:MAX_LINE])
+        with stream:
+            while line := stream.readline(4 * MAX_LINE):
+                self.messages.append(line.decode("utf-8", "replace").rstrip()[:MAX_LINE])
 
     def _wait(self, readers: Sequence[threading.Thread]) -> None:
         self.process.wait()
@@ -150,13 +153,13 @@ class Jobs:
         """Return the last job of a kind."""
         return self._jobs.get(kind)
 
-    def start(self, kind: str, args: Sequence[str]) -> Job:
+    def start(self, kind: str, args: Sequence[str], subject: str = "") -> Job:
         """Start a command; raise UsageError while another of its kind runs."""
         with self._lock:
             job = self._jobs.get(kind)
             if job is not None and job.state == "running":
                 raise UsageError(f"this runs already: {job.command}", "one at a time", "wait until it ends, or stop it")
-            job = self._jobs[kind] = Job(kind, args, self.folder, self.program)
+            job = self._jobs[kind] = Job(kind, args, self.folder, self.program, subject)
         return job
 
     def stop_all(self) -> list[Job]:

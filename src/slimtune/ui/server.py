@@ -8,8 +8,9 @@ from pathlib import Path
 import uvicorn
 
 from ..errors import UsageError
-from .app import Pages, build_app
+from .app import build_app
 from .jobs import Job
+from .pages import Pages
 from .security import Guard, is_loopback, make_token
 from .workspace import Workspace
 

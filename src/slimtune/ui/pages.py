@@ -1,0 +1,354 @@
+"""The pages: what each shows, and what its forms do.
+
+What a page shows lives in the server (`Jobs`, `Chat`), in the working folder and in run folders, so every tab and every
+reload shows the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.responses import HTMLResponse, Response
+
+from .. import __version__
+from ..errors import SlimtuneError, UsageError
+from ..models.registry import load_known_configs
+from ..planning.gpus import all_gpus
+from ..reporting import render_report
+from ..reporting.charts import html_templates
+from ..reporting.report import memory_charts, template_functions
+from ..run_dir import RunDir, RunResults
+from .chat import WORKER, Chat
+from .jobs import SLIMTUNE, Job, Jobs
+from .run_status import stop_training
+from .runs import compare_runs, list_rows_of_runs, view_run
+from .settings import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
+from .workspace import Workspace
+
+PAGES = {
+    "rows": ("/", "Base and rows"),
+    "plan": ("/plan", "Plan"),
+    "train": ("/train", "Train"),
+    "evaluate": ("/evaluate", "Evaluate"),
+    "chat": ("/chat", "Chat"),
+    "runs": ("/runs", "Runs"),
+    "export": ("/export", "Export"),
+}
+"""Path and title of each page, in the order in which a person needs them."""
+PAGE_OF_JOB = {"data": "rows", "plan": "plan", "eval": "evaluate", "export": "export"}
+TARGETS = {
+    "gguf": "llama.cpp, adapter beside the base",
+    "gguf --merged": "llama.cpp, one model",
+    "ollama": "Ollama",
+    "vllm": "vLLM, adapter beside the base",
+    "merge": "one plain checkpoint, for transformers and vLLM",
+}
+"""What the page exports to: the target and flags of `slimtune export`, or `slimtune merge`."""
+Form = Mapping[str, str]
+CARD, RUN, OUT = "card", "run", "out"
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; sandbox"
+"""For report.html, which has its style inside and no script."""
+
+
+class Pages:
+    """The pages over one working folder.
+
+    Args:
+        workspace: the working folder.
+        program: `slimtune`.
+        chat_program: the process of a chat.
+    """
+
+    def __init__(
+        self, workspace: Workspace, program: Sequence[str] = SLIMTUNE, chat_program: Sequence[str] = WORKER
+    ) -> None:
+        self.workspace, self.jobs = workspace, Jobs(workspace.root, program)
+        self.chat_program = chat_program
+        self.conversation: Chat | None = None
+        self.choices = workspace.load_choices()
+        self.notice = ""  # what could not be kept, shown until it can
+        self.templates = html_templates("ui/templates")
+        self.templates.globals.update(template_functions(), version=__version__, pages=PAGES, targets=TARGETS)
+
+    def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """Return a page; `values` are what its template shows."""
+        shown = {"choices": self.choices, "notice": self.notice, "folder": self.workspace.root.name, **values}
+        return HTMLResponse(self.templates.get_template(template).render(shown), status)
+
+    def choose(self, form: Form, names: Sequence[str]) -> None:
+        """Keep the fields of a form, for every tab and the next start."""
+        self.choices = {**self.choices, **{name: str(form.get(name, "")).strip() for name in names}}
+        try:
+            self.workspace.save_choices(self.choices)
+            self.notice = ""
+        except SlimtuneError as e:
+            self.notice = f"What you chose is not kept for the next start: {e.message}"
+
+    def close(self) -> list[Job]:
+        """Stop what runs but trainings, and return those."""
+        if self.conversation is not None:
+            self.conversation.close()
+        return self.jobs.stop_all()
+
+    # --- 1 base and rows ---
+
+    def rows(self, **values: Any) -> Response:
+        """Show which base and rows there are, and the report on the rows."""
+        return self.render(
+            "rows.html.j2",
+            page="rows",
+            bases=load_known_configs(),
+            files=self.workspace.list_rows(),
+            fields=list_fields(ROWS_FIELDS),
+            job=self.job_view("data"),
+            **values,
+        )
+
+    def check_rows(self, form: Form) -> str:
+        """Start the report on rows."""
+        self.choose(form, (BASE, ROWS, *ROWS_FIELDS))
+        base, rows = self.base_and_rows()
+        self.jobs.start("data", ["data", rows, f"--model={base}", *make_args(self.workspace, self.choices, "data")])
+        return "/#job"
+
+    def upload(self, form: Mapping[str, Any]) -> str:
+        """Keep an uploaded file, and choose it."""
+        file = form.get("file")
+        if not isinstance(file, UploadFile) or not file.filename:
+            raise UsageError("no file was chosen", "a file of rows")
+        self.choose({ROWS: self.workspace.save_upload(file.filename, file.file)}, (ROWS,))
+        return "/"
+
+    def base_and_rows(self) -> tuple[str, str]:
+        """Return the chosen base and rows; raise UsageError if one is missing or outside the working folder."""
+        base = self.workspace.resolve_base(self.choices.get(BASE, ""))
+        return base, self.workspace.resolve_rows(self.choices.get(ROWS, ""))
+
+    # --- 2 plan ---
+
+    def plan(self, **values: Any) -> Response:
+        """Show the settings of the run, and its plan."""
+        return self.render(
+            "plan.html.j2",
+            page="plan",
+            fields=list_fields(RUN_FIELDS),
+            cards=[c for c in all_gpus() if c.trains],
+            job=self.job_view("plan"),
+            **values,
+        )
+
+    def make_plan(self, form: Form) -> str:
+        """Start the plan."""
+        self.choose(form, (*RUN_FIELDS, MORE, CARD))
+        base, rows = self.base_and_rows()
+        card = [f"--gpu={card}"] if (card := self.choices[CARD]) else []
+        self.jobs.start(
+            "plan", ["plan", base, f"--data={rows}", *card, *make_args(self.workspace, self.choices, "plan")]
+        )
+        return "/plan#job"
+
+    # --- 3 train ---
+
+    def train(self, run: str = "", **values: Any) -> Response:
+        """Show a training, and how to start one."""
+        return self.render(
+            "train.html.j2", page="train", runs=self.workspace.list_runs(), view=self.run_view(run), **values
+        )
+
+    def live_run(self, run: str = "") -> Response:
+        """Return the part of the page that shows a training."""
+        return self.render("run.html.j2", page="train", view=self.run_view(run))
+
+    def run_view(self, run: str = "") -> dict[str, Any] | None:
+        """Return what is shown of a run, by default of the one that was chosen last."""
+        name = run or self.choices.get(RUN, "")
+        return view_run(self.workspace, name, self.jobs.get("train")) if name else None
+
+    def start_training(self, form: Form) -> str:
+        """Start a training."""
+        self.choose({"new_run": form.get(RUN, "")}, ("new_run",))
+        base, rows = self.base_and_rows()
+        out = self.workspace.relative(self.workspace.resolve_new(form.get(RUN, "")))
+        force = ["--force"] if form.get("force") else []
+        args = [
+            "train",
+            f"--model={base}",
+            f"--data={rows}",
+            f"--out={out}",
+            *make_args(self.workspace, self.choices, "train"),
+        ]
+        self.jobs.start("train", [*args, *force], subject=out)
+        self.choose({RUN: out}, (RUN,))
+        return "/train#run"
+
+    def resume_training(self, form: Form) -> str:
+        """Continue a training from its last checkpoint."""
+        run = self.open_run(form)
+        self.jobs.start("train", ["train", f"--out={run.path}", "--resume"], subject=str(run.path))
+        self.choose({RUN: str(run.path)}, (RUN,))
+        return "/train#run"
+
+    def stop_run(self, form: Form) -> str:
+        """Stop a training, whoever started it; it writes a checkpoint."""
+        job, name = self.jobs.get("train"), form.get(RUN, "")
+        if job is not None and job.subject == name and job.state == "running":
+            job.stop()
+        elif not stop_training(self.open_run(form)):
+            raise UsageError(f"{name} is not being trained on this machine")
+        return "/train#run"
+
+    def open_run(self, form: Form) -> RunDir:
+        """Return the run that a form names."""
+        return self.workspace.open_run(form.get(RUN, ""))
+
+    # --- 4 evaluate ---
+
+    def evaluate(self, run: str = "", **values: Any) -> Response:
+        """Show what was measured of a run."""
+        return self.render("evaluate.html.j2", page="evaluate", job=self.job_view("eval"), **self.chosen(run), **values)
+
+    def start_evaluation(self, form: Form) -> str:
+        """Start an evaluation."""
+        run = self.open_run(form)
+        self.choose(form, (RUN, "split", "held_out", "generate"))
+        where = [f"--split={self.choices['split'] or 'test'}"]
+        if self.choices["held_out"]:
+            where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
+        answers = [f"--generate={n}"] if (n := self.choices["generate"]) else []
+        self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
+        return "/evaluate#job"
+
+    def chosen(self, run: str) -> dict[str, Any]:
+        """Return the runs to choose from, and what is known of the chosen one."""
+        runs = self.workspace.list_runs()
+        name = run or self.choices.get(RUN, "") or next(iter(runs), "")
+        try:
+            results = self.workspace.open_run(name).load_results(strict=False) if name else RunResults()
+        except SlimtuneError as e:
+            return {"runs": runs, "run": name, "results": RunResults(), "problem": e}
+        return {"runs": runs, "run": name, "results": results, "problem": None}
+
+    def report(self, run: str = "") -> Response:
+        """Return report.html of a run, written anew from its files: one that lies there may be anybody's."""
+        page = render_report(self.workspace.open_run(run))
+        return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
+
+    # --- 5 chat ---
+
+    def chat(self, run: str = "", **values: Any) -> Response:
+        """Show the conversation."""
+        return self.render("chat.html.j2", page="chat", chat=self.conversation, **self.chosen(run), **values)
+
+    def live_chat(self) -> Response:
+        """Return the part of the page that shows the conversation."""
+        return self.render("turns.html.j2", page="chat", chat=self.conversation)
+
+    def load_chat(self, form: Form) -> str:
+        """Load a run to talk to, in place of the one before."""
+        run = str(self.open_run(form).path)
+        self.unload_chat(form)
+        self.choose({RUN: run}, (RUN,))
+        self.conversation = Chat(run, self.workspace.root, self.chat_program)
+        return "/chat#say"
+
+    def unload_chat(self, form: Form) -> str:
+        """Give the memory of the loaded run back."""
+        if self.conversation is not None:
+            self.conversation.close()
+        self.conversation = None
+        return "/chat"
+
+    def say(self, form: Form) -> str:
+        """Send a message."""
+        self.choose(form, ("max_new_tokens", "temperature", "seed", "alone"))
+        try:
+            settings = {
+                "max_new_tokens": int(self.choices["max_new_tokens"] or 128),
+                "temperature": float(self.choices["temperature"] or 0),
+                "seed": int(self.choices["seed"] or 0),
+            }
+        except ValueError as e:
+            raise UsageError(f"a setting of the answer is no number: {e}", "numbers") from None
+        if not 1 <= settings["max_new_tokens"] <= 4096:
+            raise UsageError("the longest answer is out of range", "1 to 4096 tokens")
+        self.require_chat().ask(
+            form.get("text", ""), ["tuned"] if self.choices["alone"] else ["base", "tuned"], settings
+        )
+        return "/chat#say"
+
+    def new_chat(self, form: Form) -> str:
+        """Begin a new conversation."""
+        self.choose(form, ("system",))
+        self.require_chat().begin(self.choices["system"])
+        return "/chat#say"
+
+    def stop_chat(self, form: Form) -> str:
+        """Stop an answer."""
+        self.require_chat().stop()
+        return "/chat#say"
+
+    def require_chat(self) -> Chat:
+        """Return the conversation; raise UsageError if no run is loaded."""
+        if self.conversation is None:
+            raise UsageError("no run is loaded", "a run to talk to", "choose one and load it")
+        return self.conversation
+
+    # --- 6 runs ---
+
+    def runs(self, pick: Sequence[str] = (), **values: Any) -> Response:
+        """Show the runs, and those that were picked side by side."""
+        rows = list_rows_of_runs(self.workspace, self.workspace.list_runs())
+        picked = [row for row in rows if row["name"] in pick]
+        compared = compare_runs(picked) if picked else None
+        return self.render("runs.html.j2", page="runs", rows=rows, picked=list(pick), compared=compared, **values)
+
+    # --- 7 export ---
+
+    def export(self, run: str = "", **values: Any) -> Response:
+        """Show what a run can be exported to, and the last export with its check."""
+        return self.render("export.html.j2", page="export", job=self.job_view("export"), **self.chosen(run), **values)
+
+    def start_export(self, form: Form) -> str:
+        """Start an export."""
+        run, target = self.open_run(form), form.get("target", "")
+        if target not in TARGETS:
+            raise UsageError(f"{target[:40]!r} is no target", f"one of {', '.join(TARGETS)}")
+        self.choose(form, (RUN, "target", OUT, "require_proof"))
+        out = self.workspace.relative(self.workspace.resolve_new(form.get(OUT, "")))
+        if target == "merge":
+            args = ["merge", str(run.path), f"--out={out}"]
+        else:
+            to, *merged = target.split()
+            proof = ["--require-proof"] if form.get("require_proof") else []
+            args = ["export", str(run.path), f"--to={to}", f"--out={out}", *merged, *proof]
+        self.jobs.start("export", args, subject=str(run.path))
+        return "/export#job"
+
+    # --- what runs ---
+
+    def job_view(self, kind: str) -> dict[str, Any] | None:
+        """Return what the templates show of the last job of a kind."""
+        job = self.jobs.get(kind)
+        if job is None:
+            return None
+        view = {"kind": kind, "state": job.state, "job": job, "error": job.error, "result": job.result}
+        if kind == "plan" and job.state == "done":
+            view["charts"] = memory_charts(RunResults(plan=job.result))
+        return view
+
+    def live(self, kind: str) -> Response:
+        """Return the part of a page that shows a job."""
+        self.require_kind(kind)
+        return self.render("job.html.j2", page=PAGE_OF_JOB[kind], job=self.job_view(kind), **self.chosen(""))
+
+    def stop(self, form: Form, kind: str) -> str:
+        """Stop a job."""
+        self.require_kind(kind)
+        if (job := self.jobs.get(kind)) is not None:
+            job.stop()
+        return f"{PAGES[PAGE_OF_JOB[kind]][0]}#job"
+
+    def require_kind(self, kind: str) -> None:
+        """Raise UsageError unless the page starts commands of a kind."""
+        if kind not in PAGE_OF_JOB:
+            raise UsageError(f"there is no command {kind[:40]!r} here", f"one of {', '.join(PAGE_OF_JOB)}")

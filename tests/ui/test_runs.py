@@ -1,0 +1,258 @@
+"""What the pages show and do of runs, from the files of their folders: training, evaluation, chat, export."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import datetime
+
+import pytest
+from full_run import make_full_run
+from waiting import wait_until
+
+from slimtune.errors import UsageError
+from slimtune.ui.run_status import read_log, read_status
+from slimtune.utils.files import write_json
+
+BAD = '<script>alert("x")</script>'
+FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
+
+
+@pytest.fixture
+def run(folder):
+    return make_full_run(folder / "runs/first", BAD)
+
+
+def write_writer(run, process, host=None, started=None):
+    now = (started or datetime.now()).astimezone().isoformat(" ", "seconds")
+    write_json(run.path / ".writer.json", {"process": process, "host": host or socket.gethostname(), "started": now})
+
+
+def start_trainer(*words):
+    """Start a process that waits, with these words in its command line."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
+
+
+# --- training
+
+
+def test_a_training_is_started_as_the_command_says(browser, pages, commands, finish, folder):
+    browser.post("/rows", data=FORM)
+    commands({"run": "runs/new"})
+    browser.post("/plan", data={"train.learning_rate": "1e-3", "method.name": "ia3", "more": "train.seed=3"})
+    answer = browser.post("/train", data={"run": "runs/new", "force": "yes"})
+    assert answer.headers["location"] == "/train#run"
+    assert finish("train").args == [
+        "train", "--model=smollm2-135m", "--data=rows.jsonl", "--out=runs/new", "--method=ia3", "--lr=1e-3",
+        "--set=train.seed=3", "--force",
+    ]  # fmt: skip
+    for name in ("../new", "/tmp/new", "", "-new"):
+        assert browser.post("/train", data={"run": name}).status_code == 400
+
+
+def test_a_training_that_cannot_begin_says_why(browser, commands, finish):
+    browser.post("/rows", data=FORM)
+    commands({"error": {"message": "rows.jsonl has no rows", "expected": "", "hint": "add some"}}, code=1)
+    browser.post("/train", data={"run": "runs/new"})
+    finish("train")
+    assert "rows.jsonl has no rows" in browser.get("/train").text
+    assert "hx-get" not in browser.get("/live/run").text
+
+
+def test_a_running_training_is_shown_whoever_started_it(browser, run):
+    run.result_file.unlink()
+    trainer = start_trainer("slimtune", "train")
+    write_writer(run, trainer.pid)
+    text = browser.get("/train?run=runs/first").text
+    assert 'hx-get="/live/run?run=runs/first"' in text
+    assert "40 of 40 steps" in text
+    assert "Stop, with a checkpoint" in text
+    browser.post("/train/stop", data={"run": "runs/first"})
+    assert trainer.wait(20) == -signal.SIGINT
+    text = browser.get("/live/run?run=runs/first").text
+    assert "was killed; what is after its last checkpoint is lost" in text
+    assert 'id="resume-run"' in text
+    assert "hx-get" not in text
+
+
+def test_a_process_that_is_no_training_is_never_stopped(browser, run):
+    stranger = start_trainer("somebody-else")
+    for started in (None, datetime(2020, 1, 1)):  # of a process of then, whose number was used again
+        write_writer(run, stranger.pid, started=started)
+        assert browser.post("/train/stop", data={"run": "runs/first"}).status_code == 400
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+@pytest.mark.parametrize(
+    ("writer", "result", "state"),
+    [("gone", True, "done"), ("gone", False, "killed"), (None, True, "done"), (None, False, "stopped"),
+     ("elsewhere", False, "elsewhere"), ("damaged", False, "killed")],
+)  # fmt: skip
+def test_states_of_a_run(run, writer, result, state):
+    if writer == "damaged":
+        (run.path / ".writer.json").write_text('{"process": "all"')
+    elif writer is not None:
+        write_writer(run, 2**22 + 1, host="other" if writer == "elsewhere" else None)
+    if not result:
+        run.result_file.unlink()
+    assert read_status(run).state == state
+
+
+def test_a_stopped_training_is_resumed(browser, run, finish):
+    run.result_file.unlink()
+    assert "stopped before its end" in browser.get("/train?run=runs/first").text
+    browser.post("/train/resume", data={"run": "runs/first"})
+    assert finish("train").args == ["train", "--out=runs/first", "--resume"]
+
+
+def test_a_log_is_read_from_its_end_and_never_through_a_link(run, folder):
+    run.log_file.write_text("".join(f"line {i}\n" for i in range(100_000)))
+    lines = read_log(run)
+    assert lines[-1] == "line 99999"
+    assert len(lines) < 2000
+    run.log_file.unlink()
+    run.log_file.symlink_to("/etc/passwd")
+    assert read_log(run) == []
+
+
+def test_a_run_with_a_link_to_the_outside_is_refused(browser, run, pages):
+    (run.path / "train.log").symlink_to("/etc/passwd")
+    with pytest.raises(UsageError, match="outside the working folder"):
+        pages.workspace.open_run("runs/first")
+    assert browser.get("/report", params={"run": "runs/first"}).status_code == 404
+    assert browser.get("/runs").status_code == 200
+
+
+# --- all pages
+
+
+@pytest.mark.parametrize("path", ["/train", "/evaluate", "/chat", "/runs", "/export", "/report", "/live/run"])
+def test_text_of_a_run_is_never_markup(browser, run, path):
+    for query in ({"run": "runs/first"}, {"pick": ["runs/first"]}, {"run": BAD}):
+        answer = browser.get(path, params=query)
+        assert answer.status_code in (200, 404)
+        assert "<script>alert" not in answer.text
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"step": "x"}', ""])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "plan.json", "eval-test.json", "recipe.yaml"])
+def test_a_damaged_file_does_not_take_the_page_away(browser, run, name, damage):
+    (run.path / name).write_text(damage + "\n")
+    for path in ("/train", "/evaluate", "/export", "/chat"):
+        assert browser.get(path, params={"run": "runs/first"}).status_code == 200, path
+    assert browser.get("/runs", params={"pick": "runs/first"}).status_code == 200
+
+
+def test_report_html_is_written_anew_and_sandboxed(browser, run):
+    run.report_file.write_text(BAD)  # anybody's
+    answer = browser.get("/report", params={"run": "runs/first"})
+    assert answer.status_code == 200
+    assert "sandbox" in answer.headers["content-security-policy"]
+    assert BAD not in answer.text
+
+
+def test_runs_stand_side_by_side(browser, run, folder):
+    other = make_full_run(folder / "runs/second")
+    values = json.loads(other.evaluation_file("test").read_text())
+    write_json(other.evaluation_file("test"), {**values, "rows": 7})
+    text = browser.get("/runs", params={"pick": ["runs/first", "runs/second"]}).text
+    assert "Training loss" in text
+    assert "measured on different rows or bases" in text
+    assert text.count(" checked") == 2
+
+
+# --- evaluation and export
+
+
+def test_an_evaluation_shows_the_verdict_of_the_run(browser, run, finish):
+    form = {"run": "runs/first", "split": "test", "generate": "3"}
+    assert browser.post("/evaluate", data=form).headers["location"] == "/evaluate#job"
+    assert finish("eval").args == ["eval", "runs/first", "--split=test", "--generate=3"]
+    text = browser.get("/evaluate").text
+    assert "passed</span>" in text
+    assert "A noise by which fools signal" in text
+    assert browser.post("/evaluate", data={**form, "held_out": "/etc/passwd"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("passed", "shown"), [(True, "passed</span>"), (False, "do not use this export"), (None, "no engine")]
+)
+def test_an_export_shows_its_gate(browser, run, commands, finish, passed, shown):
+    check = {"engine": "llama.cpp", "passed": passed, "reason": "no engine" if passed is None else "", "positions": 0}
+    commands(
+        {"out": "exports/x", "files": {"a.gguf": 1024}, "notes": [], "commands": ["llama-cli -m a"], "check": check}
+    )
+    form = {"run": "runs/first", "target": "gguf --merged", "out": "exports/x", "require_proof": "yes"}
+    browser.post("/export", data=form)
+    assert finish("export").args == [
+        "export",
+        "runs/first",
+        "--to=gguf",
+        "--out=exports/x",
+        "--merged",
+        "--require-proof",
+    ]
+    text = browser.get("/export").text
+    assert shown in text
+    assert "llama-cli -m a" in text
+    for wrong in ({"target": "gguf --out=/x"}, {"out": "../x"}, {"run": "nowhere"}):
+        assert browser.post("/export", data={**form, **wrong}).status_code == 400
+
+
+def test_a_run_that_was_not_evaluated_is_not_proven(browser, run):
+    run.evaluation_file("test").unlink()
+    assert "was not evaluated on held-out rows" in browser.get("/export", params={"run": "runs/first"}).text
+
+
+# --- chat
+
+
+def test_base_and_tuned_answer_side_by_side(browser, run, pages):
+    assert browser.post("/chat/say", data={"text": "hi"}).status_code == 400
+    browser.post("/chat/load", data={"run": "runs/first"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    browser.post("/chat/say", data={"text": f"hello {BAD}"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    text = browser.get("/chat").text
+    assert "&lt;i&gt;base&lt;/i&gt; says hello" in text
+    assert "&lt;i&gt;tuned&lt;/i&gt; says hello" in text
+    assert "<script>alert" not in text
+    browser.post("/chat/new", data={"system": "Be brief."})
+    assert not pages.conversation.turns
+    process = pages.conversation.process
+    browser.post("/chat/unload")
+    assert process.poll() is not None
+
+
+def test_an_answer_is_stopped_and_bounded(browser, run, pages):
+    browser.post("/chat/load", data={"run": "runs/first"})
+    wait_until(lambda: pages.conversation.state == "ready")
+    for wrong in (
+        {"text": " "},
+        {"text": "x" * 32_001},
+        {"text": "x", "max_new_tokens": "9999"},
+        {"text": "x", "seed": "a"},
+    ):
+        assert browser.post("/chat/say", data=wrong).status_code == 400
+    browser.post("/chat/say", data={"text": "slowly"})
+    wait_until(lambda: pages.conversation.turns[-1]["base"])
+    assert 'hx-get="/live/chat"' in browser.get("/live/chat").text
+    assert browser.post("/chat/say", data={"text": "again"}).status_code == 400
+    browser.post("/chat/stop")
+    wait_until(lambda: pages.conversation.state == "ready")
+    assert pages.conversation.turns[-1]["problem"] == "stopped"
+
+
+def test_a_model_that_dies_says_so(browser, run, pages, folder):
+    browser.post("/chat/load", data={"run": "runs/first"})
+    os.kill(pages.conversation.process.pid, signal.SIGKILL)
+    wait_until(lambda: pages.conversation.state == "ended")
+    assert "SIGKILL; the system does so when memory runs out" in browser.get("/chat").text
+    make_full_run(folder / "runs/broken")
+    browser.post("/chat/load", data={"run": "runs/broken"})
+    wait_until(lambda: pages.conversation.state == "ended")
+    assert "no &lt;b&gt;weights&lt;/b&gt;" in browser.get("/live/chat").text
