@@ -21,10 +21,13 @@ from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, 
 
 SAMPLES = 3
 ROW_STATS = np.dtype(
-    [("line", np.int64), ("length", np.int64), ("hashes", np.uint64, 3), ("words", np.uint8), ("comparable", np.bool_)]
-)
+    [("line", np.int64), ("length", np.int64), ("hashes", np.uint64, 3), ("words", np.uint8), ("comparable", np.bool_),
+     ("worst", np.uint64), ("answer_tokens", np.int32, 2)]
+)  # fmt: skip
 """What is kept of a row that has tokens: its line, its tokens before it is truncated, hashes (see `near_duplicates`; 0:
-the row has no such part), words of the answer (255 for as many or more), and whether it has a signature."""
+the row has no such part), words of the answer (255 for as many or more), and whether it has a signature. Of a pair, or
+of the best and the worst answer of a list: the hash of the worse answer, and the tokens of both, the better one
+first."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class BatchValidator:
         found = [(split_answers(row)[0], tokens.split()[0]) for row, tokens in valid]
         longest = [max(tokens.row_lengths or (len(tokens.input_ids),)) for _, tokens in valid]
         rejected = [_get_rejected_texts(row) for row, _ in valid]
+        worst = [_get_worst_answer(row, tokens) for row, tokens in valid]
         ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
             self.common_trigrams = find_common_trigrams(ids)
@@ -72,9 +76,9 @@ class BatchValidator:
             hashes = (
                 hash_texts(*(part for text in texts for part in text)),
                 hash_texts(*prompt) if prompt else 0,
-                hash_texts(answer.casefold().rstrip(" .!")) if answer else 0,
+                _hash_answer(answer),
             )
-            rows[i] = row.line, longest[i], hashes, words, False
+            rows[i] = row.line, longest[i], hashes, words, False, *worst[i]
         signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
         return BatchStats(
             rows,
@@ -127,6 +131,19 @@ def _control_tokens(tokenizer: Any) -> set[str]:
     except (ValueError, TemplateError):
         return control
     return control | {t for t in special if t.strip() and t in written}
+
+
+def _hash_answer(answer: str) -> int:
+    return hash_texts(answer.casefold().rstrip(" .!")) if answer else 0
+
+
+def _get_worst_answer(row: Row, tokens: TokenizedRow) -> tuple[int, tuple[int, int]]:
+    """Return `worst` and `answer_tokens` of a pair or a list; zeros for another row."""
+    answers, rows = split_answers(row), tokens.split()
+    if len(answers) == 1:
+        return 0, (0, 0)
+    counts = sum(rows[0].supervised[1:]), sum(rows[-1].supervised[1:])
+    return _hash_answer(_split_texts(answers[-1], [])[1]), counts
 
 
 def _get_rejected_texts(row: Row) -> list[tuple[str, str]]:

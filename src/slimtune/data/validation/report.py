@@ -1,6 +1,7 @@
 """The report on a data set: the statistics of all batches, the issues of the whole file, and its text for people."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
 RARE_CLASS_ROWS = 5
 """Fewer rows of a class are an issue."""
+LENGTH_LEAK = 0.65
+"""Share of pairs that the length of their answers decides, from whose lower bound on it is an issue."""
+PAIR_FORMATS = ("preference", "ranked-preference")
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+"""Odd numbers: the order of the hashes that they multiply matters to their sum."""
 IMBALANCE = 10
 """How many times as many rows the most frequent class has as one whose rows are an issue."""
 
@@ -74,6 +80,11 @@ ISSUE_TYPES = {
     "contradiction": IssueType("rows with another short answer to a prompt than an earlier row",
         "keep the right answer"),
     "one-class": IssueType("rows of one class only: there is nothing to tell apart", "add rows of another class", 0),
+    "contradictory-pair": IssueType("pairs that prefer the answer which an earlier pair of the same prompt rejects",
+        "keep the right one of the two"),
+    "length-leak": IssueType("pairs whose answer can be chosen by its length: a model may learn the length alone",
+        "add pairs whose better answer is the other one, or compare answers per token (task simpo, or dpo with "
+        "loss_type sigmoid_norm)"),
     "one-label": IssueType("rows with the same label: KTO learns from good and from bad answers",
         "add rows with the other label"),
     "contradictory-label": IssueType("rows with another label for a text than an earlier row", "keep the right label"),
@@ -280,6 +291,7 @@ class DatasetReport:
         self._add_file_issues()
         self._find_similar_rows()
         self._find_label_issues()
+        pairs = self._measure_pairs()
         if validation is not None:
             self._find_overlap(*validation)
         total, prefix, windows = self.total, self.prefix or [], None
@@ -313,6 +325,7 @@ class DatasetReport:
             "invalid_rows": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.invalid],
             "invalid_count": self.invalid_count,
             "classes": {name: self.labels[name].count for name in sort_labels(self.labels)},
+            "pairs": pairs,
             "tokens": total.tokens,
             "supervised_tokens": total.supervised_tokens,
             "supervised_share": total.supervised_tokens / total.tokens if total.tokens else 0.0,
@@ -375,9 +388,9 @@ class DatasetReport:
         other = (answers[again] != answers[before]) & (prompts[again] != 0)
         other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
         is_labelled = self.source.format in ("classification", "unpaired-preference")
-        self._add_pairs(
-            "contradictory-label" if is_labelled else "contradiction", lines[again[other]], lines[before[other]]
-        )
+        if self.source.format not in PAIR_FORMATS:
+            code = "contradictory-label" if is_labelled else "contradiction"
+            self._add_pairs(code, lines[again[other]], lines[before[other]])
         # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
         values, first, counts = np.unique(answers, return_index=True, return_counts=True)
         least = np.maximum(np.where(words[first] > SHORT_ANSWER, 0.1, 0.95) * len(answers), SAME_ANSWER_ROWS)
@@ -387,6 +400,33 @@ class DatasetReport:
             if different >= max(SAME_ANSWER_ROWS, len(rows) / 2):
                 share = f"{100 * len(rows) / len(answers):.0f} % of the rows"
                 self.add_issue("same-answer", lines[rows], f"one answer to {format_count(different)} prompts, {share}")
+
+    def _measure_pairs(self) -> dict[str, Any] | None:
+        """Find pairs that contradict one another or that length decides; return how often the better one is longer."""
+        rows = self.rows
+        if self.source.format not in PAIR_FORMATS or not len(rows):
+            return None
+        _, prompts, better = rows["hashes"].T
+        keys, swapped = (
+            prompts * _MIX[0] + first * _MIX[1] + second * _MIX[2]
+            for first, second in ((better, rows["worst"]), (rows["worst"], better))
+        )
+        order = np.argsort(keys, kind="stable")
+        # the first row that is the reverse of each, if there is one
+        place = order[np.searchsorted(keys[order], swapped).clip(max=len(keys) - 1)]
+        later = np.flatnonzero((keys[place] == swapped) & (place < np.arange(len(keys))) & (keys != swapped))
+        self._add_pairs("contradictory-pair", rows["line"][later], rows["line"][place[later]], relation="contradicts")
+        longer, shorter = (sign * (rows["answer_tokens"] @ [1, -1]) > 0 for sign in (1, -1))
+        counts = [int(part.sum()) for part in (longer, shorter)]
+        low, high = _estimate_share(counts[0], sum(counts))
+        for name, part, (least, most) in (("longer", longer, (low, high)), ("shorter", shorter, (1 - high, 1 - low))):
+            if least > LENGTH_LEAK:
+                of_all = f"the {name} answer is the better one in {part.sum():,} of {sum(counts):,}"
+                interval = f"95 % interval {100 * least:.0f} to {100 * most:.0f} %"
+                self.add_issue("length-leak", rows["line"][part], f"{of_all}, {interval}")
+        share = counts[0] / sum(counts) if sum(counts) else None
+        return {"better_longer": counts[0], "better_shorter": counts[1], "equal": len(rows) - sum(counts),
+                "longer_share": share, "longer_share_ci95": [low, high]}  # fmt: skip
 
     def _find_label_issues(self) -> None:
         """Find classes that are too few, too rare, or written in two ways."""
@@ -477,6 +517,16 @@ class DatasetReport:
         return {"line": line, "pieces": pieces}
 
 
+def _estimate_share(hits: int, rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson's)."""
+    if not rows:
+        return 0.0, 1.0
+    z = 1.96
+    share, weight = hits / rows, z * z / rows
+    middle, half = share + weight / 2, z * math.sqrt(share * (1 - share) / rows + weight / (4 * rows))
+    return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
+
+
 def _length_statistics(lengths: Array) -> dict[str, Any]:
     if not len(lengths):
         return {"min": 0, "median": 0, "p90": 0, "p99": 0, "max": 0, "histogram": []}
@@ -513,6 +563,10 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{format_count(report['tokens'])}{supervised}"),
         (f"tokens per {rows.removesuffix('s')}", f"{n['min']} to {n['max']}; {quantiles}"),
     ]
+    if (pairs := report["pairs"]) is not None and pairs["longer_share"] is not None:
+        low, high = (100 * end for end in pairs["longer_share_ci95"])
+        longer = f"the longer one in {100 * pairs['longer_share']:.0f} % of the pairs ({low:.0f} to {high:.0f} %)"
+        counts.append(("better answer", longer))
     if report["windows"] is not None:
         cut = f"{report['windows']:,} in an epoch, of at most {report['max_seq_len']} tokens, cut elsewhere in each"
         return [*counts, ("windows", cut)]
