@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from slimtune.adapters.config_fields import field_specs
 from slimtune.config import Recipe, aliases, load_recipe
 from slimtune.config.loading import parse_yaml, set_field
 from slimtune.config.schema import iterate_settings
 from slimtune.errors import RecipeError, UsageError
+from slimtune.methods import config_class, find_built_in_method_files, read_config_sources
 from slimtune.methods.lora import LoraConfig
 
 MINIMAL = {"model": "smollm2-135m", "data": "rows.jsonl", "output_dir": "runs/x"}
@@ -154,7 +158,8 @@ def test_sections_of_the_wrong_type():
         ({"rank_pattern": {"q_proj": "x"}}, ["method.rank_pattern: got {'q_proj': 'x'}"]),
         ({"inference_mode": True}, ["method.inference_mode: no such field"]),
         ({"layers_to_transform": [0]}, ["method.layers_to_transform: `layers_to_transform` cannot be used when"]),
-        ({"r": 0, "lora_dropout": 1.5, "init_lora_weights": "pissaa"}, ["3 problems", "method.r: got 0", "got 1.5"]),
+        ({"r": 0, "lora_dropout": 1.5}, ["2 problems", "method.r: got 0", "got 1.5"]),
+        ({"init_lora_weights": "pissaa"}, ["method.init_lora_weights: got 'pissaa'"]),
         # A required field has one error, not two.
         ({"name": "prompt_tuning", "num_virtual_tokens": 0}, [": 1 problem:", "num_virtual_tokens: got 0"]),
     ],
@@ -363,6 +368,32 @@ def test_reference_in_the_docs_is_current():
     update_page = runpy.run_path(str(ROOT / "docs/make_reference.py"))["update_page"]
     page = (ROOT / "docs/recipe.md").read_text()
     assert update_page(page) == page, "run python docs/make_reference.py"
+
+
+def test_faults_are_named_before_torch_is_imported():
+    tree = {"model": "m", "data": "d.jsonl", "output_dir": "o", "method": {"rank": 0, "rnak": 1}, "task": "sftt"}
+    code = f"""
+import sys
+from slimtune.config import Recipe
+try:
+    Recipe.from_dict({tree})
+except Exception as e:
+    print("3 problems" in str(e), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True False", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("method", find_built_in_method_files())
+def test_sources_say_what_the_config_classes_declare(method):
+    specs, source = {s.name: s for s in field_specs(config_class(method))}, read_config_sources()[method]
+    for name, read in source.fields.items():
+        if read.declared:
+            spec = specs[name]
+            assert (read.type, read.bounds, read.default) == (spec.type, spec.bounds, spec.default), name
+            assert read.choices in ((), spec.choices)
+    assert sum(specs[n].declared and not read.declared for n, read in source.fields.items()) <= 5  # not literals
+    assert {"target_modules", "r"} & source.fields.keys() <= {n for n, f in source.fields.items() if f.declared}
 
 
 def test_one_message_names_faults_of_method_and_train():

@@ -11,9 +11,10 @@ import re
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from ..errors import ConfigError, format_names, nearest
+from .config_fields import FieldSpec
 
 # Methods import this package, so their package is found by its path instead of an import.
 _METHODS_FOLDER = Path(__file__).parent.parent / "methods"
@@ -59,7 +60,7 @@ class ConfigSource(NamedTuple):
     doc: str
     module_doc: str
     constants: dict[str, Any]
-    fields: tuple[str, ...]
+    fields: dict[str, FieldSpec]  # only types, defaults, ranges and choices that are literals; help is left out
 
 
 @cache
@@ -76,25 +77,63 @@ def read_config_sources() -> dict[str, ConfigSource]:
         module = ast.parse(file.read_text(encoding="utf-8"))
         for node in (n for n in module.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config")):
             constants: dict[str, Any] = {}
-            fields: dict[str, None] = {}
+            fields: dict[str, FieldSpec] = {}
             for base in node.bases:
                 inherited = classes.get(ast.unparse(base).rpartition(".")[2])
                 constants |= inherited.constants if inherited else {}
-                fields |= dict.fromkeys(inherited.fields if inherited else ())
+                fields |= inherited.fields if inherited else {}
             for line in node.body:
                 if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
                     continue
                 if not ast.unparse(line.annotation).startswith("ClassVar"):
-                    fields[line.target.id] = None
+                    fields[line.target.id] = _read_field(line.target.id, line)
                     continue
                 constants.pop(line.target.id, None)
                 with contextlib.suppress(ValueError):
                     constants[line.target.id] = ast.literal_eval(line.value or ast.Constant(None))
             doc, module_doc = ast.get_docstring(node) or "", ast.get_docstring(module) or ""
-            classes[node.name] = ConfigSource(doc, module_doc, constants, tuple(fields))
+            classes[node.name] = ConfigSource(doc, module_doc, constants, fields)
             if name := constants.get("name"):
                 found[name] = classes[node.name]
     return dict(sorted(found.items()))
+
+
+def _read_field(name: str, line: ast.AnnAssign) -> FieldSpec:
+    """Return the spec of a field from its source; it accepts what the source does not tell."""
+    call = line.value
+    try:
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "setting":
+            return FieldSpec(name, Any, None, declared=False)
+        given = {k.arg: k.value for k in call.keywords}
+        factory = ast.unparse(given.get("default_factory", ast.Constant("")))
+        default = {"list": [], "dict": {}}[factory] if "default_factory" in given else ast.literal_eval(call.args[0])
+        bounds = {str(b): ast.literal_eval(given[b]) for b in ("ge", "gt", "le", "lt") if b in given}
+        hint = _read_type(line.annotation)
+        literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
+        choices = tuple(c for t in literals for c in get_args(t) if isinstance(c, str))
+        return FieldSpec(name, hint, default, bounds=bounds, choices=() if "choices" in given else choices)
+    except (KeyError, LookupError, TypeError, ValueError):  # no literal
+        return FieldSpec(name, Any, None, declared=False)
+
+
+def _read_type(node: ast.expr) -> Any:
+    """Return the type that an annotation of plain types, list, dict, Literal and `|` describes."""
+    match node:
+        case ast.Constant(None):
+            return None
+        case ast.Name("Any"):
+            return Any
+        case ast.Name(name):
+            return {"bool": bool, "int": int, "float": float, "str": str}[name]
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _read_type(left) | _read_type(right)
+        case ast.Subscript(ast.Name("Literal"), values):
+            return Literal[ast.literal_eval(values)]
+        case ast.Subscript(ast.Name("list"), item):
+            return list[_read_type(item)]  # type: ignore[misc]
+        case ast.Subscript(ast.Name("dict"), ast.Tuple([key, item])):
+            return dict[_read_type(key), _read_type(item)]  # type: ignore[misc]
+    raise ValueError(ast.unparse(node))
 
 
 def require_method(name: str) -> str:

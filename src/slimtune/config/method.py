@@ -32,15 +32,37 @@ def accepted_names(name: str) -> list[str]:
     return [*method_fields(cls), *cls.short_names]
 
 
-def find_unknown_settings(section: Mapping[str, Any]) -> list[FieldError]:
-    """Return an error for each field that a built-in method does not have; its module, which imports torch, is not."""
+def read_names(name: str) -> dict[str, str]:
+    """Return the full names of a built-in method's fields by their names and short names, without importing it."""
+    source = read_config_sources().get(name.lower())
+    if source is None or "short_names" not in source.constants:
+        return {}
+    return {**{f: f for f in source.fields if f not in SET_BY_LIBRARY}, **source.constants["short_names"]}
+
+
+def find_setting_errors(section: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors in a built-in method's settings that its source shows: unknown fields, and values.
+
+    Importing the method imports torch, which takes seconds; only it knows which values contradict each other.
+    """
     if section.keys() <= {"name"}:
         return []  # the sources need not be read
-    source = read_config_sources().get(str(section.get("name", "lora")).lower())
-    if source is None or "short_names" not in source.constants:
+    name = str(section.get("name", "lora")).lower()
+    if not (known := read_names(name)):
         return []
-    known = [*(f for f in source.fields if f not in SET_BY_LIBRARY), *source.constants["short_names"]]
-    return [unknown_field_error(f"method.{name}", known) for name in section if name not in ("name", *known)]
+    fields, errors = read_config_sources()[name].fields, []
+    for field, value in section.items():
+        if field == "name":
+            continue
+        if field not in known:
+            errors.append(unknown_field_error(f"method.{field}", known))
+            continue
+        spec = fields[known[field]]
+        empty = value is None and isinstance(spec.default, list | dict)
+        if not empty and (error := spec.find_error(value)):
+            message = error.message.replace(f"{spec.name} is ", "got ", 1)
+            errors.append(FieldError(f"method.{spec.name}", message, error.expected))
+    return errors
 
 
 def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Reads a recipe and checks it: all errors are found before any is reported."""
+"""Reads a recipe and checks it: all errors that show without torch are found before any is reported.
+
+Only then is the method imported, which takes seconds and finds settings that contradict each other.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -10,13 +13,13 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class, require_method
-from ..objectives import objective_class
+from ..objectives import objective_class, require_objective
 from ..utils.files import parse_dataset_id
 from ..utils.remote_code import allow_remote_code
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
-from .method import accepted_names, find_unknown_settings, resolve_method
+from .method import find_setting_errors, read_names, resolve_method
 from .schema import (
     DataSettings,
     MethodSettings,
@@ -61,11 +64,9 @@ class Recipe(Section):
         resolve_paths(tree)
         section = tree.get("method", {})
         errors = find_errors(tree)
-        if errors and not section.keys() - {"name"}:  # there is nothing in the method to import it for
+        if errors and not tree.get("task", {}).keys() - {"name"}:  # there is nothing in the task to import it for
             raise_errors(errors, source)
         method, method_errors = resolve_method(section)
-        if errors:
-            errors = find_errors(tree, accepted_names(method["name"]))
         task, task_errors = resolve_task(tree.get("task", {}))
         raise_errors({e.path: e for e in (*errors, *method_errors, *task_errors)}.values(), source)
         train = tree.setdefault("train", {})
@@ -157,25 +158,28 @@ def apply_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     return changed
 
 
-def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", "alpha")) -> list[FieldError]:
-    """Return the errors in a tree but wrong values of its method: no method is imported, which takes seconds.
+def find_errors(tree: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors in a tree, with sections in long form, that show without an import of torch.
 
-    Args:
-        tree: with sections in long form.
-        method_names: names of the method's settings, for suggestions.
+    Left out are settings of the method that contradict each other, and the settings of the task.
     """
-    paths = [s.path for s in iterate_settings(Recipe)] + [f"method.{name}" for name in method_names]
-    errors = []
+    section, task = tree.get("method") or {}, tree.get("task") or {}
+    errors: list[FieldError] = []
     try:
         Recipe.model_validate({**tree, "method": {}, "task": {}})
     except ValidationError as e:
+        names = read_names(str(section.get("name", "lora"))) or ("rank", "alpha")
+        paths = [s.path for s in iterate_settings(Recipe)] + [f"method.{name}" for name in names]
         errors = collect_field_errors(e, Recipe, paths)
     try:
-        section = tree.get("method") or {}
         require_method(section.get("name", "lora"))
-        errors += find_unknown_settings(section)
+        errors += find_setting_errors(section)
     except ConfigError as e:
         errors.append(FieldError("method.name", e.message, e.expected))
+    try:
+        require_objective(task.get("name", "sft"))
+    except ConfigError as e:
+        errors.append(FieldError("task.name", e.message, e.expected))
     return errors
 
 
@@ -196,12 +200,14 @@ def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
     # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
     method_name = overrides.get("method.name", overrides.get("method", method.get("name", "lora")))
-    try:
-        short_names = config_class(method_name).short_names
-    except ConfigError:
-        return  # Recipe.from_dict reports it with the other errors
-    full_name = short_names.get(name, name)
-    for spelling in [full_name, *(short for short, full in short_names.items() if full == full_name)]:
+    names = read_names(str(method_name))  # its import would take seconds
+    if not names:
+        try:
+            names = config_class(method_name).short_names
+        except ConfigError:
+            return  # Recipe.from_dict reports it with the other errors
+    full_name = names.get(name, name)
+    for spelling in [full_name, *(short for short, full in names.items() if full == full_name)]:
         method.pop(spelling, None)
 
 

@@ -24,10 +24,15 @@ def objective_names() -> tuple[str, ...]:
     return ("sft", *sorted(names))
 
 
-def objective_class(name: str) -> "type[Objective]":
-    """Return the class of an objective; raise ConfigError with the nearest name if there is none."""
+def require_objective(name: str) -> None:
+    """Raise ConfigError with the nearest name if there is no such objective; no objective is imported."""
     known = objective_names()
     if name not in known:
         raise ConfigError(f"there is no task {name!r}{nearest(str(name), known)}", f"one of {format_names(known)}")
+
+
+def objective_class(name: str) -> "type[Objective]":
+    """Return the class of an objective; raise ConfigError with the nearest name if there is none."""
+    require_objective(name)
     module = importlib.import_module(f".{name}", __name__)
     return next(c for c in vars(module).values() if getattr(c, "name", None) == name and isinstance(c, type))
