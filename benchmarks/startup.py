@@ -71,7 +71,7 @@ def main() -> None:
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         plans, run = Path(folder, "plans"), Path(folder, "run")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "SLIMTUNE_PLANS": str(plans), "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "SLIMTUNE_TRACES": str(plans), "HF_HUB_OFFLINE": "1"}
         for name in args.names or CASES:
             limit, code, arguments = CASES[name]
             times = []

@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 os.environ["SLIMTUNE_BENCH"] = os.devnull  # what was measured on this machine must not change a test
+os.environ["SLIMTUNE_TRACES"] = os.devnull  # nor may what an earlier plan has kept
 
 import pytest
 from chatml import CHATML

@@ -12,6 +12,7 @@ exact up to the rounding of allocations; below the size of an MLP tile it is an 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..models.base_config import max_positions
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob
+from .trace_cache import keep_bytes, keep_trace
 
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
@@ -43,12 +45,17 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     Raises:
         UsageError: the targets match nothing.
     """
+
+    def trace(job: TrainingJob, model: Any = None) -> StepTrace:
+        traced = partial(trace_memory, job, model, backward_only=backward_only)
+        return keep_trace(job, traced, backward_only=backward_only)
+
     if job.num_layers <= 3:
-        return trace_memory(job, model, backward_only=backward_only)
+        return trace(job, model)
     try:
-        two, three = (trace_memory(job.with_num_layers(d), backward_only=backward_only) for d in (2, 3))
+        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
     except UsageError:
-        return trace_memory(job, model, backward_only=backward_only)
+        return trace(job, model)
 
     def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
         return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
@@ -58,7 +65,7 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
         block = ALLOCATION_BLOCK.get(job.device, 1)
         sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
-            return trace_memory(job, model, backward_only=backward_only)
+            return trace(job, model)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
     return StepTrace(
         state,
@@ -72,12 +79,16 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
 def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
+
+    def trace(job: TrainingJob) -> int | None:
+        return keep_bytes(job, partial(trace_merge, job, dtype), dtype=dtype)
+
     if job.num_layers <= 3:
-        return trace_merge(job, dtype)
+        return trace(job)
     try:
-        two, three = (trace_merge(job.with_num_layers(d), dtype) for d in (2, 3))
+        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
     except UsageError:
-        return trace_merge(job, dtype)
+        return trace(job)
     return None if two is None or three is None else _at_depth(job, two, three)
 
 

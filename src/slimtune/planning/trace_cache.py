@@ -1,0 +1,126 @@
+"""Traces of earlier plans, kept on the disk: a plan of the same base and settings needs no trace.
+
+    ~/.cache/slimtune/traces/<SHA-256 of the key>.json     {"sha256": of the trace as JSON, "trace": …}
+
+The key says everything that a trace depends on: the base's config, the method's settings, the job, the versions of the
+packages, and the state of slimtune's own files. What is kept does not depend on the GPU's memory, so verdicts are
+always new. A file that is damaged, or cannot be read or written, is as if it were not there. `SLIMTUNE_TRACES` names
+another folder; /dev/null keeps nothing. Bases and methods with code of their own are not kept: code can change.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..models.gguf import cache_root
+from ..reporting.versions import versions
+from ..utils.files import write_atomic
+from .memory_trace import StepTrace
+from .request import TrainingJob
+
+T = TypeVar("T")
+MAX_FILES = 2000
+"""A plan keeps about six files of 10 KB. If there are more files than this, the older half is deleted."""
+PACKAGE = Path(__file__).parents[1]
+KNOWN = {"slimtune", "peft", "transformers", "builtins"}
+"""Packages whose classes are in the key by their versions."""
+
+
+def keep_trace(job: TrainingJob, trace: Callable[[], StepTrace], **options: Any) -> StepTrace:
+    """Return what `trace()` returns, from the disk if it is there; `options` are what it depends on besides the job."""
+    return _keep(job, trace, _trace_to_json, _trace_from_json, {"what": "step", **options})
+
+
+def keep_bytes(job: TrainingJob, trace: Callable[[], int | None], **options: Any) -> int | None:
+    """Return what `trace()` returns, a number of bytes or None; as `keep_trace`."""
+    return _keep(job, trace, lambda count: count, _bytes_from_json, {"what": "merge", **options})
+
+
+def _keep(
+    job: TrainingJob,
+    trace: Callable[[], T],
+    to_json: Callable[[T], Any],
+    from_json: Callable[[Any], T],
+    options: dict[str, Any],
+) -> T:
+    if (key := _describe(job, options)) is None:
+        return trace()
+    folder = Path(os.environ.get("SLIMTUNE_TRACES") or cache_root() / "traces")
+    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+        kept = json.loads(file.read_text())
+        if kept["sha256"] == _hash_json(kept["trace"]):
+            return from_json(kept["trace"])
+    found = trace()
+    values = to_json(found)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(files := list(folder.glob("*.json"))) > MAX_FILES:
+            for old in sorted(files, key=lambda f: f.stat().st_mtime)[: MAX_FILES // 2]:
+                old.unlink(missing_ok=True)
+        write_atomic(file, json.dumps({"sha256": _hash_json(values), "trace": values}, allow_nan=False))
+    return found
+
+
+def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
+    """Return the key as text; None if a part of it has code of its own, or a value that is not plain."""
+    config, method = job.base_config, job.method
+    classes = [f"{c.__module__}.{c.__qualname__}" for c in (type(config), *type(method).__mro__)]
+    if not classes[0].startswith("transformers.") or any(c.partition(".")[0] not in KNOWN for c in classes[1:]):
+        return None
+    others = {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.name not in ("base_config", "method")}
+    implementations = [getattr(config, f"_{what}_implementation", None) for what in ("attn", "experts")]
+    key = {"classes": classes, "config": config.to_dict(), "implementations": implementations, "method": vars(method),
+           "job": others, "options": options, "environment": _describe_environment()}  # fmt: skip
+
+    def to_plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        if isinstance(value, torch.dtype):
+            return str(value)
+        if dataclasses.is_dataclass(value):  # settings inside of settings, as LoRA's eva_config
+            return {"class": type(value).__name__, **vars(value)}
+        raise TypeError(type(value))
+
+    try:
+        return json.dumps(key, sort_keys=True, default=to_plain)
+    except (TypeError, ValueError):
+        return None
+
+
+@cache
+def _describe_environment() -> dict[str, Any]:
+    files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
+    state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
+    return {"versions": versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
+
+
+def _hash_json(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, allow_nan=False).encode()).hexdigest()
+
+
+def _trace_to_json(trace: StepTrace) -> dict[str, Any]:
+    # In the order in which operators came: the times of a plan are sums in this order.
+    counts = [[flops, moved, str(dtype).removeprefix("torch."), n]
+              for (flops, moved, dtype), n in trace.operator_counts.items()]  # fmt: skip
+    return {"state": trace.state, "phases": trace.phases, "counts": counts, "host_bytes": trace.host_bytes}
+
+
+def _trace_from_json(values: dict[str, Any]) -> StepTrace:
+    counts = Counter({(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["counts"]})
+    return StepTrace(values["state"], values["phases"], counts, values["host_bytes"])
+
+
+def _bytes_from_json(value: Any) -> int | None:
+    if not isinstance(value, int | None):
+        raise TypeError(value)
+    return value

@@ -1,0 +1,95 @@
+"""Traces that are kept on the disk: the same plan again, and a new trace where anything differs or is damaged."""
+
+import json
+from dataclasses import replace
+
+import models_zoo as zoo
+import pytest
+import torch
+
+import slimtune
+from slimtune.planning import extrapolate
+from slimtune.planning.extrapolate import extrapolate_layers, extrapolate_merge
+from slimtune.planning.request import TrainingJob
+
+LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def job():
+    config = zoo.llama().config
+    config.num_hidden_layers = 2
+    return TrainingJob(base_config=config, method=LORA, dtype=torch.bfloat16, lengths=(64,))
+
+
+@pytest.fixture
+def traced(monkeypatch, tmp_path):
+    """The jobs that were traced since."""
+    monkeypatch.setenv("SLIMTUNE_TRACES", str(tmp_path / "traces"))
+    trace_memory, jobs = extrapolate.trace_memory, []
+
+    def count(job, *rest, **options):
+        jobs.append(job)
+        return trace_memory(job, *rest, **options)
+
+    monkeypatch.setattr(extrapolate, "trace_memory", count)
+    return jobs
+
+
+def test_second_plan_traces_nothing(job, traced, tmp_path):
+    first, merge = extrapolate_layers(job), extrapolate_merge(job, 1000)
+    again = extrapolate_layers(replace(job))
+    assert len(traced) == 1
+    assert (again, list(again.operator_counts.items())) == (first, list(first.operator_counts.items()))
+    assert extrapolate_merge(job, 1000) == merge > 0
+    assert len(list((tmp_path / "traces").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lengths": (65,)},
+        {"dtype": torch.float32},
+        {"method": slimtune.LoraConfig(r=5, target_modules="all-linear", task_type="CAUSAL_LM")},
+        {"base_config": zoo.llama(hidden_size=48).config},
+    ],
+)
+def test_other_jobs_are_traced(job, traced, changes):
+    extrapolate_layers(job)
+    extrapolate_layers(replace(job, **changes))
+    extrapolate_layers(job, backward_only=True)
+    assert len(traced) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace("1", "2"),
+        lambda text: json.dumps({**json.loads(text), "trace": {}}),
+    ],
+)
+def test_damaged_files_are_traced_and_replaced(job, traced, tmp_path, damage):
+    first = extrapolate_layers(job)
+    (file,) = (tmp_path / "traces").iterdir()
+    text = file.read_text()
+    file.write_text(damage(text))
+    assert extrapolate_layers(job) == first
+    assert len(traced) == 2
+    assert file.read_text() == text
+
+
+def test_code_of_others_and_unwritable_folders_keep_nothing(job, traced, tmp_path, monkeypatch):
+    class Own(slimtune.LoraConfig):
+        pass
+
+    masked = slimtune.ShiraConfig(r=2, target_modules=["q_proj"])
+    masked.mask_fn = lambda layer, r: torch.ones(1)
+    for method in (Own(r=4, target_modules="all-linear"), masked):
+        assert extrapolate.keep_trace(replace(job, method=method), lambda: "traced") == "traced"
+    assert not (tmp_path / "traces").exists()
+    monkeypatch.setenv("SLIMTUNE_TRACES", "/dev/null")
+    assert extrapolate_layers(job) == extrapolate_layers(job)
+    assert len(traced) == 2
