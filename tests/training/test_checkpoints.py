@@ -107,6 +107,6 @@ def test_partial_checkpoint_is_removed(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (2, 4, 6, 8, 10):
         checkpoint.write_checkpoint(tmp_path, step, fill)
-    checkpoint.delete_old_checkpoints(tmp_path, keep=2, best_step=4)
+    checkpoint.delete_old_checkpoints(tmp_path, keep=2, best_steps={4})
     assert [checkpoint.checkpoint_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 10]
     assert json.loads((tmp_path / "checkpoint-4" / "checksums.json").read_text()).keys() == checkpoint.REQUIRED_FILES

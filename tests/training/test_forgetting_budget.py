@@ -14,6 +14,7 @@ from slimtune.adapters.model import PeftModel
 from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.errors import RecipeError, UsageError
 from slimtune.export.merge import merge
+from slimtune.training import loop
 from slimtune.training.forgetting import GENERAL_TOKENS, choose_general_rows
 from slimtune.training.train import Interrupted, train
 
@@ -61,19 +62,24 @@ def measured_forgetting(run, recipe):
 
 
 @pytest.mark.slow
-def test_best_checkpoint_inside_the_budget_is_kept(budgeted, tmp_path):
+def test_better_one_of_weaker_and_earlier_adapters_is_kept(budgeted, tmp_path, monkeypatch):
     free = train(recipe_of(budgeted))
     curve = dict(free["forgetting"]["measured"])
     assert metrics(free["run"], "forgetting") == list(curve.values())
     assert free["forgetting"]["strength"] == 1.0
     budget = (curve[4] + curve[6]) / 2  # it forgets more and more
-    recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "kept")}, forgetting_budget=budget)
-    kept = train(recipe)
-    inside = [step for step, forgetting in curve.items() if forgetting <= budget]
     losses = dict(zip(curve, metrics(free["run"], "validation_loss"), strict=True))
-    assert kept["best_step"] == min(inside, key=losses.__getitem__) < free["best_step"]
-    assert kept["validation_loss"] == losses[kept["best_step"]]
-    assert measured_forgetting(kept["run"], recipe) == pytest.approx(curve[kept["best_step"]], abs=1e-5)
+    inside = [losses[step] for step, forgetting in curve.items() if forgetting <= budget]
+    recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "weaker")}, forgetting_budget=budget)
+    weaker = train(recipe)
+    assert weaker["validation_loss"] <= min(inside)
+    assert measured_forgetting(weaker["run"], recipe) == pytest.approx(weaker["forgetting"]["change"], abs=1e-5)
+    # An adapter without strength is worse than the checkpoints inside.
+    monkeypatch.setattr(loop, "fit_strength", lambda strength, *_: (strength.set(0.0), (0.0, []))[1])
+    recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget)
+    earlier = train(recipe)
+    assert (earlier["validation_loss"], earlier["forgetting"]["strength"]) == (min(inside), 1.0)
+    assert measured_forgetting(earlier["run"], recipe) == pytest.approx(curve[earlier["best_step"]], abs=1e-5)
 
 
 def test_strength_is_reduced_where_no_checkpoint_is_inside(budgeted, tmp_path):

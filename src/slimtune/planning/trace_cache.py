@@ -92,7 +92,7 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
         raise TypeError(type(value))
 
     try:
-        return json.dumps(key, sort_keys=True, default=to_plain)
+        return json.dumps(key, sort_keys=True, default=to_plain, allow_nan=False)
     except (TypeError, ValueError):
         return None
 

@@ -16,10 +16,11 @@ is renamed to `damaged-<name>`.
 
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,25 @@ class TrainingState:
         return self.trained_tokens / self.train_seconds if self.train_seconds else 0.0
 
     @property
-    def candidates(self) -> list[tuple[float, int]]:
-        """`(loss, step)` of the evaluations that may be kept, best first: inside the budget, or all if none is."""
-        ranked = sorted((loss, step) for step, loss in self.validation_losses)
-        if self.forgetting_budget is None:
-            return ranked
-        inside = {step for step, forgetting in self.forgetting if forgetting <= self.forgetting_budget}
-        return [(loss, step) for loss, step in ranked if step in inside] or ranked
+    def ranked(self) -> list[tuple[float, int]]:
+        """`(loss, step)` of the evaluations, best first, the first of equal ones before the others."""
+        return sorted((loss, step) for step, loss in self.validation_losses)
+
+    @property
+    def ranked_inside_budget(self) -> list[tuple[float, int]]:
+        """`ranked` without the evaluations outside the forgetting budget; empty without a budget."""
+        inside = {step for step, change in self.forgetting if change <= (self.forgetting_budget or -math.inf)}
+        return [(loss, step) for loss, step in self.ranked if step in inside]
 
     @property
     def best_step(self) -> int | None:
-        """The best step that may be kept, the first of equal ones; None before there is one."""
-        return next((step for _, step in self.candidates), None)
+        """The step with the lowest validation loss; None before there is one."""
+        return next((step for _, step in self.ranked), None)
+
+    @property
+    def best_steps(self) -> set[int]:
+        """The best step of all, and that inside the forgetting budget: their checkpoints are kept."""
+        return {step for ranked in (self.ranked, self.ranked_inside_budget) for _, step in ranked[:1]}
 
     @property
     def evaluations_since_best(self) -> int:
@@ -161,10 +169,10 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
     return None
 
 
-def delete_old_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+def delete_old_checkpoints(root: Path, keep: int, best_steps: Collection[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and the best ones."""
     for folder in list_checkpoints(root)[:-keep]:
-        if checkpoint_step(folder) != best_step:
+        if checkpoint_step(folder) not in best_steps:
             remove(folder)
 
 

@@ -2,8 +2,9 @@
 
     forgetting = (nats of the tuned model − nats of the base) / tokens        over rows of general text, nats per token
 
-It is measured with every validation, on the same few rows. The best checkpoint whose forgetting is inside the budget is
-kept. If none is inside, the best one becomes weaker until it is: bisection finds its strength (adapters/strength.py).
+It is measured with every validation, on the same few rows. The best checkpoint is kept if it is inside the budget.
+Else it becomes weaker until it is inside: bisection finds its strength (adapters/strength.py). It is kept so, unless
+the best checkpoint that is inside as it is has a lower validation loss: on the demo, weaker beats earlier.
 """
 
 from collections.abc import Callable, Sequence

@@ -352,7 +352,7 @@ class TrainingLoop:
             self.logger.log(self.state, {"train_loss": loss, **values})
         if self.validation and (last or step % eval_steps == 0):
             self.log_validation_loss()
-            save = save or self.state.evaluations_since_best == 0
+            save = save or self.state.step in self.state.best_steps
             self.stopped_early = not last and self.patience_exhausted()
         stop = self.stop_requested if self.processes == 1 else self.stop_agreed
         if save or stop:
@@ -412,7 +412,7 @@ class TrainingLoop:
         self.recovery.retry_once(
             "writing a checkpoint", lambda: checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)
         )
-        checkpoint.delete_old_checkpoints(root, self.settings.save_total_limit, self.state.best_step)
+        checkpoint.delete_old_checkpoints(root, self.settings.save_total_limit, self.state.best_steps)
 
     def write_checkpoint_files(self, folder: Path) -> None:
         """Write the files of a checkpoint into its folder."""
@@ -453,53 +453,55 @@ class TrainingLoop:
         tensors, _ = adapter_files.read_adapter_file(folder)
         adapter_files.load_adapter_tensors(self.model, "default", tensors, where=str(folder))
 
-    def load_best_adapter(self) -> tuple[int, float | None]:
-        """Load the best adapter that may be kept, if that is not the last one; return its step and validation loss.
+    def load_best_adapter(self, ranked: Sequence[tuple[float, int]], loaded: int) -> tuple[int, float | None]:
+        """Load the first adapter of `ranked`, `(loss, step)`, that is not lost; return its step and validation loss.
 
-        It has the lowest validation loss, with a forgetting budget among those inside it. If its checkpoint was damaged
-        or deleted, the best one of those that are left is taken, and this is said.
+        `loaded` is the step of the adapter that the model has; it stays if all others are lost. A checkpoint that was
+        damaged or deleted is named.
         """
-        last = self.state.step
-        for loss, step in self.state.candidates:
-            if step == last:
+        for loss, step in ranked:
+            if step == loaded:
                 return step, loss
             folder = self.run.checkpoints / f"{checkpoint.PREFIX}{step}"
             if damage := checkpoint.find_damage(folder):
-                if step == self.state.best_step:
-                    self.logger.say(f"the adapter of step {step}, which is the best one, is lost: {damage}")
+                if (loss, step) == ranked[0]:
+                    self.logger.say(f"the adapter of step {step}, with the lowest validation loss, is lost: {damage}")
                 continue
             self.load_adapter(folder)
             self.logger.say(f"taking the adapter of step {step}, which has the validation loss {loss:.4f}")
             return step, loss
-        return last, None
+        return loaded, None
 
-    def keep_forgetting_budget(self, step: int, loss: float | None) -> tuple[float | None, dict[str, Any] | None]:
-        """Make the loaded adapter weaker if it is outside the forgetting budget; only the main process does this.
+    def keep_best_adapter(self) -> tuple[int, float | None, dict[str, Any] | None]:
+        """Load the best adapter; with a forgetting budget make it weaker if it is outside, or take an earlier one.
 
-        Args:
-            step: of the loaded adapter.
-            loss: its validation loss; None: unknown.
+        Only the main process does this, after the last step. With a budget the better one of two adapters is kept: the
+        best of all, weaker, and the best one inside the budget as it is.
 
         Returns:
-            The validation loss of the adapter as it is then, and what was measured and done; None without a budget.
+            Its step, its validation loss (None: not measured), and what was measured and done about forgetting.
         """
         state, budget = self.state, self.state.forgetting_budget
+        step, loss = self.load_best_adapter(state.ranked, state.step)
         if budget is None:
-            return loss, None
+            return step, loss, None
         self.alone, self.recovery.any_failed = True, bool
         known = dict(state.forgetting)
         before = forgetting = known[step] if step in known else self.measure_forgetting()
         strength, tried = 1.0, list[tuple[float, float]]()
         if not before <= budget:  # NaN is outside
             strength, tried = fit_strength(AdapterStrength(self.model, "default"), self.measure_forgetting, budget)
-            forgetting = max((f for s, f in tried if s == strength), default=0.0)
-            if self.validation:
-                loss = self.measure(self.validation, self.objective)[1]["loss"]
+            forgetting = max((change for s, change in tried if s == strength), default=0.0)
+            loss = self.measure(self.validation, self.objective)[1]["loss"] if self.validation else None
             self.logger.say(
                 f"the adapter of step {step} forgets {before:.4f} nats per token of general text, more than its budget "
                 f"of {budget:g}: its strength is reduced to {strength:.3f}, where it forgets {forgetting:.4f}"
             )
-        return loss, {
+            inside = [(other, at) for other, at in state.ranked_inside_budget if loss is None or not loss <= other]
+            if inside and (found := self.load_best_adapter(inside, -1))[0] >= 0:
+                (step, loss), strength = found, 1.0
+                before = forgetting = known[step]
+        return step, loss, {
             "budget": budget,
             "tokens": sum(count_targets(row) for row in self.general_rows),
             "base_loss": state.general_base_loss,
@@ -508,7 +510,7 @@ class TrainingLoop:
             "strength": strength,
             "tried": [list(pair) for pair in tried],
             "change": forgetting,
-        }
+        }  # fmt: skip
 
     def save_before_exit(self) -> str:
         """Write a checkpoint if the weights are those of a whole step; return how to continue, if at all."""

@@ -424,8 +424,7 @@ def finish_run(
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
     untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
-    best_step, best_loss = loop.load_best_adapter()
-    best_loss, forgetting = loop.keep_forgetting_budget(best_step, best_loss)
+    best_step, best_loss, forgetting = loop.keep_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     if data.classes is not None:  # AutoModelForSequenceClassification needs the labels to make the head
