@@ -110,14 +110,19 @@ def _hash_json(values: Any) -> str:
 
 def _trace_to_json(trace: StepTrace) -> dict[str, Any]:
     # In the order in which operators came: the times of a plan are sums in this order.
-    counts = [[flops, moved, str(dtype).removeprefix("torch."), n]
-              for (flops, moved, dtype), n in trace.operator_counts.items()]  # fmt: skip
-    return {"state": trace.state, "phases": trace.phases, "counts": counts, "host_bytes": trace.host_bytes}
+    counts = [[flops, moved, _name(dtype), n] for (flops, moved, dtype), n in trace.operator_counts.items()]
+    attention = [[_name(dtype), flops] for dtype, flops in trace.attention_operations.items()]
+    return {**vars(trace), "operator_counts": counts, "attention_operations": attention}
 
 
 def _trace_from_json(values: dict[str, Any]) -> StepTrace:
-    counts = Counter({(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["counts"]})
-    return StepTrace(values["state"], values["phases"], counts, values["host_bytes"])
+    counts = {(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["operator_counts"]}
+    attention = {getattr(torch, dtype): flops for dtype, flops in values["attention_operations"]}
+    return StepTrace(**{**values, "operator_counts": Counter(counts), "attention_operations": Counter(attention)})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes_from_json(value: Any) -> int | None:
