@@ -1,5 +1,7 @@
 """The endpoints, as OpenAI's own client sees them."""
 
+import time
+
 import openai
 import pytest
 import torch
@@ -8,6 +10,11 @@ from serving_client import make_client, send, wait_until
 
 from slimtune.evaluation.generate import Generator
 
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+"""Another chat template than that of the base."""
 ASK = [{"role": "user", "content": "Define hope."}]
 
 
@@ -19,7 +26,10 @@ def generator(run):
 @pytest.fixture(scope="module")
 def server(serve, run, base_folder):
     loha = make_run(run.with_name("pirate"), base_folder, method={"name": "loha"}, size=0.5)
-    return serve([run, loha / "adapter"], max_batch=4, max_waiting=4)
+    template = base_folder.with_name("plain.jinja")
+    template.write_text(PLAIN)
+    plain = make_run(run.with_name("plain"), base_folder, data={"chat_template": str(template)})
+    return serve([run, loha / "adapter", f"other={plain}"], max_batch=4, max_waiting=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def ask(client):
 def test_models(client):
     models = list(client.models.list())
     assert [(m.id, m.parent) for m in models] == [
-        ("tiny-base", None), ("sailor", "tiny-base"), ("pirate", "tiny-base"),
+        ("tiny-base", None), ("sailor", "tiny-base"), ("pirate", "tiny-base"), ("other", "tiny-base"),
     ]  # fmt: skip
     assert client.models.retrieve("pirate").id == "pirate"
 
@@ -53,8 +63,10 @@ def test_answers_equal_slimtune_generate(ask, generator, run):
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (31, 24)
     sampled = ask(temperature=1.0, seed=5).choices[0].message.content
     assert sampled == generator.generate(ASK, max_new_tokens=24, temperature=1.0, seed=5)
-    pirate = Generator.open(run.with_name("pirate"))
-    assert ask("pirate").choices[0].message.content == pirate.generate(ASK, max_new_tokens=24)
+    for name, folder in (("pirate", "pirate"), ("other", "plain")):
+        alone = Generator.open(run.with_name(folder))
+        assert ask(name).choices[0].message.content == alone.generate(ASK, max_new_tokens=24)
+    assert ask("other").usage.prompt_tokens == len("user: Define hope.\nassistant:")
 
 
 def test_stream_equals_whole_answer(ask):
@@ -158,3 +170,15 @@ def test_dropped_client_frees_its_slot(ask, server):
                 ask(max_tokens=480, n=4, timeout=0.05)
         wait_until(lambda: server.batching.count()["running"] == 0, 1)
     assert server.batching.count()["cached_tokens"] == 0
+
+
+def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):
+    monkeypatch.setattr("slimtune.serving.server.SHUTDOWN_SECONDS", 0.1)
+    stopped = serve([run])
+    decode = stopped.runner.decode
+    monkeypatch.setattr(stopped.runner, "decode", lambda batch: (time.sleep(0.05), decode(batch))[1])
+    stream = make_client(stopped).completions.create(model="sailor", prompt="x", max_tokens=400, stream=True)
+    next(stream)
+    stopped.stop()
+    with pytest.raises(openai.APIError, match="the server is shutting down"):
+        list(stream)

@@ -14,7 +14,7 @@ from .inputs import require_run
 def serve_runs(
     runs: Annotated[
         list[str],
-        Argument(help="Runs or adapter folders of one base; NAME=RUN names one.", show_default=False),
+        Argument(metavar="RUN", help="Runs or adapter folders of one base; NAME=RUN names one.", show_default=False),
     ],
     host: Annotated[
         str, Option(help="Address to listen at; any but this machine's own needs --api-key.")

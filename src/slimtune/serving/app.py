@@ -221,7 +221,10 @@ class App:
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
         if self.settings.api_key is not None:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.settings.api_key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                key.encode("latin-1"),
+                self.settings.api_key.encode(),  # Starlette decodes headers as Latin-1
+            ):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def health(self, request: Request) -> Response:

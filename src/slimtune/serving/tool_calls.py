@@ -10,18 +10,22 @@ A template whose calls are no JSON objects has no format here, and requests with
 """
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from ..data.assistant_mask import MARK
-from ..data.chat_template import render_chat
+from ..data.chat_template import render_prompt
 from ..data.messages import STRICT_JSON, Messages
 from ..errors import DataError, ModelError
 
 MAX_CALLS = 32
 """Most calls in an answer; what follows stays unread."""
 _BETWEEN = " \t\r\n,[]"
+"""Characters between calls, and around a list of them."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,11 @@ class ToolCallFormat:
 
     def _skip(self, text: str, position: int, *tags: str) -> int:
         """Return the position after white space, list brackets and these tags, as far as they are there."""
-        for tag in ("", *tags):
+        for tag in (*filter(None, tags), ""):
+            while text[position : position + 1] in (*_BETWEEN,) and not (tag and text.startswith(tag, position)):
+                position += 1
             if text.startswith(tag, position):
                 position += len(tag)
-            while text[position : position + 1] and text[position] in _BETWEEN:
-                position += 1
         return position
 
 
@@ -86,13 +90,12 @@ def learn_tool_calls(tokenizer: Any) -> ToolCallFormat | None:
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     messages: Messages = [{"role": "user", "content": "Hello"}, turn]
     try:
-        rendered = render_chat(tokenizer, messages, tools)
-    except (DataError, ModelError):
+        prompt, text = (render_prompt(tokenizer, some, tools) for some in (messages[:1], messages))
+    except (DataError, ModelError, TemplateError):
         return None
-    if not rendered.spans:
+    if not text.startswith(prompt):
         return None
-    text = rendered.text[slice(*rendered.spans[-1])]
-    start = text.find("{")
+    start = text.find("{", len(prompt))
     while start >= 0:
         try:
             value, end = STRICT_JSON.raw_decode(text, start)
@@ -101,13 +104,14 @@ def learn_tool_calls(tokenizer: Any) -> ToolCallFormat | None:
         name_key = next((k for k, v in value.items() if v == MARK), None)
         arguments_key = next((k for k, v in value.items() if v == {MARK: MARK}), None)
         if name_key and arguments_key:
-            # Answers are decoded without special tokens, and so is what stands around a call.
-            opening, closing = (
-                tokenizer.decode(tokenizer(part, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
-                for part in (text[:start], text[end:])
-            )
-            opening = opening.lstrip().rstrip(" \t\r\n[")  # of a list of calls
-            closing = closing.lstrip(" \t\r\n]").rstrip()
-            return ToolCallFormat(opening, closing, name_key, arguments_key)
+            after = re.split("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)", text[end:], maxsplit=1)[
+                0
+            ]
+            # Answers are decoded without special tokens, and so is what stands before a call. A template may write more
+            # there, such as an empty thought: the last word opens the call.
+            ids = tokenizer(text[len(prompt) : start], add_special_tokens=False)["input_ids"]
+            before = tokenizer.decode(ids, skip_special_tokens=True).rstrip(" \t\r\n[")
+            opening = before.split()[-1] if before else ""
+            return ToolCallFormat(opening, after.strip(_BETWEEN), name_key, arguments_key)
         start = text.find("{", start + 1)
     return None

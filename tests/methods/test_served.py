@@ -1,0 +1,56 @@
+"""Rows of every method in the server's batches: logits are those of the method alone."""
+
+import pytest
+import torch
+from cases import CASES
+from models_zoo import llama, shake
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.active_adapters import BASE_ROW
+from slimtune.serving.runner import ModelRunner, Row
+
+ALONE = {"prompt_tuning", "p_tuning", "prefix_tuning"}
+"""Methods whose rows share no batch with others."""
+pytestmark = pytest.mark.slow
+
+
+@torch.no_grad()
+def compute_logits(model, adapter, ids):
+    if adapter == BASE_ROW:
+        with model.disable_adapter():
+            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    model.set_adapter(adapter)
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize("method", sorted(CASES))
+def test_served_rows_equal_the_method_alone(method):
+    model = get_peft_model(llama(), CASES[method]())
+    shake(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.set_adapter("other")
+    shake(model, seed=6)
+    model.eval()
+    texts = {"default": list(range(5, 16)), "other": [7, 8], BASE_ROW: list(range(20, 25))}
+    runner, shared, found = ModelRunner(model), None, {}
+    batches = []
+    for name, text in texts.items():
+        row = Row(name)
+        logits, batch = runner.prefill(row, text)
+        found[row] = (text, [logits[0]])
+        if runner.shares_batches(name) and shared is not None:
+            shared.join(batch)
+            continue
+        shared = batch if runner.shares_batches(name) else shared
+        batches.append(batch)
+    assert runner.shares_batches("default") is (method.partition("+")[0] not in ALONE)
+    for token in (9, 30, 4):
+        for batch in batches:
+            for row in batch.rows:
+                row.next_token = token
+            for row, logits in zip(list(batch.rows), runner.decode(batch), strict=True):
+                found[row][1].append(logits)
+    for row, (text, logits) in found.items():
+        for n, each in enumerate(logits):
+            alone = compute_logits(model, row.adapter, [*text, 9, 30, 4][: len(text) + n])
+            assert (each - alone).abs().max() < 1e-5, (row.adapter, n)

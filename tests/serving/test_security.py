@@ -1,0 +1,159 @@
+"""What a request can do, and what it cannot."""
+
+import json
+import socket
+import sys
+import time
+
+import pytest
+from serving_client import connect, make_client, send, wait_until
+
+from slimtune.errors import UsageError
+from slimtune.serving import app
+from slimtune.serving.server import ModelServer, ServeSettings
+
+ASK = {"model": "sailor", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def server(serve, run):
+    return serve([run], max_batch=1, max_waiting=1, timeout=1.0)
+
+
+def test_it_listens_on_this_machine_only(server, run):
+    assert server.url.startswith("http://127.0.0.1:")
+    with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0 lets other machines use the server"):
+        ModelServer([str(run)], ServeSettings(host="0.0.0.0"))
+
+
+def test_a_port_that_is_taken(server, run):
+    port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
+    with pytest.raises(UsageError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
+        ModelServer([str(run)], ServeSettings(port=port))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil"])
+def test_another_host_name_is_refused(server, host):
+    for method, path, body in (("GET", "/v1/models", None), ("POST", CHAT, ASK)):
+        status, answer = send(server, method, path, body, Host=host)
+        assert (status, answer["error"]["code"]) == (403, "wrong_host")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:8000"])
+def test_names_of_this_machine(server, host):
+    assert send(server, "GET", "/v1/models", Host=host)[0] == 200
+
+
+def test_no_other_origin_may_read_or_ask(server):
+    connection = connect(server)
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    for method in ("OPTIONS", "GET"):
+        connection.request(method, "/v1/models", headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        assert not [name for name, _ in answer.getheaders() if name.lower().startswith("access-control")]
+        assert answer.getheader("X-Content-Type-Options") == "nosniff"
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        assert send(server, "POST", CHAT, ASK, **{"Content-Type": kind})[0] == 415
+
+
+def test_api_key(serve, run):
+    server = serve([run], api_key="sésame")
+    for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic sésame".encode()}):
+        status, answer = send(server, "GET", "/v1/models", **headers)
+        assert (status, answer["error"]["type"]) == (401, "authentication_error")
+    assert send(server, "GET", "/health")[0] == 401
+    assert send(server, "GET", "/v1/models", Authorization="Bearer sésame".encode())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "no JSON"),
+        (b"[" * 100_000, 400, "no JSON"),
+        (b'{"a": "\xff"}', 400, "no JSON"),
+        (b"[1]", 400, "the body"),
+        (b'{"model": "sailor", "model": "pirate"}', 400, "has the key 'model' twice"),
+        (b'{"model": "sailor", "messages": [], "temperature": NaN}', 400, "temperature: input should be a finite"),
+        (json.dumps({**ASK, "x": "y" * 2**20}).encode(), 413, "more than 1,048,576 bytes"),
+        (json.dumps({**ASK, "messages": [{**ASK["messages"][0], "content": "y" * 9999}]}).encode(), 400, "takes 512"),
+        (json.dumps({**ASK, "\ud800": 1}).encode(), 400, "unable to parse raw data as a unicode string"),
+        (json.dumps({**ASK, "model": "\ud800"}).encode(), 404, "there is no model"),
+    ],
+)  # fmt: skip
+def test_bodies(server, body, status, message):
+    found, answer = send(server, "POST", CHAT, body)
+    assert (found, message in answer["error"]["message"]) == (status, True), answer
+
+
+@pytest.mark.parametrize("prompt", [[10**6], [-1], [2**70], [[]], [True], ""])
+def test_token_ids_are_those_of_the_model(server, prompt):
+    status, answer = send(server, "POST", "/v1/completions", {"model": "sailor", "prompt": prompt})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_body_without_end(server, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    connection = connect(server)
+    connection.putrequest("POST", CHAT)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+    chunked = connect(server)
+    chunked.request("POST", CHAT, iter([b"x" * 2**19] * 3), {"Content-Type": "application/json"}, encode_chunked=True)
+    assert chunked.getresponse().status == 413
+
+
+watched: list[str] = []
+is_watching = False
+
+
+def watch(event, args):
+    if is_watching and event in ("open", "os.listdir", "os.scandir", "subprocess.Popen", "exec"):
+        watched.append(f"{event} {args[0]!r}")
+
+
+def test_no_path_reaches_the_file_system(server):
+    global is_watching
+    send(server, "POST", CHAT, ASK)
+    sys.addaudithook(watch)
+    is_watching = True
+    try:
+        for name in ("../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "sailor/../sailor", "~root", "adapter\0"):
+            assert send(server, "POST", CHAT, {**ASK, "model": name})[0] == 404
+            assert send(server, "POST", CHAT, {**ASK, "messages": [{"role": "user", "content": name}]})[0] == 200
+        for path in ("/v1/models/..%2f..%2fetc%2fpasswd", "/../etc/passwd", "/%2e%2e/etc/passwd", "/static/", "/docs"):
+            assert send(server, "GET", path)[0] == 404
+    finally:
+        is_watching = False
+    assert [event for event in watched if "passwd" in event or "etc" in event or "exec" in event] == []
+    assert [event for event in watched if event.startswith(("open '/", "os.", "subprocess"))] == []
+
+
+def test_more_requests_than_may_wait(server):
+    client = make_client(server)
+    streams = [
+        client.chat.completions.create(**{**ASK, "max_tokens": 470}, stream=True, temperature=0) for _ in range(2)
+    ]
+    status, answer = send(server, "POST", CHAT, ASK)
+    assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: server.batching.count()["running"] == 0)
+    assert send(server, "POST", CHAT, ASK)[0] == 200
+
+
+def test_an_answer_that_takes_too_long(server, monkeypatch):
+    decode = server.runner.decode
+    monkeypatch.setattr(server.runner, "decode", lambda batch: (time.sleep(0.1), decode(batch))[1])
+    status, answer = send(server, "POST", CHAT, {**ASK, "max_tokens": 400, "temperature": 0})
+    assert (status, answer["error"]["code"]) == (504, "timeout")
+
+
+def test_half_a_request_line_does_not_stop_the_others(server):
+    port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
+    with socket.create_connection(("127.0.0.1", port)) as half:
+        half.sendall(b"POST /v1/chat/comp")
+        assert send(server, "GET", "/health")[0] == 200
