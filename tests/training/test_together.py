@@ -62,6 +62,7 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_one_run_or_dropout_is_bit_for_bit_as_alone(make, packed_steps, tmp_path):
     train_together([make("one")])
     train_together([make("a", lora_dropout=0.1), make("b", lora_dropout=0.1, seed=3)])
@@ -80,6 +81,7 @@ def test_failed_run_does_not_end_the_others(make, tmp_path):
     assert metrics(tmp_path / "b", "train_loss") == pytest.approx(metrics(tmp_path / "b-alone", "train_loss"), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_out_of_memory_goes_on_one_after_the_other(make, monkeypatch, tmp_path):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -91,6 +93,7 @@ def test_out_of_memory_goes_on_one_after_the_other(make, monkeypatch, tmp_path):
     assert distance(tmp_path / "a", tmp_path / "a-alone") == 0
 
 
+@pytest.mark.slow
 def test_interrupted_runs_are_resumed(make, monkeypatch, tmp_path):
     several = {"a": {"r": 2}, "b": {"seed": 3}}
     after_step, steps = TrainingLoop.after_step, [0]
