@@ -1,7 +1,9 @@
 """The server of the page: a socket that is bound before anything is printed, and uvicorn on it."""
 
+import importlib
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def serve(
     name = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
     url = f"http://{name}:{port}/?token={token}"
     announce(url, is_loopback(host))
+    # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     try:
         uvicorn.Server(settings).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
