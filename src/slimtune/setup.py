@@ -97,15 +97,17 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
     """Open a data set with the format and the columns of a recipe."""
     if recipe is None:
         return open_rows(path)
-    data, formats = recipe.data, recipe.objective().formats
+    data, objective = recipe.data, recipe.objective()
+    formats = (data.format,) if data.format in objective.named_formats else objective.formats
     format = data.format or (formats[0] if len(formats) == 1 else None)
     rows = open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
     if rows.format not in (*formats, "unknown"):
         tasks = [name for name in objective_names() if rows.format in objective_class(name).formats]
+        by_name = rows.format in objective.named_formats
         raise DataError(
             f"{path} has rows of the format {rows.format}, and the task {recipe.task.name} does not learn from them",
             f"rows of {format_names(formats)}",
-            " or ".join(f"--task {name}" for name in tasks),
+            " or ".join([f"--task {name}" for name in tasks] + ["--format preference: the chosen answers"] * by_name),
         )
     return rows
 

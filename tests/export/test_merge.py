@@ -210,6 +210,22 @@ def test_rounding_with_rows_is_nearer(tmp_path, make_base, tiny_llama, monkeypat
     assert with_rows["mean_difference"] < merge(run, tmp_path / "nearest")["mean_difference"]
 
 
+def test_gguf_is_converted_from_weights_that_bf16_has_not_rounded(tmp_path, make_base, tiny_llama, monkeypatch):
+    run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), model={"dtype": "bfloat16"})
+    found = {}
+    monkeypatch.setattr(
+        module.gguf, "convert_hf_to_gguf", lambda folder, file, p: found.update({p: load_weights(folder)})
+    )
+    loaded = module.load_trained(run)
+    for precision in ("f16", "bf16"):
+        module.write_merged_gguf(loaded, run, tmp_path / "model.gguf", precision)
+    loaded.model.merge_adapter()
+    name = "model.layers.0.mlp.up_proj"
+    exact = loaded.model.get_submodule(name).weight.float()
+    assert torch.allclose(found["f16"][f"{name}.weight"], exact, atol=1e-6)
+    assert found["bf16"][f"{name}.weight"].dtype == torch.bfloat16
+
+
 # --- the files -------------------------------------------------------------------------------------------------------
 
 

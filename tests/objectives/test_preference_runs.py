@@ -13,7 +13,7 @@ from tiny_run import distance, interrupt_at, metrics, recipe_of
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
-from slimtune.errors import RunError, UsageError
+from slimtune.errors import DataError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives import objective_class
 from slimtune.train_step.loss import forward_backward, make_collator, score_objective, score_row_logps
@@ -81,6 +81,25 @@ def test_reference_of_other_rows_is_refused(settings, monkeypatch):
     path.write_text(path.read_text().replace("abc", "abd"))
     with pytest.raises(RunError, match="log-probabilities of other rows"):
         train(recipe_of(settings), resume=True)
+
+
+def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(settings, tmp_path):
+    path = Path(settings["data"]["train"])
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen = tmp_path / "chosen.jsonl"
+    chosen.write_text("".join(json.dumps({"messages": p["prompt"] + p["chosen"]}) + "\n" for p in pairs))
+    sft = {**settings, "task": "sft"}
+    with pytest.raises(DataError, match="does not learn from them") as refused:
+        train(recipe_of(sft))
+    assert "--format preference" in refused.value.hint
+    named = train(recipe_of({**sft, "data": {**settings["data"], "format": "preference"}}))
+    rows = {**sft, "data": {**settings["data"], "train": str(chosen)}, "output_dir": str(tmp_path / "rows")}
+    assert distance(named["run"], train(recipe_of(rows))["run"]) == 0
+    found = evaluate(Path(named["run"]), EvalSettings(split="validation", bootstrap=50))
+    assert found["preference"]["pairs"] == 6
+    scores = json.loads(Path(named["run"], "scores-validation.json").read_text())
+    margins = [row["tuned_margin"] for row in scores]
+    assert np.mean(margins) == pytest.approx(found["preference"]["tuned_margin"])
 
 
 @pytest.mark.slow

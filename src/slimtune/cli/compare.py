@@ -13,6 +13,7 @@ from .inputs import require_inputs
 from .options import recipe_flags
 
 PACKAGES = ("scipy", "matplotlib")
+METHODS = "lora,dora,ia3,bottleneck,prefix,prompt,full"
 
 
 @recipe_flags()
@@ -20,8 +21,12 @@ def compare(
     settings: dict[str, Any],
     recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="The base, the rows and the run.")],
     methods: Annotated[
-        str, Option(help="Methods, as lora,dora,ia3,prefix,full; or all. See `slimtune methods`.")
-    ] = "lora,dora,ia3,bottleneck,prefix,prompt,full",
+        str | None,
+        Option(help=f"Methods, as lora,ia3,full; or all (`slimtune methods`). Default: {METHODS}.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None, Option(help="Instead of methods: objectives on preference pairs, as dpo,ipo,simpo,orpo,sft.")
+    ] = None,
     seeds: Annotated[int, Option(min=1, help="Runs of each method: the recipe's seed and those after it.")] = 3,
     tokens: Annotated[int | None, Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")] = None,
     tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
@@ -32,34 +37,39 @@ def compare(
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
     as_json: Json = False,
 ) -> Any:
-    """Train methods on the same rows with the same budget, and compare them.
+    """Train methods or tasks on the same rows with the same budget, and compare them.
 
-    --set changes a setting of the recipe (train.batch_size=4), or of one method (dora.r=8). If it is killed, the same
-    command continues it. Exit code 1: a run failed; the others are reported.
+    --set changes a setting of the recipe (train.batch_size=4), of one method (dora.r=8) or of one task (dpo.beta=0.5).
+    If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
     """
     missing = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
     if missing:
         message = f"compare needs {' and '.join(missing)}, not installed here"
         raise UsageError(message, hint="pip install 'slimtune[compare]'")
-    from ..comparison.candidates import build_candidates, require_candidates, split_settings
-    from ..config.loading import read_recipe_tree, set_field
+    if methods is not None and tasks is not None:
+        raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
+    from ..comparison.candidates import build_candidates, build_task_candidates, require_candidates, split_settings
+    from ..config.loading import expand_short_sections, read_recipe_tree, set_field
     from ..reporting.charts import require_figure_path
 
     if plot is not None:
         plot = require_figure_path(plot)
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_settings(settings.items())
     tree = read_recipe_tree(recipe.expanduser())
-    require_candidates(names, method_settings)
+    require_candidates(names, method_settings, tasks=tasks is not None)
     require_inputs(recipe, {"output_dir": "unused", **recipe_settings})
     from ..comparison import compare as comparison
     from ..comparison.grid import build_grid
 
     for path, value in recipe_settings.items():
         set_field(tree, path, value)
+    tree = expand_short_sections(tree)
+    if tasks is not None and isinstance(data := tree.get("data"), dict):
+        data.setdefault("format", "preference")
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
-    candidates = build_candidates(names, tree, method_settings)
+    candidates = (build_candidates if tasks is None else build_task_candidates)(names, tree, method_settings)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
@@ -74,12 +84,13 @@ def compare(
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
-    from ..comparison.report import TERMINAL_COLUMNS, describe_comparison_setup, format_terminal_row, list_notes
+    from ..comparison.report import describe_comparison_setup, format_terminal_row, list_columns, list_notes
 
     screen = console()
     screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result["methods"])
-    methods = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1], rows=rows)
+    columns = list_columns(result["methods"], terminal=True)
+    methods = table(*columns, left=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
     if result["methods"]:
         screen.print(methods)

@@ -1,8 +1,10 @@
-"""The methods that can be compared, by the names users type.
+"""The methods and the tasks that can be compared, by the names users type.
 
 lora  ia3  bottleneck  full …     methods of the registry
 prefix  prompt                    short for prefix_tuning, prompt_tuning
 dora  rslora  pissa               a method with one setting
+dpo  simpo  orpo  sft …           objectives that learn from preference pairs, with the recipe's method
+ipo                               an objective with one setting
 """
 
 import dataclasses
@@ -14,8 +16,11 @@ from ..adapters.registry import ALIASES, VARIANTS
 from ..config.loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
 from ..methods import config_class, method_names
+from ..objectives import objective_class, objective_names
 
-SECTIONS = ("model", "data", "method", "train", "output_dir")
+SECTIONS = ("model", "data", "task", "method", "train", "output_dir")
+TASK_VARIANTS = {"ipo": ("dpo", {"loss_type": "ipo"})}
+"""Names for an objective with one setting."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Candidate:
     settings: dict[str, Any] = field(default_factory=dict)  # as in a recipe
     learning_rate: float = 0.0
     rate_source: Literal["default", "given", "tuned"] = "default"
+    task: dict[str, Any] | None = None  # as in a recipe; None: the recipe's
     from_all: bool = False  # comes from "all" and was not named: left out, without an error, if it does not fit
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,24 +54,43 @@ def build_candidates(
     return [_build_candidate(label, recipe_tree, overrides, from_all=label not in names) for label in labels]
 
 
-def require_candidates(names: Iterable[str], overrides: Mapping[str, Any]) -> list[str]:
+def build_task_candidates(
+    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> list[Candidate]:
+    """Return a candidate for each objective, which learns preference pairs with the recipe's method.
+
+    Args:
+        names: what the user typed.
+        recipe_tree: the recipe as a plain tree; its task settings apply to that objective.
+        overrides: settings of single candidates: `{"dpo.beta": 0.05, "orpo.learning_rate": 1e-4}`.
+    """
+    method = (recipe_tree.get("method") or {}).get("name", "lora")
+    return [
+        _build_task_candidate(label, method, recipe_tree, overrides)
+        for label in require_candidates(names, overrides, tasks=True)
+    ]
+
+
+def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, tasks: bool = False) -> list[str]:
     """Return the labels that the names stand for, "all" written out; arguments as for `build_candidates`.
 
     Raises:
         UsageError: a name, or the first part of an override, is unknown. No method is imported.
     """
-    known = sorted({*method_names(), *ALIASES, *VARIANTS})
-    labels = list(dict.fromkeys(n for name in names for n in (method_names() if name == "all" else (name,))))
+    kind, example = ("task", "dpo,simpo,orpo") if tasks else ("method", "lora,ia3,full, or all")
+    known = sorted({*objective_names(), *TASK_VARIANTS} if tasks else {*method_names(), *ALIASES, *VARIANTS})
+    every = {} if tasks else {"all": method_names()}
+    labels = list(dict.fromkeys(n for name in names for n in every.get(name, (name,))))
     if not labels:
-        raise UsageError("--methods names no method", "methods as lora,ia3,full, or all")
+        raise UsageError(f"--{kind}s names no {kind}", f"{kind}s as {example}")
     if unknown := [n for n in labels if n not in known]:
         listing = "; ".join(f"{n!r}{nearest(n, known).replace('; ', ', ')}" for n in unknown)
         expected = f"some of {format_names(known, 40)}"
-        raise UsageError(f"no method is called {listing}", expected, "slimtune methods lists them")
+        raise UsageError(f"no {kind} is called {listing}", expected, "" if tasks else "slimtune methods lists them")
     for path in overrides:
         label, choices = path.partition(".")[0], [*labels, *SECTIONS]
         if label not in labels:
-            message = f"--set {path}: {label!r} is neither a compared method nor a section of the recipe"
+            message = f"--set {path}: {label!r} is neither a compared {kind} nor a section of the recipe"
             raise UsageError(message + nearest(label, choices), f"one of {format_names(choices)}")
     return labels
 
@@ -75,7 +100,7 @@ def _build_candidate(
 ) -> Candidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
     cls = config_class(method)
-    own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
+    own = _select_overrides(label, overrides)
     given_rate = own.pop("learning_rate", None)
     section = dict(recipe_tree.get("method") or {})
     recipe_settings = section if section.pop("name", "lora") == method else {}
@@ -84,15 +109,43 @@ def _build_candidate(
         for part in (recipe_settings, variant_settings, own)
         for name, value in part.items()
     }
-    if given_rate is None:
-        return Candidate(label, method, settings, cls.learning_rate, from_all=from_all)
+    task = objective_class((recipe_tree.get("task") or {}).get("name", "sft"))
+    rate = float(f"{cls.learning_rate * task.learning_rate_factor:.6g}")  # as in a recipe without a rate
+    candidate = Candidate(label, method, settings, rate, from_all=from_all)
+    return candidate if given_rate is None else _set_rate(candidate, given_rate)
+
+
+def _build_task_candidate(
+    label: str, method: str, recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Candidate:
+    name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
+    objective = objective_class(name)
+    learns_pairs = "preference" in (*objective.formats, *objective.named_formats)
+    if not learns_pairs or objective.task_type != "CAUSAL_LM":
+        message = f"the task {label} does not teach a language model from preference pairs"
+        raise UsageError(message, "some of dpo,ipo,simpo,orpo,sft")
+    own, section = _select_overrides(label, overrides), dict(recipe_tree.get("task") or {})
+    given_rate = own.pop("learning_rate", None)
+    recipe_settings = section if section.pop("name", "sft") == name else {}
+    task = {"name": name, **recipe_settings, **variant_settings, **own}
+    candidate = _build_candidate(method, {**recipe_tree, "task": task}, {}, from_all=False)
+    candidate = dataclasses.replace(candidate, label=label, task=task)
+    return candidate if given_rate is None else _set_rate(candidate, given_rate)
+
+
+def _select_overrides(label: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
+
+
+def _set_rate(candidate: Candidate, given: Any) -> Candidate:
+    """Return a candidate with a learning rate that the user gave."""
     try:
-        rate = float(given_rate)
+        rate = float(given)
     except (TypeError, ValueError):
         rate = 0.0
     if not 0 < rate < float("inf"):
-        raise ConfigError(f"{label}.learning_rate is {given_rate!r}", "a number above 0")
-    return Candidate(label, method, settings, rate, "given", from_all)
+        raise ConfigError(f"{candidate.label}.learning_rate is {given!r}", "a number above 0")
+    return dataclasses.replace(candidate, learning_rate=rate, rate_source="given")
 
 
 def split_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Compare fine-tuning methods: plan each run, search learning rates if asked, train, measure, report.
+"""Compare fine-tuning methods or objectives: plan each run, search learning rates if asked, train, measure, report.
 
 Finished runs are kept. The same command resumes a comparison that was killed: finished runs stand, an interrupted run
 resumes from its checkpoint, a failed run is tried again.
@@ -71,7 +71,7 @@ def _plan_candidates(grid: Grid, log: Log) -> tuple[list[Candidate], list[dict[s
             fitting.append(candidate)
             continue
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
-        request = build_request(recipe, detect_gpu(recipe.model.device), grid.lengths)
+        request = build_request(recipe, detect_gpu(recipe.model.device), grid.row_lengths)
         try:
             plan = make_plan(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason
@@ -150,7 +150,9 @@ def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
             memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
             costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
             costs += f" for {len(files)} runs at once" if others else ""
-            log(f"{name}: loss reduction {measured['loss_reduction']:.4f} ({costs})")
+            preference = measured.get("preference") or {}
+            gain = f", accuracy gain {preference['accuracy_gain']:.4f}" if preference else ""
+            log(f"{name}: loss reduction {measured['loss_reduction']:.4f}{gain} ({costs})")
     return failed
 
 

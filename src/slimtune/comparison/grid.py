@@ -20,6 +20,7 @@ from typing import Any
 from ..config import Recipe, TrainSettings
 from ..errors import RecipeError, UsageError
 from ..models.dtype import pick_device
+from ..objectives import objective_class
 from ..run_dir import RunDir
 from ..setup import load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
@@ -38,8 +39,9 @@ class Grid:
     tokens: int | None  # the requested budget in trained tokens; None: the recipe's own length
     steps: int  # optimizer steps of one run
     trials: int  # learning rates tried for each candidate; 0: none
-    lengths: tuple[int, ...]  # tokens of each training row
+    lengths: tuple[int, ...]  # tokens of each training example: of a row, or of both answers of a pair
     output_dir: Path
+    row_lengths: tuple[int, ...] = ()  # tokens of each training row, to plan for
     excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
     at_once: int = 1  # runs of a candidate that train at the same time in one process
     force: bool = False  # train on rows that the data report finds faulty
@@ -68,6 +70,8 @@ class Grid:
             section["max_tokens_per_micro_batch"] = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
         method = {"name": candidate.method, **candidate.settings}
         tree |= {"train": section, "output_dir": str(output_dir.absolute()), "method": method}
+        if candidate.task is not None:
+            tree["task"] = candidate.task
         return Recipe.from_dict(tree, f"the recipe of {candidate.label}")
 
     def cell_recipe(self, candidate: Candidate, seed: int) -> Recipe:
@@ -132,7 +136,10 @@ def build_grid(
         at_once: runs of a candidate that train at the same time in one process.
         force: train on rows that the data report finds faulty.
     """
-    recipe = Recipe.from_dict({**tree, "output_dir": str(output_dir)})
+    # The plan is for the longest examples: both answers of a pair, where an objective learns both.
+    tasks = [c.task for c in candidates if c.task is not None]
+    longest = sorted(tasks, key=lambda task: objective_class(task["name"]).rows_per_example)[-1:]
+    recipe = Recipe.from_dict({**tree, **({"task": longest[0]} if longest else {}), "output_dir": str(output_dir)})
     grid = Grid(
         tree={k: v for k, v in tree.items() if k != "method"},
         candidates=tuple(candidates),
@@ -175,6 +182,7 @@ def build_grid(
         excluded=excluded,
         steps=_count_steps_for_tokens(recipe, lengths, tokens),
         lengths=lengths,
+        row_lengths=tuple(rows.train.row_lengths),
         digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
     )
 

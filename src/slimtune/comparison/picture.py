@@ -1,4 +1,4 @@
-"""Charts of a comparison (loss reduction against memory, file size and time) and of a search (losses of its trials)."""
+"""Charts of a comparison (what ranks its methods against memory, file size and time) and of a search (trial losses)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.charts import FIGURE_STYLE, save_figure
-from .report import COST_FIELDS
+from .report import COST_FIELDS, MEASURES, get_gain, get_interval, get_measure
 from .space import Range, format_setting
 
 MARKERS = "osD^vP*Xph<>d8"
@@ -21,7 +21,7 @@ AXES = {
 
 
 def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Draw loss reduction against each cost into a `.svg` or `.png`; `result` is what `compare` returns."""
+    """Draw what ranks the methods against each cost into a `.svg` or `.png`; `result` is what `compare` returns."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
             if scale == "log":
                 panel.xaxis.set_major_formatter("{x:g}")
             _draw_methods(panel, methods, cost, unit)
-        panels[0].set_ylabel("loss reduction, nats per token")
+        panels[0].set_ylabel(", ".join(MEASURES[get_measure(methods[0])]))
         handles, labels = panels[0].get_legend_handles_labels()
         columns = min(LEGEND_COLUMNS, len(methods))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -49,16 +49,16 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
 
 def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
     field = COST_FIELDS[cost]
-    front = sorted((m[field] / unit, m["loss_reduction"]) for m in methods if cost in m["front"])
+    front = sorted((m[field] / unit, get_gain(m)) for m in methods if cost in m["front"])
     if front:
         panel.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1, zorder=1)
     for number, method in enumerate(methods):
-        reduction, (low, high) = method["loss_reduction"], method["loss_reduction_ci95"]
+        gain, (low, high) = get_gain(method), get_interval(method)
         color = f"C{number % 10}"
         panel.errorbar(
             method[field] / unit,
-            reduction,
-            yerr=[[reduction - low], [high - reduction]],
+            gain,
+            yerr=[[gain - low], [high - gain]],
             fmt=MARKERS[number % len(MARKERS)],
             color=color,
             markerfacecolor=color if cost in method["front"] else "white",

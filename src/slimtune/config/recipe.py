@@ -116,7 +116,8 @@ class Recipe(Section):
             expected = "model.quantization nf4 or int8, or another initialization"
             errors.append(FieldError("method.init_lora_weights", message, expected))
         d = self.data
-        formats = objective_class(self.task.name).formats
+        task = objective_class(self.task.name)
+        formats = (*task.formats, *task.named_formats)
         if d.format is not None and d.format not in formats:
             errors.append(
                 FieldError("data.format", f"got {d.format!r}, and task is {self.task.name}", " or ".join(formats))

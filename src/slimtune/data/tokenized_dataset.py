@@ -160,6 +160,15 @@ class FirstRows(TokenizedDataset):
         """Number of tokens of each first row, int64 [N]."""
         return np.array([rows[0] for rows in self._table["row_lengths"].take(self._indices).to_pylist()], np.int64)
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Number of tokens of each first row."""
+        return self.lengths.tolist()
+
+    def select(self, indices: np.ndarray) -> "FirstRows":
+        """Return the first rows of these examples, in this order."""
+        return FirstRows(super().select(indices))
+
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         """Return one row, or its tokens from `start` to `end`."""
         example = super().read(number)

@@ -102,7 +102,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
 
     A run folder keeps the result as `eval-<split>.json` (`eval-data-<name>.json` for a file) whatever the verdict, and
     beside it `scores-<split>.json`: for each row its `line`, its supervised `tokens`, and the loss in nats of `base`
-    and `tuned`. Losses are in nats per supervised token.
+    and `tuned`; for a preference pair those of its chosen answer, and `base_margin` and `tuned_margin`. Losses are in
+    nats per supervised token.
 
     Args:
         run: a run folder, or an adapter folder (then `data` is required).
@@ -148,7 +149,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
-    evaluation_class = next(EVALUATIONS[c] for c in type(objective).__mro__ if c in EVALUATIONS)
+    kind = PairObjective if recipe.data.format in objective.named_formats else type(objective)
+    evaluation_class = next(EVALUATIONS[c] for c in kind.__mro__ if c in EVALUATIONS)
     evaluation = evaluation_class(
         model,
         examples,

@@ -33,6 +33,8 @@ class PreferenceEvaluation(Evaluation):
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
         result, figures, _ = measure_losses(self, FirstRows(self.examples))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
+        for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
+            row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
         return {**result, "preference": preference, "prompt_dependence": None}, figures
 
     @staticmethod

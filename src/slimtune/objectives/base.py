@@ -30,6 +30,7 @@ class Objective:
         name: what `task` in a recipe says; the name of the file.
         summary: what it learns from which rows, in a few words.
         formats: the formats of rows (data/formats.py) that it takes.
+        named_formats: further ones, which it takes only if `data.format` names them.
         rows_per_example: rows of one example, which lie in one micro-batch: 2 for a pair.
         task_type: PEFT's name of the model that is trained, which decides what `loss` and `score` get for each
             micro-batch: "CAUSAL_LM", −log p of each supervised token [K]; "SEQ_CLS", the head's logits of each row
@@ -42,6 +43,7 @@ class Objective:
     name: ClassVar[str]
     summary: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
+    named_formats: ClassVar[tuple[str, ...]] = ()
     rows_per_example: ClassVar[int] = 1
     task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "CAUSAL_LM"
     needs_reference: ClassVar[bool] = False

@@ -17,11 +17,12 @@ from .base import Batch, Objective, sum_rows
 
 @dataclass
 class SFT(Objective):
-    """Cross-entropy of the supervised tokens; it has no settings."""
+    """Cross-entropy of the supervised tokens, of preference pairs those of the chosen answers; it has no settings."""
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "answers, by cross-entropy (supervised fine-tuning)"
     formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion", "text", "document")
+    named_formats: ClassVar[tuple[str, ...]] = ("preference",)
     measures: ClassVar[tuple[str, ...]] = ("nats", "tokens")
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> int:
