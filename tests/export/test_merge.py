@@ -210,20 +210,24 @@ def test_rounding_with_rows_is_nearer(tmp_path, make_base, tiny_llama, monkeypat
     assert with_rows["mean_difference"] < merge(run, tmp_path / "nearest")["mean_difference"]
 
 
-def test_gguf_is_converted_from_weights_that_bf16_has_not_rounded(tmp_path, make_base, tiny_llama, monkeypatch):
-    run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), model={"dtype": "bfloat16"})
+def test_gguf_in_16_bits_is_rounded_with_the_rows_of_the_run(tmp_path, make_base, tiny_llama, monkeypatch):
+    """A change of less than half a step of the base's own values is not lost: its effect arrives."""
+    run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), size=0.02, model={"dtype": "bfloat16"})
     found = {}
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_INPUTS", 1)
     monkeypatch.setattr(
-        module.gguf, "convert_hf_to_gguf", lambda folder, file, p: found.update({p: load_weights(folder)})
+        module.gguf, "convert_hf_to_gguf", lambda path, file, kind: found.update({kind: load_weights(path)})
     )
     loaded = module.load_trained(run)
-    for precision in ("f16", "bf16"):
+    for precision in ("f32", "f16"):
         module.write_merged_gguf(loaded, run, tmp_path / "model.gguf", precision)
-    loaded.model.merge_adapter()
     name = "model.layers.0.mlp.up_proj"
-    exact = loaded.model.get_submodule(name).weight.float()
-    assert torch.allclose(found["f16"][f"{name}.weight"], exact, atol=1e-6)
-    assert found["bf16"][f"{name}.weight"].dtype == torch.bfloat16
+    inputs = module.collect_rounding_inputs(loaded.model, loaded.recipe, loaded.base.tokenizer)[name]
+    exact, rounded = (found[precision][f"{name}.weight"].float() for precision in ("f32", "f16"))
+    assert found["f16"][f"{name}.weight"].dtype == torch.float16
+    assert not torch.equal(exact, exact.half().float())
+    error, nearest = (((w - exact) @ inputs.float().t()).norm() for w in (rounded, exact.half().float()))
+    assert error < 0.9 * nearest
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

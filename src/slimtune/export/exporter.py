@@ -132,11 +132,10 @@ def export(
         elif not options.merged and loaded.base.quantization is not None:
             notes = [*notes, describe_16_bit_base(loaded, run)]
         if verdict.passed is False:
-            raise RunError(
-                f"{verdict.engine} differs from the trained adapter: {verdict.reason}",
-                verdict.limit,
-                "please report it; --no-verify writes the folder without the check",
-            )
+            hint = "please report it; --no-verify writes the folder without the check"
+            if options.merged and options.precision != "f32":
+                hint = f"--precision f32, which holds smaller changes; if it differs, too, {hint}"
+            raise RunError(f"{verdict.engine} differs from the trained adapter: {verdict.reason}", verdict.limit, hint)
         if verdict.passed is None and require_proof:
             hint = "without --require-proof the folder is written, unproven"
             raise RunError(f"the export is not proven: {verdict.reason}", "an export that the engine was asked", hint)

@@ -52,6 +52,11 @@ SMALL_MODEL = 1_000_000_000
 models are checked in the run's dtype and rounded to the nearest, to save memory."""
 
 
+STORED_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+"""Precisions of a GGUF to which the merged weights of small models are rounded with the run's rows. Rounded to the
+nearest, a change of less than half a step is lost, as most of those of a preference run are even in f16."""
+
+
 def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     """Write a run's base and adapter as one checkpoint.
 
@@ -105,7 +110,9 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
                 f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
                 f"tokens; the adapter changes them by {effect:.3g} on average)",
                 str(tolerance),
-                "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
+                "--dtype float32 (export: --precision f32): 16 bits cannot hold so small a change"
+                if stored.itemsize == 2
+                else "",
             )
         report = {
             "dtype": dtype_name(stored),
@@ -239,22 +246,22 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
     """Write base and adapter as one GGUF; the loaded model is unchanged afterwards."""
     source = loaded.base.source
     model: Any = loaded.model
+    small = _is_small(model)
     if source.kind != "gguf":
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-            # The weights of a base in bf16 are values of bf16, so rounding to it would lose each change of less than
-            # half a step, as most of those of a preference run are. f16 has eight times finer steps.
-            merge(run, Path(folder, "merged"), "auto" if precision == "bf16" else "float32")
+            dtype = "auto" if precision == "bf16" else "float16" if precision == "f16" and small else "float32"
+            merge(run, Path(folder, "merged"), dtype)
             gguf.convert_hf_to_gguf(Path(folder, "merged"), file, precision)
         return
     inputs: dict[str, torch.Tensor] = {}
-    if precision == "bf16" and _is_small(model):  # f16 and f32 hold the change, and q8_0 rounds in blocks
+    if precision in STORED_DTYPES and small:  # f32 holds the change, and q8_0 rounds in blocks
         inputs = collect_rounding_inputs(model, loaded.recipe, loaded.base.tokenizer)
     with translate_merge_errors(run):
         model.merge_adapter(safe_merge=True)
     try:
         for name in inputs.keys() & model.adapted_layers().keys():
             weight = model.get_submodule(name).weight
-            rounded = round_weight(model, f"{name}.weight", weight.detach(), torch.bfloat16, inputs)
+            rounded = round_weight(model, f"{name}.weight", weight.detach(), STORED_DTYPES[precision], inputs)
             weight.data = rounded.to(weight.dtype)
         gguf.write_gguf_from_template(Path(source.path), model, file, precision)
     finally:
