@@ -4,7 +4,7 @@
 
 SmolLM2 learns to answer a sum with the number alone, "12" and not "The answer is 12.". Each step samples several
 answers to each of a few sums, and makes those likelier that earned more than the other answers to the same sum. The
-reward is measured before and after on sums that were not trained on. docs/rl.md shows the output.
+reward is measured before and after on sums that were not trained on. docs/preferences.md says more.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def measure(model: torch.nn.Module, tokenizer: object, sums: list[tuple[int, int
     model.eval()
     out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=tokenizer.pad_token_id)
     answers = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    rewards = reward_number([[{"content": text}] for text in answers], [a + b for a, b in sums])
+    rewards = reward_number(completions=[[{"content": text}] for text in answers], total=[a + b for a, b in sums])
     return sum(rewards) / len(rewards), answers
 
 
