@@ -261,8 +261,8 @@ def recommend_method(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mappi
             text += f", but may be up to {max(gaps):.3f} worse: more seeds or test rows would tell"
         parts.append(text)
     if worse:
-        gaps = sorted(get_gain(best) - get_gain(m) for m in worse)
-        span = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (gaps[0], gaps[-1])))
+        distances = sorted(get_gain(best) - get_gain(m) for m in worse)
+        span = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (distances[0], distances[-1])))
         verb = "is" if len(worse) == 1 else "are"
         parts.append(f"{_join_names(worse)} {verb} worse than {best['method']} by {span} {unit}")
     return "; ".join(parts) + f".{not_ranked}"
