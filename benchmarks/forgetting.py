@@ -1,0 +1,37 @@
+"""What a weaker adapter keeps and loses: validation loss and forgetting at several strengths of a run's adapter.
+
+    slimtune train examples/devils-dictionary.yaml --max-steps 48 --lr 3e-3 --set train.eval_steps=6 --out RUN
+    python benchmarks/forgetting.py RUN
+
+Forgetting is the rise of the loss on about 2,000 tokens of the built-in general text, as train.forgetting_budget
+measures it. With that setting `train` prints it for each checkpoint, too.
+"""
+
+import argparse
+
+from slimtune.adapters.strength import AdapterStrength
+from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
+from slimtune.setup import build_collator, load_datasets, load_run
+from slimtune.train_step.loss import evaluate_rows, mean_loss
+from slimtune.training.forgetting import choose_general_rows
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    trained = load_run(parser.parse_args().run)
+    validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
+    general = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, trained.base.tokenizer, 8192)
+    collator = build_collator(trained.recipe, trained.model, trained.base.tokenizer, 512)
+    strength, base = AdapterStrength(trained.model, "default"), None
+    for s in STRENGTHS:
+        strength.set(s)
+        after, loss = (mean_loss(evaluate_rows(trained.model, rows, collator)) for rows in (general, validation))
+        base = after if base is None else base
+        print(f"strength {s:5.3f}   forgetting {after - base:+.4f}   validation loss {loss:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
