@@ -113,18 +113,21 @@ def start_server(way: str, model: str, runs: list[Path], batch: int) -> Iterator
         command += ["transformers.cli.transformers", "serve", "--port", str(port)]
         models = [model]
     else:
-        command = [sys.executable, "-c", LLAMA_CPP, model, str(port), str(batch)]
+        command = [sys.executable, "-c", LLAMA_CPP, model, str(batch)]
         models = ["base"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
     try:
+        if way == "llama.cpp":
+            url = process.stdout.readline().strip()  # it chooses its port
         for _ in range(600):
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5)
                 break
             if process.poll() is not None:
                 raise RuntimeError(f"{way} ended with {process.returncode}")
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", process.pid, models
+        yield f"{url}/v1", process.pid, models
     finally:
         process.terminate()
         process.wait(60)
@@ -133,10 +136,11 @@ def start_server(way: str, model: str, runs: list[Path], batch: int) -> Iterator
 LLAMA_CPP = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.hostname, params.port = sys.argv[1], "127.0.0.1", int(sys.argv[2])
-params.n_parallel, params.n_ctx = int(sys.argv[3]), 1024 * int(sys.argv[3])
+params.model.path = sys.argv[1]
+params.n_parallel, params.n_ctx = int(sys.argv[2]), 1024 * int(sys.argv[2])
 params.n_gpu_layers, params.verbosity = 0, -1
 server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
 time.sleep(1e6)
 """
 
