@@ -165,3 +165,16 @@ def test_training_on_sound_rows_says_so(rows, tiny_folder, tmp_path, slimtune):
     assert log.count("train data: ok") == log.count("validation data: ok") == 1
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())
     assert (recorded["train"]["rows"], recorded["validation"]["rows"]) == (20, 4)
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [("unpaired-preference", {"prompt": "a", "completion": "b", "label": True}),
+     ("ranked-preference", {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}),
+     ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+     ("classification", {"text": "a", "label": "b"})],
+)  # fmt: skip
+def test_formats_of_other_tasks(format, row, rows, slimtune):
+    data = json.loads(slimtune("data", rows((1, row), n=1), "--format", format, "--json").stdout)
+    assert data["format"] == format
+    assert data["invalid_count"] == 0

@@ -50,8 +50,12 @@ def data_report(
     from ..config import load_recipe
     from ..data.validation.report import validate_file
     from ..models.loader import load_tokenizer
+    from ..objectives import objective_class, objective_names
 
     unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
+    tasks = {name: objective_class(name) for name in objective_names()}
+    takes = (name for name, t in tasks.items() if settings.get("data.format") in (*t.formats, *t.named_formats))
+    unused["task.name"] = next(takes, "sft")
     recipe = load_recipe(None, {**unused, **settings})
     data, m = recipe.data, recipe.model
     tokenizer = model = None
