@@ -130,6 +130,7 @@ def test_by_hand():
         "tokens": 5,
         "row_targets": (1, 1),
         "example_rows": (1, 1),
+        "row_scores": (None, None),
     }
     assert plain_values(Collator(7, packing=False)([a, b])) == {
         "input_ids": [[11, 12, 13], [21, 22, 7]],
@@ -140,6 +141,7 @@ def test_by_hand():
         "tokens": 5,
         "row_targets": (1, 1),
         "example_rows": (1, 1),
+        "row_scores": (None, None),
     }
 
 

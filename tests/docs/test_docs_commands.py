@@ -62,8 +62,13 @@ def check_command(line: str) -> None:
     } | dict(parse_override(text) for text in given.get("set_") or [])
     methods = str(settings.pop("method.name", "lora")).split(",") if name == "plan" else ["lora"]
     if name == "compare":  # `--set dora.r=8` sets a field of one of its entries
+        entries = {"dora": "method", "dpo": "task"}
+        parts = {path: path.partition(".") for path in settings}
+        if any(entry == "dpo" for entry, _, _ in parts.values()):
+            settings["task.name"] = "dpo"
         settings = {
-            f"method.{path.partition('.')[2]}" if path[:4] == "dora" else path: v for path, v in settings.items()
+            f"{entries[parts[path][0]]}.{parts[path][2]}" if path in parts and parts[path][0] in entries else path: v
+            for path, v in settings.items()
         }
     for method in methods if methods != ["all"] else []:
         tree: dict = {}
