@@ -440,6 +440,9 @@ def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, f
     records = list(map(choice.apply, records))
     present = list(dict.fromkeys(key for record in records for key in record))
     fitting = [n for n, f in FORMATS.items() if n not in NAMED_FORMATS and f.fits(present)]
+    if len(fitting) > 1:  # a misspelled column in one row is the fault of that row, which reading names
+        most = [n for n in fitting if 2 * sum(FORMATS[n].fits(list(record)) for record in records) > len(records)]
+        fitting = most or fitting
     if len(fitting) == 2 and "text" in fitting:  # Alpaca's own rows: the text repeats the other columns
         (other,) = set(fitting) - {"text"}
         if all(_is_rendering(record, other) for record in records):
