@@ -245,10 +245,12 @@ def test_every_known_base():
         "llama-4",
         "nemotron-3",
         "nemotron-nano-9b",
+        "falcon-h1",
+        "granite-4.0-h",
         "qwen3-next",
         "qwen3-coder-next",
         "qwen3.",
-        "glm-4.7",
+        "glm-4.7-flash",
     )
     for name in load_known_configs():
         if name.startswith(recurrent):

@@ -39,6 +39,9 @@ class LinearTilt(AdapterModule):
         y = y + self.tilt_gain.to(y.dtype) * y
         return y if self.tilt_shift is None else y + self.tilt_shift.to(y.dtype)
 
+    def neutral_values(self, site):
+        return {name: 0.0 for name, _ in self.named_parameters()}
+
     def merge_into(self, weight, bias):
         if bias is None and self.tilt_shift is not None:
             raise MergeUnsupported("the base has no bias to hold the shift")
