@@ -7,7 +7,9 @@
     trl-precomputed      the same with precompute_ref_log_probs=True
 
 Each way is a process of its own that waits while another one runs; a round runs each way for one optimizer step, and
-the order turns from round to round. Two tables: prompts as long as answers, and prompts a tenth as long as answers.
+the order turns from round to round. TRL's best is a pair in a micro-batch (`--parts`): nothing is padded to another
+pair's length then, and its padding_free is switched off in TRL itself. Two tables: prompts as long as answers, and
+prompts a tenth as long as answers.
 Figures are medians over rounds, the first round warms up. r = 16 on all linear maps, AdamW, nothing checkpointed.
 Peak memory is each process's own, libraries and the base's weights included. The reference's own time is not in a step:
 `prepare` is the time it takes for all pairs, where it is computed before. The first losses have to agree with ln 2.
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step")
-    parser.add_argument("--parts", type=int, default=1, help="micro-batches of TRL's step")
+    parser.add_argument("--parts", type=int, help="micro-batches of TRL's step; default: one for each pair")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -274,7 +276,7 @@ def main() -> None:
                 "base": f"{folder}/base",
                 "dtype": args.dtype,
                 "batch": args.pairs,
-                "parts": args.parts,
+                "parts": args.parts or args.pairs,
                 "steps": steps,
             }
             common["pairs"] = make_pairs(args.pairs * steps, prompt, answer_words)
