@@ -76,6 +76,7 @@ TYPED = {"chat": ["hello", "/hlep", "/exit"]}
 VOLATILE = [
     (r"\x1b\[(\?25[lh]|\d*[AKJ])|\r", ""),
     (r"^(.*[━╸╺].*|.*: \d+ of \d+, after .*)\n", ""),  # progress, by chance of the moment
+    (r"^\x1b\[2mchecking adapter folder, read back.*\n", ""),  # a slow check's progress takes its place
     (r"(?<=you: \x1b\[0mhello\n).*\n|(?<=8\nexit code 0\n--- stdout\n).*\n(?=--- stderr\nbase with)", "…\n"),
     (r"\bN (to N )?[KMGT]?i?B\b", "N B"),
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),
