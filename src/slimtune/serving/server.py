@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import UsageError
+from ..utils.sockets import bind_socket
 from .app import App, AppSettings
 from .continuous_batching import ContinuousBatching
 from .models import load_models, name_runs
@@ -55,7 +56,7 @@ class ModelServer:
                 "set SLIMTUNE_API_KEY, which other users of this machine cannot see as they see a flag",
             )
         named = name_runs(runs)
-        self._socket = _bind(settings.host, settings.port)
+        self._socket = bind_socket(settings.host, settings.port)
         try:
             self.models, trained = load_models(named, device=settings.device, max_length=settings.max_length)
         except BaseException:
@@ -125,23 +126,3 @@ class _UvicornServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             closing.cancel()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(f"there is no address {host!r}: {error}", "a name or address of this machine") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen()  # two servers can bind one port as long as none listens
-    except OSError as error:
-        bound.close()
-        raise UsageError(
-            f"the server cannot listen at {host}, port {port}: {error.strerror}",
-            "a free port above 1023",
-            "--port 0 takes any",
-        ) from error
-    return bound

@@ -2,14 +2,13 @@
 
 import importlib
 import os
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
 
-from ..errors import UsageError
+from ..utils.sockets import bind_socket
 from .app import build_app
 from .jobs import Job
 from .pages import Pages
@@ -35,7 +34,7 @@ def serve(
     Raises:
         UsageError: the address or port cannot be bound.
     """
-    sock = bind(host, port)
+    sock = bind_socket(host, port)
     port = sock.getsockname()[1]
     token = make_token(os.environ)
     pages = Pages(Workspace(folder))
@@ -57,16 +56,3 @@ def serve(
         trainings = pages.close()
         sock.close()
     return url, trainings
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; raise UsageError if it cannot."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except (OSError, OverflowError) as e:
-        hint = "another --port, or --port 0 for any that is free"
-        raise UsageError(f"the page cannot be served at {host}:{port}: {e}", "a free port", hint) from None
-    return sock
