@@ -1,6 +1,5 @@
 """`slimtune compare`: methods side by side on one recipe's rows."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from .common import Json, NegativeResult, console, print_progress, table
-from .inputs import require_inputs
+from .inputs import require_inputs, require_packages
 from .options import recipe_flags
 
 PACKAGES = ("scipy", "matplotlib")
@@ -42,10 +41,7 @@ def compare(
     --set changes a setting of the recipe (train.batch_size=4), of one method (dora.r=8) or of one task (dpo.beta=0.5).
     If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
     """
-    missing = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
-    if missing:
-        message = f"compare needs {' and '.join(missing)}, not installed here"
-        raise UsageError(message, hint="pip install 'slimtune[compare]'")
+    require_packages("compare", "compare", (*PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
     from ..comparison.candidates import build_candidates, build_task_candidates, require_candidates, split_settings

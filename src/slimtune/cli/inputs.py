@@ -1,11 +1,28 @@
 """Checks of the names and files that a command gets, before torch is imported, which takes seconds."""
 
+import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import SlimtuneError
+from ..errors import SlimtuneError, UsageError
+
+PACKAGES = {"multipart": "python-multipart"}
+"""Packages that have another name than their module."""
+
+
+def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
+    """Raise UsageError unless what a command imports is installed; nothing is imported.
+
+    Args:
+        command: its name.
+        extra: the extra of slimtune that brings the packages.
+        modules: what it imports of them.
+    """
+    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+        message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
+        raise UsageError(message, hint=f"pip install 'slimtune[{extra}]'")
 
 
 def require_inputs(

@@ -1,14 +1,12 @@
 """`slimtune serve`: an OpenAI-compatible server for runs and their base."""
 
-import importlib.util
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import UsageError
 from ..utils.formatting import format_bytes
 from .common import Device, Json, console
-from .inputs import require_run
+from .inputs import require_packages, require_run
 
 
 def serve_runs(
@@ -31,11 +29,7 @@ def serve_runs(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Serve runs and their base to OpenAI's clients."""
-    for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f"the package {package} is not installed", "the extra serve", "pip install 'slimtune[serve]'"
-            )
+    require_packages("serve", "serve", ("starlette", "uvicorn"))
     from ..serving.models import name_runs
 
     for path in name_runs(runs).values():

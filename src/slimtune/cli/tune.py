@@ -1,6 +1,5 @@
 """`slimtune tune`: search settings of a recipe."""
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import UsageError
 from .common import Json, console, print_progress, table
-from .inputs import require_inputs
+from .inputs import require_inputs, require_packages
 from .options import recipe_flags
 
 PACKAGES = ("optuna", "matplotlib")
@@ -48,9 +46,7 @@ def tune(
     from ..reporting.charts import require_figure_path
 
     ranges = parse_ranges(over)
-    if missing := [p for p in PACKAGES if importlib.util.find_spec(p) is None]:
-        message = f"tune needs {' and '.join(missing)}, not installed here"
-        raise UsageError(message, hint="pip install 'slimtune[compare]'")
+    require_packages("tune", "compare", PACKAGES)
     if plot is not None:
         plot = require_figure_path(plot)
     require_inputs(recipe, {"output_dir": "unused", **settings})

@@ -1,6 +1,5 @@
 """`slimtune ui`: the web page."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +8,7 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from .common import WARNING, Json, error_console
-
-PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "multipart": "python-multipart"}
-"""Modules of the extra `ui`, and the packages that they are in."""
+from .inputs import require_packages
 
 
 def ui(
@@ -28,9 +25,7 @@ def ui(
     It prints an address with a token, which a browser needs. The page runs the commands of slimtune in FOLDER. A
     training goes on when the page is stopped by Ctrl-C.
     """
-    if missing := [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]:
-        message = f"ui needs {' and '.join(missing)}, not installed here"
-        raise UsageError(message, hint="pip install 'slimtune[ui]'")
+    require_packages("ui", "ui", ("starlette", "uvicorn", "multipart"))
     if not folder.expanduser().is_dir():
         raise UsageError(f"there is no folder {str(folder)!r}", "the folder with your rows and runs")
     from ..ui.server import serve
@@ -40,7 +35,7 @@ def ui(
     def announce(url: str, is_local: bool) -> None:
         screen = error_console()
         if not is_local:
-            text = f"warning: {host} is reached from other machines, without encryption: whoever has the token"
+            text = f"warning: {host} is reached from other machines, without encryption: anyone with the token"
             screen.print(f"{text} can run commands here", style=WARNING)
         screen.print(f"the page of {Path.cwd().name}: {url}\nCtrl-C stops it", soft_wrap=True)
 
