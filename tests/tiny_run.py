@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from slimtune.config import Recipe
 from slimtune.training.loop import TrainingLoop
+from slimtune.training.train import Interrupted, train
 
 
 def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path:
@@ -39,6 +40,15 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseExc
         return train_step(loop, rows)
 
     monkeypatch.setattr(TrainingLoop, "train_step", interrupted)
+
+
+def train_in_two_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> dict[str, Any]:
+    """Train a recipe until Ctrl-C comes after `step` steps, then resume it to its end; return its result."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    return train(recipe, resume=True)
 
 
 def adapter(run: str | Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -16,7 +16,7 @@ from slimtune.data.tokenized_dataset import split_rows
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.setup import load_datasets
 from slimtune.training.loop import TrainingLoop
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 WORDS = ("wave", "fern", "tram")
@@ -59,11 +59,7 @@ def test_interrupted_run_ends_as_the_undisturbed_one(make, task, monkeypatch):
     method = {"name": "lora", "r": 4, "lora_dropout": 0.1}
     whole, again = make(task, "whole", method=method), make(task, "again", method=method)
     train(whole)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(again)
-    train(again, resume=True)
+    train_in_two_parts(again, monkeypatch, 2)
     assert distance(whole.output_dir, again.output_dir) == 0
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from test_trl import get_gradients, wide  # noqa: F401 a fixture
 from tiny_families import build_family
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
@@ -19,7 +19,7 @@ from slimtune.data.tokenized_dataset import DatasetWriter
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives.kto import KTO
 from slimtune.train_step.loss import make_collator, score_objective, score_row_logps, step_loss
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 ROWS = [
     {"prompt": "Why is it so?", "completion": " Because of this.", "label": True},
@@ -234,10 +234,6 @@ def test_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
     assert metrics(folder, "rewards/margins")[-1] == pytest.approx(beta * unpaired["margin"], rel=1e-4)
     assert "Good answers likelier" in (folder / "report.html").read_text()
 
-    again = {**settings, "output_dir": str(tmp_path / "again")}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        with pytest.raises(Interrupted):
-            train(recipe_of(again))
-    train(recipe_of(again), resume=True)
-    assert distance(folder, again["output_dir"]) == 0
+    again = recipe_of({**settings, "output_dir": str(tmp_path / "again")})
+    train_in_two_parts(again, monkeypatch, 5)
+    assert distance(folder, again.output_dir) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tiny_families import build_family
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_parts
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
@@ -63,13 +63,9 @@ def test_dpo_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch)
     assert "Preference margin" in page
     assert "dpo, beta 0.1" in page
 
-    again = {**settings, "output_dir": str(tmp_path / "again")}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        with pytest.raises(Interrupted):
-            train(recipe_of(again))
-    train(recipe_of(again), resume=True)
-    assert distance(folder, again["output_dir"]) == 0
+    again = recipe_of({**settings, "output_dir": str(tmp_path / "again")})
+    train_in_two_parts(again, monkeypatch, 4)
+    assert distance(folder, again.output_dir) == 0
 
 
 def test_reference_of_other_rows_is_refused(settings, monkeypatch):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives import objective_class
 from slimtune.train_step.loss import make_collator, score_objective, step_loss
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 PROMPT = [5, 9, 30, 77, 12, 41, 8, 19, 55, 60]
 
@@ -139,13 +139,9 @@ def test_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
     gain = preference["tuned_margin"] - preference["base_margin"]
     assert metrics(folder, "rewards/margins")[-1] == pytest.approx(0.1 * gain, rel=1e-4)
 
-    again = {**settings, "output_dir": str(tmp_path / "again")}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        with pytest.raises(Interrupted):
-            train(recipe_of(again))
-    train(recipe_of(again), resume=True)
-    assert distance(folder, again["output_dir"]) == 0
+    again = recipe_of({**settings, "output_dir": str(tmp_path / "again")})
+    train_in_two_parts(again, monkeypatch, 4)
+    assert distance(folder, again.output_dir) == 0
 
 
 def test_best_against_worst_trains_two_answers_of_a_list(settings):

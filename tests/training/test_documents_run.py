@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import distance, interrupt_at, recipe_of
+from tiny_run import distance, recipe_of, train_in_two_parts
 
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.setup import load_run
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 
 @pytest.fixture
@@ -31,11 +31,7 @@ def test_resumed_run_is_bit_for_bit_the_whole_one(documents, tmp_path, monkeypat
     assert "2 of them set aside for validation" in log
     assert f"8 documents to train on, cut into {result['rows']} windows of at most 32 tokens" in log
     assert result["steps"] == 2 * math.ceil(result["rows"] / 20) == 4
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(recipe_of(documents))
-    train(recipe_of(documents), resume=True)
+    train_in_two_parts(recipe_of(documents), monkeypatch, 2)
     assert distance(documents["output_dir"], tmp_path / "whole") == 0
 
 

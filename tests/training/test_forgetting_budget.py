@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.adapters.model import PeftModel
@@ -16,7 +16,7 @@ from slimtune.errors import RecipeError, UsageError
 from slimtune.export.merge import merge
 from slimtune.training import loop
 from slimtune.training.forgetting import GENERAL_TOKENS, choose_general_rows
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +105,7 @@ def test_strength_is_reduced_where_no_checkpoint_is_inside(budgeted, tmp_path):
 @pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_adapter(budgeted, tmp_path, monkeypatch):
     whole = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "whole")}, forgetting_budget=0.02))
-    recipe = recipe_of(budgeted, forgetting_budget=0.02)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        with pytest.raises(Interrupted):
-            train(recipe)
-    resumed = train(recipe, resume=True)
+    resumed = train_in_two_parts(recipe_of(budgeted, forgetting_budget=0.02), monkeypatch, 4)
     assert distance(resumed["run"], whole["run"]) == 0
     assert resumed["forgetting"] == whole["forgetting"]
     assert metrics(resumed["run"], "forgetting") == metrics(whole["run"], "forgetting")
