@@ -53,9 +53,8 @@ def data_report(
     from ..objectives import objective_class, objective_names
 
     unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
-    tasks = {name: objective_class(name) for name in objective_names()}
-    takes = (name for name, t in tasks.items() if settings.get("data.format") in (*t.formats, *t.named_formats))
-    unused["task.name"] = next(takes, "sft")
+    if named := settings.get("data.format"):  # a recipe refuses formats that its task does not take
+        unused["task.name"] = next((t for t in objective_names() if objective_class(t).takes_format(named)), "sft")
     recipe = load_recipe(None, {**unused, **settings})
     data, m = recipe.data, recipe.model
     tokenizer = model = None

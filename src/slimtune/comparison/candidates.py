@@ -120,8 +120,7 @@ def _build_task_candidate(
 ) -> Candidate:
     name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
     objective = objective_class(name)
-    learns_pairs = "preference" in (*objective.formats, *objective.named_formats)
-    if not learns_pairs or objective.task_type != "CAUSAL_LM":
+    if not objective.takes_format("preference") or objective.task_type != "CAUSAL_LM":
         message = f"the task {label} does not teach a language model from preference pairs"
         raise UsageError(message, "some of dpo,ipo,simpo,orpo,sft")
     own, section = _select_overrides(label, overrides), dict(recipe_tree.get("task") or {})

@@ -165,7 +165,7 @@ def is_asked_otherwise(tokenizer: Any, messages: Messages, tools: Tools, rendere
     """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
 
     So it is if a template ends its prompt with `<think>` and writes none before an answer: then the model is asked
-    with a prompt that it was never trained on. False if the template refuses the beginning of the conversation.
+    with a prompt that it was never trained on. False if the template refuses the messages before the answer.
     """
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
     try:

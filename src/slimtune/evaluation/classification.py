@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives.classification import label_losses
 from ..train_step.loss import row_logits, score_examples
 from .base import Evaluation, RowFigures
-from .statistics import bootstrap_macro_f1, compute_f1
+from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1
 
 
 class ClassificationEvaluation(Evaluation):
@@ -43,18 +43,9 @@ class ClassificationEvaluation(Evaluation):
         def name_set(row: np.ndarray) -> str:
             return ", ".join(name for name, is_one in zip(names, row, strict=True) if is_one) or "none"
 
-        result = {
-            "rows": len(self.examples),
-            "different_rows": len(np.unique(self.groups)),
-            "loss": float(losses.mean()),
-            "accuracy": accuracy.base.value,
-            "accuracy_ci95": accuracy.base.interval,
+        result = describe_accuracy(self, losses, accuracy, name_set(frequent)) | {
             "macro_f1": f1.value,
             "macro_f1_ci95": f1.interval,
-            "baseline": name_set(frequent),
-            "baseline_accuracy": accuracy.tuned.value,
-            "accuracy_gain": accuracy.difference.value,
-            "accuracy_gain_ci95": accuracy.difference.interval,
             "classes": [
                 {
                     "name": name,
@@ -77,6 +68,23 @@ class ClassificationEvaluation(Evaluation):
     @staticmethod
     def list_reasons(result: Mapping[str, Any]) -> list[str]:
         return list_reasons_not_better(result, f"always answering {result['baseline']!r}")
+
+
+def describe_accuracy(
+    evaluation: Evaluation, losses: np.ndarray, accuracy: PairedEstimate, baseline: str
+) -> dict[str, Any]:
+    """Return numbers of rows, mean loss, and accuracy beside a baseline's (the second one that was compared)."""
+    return {
+        "rows": len(evaluation.examples),
+        "different_rows": len(np.unique(evaluation.groups)),
+        "loss": float(losses.mean()),
+        "accuracy": accuracy.base.value,
+        "accuracy_ci95": accuracy.base.interval,
+        "baseline": baseline,
+        "baseline_accuracy": accuracy.tuned.value,
+        "accuracy_gain": accuracy.difference.value,
+        "accuracy_gain_ci95": accuracy.difference.interval,
+    }
 
 
 def score_classes(model: Any, batch: dict[str, Any]) -> Tensor:

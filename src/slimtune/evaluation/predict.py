@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.dataset import RowErrorCollector, find_parts
 from ..data.formats import InvalidRow, Record, Row, parse_record
 from ..data.tokenize import tokenize_rows
 from ..errors import AdapterError, UsageError
+from ..models.base_config import max_positions
 from ..setup import TrainedModel, build_collator, load_run
 from ..train_step.loss import row_logits, score_examples
 from ..utils.files import require_output_file, to_json, write_atomic
@@ -87,7 +89,7 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
     if classes is None:
         hint = f"slimtune generate {trained.adapter.parent if trained.recipe else trained.adapter} lets it answer"
         raise UsageError(f"{trained.adapter} is the adapter of a language model", "a classifier or reward model", hint)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = max_positions(model.config)
     examples: list[dict[str, Any]] = []
     errors = RowErrorCollector("the rows", hint="shorten or remove these rows")
     for row, tokens in zip(rows, tokenize_rows(rows, tokenizer), strict=True):
@@ -108,13 +110,12 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not classes.names:
         return [{"reward": float(reward)} for (reward,) in logits]
     if classes.multi_label:
-        probabilities = 1 / (1 + np.exp(-logits))
+        probabilities = torch.from_numpy(logits).sigmoid().numpy()
         predicted: list[Any] = [
             [n for n, p in zip(classes.names, row, strict=True) if p > 0.5] for row in probabilities
         ]
     else:
-        probabilities = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities /= probabilities.sum(1, keepdims=True)
+        probabilities = torch.from_numpy(logits).softmax(1).numpy()
         predicted = [classes.names[i] for i in logits.argmax(1)]
     return [
         {"predicted": name, "probabilities": dict(zip(classes.names, row.tolist(), strict=True))}

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..train_step.loss import score_objective
 from .base import Evaluation, RowFigures
-from .classification import list_reasons_not_better
+from .classification import describe_accuracy, list_reasons_not_better
 
 
 class RewardEvaluation(Evaluation):
@@ -18,16 +18,7 @@ class RewardEvaluation(Evaluation):
         losses, chosen, rejected = np.array([scores[i] for i in range(len(self.examples))]).T
         accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
         margin = self.compare(chosen, rejected)
-        result = {
-            "rows": len(self.examples),
-            "different_rows": len(np.unique(self.groups)),
-            "loss": float(losses.mean()),
-            "accuracy": accuracy.base.value,
-            "accuracy_ci95": accuracy.base.interval,
-            "accuracy_gain": accuracy.difference.value,
-            "accuracy_gain_ci95": accuracy.difference.interval,
-            "baseline": "chance",
-            "baseline_accuracy": 0.5,
+        result = describe_accuracy(self, losses, accuracy, "chance") | {
             "margin": margin.difference.value,
             "margin_ci95": margin.difference.interval,
             "chosen_reward": margin.base.value,

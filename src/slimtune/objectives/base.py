@@ -53,6 +53,11 @@ class Objective:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @classmethod
+    def takes_format(cls, name: str) -> bool:
+        """Return whether it takes rows of this format, at least if `data.format` names it."""
+        return name in (*cls.formats, *cls.named_formats)
+
     @property
     def needs_mismatched_rows(self) -> bool:
         """Whether training rows need a row with their prompt and another answer (data/mismatched_rows.py)."""
