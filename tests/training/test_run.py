@@ -1,6 +1,7 @@
 """A run from a recipe to an adapter: what it writes, what it takes, how it goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,17 @@ def test_missing_init_adapter_and_float16_write_nothing(settings, tmp_path):
     with pytest.raises(UsageError, match="float16"):
         train(recipe_of(settings))
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_kill_before_old_checkpoints_are_deleted(settings):
+    """The last checkpoint is written, so no later one deletes what the killed run left."""
+    recipe = recipe_of(settings, save_steps=1, save_total_limit=1)
+    root = Path(settings["output_dir"]) / "checkpoints"
+    train(recipe)
+    kept = [p.name for p in checkpoint.list_checkpoints(root)]
+    shutil.copytree(root / kept[-1], root / "checkpoint-1")
+    train(recipe, resume=True)
+    assert [p.name for p in checkpoint.list_checkpoints(root)] == kept
 
 
 def test_full_disk_leaves_older_checkpoints(settings, monkeypatch):

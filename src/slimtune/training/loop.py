@@ -155,6 +155,8 @@ class TrainingLoop:
         )
         if newest is not None:
             self.restore_state(newest)
+            if distributed.is_main_process():  # a kill after the last checkpoint was written left the old ones
+                checkpoint.delete_old_checkpoints(run.checkpoints, settings.save_total_limit, self.state.best_steps)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
