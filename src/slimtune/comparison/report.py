@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from ..errors import RunError
-from ..evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal
+from ..evaluation.statistics import estimate_over_seeds, holm_correction, make_fields, mark_pareto_optimal
 from ..objectives import objective_class
 from ..run_dir import RENAMED_KEYS
 from ..utils.files import parse_json, read_file, read_json
@@ -112,7 +112,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
     measured = [read_json(run.evaluation_file("test"), RENAMED_KEYS) for run in runs]
     rows = [parse_json(read_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
-    reduction = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
+    reduction, _ = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
     task = (candidate.task or grid.tree.get("task") or {}).get("name", "sft")
     pairs = all("tuned_margin" in r for r in rows[0])
     by_seed = [m["loss_reduction"] for m in measured]
@@ -143,8 +143,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
         "tokens_per_second": mean("tokens_per_second"),
         "base_loss": statistics.fmean(m["base_loss"] for m in measured),
         "tuned_loss": statistics.fmean(m["tuned_loss"] for m in measured),
-        "loss_reduction": reduction.value,
-        "loss_reduction_ci95": [reduction.low, reduction.high],
+        **make_fields(loss_reduction=reduction),
         "loss_reduction_by_seed": by_seed,
         "loss_reduction_sd_seeds": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
         "oom_events": sum(r.get("oom_events", 0) for r in results),
@@ -180,10 +179,10 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> dict[str,
     for name, measure in (("accuracy", lambda margin: float(margin > 0)), ("margin", float)):
         before, after = ([list(map(measure, run)) for run in margins] for margins in (base, tuned))
         gains = [[t - b for b, t in zip(*run, strict=True)] for run in zip(before, after, strict=True)]
-        gain = estimate_over_seeds(gains, [1] * len(gains[0]))
+        gain, _ = estimate_over_seeds(gains, [1] * len(gains[0]))
         for who, runs in (("base", before), ("tuned", after)):
             result[f"{who}_{name}"] = statistics.fmean(statistics.fmean(run) for run in runs)
-        result |= {f"{name}_gain": gain.value, f"{name}_gain_ci95": [gain.low, gain.high]}
+        result |= make_fields(**{f"{name}_gain": gain})
     return result
 
 
@@ -199,10 +198,10 @@ def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         if seeds:
             # The base is the same, so the gains differ by b's loss minus a's.
             losses = [zip(a.tuned_losses[s], b.tuned_losses[s], strict=True) for s in seeds]
-            difference = estimate_over_seeds([[lb - la for la, lb in rows] for rows in losses], a.row_weights)
+            difference, p = estimate_over_seeds([[lb - la for la, lb in rows] for rows in losses], a.row_weights)
             pairs.append({
                 "a": a.fields["method"], "b": b.fields["method"], "seeds": seeds, "difference": difference.value,
-                "ci95": [difference.low, difference.high], "p": difference.p,
+                "ci95": difference.interval, "p": p,
             })  # fmt: skip
     for pair, p in zip(pairs, holm_correction([pair["p"] for pair in pairs]), strict=True):
         pair |= {"p_corrected": p, "beyond_noise": p < SIGNIFICANCE and len(pair["seeds"]) > 1}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives.classification import label_losses
 from ..train_step.loss import row_logits, score_examples
 from .base import Evaluation, RowFigures
-from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1
+from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1, make_fields
 
 
 class ClassificationEvaluation(Evaluation):
@@ -44,8 +44,7 @@ class ClassificationEvaluation(Evaluation):
             return ", ".join(name for name, is_one in zip(names, row, strict=True) if is_one) or "none"
 
         result = describe_accuracy(self, losses, accuracy, name_set(frequent)) | {
-            "macro_f1": f1.value,
-            "macro_f1_ci95": f1.interval,
+            **make_fields(macro_f1=f1),
             "classes": [
                 {
                     "name": name,
@@ -78,12 +77,9 @@ def describe_accuracy(
         "rows": len(evaluation.examples),
         "different_rows": len(np.unique(evaluation.groups)),
         "loss": float(losses.mean()),
-        "accuracy": accuracy.base.value,
-        "accuracy_ci95": accuracy.base.interval,
+        **make_fields(accuracy=accuracy.base, accuracy_gain=accuracy.difference),
         "baseline": baseline,
         "baseline_accuracy": accuracy.tuned.value,
-        "accuracy_gain": accuracy.difference.value,
-        "accuracy_gain_ci95": accuracy.difference.interval,
     }
 
 

@@ -17,7 +17,7 @@ from ..data.tokenized_dataset import Example, FirstRows, split_rows
 from ..objectives.base import list_pairs
 from ..train_step.loss import count_targets, score_row_logps
 from .base import Evaluation, RowFigures
-from .statistics import PairedEstimate
+from .statistics import PairedEstimate, make_fields
 from .supervised import measure_losses
 
 Logps = Sequence[Sequence[float]]
@@ -82,8 +82,7 @@ def measure_preferences(
         sums = (np.bincount(owners, measure(values)) for values in (logps["tuned"], logps["base"]))
         found = compare(*sums, np.bincount(owners))
         estimates = {f"base_{name}": found.tuned, f"tuned_{name}": found.base, f"{name}_gain": found.difference}
-        for key, estimate in estimates.items():
-            result[key], result[f"{key}_ci95"] = estimate.value, estimate.interval
+        result |= make_fields(**estimates)
     result["pairs_better"] = int(is_higher(logps["tuned"] - logps["base"]).sum())
     result["by_length"] = {}
     for name, part in (("chosen_longer", tokens[:, 0] > tokens[:, 1]), ("chosen_shorter", tokens[:, 0] < tokens[:, 1])):

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.collator import IGNORE_INDEX, Example
 from ..train_step.loss import RowScore
-from .statistics import paired_bootstrap
+from .statistics import make_fields, paired_bootstrap
 
 MAX_ROWS = 256
 """Rows that are scored after another row's prompt, drawn at random if there are more."""
@@ -80,8 +80,7 @@ def prompt_dependence(
     estimates = {"base": found.tuned, "tuned": found.base, "change": found.difference}
     return {
         "rows": len(shuffled),
-        **{name: e.value for name, e in estimates.items()},
-        **{f"{name}_ci95": e.interval for name, e in estimates.items()},
+        **make_fields(**estimates),
         "passed": estimates["tuned"].low > MIN_DEPENDENCE
         and estimates["change"].high >= -TOLERATED_LOSS * max(0.0, estimates["base"].value),
     }

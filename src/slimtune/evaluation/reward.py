@@ -8,6 +8,7 @@ import numpy as np
 from ..train_step.loss import score_objective
 from .base import Evaluation, RowFigures
 from .classification import describe_accuracy, list_reasons_not_better
+from .statistics import make_fields
 
 
 class RewardEvaluation(Evaluation):
@@ -19,8 +20,7 @@ class RewardEvaluation(Evaluation):
         accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
         margin = self.compare(chosen, rejected)
         result = describe_accuracy(self, losses, accuracy, "chance") | {
-            "margin": margin.difference.value,
-            "margin_ci95": margin.difference.interval,
+            **make_fields(margin=margin.difference),
             "chosen_reward": margin.base.value,
             "rejected_reward": margin.tuned.value,
         }

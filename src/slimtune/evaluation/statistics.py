@@ -20,7 +20,7 @@ and the interval covers rows only.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,16 +49,12 @@ class PairedEstimate(NamedTuple):
     base: Estimate
     tuned: Estimate
     difference: Estimate  # base - tuned
-    rows_better: int  # rows on which the tuned model has less
 
 
-class SeedEstimate(NamedTuple):
-    """A difference over seeds and rows in nats per token, its 95 % interval, and the p-value of it being 0."""
-
-    value: float
-    low: float
-    high: float
-    p: float
+def make_fields(**estimates: Estimate) -> dict[str, Any]:
+    """Return estimates as JSON has them: each value by its name, each interval by its name with `_ci95`."""
+    values = {name: estimate.value for name, estimate in estimates.items()}
+    return values | {f"{name}_ci95": estimate.interval for name, estimate in estimates.items()}
 
 
 def paired_bootstrap(
@@ -73,18 +69,23 @@ def paired_bootstrap(
     if not (b.shape == u.shape == t.shape and b.ndim == 1 and len(b) and (t > 0).all()):
         raise ValueError(f"expected three lists of one length, tokens above 0; got {b.shape, u.shape, t.shape}")
     sums = np.stack([b, u, b - u], axis=1)
-    values = sums.sum(0) / t.sum()
-    rng, ratios = np.random.default_rng(seed), []
-    block = max(1, MAX_COUNTS // len(t))
+    drawn = [(counts @ sums) / (counts @ t)[:, None] for counts in _draw_counts(len(t), draws, seed)]
+    return PairedEstimate(*_make_estimates(sums.sum(0) / t.sum(), np.concatenate(drawn)))
+
+
+def _draw_counts(rows: int, draws: int, seed: int, width: int | None = None) -> Iterator[np.ndarray]:
+    """Yield in blocks how often each row is drawn, int64 [block, rows]; a draw takes `width` numbers of memory."""
+    rng, block = np.random.default_rng(seed), max(1, MAX_COUNTS // (width or rows))
     for done in range(0, draws, block):
-        # How often each row is drawn is multinomial.
-        counts = rng.multinomial(len(t), np.full(len(t), 1 / len(t)), size=min(block, draws - done))
-        ratios.append((counts @ sums) / (counts @ t)[:, None])
-    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975], axis=0)
+        yield rng.multinomial(rows, np.full(rows, 1 / rows), size=min(block, draws - done))
+
+
+def _make_estimates(values: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
+    """Return figures [M] with the 95 % intervals of their draws [draws, M]."""
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     # If every row gives the same value, rounding alone could leave the estimate just outside.
     low, high = np.minimum(low, values), np.maximum(high, values)
-    of_base, of_tuned, difference = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
-    return PairedEstimate(of_base, of_tuned, difference, int((u < b).sum()))
+    return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
 
 
 def compute_f1(hits: Any, actual: Any, predicted: Any) -> np.ndarray:
@@ -105,18 +106,14 @@ def bootstrap_macro_f1(
             int [N, C].
     """
 
-    def macro_f1(hits: np.ndarray, actual: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        present = (actual + predicted > 0).sum(-1)
-        return compute_f1(hits, actual, predicted).sum(-1) / np.maximum(present, 1)
+    def macro_f1(counts: np.ndarray) -> np.ndarray:
+        """Return macro-F1 [draws, 1] of the rows as often as they are drawn [draws, N]."""
+        labels, predictions = counts @ actual, counts @ predicted
+        present = (labels + predictions > 0).sum(-1)
+        return (compute_f1(counts @ hits, labels, predictions).sum(-1) / np.maximum(present, 1))[:, None]
 
-    value = float(macro_f1(hits.sum(0), actual.sum(0), predicted.sum(0)))
-    rng, found, n = np.random.default_rng(seed), [], len(hits)
-    block = max(1, MAX_COUNTS // n)
-    for done in range(0, draws, block):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(block, draws - done))
-        found.append(macro_f1(counts @ hits, counts @ actual, counts @ predicted))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    return Estimate(value, min(float(low), value), max(float(high), value))
+    drawn = [macro_f1(counts) for counts in _draw_counts(len(hits), draws, seed)]
+    return _make_estimates(macro_f1(np.ones((1, len(hits)), np.int64))[0], np.concatenate(drawn))[0]
 
 
 def bootstrap_auc(
@@ -133,7 +130,6 @@ def bootstrap_auc(
         groups: int [N]; the rows of a group are drawn together.
         draws, seed: of the bootstrap; a draw without a good or without a bad row is left out.
     """
-    count = int(groups.max()) + 1
 
     def areas(weights: np.ndarray) -> np.ndarray:
         """Return the area of each kind for each draw [draws, M], from the weights of rows [draws, N]."""
@@ -148,17 +144,12 @@ def bootstrap_auc(
         both = (weights[:, is_good].sum(1) > 0) & (weights[:, ~is_good].sum(1) > 0)
         return np.stack(found, axis=1)[both]
 
-    rng, sampled = np.random.default_rng(seed), []
-    block = max(1, MAX_COUNTS // len(groups))
-    for done in range(0, draws, block):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(block, draws - done))
-        sampled.append(areas(drawn[:, groups].astype(float)))
-    value, draws_of = areas(np.ones((1, len(groups)))), np.concatenate(sampled)
+    counts = _draw_counts(int(groups.max()) + 1, draws, seed, width=len(groups))
+    drawn = np.concatenate([areas(block[:, groups].astype(float)) for block in counts])
+    value = areas(np.ones((1, len(groups))))
     if len(scores) > 1:
-        value, draws_of = (np.column_stack([a, a[:, 0] - a[:, 1]]) for a in (value, draws_of))
-    low, high = np.quantile(draws_of if len(draws_of) else value, [0.025, 0.975], axis=0)
-    low, high = np.minimum(low, value[0]), np.maximum(high, value[0])
-    return [Estimate(*map(float, ends)) for ends in zip(value[0], low, high, strict=True)]
+        value, drawn = (np.column_stack([a, a[:, 0] - a[:, 1]]) for a in (value, drawn))
+    return _make_estimates(value[0], drawn if len(drawn) else value)
 
 
 def perplexity(loss: float) -> float:
@@ -166,8 +157,8 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> SeedEstimate:
-    """Return the mean difference over seeds and rows with its 95 % interval and p-value.
+def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> tuple[Estimate, float]:
+    """Return the mean difference over seeds and rows with its 95 % interval, and the p-value of it being 0.
 
     Args:
         differences: `[seeds][rows]`, nats, of the same rows.
@@ -188,7 +179,7 @@ def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence
     v_rows = float(rows / (rows - 1) * (residuals**2).sum() / t.sum() ** 2)
     v_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0
     if v_rows + v_seeds <= 1e-24:  # only rounding differs
-        return SeedEstimate(mean, mean, mean, 1.0 if abs(mean) < 1e-12 else 0.0)
+        return Estimate(mean, mean, mean), 1.0 if abs(mean) < 1e-12 else 0.0
 
     def half_width(alpha: float) -> float:
         from_rows = special.stdtrit(rows - 1, alpha / 2) ** 2 * v_rows
@@ -203,7 +194,7 @@ def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence
         p = 1.0
     else:
         p = float(optimize.brentq(lambda alpha: half_width(alpha) - distance, MIN_P, 1.0, xtol=MIN_P))
-    return SeedEstimate(mean, mean - half_width(0.05), mean + half_width(0.05), p)
+    return Estimate(mean, mean - half_width(0.05), mean + half_width(0.05)), p
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:

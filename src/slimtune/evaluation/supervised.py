@@ -9,7 +9,7 @@ from ..data.tokenized_dataset import TokenizedDataset
 from ..train_step.loss import RowScore
 from .base import Evaluation, RowFigures
 from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
-from .statistics import Estimate, perplexity
+from .statistics import Estimate, make_fields, perplexity
 
 
 class SupervisedEvaluation(Evaluation):
@@ -69,21 +69,14 @@ def measure_losses(
     tokens = [score.tokens for score in base]
     loss = evaluation.compare([s.nats for s in base], [s.nats for s in tuned], tokens)
     hits = evaluation.compare([s.hits for s in tuned], [s.hits for s in base], tokens)
-
-    def both(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
-        estimates = {f"base_{name}": base, f"tuned_{name}": tuned}
-        return {k: e.value for k, e in estimates.items()} | {f"{k}_ci95": e.interval for k, e in estimates.items()}
+    perplexities = [Estimate(*map(perplexity, estimate)) for estimate in (loss.base, loss.tuned)]
 
     result = {
         "rows": len(tokens),
         "tokens": sum(tokens),
-        **both("loss", loss.base, loss.tuned),
-        "loss_reduction": loss.difference.value,
-        "loss_reduction_ci95": loss.difference.interval,
-        **both("perplexity", *(Estimate(*map(perplexity, e)) for e in (loss.base, loss.tuned))),
-        **both("accuracy", hits.tuned, hits.base),
-        "accuracy_gain": hits.difference.value,
-        "accuracy_gain_ci95": hits.difference.interval,
+        **make_fields(base_loss=loss.base, tuned_loss=loss.tuned, loss_reduction=loss.difference),
+        **make_fields(base_perplexity=perplexities[0], tuned_perplexity=perplexities[1]),
+        **make_fields(base_accuracy=hits.tuned, tuned_accuracy=hits.base, accuracy_gain=hits.difference),
         "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
         "different_rows": len(np.unique(evaluation.groups)),
     }

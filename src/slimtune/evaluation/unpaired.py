@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError
 from .base import Evaluation, RowFigures
-from .statistics import bootstrap_auc
+from .statistics import bootstrap_auc, make_fields
 from .supervised import measure_losses
 
 
@@ -80,6 +80,5 @@ def measure_unpaired_preferences(
         (("reward_auc",), [rewards]),
     ):
         found = bootstrap_auc(np.stack(scores), is_good, groups, draws=draws, seed=seed)
-        for name, estimate in zip(names, found, strict=True):
-            result[name], result[f"{name}_ci95"] = estimate.value, estimate.interval
+        result |= make_fields(**dict(zip(names, found, strict=True)))
     return result | {"good_reward": means[0], "bad_reward": means[1], "margin": means[0] - means[1]}
