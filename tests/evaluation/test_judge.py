@@ -140,9 +140,9 @@ def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
             judge(ASK, "a", "b")
     monkeypatch.setattr("slimtune.evaluation.judge.MAX_REPLY_BYTES", 3)
     handler.status = 200
-    with pytest.raises(ModelError, match=r"no judge answers at .*more than 3 bytes"):
-        judge(ASK, "a", "b")
-    with pytest.raises(ModelError, match=r"no judge answers at http://127\.0\.0\.1:1/v1/models"):
+    with pytest.raises(ModelError, match="sends more than 3 bytes"):
+        build_judge(url)
+    with pytest.raises(ModelError, match=r"no judge answers at http://127\.0\.0\.1:1/v1"):
         build_judge("http://127.0.0.1:1/v1")
 
 

@@ -10,23 +10,18 @@ Judges prefer an answer for its place (Zheng et al. 2023, arXiv 2306.05685), so 
 an answer wins only if it is better in both. They also prefer longer answers, so the lengths are reported beside.
 """
 
-import json
 import math
 import os
 import re
 import runpy
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..errors import ModelError, UsageError, nearest
-from ..utils.formatting import escape_controls
+from ..utils.json_server import JsonServer
 from ..utils.progress import track_progress
 from .generate import Message
 from .statistics import paired_bootstrap
@@ -86,9 +81,10 @@ def build_judge(name: str) -> Judge:
 
 def _build_http_judge(name: str) -> Judge:
     url, _, model = name.partition("#")
-    url = url.rstrip("/")
+    url, hint = url.rstrip("/"), "--judge http://127.0.0.1:8000/v1, a server with the API of OpenAI"
+    server = JsonServer("judge", url, os.environ.get("OPENAI_API_KEY"), TIMEOUT, MAX_REPLY_BYTES, hint)
     if not model:
-        listed = _request(url, "/models")
+        listed = server.request("/models")
         try:
             model = listed["data"][0]["id"]
         except (LookupError, TypeError) as e:
@@ -102,7 +98,7 @@ def _build_http_judge(name: str) -> Judge:
             {"role": "user", "content": "\n\n".join([*turns, *answers])},
         ]
         settings = {"model": model, "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
-        reply = _request(url, "/chat/completions", {**settings, "messages": messages})
+        reply = server.request("/chat/completions", {**settings, "messages": messages})
         try:
             text = reply["choices"][0]["message"]["content"] or ""
             verdicts = VERDICT.findall(text) or [text.strip().strip(".")]
@@ -111,39 +107,6 @@ def _build_http_judge(name: str) -> Judge:
         return {"A": 1.0, "B": -1.0, "C": 0.0}.get(verdicts[-1])
 
     return compare
-
-
-class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: the key and the answers are for the address that the user named."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _request(url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """Return the JSON that a server sends; ModelError with its own words if it refuses, or is not there in time."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    handlers: list[urllib.request.BaseHandler] = [_RefuseRedirects()]
-    if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1"):  # a proxy for the outside must not get these
-        handlers.append(urllib.request.ProxyHandler({}))
-    data = None if body is None else json.dumps(body, allow_nan=False).encode()
-    end, read = time.monotonic() + TIMEOUT, b""
-    try:
-        request = urllib.request.Request(url + path, data, headers)
-        with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT) as answer:
-            while piece := answer.read1(1 << 16):
-                read += piece
-                if len(read) > MAX_REPLY_BYTES or time.monotonic() > end:
-                    raise TimeoutError(f"more than {MAX_REPLY_BYTES} bytes or {TIMEOUT:g} s")
-        return json.loads(read)
-    except urllib.error.HTTPError as e:
-        words = escape_controls(e.read(600).decode(errors="replace"))
-        raise ModelError(f"the judge at {url} refused {path}: {e.code}, {words}") from e
-    except (OSError, ValueError) as e:  # ValueError: no JSON, or no address
-        problem = f"no judge answers at {url}{path}: {getattr(e, 'reason', e)}"
-        raise ModelError(problem, "a server with the API of OpenAI", "--judge http://127.0.0.1:8000/v1") from e
 
 
 def judge_answers(answers: Sequence[dict[str, Any]], judge: Judge) -> None:

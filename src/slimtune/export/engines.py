@@ -3,10 +3,7 @@
 import copy
 import gc
 import importlib.util
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, RunError, UsageError, format_names, nearest
+from ..utils.json_server import JsonServer
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ class LlamaCppEngine:
         return other
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        return _request_json("llama.cpp server", self.server.listening_address, path, body)
+        return JsonServer("llama.cpp server", self.server.listening_address).request(path, body)
 
 
 class VllmClient:
@@ -236,8 +234,9 @@ class VllmClient:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.model, self.top_k, self._timeout, self._key = model, top_k, timeout, key
+        self.url, self.model, self.top_k = url.rstrip("/").removesuffix("/v1"), model, top_k
+        hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
+        self._server = JsonServer("vLLM server", self.url, key, timeout, hint=hint)
         names = [each["id"] for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
@@ -281,41 +280,4 @@ class VllmClient:
         return self._post("/v1/completions", **request)["choices"][0]
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        return _request_json("vLLM server", self.url, path, body, timeout=self._timeout, key=self._key)
-
-
-def _request_json(
-    server: str, url: str, path: str, body: dict[str, Any], timeout: float = 300, key: str | None = None
-) -> dict[str, Any]:
-    """Send JSON by POST (without a body: by GET), and return the JSON of the answer.
-
-    RunError means that the server refuses the request; ModelError that no such server answers there.
-    """
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url + path, json.dumps(body).encode() if body else None, headers)
-    # A proxy for the outside must not get requests to this machine.
-    is_local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
-    try:
-        with opener.open(request, timeout=timeout) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        kind = ModelError if error.code in (401, 403, 404) else RunError
-        raise kind(f"the {server} at {url} refused {path}: {error.code}, {_read_error(error)}") from error
-    except TimeoutError as error:
-        raise ModelError(f"the {server} at {url} did not answer {path} in {timeout:g} s") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"what answers at {url}{path} is not a {server}: it sends no JSON") from error
-    except OSError as error:
-        hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
-        raise ModelError(f"no {server} answers at {url}: {getattr(error, 'reason', error)}", hint=hint) from error
-
-
-def _read_error(error: urllib.error.HTTPError) -> str:
-    """Return a server's own message, which is inside the JSON of its answer."""
-    text = error.read().decode(errors="replace")
-    try:
-        answer = json.loads(text)
-        return str(answer["error"]["message"] if "error" in answer else answer.get("detail", text))[:600]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return text[:300]
+        return self._server.request(path, body)
