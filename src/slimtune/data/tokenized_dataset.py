@@ -149,60 +149,36 @@ class TokenizedDataset(Sequence[Example]):
         return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
 
 
-class FirstRows(TokenizedDataset):
-    """The first row of each example of another dataset, such as the chosen answers of preference pairs."""
+class SelectedAnswers(TokenizedDataset):
+    """Some answers of each preference pair or ranked list, by their places among its answers, the best first.
 
-    def __init__(self, examples: TokenizedDataset) -> None:
-        super().__init__(examples._table, examples._indices)
+    `(0,)` are the chosen answers as single rows, `(0, -1)` pairs of the best and the worst answer.
+    """
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each first row, int64 [N]."""
-        return np.array([rows[0] for rows in self._table["row_lengths"].take(self._indices).to_pylist()], np.int64)
-
-    @property
-    def row_lengths(self) -> list[int]:
-        """Number of tokens of each first row."""
-        return self.lengths.tolist()
-
-    def select(self, indices: np.ndarray) -> "FirstRows":
-        """Return the first rows of these examples, in this order."""
-        return FirstRows(super().select(indices))
-
-    def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
-        """Return one row, or its tokens from `start` to `end`."""
-        example = super().read(number)
-        ids, labels = split_rows(example)[0]
-        return {"input_ids": ids[start:end], "labels": labels[start:end], "line": example["line"]}
-
-
-class BestAndWorst(TokenizedDataset):
-    """Preference pairs, and ranked lists as pairs of their best and their worst answer."""
-
-    def __init__(self, examples: TokenizedDataset) -> None:
+    def __init__(self, examples: TokenizedDataset, places: tuple[int, ...]) -> None:
         super().__init__(examples._table, examples._indices, examples._columns)
+        self.places = places
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each example, int64 [N]."""
-        return np.array(self.row_lengths, np.int64).reshape(-1, 2).sum(1)
+        return np.array(self.row_lengths, np.int64).reshape(-1, len(self.places)).sum(1)
 
     @property
     def row_lengths(self) -> list[int]:
-        """Number of tokens of each row."""
         rows = self._table["row_lengths"].take(self._indices).to_pylist()
-        return [n for lengths in rows for n in (lengths[0], lengths[-1])]
+        return [lengths[place] for lengths in rows for place in self.places]
 
-    def select(self, indices: np.ndarray) -> "BestAndWorst":
-        """Return the dataset of these examples, in this order."""
-        return BestAndWorst(super().select(indices))
+    def select(self, indices: np.ndarray) -> "SelectedAnswers":
+        return SelectedAnswers(super().select(indices), self.places)
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
-        """Return the best and the worst answer as a pair."""
         example = super().read(number)
-        (ids, labels), *_, (worst, worst_labels) = split_rows(example)
-        pair = {"input_ids": ids + worst, "labels": labels + worst_labels, "row_lengths": [len(ids), len(worst)]}
-        return {k: v for k, v in example.items() if k != "row_scores"} | pair
+        answers = split_rows(example)
+        rows = [answers[place] for place in self.places]
+        example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
+        for i, key in enumerate(("input_ids", "labels")):
+            example[key] = [token for row in rows for token in row[i]]
+        return example | ({"row_lengths": [len(ids) for ids, _ in rows]} if len(rows) > 1 else {})
 
 
 class DatasetWriter:
@@ -231,26 +207,22 @@ class DatasetWriter:
         supervised: np.ndarray,
         lengths: np.ndarray,
         lines: np.ndarray,
-        row_lengths: Sequence[list[int] | None] | None = None,
-        classes: Sequence[Sequence[str]] | None = None,
-        row_scores: Sequence[list[float] | None] | None = None,
+        **columns: Sequence[Any] | None,
     ) -> None:
         """Write examples.
 
         Args:
             ids, supervised: their tokens one after another, int32 [T] and bool [T].
             lengths, lines: tokens and line of each, int64 [N].
-            row_lengths: tokens of each row of an example of several rows; None: each has one row.
-            classes: names of the classes of each; None: they have none.
-            row_scores: of the answers of a ranked list, the best first; None: there is no such list.
+            columns: for each example, `row_lengths` (tokens of each row, if it has several), `classes` (their names)
+                and `row_scores` (of the answers of a ranked list, the best first); None: no example has any.
         """
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
-        rows = self._arrow.array(row_lengths or [None] * len(lines), self._schema.field("row_lengths").type)
-        given: Sequence[Any] = classes or [None] * len(lines)
-        names = self._arrow.array(given, self._schema.field("classes").type)
-        scores = self._arrow.array(row_scores or [None] * len(lines), self._schema.field("row_scores").type)
-        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows, names, scores], self._schema)
+        lists.append(self._arrow.array(lines))
+        for name in ("row_lengths", "classes", "row_scores"):
+            lists.append(self._arrow.array(columns.get(name) or [None] * len(lines), self._schema.field(name).type))
+        batch = self._arrow.record_batch(lists, self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenized_dataset import Example, FirstRows, split_rows
+from ..data.tokenized_dataset import Example, SelectedAnswers, split_rows
 from ..objectives.base import list_pairs
 from ..train_step.loss import count_targets, score_row_logps
 from .base import Evaluation, RowFigures
@@ -31,7 +31,7 @@ class PreferenceEvaluation(Evaluation):
         with self.model.disable_adapter():
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        result, figures, _ = measure_losses(self, FirstRows(self.examples))
+        result, figures, _ = measure_losses(self, SelectedAnswers(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}

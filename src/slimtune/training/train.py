@@ -26,7 +26,7 @@ from ..config import Recipe
 from ..data.collator import Collator, Example
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.mismatched_rows import MismatchedRows
-from ..data.tokenized_dataset import FirstRows
+from ..data.tokenized_dataset import SelectedAnswers
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.base_config import max_positions
@@ -332,7 +332,8 @@ def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
-        return dataclasses.replace(data, train=FirstRows(data.train), validation=FirstRows(data.validation))
+        chosen = {name: SelectedAnswers(getattr(data, name), (0,)) for name in ("train", "validation")}
+        return dataclasses.replace(data, **chosen)
     return data
 
 
