@@ -103,8 +103,8 @@ def _read_unpaired_preference(record: Record) -> Fields:
     label = record["label"]
     named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
     if not isinstance(named, bool):
-        shown = "empty" if label in EMPTY_LABELS else f"{json_type(label)}: {str(label)[:40]}"
-        raise RowError(f"'label' is {shown}: wanted true for a good answer, false for a bad one", "bad-label")
+        wanted = "wanted true for a good answer, false for a bad one"
+        raise RowError(f"'label' is {_show_cell(label)}: {wanted}", "bad-label")
     return _read_prompt_completion(record) | {"is_good": named}
 
 
@@ -113,15 +113,21 @@ def _read_text(record: Record) -> Fields:
 
 
 def _read_preference(record: Record) -> Fields:
-    fields: Fields = {"messages": []}
-    for column in ("chosen", "rejected"):
-        value, text = record[column], isinstance(record[column], str)
-        fields[column] = require_text(value, f"{column!r}") if text else parse_messages_and_train_mask(value, column)[0]
-    prompt = record.get("prompt")
-    if isinstance(prompt, list):
-        fields["messages"], _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
-        return fields | {"tools": read_tools(record.get("tools"))}
-    return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
+    answers = {column: _parse_answer(record[column], column) for column in ("chosen", "rejected")}
+    return answers | ({"messages": []} if record.get("prompt") is None else _prompt_fields(record))
+
+
+def _parse_answer(value: Any, name: str) -> Messages | str:
+    if isinstance(value, str):
+        return require_text(value, name)
+    return parse_messages_and_train_mask(value, name)[0]
+
+
+def _prompt_fields(record: Record) -> Fields:
+    if isinstance(record["prompt"], str):
+        return {"messages": [], "prompt": require_text(record["prompt"], "'prompt'")}
+    messages, _ = parse_messages_and_train_mask(record["prompt"], "prompt", require_trained_turn=False)
+    return {"messages": messages, "tools": read_tools(record.get("tools"))}
 
 
 ANSWER_KEYS = ("response", "content", "answer")
@@ -157,34 +163,25 @@ def _read_ranked_preference(record: Record) -> Fields:
     if len(set(scores)) < 2:
         raise RowError("has no two answers with different scores: there is nothing to prefer", "tied-answers")
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    prompt, texts = record["prompt"], [isinstance(answer, str) for answer in answers]
-    if isinstance(prompt, str) and not all(texts):
+    if isinstance(record["prompt"], str) and not all(isinstance(answer, str) for answer in answers):
         raise RowError("'prompt' is a text, and an answer is none: wanted texts, or a list of messages", "wrong-type")
-    parsed: list[Messages | str] = [
-        require_text(answer, f"answer {i + 1}") if text else parse_messages_and_train_mask(answer, f"answer {i + 1}")[0]
-        for i, (answer, text) in enumerate(zip(answers, texts, strict=True))
-    ]
-    fields: Fields = {
-        "messages": [],
-        "answers": tuple(parsed[i] for i in order),
-        "scores": tuple(scores[i] for i in order),
-    }
-    if isinstance(prompt, str):
-        return fields | {"prompt": require_text(prompt, "'prompt'")}
-    messages, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
-    return fields | {"messages": messages, "tools": read_tools(record.get("tools"))}
+    parsed = [_parse_answer(answer, f"answer {i}") for i, answer in enumerate(answers, 1)]
+    ranking: Fields = {"answers": tuple(parsed[i] for i in order), "scores": tuple(scores[i] for i in order)}
+    return ranking | _prompt_fields(record)
 
 
 def _parse_score(value: Any, number: int) -> float:
-    text = isinstance(value, str)
     try:
         score = math.nan if isinstance(value, bool) else float(value)  # a text, as a CSV file has it
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        shown = f"{json_type(value)}: {str(value)[:40]}" if text or value is not None else "empty"
-        raise RowError(f"the score of answer {number + 1} is {shown}: wanted a number", "bad-score")
+        raise RowError(f"the score of answer {number + 1} is {_show_cell(value)}: wanted a number", "bad-score")
     return score
+
+
+def _show_cell(value: Any) -> str:
+    return "empty" if value in (None, "", {}) else f"{json_type(value)}: {str(value)[:40]}"
 
 
 def split_answers(row: Row) -> list[Row]:
@@ -254,8 +251,7 @@ def parse_label(value: Any) -> str:
         return require_text(value, "'label'").strip()
     if isinstance(value, bool | int):
         return str(value)
-    shown = "empty" if value in EMPTY_LABELS else f"{json_type(value)}: {str(value)[:40]}"
-    raise RowError(f"'label' is {shown}: wanted the name or the number of a class", "bad-label")
+    raise RowError(f"'label' is {_show_cell(value)}: wanted the name or the number of a class", "bad-label")
 
 
 def _chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
@@ -317,7 +313,6 @@ FORMATS = {
 NAMED_FORMATS = ("unpaired-preference", "classification", "document")
 """Formats that are not recognized by their columns: a `label` may be a class or rate a text, and a document is a text,
 too."""
-EMPTY_LABELS: tuple[Any, ...] = (None, "", {})
 
 
 def parse_record(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:

@@ -217,49 +217,39 @@ class BatchTokenizer:
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
         end_ids = chat_template.end_of_turn_ids(self.tokenizer)
         report, limit = RowReport(self.max_seq_len, rows=len(batch)), None if self.documents else self.max_seq_len
-        ids: list[list[int]] = []
-        supervised: list[list[bool]] = []
-        row_lengths: list[list[int] | None] = []
-        row_scores: list[list[float] | None] = []
-        lines, overlong, unsupervised, labels = [], [], [], []
+        kept: list[tuple[Row, TokenizedRow]] = []
+        overlong: list[int] = []
         for row, tokens in pairs:
             if isinstance(tokens, InvalidRow):
                 continue
             length = max(tokens.row_lengths or (len(tokens.input_ids),))
             report.longest = max(report.longest, length)
+            is_open = tokens.is_open(end_ids)
             if limit is not None and length > limit:
                 overlong.append(row.line)
                 if self.on_overlong != "truncate":
                     report.dropped += 1
                     continue
                 report.truncated += 1
-            lines.append(row.line)
-            kept = tokens if limit is None or length <= limit else tokens.truncate(limit)
-            ids.append(kept.input_ids)
-            supervised.append(kept.supervised)
-            row_lengths.append(list(kept.row_lengths) if kept.row_lengths else None)
-            row_scores.append(list(row.scores) if row.scores else None)
-            count = sum(supervised[-1][1:])
-            if row.label_names is not None:
-                labels.append(row.label_names)
-            if row.labels is None and not all(any(part.supervised[1:]) for part in kept.split()):
-                unsupervised.append(row.line)
-            report.supervised_tokens += count
-            report.missing_eos += tokens.is_open(end_ids)
-        lengths = np.array([len(row_ids) for row_ids in ids], np.int64)
-        report.kept, report.tokens = len(ids), int(lengths.sum())
+                tokens = tokens.truncate(limit)
+            report.missing_eos += is_open
+            kept.append((row, tokens))
+        found = [tokens for _, tokens in kept]
+        lengths = np.array([len(tokens.input_ids) for tokens in found], np.int64)
+        report.kept, report.tokens = len(kept), int(lengths.sum())
+        report.supervised_tokens = sum(sum(tokens.supervised[1:]) for tokens in found)
         return TokenizedBatch(
             report,
             sorted(invalid, key=lambda row: row.line),
-            np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens),
-            np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
+            np.fromiter(itertools.chain.from_iterable(t.input_ids for t in found), np.int32, report.tokens),
+            np.fromiter(itertools.chain.from_iterable(t.supervised for t in found), bool, report.tokens),
             lengths,
-            row_lengths,
-            row_scores,
-            np.array(lines, np.int64),
+            [list(tokens.row_lengths) if tokens.row_lengths else None for tokens in found],
+            [list(row.scores) if row.scores else None for row, _ in kept],
+            np.array([row.line for row, _ in kept], np.int64),
             overlong,
-            unsupervised,
-            labels or None,
+            [row.line for row, t in kept if row.labels is None and not all(any(p.supervised[1:]) for p in t.split())],
+            [row.label_names for row, _ in kept if row.label_names is not None] or None,
             None if self.validate is None else self.validate(pairs),
         )
 
@@ -302,15 +292,8 @@ def tokenize_dataset(
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
-            writer.write(
-                batch.ids,
-                batch.supervised,
-                batch.lengths,
-                batch.lines,
-                batch.row_lengths,
-                classes=batch.labels,
-                row_scores=batch.row_scores,
-            )
+            columns = {"row_lengths": batch.row_lengths, "classes": batch.labels, "row_scores": batch.row_scores}
+            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, **columns)
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised

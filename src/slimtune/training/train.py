@@ -332,8 +332,8 @@ def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
-        chosen = {name: SelectedAnswers(getattr(data, name), (0,)) for name in ("train", "validation")}
-        return dataclasses.replace(data, **chosen)
+        train, validation = (SelectedAnswers(rows, (0,)) for rows in (data.train, data.validation))
+        return dataclasses.replace(data, train=train, validation=validation)
     return data
 
 

@@ -182,6 +182,11 @@ class FoundIssue:
     example: str = ""
     hint: str = ""  # in place of the hint of its type
 
+    def add(self, lines: Sequence[int] | Array, example: str = "") -> None:
+        self.count += len(lines)
+        self.lines += map(int, lines[: SHOWN_LINES - len(self.lines)])
+        self.example = self.example or example
+
 
 class DatasetReport:
     """Collects tokenized batches with `add`, then makes the report with `to_dict`, once.
@@ -253,18 +258,12 @@ class DatasetReport:
         self.labelled_rows += len(lines)
         for line, names in zip(lines, labels, strict=True):
             for name in names:
-                found = self.labels.setdefault(name, FoundIssue())
-                found.count += 1
-                if len(found.lines) < SHOWN_LINES:
-                    found.lines.append(line)
+                self.labels.setdefault(name, FoundIssue()).add([line])
 
     def add_issue(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
         """Count rows with an issue of `ISSUE_TYPES`, or with an error of an `InvalidRow`."""
         if len(lines):
-            found = self.issues.setdefault(code, FoundIssue())
-            found.count += len(lines)
-            found.lines += map(int, lines[: SHOWN_LINES - len(found.lines)])
-            found.example = found.example or example
+            self.issues.setdefault(code, FoundIssue()).add(lines, example)
 
     @property
     def rows(self) -> Array:
