@@ -34,6 +34,7 @@ _RNG = np.random.default_rng(20_111)
 _ODD = _RNG.integers(0, 2**31, HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
 _XOR = _RNG.integers(0, 2**32, HASHES, dtype=np.uint32)
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+"""Odd numbers, so that the order of what they multiply matters to the sum."""
 _CHUNK = 65_536
 """Pairs of signatures that are compared at once."""
 
@@ -45,13 +46,18 @@ def hash_texts(*texts: str) -> int:
     return int.from_bytes(blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
+def mix_hashes(first: Array, second: Array, third: Array) -> Array:
+    """Return a hash of three values in their order, uint64 [N] each."""
+    return first * _MIX[0] + second * _MIX[1] + third * _MIX[2]
+
+
 def hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     """Return uint32 hashes of the trigrams of all rows, one row after another, and int64 [N + 1]: where each begins."""
     lengths = np.array([len(r) for r in rows], dtype=np.int64)
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
     if len(tokens) < 3:
         return np.zeros(0, np.uint32), np.zeros(len(rows) + 1, np.int64)
-    mixed = tokens[:-2] * _MIX[0] + tokens[1:-1] * _MIX[1] + tokens[2:] * _MIX[2]
+    mixed = mix_hashes(tokens[:-2], tokens[1:-1], tokens[2:])
     mixed ^= mixed >> np.uint64(29)
     mixed *= _MIX[1]
     inside = np.ones(len(tokens), dtype=bool)

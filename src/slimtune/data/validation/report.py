@@ -27,7 +27,7 @@ from ..tokenize import (
     format_lines,
 )
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
-from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats
+from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
 
 SHOWN_INVALID_ROWS = 100
 SHOWN_LINES = 20
@@ -43,8 +43,6 @@ RARE_CLASS_ROWS = 5
 LENGTH_LEAK = 0.65
 """Share of pairs that the length of their answers decides, from whose lower bound on it is an issue."""
 PAIR_FORMATS = ("preference", "ranked-preference")
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
-"""Odd numbers: the order of the hashes that they multiply matters to their sum."""
 IMBALANCE = 10
 """How many times as many rows the most frequent class has as one whose rows are an issue."""
 
@@ -406,10 +404,7 @@ class DatasetReport:
         if self.source.format not in PAIR_FORMATS or not len(rows):
             return None
         _, prompts, better = rows["hashes"].T
-        keys, swapped = (
-            prompts * _MIX[0] + first * _MIX[1] + second * _MIX[2]
-            for first, second in ((better, rows["worst"]), (rows["worst"], better))
-        )
+        keys, swapped = (mix_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better)))
         order = np.argsort(keys, kind="stable")
         # the first row that is the reverse of each, if there is one
         place = order[np.searchsorted(keys[order], swapped).clip(max=len(keys) - 1)]
