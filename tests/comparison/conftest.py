@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,17 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             PLANS[method] = make_plan(request, **settings)
         return PLANS[method]
 
-    def launch_worker(recipe_file: Path, log_file: Path, **settings: Any) -> WorkerResult:
-        files = [recipe_file, *settings.pop("others", ())]
+    def launch_worker(
+        recipe_file: Path, log_file: Path, *, others: Sequence[Path] = (), trial: bool = False, force: bool, **_: Any
+    ) -> WorkerResult:
+        files = [recipe_file, *others]
         started.extend(file.stem for file in files)
         try:
-            if len(files) > 1:
-                failed = worker.run_cells(files, force=settings["force"])
-                return WorkerResult("", False, 0.0, {str(file): e.message for file, e in failed.items()})
-            worker.run_cell(recipe_file, **{k: v for k, v in settings.items() if k != "should_stop"})
+            errors = worker.run_cells(files, trial=trial, force=force)
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
-        return WorkerResult("", False, 0.0)
+        failed = {str(file): e.message for file, e in errors.items()}
+        return WorkerResult("" if others else failed.pop(str(recipe_file), ""), False, 0.0, failed)
 
     monkeypatch.setattr(compare, "make_plan", plan_once)
     monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)
@@ -82,7 +82,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> list[str]:
     """Like `in_process`, but a run trains nothing: it writes a run's files with numbers drawn from its name."""
 
-    def write_results(recipe_file: Path, **_: Any) -> None:
+    def write_results(recipe_file: Path) -> None:
         recipe = load_recipe(recipe_file)
         folder, noise = Path(recipe.output_dir), random.Random(recipe_file.stem)
         folder.mkdir(parents=True)
@@ -103,5 +103,10 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
         RunDir(folder).scores_file("test").write_text(json.dumps(rows))
 
-    monkeypatch.setattr(worker, "run_cell", write_results)
+    def run_cells(recipe_files: Sequence[Path], **_: Any) -> dict[Path, SlimtuneError]:
+        for file in recipe_files:
+            write_results(file)
+        return {}
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
     return in_process

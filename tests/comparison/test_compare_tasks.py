@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slimtune.comparison import compare as module
-from slimtune.comparison.candidates import build_candidates, build_task_candidates
+from slimtune.comparison.candidates import build_candidates
 from slimtune.comparison.compare import compare
 from slimtune.comparison.grid import build_grid
 from slimtune.comparison.picture import draw_comparison
@@ -17,7 +17,7 @@ RECIPE = {"method": {"name": "lora", "rank": 4}, "task": {"name": "dpo", "beta":
 
 def test_tasks_take_the_method_of_the_recipe_and_their_own_rates():
     overrides = {"ipo.beta": 0.5, "sft.learning_rate": 1e-3}
-    found = {c.label: c for c in build_task_candidates(["dpo", "ipo", "orpo", "sft"], RECIPE, overrides)}
+    found = {c.label: c for c in build_candidates(["dpo", "ipo", "orpo", "sft"], RECIPE, overrides, tasks=True)}
     assert {c.method for c in found.values()} == {"lora"}
     assert {label: c.task for label, c in found.items()} == {
         "dpo": {"name": "dpo", "beta": 0.2},
@@ -43,7 +43,7 @@ def test_tasks_take_the_method_of_the_recipe_and_their_own_rates():
 )
 def test_wrong_tasks(tasks, overrides, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
-        build_task_candidates(tasks, RECIPE, overrides)
+        build_candidates(tasks, RECIPE, overrides, tasks=True)
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
     tree["data"] = {n: str(tmp_path / f"pairs-{n}.jsonl") for n in ("train", "test")}
     tree["data"] |= {"validation_fraction": 0.0, "format": "preference"}
     rates = {f"{task}.learning_rate": 2e-2 for task in ("dpo", "ipo", "sft")}
-    candidates = build_task_candidates(["dpo", "ipo", "sft"], tree, rates)
+    candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, tasks=True)
     grid = build_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
     result = compare(grid)
     assert result["failed"] == []

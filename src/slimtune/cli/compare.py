@@ -44,7 +44,7 @@ def compare(
     require_packages("compare", "compare", (*PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
-    from ..comparison.candidates import build_candidates, build_task_candidates, require_candidates, split_settings
+    from ..comparison.candidates import build_candidates, require_candidates, split_settings
     from ..config.loading import expand_short_sections, read_recipe_tree, set_field
     from ..reporting.charts import require_figure_path
 
@@ -65,7 +65,7 @@ def compare(
         data.setdefault("format", "preference")
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
-    candidates = (build_candidates if tasks is None else build_task_candidates)(names, tree, method_settings)
+    candidates = build_candidates(names, tree, method_settings, tasks=tasks is not None)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")

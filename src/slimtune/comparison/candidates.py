@@ -41,34 +41,25 @@ class Candidate:
 
 
 def build_candidates(
-    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]
+    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], *, tasks: bool = False
 ) -> list[Candidate]:
     """Return the candidates that the names stand for, without repetition.
 
     Args:
         names: what the user typed; "all" means every method of the registry.
-        recipe_tree: the recipe as a plain tree; its method settings apply to that method and its variants.
+        recipe_tree: the recipe as a plain tree; its settings of a method or a task apply to it and its variants.
         overrides: settings of single candidates: `{"lora.r": 8, "full.learning_rate": 1e-4}`.
+        tasks: the names are those of objectives, which learn preference pairs with the recipe's method.
     """
-    labels = require_candidates(names := list(names), overrides)
-    return [_build_candidate(label, recipe_tree, overrides, from_all=label not in names) for label in labels]
-
-
-def build_task_candidates(
-    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> list[Candidate]:
-    """Return a candidate for each objective, which learns preference pairs with the recipe's method.
-
-    Args:
-        names: what the user typed.
-        recipe_tree: the recipe as a plain tree; its task settings apply to that objective.
-        overrides: settings of single candidates: `{"dpo.beta": 0.05, "orpo.learning_rate": 1e-4}`.
-    """
-    method = (recipe_tree.get("method") or {}).get("name", "lora")
-    return [
-        _build_task_candidate(label, method, recipe_tree, overrides)
-        for label in require_candidates(names, overrides, tasks=True)
-    ]
+    names, candidates = list(names), []
+    for label in require_candidates(names, overrides, tasks=tasks):
+        own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
+        rate = own.pop("learning_rate", None)
+        candidate = (_build_task_candidate if tasks else _build_method_candidate)(label, recipe_tree, own)
+        if rate is not None:
+            candidate = _set_rate(candidate, rate)
+        candidates.append(dataclasses.replace(candidate, from_all=label not in names))
+    return candidates
 
 
 def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, tasks: bool = False) -> list[str]:
@@ -95,13 +86,9 @@ def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, ta
     return labels
 
 
-def _build_candidate(
-    label: str, recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], from_all: bool
-) -> Candidate:
+def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
     cls = config_class(method)
-    own = _select_overrides(label, overrides)
-    given_rate = own.pop("learning_rate", None)
     section = dict(recipe_tree.get("method") or {})
     recipe_settings = section if section.pop("name", "lora") == method else {}
     settings = {
@@ -111,29 +98,21 @@ def _build_candidate(
     }
     task = objective_class((recipe_tree.get("task") or {}).get("name", "sft"))
     rate = float(f"{cls.learning_rate * task.learning_rate_factor:.6g}")  # as in a recipe without a rate
-    candidate = Candidate(label, method, settings, rate, from_all=from_all)
-    return candidate if given_rate is None else _set_rate(candidate, given_rate)
+    return Candidate(label, method, settings, rate)
 
 
-def _build_task_candidate(
-    label: str, method: str, recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> Candidate:
+def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:
     name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
     objective = objective_class(name)
     if not objective.takes_format("preference") or objective.task_type != "CAUSAL_LM":
         message = f"the task {label} does not teach a language model from preference pairs"
         raise UsageError(message, "some of dpo,ipo,simpo,orpo,sft")
-    own, section = _select_overrides(label, overrides), dict(recipe_tree.get("task") or {})
-    given_rate = own.pop("learning_rate", None)
+    section = dict(recipe_tree.get("task") or {})
     recipe_settings = section if section.pop("name", "sft") == name else {}
     task = {"name": name, **recipe_settings, **variant_settings, **own}
-    candidate = _build_candidate(method, {**recipe_tree, "task": task}, {}, from_all=False)
-    candidate = dataclasses.replace(candidate, label=label, task=task)
-    return candidate if given_rate is None else _set_rate(candidate, given_rate)
-
-
-def _select_overrides(label: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
+    method = (recipe_tree.get("method") or {}).get("name", "lora")
+    candidate = _build_method_candidate(method, {**recipe_tree, "task": task}, {})
+    return dataclasses.replace(candidate, label=label, task=task)
 
 
 def _set_rate(candidate: Candidate, given: Any) -> Candidate:

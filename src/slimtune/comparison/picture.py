@@ -9,6 +9,10 @@ from ..reporting.charts import FIGURE_STYLE, save_figure
 from .report import COST_FIELDS, MEASURES, get_gain, get_interval, get_measure
 from .space import Range, format_setting
 
+STYLE: Any = {
+    **FIGURE_STYLE, "figure.facecolor": "white", "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5,
+    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
 MARKERS = "osD^vP*Xph<>d8"
 LEGEND_COLUMNS = 7
 MOST_PANELS = 6
@@ -26,9 +30,9 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     methods = result["methods"]
-    with matplotlib.rc_context(FIGURE_STYLE):
+    with matplotlib.rc_context(STYLE):
         height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
-        figure = Figure(figsize=(10, height), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10, height), layout="constrained")
         panels: Any = figure.subplots(1, len(AXES), sharey=True)
         for panel, (cost, (label, unit, scale)) in zip(panels, AXES.items(), strict=True):
             cpu_time = cost == "time" and result["device"] == "cpu"
@@ -68,9 +72,6 @@ def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
             label=method["method"],
         )
     panel.axhline(0, color="#333333", linewidth=0.6)
-    panel.grid(color="#dddddd", linewidth=0.5)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) -> None:
@@ -80,9 +81,9 @@ def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) 
 
     trials = [(n, t) for n, t in enumerate(result["trials"], 1) if t["loss"] is not None]
     numbers, losses = [n for n, _ in trials], [t["loss"] for _, t in trials]
-    with matplotlib.rc_context(FIGURE_STYLE):
+    with matplotlib.rc_context(STYLE):
         columns = min(len(ranges) + 1, MOST_PANELS)
-        figure = Figure(figsize=(1 + 3 * columns, 3.6), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(1 + 3 * columns, 3.6), layout="constrained")
         panels: Any = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
         panels[0].set_xlabel("trial")
         panels[0].set_ylabel("validation loss")
@@ -95,10 +96,6 @@ def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) 
             panel.plot([format_setting(v) for v in values] if searched.choices else values, losses, "o", color="C0")
             best = result["best"]["values"][searched.path]
             panel.plot(format_setting(best) if searched.choices else best, result["best"]["loss"], "o", color="C3")
-        for panel in panels:
-            panel.grid(color="#dddddd", linewidth=0.5)
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
         title = (
             f"{result['model']}: {len(result['trials'])} trials, {len(trials)} to the end; the line is the best so far"
         )

@@ -13,7 +13,7 @@ from ..evaluation.statistics import estimate_over_seeds, holm_correction, make_f
 from ..objectives import objective_class
 from ..run_dir import RENAMED_KEYS
 from ..utils.files import parse_json, read_file, read_json
-from ..utils.formatting import format_bytes, format_duration
+from ..utils.formatting import format_bytes, format_duration, format_markdown_table
 from .candidates import Candidate
 from .grid import Grid
 
@@ -375,12 +375,6 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
 def format_markdown(result: Mapping[str, Any]) -> str:
     """Return `table.md`."""
     columns = list_columns(result["methods"])
-    alignment = [" --- " if i in (0, len(columns) - 1) else " ---: " for i in range(len(columns))]
-    rows = [
-        f"| {' | '.join(columns)} |",
-        f"|{'|'.join(alignment)}|",
-        *(f"| {' | '.join(format_row(method))} |" for method in result["methods"]),
-    ]
-    return (
-        "\n\n".join([describe_comparison_setup(result), "\n".join(rows), *list_notes(result), result["advice"]]) + "\n"
-    )
+    table = format_markdown_table(columns, map(format_row, result["methods"]), left=(0, len(columns) - 1))
+    parts = [describe_comparison_setup(result), table, *list_notes(result), result["advice"]]
+    return "\n\n".join(parts) + "\n"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..utils.formatting import format_duration
+from ..utils.formatting import format_duration, format_markdown_table
 from .space import format_setting, format_values
 
 
@@ -12,16 +12,15 @@ def trial_columns(result: Mapping[str, Any]) -> list[str]:
     return ["trial", *(path.partition(".")[2] for path in result["over"]), "validation loss", "time"]
 
 
-def format_trial(number: int, trial: Mapping[str, Any], is_best: bool) -> list[str]:
-    """Return a trial's cells, one for each of `trial_columns`."""
-    loss = trial["outcome"] if trial["loss"] is None else f"{trial['loss']:.4f}{' (best)' if is_best else ''}"
-    seconds = "" if trial["seconds"] is None else format_duration(trial["seconds"])
-    return [str(number), *map(format_setting, trial["values"].values()), loss, seconds]
-
-
 def format_trials(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the cells of every trial, in the order in which they were begun."""
-    return [format_trial(n, t, t == result["best"]) for n, t in enumerate(result["trials"], 1)]
+    rows = []
+    for number, trial in enumerate(result["trials"], 1):
+        loss = trial["outcome"] if trial["loss"] is None else f"{trial['loss']:.4f}"
+        best = " (best)" if trial == result["best"] else ""
+        seconds = "" if trial["seconds"] is None else format_duration(trial["seconds"])
+        rows.append([str(number), *map(format_setting, trial["values"].values()), loss + best, seconds])
+    return rows
 
 
 def list_search_notes(result: Mapping[str, Any]) -> list[str]:
@@ -55,11 +54,6 @@ def describe_search(result: Mapping[str, Any]) -> str:
 
 def format_search(result: Mapping[str, Any]) -> str:
     """Return `table.md`."""
-    columns = trial_columns(result)
-    table = [
-        f"| {' | '.join(columns)} |",
-        f"|{'|'.join(' ---: ' for _ in columns)}|",
-        *(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |" for cells in format_trials(result)),
-    ]
-    parts = [describe_search(result), "\n".join(table), *list_search_notes(result)]
+    table = format_markdown_table(trial_columns(result), format_trials(result))
+    parts = [describe_search(result), table, *list_search_notes(result)]
     return "\n\n".join([*parts, f"Train it: `slimtune train {result['best_recipe']}`"]) + "\n"

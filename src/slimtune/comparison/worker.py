@@ -107,14 +107,11 @@ def launch_worker(
     return WorkerResult(error, False, time.perf_counter() - start, failed)
 
 
-def run_cell(recipe_file: Path, *, trial: bool = False, force: bool = False) -> None:
-    """Train a recipe and, unless it is a trial, evaluate it on the test rows; finished steps are not repeated."""
-    for error in run_cells([recipe_file], trial=trial, force=force).values():
-        raise error
-
-
 def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False) -> dict[Path, SlimtuneError]:
-    """Do what `run_cell` does for several recipes that train at once; return the errors of those that failed."""
+    """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
+
+    Steps that are finished are not repeated.
+    """
     # Imported here because loading torch takes seconds, and the process must watch its parent from the start.
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
@@ -147,12 +144,9 @@ def main() -> None:
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            if len(files) == 1:
-                run_cell(files[0], **how)
-            else:
-                for file, error in run_cells(files, **how).items():
-                    _print_error(error, recipe=str(file))
-                    code = error.exit_code
+            for file, error in run_cells(files, **how).items():
+                _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
+                code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception as e:

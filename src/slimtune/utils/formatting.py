@@ -1,6 +1,7 @@
 """Bytes, counts and times as people read them, and text from elsewhere as a terminal may show it."""
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 
 _CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -43,3 +44,10 @@ def format_duration(s: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = ()) -> str:
+    """Return a table in Markdown; columns are aligned to the right, except those whose numbers are `left`."""
+    alignment = [" --- " if i in left else " ---: " for i in range(len(heads))]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], f"|{'|'.join(alignment)}|", *lines[1:]])
