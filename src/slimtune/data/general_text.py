@@ -4,7 +4,6 @@ The text is the built-in one (general/text.jsonl: prose, questions and answers, 
 of the user's.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from ..errors import DataError, UsageError, nearest
 from .chat_template import encode_chat
 from .collator import IGNORE_INDEX, Example
 from .dataset import RowErrorCollector
-from .readers import describe_json_error
+from .formats import InvalidRow
+from .readers import read_document, read_jsonl, shorten
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
@@ -42,39 +42,31 @@ def read_general_text(file: Path) -> list[TextPiece]:
         file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line'
     )
     pieces: list[TextPiece] = []
-    try:
-        text = file.read_text("utf-8-sig")
-    except UnicodeDecodeError as e:
-        text = ""
-        errors.add(1, f"is not UTF-8 at byte {e.start}")
-    if file.suffix == ".txt":
-        pieces = [TextPiece(1, "text", text)] if text.strip() else []
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                if line.strip() and not errors.full:
-                    pieces.append(_parse_line(number, line))
-            except ValueError as e:
-                errors.add(number, str(e))
+    for found in (read_document if file.suffix == ".txt" else read_jsonl)(file):
+        if isinstance(found, InvalidRow):
+            errors.add(found.line, found.cause)
+        elif (piece := _parse_piece(*found)) is not None:
+            pieces.append(piece)
+        else:
+            errors.add(found[0], f"is neither a text nor messages: {shorten(str(found[1]))}")
+        if errors.full:
+            break
     if not pieces and not errors.messages:
         errors.add(1, "contains no text")
     errors.check()
     return pieces
 
 
-def _parse_line(number: int, line: str) -> TextPiece:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(describe_json_error(e)) from None
-    match row:
+def _parse_piece(line: int, record: dict[str, Any]) -> TextPiece | None:
+    kind = str(record.get("kind", "text"))
+    match record:
         case {"text": str(content)} if content.strip():
-            return TextPiece(number, str(row.get("kind", "text")), content)
+            return TextPiece(line, kind, content)
         case {"messages": [_, *_] as messages}:
             keys = ("role", "content")
             if all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in keys) for m in messages):
-                return TextPiece(number, str(row.get("kind", "text")), [{k: m[k] for k in keys} for m in messages])
-    raise ValueError(f"is neither a text nor messages: {line.strip()[:80]}")
+                return TextPiece(line, kind, [{k: m[k] for k in keys} for m in messages])
+    return None
 
 
 def tokenize_general_text(

@@ -209,17 +209,17 @@ def _is_learned(message: dict[str, Any], name: str) -> bool:
     return bool(weight)
 
 
-def convert_sharegpt(value: Any, column: str = "conversations") -> Messages:
+def convert_sharegpt(value: Any) -> Messages:
     """Return a ShareGPT conversation (`from`, `value`) as messages that are not validated yet.
 
     Turns that have a role instead of `from` stay as they are.
     """
     messages = []
-    for i, turn in enumerate(require_list(value, column)):
+    for i, turn in enumerate(require_list(value, "conversations")):
         if isinstance(turn, dict) and "role" in turn and "from" not in turn:
             messages.append(turn)
             continue
-        name = f"{column}[{i}]"
+        name = f"conversations[{i}]"
         require_strings(turn, ("from", "value"), name)
         speaker, message = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
         if speaker not in SHAREGPT_ROLES:

@@ -135,7 +135,7 @@ def read_json(path: Path) -> Iterator[Located]:
                 if not too_long and (more := file.read(max(JSON_CHUNK, len(text) - at))):
                     text, at = text[at:] + more, 0
                     continue
-                cause = _TOO_LONG if too_long else f"{describe_json_error(error)}"
+                cause = _TOO_LONG if too_long else describe_json_error(error)
                 shown = shorten(text[at : at + MAX_ROW]) or "the array has no end"
                 yield InvalidRow(item, f"{cause}; the rest of the file is not read: {shown}", "bad-json")
                 return
