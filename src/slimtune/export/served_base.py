@@ -37,7 +37,6 @@ EQUAL_SHARE = 0.99
 class ServedBase:
     """The base beside which an engine serves an adapter."""
 
-    name: str  # as the user gave it
     file: Path | None = None  # the GGUF with the weights that are served
     unproven: str = ""  # why it is not known to be the base of the training
 
@@ -53,15 +52,15 @@ def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
     Raises:
         UsageError: it is another base.
     """
+    comparison = Comparison(name, loaded)
+    path = find_ollama_file(name) if path is None else path
     if path is None:
-        path = find_ollama_file(name)
-    if path is None:
-        return ServedBase(name, unproven=_check_name(name, loaded))
+        return ServedBase(unproven=_check_name(comparison))
     if path.is_dir():
-        _check_folder(path, name, loaded)
-        return ServedBase(name)
-    _check_gguf(path, name, loaded)
-    return ServedBase(name, path)
+        _check_folder(path, comparison)
+        return ServedBase()
+    _check_gguf(path, comparison)
+    return ServedBase(path)
 
 
 def read_precision(file: Path) -> str:
@@ -91,93 +90,90 @@ def find_ollama_file(name: str) -> Path | None:
     return None
 
 
-def _check_name(name: str, loaded: Any) -> str:
+def _check_name(comparison: "Comparison") -> str:
     """Return why a name proves nothing; UsageError if it is known to name another base."""
+    name = comparison.name
     try:
         config = get_model_info(name).config
     except SlimtuneError:
         return f"what Ollama serves as {name} is not known here, so its weights were not compared with the base"
-    facts, own = (base_facts(c.to_dict()) for c in (config, loaded.base.model.config))
+    facts, own = (base_facts(c.to_dict()) for c in (config, comparison.loaded.base.model.config))
     shape = [k for k in ("model_type", "hidden", "layers", "heads", "kv_heads", "intermediate") if k in own]
     if any(facts.get(k) != own[k] for k in shape):
-        raise _other_base(name, loaded, *(", ".join(f"{k} {f.get(k)}" for k in shape) for f in (facts, own)))
+        found, expected = (", ".join(f"{k} {f.get(k)}" for k in shape) for f in (facts, own))
+        raise comparison.make_error(found, expected)
     return f"{name} has the family and size of the base, but its weights were not compared with it"
 
 
-def _other_base(name: str, loaded: Any, found: str, expected: str) -> UsageError:
-    return UsageError(
-        f"{name} is not the base that the adapter was trained on, {loaded.base.source.spec}: {found}",
-        expected,
-        "give the trained base as --ollama-base, or export base and adapter as one model: --merged",
-    )
-
-
-def _check_gguf(file: Path, name: str, loaded: Any) -> None:
+def _check_gguf(file: Path, comparison: "Comparison") -> None:
     """Compare a GGUF file's architecture, shapes and values with the base; raise UsageError if they differ."""
-    gguf, config = import_gguf(), loaded.base.model.config
-    with translate_load_errors(name, "GGUF file"):
+    gguf, config = import_gguf(), comparison.loaded.base.model.config
+    with translate_load_errors(comparison.name, "GGUF file"):
         reader = read_gguf(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     architecture = get_architecture(config).name
     if stated != architecture:
-        raise _other_base(name, loaded, f"its architecture is {stated}", f"the architecture {architecture}")
-    names, weights, comparison = get_tensor_names(config), MergedWeights(loaded.model, adapters=()), Comparison()
-    for own_name in weights:
-        for gguf_name, own in to_llama_cpp_tensors(own_name, weights[own_name].float(), config, names).items():
+        raise comparison.make_error(f"its architecture is {stated}", f"the architecture {architecture}")
+    names = get_tensor_names(config)
+    for own_name, weight in MergedWeights(comparison.loaded.model, adapters=()).items():
+        for gguf_name, own in to_llama_cpp_tensors(own_name, weight.float(), config, names).items():
             if (tensor := tensors.pop(gguf_name, None)) is None:
-                raise _other_base(name, loaded, f"it has no {gguf_name}", "every tensor of the base")
+                raise comparison.make_error(f"it has no {gguf_name}", "every tensor of the base")
             block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
             rows = torch.from_numpy(gguf.quants.dequantize(tensor.data[:SAMPLE_ROWS], tensor.tensor_type).copy())
-            shape = tuple(map(int, reversed(tensor.shape)))
-            comparison.add(gguf_name, own, shape, rows, 8 * size / block, loaded, name)
-    comparison.check_norms(loaded, name)
+            comparison.add(gguf_name, own, tuple(map(int, reversed(tensor.shape))), rows, 8 * size / block)
+    comparison.check_norms()
     if extra := [n for n in tensors if n.startswith("blk.")]:
-        raise _other_base(name, loaded, f"it has {extra[0]}, too", "only the tensors of the base")
+        raise comparison.make_error(f"it has {extra[0]}, too", "only the tensors of the base")
 
 
-def _check_folder(folder: Path, name: str, loaded: Any) -> None:
+def _check_folder(folder: Path, comparison: "Comparison") -> None:
     """Compare a Hugging Face folder's tensors with the base; raise UsageError if they differ."""
-    weights, comparison = MergedWeights(loaded.model, adapters=()), Comparison()
-    with translate_load_errors(name, "model folder"), contextlib.ExitStack() as stack:
+    with translate_load_errors(comparison.name, "model folder"), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
         files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
-        for own_name in weights:
-            if own_name not in files:
-                raise _other_base(name, loaded, f"it has no {own_name}", "every tensor of the base")
-            part = files[own_name].get_slice(own_name)
-            rows, shape = part[:SAMPLE_ROWS].float(), tuple(part.get_shape())
-            comparison.add(own_name, weights[own_name].float(), shape, rows, 16, loaded, name)
-    comparison.check_norms(loaded, name)
+        for name, weight in MergedWeights(comparison.loaded.model, adapters=()).items():
+            if name not in files:
+                raise comparison.make_error(f"it has no {name}", "every tensor of the base")
+            part = files[name].get_slice(name)
+            comparison.add(name, weight.float(), tuple(part.get_shape()), part[:SAMPLE_ROWS].float(), 16)
+    comparison.check_norms()
 
 
 class Comparison:
-    """Compares tensors of a base that is served with those of the base of the training."""
+    """Compares the tensors of a served base, by the name that the user gave, with those of the base of the training."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, loaded: Any) -> None:
+        self.name, self.loaded = name, loaded
         self.equal = self.total = 0  # values of norms and biases
 
-    def add(
-        self, tensor: str, own: Tensor, shape: tuple[int, ...], rows: Tensor, bits: float, loaded: Any, name: str
-    ) -> None:
+    def make_error(self, found: str, expected: str) -> UsageError:
+        return UsageError(
+            f"{self.name} is not the base that the adapter was trained on, {self.loaded.base.source.spec}: {found}",
+            expected,
+            "give the trained base as --ollama-base, or export base and adapter as one model: --merged",
+        )
+
+    def add(self, tensor: str, own: Tensor, shape: tuple[int, ...], rows: Tensor, bits: float) -> None:
         """Compare one tensor with its shape and first rows in the other base, which has so many bits a value."""
         if shape != tuple(own.shape):
-            raise _other_base(name, loaded, f"{tensor} is {shape}", f"{tuple(own.shape)}")
+            raise self.make_error(f"{tensor} is {shape}", f"{tuple(own.shape)}")
         own = own[: len(rows)]
         if own.dim() == 1:
-            eps = torch.finfo(loaded.base.dtype).eps
+            eps = torch.finfo(self.loaded.base.dtype).eps
             self.equal += int(((own - rows).abs() <= eps * own.abs()).sum())
             self.total += len(own)
             return
         # Rounding to b bits in blocks costs about 2^(1.6 − b) of a weight's norm.
-        limit = max(2.0**-7, 2 ** (1.6 - bits)) + (0.2 if loaded.base.quantization else 0.0)
+        limit = max(2.0**-7, 2 ** (1.6 - bits)) + (0.2 if self.loaded.base.quantization else 0.0)
         error = ((own - rows).norm() / own.norm().clamp_min(1e-12)).item()
         if not error <= limit:
             found = f"its {tensor} differs by {error:.1%}, where {bits:.2g} bits explain {limit:.1%}"
-            raise _other_base(name, loaded, found, "the weights of the base, rounded or not")
+            raise self.make_error(found, "the weights of the base, rounded or not")
 
-    def check_norms(self, loaded: Any, name: str) -> None:
+    def check_norms(self) -> None:
         """Raise UsageError if the norms are those of another base."""
         if self.equal < EQUAL_SHARE * self.total:
             found = f"{1 - self.equal / self.total:.0%} of the values of its norms differ"
-            raise _other_base(name, loaded, found, "the norms of the base, which no precision rounds")
+            raise self.make_error(found, "the norms of the base, which no precision rounds")
