@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from tiny_tokenizer import make_tokenizer, template_text
+from row_files import write_jsonl
+from tiny_tokenizer import CHATML, GPT_OSS, make_tokenizer, template_text
+from tiny_tokenizer import SMOLLM2_TOK as TOK
 from tokenizers.processors import TemplateProcessing
 
 from slimtune.config import DataSettings
@@ -16,16 +18,13 @@ from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.data.tokenized_dataset import split_rows
 from slimtune.errors import DataError, ModelError, UsageError
 
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOK = make_tokenizer(template_text("smollm2"), CHATML)
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A lie."}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_jsonl(path, rows)
 
 
 def read_one(tmp_path, row, **options):
@@ -306,9 +305,6 @@ def test_weights_and_train_on_choose_the_turns(template):
     assert supervised_text(Row(turns, 1), "last_assistant", tok) == three
     assert supervised_text(Row(turns, 1, learned=first_and_last), tokenizer=tok) == one + three
     assert supervised_text(Row(turns, 1, learned=first_two), "last_assistant", tok) == ""
-
-
-GPT_OSS = ["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 
 
 @pytest.mark.parametrize(

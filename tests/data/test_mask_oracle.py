@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from tiny_tokenizer import make_tokenizer, template_text
+from tiny_tokenizer import GEMMA, make_tokenizer, template_text
 
 from slimtune.data.chat_template import encode_chat
 from slimtune.data.messages import parse_messages_and_train_mask
@@ -19,7 +19,6 @@ TRL = Path(trl.__file__).with_name("chat_templates")
 CALLS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 CHATML = ["<|endoftext|>", *CALLS, "<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|eom_id|>", "<|eot_id|>"]
-GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 GEMMA4 = ["<bos>", "<|turn>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<turn|>"]
 DEEPSEEK = ["<bos>", "<｜User｜>", "<｜Assistant｜>", *(f"<｜tool▁{name}｜>" for name in (
     "calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep", "outputs▁begin", "outputs▁end", "output▁begin",

@@ -7,20 +7,13 @@ each piece is tokenized alone, the ids together must be those of the template, a
 import re
 
 import pytest
-from tiny_tokenizer import make_tokenizer, template_text
+from tiny_tokenizer import CHATML, DEEPSEEK, GEMMA, GPT_OSS, MISTRAL, PHI3, make_tokenizer, template_text
 
 from slimtune.data import chat_template
 from slimtune.data.chat_template import encode_chat
 from slimtune.errors import DataError, ModelError
 
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
-PHI3 = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
-MISTRAL = ["<s>", "[INST]", "[/INST]", "</s>"]
 LLAMA2 = ["<s>", "</s>"]
-GPTOSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
-DEEPSEEK = ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
-
 SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 ONE = [("user", "Define patience."), ("assistant", "A minor form of despair.")]
 TWO = [*ONE, ("user", "And lie?"), ("assistant", "Größe, 嘘 🙂!")]
@@ -152,7 +145,7 @@ def test_odd_template(name):
 
 
 def test_gpt_oss_learns_its_channel_and_both_ends():
-    tok = make_tokenizer(template_text("gptoss"), GPTOSS)
+    tok = make_tokenizer(template_text("gptoss"), GPT_OSS)
     found = encode_chat(tok, messages(TWO))
     assert tok.decode([t for t, s in zip(found.input_ids, found.supervised, strict=True) if s]) == (
         "<|channel|>final<|message|>A minor form of despair.<|end|><|channel|>final<|message|>Größe, 嘘 🙂!<|return|>"

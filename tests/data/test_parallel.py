@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 from parallel_functions import exit_at_3, refuse_3
-from tiny_tokenizer import make_tokenizer, template_text
+from tiny_tokenizer import GEMMA_TOK as TOK
 
 from slimtune.data import parallel
 from slimtune.data.dataset import Row
@@ -17,8 +17,6 @@ from slimtune.data.parallel import parallel_map
 from slimtune.data.tokenize import BatchTokenizer, tokenize_dataset
 from slimtune.data.validation.report import DatasetReport
 from slimtune.errors import ModelError, RunError
-
-TOK = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
 
 
 @pytest.fixture(autouse=True)

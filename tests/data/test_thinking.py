@@ -1,11 +1,11 @@
 """What assistants think before they answer: what each family of chat templates keeps, and what is learned of it."""
 
-import json
 from pathlib import Path
 
 import pytest
 import trl
-from tiny_tokenizer import make_tokenizer, template_text
+from row_files import find_issues, write_jsonl
+from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_text
 
 from slimtune.data.chat_template import TokenizedRow
 from slimtune.data.formats import parse_record
@@ -21,15 +21,12 @@ SMOLLM3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if not thinks %}{{ '<think>\n\n</think>\n' }}{% endif %}{% endif %}"
 )
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-R1 = ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
-GPT_OSS = ["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 TRL = Path(trl.__file__).with_name("chat_templates")
 TOKENIZERS = {
     "qwen3": make_tokenizer(template_text("qwen3"), CHATML),
     "smollm3": make_tokenizer(SMOLLM3, CHATML),
-    "deepseek-r1": make_tokenizer((TRL / "deepseek_r1_distill.jinja").read_text(), R1),
-    "deepseek-r1 training": make_tokenizer((TRL / "deepseek_r1_distill_training.jinja").read_text(), R1),
+    "deepseek-r1": make_tokenizer((TRL / "deepseek_r1_distill.jinja").read_text(), DEEPSEEK),
+    "deepseek-r1 training": make_tokenizer((TRL / "deepseek_r1_distill_training.jinja").read_text(), DEEPSEEK),
     "gpt-oss": make_tokenizer(template_text("gptoss"), GPT_OSS),
 }
 ASK = {"role": "user", "content": "Is it?"}
@@ -101,21 +98,17 @@ def test_prompt_that_ends_with_a_tag_and_answers_that_do_not_think():
 
 
 def test_report_names_answers_that_generation_would_begin_with_another_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASK, PLAIN]}) + "\n")
-    report = validate_file(tmp_path / "a.jsonl", TOKENIZERS["deepseek-r1"], model="tiny", processes=1)
-    assert "other-prompt" in [issue["code"] for issue in report["issues"]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [ASK, PLAIN]}])
+    assert "other-prompt" in find_issues(path, TOKENIZERS["deepseek-r1"])
 
 
 def test_report_tells_what_the_template_does(tmp_path):
     rows = [[ASK, BY_TAG, ASK, {**BY_TAG, "content": f"<think>Oh.</think>It is {i}."}] for i in range(3)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
-    options = {"model": "tiny", "processes": 1}
-    report = validate_file(tmp_path / "a.jsonl", TOKENIZERS["qwen3"], **options)
-    assert [(i["code"], i["severity"], i["lines"]) for i in report["issues"]] == [
-        ("thinking-left-out", "error", [1, 2, 3])
-    ]
-    assert "--train-on last_assistant" in report["issues"][0]["hint"]
-    report = validate_file(tmp_path / "a.jsonl", TOKENIZERS["qwen3"], train_on="last_assistant", **options)
+    path, tokenizer = write_jsonl(tmp_path / "a.jsonl", [{"messages": m} for m in rows]), TOKENIZERS["qwen3"]
+    (issue,) = find_issues(path, tokenizer).values()
+    assert (issue["code"], issue["severity"], issue["lines"]) == ("thinking-left-out", "error", [1, 2, 3])
+    assert "--train-on last_assistant" in issue["hint"]
+    report = validate_file(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
     assert report["thinking"] == {"learned": 3, "kept": 0, "left_out": 3}
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
     assert dict(report_facts(report))["thinking"].startswith(told)

@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from tiny_tokenizer import make_tokenizer, template_text
+from tiny_tokenizer import GEMMA_TOK as TOK
+from tiny_tokenizer import make_tokenizer
 
 from slimtune.data.chat_template import encode_chat
 from slimtune.data.dataset import Row, open_rows
 from slimtune.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
-
-TOK = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
 
 
 def row(answer, line, role="assistant"):

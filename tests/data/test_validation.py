@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import make_tokenizer, template_text
+from row_files import write_jsonl
+from tiny_tokenizer import CHATML, GEMMA, GEMMA_TOK, SMOLLM2_TOK, make_tokenizer, template_text
 
 from slimtune.data.dataset import open_rows
 from slimtune.data.packing import pack_sequences
@@ -24,10 +25,6 @@ from slimtune.data.validation.report import (
 from slimtune.data.validation.text_checks import find_rendered_format, find_text_issues, is_placeholder
 from slimtune.errors import DataError, ModelError, UsageError
 
-CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-GEMMA_TOKENS = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
-CHATML = make_tokenizer(template_text("smollm2"), CHATML_TOKENS)
-GEMMA = make_tokenizer(template_text("gemma"), GEMMA_TOKENS)
 WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon",
          "nest", "owl", "pine", "quill", "rope", "sand", "tent"]  # fmt: skip
 
@@ -49,13 +46,8 @@ def make_rows(n=30, **replaced):
     return [replaced.get(f"row{i}", row) for i, row in enumerate(rows, 1)]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
-
-
-def validate(tmp_path, rows, tokenizer=CHATML, **options):
-    return validate_file(write(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
+def validate(tmp_path, rows, tokenizer=SMOLLM2_TOK, **options):
+    return validate_file(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
 
 
 def list_issues(report):
@@ -65,7 +57,7 @@ def list_issues(report):
 def test_report_counts_what_training_keeps(tmp_path):
     report = validate(tmp_path, make_rows(), rows_per_step=4)
     assert (report["format"], report["rows"], report["verdict"], report["issues"]) == ("chat", 30, "ok", [])
-    dataset, counts = tokenize_dataset(open_rows(report["file"]), CHATML, max_seq_len=1024, path="x")
+    dataset, counts = tokenize_dataset(open_rows(report["file"]), SMOLLM2_TOK, max_seq_len=1024, path="x")
     ids = [e["input_ids"] for e in dataset]
     assert (report["tokens"], report["supervised_tokens"]) == (counts.tokens, counts.supervised_tokens)
     assert report["lengths"]["max"] == counts.longest == max(map(len, ids))
@@ -75,7 +67,7 @@ def test_report_counts_what_training_keeps(tmp_path):
     packed = sum(len(pack_sequences(ids[at : at + 4]).tokens) for at in range(0, 30, 4))
     assert report["packing"] == {"packed_tokens": packed, "saved_share": 1 - packed / counts.tokens}
     shared = report["shared_prefix"]
-    assert all(CHATML.decode(row[: shared["tokens"]]) == shared["text"] for row in ids)
+    assert all(SMOLLM2_TOK.decode(row[: shared["tokens"]]) == shared["text"] for row in ids)
     assert len({row[shared["tokens"]] for row in ids}) > 1
     sample = report["samples"][1]
     supervised = "".join(p["text"] for p in sample["pieces"] if p["supervised"])
@@ -89,8 +81,8 @@ def test_training_gets_the_same_report(tmp_path):
     rows[BATCH_SIZE + 3] = rows[1]
     alone = validate(tmp_path, rows)
     file = open_rows(alone["file"])
-    report = DatasetReport(CHATML, file, max_seq_len=1024)
-    tokenize_dataset(file, CHATML, max_seq_len=1024, path="x", dataset_report=report)
+    report = DatasetReport(SMOLLM2_TOK, file, max_seq_len=1024)
+    tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, path="x", dataset_report=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
     assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny"), "seconds": 0}
 
@@ -103,15 +95,15 @@ def test_long_rows(tmp_path, policy, severity):
     assert report["overlong"] == {"rows": 1, "lines": [5]}
     if policy != "error":
         rows = open_rows(report["file"])
-        _, counts = tokenize_dataset(rows, CHATML, max_seq_len=400, on_overlong=policy, path="x")
+        _, counts = tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=400, on_overlong=policy, path="x")
         assert report["tokens"] == counts.tokens
     assert list_issues(validate(tmp_path, make_rows(), max_seq_len=40))["too-long"][0] == "error"  # nearly all are
 
 
 def test_invalid_rows(tmp_path):
-    path = write(tmp_path / "a.jsonl", make_rows())
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
-    report = validate_file(path, CHATML, model="m", processes=1)
+    report = validate_file(path, SMOLLM2_TOK, model="m", processes=1)
     assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert "does not parse as JSON" in report["invalid_rows"][0]["cause"]
@@ -137,19 +129,19 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
 )
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-NAMED = make_tokenizer(template_text("smollm2"), ["<s>", "<filename>", *CHATML_TOKENS])
+NAMED = make_tokenizer(template_text("smollm2"), ["<s>", "<filename>", *CHATML])
 END = chat("What ends a turn?", "It is <end_of_turn>, they say.")
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "row", "issues"),
     [
-        (GEMMA, SYSTEM, {"template-refuses": ("error", [3])}),
+        (GEMMA_TOK, SYSTEM, {"template-refuses": ("error", [3])}),
         (make_tokenizer(NO_SYSTEM, ["<|end|>"]), SYSTEM, {"template-leaves-out": ("error", [3])}),
-        (make_tokenizer("<bos>" + template_text("gemma"), GEMMA_TOKENS), None, {"doubled-bos": ("error", [1, 2, 3])}),
+        (make_tokenizer("<bos>" + template_text("gemma"), GEMMA), None, {"doubled-bos": ("error", [1, 2, 3])}),
         (make_tokenizer(NO_END, ["<s>"]), None, {"missing-end": ("error", [1, 2, 3])}),
-        (GEMMA, END, {"control-token-in-text": ("error", [3])}),
-        (CHATML, END, {}),  # another base reads it as text
+        (GEMMA_TOK, END, {"control-token-in-text": ("error", [3])}),
+        (SMOLLM2_TOK, END, {}),  # another base reads it as text
         (NAMED, chat("How?", "cat <filename>"), {}),  # people type it
     ],
 )
@@ -238,7 +230,7 @@ def test_repeats_name_the_first():
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
 def test_severity_depends_on_the_share_of_rows(tmp_path, count, severity):
-    report = DatasetReport(CHATML, open_rows(write(tmp_path / "a.jsonl", make_rows(1))), max_seq_len=9)
+    report = DatasetReport(SMOLLM2_TOK, open_rows(write_jsonl(tmp_path / "a.jsonl", make_rows(1))), max_seq_len=9)
     report.total.rows = 100
     report.add_issue("mojibake", range(1, count + 1))
     (found,) = report.finish(file="x", model="m")["issues"]

@@ -12,6 +12,15 @@ TEXT = [
     "system user assistant model final analysis message think be brief You are helpful",
 ]
 
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PHI3 = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
+MISTRAL = ["<s>", "[INST]", "[/INST]", "</s>"]
+GPT_OSS = ["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+DEEPSEEK = ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
+"""The special tokens that the templates of a family write."""
+
 
 def make_tokenizer(template: str | None, specials: list[str], trim_offsets: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer whose special tokens are `specials`: the first is bos, the last is eos."""
@@ -29,3 +38,7 @@ def make_tokenizer(template: str | None, specials: list[str], trim_offsets: bool
 
 def template_text(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+SMOLLM2_TOK = make_tokenizer(template_text("smollm2"), CHATML)
+GEMMA_TOK = make_tokenizer(template_text("gemma"), GEMMA)

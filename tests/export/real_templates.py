@@ -7,26 +7,21 @@ import trl
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
-from tiny_tokenizer import TEMPLATES, make_tokenizer
+from tiny_tokenizer import CHATML, DEEPSEEK, GEMMA, LLAMA3, MISTRAL, PHI3, make_tokenizer, template_text
 
 __all__ = ["CHATML", "TOKENIZERS", "make_tokenizer"]
 
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
-PHI3 = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
-MISTRAL = ["<s>", "[INST]", "[/INST]", "</s>"]
 OURS = {
     "smollm2": CHATML, "qwen2_5": CHATML, "qwen3": CHATML, "qwen3_training": CHATML, "llama3": LLAMA3, "gemma": GEMMA,
     "gemma3": GEMMA, "phi3": PHI3, "mistral": MISTRAL, "mixtral_8x7b": MISTRAL, "mixtral_8x22b": MISTRAL,
-    "llama2": ["<s>", "</s>"], "deepseekv3": ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    "llama2": ["<s>", "</s>"], "deepseekv3": DEEPSEEK,
     "gptoss": ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"],
 }  # fmt: skip
 TRL = {
     "llama3_1": LLAMA3, "llama3_2": LLAMA3, "phi3_5": PHI3, "qwen3_instruct_2507": CHATML, "qwen3_8": CHATML,
     "lfm2": CHATML, "glm4moe": CHATML, "nemotron_3_nano": CHATML, "gemma4": ["<bos>", "<|turn>", "<turn|>"],
     "cohere": ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"],
-    "deepseek_r1_distill": ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    "deepseek_r1_distill": DEEPSEEK,
 }  # fmt: skip
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
@@ -45,7 +40,7 @@ LAST = (
 
 def tokenizers():
     for name, special in OURS.items():
-        yield name, make_tokenizer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"), special)
+        yield name, make_tokenizer(template_text(name), special)
     for name, special in TRL.items():
         file = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
         if file.is_file():

@@ -37,9 +37,9 @@ def test_corpus(cases, sound_paths):
     assert len(sound_paths) == len(set(sound_paths)) >= 45
     elsewhere = {"doubled-bos", "missing-end", "unused-column", "validation-invalid"}  # tests/data/test_validation.py
     elsewhere |= {"other-prompt", "short-document"}  # tests/data/test_thinking.py, test_documents.py
-    elsewhere |= {"length-leak", "contradictory-pair"}  # tests/data/test_pair_checks.py
+    elsewhere |= {"length-leak", "contradictory-pair"}  # tests/data/test_answer_rows.py
     elsewhere |= {"empty-answer"}  # a guard: no row is known that gets there
-    labels = {code for code in ISSUE_TYPES if "label" in code or "class" in code}  # tests/data/test_labels.py
+    labels = {code for code in ISSUE_TYPES if "label" in code or "class" in code}  # tests/data/test_label_rows.py
     assert set(ISSUE_TYPES) - {case.code for case in cases} == elsewhere | labels
 
 
