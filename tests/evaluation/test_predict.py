@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from hand_run import make_run
+from row_files import write_jsonl
 from typer.testing import CliRunner
 
 from slimtune.cli import app
@@ -36,8 +37,7 @@ def adapter(request, tmp_path, tiny_folder):
 
 
 def predict(folder, tmp_path, rows):
-    data = tmp_path / "new.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_jsonl(tmp_path / "new.jsonl", rows)
     result = predict_file(folder, data, tmp_path / "out.jsonl", device="cpu")
     return result, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 

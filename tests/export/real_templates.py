@@ -1,12 +1,8 @@
 """Real chat templates, each with the special tokens it writes: from tests/data/templates and from TRL."""
 
-import sys
 from pathlib import Path
 
 import trl
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-
 from tiny_tokenizer import CHATML, DEEPSEEK, GEMMA, LLAMA3, MISTRAL, PHI3, make_tokenizer, template_text
 
 __all__ = ["CHATML", "TOKENIZERS", "make_tokenizer"]

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from models_zoo import shake
+from tiny_gguf import write_tiny_base
 from typer.testing import CliRunner
 
 import slimtune
@@ -22,10 +23,6 @@ from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
 from slimtune.export.verify import verify
 from slimtune.models.loader import load_base
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from models_zoo import shake
-from tiny_gguf import write_gguf
-
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -37,9 +34,7 @@ def base(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
     place = tmp_path_factory.mktemp("bases")
     patch = pytest.MonkeyPatch()
     patch.setenv("SLIMTUNE_CACHE", str(place / "cache"))
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
-    yield write_gguf(place / "tiny base.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+    yield write_tiny_base(place / "tiny base.gguf", tiny_llama, tiny_tokenizer)
     patch.undo()
 
 
@@ -312,9 +307,7 @@ def test_a_gguf_of_a_sibling_is_refused(run, base, tmp_path, change, words):
 
 
 def test_a_gguf_of_another_shape_is_refused(run, tmp_path, tiny_llama, tiny_tokenizer):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["Ġa", "Ġ1"])
-    other = write_gguf(tmp_path / "o.gguf", tiny_llama(vocab_size=261, head_dim=8, intermediate_size=96), tokenizer)
+    other = write_tiny_base(tmp_path / "o.gguf", tiny_llama, tiny_tokenizer, intermediate_size=96)
     with pytest.raises(UsageError, match="is not the base that the adapter was trained on"):
         to_ollama(run, tmp_path / "out", other)
 

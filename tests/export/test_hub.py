@@ -14,6 +14,7 @@ import yaml
 from hand_run import make_run
 from hub_server import TOKEN, serve_hub
 from safetensors.torch import load_file, save_file
+from tiny_gguf import finish_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -294,10 +295,7 @@ def test_gguf_files(run, tmp_path):
     out.mkdir()
     writer = GGUFWriter(out / "adapter.gguf", "llama")
     writer.add_tensor("a", torch.ones(3, 4).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     (out / "Modelfile").write_text(f"FROM {tmp_path}\n")
     write_manifest(out, "ollama", run, {})
     result = push(out, "ada/gguf", dry_run=True)

@@ -1,12 +1,11 @@
 """Exports of runs on preference pairs: merged and in every engine they are what was trained, on rows of the run."""
 
 import importlib.util
-import json
-import sys
-from pathlib import Path
 
 import pytest
 from models_zoo import llama
+from row_files import write_jsonl
+from tiny_gguf import write_tiny_base
 from tiny_run import recipe_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -21,9 +20,6 @@ from slimtune.export.verify import verify
 from slimtune.setup import load_eval_dataset
 from slimtune.training.train import train
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_gguf import write_gguf
-
 USER, SAYS = {"role": "user"}, {"role": "assistant"}
 PAIRS = [
     {"prompt": [{**USER, "content": f"Say {i}."}], "chosen": [{**SAYS, "content": "abc " * (1 + i % 3)}],
@@ -37,8 +33,7 @@ THINKING = [
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(write_jsonl(path, rows))
 
 
 def settings(folder, base, task="dpo", dtype="float32", **data):
@@ -110,9 +105,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path):
 def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
     """A tiny Llama as a GGUF file."""
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
-    return write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+    return write_tiny_base(tmp_path / "base.gguf", tiny_llama, tiny_tokenizer)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +13,11 @@ from hypothesis import strategies as st
 from modelfile_reader import read_modelfile
 from owist_modelfile_lint import lint
 from real_templates import TOKENIZERS, make_tokenizer
+from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
 from slimtune.export.engines import LlamaCppEngine, is_llama_cpp_installed
 from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_ollama
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-
-from tiny_gguf import write_gguf
 
 
 def config(**settings):
@@ -36,10 +32,7 @@ def gguf_file(path: Path, add_bos: bool | None = None) -> Path:
     writer = GGUFWriter(path, "llama")
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

@@ -1,20 +1,16 @@
 """Exports of a run on a base in 4 bits: checked on its own base, and a note says what another base changes."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from hand_run import make_run
+from tiny_gguf import write_tiny_base
 
 from slimtune.errors import AdapterError
 from slimtune.export import reference
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.verify import verify
 from slimtune.models.gguf import read_dequantized
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_gguf import write_gguf
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -60,9 +56,7 @@ def test_loftq_is_refused_beside_another_base(to, tiny_folder, tmp_path):
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
 def test_all_formats_on_a_quantized_gguf(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
-    base = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+    base = write_tiny_base(tmp_path / "tiny.gguf", tiny_llama, tiny_tokenizer)
     run = make_run(tmp_path / "run", read_dequantized(base)[0], model=NF4)
     file = run / "recipe.yaml"
     file.write_text(file.read_text().replace(f"name: {read_dequantized(base)[0]}", f"name: {base}"))

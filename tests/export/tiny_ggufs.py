@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from tiny_gguf import finish_gguf
 
 from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 
@@ -116,10 +117,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     for name, parameter in model.named_parameters():
         for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
             w.add_tensor(gguf_name, tensor.float().contiguous().numpy())
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    finish_gguf(w)
     return file
 
 

@@ -31,8 +31,7 @@ from slimtune.config import load_recipe
 from slimtune.data.chat_template import encode_chat
 from slimtune.data.dataset import read_rows
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-sys.path.append(str(Path(__file__).parents[1] / "models"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 from tiny_gguf import write_gguf
 from tiny_tokenizer import TEMPLATES, make_tokenizer

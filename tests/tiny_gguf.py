@@ -62,8 +62,20 @@ def write_gguf(
         w.add_tensor(names.get_name(name, (".weight",)), array)
     if rope_freqs is not None:
         w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    finish_gguf(w)
     return path
+
+
+def finish_gguf(writer: Any) -> None:
+    """Write what a `GGUFWriter` has collected."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tiny_base(path: Path, tiny_llama: Any, tiny_tokenizer: Any, **config: Any) -> Path:
+    """Write a tiny Llama and its tokenizer, made by the fixtures of these names."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what the merges above make
+    return write_gguf(path, tiny_llama(vocab_size=261, head_dim=8, **config), tokenizer)
