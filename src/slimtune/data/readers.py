@@ -4,6 +4,7 @@ A reader continues after an invalid line, and has little of the file in memory. 
 `datasets` and Arrow name no line for a malformed row and stop at the first one.
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -270,28 +271,21 @@ def read_hf_dataset(dataset: Any) -> Iterator[Located]:
 
 def _read_arrow_batches(batches: Iterable[Any], start: int = 1) -> Iterator[Located]:
     """Yield the records of Arrow batches or tables, with their numbers from `start`."""
-    for batch in batches:
-        yield from _read_arrow_batch(batch, start)
-        start += batch.num_rows
-
-
-def _read_arrow_batch(batch: Any, start: int) -> Iterator[Located]:
-    """Yield the records of an Arrow batch, whose first one has the number `start`."""
     from pyarrow import types
 
-    # A dictionary's texts are there once, and count for each row.
-    dictionaries = [column for column in batch.columns if types.is_dictionary(column.type)]
-    size = batch.nbytes + sum(len(column) * column.nbytes for column in dictionaries)
-    try:
-        records = batch.to_pylist() if size <= MAX_ROW else None
-    except (ValueError, OverflowError):  # also UnicodeDecodeError
-        records = None
-    if records is not None:
-        yield from ((item, _drop_nulls(record)) for item, record in enumerate(records, start))
-        return
-    for i in range(batch.num_rows):
-        found = _read_arrow_row(batch.slice(i, 1), start + i)
-        yield found if isinstance(found, InvalidRow) else (start + i, _drop_nulls(found))
+    for batch in batches:
+        # A dictionary's texts are there once, and count for each row.
+        dictionaries = [column for column in batch.columns if types.is_dictionary(column.type)]
+        size = batch.nbytes + sum(len(column) * column.nbytes for column in dictionaries)
+        records: Iterable[Any] | None = None
+        if size <= MAX_ROW:
+            with contextlib.suppress(ValueError, OverflowError):  # also UnicodeDecodeError
+                records = batch.to_pylist()
+        if records is None:
+            records = (_read_arrow_row(batch.slice(i, 1), start + i) for i in range(batch.num_rows))
+        for item, record in enumerate(records, start):
+            yield record if isinstance(record, InvalidRow) else (item, _drop_nulls(record))
+        start += batch.num_rows
 
 
 def _read_arrow_row(row: Any, item: int) -> dict[str, Any] | InvalidRow:

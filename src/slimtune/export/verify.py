@@ -25,7 +25,7 @@ from .gguf import ToolError, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
 from .ollama import find_base
 from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
-from .served_base import check_served_base, read_precision
+from .served_base import ServedBase, check_served_base, read_precision
 
 
 def verify(
@@ -109,7 +109,7 @@ class Verifier:
             return self._open_llama_cpp(whole)
 
         yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
-        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, open_base=_without_adapter)
+        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppEngine.without_adapter)
         yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole, open_base=self._open_base_in("f16"))
 
     def verify_export(self, path: Path, manifest: dict[str, Any]) -> Iterator[Verdict]:
@@ -136,19 +136,19 @@ class Verifier:
         self, adapter: Path, precision: str, tolerance: Tolerance | None, ollama_base: str | None
     ) -> Verdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
-        name, served = "llama.cpp, adapter GGUF", None
+        served = ServedBase()
         if ollama_base is not None:
             served = check_served_base(ollama_base, find_base(ollama_base), self.loaded)
-        if served is not None and served.file is not None:
-            file, weights = served.file, read_precision(served.file)
-            verdict = self.verify_engine(
-                name, weights, lambda: self._open_llama_cpp(file, adapter), get_tolerance(weights), _without_adapter
-            )
-        else:
-            verdict = self.verify_engine(
-                name, precision, lambda: self._open_beside_base(adapter), tolerance, _without_adapter
-            )
-        if served is not None and served.unproven and verdict.passed:
+        if (file := served.file) is not None:
+            precision = read_precision(file)
+            tolerance = get_tolerance(precision)
+
+        def open_engine() -> Engine:
+            return self._open_beside_base(adapter) if file is None else self._open_llama_cpp(file, adapter)
+
+        name = "llama.cpp, adapter GGUF"
+        verdict = self.verify_engine(name, precision, open_engine, tolerance, LlamaCppEngine.without_adapter)
+        if served.unproven and verdict.passed:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
         return self._note_quantized_base(verdict)
 
@@ -239,10 +239,6 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference |
         f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
         f"{reference.effect:.2g}; {merged}"
     )
-
-
-def _without_adapter(engine: Any) -> Engine:
-    return engine.without_adapter()
 
 
 def _get_conversion_tolerance(manifest: dict[str, Any]) -> Tolerance | None:
