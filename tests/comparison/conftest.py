@@ -16,6 +16,7 @@ from slimtune.comparison.worker import WorkerResult
 from slimtune.config import load_recipe
 from slimtune.errors import SlimtuneError
 from slimtune.run_dir import RunDir
+from slimtune.training.loop import TrainingLoop
 
 PLANS: dict[str, Any] = {}
 
@@ -110,3 +111,23 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
 
     monkeypatch.setattr(worker, "run_cells", run_cells)
     return in_process
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Kill this process, as it seems to it, after so many steps of all runs; returns a list with the steps left."""
+
+    def install(steps: int) -> list[int]:
+        after_step, steps_left = TrainingLoop.after_step, [steps]
+
+        def kill(self: TrainingLoop, values: Any) -> Any:
+            result = after_step(self, values)
+            steps_left[0] -= 1
+            if not steps_left[0]:
+                raise BaseException("killed")
+            return result
+
+        monkeypatch.setattr(TrainingLoop, "after_step", kill)
+        return steps_left
+
+    return install

@@ -20,7 +20,6 @@ from slimtune.comparison.folder import SETTINGS_FILE
 from slimtune.comparison.picture import draw_comparison
 from slimtune.comparison.worker import WorkerResult
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
-from slimtune.training.loop import TrainingLoop
 
 FIGURES = ("method", "rate", "seeds", "trained_tokens", "loss_reduction_by_seed", "loss_reduction_ci95", "tuned_loss",
            "file_bytes")  # fmt: skip
@@ -70,25 +69,12 @@ def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     assert all(word in picture for word in ("lora", "ia3", "peak memory, GiB"))
 
 
-class Killed(BaseException):
-    """Replaces a signal that cannot be caught."""
-
-
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, monkeypatch):
+def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, kill_after):
     whole = compare(grid("lora", "prompt", out="whole"))
     del in_process[:]
-    after_step, steps_left = TrainingLoop.after_step, [5]
-
-    def kill_after_five_steps(self, values):
-        result = after_step(self, values)
-        steps_left[0] -= 1
-        if not steps_left[0]:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(TrainingLoop, "after_step", kill_after_five_steps)
-    with pytest.raises(Killed):
+    kill_after(5)
+    with pytest.raises(BaseException, match="killed"):
         compare(grid("lora", "prompt"))
     assert in_process == ["lora-7", "prompt-7"]
     log: list[str] = []

@@ -14,7 +14,6 @@ from slimtune.comparison.tune import search_learning_rate, tune
 from slimtune.comparison.worker import WorkerResult
 from slimtune.config import load_recipe
 from slimtune.errors import RunError, UsageError
-from slimtune.training.loop import TrainingLoop
 from slimtune.training.train import train
 
 
@@ -203,25 +202,13 @@ def test_another_search_in_the_folder_is_refused(tune_tree, quadratic):
 
 
 @pytest.mark.slow
-def test_killed_search_resumes_and_trains_its_recipe(tune_tree, in_process, tree, tmp_path, monkeypatch):
+def test_killed_search_resumes_and_trains_its_recipe(tune_tree, in_process, tree, tmp_path, kill_after):
     tree["train"] |= {"epochs": 2, "save_steps": 1}
     over = "train.learning_rate=log:1e-4..1e-1", "method.r=2,4"
     whole, _ = tune_tree(*over, trials=3)
     (tmp_path / "t").rename(tmp_path / "whole")
-    after_step, steps_left = TrainingLoop.after_step, [11]
-
-    def kill_in_the_second_trial(self, values):
-        result = after_step(self, values)
-        steps_left[0] -= 1
-        if not steps_left[0]:
-            raise Killed
-        return result
-
-    class Killed(BaseException):
-        """Replaces a signal that cannot be caught."""
-
-    monkeypatch.setattr(TrainingLoop, "after_step", kill_in_the_second_trial)
-    with pytest.raises(Killed):
+    steps_left = kill_after(11)
+    with pytest.raises(BaseException, match="killed"):
         tune_tree(*over, trials=3)
     result, _ = tune_tree(*over, trials=3)
     assert steps_left == [11 - 24], "the killed trial went on from its checkpoint"

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from hand_run import TALKS, make_run, write_rows
+from hand_run import TALKS, write_rows
 
 from slimtune.data.dataset import Row
 from slimtune.errors import ModelError, UsageError
@@ -13,8 +13,7 @@ from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.generate import Generator
 
 
-def test_answers_equal_those_of_generate(tmp_path, tiny_folder):
-    run = make_run(tmp_path / "run", tiny_folder)
+def test_answers_equal_those_of_generate(run):
     result = evaluate(run, EvalSettings(generate=3, max_new_tokens=12, checks=["exact", "regex:."]))
     found = result["generations"]
     assert [g["line"] for g in found] == [1, 3, 5]
@@ -45,8 +44,7 @@ def test_summary():
     assert summarize_checks([{"checks": c} for c in checks]) == summary
 
 
-def test_prompt_without_room_fails_before_scoring(tmp_path, tiny_folder):
-    run = make_run(tmp_path / "run", tiny_folder)
+def test_prompt_without_room_fails_before_scoring(run, tmp_path):
     long = write_rows(tmp_path / "long.jsonl", [("x" * 400, "y")])
     with pytest.raises(UsageError, match="the model's context holds 512"):
         evaluate(run, EvalSettings(data=long, generate=1))

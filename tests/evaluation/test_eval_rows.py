@@ -11,11 +11,6 @@ from slimtune.train_step.loss import RowScore
 MORE = [*TALKS, ("Define a day.", "A period of twenty-four hours, mostly misspent."), ("Define dawn.", "Too early.")]
 
 
-@pytest.fixture
-def run(tmp_path, tiny_folder):
-    return make_run(tmp_path / "run", tiny_folder)
-
-
 def trained_rows(run):
     return run.with_name("run-trained.jsonl")
 

@@ -16,11 +16,6 @@ from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.run_dir import RunDir
 
 
-@pytest.fixture
-def run(tmp_path, tiny_folder):
-    return make_run(tmp_path / "run", tiny_folder)
-
-
 @torch.no_grad()
 def score_with_transformers(model, examples):
     """Return the loss of each row in nats, and the number of correct greedy tokens."""

@@ -90,8 +90,7 @@ def test_figures_by_kind():
     assert [found["kinds"][k]["change"] for k in "ab"] == [1.25, 0.5]
 
 
-def test_change_equals_transformers(tmp_path, tiny_folder):
-    run = make_run(tmp_path / "run", tiny_folder)
+def test_change_equals_transformers(run, tmp_path, tiny_folder):
     file = tmp_path / "general.txt"
     file.write_text("Twenty-three letters and a few figures, 0123456789. " * 12)
     found = evaluate(run, EvalSettings(general_text=file))["forgetting"]

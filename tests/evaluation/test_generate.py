@@ -19,11 +19,6 @@ ASK = [{"role": "user", "content": "Define hope."}]
 
 
 @pytest.fixture
-def run(tmp_path, tiny_folder):
-    return make_run(tmp_path / "run", tiny_folder)
-
-
-@pytest.fixture
 def generator(run):
     return Generator.open(run)
 

@@ -5,7 +5,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from hand_run import make_run
 
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
@@ -146,8 +145,7 @@ def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
         build_judge("http://127.0.0.1:1/v1")
 
 
-def test_win_rate_of_a_run(tmp_path, tiny_folder, judges):
-    run = make_run(tmp_path / "run", tiny_folder)
+def test_win_rate_of_a_run(run, judges):
     found = evaluate(run, EvalSettings(generate=3, max_new_tokens=6, judge=f"{judges}:longer"))
     lengths = [(len(g["base"]), len(g["tuned"])) for g in found["generations"]]
     assert found["win_rate"]["wins"] == sum(tuned > base for base, tuned in lengths)

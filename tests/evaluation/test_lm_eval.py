@@ -68,8 +68,7 @@ def test_scores_of_base_and_tuned_model(tmp_path, tiny_folder, folder):
 
 
 @needs_harness
-def test_unknown_and_failing_tasks(tmp_path, tiny_folder, folder):
-    run = make_run(tmp_path / "run", tiny_folder)
+def test_unknown_and_failing_tasks(run, folder):
     with pytest.raises(UsageError, match=r"there is no task 'which_on'; did you mean 'which_one'\?"):
         evaluate(run, EvalSettings(tasks=["which_on"], tasks_path=folder))
     with pytest.raises(UsageError, match="is not a folder"):
@@ -81,8 +80,8 @@ def test_unknown_and_failing_tasks(tmp_path, tiny_folder, folder):
     assert json.loads((run / "eval-test.json").read_text())["tasks"] is None  # what was measured before stays
 
 
-def test_missing_package(tmp_path, tiny_folder, monkeypatch):
+def test_missing_package(run, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
     with pytest.raises(ModelError, match="needs the package lm-eval"):
-        evaluate(make_run(tmp_path / "run", tiny_folder), EvalSettings(tasks=["which_one"]))
+        evaluate(run, EvalSettings(tasks=["which_one"]))

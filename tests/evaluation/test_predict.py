@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from hand_run import make_run
 from row_files import write_jsonl
 from typer.testing import CliRunner
 
@@ -81,6 +80,6 @@ def test_command_predicts_one_text(adapter):
     assert (wrong.exit_code, "a text, or --data and --out" in wrong.stderr) == (2, True)
 
 
-def test_language_model_is_refused(tmp_path, tiny_folder):
+def test_language_model_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match="is the adapter of a language model"):
-        predict(make_run(tmp_path / "run", tiny_folder), tmp_path, [{"text": "a"}])
+        predict(run, tmp_path, [{"text": "a"}])

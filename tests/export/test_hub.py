@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from hand_run import make_run
-from hub_server import TOKEN, serve_hub
+from hub_server import TOKEN
 from safetensors.torch import load_file, save_file
 from tiny_gguf import finish_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,12 +37,6 @@ RESULT = {
     "total_params": 139_399_488, "peak_bytes": 2**31, "dtype": "bfloat16", "device": "cpu",
 }  # fmt: skip
 PLAN = {"plan": {"need_bytes": {"low": 2**30, "high": 3 * 2**30}}, "probe": {"bytes": 2**30 + 2**29}}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with serve_hub(monkeypatch) as hub:
-        yield hub
 
 
 @pytest.fixture

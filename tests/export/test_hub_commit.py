@@ -6,7 +6,7 @@ import traceback
 
 import huggingface_hub
 import pytest
-from hub_server import TOKEN, serve_hub
+from hub_server import TOKEN
 from huggingface_hub import constants
 
 from slimtune.errors import RunError, SlimtuneError, UsageError
@@ -14,12 +14,6 @@ from slimtune.utils import hub as hub_module
 from slimtune.utils.hub import commit_files
 
 FILES = {"README.md": b"---\ntags:\n- a\n---\n# A\n", "a.json": b"{}", "b.safetensors": b"\0" * 999}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with serve_hub(monkeypatch) as hub:
-        yield hub
 
 
 def commit(repo_id="ada/words", files=FILES, **options):
