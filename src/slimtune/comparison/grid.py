@@ -131,10 +131,7 @@ def build_grid(
         candidates: the methods to compare.
         seeds: number of seeds; the first is the recipe's, the others follow it.
         tokens: trained tokens of a run, on average; None: as long as the recipe says.
-        trials: learning rates tried for each candidate.
-        output_dir: the folder of the comparison.
-        at_once: runs of a candidate that train at the same time in one process.
-        force: train on rows that the data report finds faulty.
+        trials, output_dir, at_once, force: see `Grid`.
     """
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
     tasks = [c.task for c in candidates if c.task is not None]

@@ -114,9 +114,7 @@ def _parse_range(text: str) -> Range:
 def check_ranges(ranges: Sequence[Range], check: Callable[[Mapping[str, Any]], Any]) -> list[Range]:
     """Check every combination of ends and choices, and return the ranges, those of integers marked as `whole`.
 
-    Args:
-        ranges: what is searched.
-        check: raises RecipeError for values, by path, that a recipe cannot have.
+    `check` raises RecipeError for values, by path, that a recipe cannot have.
     """
     try:
         for values in itertools.islice(itertools.product(*(r.ends for r in ranges)), MOST_COMBINATIONS):

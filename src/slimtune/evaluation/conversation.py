@@ -21,12 +21,9 @@ class Conversation:
         self.messages: dict[str, list[Message]] = {"base": [*start], "tuned": [*start]}
 
     def stream(self, text: str, model: str, **settings: Any) -> Pieces[str, None, None]:
-        """Yield the pieces of a model's answer to a text of the user; what was said of it is remembered.
+        """Yield the pieces of the answer of the model "base" or "tuned" to a text of the user, and remember both.
 
-        Args:
-            text: the user's message.
-            model: "base" or "tuned".
-            settings: those of `Generator.stream`, whose errors are raised here.
+        Settings and errors are those of `Generator.stream`.
         """
         history = self.messages[model]
         history.append({"role": "user", "content": text})

@@ -239,11 +239,8 @@ def load_unseen_rows(
 ) -> tuple[TokenizedDataset, RowReport, int | None]:
     """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
 
-    Args:
-        trained: the run; the last value is None if its training rows cannot be read.
-        recipe: of the run, or what stands for it.
-        file: that the rows are from; None: training set them aside from its own file.
-        split: which of them, "test" or "validation".
+    Without a `file` they are those that training set aside as the `split` "test" or "validation". The last value is
+    None if the run's training rows cannot be read.
 
     Raises:
         UsageError: training set no rows aside.

@@ -45,10 +45,7 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
 def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict[str, Any]:
     """Return `{task: {metric: {"base", "base_stderr", "tuned", "tuned_stderr", "higher_is_better"}}}`.
 
-    Args:
-        trained: adapter and base.
-        names: tasks or groups.
-        manager: from `find_tasks`.
+    `names` are tasks or groups, and `manager` is what `find_tasks` returned.
 
     Raises:
         ModelError: the harness could not run a task; its message is included.

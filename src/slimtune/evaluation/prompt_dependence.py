@@ -58,12 +58,8 @@ def prompt_dependence(
 ) -> dict[str, Any] | None:
     """Return how much base and tuned model depend on the prompts, or None if all rows ask the same.
 
-    Args:
-        shuffled: from `shuffle_prompts`.
-        base: scores of every row after its own prompt, by the base.
-        tuned: the same by the tuned model.
-        score_both: scores rows by base and tuned model.
-        bootstrap: `draws` and `seed`.
+    `shuffled` comes from `shuffle_prompts`; `base` and `tuned` are the scores of every row after its own prompt;
+    `score_both` scores rows by both models; `bootstrap` is `draws` and `seed`.
 
     Returns:
         `rows`; `base`, `tuned` and `change` in nats per token, each with `_ci95`; `passed`.

@@ -56,9 +56,7 @@ def measure_losses(
 ) -> tuple[dict[str, Any], RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.
 
-    Args:
-        evaluation: of the models.
-        examples: its examples, or a row of each; what counts as one row is a document, whatever its windows.
+    `examples` are those of the evaluation, or a row of each. A document is one row, whatever its windows.
     """
 
     def sum_windows(scores: Sequence[RowScore]) -> list[RowScore]:

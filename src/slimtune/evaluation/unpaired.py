@@ -64,12 +64,8 @@ def measure_unpaired_preferences(
 ) -> dict[str, Any]:
     """Return the measures of the module with intervals: `base_…`, `tuned_…` and `…_gain` of the first two.
 
-    Args:
-        base, tuned: log p of each answer [N].
-        tokens: its number of tokens [N].
-        is_good: its label, bool [N]; both labels are there.
-        groups: the group of each row [N]; equal rows are one group and are drawn together.
-        draws, seed: of the bootstrap.
+    `base` and `tuned` are log p of each answer [N], `tokens` their numbers of tokens [N], `is_good` their labels, bool
+    [N] and not all the same, and `groups` the groups of equal rows [N], which are drawn together.
     """
     rewards = tuned - base
     means = [float(rewards[part].mean()) for part in (is_good, ~is_good)]

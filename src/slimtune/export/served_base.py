@@ -44,10 +44,8 @@ class ServedBase:
 def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
     """Compare a base for Ollama with the base that an adapter was trained on.
 
-    Args:
-        name: a name from a registry, or what the user gave for the path.
-        path: the GGUF file or the Hugging Face folder; None: it is a name.
-        loaded: the `TrainedModel`.
+    `name` is what the user gave, and `path` the GGUF file or the Hugging Face folder of that name; without a path it is
+    a name from a registry. `loaded` is the `TrainedModel`.
 
     Raises:
         UsageError: it is another base.
