@@ -26,9 +26,9 @@ def compare(rows):
 @given(ROWS)
 def test_estimate_is_inside_its_interval(rows):
     found = compare(rows)
-    assert found.difference.value == pytest.approx(found.base.value - found.tuned.value, abs=1e-9)
+    assert found.difference.value == pytest.approx(found.first.value - found.second.value, abs=1e-9)
     assert all(one.low <= one.value <= one.high for one in found)
-    assert found.base.value == pytest.approx(sum(b for b, _, _ in rows) / sum(t for _, _, t in rows))
+    assert found.first.value == pytest.approx(sum(b for b, _, _ in rows) / sum(t for _, _, t in rows))
 
 
 @QUICK
@@ -45,7 +45,7 @@ def test_swapped_models_swap_the_interval(rows):
     one, other = compare(rows), compare([(u, b, t) for b, u, t in rows])
     value, low, high = one.difference
     assert other.difference == pytest.approx((-value, -high, -low), abs=1e-9)
-    assert other.base == pytest.approx(one.tuned, abs=1e-9)
+    assert other.first == pytest.approx(one.second, abs=1e-9)
 
 
 @QUICK

@@ -77,9 +77,9 @@ def describe_accuracy(
         "rows": len(evaluation.examples),
         "different_rows": len(np.unique(evaluation.groups)),
         "loss": float(losses.mean()),
-        **make_fields(accuracy=accuracy.base, accuracy_gain=accuracy.difference),
+        **make_fields(accuracy=accuracy.first, accuracy_gain=accuracy.difference),
         "baseline": baseline,
-        "baseline_accuracy": accuracy.tuned.value,
+        "baseline_accuracy": accuracy.second.value,
     }
 
 

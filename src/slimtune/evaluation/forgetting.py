@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.collator import Example
 from ..train_step.loss import RowScore
-from .statistics import paired_bootstrap
+from .statistics import make_fields, paired_bootstrap
 
 DEFAULT_BUDGET = 0.1
 
@@ -29,13 +29,13 @@ def measure_forgetting(
 
     def compare(rows: Sequence[int]) -> dict[str, Any]:
         tokens = [base[i].tokens for i in rows]
-        found = paired_bootstrap([base[i].nats for i in rows], [tuned[i].nats for i in rows], tokens, **bootstrap)
+        # The bootstrap subtracts its second argument from its first: tuned - base.
+        found = paired_bootstrap([tuned[i].nats for i in rows], [base[i].nats for i in rows], tokens, **bootstrap)
         return {
             "tokens": sum(tokens),
-            "base_loss": found.base.value,
-            "tuned_loss": found.tuned.value,
-            "change": 0.0 - found.difference.value,
-            "change_ci95": [0.0 - found.difference.high, 0.0 - found.difference.low],
+            "base_loss": found.second.value,
+            "tuned_loss": found.first.value,
+            **make_fields(change=found.difference),
         }
 
     result = compare(range(len(examples)))

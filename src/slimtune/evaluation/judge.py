@@ -138,7 +138,7 @@ def measure_win_rate(name: str, answers: Sequence[Mapping[str, Any]], *, draws: 
     rate = None
     if clear:
         points = [(result + 1) / 2 for result in results]
-        rate = paired_bootstrap(points, points, [1] * len(points), draws=draws, seed=seed).base
+        rate = paired_bootstrap(points, points, [1] * len(points), draws=draws, seed=seed).first
     return {
         "judge": name,
         "prompts": len(answers),

@@ -81,7 +81,7 @@ def measure_preferences(
         # More is better here, so the tuned model comes first: base - tuned is the gain.
         sums = (np.bincount(owners, measure(values)) for values in (logps["tuned"], logps["base"]))
         found = compare(*sums, np.bincount(owners))
-        estimates = {f"base_{name}": found.tuned, f"tuned_{name}": found.base, f"{name}_gain": found.difference}
+        estimates = {f"base_{name}": found.second, f"tuned_{name}": found.first, f"{name}_gain": found.difference}
         result |= make_fields(**estimates)
     result["pairs_better"] = int(is_higher(logps["tuned"] - logps["base"]).sum())
     result["by_length"] = {}

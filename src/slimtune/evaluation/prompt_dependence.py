@@ -73,7 +73,7 @@ def prompt_dependence(
     tokens = [base[i].tokens for i in shuffled]
     # The bootstrap subtracts its second argument from its first: tuned - base.
     found = paired_bootstrap(tuned_increase, base_increase, tokens, **bootstrap)
-    estimates = {"base": found.tuned, "tuned": found.base, "change": found.difference}
+    estimates = {"base": found.second, "tuned": found.first, "change": found.difference}
     return {
         "rows": len(shuffled),
         **make_fields(**estimates),

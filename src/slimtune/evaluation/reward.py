@@ -21,8 +21,8 @@ class RewardEvaluation(Evaluation):
         margin = self.compare(chosen, rejected)
         result = describe_accuracy(self, losses, accuracy, "chance") | {
             **make_fields(margin=margin.difference),
-            "chosen_reward": margin.base.value,
-            "rejected_reward": margin.tuned.value,
+            "chosen_reward": margin.first.value,
+            "rejected_reward": margin.second.value,
         }
         figures = [
             {"line": line, "chosen": float(c), "rejected": float(r)}

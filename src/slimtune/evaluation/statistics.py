@@ -44,11 +44,11 @@ class Estimate(NamedTuple):
 
 
 class PairedEstimate(NamedTuple):
-    """Base against tuned model over the same rows, per token."""
+    """Two models over the same rows, per token."""
 
-    base: Estimate
-    tuned: Estimate
-    difference: Estimate  # base - tuned
+    first: Estimate
+    second: Estimate
+    difference: Estimate  # first - second
 
 
 def make_fields(**estimates: Estimate) -> dict[str, Any]:
@@ -58,17 +58,17 @@ def make_fields(**estimates: Estimate) -> dict[str, Any]:
 
 
 def paired_bootstrap(
-    base: Sequence[float], tuned: Sequence[float], tokens: Sequence[int], *, draws: int = 2000, seed: int = 0
+    first: Sequence[float], second: Sequence[float], tokens: Sequence[int], *, draws: int = 2000, seed: int = 0
 ) -> PairedEstimate:
     """Compare the sums (nats, or hits) by row of two models, with 95 % intervals from `draws` draws of rows.
 
     Raises:
         ValueError: there are no rows, the lengths differ, or a row has no token.
     """
-    b, u, t = np.asarray(base, float), np.asarray(tuned, float), np.asarray(tokens, float)
-    if not (b.shape == u.shape == t.shape and b.ndim == 1 and len(b) and (t > 0).all()):
-        raise ValueError(f"expected three lists of one length, tokens above 0; got {b.shape, u.shape, t.shape}")
-    sums = np.stack([b, u, b - u], axis=1)
+    a, b, t = np.asarray(first, float), np.asarray(second, float), np.asarray(tokens, float)
+    if not (a.shape == b.shape == t.shape and a.ndim == 1 and len(a) and (t > 0).all()):
+        raise ValueError(f"expected three lists of one length, tokens above 0; got {a.shape, b.shape, t.shape}")
+    sums = np.stack([a, b, a - b], axis=1)
     drawn = [(counts @ sums) / (counts @ t)[:, None] for counts in _draw_counts(len(t), draws, seed)]
     return PairedEstimate(*_make_estimates(sums.sum(0) / t.sum(), np.concatenate(drawn)))
 

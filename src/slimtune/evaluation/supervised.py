@@ -67,14 +67,14 @@ def measure_losses(
     tokens = [score.tokens for score in base]
     loss = evaluation.compare([s.nats for s in base], [s.nats for s in tuned], tokens)
     hits = evaluation.compare([s.hits for s in tuned], [s.hits for s in base], tokens)
-    perplexities = [Estimate(*map(perplexity, estimate)) for estimate in (loss.base, loss.tuned)]
+    perplexities = [Estimate(*map(perplexity, estimate)) for estimate in (loss.first, loss.second)]
 
     result = {
         "rows": len(tokens),
         "tokens": sum(tokens),
-        **make_fields(base_loss=loss.base, tuned_loss=loss.tuned, loss_reduction=loss.difference),
+        **make_fields(base_loss=loss.first, tuned_loss=loss.second, loss_reduction=loss.difference),
         **make_fields(base_perplexity=perplexities[0], tuned_perplexity=perplexities[1]),
-        **make_fields(base_accuracy=hits.tuned, tuned_accuracy=hits.base, accuracy_gain=hits.difference),
+        **make_fields(base_accuracy=hits.second, tuned_accuracy=hits.first, accuracy_gain=hits.difference),
         "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
         "different_rows": len(np.unique(evaluation.groups)),
     }
