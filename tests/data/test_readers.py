@@ -166,12 +166,7 @@ UNUSABLE = [
     ("a" * 300 + ".jsonl", None, UsageError, "no such file"),
     ("a\udcff\0.jsonl", None, UsageError, "no such file"),
     ("org/" + "a" * 300, None, UsageError, "no such file"),
-    (
-        "a.csv",
-        "instruction;output\na;b\n",
-        DataError,
-        "one column, 'instruction;output': the delimiter seems",
-    ),
+    ("a.csv", "instruction;output\na;b\n", DataError, "one column, 'instruction;output': the delimiter seems"),
     ("a.csv", "instruction,output,output\na,b,c\n", DataError, "names 'output' twice"),
     ("a.jsnl", "{}", UsageError, r"unknown suffix '\.jsnl'; did you mean '\.jsonl'\?"),
     ("trian.jsonl", None, UsageError, r"no such file: .*trian\.jsonl; did you mean 'train\.jsonl'"),

@@ -54,10 +54,7 @@ def open_page(profile: Path, width: int, scheme: Any) -> Iterator[Any]:
             browser.close()
 
 
-pytestmark = [
-    pytest.mark.prove,
-    pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement()),
-]
+pytestmark = [pytest.mark.prove, pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement())]
 
 STICKS_OUT = """
 () => {

@@ -32,14 +32,7 @@ from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
-from ..setup import (
-    TrainedModel,
-    build_collator,
-    load_datasets,
-    load_eval_dataset,
-    load_run,
-    open_rows_from_recipe,
-)
+from ..setup import TrainedModel, build_collator, load_datasets, load_eval_dataset, load_run, open_rows_from_recipe
 from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .base import Evaluation

@@ -194,11 +194,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
-    files: dict[str, Path | bytes] = {
-        CONFIG_FILE: format_config(values).encode(),
-        ADAPTER_FILE: file,
-        **found,
-    }
+    files: dict[str, Path | bytes] = {CONFIG_FILE: format_config(values).encode(), ADAPTER_FILE: file, **found}
     if _is_inside(card, folder) and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")

@@ -261,10 +261,8 @@ def require_figure_path(path: str | Path) -> Path:
     """Return the path of a figure, after checking its suffix, its folder and matplotlib before it is drawn."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in FIGURE_SUFFIXES:
-        suffix, hint = (
-            f"the suffix {path.suffix!r}" if path.suffix else "no suffix",
-            f"--plot {path.with_suffix('.svg')}",
-        )
+        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
+        hint = f"--plot {path.with_suffix('.svg')}"
         raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")

@@ -18,14 +18,7 @@ from ..document_windows import find_cuts
 from ..formats import InvalidRow, Row, sort_labels
 from ..packing import pack_sequences
 from ..parallel import cpu_count, parallel_map
-from ..tokenize import (
-    PARAGRAPH_HINT,
-    BatchTokenizer,
-    RowReport,
-    TokenizedBatch,
-    batch_rows,
-    format_lines,
-)
+from ..tokenize import PARAGRAPH_HINT, BatchTokenizer, RowReport, TokenizedBatch, batch_rows, format_lines
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
 from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
 
