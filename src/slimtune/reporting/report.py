@@ -270,19 +270,11 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
         charts = [(title, unit, interval_chart([_estimate("model", "two", v, key, fixed, digits, factor)], marks))
                   for title, unit, key, digits, factor, marks in heads]  # fmt: skip
         return [(*chart, Markup()) for chart in charts if chart[2]]
-    dependence, preference = v.get("prompt_dependence") or {}, v.get("preference") or {}
+    dependence, pairs = v.get("prompt_dependence") or {}, v.get("preference") or {}
     unpaired = v.get("unpaired_preference") or {}
     measures = [
-        (
-            "Preference",
-            "% of pairs whose chosen answer is likelier",
-            preference,
-            "{}_accuracy",
-            "accuracy_gain",
-            1,
-            100,
-        ),
-        ("Preference margin", "nats per pair, higher is better", preference, "{}_margin", "margin_gain", 2, 1),
+        ("Preference", "% of pairs whose chosen answer is likelier", pairs, "{}_accuracy", "accuracy_gain", 1, 100),
+        ("Preference margin", "nats per pair, higher is better", pairs, "{}_margin", "margin_gain", 2, 1),
         ("Good answers likelier", "AUC of log p, 0.5 is chance", unpaired, "{}_auc", "auc_gain", 3, 1),
         ("The same per token", "AUC of log p per token", unpaired, "{}_token_auc", "token_auc_gain", 3, 1),
         ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),
