@@ -14,21 +14,16 @@ from tiny_gguf import finish_gguf
 from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 
 SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 # llama.cpp's Gemma scales by the head's width, whatever the config asks for.
 GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MOE = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 # As many keys as queries; llama.cpp takes an MLP of four times the width for Phi-2.
 PHI = {"num_key_value_heads": 4, "intermediate_size": 256}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+GPT_OSS |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 VISION = {**dict.fromkeys(["hidden_size", "intermediate_size"], 16), "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
 MAKERS = {
@@ -45,21 +40,9 @@ MAKERS = {
     ),
     "mixtral": lambda v: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, vocab_size=v, num_local_experts=4)),
     "olmoe": lambda v: tf.OlmoeForCausalLM(  # llama.cpp takes as many keys as queries
-        tf.OlmoeConfig(
-            **{**SIZES, "num_key_value_heads": 4, "vocab_size": v, "num_experts": 4, "num_experts_per_tok": 2}
-        )
+        tf.OlmoeConfig(**SIZES | {"num_key_value_heads": 4}, vocab_size=v, num_experts=4, num_experts_per_tok=2)
     ),
-    "gpt_oss": lambda v: tf.GptOssForCausalLM(
-        tf.GptOssConfig(
-            **SIZES,
-            vocab_size=v,
-            head_dim=16,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            sliding_window=8,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        )
-    ),
+    "gpt_oss": lambda v: tf.GptOssForCausalLM(tf.GptOssConfig(**SIZES, **GPT_OSS, vocab_size=v)),
     "smollm3": lambda v: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**SIZES, vocab_size=v)),
     "granite": lambda v: tf.GraniteForCausalLM(
         tf.GraniteConfig(**SIZES, vocab_size=v, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5)
