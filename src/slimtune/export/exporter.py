@@ -18,7 +18,7 @@ from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
 from ..setup import TrainedModel, require_language_model
 from ..utils.files import atomic_folder
-from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
+from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_afterwards, require_quantizer, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, Target, require_target, write_manifest
 from .merge import load_trained, write_merged_gguf
 from .ollama import find_base, write_ollama
@@ -172,13 +172,8 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
     model: Any = loaded.model
     if options.merged:
         file, precision = folder / MODEL_GGUF, options.precision or "f16"
-        if precision in PRECISIONS:
-            write_merged_gguf(loaded, run, file, precision)
-        else:
-            with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=folder.parent) as temporary:
-                whole = Path(temporary, MODEL_GGUF)
-                write_merged_gguf(loaded, run, whole, "f16")
-                quantize_gguf(whole, file, precision)
+        with quantize_afterwards(file, precision) as (whole, written):
+            write_merged_gguf(loaded, run, whole, written)
         return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])]}
     adapter, facts = model.active_adapters[0], {}
     if options.convert_to_lora is not None:

@@ -24,7 +24,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,9 +318,17 @@ def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None
     _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
 
 
-def quantize_gguf(file: Path, out: Path, precision: str) -> None:
-    """Write an f32, f16 or bf16 GGUF in another precision ("Q4_K_M") by llama.cpp's `llama-quantize`."""
-    _run_tool([require_quantizer(precision), str(file), str(out), precision])
+@contextmanager
+def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
+    """Yield the GGUF to write, and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other of it."""
+    if precision in PRECISIONS:
+        yield file, precision
+        return
+    quantizer = require_quantizer(precision)
+    with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
+        whole = Path(folder, "whole.gguf")
+        yield whole, "f16"
+        _run_tool([quantizer, str(whole), str(file), precision])
 
 
 def require_quantizer(precision: str) -> str:

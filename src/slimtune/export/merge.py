@@ -271,16 +271,13 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
 def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") -> None:
     """Write the base an adapter was trained on as one GGUF."""
     source, base = loaded.base.source, loaded.base
-    with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        whole = file if precision in gguf.PRECISIONS else Path(folder, "whole.gguf")
-        written = precision if precision in gguf.PRECISIONS else "f16"
+    with gguf.quantize_afterwards(file, precision) as (whole, written):
         if source.kind == "gguf":
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
-        else:
+            return
+        with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
             _save_checkpoint(loaded, MergedWeights(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
             gguf.convert_hf_to_gguf(Path(folder, "base"), whole, written)
-        if whole != file:
-            gguf.quantize_gguf(whole, file, precision)
 
 
 @contextmanager
