@@ -55,9 +55,14 @@ def test_figures_equal_transformers(run, tmp_path, tiny_folder):
     assert json.loads((run / "eval-test.json").read_text()) == found
 
 
-def test_zero_adapter(tmp_path, tiny_folder):
-    found = evaluate(make_run(tmp_path / "run", tiny_folder, size=0.0))
+def test_an_adapter_that_changes_nothing(tmp_path, tiny_folder):
+    run, text = make_run(tmp_path / "run", tiny_folder, size=0.0), tmp_path / "general.txt"
+    text.write_text("A few words of general text.")
+    found = evaluate(run, EvalSettings(general_text=text, forgetting_budget=0.0))
     assert (found["loss_reduction"], found["loss_reduction_ci95"], found["rows_better"]) == (0.0, [0.0, 0.0], 0)
+    assert (found["forgetting"]["change_ci95"], found["forgetting"]["within"]) == ([0.0, 0.0], True)
+    assert not found["verdict"]["passed"]
+    assert "the adapter changes nothing: base and tuned model have the same loss" in found["verdict"]["reasons"]
 
 
 def test_packed_equals_padded(run, tmp_path, tiny_folder):
