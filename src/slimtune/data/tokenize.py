@@ -224,16 +224,14 @@ class BatchTokenizer:
                 continue
             length = max(tokens.row_lengths or (len(tokens.input_ids),))
             report.longest = max(report.longest, length)
-            is_open = tokens.is_open(end_ids)
             if limit is not None and length > limit:
                 overlong.append(row.line)
                 if self.on_overlong != "truncate":
                     report.dropped += 1
                     continue
                 report.truncated += 1
-                tokens = tokens.truncate(limit)
-            report.missing_eos += is_open
-            kept.append((row, tokens))
+            report.missing_eos += tokens.is_open(end_ids)
+            kept.append((row, tokens if limit is None or length <= limit else tokens.truncate(limit)))
         found = [tokens for _, tokens in kept]
         lengths = np.array([len(tokens.input_ids) for tokens in found], np.int64)
         report.kept, report.tokens = len(kept), int(lengths.sum())
