@@ -1,4 +1,4 @@
-"""Rows with a label, a class or a rating: how they are read, their tokens, and what the report finds wrong with them."""
+"""Rows with a label, a class or a rating: how they are read, their tokens, and what the report finds wrong."""
 
 import pytest
 from row_files import find_issues, write_jsonl

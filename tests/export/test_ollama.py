@@ -302,7 +302,8 @@ def test_characters_that_ollama_drops(char, name):
         written("FROM", f"a{char}b")
 
 
-EVIL = ['"', '"""', "\n", "\r", " ", "#", "FROM evil", 'PARAMETER stop "a"', "ADAPTER ./x", "é", "@", "\\", "'", "\u00a0"]
+EVIL = ['"', '"""', "\n", "\r", " ", "#", "FROM evil", "ADAPTER ./x", "é", "@", "\\", "'", "\u00a0"]
+EVIL += ['PARAMETER stop "a"']
 
 
 @given(values=st.lists(st.lists(st.sampled_from(EVIL), max_size=9).map("".join), min_size=3, max_size=3))

@@ -320,7 +320,7 @@ def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None
 
 @contextmanager
 def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
-    """Yield the GGUF to write, and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other of it."""
+    """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other."""
     if precision in PRECISIONS:
         yield file, precision
         return
