@@ -8,7 +8,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent / "tests" / name) for name in ("ui", "reporting")]
 
 from test_report_browser import open_page  # noqa: E402
-from walk import serve_page, walk  # noqa: E402
+from walk import make_home, serve_page, walk  # noqa: E402
 
 LOOKS = {"rows": ("light", 1280), "plan": ("light", 1280), "train": ("dark", 1280), "chat": ("light", 390)}
 """The pages in the docs, and how each looks there."""
@@ -17,7 +17,7 @@ LOOKS = {"rows": ("light", 1280), "plan": ("light", 1280), "train": ("dark", 128
 def main(folder: Path) -> None:
     """Walk over the pages; write the pictures of `LOOKS` into docs, and every page in every look into `folder`."""
     home = Path(tempfile.mkdtemp())
-    with serve_page(home / "tuning") as url, open_page(home / "profile", 1280, "light") as page:
+    with serve_page(make_home(home / "tuning")) as url, open_page(home / "profile", 1280, "light") as page:
 
         def picture(name: str) -> None:
             for scheme in ("light", "dark"):

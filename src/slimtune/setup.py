@@ -423,19 +423,19 @@ def load_run(
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
 
 
-def load_runs(paths: Sequence[str | Path], *, device: str | None = None) -> list[TrainedModel]:
+def load_runs(paths: Sequence[str | Path], **how: Any) -> list[TrainedModel]:
     """Load the adapters of several runs, or of bare adapter folders, on one base.
 
     All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
 
     Args:
         paths: run folders or adapter folders, one or more.
-        device: the device; None: that of the first run (for an adapter folder "auto").
+        how: dtype, device and so on, as for `load_run`; None: as the first run says.
 
     Raises:
         UsageError: two of them need different bases, or the same one in another dtype or quantization.
     """
-    first = load_run(paths[0], device=device)
+    first = load_run(paths[0], **how)
     others = [_add_adapter(first, Path(path), f"default_{i}") for i, path in enumerate(paths[1:], 1)]
     return [first, *others]
 

@@ -16,7 +16,8 @@ from slimtune import (
     get_peft_model,
 )
 from slimtune.adapters.active_adapters import BASE_ROW
-from slimtune.serving.continuous_batching import Answer, ContinuousBatching, QueueFull, SamplingParams
+from slimtune.serving.answers import Answer, QueueFull, SamplingParams
+from slimtune.serving.continuous_batching import ContinuousBatching
 from slimtune.serving.models import ServedModel
 from slimtune.serving.runner import ModelRunner
 

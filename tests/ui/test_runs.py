@@ -256,3 +256,26 @@ def test_a_model_that_dies_says_so(browser, run, pages, folder):
     browser.post("/chat/load", data={"run": "runs/broken"})
     wait_until(lambda: pages.conversation.state == "ended")
     assert "no &lt;b&gt;weights&lt;/b&gt;" in browser.get("/live/chat").text
+
+
+# --- classifiers and reward models
+
+
+def test_a_classifier_predicts_where_others_chat(browser, run, pages, commands, finish):
+    recipe = run.recipe_file.read_text()
+    run.recipe_file.write_text(recipe.replace("name: sft", "name: classification"))
+    shares = {"ham": 0.1, "<i>spam</i>": 0.9}
+    commands({"run": "runs/first", "text": "-<b>hi</b>", "predicted": "<i>spam</i>", "probabilities": shares})
+    browser.post("/chat/load", data={"run": "runs/first"})
+    assert pages.conversation is None
+    form = {"run": "runs/first", "text": "-<b>hi</b>"}
+    assert browser.post("/chat/predict", data=form).headers["location"] == "/chat#job"
+    assert finish("predict").args == ["predict", "runs/first", "--", "-<b>hi</b>"]
+    text = browser.get("/chat").text
+    assert "90.0 %" in text
+    assert "<b>hi" not in text
+    assert "<i>spam" not in text
+    for wrong in ("", "x\0", "x" * 32_001):
+        assert browser.post("/chat/predict", data={**form, "text": wrong}).status_code == 400
+    assert 'value="merge"' in (export := browser.get("/export", params={"run": "runs/first"}).text)
+    assert 'value="ollama"' not in export

@@ -1,12 +1,23 @@
-"""The page in Chromium, from rows to chat on SmolLM2: keyboard, contrast, phone, and a console without errors."""
+"""The page in Chromium, from rows to chat on SmolLM2, and every other page on a tiny base.
+
+Each is used by keyboard and on a phone, has enough contrast in light and dark, and logs nothing.
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from test_report_browser import STICKS_OUT, missing_requirement, open_page
-from walk import serve_page, walk
+from walk import WAIT, make_home, serve_page, walk
+
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
+from tiny_gguf import write_gguf
+from tiny_run import write_rows
 
 pytestmark = [
     pytest.mark.prove,
-    pytest.mark.real,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(bool(missing_requirement()), reason=missing_requirement()),
 ]
@@ -72,34 +83,190 @@ def check_keyboard(page) -> None:
     assert without_outline == set()
 
 
-def test_the_page_leads_from_rows_to_chat(smollm2_folder, tmp_path):
-    logged, asked, pages = [], [], []
-    with serve_page(tmp_path / "home") as url, open_page(tmp_path / "profile", 1280, "light") as page:
+def check_page(page, name: str) -> None:
+    """Check that a page is usable by keyboard, on a phone, and in light and dark."""
+    assert page.evaluate(UNNAMED) == [], name
+    check_keyboard(page)
+    for width in (1280, 390):
+        for scheme in ("light", "dark"):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), (name, width)
+            assert page.evaluate(OUTSIDE_SCROLLERS) == [], (name, width)
+            assert page.evaluate(LOW_CONTRAST) == [], (name, scheme)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(color_scheme="light")
+
+
+@contextmanager
+def open_watched_page(profile):
+    """Open a page in Chromium; whatever it logs or asks of another machine is an error."""
+    logged, asked = [], []
+    with open_page(profile, 1280, "light") as page:
+        page.set_default_timeout(30_000)  # a busy machine
         page.on("console", lambda m: logged.append(m.text))
         page.on("pageerror", lambda e: logged.append(str(e)))
         page.on("request", lambda r: asked.append(r.url))
+        yield page
+    assert logged == []
+    assert [address for address in asked if not address.startswith(("http://127.0.0.1:", "data:"))] == []
+
+
+@pytest.mark.real
+def test_the_page_leads_from_rows_to_chat(smollm2_folder, tmp_path):
+    seen = []
+    with serve_page(make_home(tmp_path / "home")) as url, open_watched_page(tmp_path / "profile") as page:
 
         def look(name: str) -> None:
-            pages.append(name)
-            assert page.evaluate(UNNAMED) == []
-            check_keyboard(page)
-            for width in (1280, 390):
-                for scheme in ("light", "dark"):
-                    page.set_viewport_size({"width": width, "height": 900})
-                    page.emulate_media(color_scheme=scheme)
-                    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), (name, width)
-                    assert page.evaluate(OUTSIDE_SCROLLERS) == [], (name, width)
-                    assert page.evaluate(LOW_CONTRAST) == [], (name, scheme)
-            page.set_viewport_size({"width": 1280, "height": 900})
-            page.emulate_media(color_scheme="light")
+            seen.append(name)
+            check_page(page, name)
 
         walk(page, url, look)
         said = page.locator(".answer .said").all_inner_texts()
-        for path in ("/evaluate", "/runs?pick=runs/first", "/export"):
-            page.goto(page.url.split("/chat")[0].split("/evaluate")[0].split("/runs")[0] + path)
-            look(path)
-    assert pages[:4] == ["rows", "plan", "train", "chat"]
+    assert seen == ["rows", "plan", "train", "chat"]
     assert len(said) == 2
     assert all(text.strip() for text in said)
-    assert logged == []
-    assert [address for address in asked if not address.startswith(("http://127.0.0.1:", "data:"))] == []
+
+
+PAIRS = [(f"Say {i}.", "Of course, with pleasure.", "No.") for i in range(24)]
+CLASSES = [(f"{word} {i}", word) for i in range(16) for word in ("good", "bad")]
+
+
+@pytest.fixture
+def tiny_home(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    """A folder with a tiny base as GGUF, a conversation, preference pairs and texts with classes."""
+    monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
+    home, tokenizer = tmp_path / "home", tiny_tokenizer()
+    home.mkdir()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
+    write_gguf(home / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+    write_rows(home / "rows.jsonl", 24)
+    pairs = ({"prompt": p, "chosen": good, "rejected": bad} for p, good, bad in PAIRS)
+    texts = ({"text": text, "label": label} for text, label in CLASSES)
+    for name, rows in (("pairs", pairs), ("classes", texts)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+class Visit:
+    """A person who goes over the pages of one folder."""
+
+    def __init__(self, page, url: str) -> None:
+        self.page, self.origin = page, url.split("/?")[0]
+        page.goto(url)
+
+    def go(self, path: str) -> None:
+        self.page.goto(self.origin + path)
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def wait_for(self, text: str) -> None:
+        self.page.get_by_text(text).first.wait_for(timeout=WAIT)
+
+    def run_command(self, name: str) -> None:
+        """Press a button, and wait until the command that it starts has ended."""
+        self.press(name)
+        stop = self.page.get_by_role("button", name="Stop", exact=True)
+        stop.wait_for()
+        stop.wait_for(state="detached", timeout=WAIT)
+
+    def choose(self, rows: str, task: str, steps: int) -> None:
+        """Check rows and plan a run."""
+        self.go("/")
+        self.page.get_by_label("Base model").fill("tiny.gguf")
+        self.page.get_by_label("Rows", exact=True).fill(rows)
+        self.run_command("Check the rows")
+        self.page.get_by_role("link", name="Next: plan").click()
+        self.page.get_by_label("Objective").select_option(task)
+        self.page.get_by_role("textbox", name="Steps").fill(str(steps))
+        self.page.get_by_label("Validation share").fill("0.2")
+        if not self.page.get_by_label("One a line").is_visible():
+            self.page.get_by_text("More settings").click()
+        self.page.get_by_label("One a line").fill("train.save_steps=50\ntrain.batch_size=2\ntrain.learning_rate=0.01")
+        self.run_command("Plan the run")
+        self.page.get_by_role("link", name="Next: train").wait_for()
+
+    def start(self, run: str) -> None:
+        self.go("/train")
+        self.page.get_by_label("New run").fill(run)
+        self.press("Start the training")
+
+    def evaluate(self, run: str) -> None:
+        self.go(f"/evaluate?run={run}")
+        self.page.get_by_label("Rows of its recipe").select_option("validation")
+        self.run_command("Evaluate")
+        self.page.get_by_role("link", name="Next: talk to it").wait_for()
+
+
+def test_a_run_is_stopped_resumed_evaluated_compared_and_exported(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        visit.choose("rows.jsonl", "", 600)
+        visit.start("runs/first")
+        page.get_by_role("progressbar").wait_for(timeout=WAIT)
+        check_page(page, "training")
+        second = page.context.new_page()
+        second.goto(visit.origin + "/train")
+        second.get_by_role("button", name="Stop, with a checkpoint").click(timeout=WAIT)
+        visit.wait_for("stopped before its end")
+        check_page(page, "stopped")
+        visit.press("Resume")
+        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+
+        visit.evaluate("runs/first")
+        assert page.get_by_role("heading", name="Answers").is_visible()
+        check_page(page, "evaluated")
+
+        visit.choose("pairs.jsonl", "dpo", 8)
+        visit.start("runs/second")
+        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+        visit.evaluate("runs/second")
+        check_page(page, "DPO evaluated")
+        visit.go("/runs")
+        for run in ("first", "second"):
+            page.get_by_label(f"runs/{run} side by side").check()
+        visit.press("Side by side")
+        visit.wait_for("measured on different rows")
+        check_page(page, "runs")
+
+        for run in ("first", "second"):
+            visit.go(f"/export?run=runs/{run}")
+            page.get_by_label("For").select_option("gguf")
+            page.get_by_label("New folder").fill(f"exports/{run}")
+            visit.run_command("Export")
+            assert page.get_by_text("computes the tuned model's probabilities").is_visible()
+            assert (tiny_home / f"exports/{run}/adapter.gguf").is_file()
+        check_page(page, "exported")
+
+        visit.go("/chat?run=runs/second")
+        visit.press("Load")
+        visit.wait_for("with the lora adapter in runs/second")
+        page.get_by_label("Your message").fill("Say 1.")
+        visit.press("Send")
+        page.get_by_role("button", name="Stop the answer").wait_for(state="detached", timeout=WAIT)
+        assert page.locator(".answer").count() == 2
+        check_page(page, "chat")
+
+
+def test_a_classifier_is_trained_evaluated_asked_and_merged(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        visit.choose("classes.jsonl", "classification", 40)
+        visit.start("runs/classes")
+        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+        visit.evaluate("runs/classes")
+        check_page(page, "classes evaluated")
+        page.get_by_role("link", name="Next: talk to it").click()
+        page.get_by_label("Text").fill("good 3")
+        visit.run_command("Predict")
+        assert page.get_by_role("cell", name="%").count() == 2
+        check_page(page, "predicted")
+        visit.go("/export?run=runs/classes")
+        assert page.get_by_label("For").locator("option").all_inner_texts() == [
+            "one plain checkpoint, for transformers and vLLM"
+        ]
+        page.get_by_label("New folder").fill("exports/classes")
+        visit.run_command("Export")
+        assert page.get_by_text("merged and adapted model differ by").is_visible()
+        check_page(page, "merged")

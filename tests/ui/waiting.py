@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(done: Callable[[], Any], what: str = "it") -> Any:
+def wait_until(done: Callable[[], Any], what: str = "it", seconds: float = 20) -> Any:
     """Return what `done` returns as soon as that is true."""
-    for _ in range(400):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if found := done():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"{what} has not come in 20 seconds")
+    raise AssertionError(f"{what} has not come in {seconds:g} seconds")

@@ -16,11 +16,16 @@ WAIT = 300_000
 """Milliseconds that a command may take."""
 
 
-@contextmanager
-def serve_page(folder: Path) -> Iterator[str]:
-    """Run `slimtune ui` for a new folder with rows, and yield the address that it prints; end it by Ctrl-C."""
+def make_home(folder: Path) -> Path:
+    """Make a folder with rows."""
     folder.mkdir(parents=True)
     shutil.copy(ROWS, folder / "rows.csv")
+    return folder
+
+
+@contextmanager
+def serve_page(folder: Path, killed: bool = False) -> Iterator[str]:
+    """Run `slimtune ui` for a folder, and yield the address that it prints; end it by Ctrl-C, or kill it."""
     command = [sys.executable, "-m", "slimtune", "ui", str(folder), "--port", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert server.stderr is not None
@@ -28,7 +33,7 @@ def serve_page(folder: Path) -> Iterator[str]:
         try:
             yield next(found[0] for line in lines if (found := re.search(r"http://\S+", line)))
         finally:
-            server.send_signal(signal.SIGINT)
+            server.send_signal(signal.SIGKILL if killed else signal.SIGINT)
             server.wait(30)
 
 

@@ -44,7 +44,7 @@ EXAMPLES = {
     ),
     "verify": ("slimtune verify runs/first", "slimtune verify merged --data held_out.jsonl"),
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
-    "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --port 8080"),
+    "serve": ("slimtune serve runs/first", "slimtune serve runs/first other=runs/second --engine llama.cpp"),
     "ui": ("slimtune ui", "slimtune ui ~/tuning --port 0"),
     "methods": ("slimtune methods lora", "slimtune methods --model smollm2-135m"),
     "doctor": ("slimtune doctor", "slimtune doctor --json"),

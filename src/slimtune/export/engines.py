@@ -4,7 +4,8 @@ import copy
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,11 +107,12 @@ class LlamaCppEngine:
 
     The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
     and its log-probability is read, which the server takes from the logits before the bias. Keys and values are cached
-    in float32, so that a difference comes from the file and not from the cache.
+    in float32, so that a difference comes from the file and not from the cache. Only this process has the server's key.
 
     Args:
-        model, adapter: GGUF files of the whole model and of an adapter.
+        model, adapters: GGUF files of the whole model and of adapters, of which the first is active; None is left out.
         max_tokens: of the longest text, answers included.
+        slots: texts that it continues at the same time; it adds one adapter at a time, so others wait.
         threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
         top_k: how many of the likeliest tokens `score` gives.
         cache: precision of keys and values, f32 or f16.
@@ -122,34 +124,38 @@ class LlamaCppEngine:
     """
 
     name = "llama.cpp"
-    adapter_active = True
 
     def __init__(
-        self, model: Path, adapter: Path | None = None, *, max_tokens: int, threads: int | None = None, top_k: int = 64,
-        cache: str = "f32", gpu_layers: int = 0,
+        self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
+        top_k: int = 64, cache: str = "f32", gpu_layers: int = 0,
     ) -> None:  # fmt: skip
         if not is_llama_cpp_installed():
             raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
         import xllamacpp
 
-        self.top_k, self._started = top_k, False
+        files = [file for file in adapters if file is not None]
+        self.top_k, self._started, self._key = top_k, False, secrets.token_urlsafe()
+        self._adapters = len(files)
+        self._active: int | None = 0
         params: Any = xllamacpp.CommonParams()
         params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens, 1, gpu_layers
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens * slots, slots, gpu_layers
+        params.api_keys = [self._key]  # other programs and web pages on this machine know no key
         params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
         params.verbosity, params.warmup, params.fit_params = -1, False, False
-        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers.
+        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers, and keys and
+        # values that one adapter computed for another one.
         params.n_ctx_checkpoints = params.cache_ram_mib = 0
-        if adapter is not None:
-            lora = xllamacpp.CommonAdapterLoraInfo()
-            lora.path, lora.scale = str(adapter), 1.0
-            params.lora_adapters = [lora]
+        loras = [xllamacpp.CommonAdapterLoraInfo() for _ in files]
+        for lora, file in zip(loras, files, strict=True):
+            lora.path, lora.scale = str(file), 0.0
+        params.lora_adapters = loras
         try:
             self.server: Any = xllamacpp.Server(params)
         except Exception as error:
-            files = f"{model} with {adapter}" if adapter else str(model)
-            message = f"llama.cpp cannot load {files}: {error}"
+            names = " with ".join(map(str, [model, *files]))
+            message = f"llama.cpp cannot load {names}: {error}"
             raise RunError(message, "a GGUF, and an adapter of the same base") from error
 
     def tokenize(self, text: str) -> list[int]:
@@ -193,22 +199,40 @@ class LlamaCppEngine:
         self.server = None
         gc.collect()
 
+    def stream(self, ids: Sequence[int], *, timeout: float, **settings: Any) -> Generator[dict[str, Any], None, None]:
+        """Yield the server's events while it continues a prompt; closing the generator stops it.
+
+        `timeout` is that of each event, in seconds; errors as for `JsonServer.stream`.
+        """
+        body = {**self._make_request(ids), "stream": True, **settings}
+        yield from self._connect(timeout).stream("/completion", body)
+
     def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
+        return self._post("/completion", **{**self._make_request(ids), **settings})
+
+    def _make_request(self, ids: Sequence[int]) -> dict[str, Any]:
         self._started = True
         request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
-        if not self.adapter_active:
-            request["lora"] = [{"id": 0, "scale": 0.0}]
-        return self._post("/completion", **{**request, "cache_prompt": False, **settings})
+        # All are named: a list without entries would leave the scales that the server began with.
+        scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
+        return {**request, "cache_prompt": False, **({"lora": scales} if scales else {})}
 
-    def without_adapter(self) -> "LlamaCppEngine":
-        """Return the same server as it answers without the adapter."""
+    def with_adapter(self, index: int | None) -> "LlamaCppEngine":
+        """Return the same server as it answers with another of its adapters, or with none."""
         other = copy.copy(self)
-        other.adapter_active, other._started = False, True
+        other._active = index
         return other
 
+    def without_adapter(self) -> "LlamaCppEngine":
+        """Return the same server as it answers without an adapter."""
+        return self.with_adapter(None)
+
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        return JsonServer("llama.cpp server", self.server.listening_address).request(path, body)
+        return self._connect().request(path, body)
+
+    def _connect(self, timeout: float = 300) -> JsonServer:
+        return JsonServer("llama.cpp server", self.server.listening_address, self._key, timeout)
 
 
 class VllmClient:

@@ -106,13 +106,8 @@ def export(
     needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
     if options.merged:
         needed = 2 * sum(p.numel() for p in model.parameters())
-    elif loaded.recipe is not None and loaded.recipe.method.settings.get("init_lora_weights") == "loftq":
-        raise AdapterError(
-            f"the adapter of {run} started with what quantization to {loaded.recipe.model.quantization} removed from "
-            "the base (loftq); a base in 16 bits still has it, and would have it twice",
-            "base and adapter as one model",
-            f"slimtune merge {shlex.quote(str(run))} --out FOLDER, or --merged",
-        )
+    else:
+        require_plain_base(loaded, run)
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
         if target == "vllm":
@@ -142,6 +137,17 @@ def export(
         files = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     result = {"run": str(run), "out": str(out), "to": target, "files": files, **facts}
     return {**result, "commands": commands, "notes": notes, "check": asdict(verdict)}
+
+
+def require_plain_base(loaded: TrainedModel, run: Path) -> None:
+    """Raise AdapterError if an adapter belongs to its quantized base alone, so that no engine can add it to another."""
+    if loaded.recipe is not None and loaded.recipe.method.settings.get("init_lora_weights") == "loftq":
+        raise AdapterError(
+            f"the adapter of {run} started with what quantization to {loaded.recipe.model.quantization} removed from "
+            "the base (loftq); a base in 16 bits still has it, and would have it twice",
+            "base and adapter as one model",
+            f"slimtune merge {shlex.quote(str(run))} --out FOLDER, or --merged",
+        )
 
 
 def _check_options(target: str, options: ExportOptions) -> None:

@@ -14,7 +14,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ..models.errors import silence_libraries
 from ..models.loader import load_base
 from ..models.quantization import remove_quantization, stored_quantization
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..setup import TrainedModel, load_run
+from ..setup import TrainedModel, load_run, load_runs
 from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from . import gguf
 from .engines import TransformersEngine
@@ -234,11 +234,16 @@ def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
 
     The base's weights are rounded to `dtype`, without quantization; by default as in training.
     """
-    quantization = None if dtype is None else "none"
-    loaded = load_run(run, dtype=dtype or get_trained_dtype(run), device="cpu", quantization=quantization, unpack=True)
-    model: Any = loaded.model
+    return load_trained_runs([run], dtype)[0]
+
+
+def load_trained_runs(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
+    """Load the adapters of several runs on one base, as `load_trained` loads one; errors as for `load_runs`."""
+    how = {"dtype": dtype or get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
+    loaded = load_runs(runs, **how, device="cpu", unpack=True)
+    model: Any = loaded[0].model
     if _is_small(model):
-        model.to(torch.promote_types(loaded.base.dtype, torch.float32))
+        model.to(torch.promote_types(loaded[0].base.dtype, torch.float32))
     return loaded
 
 

@@ -152,6 +152,11 @@ class Verifier:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
         return self._note_quantized_base(verdict)
 
+    def verify_server(self, name: str, engine: LlamaCppEngine, precision: str) -> Verdict:
+        """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
+        verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppEngine.without_adapter)
+        return self._note_quantized_base(verdict)
+
     def _note_quantized_base(self, verdict: Verdict) -> Verdict:
         """Return the verdict of an adapter; it is not proven if the base that is served is not quantized as trained."""
         if self.loaded.base.quantization is None or not verdict.passed:

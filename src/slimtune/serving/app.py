@@ -27,7 +27,7 @@ from ..data.formats import read_tools
 from ..data.messages import RowError, check_template_keys, parse_messages_and_train_mask, require_text
 from ..errors import DataError, ModelError, UsageError
 from ..evaluation.generate import tokenize_prompt
-from .continuous_batching import Answer, ContinuousBatching, Piece, SamplingParams, TokenLogprob
+from .answers import Answer, AnswerQueue, Piece, SamplingParams, TokenLogprob
 from .models import ServedModel
 from .protocol import (
     MAX_ANSWERS,
@@ -180,11 +180,11 @@ class App:
 
     Args:
         models: by name.
-        batching: the thread that generates.
+        batching: what generates the answers.
         settings: limits and access.
     """
 
-    def __init__(self, models: Sequence[ServedModel], batching: ContinuousBatching, settings: AppSettings) -> None:
+    def __init__(self, models: Sequence[ServedModel], batching: AnswerQueue, settings: AppSettings) -> None:
         self.models = {model.name: model for model in models}
         self.batching, self.settings, self.started = batching, settings, int(time.time())
         # Requests that are being read or tokenized, or wait or run.

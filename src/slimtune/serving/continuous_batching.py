@@ -8,22 +8,18 @@ An adapter that cannot share a batch has a batch of its own for each row. All ba
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from ..adapters.active_adapters import BASE_ROW
-from ..errors import RunError, SlimtuneError, is_out_of_memory
+from ..errors import SlimtuneError, is_out_of_memory
 from ..evaluation.generate import RequireFiniteLogits
-from .models import ServedModel
+from .answers import Answer, AnswerQueue, Piece, ServerClosing, TokenLogprob
 from .runner import Batch, ModelRunner, Row
-from .text_stream import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -31,67 +27,7 @@ PREFILL_TOKENS = 1024
 """Tokens of new prompts that run between two steps of the batch; a longer prompt runs as a whole."""
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How an answer is generated."""
-
-    max_tokens: int
-    temperature: float = 1.0  # 0: the most likely token
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
-
-
-class TokenLogprob(NamedTuple):
-    """A token and its natural log-probability, and the likeliest tokens there with theirs."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-class Piece(NamedTuple):
-    """What a step adds to an answer."""
-
-    text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None  # "stop" or "length" in the last piece
-    error: Exception | None = None  # of an answer that ends here without a finish reason
-
-
-class QueueFull(RunError):
-    """As many requests wait as may wait."""
-
-
-class ServerClosing(RunError):
-    """The server is shutting down."""
-
-
-@dataclass(eq=False)
-class Answer:
-    """An answer that is being generated.
-
-    `send` gets its pieces, in the model's thread; it must not wait.
-    """
-
-    model: ServedModel
-    prompt: Sequence[int]
-    params: SamplingParams
-    send: Callable[[Piece], None]
-    deadline: float = float("inf")  # by time.monotonic()
-    tokens: int = 0  # generated so far
-    is_cancelled: bool = False
-    row: Row = field(init=False)
-    text: TextStream = field(init=False)
-    generator: torch.Generator | None = None
-
-    def __post_init__(self) -> None:
-        self.row = Row(self.model.adapter)
-        self.text = TextStream(self.model.tokenizer, self.params.stop)
-
-
-class ContinuousBatching:
+class ContinuousBatching(AnswerQueue):
     """Generates answers for many requests at once, in a thread of its own.
 
     Args:
@@ -101,44 +37,19 @@ class ContinuousBatching:
     """
 
     def __init__(self, runner: ModelRunner, *, max_batch: int, max_waiting: int) -> None:
-        self.runner, self.max_batch, self.max_waiting = runner, max_batch, max_waiting
-        self.finished, self.generated_tokens, self._cached_tokens = 0, 0, 0
-        self._waiting: deque[Answer] = deque()
+        super().__init__(max_batch, max_waiting)
+        self.runner, self._cached_tokens = runner, 0
         self._running: dict[Row, Answer] = {}
         self._batches: list[Batch] = []  # the shared one and those of single rows
-        self._changed = threading.Condition()
-        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="slimtune-serve", daemon=True)
         self._thread.start()
 
-    def submit(self, answers: Sequence[Answer]) -> None:
-        """Generate these answers as soon as there is room for each.
-
-        Raises:
-            QueueFull: they would be more than may wait.
-        """
-        with self._changed:
-            if self._is_closed:
-                raise ServerClosing("the server is shutting down")
-            if len(self._waiting) + len(answers) > self.max_waiting:
-                raise QueueFull(f"{len(self._waiting)} answers wait already", f"at most {self.max_waiting}")
-            self._waiting.extend(answers)
-            self._changed.notify()
-
-    def cancel(self, answers: Sequence[Answer]) -> None:
-        """Drop answers that nobody wants any more; their rows leave the batch before the next token."""
-        with self._changed:
-            for answer in answers:
-                answer.is_cancelled = True
-
     def count(self) -> dict[str, int]:
-        """Return how many answers run and wait, and how many tokens the caches hold, padding included."""
         with self._changed:
             counts = {"running": len(self._running), "waiting": len(self._waiting)}
             return {**counts, "cached_tokens": self._cached_tokens}
 
     def close(self) -> None:
-        """End the thread after the step that runs; answers that are not finished get an error."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -198,13 +109,6 @@ class ContinuousBatching:
 
     def _remove_dropped(self, batch: Batch) -> None:
         self._keep(batch, [not self._end_dropped(self._running[row]) for row in batch.rows])
-
-    def _end_dropped(self, answer: Answer) -> bool:
-        """Return whether an answer is cancelled or too late."""
-        if not answer.is_cancelled and time.monotonic() > answer.deadline:
-            answer.send(Piece(error=TimeoutError("the answer took too long")))
-            answer.is_cancelled = True
-        return answer.is_cancelled
 
     def _keep(self, batch: Batch, wanted: Sequence[bool]) -> None:
         """Remove the other rows of a batch."""

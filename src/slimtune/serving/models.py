@@ -1,6 +1,6 @@
 """The models that the server offers: the base, and one for each run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ def load_models(
     for path in runs.values():
         require_language_model(path)
     loaded = load_runs(list(runs.values()), device=device)
+    return describe_models(runs, loaded, max_length), loaded[0]
+
+
+def describe_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int) -> list[ServedModel]:
+    """Return the models of runs that are loaded on one base, the base first; errors as for `load_models`."""
     first = loaded[0]
     model: Any = first.model
     base_name = first.base.source.name
@@ -91,4 +96,4 @@ def load_models(
                 tool_calls=learn_tool_calls(tokenizer),
             )
         )
-    return models, first
+    return models

@@ -4,20 +4,24 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import uvicorn
 
 from ..errors import UsageError
-from ..utils.sockets import bind_socket
+from ..export.reference import Verdict
+from ..utils.sockets import bind_socket, format_address, is_loopback
+from .answers import AnswerQueue
 from .app import App, AppSettings
 from .continuous_batching import ContinuousBatching
-from .models import load_models, name_runs
+from .llama_cpp import start_llama_cpp
+from .models import ServedModel, load_models, name_runs
 from .runner import ModelRunner
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EngineName = Literal["torch", "llama.cpp"]
 SHUTDOWN_SECONDS = 10
 """How long answers may go on after a signal to end."""
 
@@ -34,6 +38,9 @@ class ServeSettings:
     max_waiting: int = 256  # most answers that wait
     max_length: int = 4096  # most tokens of a prompt and its answer
     timeout: float = 600  # seconds from a request to the end of its answer
+    engine: EngineName = "torch"
+    precision: str | None = None  # of the base in llama.cpp
+    verify: bool = True  # compare llama.cpp with the adapters
 
 
 class ModelServer:
@@ -41,15 +48,18 @@ class ModelServer:
 
     Args:
         runs: `RUN` or `NAME=RUN` for each.
-        settings: where it listens, and its limits.
+        settings: where it listens, its limits, and the engine that generates the answers.
+        progress: gets messages while the engine starts.
 
     Raises:
-        UsageError: the port is taken, the host needs an API key, or as for `load_models`.
+        UsageError: the port is taken, the host needs an API key, or as for `load_models` and `start_llama_cpp`.
     """
 
-    def __init__(self, runs: Sequence[str], settings: ServeSettings) -> None:
+    def __init__(
+        self, runs: Sequence[str], settings: ServeSettings, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.settings = settings
-        if settings.host not in LOOPBACK and not settings.api_key:
+        if not is_loopback(settings.host) and not settings.api_key:
             raise UsageError(
                 f"--host {settings.host} lets other machines use the server, and there is no API key",
                 "an --api-key, or --host 127.0.0.1",
@@ -57,18 +67,18 @@ class ModelServer:
             )
         named = name_runs(runs)
         self._socket = bind_socket(settings.host, settings.port)
+        self.unshared: list[ServedModel] = []
+        self.checks: list[Verdict] = []
         try:
-            self.models, trained = load_models(named, device=settings.device, max_length=settings.max_length)
+            if settings.engine == "torch":
+                self._start_torch(named)
+            else:
+                self._start_llama_cpp(named, progress)
         except BaseException:
             self._socket.close()
             raise
-        self.runner = ModelRunner(trained.model)
-        self.cache_bytes = self.runner.measure_cache() * settings.max_batch * max(m.max_length for m in self.models)
-        self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter)]
-        self.batching = ContinuousBatching(self.runner, max_batch=settings.max_batch, max_waiting=settings.max_waiting)
-        is_local = settings.host in LOOPBACK
         access = AppSettings(
-            hosts=("localhost", "127.0.0.1", "[::1]") if is_local else (),
+            hosts=("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else (),
             api_key=settings.api_key,
             timeout=settings.timeout,
         )
@@ -86,11 +96,25 @@ class ModelServer:
         )
         self._uvicorn = _UvicornServer(config, self.batching)
 
+    def _start_torch(self, runs: dict[str, Path]) -> None:
+        s = self.settings
+        self.models, trained = load_models(runs, device=s.device, max_length=s.max_length)
+        self.runner = ModelRunner(trained.model)
+        self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)
+        self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter)]
+        self.batching: AnswerQueue = ContinuousBatching(self.runner, max_batch=s.max_batch, max_waiting=s.max_waiting)
+
+    def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:
+        s = self.settings
+        self.models, self.batching, self.checks, self.cache_bytes = start_llama_cpp(
+            runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
+            verify=s.verify, device=s.device, progress=progress,
+        )  # fmt: skip
+
     @property
     def url(self) -> str:
         """The address for OpenAI's clients."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        return f"{format_address(self._socket)}/v1"
 
     def run(self) -> dict[str, Any]:
         """Serve until Ctrl-C, SIGTERM or `stop`; return how many answers and tokens were generated."""
@@ -112,7 +136,7 @@ class ModelServer:
 class _UvicornServer(uvicorn.Server):
     """Lets answers go on for some seconds after a signal; the others get an error before connections are closed."""
 
-    def __init__(self, config: uvicorn.Config, batching: ContinuousBatching) -> None:
+    def __init__(self, config: uvicorn.Config, batching: AnswerQueue) -> None:
         super().__init__(config)
         self._batching = batching
 

@@ -1,4 +1,4 @@
-"""Tokens to pieces of text while they are generated."""
+"""Tokens, or the text that an engine makes of them, to pieces of text while they are generated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +32,18 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._context : self._done])
         new = self._decode(self._ids[self._context :])[len(before) :]
-        if last or not new.endswith(INCOMPLETE):
-            searched = max(0, len(self.text) - max(map(len, self.stop), default=0))
-            self.text += new
-            self._context, self._done = self._done, len(self._ids)
-            found = [at for at in (self.text.find(s, searched) for s in self.stop) if at >= 0]
-            if found:
-                self.text, self.is_stopped = self.text[: min(found)], True
+        if not last and new.endswith(INCOMPLETE):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return self.add_text(new, last=last)
+
+    def add_text(self, new: str, *, last: bool = False) -> str:
+        """Return the piece of text that can be sent once `new`, complete characters, follows."""
+        searched = max(0, len(self.text) - max(map(len, self.stop), default=0))
+        self.text += new
+        found = [at for at in (self.text.find(s, searched) for s in self.stop) if at >= 0]
+        if found:
+            self.text, self.is_stopped = self.text[: min(found)], True
         end = len(self.text) if last or self.is_stopped else len(self.text) - self._held_back()
         piece = self.text[self._sent : end]
         self._sent = max(self._sent, end)

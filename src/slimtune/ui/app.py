@@ -96,6 +96,7 @@ def build_app(pages: Pages) -> Starlette:
             post("/chat/load", pages.load_chat, pages.chat),
             post("/chat/unload", pages.unload_chat, pages.chat),
             post("/chat/say", pages.say, pages.chat),
+            post("/chat/predict", pages.predict, pages.chat),
             post("/chat/new", pages.new_chat, pages.chat),
             post("/chat/stop", pages.stop_chat, pages.chat),
             get("/runs", pages.runs, "pick"),

@@ -48,7 +48,7 @@ class Job:
         self.stop_requested = False
         # Its own session: Ctrl-C in the page's terminal is for the page, which then decides what to stop.
         self.process = subprocess.Popen(
-            [*program, *self.args, "--json"],
+            [*program, *self.args[:1], "--json", *self.args[1:]],
             cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip

@@ -18,10 +18,10 @@ from ..reporting import render_report
 from ..reporting.charts import html_templates
 from ..reporting.report import memory_charts, template_functions
 from ..run_dir import RunDir, RunResults
-from .chat import WORKER, Chat
+from .chat import MAX_TEXT, WORKER, Chat
 from .jobs import SLIMTUNE, Job, Jobs
 from .run_status import stop_training
-from .runs import compare_runs, list_rows_of_runs, view_run
+from .runs import compare_runs, is_classifier, list_rows_of_runs, view_run
 from .settings import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
 from .workspace import Workspace
 
@@ -35,15 +35,16 @@ PAGES = {
     "export": ("/export", "Export"),
 }
 """Path and title of each page, in the order in which a person needs them."""
-PAGE_OF_JOB = {"data": "rows", "plan": "plan", "eval": "evaluate", "export": "export"}
+PAGE_OF_JOB = {"data": "rows", "plan": "plan", "eval": "evaluate", "predict": "chat", "export": "export"}
 TARGETS = {
-    "gguf": "llama.cpp, adapter beside the base",
-    "gguf --merged": "llama.cpp, one model",
-    "ollama": "Ollama",
-    "vllm": "vLLM, adapter beside the base",
-    "merge": "one plain checkpoint, for transformers and vLLM",
+    "gguf": ("llama.cpp, adapter beside the base", "gguf"),
+    "gguf --merged": ("llama.cpp, one model", "merged"),
+    "ollama": ("Ollama", "merged"),
+    "vllm": ("vLLM, adapter beside the base", "vllm"),
+    "merge": ("one plain checkpoint, for transformers and vLLM", "merged"),
 }
-"""What the page exports to: the target and flags of `slimtune export`, or `slimtune merge`."""
+"""What the page exports to: the target and flags of `slimtune export`, or `slimtune merge`; its title, and which of the
+export formats in a run's result it needs."""
 Form = Mapping[str, str]
 CARD, RUN, OUT = "card", "run", "out"
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; sandbox"
@@ -68,7 +69,7 @@ class Pages:
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = html_templates("ui/templates")
-        self.templates.globals.update(template_functions(), version=__version__, pages=PAGES, targets=TARGETS)
+        self.templates.globals.update(template_functions(), version=__version__, pages=PAGES)
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -236,8 +237,13 @@ class Pages:
     # --- 5 chat ---
 
     def chat(self, run: str = "", **values: Any) -> Response:
-        """Show the conversation."""
-        return self.render("chat.html.j2", page="chat", chat=self.conversation, **self.chosen(run), **values)
+        """Show the conversation, or what a classifier or a reward model predicts."""
+        chosen = self.chosen(run)
+        predicts = is_classifier(chosen["results"]) and (bool(run) or self.conversation is None)
+        job = self.job_view("predict")
+        return self.render(
+            "chat.html.j2", page="chat", chat=self.conversation, predicts=predicts, job=job, **chosen, **values
+        )
 
     def live_chat(self) -> Response:
         """Return the part of the page that shows the conversation."""
@@ -245,11 +251,21 @@ class Pages:
 
     def load_chat(self, form: Form) -> str:
         """Load a run to talk to, in place of the one before."""
-        run = str(self.open_run(form).path)
+        run = self.open_run(form)
         self.unload_chat(form)
-        self.choose({RUN: run}, (RUN,))
-        self.conversation = Chat(run, self.workspace.root, self.chat_program)
+        self.choose({RUN: str(run.path)}, (RUN,))
+        if not is_classifier(run.load_results(strict=False)):
+            self.conversation = Chat(str(run.path), self.workspace.root, self.chat_program)
         return "/chat#say"
+
+    def predict(self, form: Form) -> str:
+        """Start the prediction of a classifier or a reward model for a text."""
+        run, text = self.open_run(form), form.get("text", "")
+        if not text.strip() or len(text) > MAX_TEXT or "\0" in text:
+            raise UsageError(f"the text has {len(text)} characters", f"1 to {MAX_TEXT}, none of them NUL")
+        self.choose({RUN: str(run.path)}, (RUN,))
+        self.jobs.start("predict", ["predict", str(run.path), "--", text], subject=str(run.path))
+        return "/chat#job"
 
     def unload_chat(self, form: Form) -> str:
         """Give the memory of the loaded run back."""
@@ -306,7 +322,10 @@ class Pages:
 
     def export(self, run: str = "", **values: Any) -> Response:
         """Show what a run can be exported to, and the last export with its check."""
-        return self.render("export.html.j2", page="export", job=self.job_view("export"), **self.chosen(run), **values)
+        chosen = self.chosen(run)
+        targets = {"merge": TARGETS["merge"]} if is_classifier(chosen["results"]) else TARGETS
+        job = self.job_view("export")
+        return self.render("export.html.j2", page="export", job=job, targets=targets, **chosen, **values)
 
     def start_export(self, form: Form) -> str:
         """Start an export."""

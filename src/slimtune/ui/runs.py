@@ -8,6 +8,7 @@ from markupsafe import Markup
 from ..errors import SlimtuneError
 from ..reporting.charts import Estimate, Series, interval_chart, is_interval, is_number, line_chart
 from ..reporting.report import fixed, signed, training_charts
+from ..run_dir import RunResults
 from .jobs import Job
 from .run_status import read_log, read_status
 from .workspace import Workspace
@@ -52,6 +53,11 @@ def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]
         "events": [m for m in results.metrics if m.get("event")][-3:],
         "every": 2 if size < BIG else 15,
     }  # fmt: skip
+
+
+def is_classifier(results: RunResults) -> bool:
+    """Return whether a run trained a classifier or a reward model, which write no text."""
+    return results.recipe is not None and results.recipe.objective().task_type == "SEQ_CLS"
 
 
 def list_rows_of_runs(workspace: Workspace, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ..utils.formatting import format_bytes
+from ..utils.sockets import is_loopback
 
 COOKIE = "slimtune-ui"
 MAX_FORM = 1 << 20
@@ -142,14 +143,6 @@ def is_own_host(host: str, address: str) -> bool:
     except ValueError:
         return name == "localhost" or (not local and name in {address.lower(), socket.gethostname().lower()})
     return ip.is_loopback or not local
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether a server bound to this address is reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 def make_token(environment: Mapping[str, str]) -> str:

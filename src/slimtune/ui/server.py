@@ -8,11 +8,11 @@ from pathlib import Path
 
 import uvicorn
 
-from ..utils.sockets import bind_socket
+from ..utils.sockets import bind_socket, format_address, is_loopback
 from .app import build_app
 from .jobs import Job
 from .pages import Pages
-from .security import Guard, is_loopback, make_token
+from .security import Guard, make_token
 from .workspace import Workspace
 
 CONNECTIONS = 64
@@ -43,8 +43,7 @@ def serve(
         app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
         ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
-    name = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{port}/?token={token}"
+    url = f"{format_address(sock)}/?token={token}"
     announce(url, is_loopback(host))
     # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()

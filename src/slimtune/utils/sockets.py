@@ -1,5 +1,6 @@
-"""The socket that a server listens on."""
+"""The socket that a server listens on, and its address."""
 
+import ipaddress
 import socket
 
 from ..errors import UsageError
@@ -28,3 +29,18 @@ def bind_socket(host: str, port: int) -> socket.socket:
             "--port 0 takes any",
         ) from error
     return bound
+
+
+def format_address(bound: socket.socket) -> str:
+    """Return the address by which this machine reaches a socket that listens, such as `http://127.0.0.1:8000`."""
+    host, port = bound.getsockname()[:2]
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether a server bound to this address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

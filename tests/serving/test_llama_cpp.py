@@ -1,0 +1,198 @@
+"""Answers of llama.cpp: each adapter's own, with its log-probabilities; and what is refused without loading weights."""
+
+import importlib.util
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from hand_run import make_run
+from markers import train_to_say
+from serving_client import make_client, wait_until
+from typer.testing import CliRunner
+
+import slimtune
+from slimtune.cli import app
+from slimtune.errors import RunError, UsageError
+from slimtune.evaluation.generate import Generator
+from slimtune.export import gguf as gguf_module
+from slimtune.export import reference
+from slimtune.models.loader import load_base
+from slimtune.serving import llama_cpp
+from slimtune.serving.server import ModelServer, ServeSettings
+from slimtune.setup import load_run
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from models_zoo import shake
+from tiny_gguf import write_gguf
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+ASK = [{"role": "user", "content": "Define hope."}]
+LAYERS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens():
+    """Compare on some of the tokens that users compare on: llama.cpp gives one at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"MAX_TOKENS": 32, "MAX_POSITIONS": 60, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 4}.items():
+            patch.setattr(reference, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    made = tiny_tokenizer()
+    made.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_llama, tokenizer):
+    place = tmp_path_factory.mktemp("bases")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMTUNE_CACHE", str(place / "cache"))
+        yield write_gguf(place / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+
+
+def save_adapter(base, folder, config, change):
+    model = slimtune.get_peft_model(load_base(str(base), dtype="float32", device="cpu").model, config)
+    change(model)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tokenizer):
+    """Two adapters that each say one letter, one that says half of a character, and one of random weights."""
+    made = []
+    for name, letter in {"says-a": "a", "says-b": "b", "half": "Ã"}.items():
+        config = slimtune.LoraConfig(r=8, lora_alpha=32, target_modules=LAYERS, task_type="CAUSAL_LM")
+        change = train_to_say(tokenizer.convert_tokens_to_ids(letter))
+        made.append(save_adapter(base, base.with_name(name), config, change))
+    config = slimtune.LoraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=LAYERS, task_type="CAUSAL_LM")
+    return [*made, save_adapter(base, base.with_name("random"), config, shake)]
+
+
+@pytest.fixture(scope="module")
+def server(serve, adapters):
+    return serve(adapters, engine="llama.cpp", max_batch=3, max_waiting=32, max_length=256)
+
+
+@pytest.mark.slow
+def test_the_start_proves_every_adapter(server):
+    names = ["says-a", "says-b", "half", "random"]
+    assert {check.engine: check.passed for check in server.checks} == {f"llama.cpp, {name}": True for name in names}
+    assert [m.id for m in make_client(server).models.list()] == ["tiny", *names]
+
+
+@pytest.mark.slow
+def test_log_probabilities_are_the_adapters(server, adapters):
+    settings = {"messages": ASK, "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    answer = make_client(server).chat.completions.create(model="says-a", **settings)
+    generator = Generator(load_run(adapters[0], dtype="float32"))
+    ids = generator.tokenize_prompt(ASK, 12)[0].tolist()
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 12)
+    assert len(answer.choices[0].logprobs.content) == 12
+    for entry in answer.choices[0].logprobs.content:
+        with torch.no_grad():
+            expected = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+        assert entry.logprob == pytest.approx(expected.max().item(), abs=0.02)
+        assert [t.logprob for t in entry.top_logprobs] == pytest.approx(expected.topk(2).values.tolist(), abs=0.02)
+        ids.append(int(expected.argmax()))
+
+
+@pytest.mark.slow
+def test_many_clients_get_their_own_adapter_and_free_their_slots(server):
+    client = make_client(server)
+
+    def talk(number):
+        draw = random.Random(number)
+        letter, count = draw.choice("ab"), draw.randint(1, 24)
+        settings = {"messages": [{"role": "user", "content": "x" * draw.randint(1, 60)}], "max_tokens": count}
+        stream = client.chat.completions.create(model=f"says-{letter}", stream=True, temperature=0.5, **settings)
+        text = ""
+        for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if text and number % 4 == 0:
+                stream.close()
+                return set(text) == {letter}
+        return text == letter * count
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(talk, range(24)))
+    wait_until(lambda: server.batching.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+
+
+@pytest.mark.slow
+def test_a_stop_string_ends_an_answer_before_it(server):
+    client = make_client(server)
+    for stop, text, reason in (("aaa", "", "stop"), ("ab", "aaaaa", "length")):
+        answer = client.completions.create(model="says-a", prompt="xx", max_tokens=5, temperature=0, stop=stop)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, reason)
+
+
+@pytest.mark.slow
+def test_a_sampled_answer_is_that_of_its_seed(server):
+    client = make_client(server)
+    settings = {"model": "tiny", "prompt": "xx", "max_tokens": 12, "temperature": 1.5}
+    one, two, other = (client.completions.create(seed=s, **settings).choices[0].text for s in (3, 3, 4))
+    assert one == two != other
+
+
+@pytest.mark.slow
+def test_log_probabilities_that_llama_cpp_does_not_give_are_an_error(server):
+    client = make_client(server)
+    with pytest.raises(openai.APIError, match="ends inside a character"):
+        client.completions.create(model="half", prompt="xx", max_tokens=4, temperature=0, logprobs=1)
+    assert client.completions.create(model="half", prompt="xx", max_tokens=4).usage.completion_tokens == 4
+
+
+def test_an_adapter_without_a_gguf_form_is_refused_before_a_weight_is_loaded(base, monkeypatch):
+    folder = save_adapter(base, base.with_name("ia3"), slimtune.IA3Config(task_type="CAUSAL_LM"), shake)
+    monkeypatch.delattr(llama_cpp, "load_trained_runs")
+    with pytest.raises(UsageError, match=r"llama.cpp cannot serve .*ia3: the ia3 adapter is not a LoRA") as caught:
+        ModelServer([str(folder)], ServeSettings(port=0, engine="llama.cpp"))
+    assert caught.value.hint.startswith("--engine torch")
+
+
+@pytest.mark.slow
+def test_a_server_that_differs_from_the_adapter_does_not_start(adapters, monkeypatch):
+    monkeypatch.setattr(gguf_module, "reorder_rows", lambda rows, *_: rows)
+    with pytest.raises(RunError, match=r"llama.cpp differs from the adapter of .*random"):
+        ModelServer([str(adapters[-1])], ServeSettings(port=0, engine="llama.cpp", max_batch=1, max_length=128))
+
+
+@pytest.mark.slow
+def test_a_server_that_was_never_asked_ends(serve, adapters):
+    started = serve([adapters[0]], engine="llama.cpp", verify=False, max_batch=1, max_length=128)
+    assert started.checks == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "vllm"], "slimtune export RUN --to vllm --out FOLDER"),
+        (["--engine", "lama.cpp"], "there is no engine 'lama.cpp'; did you mean 'llama.cpp'?"),
+        (["--precision", "f16"], "no effect with --engine torch"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    result = CliRunner().invoke(app, ["serve", "RUN", *flags])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_smollm2_answers_as_generate_says(serve, smollm2_folder, tmp_path):
+    run = make_run(tmp_path / "real", smollm2_folder, model={"name": "smollm2-135m", "dtype": "float32"}, size=0.02)
+    started = serve([run], engine="llama.cpp", precision="f32", max_batch=2, max_length=256)
+    assert [(check.precision, check.passed) for check in started.checks] == [("f32", True)]
+    asked = {"model": "real", "messages": ASK, "max_tokens": 16, "temperature": 0}
+    answer = make_client(started).chat.completions.create(**asked).choices[0].message.content
+    assert answer == Generator.open(run).generate(ASK, max_new_tokens=16)
