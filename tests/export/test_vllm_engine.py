@@ -69,11 +69,11 @@ def test_tokenize(server):
 
 
 def test_score(server):
-    scores = VllmClient(server.url, "devil", top_k=2).score([5, 6, 8])
+    scores = VllmClient(server.url, "devil").score([5, 6, 8])
     assert torch.equal(scores.token_log_probs, torch.tensor([-9.0, -1.0], dtype=torch.float64))
     assert scores.top_ids.tolist() == [[7, 8], [7, 8]]
     path, body, _ = server.requests[0]
-    expected = {"model": "devil", "prompt": [5, 6, 8], "prompt_logprobs": 2, "max_tokens": 1, "temperature": 0.0}
+    expected = {"model": "devil", "prompt": [5, 6, 8], "prompt_logprobs": 20, "max_tokens": 1, "temperature": 0.0}
     assert path == "/v1/completions"
     assert expected.items() <= body.items()
     assert body["repetition_penalty"] == 1.0

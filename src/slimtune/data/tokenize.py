@@ -333,9 +333,9 @@ def _check_lengths(
         raise DataError(problem, "at least one row to learn from", f"{longer}=truncate")
 
 
-def format_lines(lines: Sequence[int], count: int | None = None, most: int = 12) -> str:
+def format_lines(lines: Sequence[int], count: int | None = None) -> str:
     """Return line numbers as text: `lines 3, 9, … (40 more)`; `count` if there are more than are given."""
     count = len(lines) if count is None else count
-    shown = lines[:most]
+    shown = lines[:12]
     more = f", … ({count - len(shown):,} more)" if count > len(shown) else ""
     return f"line{'s' if count > 1 else ''} {', '.join(map(str, shown))}{more}"

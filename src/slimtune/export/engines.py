@@ -18,6 +18,9 @@ from ..errors import ModelError, RunError, UsageError, format_names, nearest
 from ..utils.json_server import JsonServer
 
 
+TOP_K, VLLM_TOP_K = 64, 20
+"""How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
+
 @dataclass(frozen=True)
 class Scores:
     """What an engine gives for the tokens of one text except the first, each given those before it."""
@@ -55,8 +58,8 @@ class Engine(Protocol):
 class TransformersEngine:
     """A model in this process, in evaluation mode: the adapted model, or a merged folder loaded back."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, top_k: int = 64) -> None:
-        self.name, self.model, self.tokenizer, self.top_k = name, model, tokenizer, top_k
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
 
     def tokenize(self, text: str) -> list[int]:
         # The chat template wrote the beginning-of-sequence token.
@@ -67,7 +70,7 @@ class TransformersEngine:
         own, top = [], []
         for part, log_probs in self._log_probs(ids):
             own.append(log_probs.gather(1, following[part])[:, 0])
-            top.append(log_probs.topk(min(self.top_k, log_probs.shape[1])))
+            top.append(log_probs.topk(min(TOP_K, log_probs.shape[1])))
         return Scores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
 
     def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
@@ -114,7 +117,6 @@ class LlamaCppEngine:
         max_tokens: of the longest text, answers included.
         slots: texts that it continues at the same time; it adds one adapter at a time, so others wait.
         threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
-        top_k: how many of the likeliest tokens `score` gives.
         cache: precision of keys and values, f32 or f16.
         gpu_layers: layers that a GPU computes.
 
@@ -127,14 +129,14 @@ class LlamaCppEngine:
 
     def __init__(
         self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
-        top_k: int = 64, cache: str = "f32", gpu_layers: int = 0,
+        cache: str = "f32", gpu_layers: int = 0,
     ) -> None:  # fmt: skip
         if not is_llama_cpp_installed():
             raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
         import xllamacpp
 
         files = [file for file in adapters if file is not None]
-        self.top_k, self._started, self._key = top_k, False, secrets.token_urlsafe()
+        self._started, self._key = False, secrets.token_urlsafe()
         self._adapters = len(files)
         self._active: int | None = 0
         params: Any = xllamacpp.CommonParams()
@@ -171,7 +173,7 @@ class LlamaCppEngine:
 
     def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
         """Return the log-probability of a token, and the likeliest tokens with theirs."""
-        forced, top_k = token, self.top_k
+        forced, top_k = token, TOP_K
         for _ in range(2):
             answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[forced, 1e5]])
             entries = answer.get("completion_probabilities")
@@ -179,7 +181,7 @@ class LlamaCppEngine:
                 top = [(c["id"], c["logprob"]) for c in entries[0]["top_logprobs"]]
                 own = entries[0]["logprob"] if forced == token else dict(top).get(token)
                 if own is not None:
-                    return own, top[: self.top_k]
+                    return own, top[:TOP_K]
             # The server omits a token that ends inside a character. So another token is forced, and all are listed.
             forced, top_k = self.tokenize("a")[-1], 1 << 22
         raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
@@ -243,7 +245,6 @@ class VllmClient:
     Args:
         url: the server's address, `http://127.0.0.1:8000`; a final `/v1` is accepted.
         model: the name it serves the model by.
-        top_k: how many of the likeliest tokens `score` gives; above 20 the server needs a larger --max-logprobs.
         timeout: seconds an answer may take.
         key: the server's --api-key.
 
@@ -254,11 +255,11 @@ class VllmClient:
 
     name = "vLLM"
 
-    def __init__(self, url: str, model: str, *, top_k: int = 20, timeout: float = 300, key: str | None = None) -> None:
+    def __init__(self, url: str, model: str, *, timeout: float = 300, key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
-        self.url, self.model, self.top_k = url.rstrip("/").removesuffix("/v1"), model, top_k
+        self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
         hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
         self._server = JsonServer("vLLM server", self.url, key, timeout, hint=hint)
         names = [each["id"] for each in self._post("/v1/models")["data"]]
@@ -277,14 +278,14 @@ class VllmClient:
         return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
 
     def score(self, ids: Sequence[int]) -> Scores:
-        positions = self._complete(ids, 1, prompt_logprobs=self.top_k)["prompt_logprobs"]
+        positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
         scores = []
         for token, entries in zip(ids[1:], positions[1:], strict=True):
             # The token itself is included even where it is not among the likeliest.
-            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= self.top_k)
-            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[: self.top_k]]))
+            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= VLLM_TOP_K)
+            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
         return _make_scores(scores)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:

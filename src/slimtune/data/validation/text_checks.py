@@ -104,5 +104,5 @@ def _find_mojibake(text: str) -> str:
     return ""
 
 
-def _excerpt(text: str, at: int, width: int = 12) -> str:
-    return repr(text[max(0, at - width) : at + width])
+def _excerpt(text: str, at: int) -> str:
+    return repr(text[max(0, at - 12) : at + 12])
