@@ -21,6 +21,7 @@ from ..utils.json_server import JsonServer
 TOP_K, VLLM_TOP_K = 64, 20
 """How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
 
+
 @dataclass(frozen=True)
 class Scores:
     """What an engine gives for the tokens of one text except the first, each given those before it."""
