@@ -25,6 +25,7 @@ from ..data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..data.tokenize import RowReport
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
+from ..models.base_config import max_positions
 from ..objectives.base import Objective, PairObjective
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
@@ -34,7 +35,7 @@ from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
 from ..setup import TrainedModel, build_collator, load_datasets, load_eval_dataset, load_run, open_rows_from_recipe
 from ..utils.files import require_output_file, write_json
-from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
+from .answers import EvalPrompt, build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .base import Evaluation
 from .classification import ClassificationEvaluation
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
@@ -130,31 +131,14 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
     examples, row_report, training_rows = load_unseen_rows(trained, recipe, file, settings.split)
-    generator, prompts = None, []
-    if settings.generate:
-        generator = Generator(trained)
-        found = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
-        prompts = sample_prompts((split_answers(row)[0] for row in found), examples, settings.generate)
-        for prompt in prompts:  # check that each has room for an answer before anything is scored
-            generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
+    # A prompt that leaves no room for an answer is refused before anything is scored.
+    asked = _prepare_prompts(trained, recipe, file, examples, settings) if settings.generate else None
     general: list[Example] = []
     if settings.general_text is not None and writes_text:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
+        context = max_positions(model.config) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
-    kind = PairObjective if recipe.data.format in objective.named_formats else type(objective)
-    evaluation_class = next(EVALUATIONS[c] for c in kind.__mro__ if c in EVALUATIONS)
-    evaluation = evaluation_class(
-        model,
-        examples,
-        build_collator(recipe, model, tokenizer, longest),
-        objective,
-        trained.classes,
-        place=file or "the training file",
-        draws=settings.bootstrap,
-        seed=settings.seed,
-        prompt_test=not settings.skip_prompt_test,
-    )
+    evaluation = _build_evaluation(trained, recipe, examples, longest, file or "the training file", settings)
     measured, scores = evaluation.measure()
     result: dict[str, Any] = {
         "run": str(run),
@@ -190,8 +174,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
             write_report(run_dir)
 
     save()  # the figures stay if generation or a task fails
-    if generator is not None:
-        result["generations"] = generate_base_and_tuned_answers(generator, prompts, checks, settings.max_new_tokens)
+    if asked is not None:
+        result["generations"] = generate_base_and_tuned_answers(*asked, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
         result["verdict"] = make_verdict(result, reasons)
         save()
@@ -203,6 +187,40 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
         save()
     return result
+
+
+def _prepare_prompts(
+    trained: TrainedModel, recipe: Recipe, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
+) -> tuple[Generator, list[EvalPrompt]]:
+    """Return the held-out prompts and what answers them; raise UsageError if one leaves no room for an answer."""
+    generator = Generator(trained)
+    rows = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
+    prompts = sample_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
+    for prompt in prompts:
+        generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
+    return generator, prompts
+
+
+def _build_evaluation(
+    trained: TrainedModel, recipe: Recipe, examples: TokenizedDataset, longest: int, place: object,
+    settings: EvalSettings,
+) -> Evaluation:  # fmt: skip
+    """Return the evaluation of the run's objective; `longest` are the tokens of the longest row that it scores."""
+    model: Any = trained.model
+    objective = recipe.objective()
+    kind = PairObjective if recipe.data.format in objective.named_formats else type(objective)
+    evaluation_class = next(EVALUATIONS[c] for c in kind.__mro__ if c in EVALUATIONS)
+    return evaluation_class(
+        model,
+        examples,
+        build_collator(recipe, model, trained.base.tokenizer, longest),
+        objective,
+        trained.classes,
+        place=place,
+        draws=settings.bootstrap,
+        seed=settings.seed,
+        prompt_test=not settings.skip_prompt_test,
+    )
 
 
 def list_missing_rows(result: Mapping[str, Any]) -> list[str]:

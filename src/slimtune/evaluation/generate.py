@@ -26,6 +26,7 @@ from transformers import (
 from ..data.chat_template import Tools, encode_chat, end_of_turn_ids, get_chat_template, render_prompt
 from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
+from ..models.base_config import max_positions
 from ..setup import TrainedModel, load_run, require_language_model
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Generator:
         self.tokenizer, self.device = trained.base.tokenizer, trained.base.device
         get_chat_template(self.tokenizer)
         self.end_tokens = find_end_tokens(model.generation_config, self.tokenizer)
-        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = max_positions(model.config)
         model.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=list(self.end_tokens) or None,

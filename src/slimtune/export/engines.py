@@ -17,7 +17,6 @@ from torch import Tensor
 from ..errors import ModelError, RunError, UsageError, format_names, nearest
 from ..utils.json_server import JsonServer
 
-
 TOP_K, VLLM_TOP_K = 64, 20
 """How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
 

@@ -89,7 +89,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         quantized, small = getattr(model, "is_quantized", False), _is_small(model)
         if small and not quantized:
             model.to(torch.promote_types(base.dtype, torch.float32))
-        texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+        texts = make_texts(tokenizer, loaded.recipe, model.config)
         reference = Reference(model, tokenizer, texts)
         effect = reference.effect  # measured before the model changes
         inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
@@ -138,7 +138,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None) -> di
     loaded = load_trained(run)
     model: Any = loaded.model
     tokenizer, stored = loaded.base.tokenizer, requested or loaded.base.dtype
-    texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+    texts = make_texts(tokenizer, loaded.recipe, model.config)
 
     @torch.no_grad()
     def compute_logits(model: Any) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import UsageError, format_names
 from ..machine.facts import find_ollama_version
+from ..models.base_config import max_positions
 from ..models.errors import translate_load_errors
 from .gguf import import_gguf
 from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
@@ -92,7 +93,7 @@ def write_ollama(
         if converted.system is False:
             raise UsageError("the chat template of this model takes no system prompt", hint="leave out --system")
         lines.append(("SYSTEM", system))
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(config)
     if num_ctx is not None and (num_ctx < 1 or (limit and num_ctx > limit)):
         raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)

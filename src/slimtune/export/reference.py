@@ -35,6 +35,7 @@ from ..config import Recipe
 from ..data.chat_template import TokenizedRow
 from ..data.formats import Row, split_answers
 from ..data.tokenize import tokenize_rows
+from ..models.base_config import max_positions
 from ..setup import open_rows_from_recipe
 from ..utils.chat_rendering import render_chat_template
 from ..utils.progress import track_progress
@@ -214,7 +215,7 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
         valid = open_rows_from_recipe(recipe, file).require_valid_rows()
         compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
-    longest = min(getattr(config, "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
+    longest = min(max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []
     for row in compared:
         prompt, ids = "", []

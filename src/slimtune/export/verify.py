@@ -87,7 +87,7 @@ class Verifier:
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
         tokenizer = self.loaded.base.tokenizer
-        texts = make_texts(tokenizer, self.loaded.recipe, model.config.get_text_config(), self.rows)
+        texts = make_texts(tokenizer, self.loaded.recipe, model.config, self.rows)
         self.model, self.reference = model, Reference(model, tokenizer, texts)
 
     def export_and_verify_all(self) -> Iterator[Verdict]:
