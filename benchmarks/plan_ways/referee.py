@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
 from slimtune.attention.register import packed_attention
+from slimtune.data.example_lengths import ExampleLength
+from slimtune.objectives import objective_class
 from slimtune.planning.fake_tensors import all_tensors
 from slimtune.planning.request import TrainingJob
 from slimtune.train_step.loss import forward_backward, make_collator
@@ -48,13 +50,28 @@ def _train(job: TrainingJob) -> int:
     model.train()
     optimizer = build_optimizer(model, job.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
+    collator = make_collator(model, 0, packing=job.packing)
     vocabulary = model.config.get_text_config().vocab_size
 
+    pairs = any(isinstance(length, tuple) for length in job.lengths)
+    objective: Any = objective_class("dpo" if pairs else "sft")()
+
+    def draw(length: ExampleLength) -> dict[str, Any]:
+        prefix, *answers = (0, length) if isinstance(length, int) else length
+        prompt, rows = ids(prefix), [ids(n) for n in answers]
+        example = {"input_ids": [t for row in rows for t in prompt + row], "row_lengths": [prefix + n for n in answers]}
+        example["labels"] = [t for row in rows for t in [-100] * prefix + row]
+        ranked = {"row_scores": [*range(len(rows), 0, -1)], "reference": [-1.0] * len(rows)}
+        return example | (ranked if pairs else {})
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,)).tolist()
+
     def step(number: int) -> None:
-        rows = [[torch.randint(vocabulary, (n,)).tolist() for n in job.lengths] for _ in range(job.micro_batches)]
-        packs = [collator([{"input_ids": row, "labels": row} for row in some]) for some in rows]
-        forward_backward(model, packs)
+        examples = [[draw(length) for length in job.lengths] for _ in range(job.micro_batches)]
+        packs = [collator(some) for some in examples]
+        items = objective.count_items([e for some in examples for e in some])
+        forward_backward(model, packs, objective=objective, num_items=items)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         model.update_and_allocate(number)

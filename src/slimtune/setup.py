@@ -23,6 +23,7 @@ from .data.chat_template import adds_bos
 from .data.collator import Collator, Example
 from .data.dataset import RowFile, open_rows
 from .data.document_windows import DocumentWindows
+from .data.example_lengths import ExampleLength
 from .data.formats import Row
 from .data.labels import (
     Classes,
@@ -73,9 +74,9 @@ class Datasets:
     data_reports: dict[str, Any]
     classes: Classes | None = None  # of a sequence classifier
 
-    def lengths(self) -> list[int]:
-        """Return the tokens of each row, training rows first; a preference pair has two rows."""
-        return [*self.train.row_lengths, *self.validation.row_lengths]
+    def lengths(self) -> list[ExampleLength]:
+        """Return the length of each example, training examples first."""
+        return [*self.train.example_lengths, *self.validation.example_lengths]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.data.example_lengths import count_row_tokens
 from slimtune.export import reference
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.merge import merge
@@ -98,7 +99,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path):
     embeddings.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
     collect_rounding_inputs(model, recipe, tokenizer)
     rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.train)
-    assert lengths == rows.row_lengths
+    assert lengths == [n for length in rows.example_lengths for n in count_row_tokens(length)]
 
 
 @pytest.fixture

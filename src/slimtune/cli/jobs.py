@@ -17,6 +17,7 @@ from .inputs import require_inputs
 
 if TYPE_CHECKING:
     from ..config import Recipe
+    from ..data.example_lengths import ExampleLength
     from ..models.base_config import ModelInfo
     from ..planning.gpus import Gpu
     from ..planning.result import Plan
@@ -42,7 +43,7 @@ class Jobs:
     errors: dict[str, SlimtuneError]  # why there is no recipe, by the method's name
     model: ModelInfo
     has_rows: bool  # whether training rows were given
-    lengths: list[int]  # tokens of every training row; empty if no rows were read
+    lengths: list[ExampleLength]  # of every training example; empty if no rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
 
@@ -87,6 +88,7 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     """
     from ..config import load_recipe
     from ..config.method import accepted_names
+    from ..data.example_lengths import count_row_tokens
     from ..models.base_config import get_model_info
 
     path = find_recipe(model_or_recipe)
@@ -122,11 +124,11 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     m, t = recipe.model, recipe.train
     model = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths = _read_lengths(recipe, model) if has_rows else []
-    examples = len(lengths) // recipe.objective().rows_per_example
     epochs = t.epochs
     if t.max_steps is not None:
-        epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(examples, 1)
-    return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * sum(lengths)) or None)
+        epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
+    tokens = sum(n for length in lengths for n in count_row_tokens(length))
+    return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * tokens) or None)
 
 
 def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
@@ -168,8 +170,8 @@ def make_plans(
     return plans, errors
 
 
-def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
-    """Return the tokens of every training row; none if the tokenizer is not on this disk: a plan downloads nothing."""
+def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[ExampleLength]:
+    """Return the lengths of the training examples; none if the tokenizer is not on this disk: a plan downloads nothing."""
     from huggingface_hub import try_to_load_from_cache
 
     from ..data.validation.report import format_verdict
@@ -193,4 +195,4 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
         if report is not None and report["verdict"] == "errors":
             why = f"{format_verdict(report)} (slimtune data shows them)"
             print_progress(f"training will refuse {report['file']}: {why}")
-    return datasets.train.row_lengths
+    return datasets.train.example_lengths

@@ -71,7 +71,7 @@ def _plan_candidates(grid: Grid, log: Log) -> tuple[list[Candidate], list[dict[s
             fitting.append(candidate)
             continue
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
-        request = build_request(recipe, detect_gpu(recipe.model.device), grid.row_lengths)
+        request = build_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
         try:
             plan = make_plan(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason

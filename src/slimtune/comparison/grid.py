@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, TrainSettings
+from ..data.example_lengths import ExampleLength
 from ..errors import RecipeError, UsageError
 from ..models.dtype import pick_device
 from ..objectives import objective_class
@@ -41,7 +42,7 @@ class Grid:
     trials: int  # learning rates tried for each candidate; 0: none
     lengths: tuple[int, ...]  # tokens of each training example: of a row, or of both answers of a pair
     output_dir: Path
-    row_lengths: tuple[int, ...] = ()  # tokens of each training row, to plan for
+    example_lengths: tuple[ExampleLength, ...] = ()  # of the training examples, to plan for
     excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
     at_once: int = 1  # runs of a candidate that train at the same time in one process
     force: bool = False  # train on rows that the data report finds faulty
@@ -179,7 +180,7 @@ def build_grid(
         excluded=excluded,
         steps=_count_steps_for_tokens(recipe, lengths, tokens),
         lengths=lengths,
-        row_lengths=tuple(rows.train.row_lengths),
+        example_lengths=tuple(rows.train.example_lengths),
         digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
     )
 

@@ -63,11 +63,6 @@ class DocumentWindows(TokenizedDataset):
         inside = self._starts > 1  # such a window begins with its context
         return self._ends - self._starts + 1 + len(self._prefix) * inside
 
-    @property
-    def row_lengths(self) -> list[int]:
-        lengths: list[int] = self.lengths.tolist()
-        return lengths
-
     def select(self, indices: np.ndarray) -> "DocumentWindows":
         """Return the windows of these documents."""
         return DocumentWindows(self._documents.select(indices), self.max_seq_len, self.bos, self.seed)

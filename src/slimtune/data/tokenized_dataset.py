@@ -13,6 +13,7 @@ import numpy as np
 
 from ..utils.files import translate_os_errors
 from ..utils.sequences import IGNORE_INDEX
+from .example_lengths import ExampleLength, measure_rows
 
 Example = dict[str, Any]
 """`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned.
@@ -64,10 +65,11 @@ class TokenizedDataset(Sequence[Example]):
         return np.concatenate([np.zeros(0, np.int64), *chunks])[self._indices]
 
     @property
-    def row_lengths(self) -> list[int]:
-        """Number of tokens of each row; an example may have several."""
-        rows = self._table["row_lengths"].take(self._indices).to_pylist()
-        return [n for length, parts in zip(self.lengths.tolist(), rows, strict=True) for n in parts or [length]]
+    def example_lengths(self) -> list[ExampleLength]:
+        """The length of each example (data/example_lengths.py)."""
+        if self._table["row_lengths"].null_count == self._table.num_rows:
+            return list(self.lengths.tolist())
+        return [measure_rows([ids for ids, _ in split_rows(example)]) for example in self]
 
     @property
     def lines(self) -> list[int]:
@@ -161,12 +163,8 @@ class SelectedAnswers(TokenizedDataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.array(self.row_lengths, np.int64).reshape(-1, len(self.places)).sum(1)
-
-    @property
-    def row_lengths(self) -> list[int]:
         rows = self._table["row_lengths"].take(self._indices).to_pylist()
-        return [lengths[place] for lengths in rows for place in self.places]
+        return np.array([sum(lengths[place] for place in self.places) for lengths in rows], np.int64)
 
     def select(self, indices: np.ndarray) -> "SelectedAnswers":
         return SelectedAnswers(super().select(indices), self.places)

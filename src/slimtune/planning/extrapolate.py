@@ -20,6 +20,7 @@ import torch
 
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import layout_unsupported_reason, original_attention
+from ..data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
 from ..errors import UsageError
 from ..models.base_config import max_positions
 from .fake_tensors import all_tensors
@@ -110,13 +111,13 @@ class MemoryModel:
     coefficients: dict[str, np.ndarray]
     corrections: dict[str, float] = field(default_factory=dict)
 
-    def peak(self, lengths: Sequence[int]) -> int:
-        """Return the highest number of bytes in a micro-batch of rows of these lengths."""
+    def peak(self, lengths: Sequence[ExampleLength]) -> int:
+        """Return the highest number of bytes in a micro-batch of examples of these lengths."""
         features = _features(lengths)
         above = (float(c @ features) + self.corrections.get(phase, 0.0) for phase, c in self.coefficients.items())
         return self.state + int(max(0.0, *above))
 
-    def correct(self, lengths: Sequence[int], trace: StepTrace) -> Self:
+    def correct(self, lengths: Sequence[ExampleLength], trace: StepTrace) -> Self:
         """Return the formula shifted so that it gives what was traced at these lengths."""
         features = _features(lengths)
         above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
@@ -154,7 +155,8 @@ def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
     return (*[longest] * whole, *[rest] * (rest > 0))
 
 
-def _features(lengths: Sequence[int]) -> np.ndarray:
-    tokens = sum(lengths)
-    one_long_row = len(lengths) == 1 and tokens > MAX_SEGMENT_TOKENS
-    return np.array([1, tokens, tokens if one_long_row else padded_length(tokens), sum(n * n for n in lengths)], float)
+def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
+    tokens = sum(map(count_packed_tokens, lengths))
+    rows = [n for length in lengths for n in count_row_tokens(length)]
+    one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
+    return np.array([1, tokens, tokens if one_long_row else padded_length(tokens), sum(n * n for n in rows)], float)

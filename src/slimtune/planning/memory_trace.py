@@ -5,8 +5,9 @@ training: forward and backward of the packed rows, gradient clipping, AdamW, zer
 optimizer's state exists from the start, as in every step but the first.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import MergeUnsupported
 from ..attention.register import packed_attention
+from ..data.collator import IGNORE_INDEX, Example
+from ..data.example_lengths import ExampleLength
 from ..errors import UsageError
 from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model
@@ -101,8 +104,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     with fake_mode(), simulate_device(job.device):
         make_fake(model)
         model.train()
-        collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
-        pack = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
+        pack = make_collator(model, 0, packing=job.packing)(make_examples(job.lengths))
         other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -144,6 +146,18 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     parts = PARTS[:-1]  # the runtime is no tensor
     phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
     return StepTrace(state, phases, work, attention, tracker.host_peak)
+
+
+def make_examples(lengths: Sequence[ExampleLength]) -> list[Example]:
+    """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else."""
+    examples, tokens = [], itertools.count(1)
+    for length in lengths:
+        prefix, *answers = (0, length) if isinstance(length, int) else length
+        prompt, rows = [next(tokens)] * prefix, [[next(tokens)] * n for n in answers]
+        ids = [t for row in rows for t in prompt + row]
+        labels = [t for row in rows for t in [IGNORE_INDEX] * prefix + row]
+        examples.append({"input_ids": ids, "labels": labels, "row_lengths": [prefix + n for n in answers]})
+    return examples
 
 
 def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:

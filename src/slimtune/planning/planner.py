@@ -13,8 +13,16 @@ import torch
 from ..adapters.quantized import count_parameters
 from ..adapters.state_dict import adapter_tensor_info
 from ..attention.register import packing_unsupported_reason
+from ..data.example_lengths import (
+    ExampleLength,
+    count_packed_tokens,
+    count_row_tokens,
+    resize_rows,
+    unshare_prefix,
+)
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from ..models.base_config import max_positions
+from ..train_step.loss import make_collator
 from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
 from .fsdp import shard_base, shard_trace
@@ -81,6 +89,9 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     if job.packing and (reason := packing_unsupported_reason(model)):
         job = replace(job, packing=False)
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
+    if not make_collator(model, 0, packing=job.packing).share_prefix:
+        job = replace(job, lengths=tuple(map(unshare_prefix, job.lengths)))
+        request = replace(request, quantiles=tuple(map(unshare_prefix, request.quantiles)))
     memory_model = fit_memory_model(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch(request, job, memory_model)
@@ -96,7 +107,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     verdict = judge_memory(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
-    def fits(lengths: Sequence[int]) -> bool:
+    def fits(lengths: Sequence[ExampleLength]) -> bool:
         now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0)
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
         return judge_memory(add_ranges(Range(now, high), runtime), usable) == "fits"
@@ -119,11 +130,13 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     # Memory is for the longest rows, speed for rows as the data has them.
     usual = pick_usual_rows(request, job) if gpu.rates else job
     usual_trace = trace if usual is job else extrapolate_layers(usual)
+    longest_row, rows = max(job.row_tokens), len(count_row_tokens(job.lengths[0]))
+    whole = resize_rows(job.lengths[0], lambda _: longest_row)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
     work = Workload(
         usual_trace.operator_counts,
         usual_trace.attention_operations,
-        tokens=sum(usual.lengths),
+        tokens=sum(usual.row_tokens),
         optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
         micro_batches=usual.micro_batches,
     )
@@ -132,9 +145,9 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         method=request.method.name,
         card=gpu.name,
         dtype=request.quantization or str(job.dtype).removeprefix("torch."),
-        batch=len(job.lengths),
-        seq_len=max(job.lengths),
-        max_tokens_per_micro_batch=sum(job.lengths),
+        batch=len(job.row_tokens),
+        seq_len=longest_row,
+        max_tokens_per_micro_batch=job.packed_tokens,
         micro_batches=job.micro_batches,
         trainable_params=trainable_params,
         total_params=total_params,
@@ -150,8 +163,10 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
         reason=explain_verdict(request, verdict, parts, need, usable),
-        max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), positions or MAX_SEQ_LEN),
-        max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
+        max_seq_len=largest_fitting(
+            lambda n: fits([resize_rows(length, lambda _: n) for length in job.lengths]), positions or MAX_SEQ_LEN
+        ),
+        max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
         tokens_per_second=estimate_speed(work, gpu),
         work=work,
         evidence=list_evidence(request, host_moment),
@@ -159,37 +174,36 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
-    return replace(plan, advice=suggest_memory_savings(job, plan, gpu, request.rows_per_example))
+    return replace(plan, advice=suggest_memory_savings(job, plan, gpu))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryModel) -> TrainingJob:
-    """Return the job with as many rows in a micro-batch as fit, as training splits a batch."""
-    rows, together = job.lengths, request.rows_per_example
-    if len(rows) <= together or not (request.split_batch or request.max_tokens):
+    """Return the job with as many examples in a micro-batch as fit, as training splits a batch."""
+    if len(job.lengths) == 1 or not (request.split_batch or request.max_tokens):
         return job
 
     def fits(examples: int) -> bool:
-        some = rows[: examples * together]
-        if request.max_tokens is not None and sum(some) > request.max_tokens:
+        some = job.lengths[:examples]
+        if request.max_tokens is not None and sum(map(count_packed_tokens, some)) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
         need = add_ranges(estimate_reserved_memory(job.device, peak, memory_model.state), RUNTIME[job.device])
         return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
 
-    count = together * max(1, largest_fitting(fits, len(rows) // together))
-    micro_batches = -(-len(rows) // count) * request.gradient_accumulation_steps
-    return replace(job, lengths=rows[:count], micro_batches=micro_batches)
+    count = max(1, largest_fitting(fits, len(job.lengths)))
+    micro_batches = -(-len(job.lengths) // count) * request.gradient_accumulation_steps
+    return replace(job, lengths=job.lengths[:count], micro_batches=micro_batches)
 
 
 def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
-    """Return the job with rows in a micro-batch that stand for all rows of the data, if their lengths are known."""
+    """Return the job with examples in a micro-batch that stand for all of the data, if their lengths are known."""
     if not request.quantiles or request.quantiles[0] == request.quantiles[-1]:
         return job
-    mean = sum(request.quantiles) / len(request.quantiles)
-    tokens = min(sum(job.lengths), request.max_tokens or MAX_SEQ_LEN)
+    mean = sum(map(count_packed_tokens, request.quantiles)) / len(request.quantiles)
+    tokens = min(job.packed_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int(tokens / mean)))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
     return replace(job, lengths=pick_quantiles(request.quantiles[::-1], count), micro_batches=micro_batches)
@@ -249,7 +263,7 @@ NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu, rows_per_example: int = 1) -> list[Advice]:
+def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
@@ -262,7 +276,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu, rows_per_exam
         return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
 
     useful, advice = [], []
-    for text, change in _possible_changes(job, gpu, rows_per_example):
+    for text, change in _possible_changes(job, gpu):
         saves, verdict = judge(change(job))
         if saves > 0:
             useful.append((text, change))
@@ -281,19 +295,19 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu, rows_per_exam
     return advice
 
 
-def _possible_changes(job: TrainingJob, gpu: Gpu, rows_per_example: int) -> list[tuple[str, Change]]:
+def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
     """Return changes to a job, those that cost least first."""
     changes: list[tuple[str, Change]] = []
-    longest = max(job.lengths)
+    longest = max(job.row_tokens)
     if not job.gradient_checkpointing:
         changes.append(("--gradient-checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
     elif job.device == "cuda" and not job.offload_activations:
         changes.append(("--offload-activations", partial(replace, offload_activations=True)))
-    if job.mlp_tile_size is None and sum(job.lengths) >= 2 * ADVISED_TILE_SIZE:
+    if job.mlp_tile_size is None and job.packed_tokens >= 2 * ADVISED_TILE_SIZE:
         changes.append((f"--mlp-tile-size {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
-    if len(job.lengths) > rows_per_example:
-        one_row = partial(replace, lengths=job.lengths[:rows_per_example], micro_batches=2)
-        changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
+    if len(job.lengths) > 1:
+        one_example = partial(replace, lengths=job.lengths[:1], micro_batches=2)
+        changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_example))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
     if job.dtype == torch.float32:
@@ -302,11 +316,11 @@ def _possible_changes(job: TrainingJob, gpu: Gpu, rows_per_example: int) -> list
     if job.quantization != "nf4":
         changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
     if longest > 256:
-        # Of the job as it is by then: the number of rows may have been changed too.
-        changes.append(
-            (f"--max-seq-len {longest // 2}",
-             lambda j: replace(j, lengths=tuple(min(n, longest // 2) for n in j.lengths))),
-        )  # fmt: skip
+
+        def shorten(j: TrainingJob) -> TrainingJob:  # as it is by then: it may have fewer examples
+            return replace(j, lengths=tuple(resize_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths))
+
+        changes.append((f"--max-seq-len {longest // 2}", shorten))
     return changes
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..adapters.config import PeftConfig
 from ..config import Recipe
+from ..data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens, unshare_prefix
 from ..errors import UsageError
 from ..models.base_config import ModelInfo, get_model_info, max_positions
 from ..models.dtype import pick_training_dtype
@@ -22,7 +23,7 @@ from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu, require_trains
 
 QUANTILES = 64
-"""Rows that stand for all rows of the data in an estimate of the speed."""
+"""Examples that stand for all of the data in an estimate of the speed."""
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
 
@@ -34,7 +35,7 @@ class TrainingJob:
     base_config: PreTrainedConfig
     method: PeftConfig
     dtype: torch.dtype  # of the base's weights
-    lengths: tuple[int, ...]  # tokens of each row of a micro-batch
+    lengths: tuple[ExampleLength, ...]  # of the examples of a micro-batch
     micro_batches: int = 1  # in an optimizer step
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
     gradient_checkpointing: bool = False
@@ -43,6 +44,16 @@ class TrainingJob:
     optimizer: str = "adamw"  # a key of train_step.optimizer.OPTIMIZERS
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
+
+    @property
+    def row_tokens(self) -> list[int]:
+        """Tokens of each row."""
+        return [n for length in self.lengths for n in count_row_tokens(length)]
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of the micro-batch, shared prefixes once."""
+        return sum(map(count_packed_tokens, self.lengths))
 
     @property
     def num_layers(self) -> int:
@@ -85,7 +96,7 @@ class PlanRequest:
     model: ModelInfo
     gpu: Gpu
     method: PeftConfig
-    batch_size: int = 1
+    batch_size: int = 1  # examples
     seq_len: int = 1024  # tokens of the longest row
     gradient_accumulation_steps: int = 1
     dtype: str = "auto"  # "auto": bfloat16 where the GPU supports it, else float32
@@ -97,10 +108,10 @@ class PlanRequest:
     packing: bool = True
     split_batch: bool = True  # training may split a batch into micro-batches that fit
     save_total_limit: int = 2  # checkpoints that a run keeps beside its best
-    lengths: tuple[int, ...] = ()  # of the longest rows of the data, if known; replaces batch_size and seq_len
-    quantiles: tuple[int, ...] = ()  # lengths of rows at even shares of the data, if known; decide the speed
-    max_tokens: int | None = None  # in a micro-batch, a longer row goes alone; None: no limit
-    rows_per_example: int = 1  # that must lie in one micro-batch: 2 for preference pairs; batch_size counts rows
+    rows_per_example: int = 1  # 2 for preference pairs, if `lengths` are not known
+    lengths: tuple[ExampleLength, ...] = ()  # of the longest examples, if known; replaces batch_size and seq_len
+    quantiles: tuple[ExampleLength, ...] = ()  # of examples at even shares of the data, if known; decide the speed
+    max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
     notes: tuple[str, ...] = ()  # what the plan must say about the request
@@ -110,12 +121,14 @@ class PlanRequest:
             raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
 
     def job(self) -> TrainingJob:
-        """Return the job with all rows of a batch in one micro-batch, the longest first."""
+        """Return the job with all examples of a batch in one micro-batch, the longest first."""
+        rows = self.rows_per_example
+        example = self.seq_len if rows == 1 else (0, *[self.seq_len] * rows)
         return TrainingJob(
             base_config=self.model.config,
             method=self.method,
             dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
-            lengths=tuple(sorted(self.lengths, reverse=True)) or (self.seq_len,) * self.batch_size,
+            lengths=tuple(sorted(self.lengths or (example,) * self.batch_size, key=count_packed_tokens, reverse=True)),
             micro_batches=self.gradient_accumulation_steps,
             device=self.gpu.device,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -127,18 +140,20 @@ class PlanRequest:
         )
 
 
-def pick_quantiles(ordered: Sequence[int], count: int) -> tuple[int, ...]:
+def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
     """Return `count` of ordered lengths, evenly spread, the longest first."""
     return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
 
 
-def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), processes: int = 1) -> PlanRequest:
+def build_request(
+    recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (), processes: int = 1
+) -> PlanRequest:
     """Return the request to plan a recipe on a GPU.
 
     Args:
         recipe: the run.
         gpu: where it runs.
-        lengths: tokens of every row, if the data were read; else every row has the recipe's maximum length.
+        lengths: of every example, if the data were read; else every row has the recipe's maximum length.
         processes: processes that train together.
 
     Raises:
@@ -150,7 +165,8 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
     positions = max_positions(info.config)
-    if positions is not None and (longest := max(lengths, default=seq_len)) > positions:
+    longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)
+    if positions is not None and longest > positions:
         if lengths or "max_seq_len" in recipe.data.model_fields_set:
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
             raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
@@ -159,9 +175,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
     objective = recipe.objective()
-    rows = objective.rows_per_example
     if objective.needs_mismatched_rows:
         notes.append("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.")
+    if not train.share_prefix:
+        lengths = [*map(unshare_prefix, lengths)]
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
             "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(
@@ -174,10 +191,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         dtype=model.dtype,
         quantization=quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
-        lengths=tuple(heapq.nlargest(rows * train.batch_size, lengths)),
-        quantiles=pick_quantiles(sorted(lengths), QUANTILES) if lengths else (),
-        batch_size=rows * train.batch_size,
-        rows_per_example=rows,
+        lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_packed_tokens)),
+        quantiles=pick_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
+        batch_size=train.batch_size,
+        rows_per_example=objective.rows_per_example,
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,

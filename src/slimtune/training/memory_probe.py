@@ -8,6 +8,7 @@ import torch
 
 from ..attention.register import packed_attention
 from ..data.collator import Example
+from ..data.example_lengths import count_packed_tokens
 from ..kernels.dropout import preserve_rng_state
 from ..train_step.loss import forward_backward, move_to_device
 from ..utils.device import peak_memory, reset_peak_memory
@@ -23,7 +24,10 @@ def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_s
     of the run.
     """
     collator, limit = loop.collator, loop.collator.max_tokens
-    rows = [loop.train[i] for i in np.argsort(loop.train.lengths, kind="stable")[-loop.rows_per_step :]]
+    lengths = loop.train.lengths
+    if collator.share_prefix:
+        lengths = np.array([*map(count_packed_tokens, loop.train.example_lengths)])
+    rows = [loop.train[i] for i in np.argsort(lengths, kind="stable")[-loop.rows_per_step :]]
     tokens, used = loop.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step", rows, lambda: probe_memory(loop, rows), lambda: None
     )

@@ -24,6 +24,7 @@ from ..adapters.strength import find_neutral_values
 from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
 from ..data.collator import Collator, Example
+from ..data.example_lengths import ExampleLength, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.mismatched_rows import MismatchedRows
 from ..data.tokenized_dataset import SelectedAnswers
@@ -53,8 +54,8 @@ from .run_lock import RunLock
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 
-Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
-"""Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
+Planner = Callable[[Recipe, Sequence[ExampleLength]], Mapping[str, Any] | None]
+"""Plans a recipe for examples of these lengths. Returns the plan as plain values, None if it cannot be planned;
 raises if the run does not fit."""
 
 TrainingSteps = Generator[TrainingLoop | Sequence[Example], None, dict[str, Any]]
@@ -200,7 +201,7 @@ def _train(
         if init_adapter is not None:
             logger.say(f"continuing from {init_adapter}, with its settings of the method")
         describe_run(logger, recipe, base, model, data)
-        longest = max(lengths)
+        longest = max(map(max, map(count_row_tokens, lengths)))
         collator = setup.build_collator(recipe, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
