@@ -1,5 +1,7 @@
 """Rows that prove nothing: trained on, equal to each other, too few, or without a finite loss."""
 
+import json
+
 import pytest
 from hand_run import TALKS, write_rows
 
@@ -63,3 +65,29 @@ def test_empty_answers_fail(run, monkeypatch):
     )
     reasons = evaluate(run, EvalSettings(generate=2))["verdict"]["reasons"]
     assert reasons[-1] == "all 2 answers of the tuned model are empty"
+
+
+def test_run_on_answers_is_measured_on_pairs(run, tmp_path):
+    """As the losses of both answers say; a pair whose chosen answer was trained on is left out."""
+
+    def write_pairs(name, talks):
+        turns = [json.loads(line)["messages"] for line in write_rows(tmp_path / "talks.jsonl", talks).open()]
+        wrong = {"role": "assistant", "content": "abc"}
+        rows = [{"prompt": m[:-1], "chosen": m[-1:], "rejected": [wrong]} for m in turns]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    nats = {}
+    for name, talks in {"chosen": MORE, "rejected": [(question, "abc") for question, _ in MORE]}.items():
+        found = evaluate(run, EvalSettings(data=write_rows(tmp_path / f"{name}.jsonl", talks)))
+        nats[name] = {model: found[f"{model}_loss"] * found["tokens"] for model in ("base", "tuned")}
+    found = evaluate(run, EvalSettings(data=write_pairs("pairs.jsonl", MORE)))
+    assert (found["task"], found["rows"], found["training_rows"]) == ("sft", len(MORE), 0)
+    for model in ("base", "tuned"):
+        margin = (nats["rejected"][model] - nats["chosen"][model]) / len(MORE)
+        assert found["preference"][f"{model}_margin"] == pytest.approx(margin, abs=1e-4)
+        assert found[f"{model}_loss"] * found["tokens"] == pytest.approx(nats["chosen"][model], abs=1e-4)
+
+    learned = [[m["content"] for m in json.loads(line)["messages"]] for line in trained_rows(run).open()]
+    found = evaluate(run, EvalSettings(data=write_pairs("mixed.jsonl", [*MORE, learned[0]])))
+    assert (found["rows"], found["training_rows"]) == (len(MORE), 1)

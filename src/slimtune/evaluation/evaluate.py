@@ -19,7 +19,7 @@ import numpy as np
 
 from ..config import Recipe
 from ..data.collator import Example
-from ..data.dataset import Row
+from ..data.dataset import Row, open_rows
 from ..data.formats import split_answers
 from ..data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..data.tokenize import RowReport
@@ -119,13 +119,14 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         require_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).require_valid_rows(), maxlen=0)
+        own = read_as_pairs(run_dir.load_recipe(), file) if run_dir else None
+        deque(open_rows_from_recipe(own, file).require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    recipe = trained.recipe or make_eval_recipe(trained, file)
+    recipe = read_as_pairs(trained.recipe or make_eval_recipe(trained, file), file)
     objective = recipe.objective()
     writes_text = objective.task_type == "CAUSAL_LM"
     if not writes_text and (settings.generate or settings.tasks):
@@ -271,7 +272,7 @@ def load_unseen_rows(
     else:
         examples, report = load_eval_dataset(recipe, tokenizer, file, trained.classes)
         if trained.recipe is not None:
-            trained_rows = find_training_rows(recipe, file, examples)
+            trained_rows = find_training_rows(trained.recipe, recipe, file, examples)
     if trained_rows is None:
         return examples, report, None
     if len(trained_rows) == len(examples.documents):
@@ -286,17 +287,23 @@ def load_unseen_rows(
     return examples, report, len(trained_rows)
 
 
-def find_training_rows(recipe: Recipe, file: Path, examples: TokenizedDataset) -> list[int] | None:
-    """Return which rows (or documents) of a file the run was trained on; None if its rows cannot be read."""
+def find_training_rows(own: Recipe, recipe: Recipe, file: Path, examples: TokenizedDataset) -> list[int] | None:
+    """Return which rows (or documents) of a file, read by `recipe`, a run was trained on by its `own` recipe.
 
-    def read(path: Path) -> Iterator[tuple[int, int]]:
+    A run that learned answers alone was trained on a pair if it learned the chosen one. None: the training rows cannot
+    be read.
+    """
+    answers_alone = recipe.data.format in recipe.objective().named_formats
+
+    def read(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
+        rows = (split_answers(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
-    evaluated = list(read(file))
+    evaluated = list(read(recipe, file))
     wanted = {key for _, key in evaluated}
     try:
-        trained = {key for _, key in read(recipe.data.train) if key in wanted}
+        trained = {key for _, key in read(own, recipe.data.train) if key in wanted}
     except SlimtuneError:
         return None
     # Rows that were dropped have no example; the others are in the order of the file.
@@ -311,6 +318,20 @@ def make_eval_recipe(trained: TrainedModel, file: Path | None) -> Recipe:
     if trained.classes is not None:
         sections["task"] = {"name": "classification" if trained.classes.names else "reward"}
     return Recipe.from_dict({"model": trained.base.source.spec, **sections, "output_dir": str(trained.adapter)})
+
+
+def read_as_pairs(recipe: Recipe, file: Path | None) -> Recipe:
+    """Return the recipe with the format of preference pairs, if the file has them and the run learned answers."""
+    if "preference" not in recipe.objective().named_formats or file is None:
+        return recipe
+    try:
+        found = open_rows(file).format
+    except SlimtuneError:  # it needs the recipe's columns, or has an error that is reported as it is read
+        return recipe
+    if found != "preference":
+        return recipe
+    pairs = recipe.data.model_copy(update={"format": found, "columns": {}, "ignore_columns": []})
+    return recipe.model_copy(update={"data": pairs})
 
 
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:
