@@ -2,8 +2,8 @@
 
     make verify-vllm [ARGS="RUN ..."]      (.venv/bin/python benchmarks/verify_vllm.py [RUN ...] [--keep FOLDER])
 
-SmolLM2-135M is tuned for a few steps in five ways (or the given runs are taken, which must stand on one base), each is
-exported by `write_vllm_adapter`, and one server is started by the printed command in its CPU form:
+SmolLM2-135M is tuned for a few steps in five ways on answers, and by DPO on pairs of them (or the given runs are taken,
+which must stand on one base). Each is exported by `write_vllm_adapter`, and one server is started by the printed command in its CPU form:
 
     vllm serve BASE …     becomes     .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model BASE …
 
@@ -73,6 +73,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "pissa": {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"},
     "ends": {"r": 8, "lora_alpha": 16, "target_modules": ["embed_tokens", "lm_head", "q_proj", "up_proj"]},
+    "dpo": {"r": 16, "lora_alpha": 32},
 }
 """Runs by name, and what their method is set to; PiSSA's start lies in the weight, SmolLM2's two ends are tied."""
 REFUSED: dict[str, dict[str, Any]] = {
@@ -98,15 +99,29 @@ def tuned(name: str, settings: dict[str, Any], folder: Path) -> Path:
     """Tune SmolLM2 for a few steps, or take the run that lies there."""
     out = folder / name
     if not (out / "result.json").is_file():
+        data = {"train": str(ROWS / "train.jsonl"), "validation": str(ROWS / "validation.jsonl")}
         recipe = {
             "model": {"name": BASE},
-            "data": {"train": str(ROWS / "train.jsonl"), "validation": str(ROWS / "validation.jsonl")},
+            "task": "dpo" if name == "dpo" else "sft",
+            "data": {"train": str(write_pairs(folder))} if name == "dpo" else data,
             "method": {"name": "lora", **settings},
-            "train": {"max_steps": STEPS, "learning_rate": 1e-3},
+            "train": {"max_steps": STEPS, "learning_rate": 2e-4 if name == "dpo" else 1e-3},
             "output_dir": str(out),
         }
         train(Recipe.from_dict(recipe))
     return out
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write pairs: the answer to a question is better than the answer to the next one."""
+    talks = [row.messages for row in read_rows(ROWS / "train.jsonl")[: 8 * STEPS]]
+    rows = [
+        {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": other[-1:]}
+        for talk, other in zip(talks, talks[1:] + talks[:1], strict=True)
+    ]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
 
 
 def texts_of(tokenizer: Any) -> list[Text]:
@@ -263,7 +278,7 @@ HEAD = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, help="runs to take; none: five short ones are made")
+    parser.add_argument("runs", nargs="*", type=Path, help="runs to take; none: six short ones are made")
     parser.add_argument("--keep", type=Path, help="folder for runs, exports and the server's log, kept")
     parser.add_argument("--no-refusals", action="store_true", help="leave out what vLLM refuses")
     args = parser.parse_args()

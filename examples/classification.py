@@ -1,6 +1,7 @@
 """A classifier against linear probes and TF-IDF: what kind of thing is it that WordNet's sentence defines?
 
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
+    pip install scikit-learn
     python examples/classification.py --out runs/topics
 
 Debian's package `wordnet-base` holds WordNet 3.0 (Princeton University; free for any purpose with its notice). Its
@@ -15,21 +16,20 @@ the probe, by the 95 % interval of the difference in accuracy over the same test
 """
 
 import argparse
-import itertools
 import json
-import math
 import random
-import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from preferences import WORDNET, make_sentence
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from slimtune.evaluation.statistics import bootstrap_macro_f1, paired_bootstrap
 from slimtune.models.loader import load_base
@@ -39,6 +39,7 @@ TOPICS = {4: "act", 5: "animal", 6: "artifact", 8: "body", 9: "cognition", 10: "
           13: "food", 15: "location", 18: "person", 20: "plant", 27: "substance"}  # fmt: skip
 NAMES = sorted(TOPICS.values())
 PENALTIES = [10.0**e for e in range(-5, 0)]
+"""Factors of the squared weights beside the mean loss of a row."""
 Rows = list[dict[str, str]]
 
 
@@ -59,7 +60,7 @@ def make_rows(folder: Path, per_class: dict[str, int]) -> dict[str, Rows]:
 
 
 @torch.no_grad()
-def compute_hidden_states(model_name: str, texts: list[str]) -> dict[str, torch.Tensor]:
+def compute_hidden_states(model_name: str, texts: list[str]) -> dict[str, np.ndarray]:
     """Return the features `(N, d)` of the frozen base."""
     base = load_base(model_name)
     features: dict[str, list[torch.Tensor]] = {}
@@ -74,52 +75,25 @@ def compute_hidden_states(model_name: str, texts: list[str]) -> dict[str, torch.
             mean = (h * mask[..., None]).sum(1) / lengths[:, None]
             features.setdefault(f"{name}, mean", []).append(mean)
             features.setdefault(f"{name}, last token", []).append(h[torch.arange(len(h)), lengths - 1])
-    return {name: torch.cat(parts) for name, parts in features.items()}
+    return {name: torch.cat(parts).numpy() for name, parts in features.items()}
 
 
-def compute_tf_idf(texts: list[str], train: int) -> torch.Tensor:
-    """Return TF-IDF of one and of two words as scikit-learn computes it `(N, terms)`, learned from the first texts."""
-    words = [re.findall(r"\w\w+", text.lower()) for text in texts]
-    terms = [Counter([*w, *map(" ".join, itertools.pairwise(w))]) for w in words]
-    documents = Counter(term for some in terms[:train] for term in some)
-    index = {term: i for i, term in enumerate(documents)}
-    found = torch.zeros(len(texts), len(index))
-    for row, some in enumerate(terms):
-        for term, count in some.items():
-            if term in index:
-                found[row, index[term]] = count * (math.log((1 + train) / (1 + documents[term])) + 1)
-    return F.normalize(found)
+def predict(inputs: Any, rows: dict[str, Rows], transform: Any) -> tuple[float, list[str]]:
+    """Return the accuracy on the validation rows of the best logistic regression, and its labels of the test rows.
 
-
-def fit(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.nn.Linear:
-    """Return the logistic regression with this L2 penalty."""
-    probe = torch.nn.Linear(x.shape[1], len(NAMES))
-    torch.nn.init.zeros_(probe.weight)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(probe(x), y) + penalty * probe.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return probe
-
-
-def predict(features: torch.Tensor, rows: dict[str, Rows], scale: bool) -> tuple[float, list[str]]:
-    """Return the accuracy on the validation rows of the best logistic regression, and its labels of the test rows."""
-    x = dict(zip(rows, features.split([len(some) for some in rows.values()]), strict=True))
-    y = {split: torch.tensor([NAMES.index(row["label"]) for row in some]) for split, some in rows.items()}
-    if scale:
-        mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
-        x = {split: (values - mean) / std for split, values in x.items()}
+    `inputs` are what `transform` takes of all rows [N, …]; it is fitted to the training rows.
+    """
+    ends = np.cumsum([0, *map(len, rows.values())])
+    x = {split: inputs[start:end] for split, start, end in zip(rows, ends, ends[1:], strict=False)}
+    y = {split: [row["label"] for row in some] for split, some in rows.items()}
     best: tuple[float, list[str]] = (-1.0, [])
     for penalty in PENALTIES:
-        probe = fit(x["train"], y["train"], penalty)
-        accuracy = (probe(x["validation"]).argmax(1) == y["validation"]).float().mean().item()
+        # scikit-learn sums the losses and halves the penalty
+        regression = LogisticRegression(C=1 / (2 * penalty * len(y["train"])), max_iter=2000)
+        probe = make_pipeline(transform, regression).fit(x["train"], y["train"])
+        accuracy = probe.score(x["validation"], y["validation"])
         if accuracy > best[0]:
-            best = accuracy, [NAMES[i] for i in probe(x["test"]).argmax(1)]
+            best = accuracy, [*map(str, probe.predict(x["test"]))]
     return best
 
 
@@ -158,10 +132,10 @@ def main() -> int:
 
     texts = [row["text"] for some in rows.values() for row in some]
     states = compute_hidden_states(options.model, texts)
-    probes = {name: predict(features, rows, scale=True) for name, features in states.items()}
+    probes = {name: predict(features, rows, StandardScaler()) for name, features in states.items()}
     best = max(probes, key=lambda name: probes[name][0])
     predicted[f"linear probe ({best})"] = probes[best][1]
-    predicted["TF-IDF"] = predict(compute_tf_idf(texts, len(rows["train"])), rows, scale=False)[1]
+    predicted["TF-IDF"] = predict(texts, rows, TfidfVectorizer(ngram_range=(1, 2)))[1]
     right = {name: [float(a == b) for a, b in zip(labels, some, strict=True)] for name, some in predicted.items()}
     tuned, probe, _ = right.values()
     print(f"\n{len(labels)} test rows" + " " * 25 + "accuracy" + " " * 21 + "macro-F1")

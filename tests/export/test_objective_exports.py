@@ -1,4 +1,4 @@
-"""Exports of runs on preference pairs: merged and in every engine they are what was trained, on rows of the run."""
+"""Exports of runs on preferences: merged and in every engine they are what was trained, on rows of the run."""
 
 import importlib.util
 
@@ -27,6 +27,10 @@ PAIRS = [
      "rejected": [{**SAYS, "content": "xyz " * (1 + i % 4)}]}
     for i in range(24)
 ]  # fmt: skip
+RATED = [
+    {"prompt": pair["prompt"], "completion": pair["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
+    for i, pair in enumerate(PAIRS)
+]
 THINKING = [
     {"messages": [{**USER, "content": f"Say {i}."}, {**SAYS, "content": "abc", "reasoning_content": f"They want {i}."}]}
     for i in range(4)
@@ -38,7 +42,8 @@ def write(path, rows):
 
 
 def settings(folder, base, task="dpo", dtype="float32", **data):
-    files = {"train": write(folder / "pairs.jsonl", PAIRS), "test": write(folder / "test.jsonl", PAIRS[:3])}
+    rows = RATED if task == "kto" else PAIRS
+    files = {"train": write(folder / "rows.jsonl", rows), "test": write(folder / "test.jsonl", rows[:3])}
     return {
         "model": {"name": str(base), "dtype": dtype, "device": "cpu"},
         "data": {**files, "validation_fraction": 0.0, **data},
@@ -111,7 +116,7 @@ def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("task", ["dpo", "simpo", "orpo"])
+@pytest.mark.parametrize("task", ["dpo", "simpo", "orpo", "kto"])
 def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, monkeypatch):
     for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
         monkeypatch.setattr(reference, name, value)
@@ -125,5 +130,5 @@ def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, m
         check = export(run, target, out, ExportOptions(**options), threads=1)["check"]
         assert check["passed"], check["reason"]
         assert check["effect"] > 0.01
-    done = CliRunner().invoke(app, ["verify", str(tmp_path / "gguf-0"), "--data", str(tmp_path / "pairs.jsonl")])
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "gguf-0"), "--data", str(tmp_path / "rows.jsonl")])
     assert done.exit_code == 0, done.output

@@ -1,14 +1,19 @@
-"""Scripts written for peft run with only the import changed, and give the same numbers."""
+"""The examples run: scripts written for peft give the same numbers, and TRL trains adapters by a reward."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from slimtune import PeftModel
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,3 +50,23 @@ def test_only_the_import_changes(name, tiny_folder, tmp_path):
     assert set(adapter) == set(their_adapter)
     assert all(torch.allclose(adapter[k], their_adapter[k], atol=1e-6) for k in adapter)
     assert all(t.any() for t in adapter.values())
+
+
+@pytest.mark.parametrize("flags", [[], ["--dora"]], ids=["lora", "dora"])
+def test_grpo_trains_an_adapter_that_peft_loads(flags, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", str(tiny_folder), "--steps", "3", "--out", str(tmp_path), *flags])
+    runpy.run_path(str(EXAMPLES / "grpo.py"), run_name="__main__")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    starts_at_zero = [t for name, t in trained.items() if "lora_B" in name]
+    assert len(starts_at_zero) == 14
+    assert all(t.any() for t in starts_at_zero)
+    assert any("lora_magnitude_vector" in name for name in trained) == bool(flags)
+    logits = []
+    for load in (None, PeftModel.from_pretrained, peft.PeftModel.from_pretrained):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        model = model if load is None else load(model, tmp_path / "adapter")
+        with torch.no_grad():
+            logits.append(model.eval()(torch.arange(3, 60)[None]).logits)
+    base, ours, theirs = logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (theirs - base).abs().max() > 1e-4
