@@ -96,7 +96,9 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     rows = [Row([], i, **pair) for i, pair in enumerate(spec["pairs"], 1)]
     data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, path="pairs")
     collator = make_collator(model, base.tokenizer.pad_token_id)
-    collator.max_tokens = auto_micro_batch_tokens(model, collator, max(map(max, map(count_row_tokens, data.example_lengths))))
+    collator.max_tokens = auto_micro_batch_tokens(
+        model, collator, max(map(max, map(count_row_tokens, data.example_lengths)))
+    )
     started = time.perf_counter()
     with model.disable_adapter():
         reference = score_row_logps(model, data, collator)

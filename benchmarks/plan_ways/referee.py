@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
 from slimtune.attention.register import packed_attention
-from slimtune.data.example_lengths import ExampleLength
+from slimtune.data.example_lengths import ExampleLength, count_row_tokens
 from slimtune.objectives import objective_class
 from slimtune.planning.fake_tensors import all_tensors
 from slimtune.planning.request import TrainingJob
@@ -54,6 +54,7 @@ def _train(job: TrainingJob) -> int:
     vocabulary = model.config.get_text_config().vocab_size
 
     pairs = any(isinstance(length, tuple) for length in job.lengths)
+    most = max(len(count_row_tokens(length)) for length in job.lengths)  # the reference of shorter lists is padded
     objective: Any = objective_class("dpo" if pairs else "sft")()
 
     def draw(length: ExampleLength) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _train(job: TrainingJob) -> int:
         prompt, rows = ids(prefix), [ids(n) for n in answers]
         example = {"input_ids": [t for row in rows for t in prompt + row], "row_lengths": [prefix + n for n in answers]}
         example["labels"] = [t for row in rows for t in [-100] * prefix + row]
-        ranked = {"row_scores": [*range(len(rows), 0, -1)], "reference": [-1.0] * len(rows)}
+        ranked = {"row_scores": [*range(len(rows), 0, -1)], "reference": [-1.0] * most}
         return example | (ranked if pairs else {})
 
     def ids(count: int) -> list[int]:

@@ -62,9 +62,12 @@ def test_step_takes_what_is_traced(lengths, base, packing, referee):
 @pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["all", "best-worst"])
 def test_run_takes_the_tokens_that_are_planned(pairs, tiny_folder, tmp_path):
-    answers = ["abc " * n for n in (3, 5, 2, 4)]
     rows = [
-        {"prompt": f"say the word number {i}: " * (1 + i % 3), "responses": answers, "scores": [4, 3, 2, 1]}
+        {
+            "prompt": f"say the word number {i}: " * (1 + i % 3),
+            "responses": [f"{word} {i} " * n for word, n in (("abc", 3), ("pqr", 5), ("uvw", 2), ("xyz", 4))],
+            "scores": [4, 3, 2, 1],
+        }
         for i in range(12)
     ]
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

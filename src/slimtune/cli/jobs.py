@@ -171,7 +171,7 @@ def make_plans(
 
 
 def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[ExampleLength]:
-    """Return the lengths of the training examples; none if the tokenizer is not on this disk: a plan downloads nothing."""
+    """Return the lengths of the training examples; none if the tokenizer is not on this disk: nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     from ..data.validation.report import format_verdict

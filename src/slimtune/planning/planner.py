@@ -318,7 +318,9 @@ def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
     if longest > 256:
 
         def shorten(j: TrainingJob) -> TrainingJob:  # as it is by then: it may have fewer examples
-            return replace(j, lengths=tuple(resize_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths))
+            return replace(
+                j, lengths=tuple(resize_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths)
+            )
 
         changes.append((f"--max-seq-len {longest // 2}", shorten))
     return changes

@@ -145,9 +145,7 @@ def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[Exampl
     return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
 
 
-def build_request(
-    recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (), processes: int = 1
-) -> PlanRequest:
+def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (), processes: int = 1) -> PlanRequest:
     """Return the request to plan a recipe on a GPU.
 
     Args:
