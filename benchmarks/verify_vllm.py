@@ -3,8 +3,8 @@
     make verify-vllm [ARGS="RUN ..."]      (.venv/bin/python benchmarks/verify_vllm.py [RUN ...] [--keep FOLDER])
 
 SmolLM2-135M is tuned for a few steps in five ways on answers, and by DPO on pairs of them (or the given runs are taken,
-which must stand on one base). Each is exported by `write_vllm_adapter`, and one server is started by the printed command
-in its CPU form:
+which must stand on one base). Each is exported by `write_vllm_adapter`, and one server is started by the printed
+command in its CPU form:
 
     vllm serve BASE …     becomes     .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model BASE …
 
