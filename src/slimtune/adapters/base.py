@@ -178,6 +178,8 @@ class AdapterModule(nn.Module):
     """Parameters that are the `weight` of a module in PEFT."""
     scales_input: ClassVar[bool] = False
     """Whether the module scales the layer's input: a feed-forward layer of (IA)³."""
+    neutral: ClassVar[Mapping[str, float] | None] = None
+    """Tensors by name, and the values at which the module changes nothing, where these are the same at each site."""
     method: str = ""
     """The method's name, set when the module is attached."""
 
@@ -236,7 +238,7 @@ class AdapterModule(nn.Module):
 
         Moved toward them in a straight line, together, they make the change smaller: see `adapters/strength.py`.
         """
-        return None
+        return self.neutral
 
     def expert_factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Return `A (experts, r, in)`, `B (experts, out, r)` and s by parameter, if it only changes stacked experts."""
@@ -276,6 +278,7 @@ class SharedParameterHolder(AdapterModule):
 
     takes_row_mask = True
     is_tuner_layer = False
+    neutral: ClassVar = {}
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         return base(*args, **kwargs)

@@ -167,6 +167,8 @@ class LinearAdaLora(AdapterModule):
     the smoothed sensitivities and deviations of each parameter. Files contain the kept ranks only.
     """
 
+    neutral: ClassVar = {"lora_E": 0.0}
+
     _NAMES = ("lora_A", "lora_E", "lora_B")
 
     def __init__(self, site: Site, config: Any, r: int) -> None:
@@ -197,9 +199,6 @@ class LinearAdaLora(AdapterModule):
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
         return self.lora_A * self.lora_E, self.lora_B, self.scale
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"lora_E": 0.0}
 
     @torch.no_grad()
     def update_averages(self, beta1: float, beta2: float) -> None:

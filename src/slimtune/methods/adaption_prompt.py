@@ -80,15 +80,14 @@ class AdaptionPromptConfig(PeftConfig):
 class GatedPrompt(AttentionModule):
     """Learned tokens of one layer, with their gate."""
 
+    neutral: ClassVar = {"adaption_gate": 0.0}
+
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
         tokens = torch.empty(1, config.adapter_len, site.in_features, device=site.init_device).normal_()
         self.adaption_prompt = nn.Parameter(tokens)
         self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.init_device))
         self.to(site.device, site.dtype)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"adaption_gate": 0.0}
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return `Wk P`, `Wv P` and the gate."""

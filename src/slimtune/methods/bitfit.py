@@ -64,6 +64,8 @@ class BitFitConfig(TargetedConfig):
 class AddedBias(AdapterModule):
     """`y + d`."""
 
+    neutral: ClassVar = {"bitfit_bias": 0.0}
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.name, self.has_base_parameter = site.name, "bias" in site.module._parameters
@@ -71,9 +73,6 @@ class AddedBias(AdapterModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_bias.to(y.dtype)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"bitfit_bias": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.has_base_parameter:

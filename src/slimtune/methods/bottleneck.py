@@ -159,6 +159,8 @@ class BottleneckConfig(TargetedConfig):
 class Bottleneck(Block):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
+    neutral: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
+
     def __init__(self, site: Site, inputs: int, size: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()
         self.is_parallel = config.is_parallel
@@ -187,9 +189,6 @@ class Bottleneck(Block):
         h = self.activation(_apply_linear(x.to(y.dtype) if self.is_parallel else y, self.adapter_down))
         scale = self.scaling.to(y.dtype) if isinstance(self.scaling, Tensor) else self.scaling
         return y + self.dropout(_apply_linear(h, self.adapter_up)) * scale
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
 
 
 def _apply_linear(x: Tensor, linear: nn.Linear) -> Tensor:

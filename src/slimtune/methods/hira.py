@@ -74,6 +74,8 @@ class HiraConfig(TargetedConfig):
 class LinearHira(AdapterModule):
     """`W x + b + (W ⊙ (B A)) dropout(x)`."""
 
+    neutral: ClassVar = {"hira_B": 0.0}
+
     def __init__(self, A: Tensor, B: Tensor, dropout_p: float) -> None:
         super().__init__()
         self.hira_A, self.hira_B, self.hira_dropout = nn.Parameter(A), nn.Parameter(B), dropout(dropout_p)
@@ -85,9 +87,6 @@ class LinearHira(AdapterModule):
         # A and B are cast to y's dtype, which autocast chooses, but not the weight: autograd would keep the copy.
         A, B = self.hira_A.to(y.dtype), self.hira_B.to(y.dtype)
         return y + _HadamardLinear.apply(self.hira_dropout(x).to(y.dtype), A, B, weight, recompute)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"hira_B": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = self.hira_A.to(weight.dtype).flatten(1), self.hira_B.to(weight.dtype).flatten(1)
@@ -106,15 +105,14 @@ class ConvHira(LinearHira):
 class EmbeddingHira(AdapterModule):
     """`y ⊙ (1 + (B A)[:, x])` for an embedding, `x (...)` being token ids."""
 
+    neutral: ClassVar = {"hira_embedding_A": 0.0}
+
     def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()
         self.hira_embedding_A, self.hira_embedding_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + y * F.linear(F.embedding(x, self.hira_embedding_A.t()), self.hira_embedding_B).to(y.dtype)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"hira_embedding_A": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + weight * (self.hira_embedding_B.to(weight.dtype) @ self.hira_embedding_A.to(weight.dtype)), bias

@@ -109,6 +109,8 @@ def _matches_ending(given: list[str] | str, name: str) -> bool:
 class ScaledOutput(AdapterModule):
     """`l ⊙ y`; for a convolution by channel."""
 
+    neutral: ClassVar = {"ia3_l": 1.0}
+
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
         self.is_conv = site.kind == "conv"
@@ -118,9 +120,6 @@ class ScaledOutput(AdapterModule):
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
         return (y * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(y.dtype)
 
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"ia3_l": 1.0}
-
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.to(weight.dtype).flatten()  # noqa: E741 (the paper's letter)
         return weight * l[:, None], None if bias is None else bias * l
@@ -129,6 +128,7 @@ class ScaledOutput(AdapterModule):
 class ScaledInput(AdapterModule):
     """`W (l ⊙ x) + b`; for a convolution by channel."""
 
+    neutral: ClassVar = {"ia3_l": 1.0}
     scales_input = True
 
     def __init__(self, site: Site, init: bool) -> None:
@@ -138,9 +138,6 @@ class ScaledInput(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         return base((x * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(x.dtype))
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"ia3_l": 1.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.to(weight.dtype).view(self.groups, 1, -1, 1)  # noqa: E741

@@ -133,6 +133,8 @@ class LoHaConfig(LycorisConfig):
 class LinearLoHa(LycorisModule):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) x` for a linear layer."""
 
+    neutral: ClassVar = {"hada_w2_b": 0.0}
+
     def __init__(self, site: Site, config: LoHaConfig) -> None:
         super().__init__(site, config, rescale=True)
         out, in_, r = site.out_features, site.in_features, self.r
@@ -160,9 +162,6 @@ class LinearLoHa(LycorisModule):
         if not self.low_rank or (self.training and (self.rank_dropout or self.module_dropout)):
             return None
         return *_as_low_rank(*self.get_factors(_FACTORS, next(self.parameters()).dtype)), self.scale
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"hada_w2_b": 0.0}
 
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return `s · (W1a W1b) ⊙ (W2a W2b)`."""

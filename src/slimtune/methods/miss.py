@@ -68,6 +68,8 @@ class MissConfig(TargetedConfig):
 class LinearMiss(AdapterModule):
     """`y + Dᵀ S x` for a linear layer."""
 
+    neutral: ClassVar = {"miss_block": 0.0}
+
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = site.in_features, site.out_features
@@ -87,9 +89,6 @@ class LinearMiss(AdapterModule):
             return y + update
         return (y.unflatten(-1, (-1, width)) + update.unsqueeze(-2)).flatten(-2)
 
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"miss_block": 0.0}
-
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(S (r, in), Dᵀ (out, r), 1)`."""
         r, width = self.miss_block.shape
@@ -100,6 +99,8 @@ class LinearMiss(AdapterModule):
 
 class LinearBat(AdapterModule):
     """`y + (W D + D) x`, block by block."""
+
+    neutral: ClassVar = {"miss_block": 0.0}
 
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
@@ -113,9 +114,6 @@ class LinearBat(AdapterModule):
         if is_quantized(base.module) and not base.inner_modules:
             return y + recompute_linear(lambda D: _block_update(base.weight(), D), x, self.miss_block)
         return y + recompute_linear(_block_update, x, base.weight(), self.miss_block)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"miss_block": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + _block_update(weight, self.miss_block), bias

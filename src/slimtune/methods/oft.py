@@ -153,15 +153,14 @@ class BlockRotation(nn.Module):
 class LinearOft(AdapterModule):
     """A linear layer with a rotated input."""
 
+    neutral: ClassVar = {"oft_R.weight": 0.0}
+
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
         self.oft_R = rotation
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         return base(self.oft_R(x))
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"oft_R.weight": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.oft_R.rotate_weight(weight), bias
@@ -180,15 +179,14 @@ class ConvOft(LinearOft):
 class EmbeddingOft(AdapterModule):
     """An embedding with rotated rows."""
 
+    neutral: ClassVar = {"oft_embedding_R.weight": 0.0}
+
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
         self.oft_embedding_R = rotation
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.oft_embedding_R(y)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"oft_embedding_R.weight": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.oft_embedding_R(weight.t(), drop=False).t(), bias

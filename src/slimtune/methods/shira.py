@@ -77,6 +77,7 @@ class ShiraConfig(TargetedConfig):
 class SparseUpdate(AdapterModule):
     """`y + S x`."""
 
+    neutral: ClassVar = {"shira_weight": 0.0}
     shira_indices: Tensor
 
     def __init__(self, site: Site, indices: Tensor, zero: bool) -> None:
@@ -89,9 +90,6 @@ class SparseUpdate(AdapterModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # In y's dtype, which autocast chooses.
         return y + _SparseLinear.apply(x.to(y.dtype), self.shira_weight.to(y.dtype), self.shira_indices, self.sizes)
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"shira_weight": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, columns = self.shira_indices.long()

@@ -82,13 +82,11 @@ class Projections(SharedParameterHolder):
                 drawn.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(site.device, dtype), persistent=config.save_projection)
 
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {}
-
 
 class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
+    neutral: ClassVar = {"vera_lambda_b": 0.0}
     peft_values: ClassVar = {"vera_A": "vera_A", "vera_B": "vera_B"}
     vera_A = property(lambda self: self.held[0].vera_A)
     vera_B = property(lambda self: self.held[0].vera_B)
@@ -104,9 +102,6 @@ class LinearVera(AdapterModule):
             b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
         self.vera_lambda_b = nn.Parameter(b.to(site.device, site.dtype))
         self.vera_lambda_d = nn.Parameter(d.to(site.device, site.dtype))
-
-    def neutral_values(self, site: Site) -> dict[str, float]:
-        return {"vera_lambda_b": 0.0}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self._get_projections(x)
