@@ -72,11 +72,13 @@ def test_class_for_another_task_is_refused(task, other, tmp_path):
     [
         ({"auto_mapping": None}, "gives neither a task nor a class of transformers"),
         ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "not in the import allowlist"),
+        *(({"auto_mapping": {"base_model_class": name, "parent_library": "transformers"}}, "neither a task nor a class")
+          for name in ("pipeline", "Trainer", "AutoTokenizer")),
         ({"base_model_name_or_path": "smollm2-135m"}, r"names the base 'smollm2-135m'.*\n.*slimtune.load_run\("),
         ({"base_model_name_or_path": None}, "does not name its base"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_adapter_without_a_base(values, message, tmp_path):
     save_base_and_adapter(llama, tmp_path)
     file = tmp_path / "adapter" / "adapter_config.json"

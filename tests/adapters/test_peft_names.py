@@ -147,11 +147,3 @@ def test_pickle_and_copy(model):
         assert type(other) is type(model)
         assert torch.equal(run(other), run(model))
         assert type(other.unload()) is type(llama())
-
-
-def test_parameters_without_values_get_those_of_a_file(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    empty = get_peft_model(llama(), LoraConfig(**SETTINGS), low_cpu_mem_usage=True).eval()
-    assert q_proj(empty).lora_A["default"].weight.is_meta
-    slimtune.set_peft_model_state_dict(empty, slimtune.get_peft_model_state_dict(model))
-    assert torch.equal(run(empty), run(model))

@@ -44,6 +44,10 @@ BAD_SETTINGS = [
     ("lora", {"lora_bias": True, "use_dora": True}, "lora_bias=True is not"),
     ("lora", {"init_lora_weights": "mica", "use_dora": True}, "init_lora_weights is 'mica'"),
     ("lora", {"lr_ratio": 0}, "lr_ratio is 0"),
+    ("lora", {"target_modules": "x", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
+    ("lora", {"target_modules": ["x"], "layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+    ("lora", {"lora_alhpa": 3}, "did you mean 'lora_alpha'"),
+    ("lora", {"megatron_core": "another"}, "LoraConfig has no field 'megatron_core'"),
     ("lora", {"trainable_token_indices": [3, 3]}, "trainable_token_indices is"),
     ("oft", {"r": 4}, "oft_block_size is 32"),
     ("trainable_tokens", {"token_indices": []}, "token_indices is"),
@@ -56,8 +60,9 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("method", "settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_refused(method, settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         config_class(method)(**settings).check_required()
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("method", method_names())
