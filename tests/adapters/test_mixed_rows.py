@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models_zoo import bert_classifier, gpt2, llama, qwen2, run, t5, tokens
+from models_zoo import bert_classifier, distance, gpt2, llama, qwen2, run, run_with, t5, tokens
 from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig
@@ -31,25 +31,14 @@ def model():
     return add_adapters(llama(), {"one": ONE, "two": TWO})
 
 
-def run_alone(model, name, ids):
-    """Logits of the base or of one adapter, whatever is active."""
-    if name == BASE:
-        with model.disable_adapter():
-            return run(model, ids)
-    before = model.active_adapters
-    model.set_adapter(name)
-    logits = run(model, ids)
-    model.set_adapter(before)
-    return logits
-
-
 def assert_rows_equal_alone(model, names, grad=False):
     ids = tokens(rows=len(names))
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids[:, :5]} if model.config.is_encoder_decoder else {})}
     with torch.set_grad_enabled(grad):
         mixed = model(**inputs, adapter_names=list(names)).logits.detach()
     for row, name in enumerate(names):
-        assert (mixed[row : row + 1] - run_alone(model, name, ids[row : row + 1])).abs().max() < CLOSE, name
+        alone = run_with(model, name, lambda row=row: run(model, ids[row : row + 1]))
+        assert distance(mixed[row : row + 1], alone) < CLOSE, name
     return mixed
 
 
@@ -175,12 +164,7 @@ def test_generate(base, beams):
     how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
     mixed = model.generate(ids, adapter_names=names, **how)
     for row, name in enumerate(names):
-        if name == BASE:
-            with model.disable_adapter():
-                expected = model.generate(ids[row : row + 1], **how)
-        else:
-            model.set_adapter(name)
-            expected = model.generate(ids[row : row + 1], **how)
+        expected = run_with(model, name, lambda row=row: model.generate(ids[row : row + 1], **how))
         assert torch.equal(mixed[row : row + 1], expected)
 
 

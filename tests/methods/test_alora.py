@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models_zoo import llama, run, shake, t5, tokens
+from models_zoo import distance, llama, run, shake, t5, tokens
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
@@ -42,10 +42,6 @@ def both():
     theirs, ours = adapted(peft), adapted()
     slimtune.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     return ours, theirs
-
-
-def distance(a, b):
-    return (a - b).abs().max().item()
 
 
 def test_logits_and_gradients_equal_pefts():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
-from models_zoo import gemma2, gpt2, llama, run, same_base, shake, snapshot, tokens
+from models_zoo import gemma2, gpt2, llama, run, run_with, same_base, shake, snapshot, tokens
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import slimtune.methods
@@ -329,12 +329,7 @@ def test_mixed_batch_equals_rows_alone(method):
         mixed = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
         for i, name in enumerate(names):
             row = {"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}
-            if name == "__base__":
-                with model.disable_adapter():
-                    alone = model(**row).logits
-            else:
-                model.set_adapter(name)
-                alone = model(**row).logits
+            alone = run_with(model, name, lambda row=row: model(**row).logits)
             assert (mixed[i] - alone[0])[mask[i].bool()].abs().max() < CLOSE, name
 
 

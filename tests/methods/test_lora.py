@@ -6,7 +6,7 @@ import json
 import peft
 import pytest
 import torch
-from models_zoo import gpt2, llama, run, shake, tokens
+from models_zoo import distance, gpt2, llama, run, shake, tokens
 from one_layer import build, run_layer
 from peft.optimizers import create_lorafa_optimizer as pefts_lorafa
 from peft.optimizers import create_loraplus_optimizer as pefts_loraplus
@@ -37,10 +37,6 @@ def adapted(home, init, kind=llama, **more):
     return home.get_peft_model(model, home.LoraConfig(init_lora_weights=init, **settings)).eval()
 
 
-def far(a, b):
-    return (a - b).abs().max().item()
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "mica", "orthogonal"])
 def test_starts_equal_pefts(init, dora):
@@ -49,7 +45,7 @@ def test_starts_equal_pefts(init, dora):
     ours, theirs = (adapted(home, init, use_dora=dora) for home in (slimtune, peft))
     mine, other = slimtune.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert {k for k in mine if "start_" not in k} == set(other)
-    assert max(far(mine[k], other[k]) for k in other) < 1e-6
+    assert max(distance(mine[k], other[k]) for k in other) < 1e-6
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
 
 
@@ -62,9 +58,9 @@ def test_files_work_in_both_libraries(init, kind, dora, tmp_path):
     for model, folder in ((ours, "ours"), (theirs, "theirs")):
         shake(model)
         model.save_pretrained(tmp_path / folder)
-    assert far(run(ours), run(base(kind))) > 1e-2
-    assert far(run(peft.PeftModel.from_pretrained(base(kind), tmp_path / "ours").eval()), run(ours)) < CLOSE
-    assert far(run(PeftModel.from_pretrained(base(kind), tmp_path / "theirs")), run(theirs)) < CLOSE
+    assert distance(run(ours), run(base(kind))) > 1e-2
+    assert distance(run(peft.PeftModel.from_pretrained(base(kind), tmp_path / "ours").eval()), run(ours)) < CLOSE
+    assert distance(run(PeftModel.from_pretrained(base(kind), tmp_path / "theirs")), run(theirs)) < CLOSE
 
 
 @SUBTRACTED
@@ -109,7 +105,7 @@ def test_saved_as_lora_has_twice_the_rank(init, tmp_path):
     slimtune.save_as_lora(tmp_path, model, rank=8)
     plain = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
     assert plain.peft_config["default"].init_lora_weights is True
-    assert far(run(plain), expected) < CLOSE
+    assert distance(run(plain), expected) < CLOSE
 
 
 def test_a_rank_above_the_weight_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES
-from models_zoo import llama, shake
+from models_zoo import llama, run, run_with, shake
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters.active_adapters import BASE_ROW
@@ -12,15 +12,6 @@ from slimtune.serving.runner import ModelRunner, Row
 ALONE = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 """Methods whose rows share no batch with others."""
 pytestmark = pytest.mark.slow
-
-
-@torch.no_grad()
-def compute_logits(model, adapter, ids):
-    if adapter == BASE_ROW:
-        with model.disable_adapter():
-            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-    model.set_adapter(adapter)
-    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
 @pytest.mark.parametrize("method", sorted(CASES))
@@ -52,5 +43,6 @@ def test_served_rows_equal_the_method_alone(method):
                 found[row][1].append(logits)
     for row, (text, logits) in found.items():
         for n, each in enumerate(logits):
-            alone = compute_logits(model, row.adapter, [*text, 9, 30, 4][: len(text) + n])
+            ids = torch.tensor([[*text, 9, 30, 4][: len(text) + n]])
+            alone = run_with(model, row.adapter, lambda ids=ids: run(model, ids))[0, -1]
             assert (each - alone).abs().max() < 1e-5, (row.adapter, n)

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, same_base, shake, snapshot, tokens
+from models_zoo import DECODER, distance, same_base, shake, snapshot, tokens
 from safetensors.torch import load_file
 from tiny_families import build
 
@@ -53,19 +53,15 @@ def run_step(home, model):
     return logits, {k.replace(".default", ""): p.grad for k, p in tensors.items() if p.requires_grad}
 
 
-def far(a, b):
-    return (a - b).abs().max().item()
-
-
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 3}}])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_logits_and_gradients_equal_pefts(kind, settings):
     (mine, my_grads), (other, their_grads) = (
         run_step(home, adapted(home, moe(kind), **settings)) for home in (slimtune, peft)
     )
-    assert far(mine, other) < 1e-9
+    assert distance(mine, other) < 1e-9
     assert my_grads.keys() == their_grads.keys()
-    assert max(far(my_grads[k], their_grads[k]) for k in my_grads) < 1e-9
+    assert max(distance(my_grads[k], their_grads[k]) for k in my_grads) < 1e-9
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -75,8 +71,8 @@ def test_no_update_has_the_size_of_the_weight(kind, implementation, monkeypatch)
     theirs, their_grads = run_step(peft, adapted(peft, moe(kind, **settings), rank_pattern={"down_proj": 3}))
     monkeypatch.setattr(LowRankWeight, "materialize", None)
     ours, our_grads = run_step(slimtune, adapted(slimtune, moe(kind, **settings), rank_pattern={"down_proj": 3}))
-    assert far(ours, theirs) < 1e-4 * theirs.abs().max()
-    assert max(far(our_grads[k], their_grads[k]) / their_grads[k].abs().max() for k in our_grads) < 1e-4
+    assert distance(ours, theirs) < 1e-4 * theirs.abs().max()
+    assert max(distance(our_grads[k], their_grads[k]) / their_grads[k].abs().max() for k in our_grads) < 1e-4
 
 
 def test_one_seed_gives_one_adapter_and_files_load_both_ways(tmp_path):
@@ -87,7 +83,7 @@ def test_one_seed_gives_one_adapter_and_files_load_both_ways(tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     adapted(slimtune, moe("gpt_oss")).save_pretrained(tmp_path / "trained")
     loaded = (home.PeftModel.from_pretrained(moe("gpt_oss"), tmp_path / "trained") for home in (slimtune, peft))
-    assert far(*(model(tokens()).logits for model in loaded)) < 1e-9
+    assert distance(*(model(tokens()).logits for model in loaded)) < 1e-9
 
 
 ALL = {"target_modules": "all-linear", "rank_pattern": {"down_proj": 3, "o_proj|up_proj": 2}}
@@ -111,7 +107,7 @@ def test_peft_loads_adapters_of_shared_experts(family, settings, tmp_path):
     model.save_pretrained(tmp_path)
     for home in (slimtune, peft):
         loaded = home.PeftModel.from_pretrained(build(family, num_hidden_layers=2), tmp_path)
-        assert far(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
+        assert distance(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
         assert home is peft or loaded.match_report().kinds == report.kinds
 
 
@@ -121,7 +117,7 @@ def test_peft_files_of_models_with_shared_experts_load(tmp_path):
     shake(model)
     model.save_pretrained(tmp_path)
     loaded = slimtune.PeftModel.from_pretrained(build("deepseek_v3"), tmp_path)
-    assert far(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
+    assert distance(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
 
 
 def test_what_peft_cannot_load_is_said():
@@ -138,7 +134,7 @@ def test_merge_disable_and_unload(kind):
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     with_adapter = model(tokens()).logits
     model.merge_adapter(safe_merge=True)
-    assert far(model(tokens()).logits, with_adapter) < 0.03 * with_adapter.abs().max()
+    assert distance(model(tokens()).logits, with_adapter) < 0.03 * with_adapter.abs().max()
     model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(model(tokens()).logits, expected)
@@ -148,7 +144,7 @@ def test_merge_disable_and_unload(kind):
 
 def test_merged_weights_equal_pefts():
     ours, theirs = (adapted(home, moe("gpt_oss")).merge_and_unload().state_dict() for home in (slimtune, peft))
-    assert max(far(ours[k], theirs[k]) for k in theirs) < 1e-12
+    assert max(distance(ours[k], theirs[k]) for k in theirs) < 1e-12
 
 
 def test_two_active_adapters_add_up():
@@ -159,7 +155,7 @@ def test_two_active_adapters_add_up():
         (model.base_model if home is peft else model).set_adapter(["default", "other"])
         return model
 
-    assert far(*(make(home)(tokens()).logits for home in (slimtune, peft))) < 1e-9
+    assert distance(*(make(home)(tokens()).logits for home in (slimtune, peft))) < 1e-9
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -169,7 +165,7 @@ def test_gradient_checkpointing_changes_nothing():
         if reentrant is not None:
             model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
         grads.append(run_step(slimtune, model)[1])
-    assert all(far(grads[0][k], g[k]) < 1e-12 for g in grads[1:] for k in g)
+    assert all(distance(grads[0][k], g[k]) < 1e-12 for g in grads[1:] for k in g)
 
 
 @pytest.mark.parametrize("field", ["lora_dropout", "use_dora", "lora_bias", "init_lora_weights"])
@@ -193,7 +189,7 @@ def test_a_matrix_of_a_linear_layer_is_adapted_like_the_layer():
     for settings in ({"target_modules": ["q_proj"]}, {"target_parameters": ["q_proj.weight"]}):
         model = adapted(slimtune, moe(), **{"target_parameters": None, **settings})
         logits.append(model(tokens()).logits)
-    assert far(*logits) < 1e-12
+    assert distance(*logits) < 1e-12
 
 
 def test_rows_with_different_adapters_and_weighted_sums_are_refused():
@@ -212,7 +208,7 @@ def test_all_linear_includes_the_experts(tmp_path):
     model.save_pretrained(tmp_path)
     expected = model(tokens()).logits
     for home in (slimtune, peft):
-        assert far(home.PeftModel.from_pretrained(moe(), tmp_path)(tokens()).logits, expected) < 1e-9
+        assert distance(home.PeftModel.from_pretrained(moe(), tmp_path)(tokens()).logits, expected) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Virtual tokens and prefixes with padding, packing, sliding windows, caches, mixed batches, starts from text, PEFT."""
 
+import models_zoo as zoo
 import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, VOCAB, bert_classifier, gemma2, gpt2, llama, qwen2, run, shake, t5, tokens
+from models_zoo import distance, gpt2, llama, run, run_with, shake, tokens
 
 import slimtune
 from slimtune import PeftModel, get_peft_model
@@ -28,10 +29,10 @@ KINDS = {
 
 def mistral():
     torch.manual_seed(0)
-    return tf.MistralForCausalLM(tf.MistralConfig(**DECODER, sliding_window=4)).double().eval()
+    return tf.MistralForCausalLM(tf.MistralConfig(**zoo.DECODER, sliding_window=4)).double().eval()
 
 
-BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "gemma2": gemma2, "mistral": mistral}
+BASES = {"llama": llama, "qwen2": zoo.qwen2, "gpt2": gpt2, "gemma2": zoo.gemma2, "mistral": mistral}
 SHAPES = [(b, a) for b in BASES for a in ("sdpa", "eager") if (b, a) != ("gemma2", "sdpa")]
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
 # Every shape, every kind on a sliding window, both sides of padding, both attentions of every kind.
@@ -70,10 +71,6 @@ def adapted(kind, base="llama", attention=None, **more):
 def logits(model, ids, **inputs):
     with torch.no_grad():
         return model(input_ids=ids, **inputs).logits
-
-
-def distance(a, b):
-    return (a - b).abs().max().item()
 
 
 def pad(rows, side):
@@ -121,14 +118,6 @@ def mixed(base, attention=None):
     return model.eval()
 
 
-def with_adapter(model, name, call):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call()
-    model.set_adapter(name)
-    return call()
-
-
 @pytest.mark.parametrize(("base", "attention", "side"), [(*s, ("left", "right")[i % 2]) for i, s in enumerate(SHAPES)])
 def test_mixed_padded_and_packed_rows_equal_rows_alone(base, attention, side):
     model = mixed(base, attention)
@@ -140,7 +129,7 @@ def test_mixed_padded_and_packed_rows_equal_rows_alone(base, attention, side):
     positions = torch.cat([torch.arange(r.shape[1]) for r in ROWS]).expand(len(MIXED), -1)
     packs = logits(model, packed, position_ids=positions, use_cache=False, adapter_names=MIXED)
     for i, (row, name) in enumerate(zip(rows, MIXED, strict=True)):
-        alone, *parts = with_adapter(model, name, lambda row=row: [logits(model, r)[0] for r in (row, *ROWS)])
+        alone, *parts = run_with(model, name, lambda row=row: [logits(model, r)[0] for r in (row, *ROWS)])
         assert distance(together[i][mask[i].bool()], alone) < CLOSE, name
         assert distance(packs[i], torch.cat(parts)) < CLOSE, name
 
@@ -155,7 +144,7 @@ def test_mixed_rows_generate_as_alone(base):
     for i, name in enumerate(MIXED):
         row = {"input_ids": ids[i : i + 1, 2 * (i % 2) :], "attention_mask": mask[i : i + 1, 2 * (i % 2) :]}
         for cache in (True, False):
-            alone = with_adapter(model, name, lambda row=row, c=cache: model.generate(**row, use_cache=c, **settings))
+            alone = run_with(model, name, lambda row=row, c=cache: model.generate(**row, use_cache=c, **settings))
             assert torch.equal(together[i, 5:], alone[0, -4:]), name
 
 
@@ -313,8 +302,8 @@ def test_four_dimensional_mask_is_used(kind):
 
 
 def classifier(make):
-    sizes = {"vocab_size": VOCAB, "pad_token_id": 0, "num_labels": 3}
-    sizes |= DECODER if "Llama" in make.__name__ else {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    sizes = {"vocab_size": zoo.VOCAB, "pad_token_id": 0, "num_labels": 3}
+    sizes |= zoo.DECODER if "Llama" in make.__name__ else {"n_embd": 32, "n_layer": 2, "n_head": 4}
     torch.manual_seed(0)
     return make(make.config_class(**sizes)).double().eval()
 
@@ -335,7 +324,7 @@ def test_a_classifier_reads_the_last_token(kind, make, tmp_path):
 
 
 def test_gated_prompts_on_encoders_are_refused():
-    for base in (t5(), bert_classifier()):
+    for base in (zoo.t5(), zoo.bert_classifier()):
         with pytest.raises(ModelError, match=type(base).__name__):
             get_peft_model(base, config("adaption"))
         assert not isinstance(base, PeftModel)
@@ -425,7 +414,7 @@ def test_starts_equal_pefts(init, tokenizer):
     starts = []
     for library in (slimtune, peft):
         torch.manual_seed(1)
-        model = library.get_peft_model(gemma2(), library.PromptTuningConfig(**settings))
+        model = library.get_peft_model(zoo.gemma2(), library.PromptTuningConfig(**settings))
         starts.append(library.get_peft_model_state_dict(model)["prompt_embeddings"])
     assert torch.equal(starts[0].float(), starts[1])  # peft rounds them to fp32
 
