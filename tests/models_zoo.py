@@ -1,8 +1,5 @@
 """Tiny random models of the architectures that matter, the same for the same seed, and inputs for them."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -116,20 +113,3 @@ def same_base(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return set(before) <= set(now) and all(
         torch.equal(now[n], t) and now[n].dtype == t.dtype for n, t in before.items()
     )
-
-
-def run_with(model: nn.Module, adapter: str, call: Callable[[], Any]) -> Any:
-    """Return what a call of a model returns with one adapter, or with none for "__base__"."""
-    if adapter == "__base__":
-        with model.disable_adapter():
-            return call()
-    before = model.active_adapters
-    model.set_adapter(adapter)
-    returned = call()
-    model.set_adapter(before)
-    return returned
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two tensors' values."""
-    return (a - b).abs().max().item()

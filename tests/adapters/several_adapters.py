@@ -1,8 +1,6 @@
-"""Models with several adapters, saved adapters and models that stay as they were, for the tests of this folder."""
+"""Models with several adapters and saved adapters, for the tests of this folder."""
 
-from contextlib import contextmanager
-
-from models_zoo import llama, run, same_base, shake, snapshot
+from models_zoo import llama, run, shake
 
 from slimtune import LoraConfig, PeftConfig, get_peft_model
 
@@ -29,16 +27,3 @@ def save_adapter(folder, settings, base=llama, seed=1):
     shake(model, seed=seed)
     model.save_pretrained(folder)
     return folder, run(model.eval())
-
-
-@contextmanager
-def unchanged(model):
-    """Fail if a model has other classes, values or trained parameters after the `with`."""
-
-    def describe():
-        return {n: type(m) for n, m in model.named_modules()}, {n: p.requires_grad for n, p in model.named_parameters()}
-
-    before, values = describe(), snapshot(model)
-    yield
-    assert describe() == before
-    assert same_base(model, values)

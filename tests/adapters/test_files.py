@@ -6,9 +6,10 @@ import os
 import peft
 import pytest
 import torch
+from adapter_checks import unchanged
 from models_zoo import llama, run, shake
 from safetensors.torch import load_file, save_file
-from several_adapters import save_adapter, unchanged
+from several_adapters import save_adapter
 
 from slimtune import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from slimtune import get_peft_model_state_dict as get_state

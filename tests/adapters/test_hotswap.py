@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from adapter_checks import unchanged
 from models_zoo import bert_classifier, llama, run, snapshot, tokens
-from several_adapters import save_adapter, unchanged
+from several_adapters import save_adapter
 
 from slimtune import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, prepare_model_for_compiled_hotswap
 from slimtune.errors import AdapterError, UsageError

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from adapter_checks import assert_loads, assert_merges
 from safetensors.torch import load_file
 
 import slimtune
@@ -53,9 +54,7 @@ def test_vit_with_the_trainer(tmp_path):
     tf.Trainer(model, args, train_dataset=rows, eval_dataset=rows).train()
     after = logits(model)
     assert (after - before).abs().max() > 1e-4
-    model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(vit(), tmp_path / "adapter")), after)
-    assert (logits(peft.PeftModel.from_pretrained(vit(), tmp_path / "adapter")) - after).abs().max() < 1e-6
+    assert_loads(model, vit, tmp_path / "adapter", logits, 1e-6)
     assert (logits(model.merge_and_unload()) - after).abs().max() < 1e-6
 
 
@@ -87,8 +86,5 @@ def test_resnet_with_batch_norms(config, settings, tmp_path):
     merged = resnet()
     merged.load_state_dict(dict(MergedWeights(model)))
     assert (logits(merged) - after).abs().max() < 1e-5
-    model.merge_adapter()
-    assert (logits(model) - after).abs().max() < 1e-5
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), after)
+    assert_merges(model, logits, 1e-5)
     assert torch.equal(logits(model.unload()), base)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from models_zoo import bert_classifier, distance, gpt2, llama, qwen2, run, run_with, t5, tokens
+from adapter_checks import distance, run_with
+from models_zoo import bert_classifier, gpt2, llama, qwen2, run, t5, tokens
 from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig

@@ -3,7 +3,8 @@
 import peft
 import pytest
 import torch
-from models_zoo import distance, llama, run, shake, t5, tokens
+from adapter_checks import distance
+from models_zoo import llama, run, shake, t5, tokens
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model

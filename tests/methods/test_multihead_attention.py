@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from adapter_checks import assert_merges
 from models_zoo import shake
 from torch import nn
 
@@ -56,8 +57,7 @@ def test_files_outputs_and_gradients_are_pefts(settings, tmp_path):
     ours.eval()
     with torch.no_grad():  # PyTorch's fused path
         assert (ours(x) - found).abs().max() < 1e-12
-    ours.merge_adapter()
-    assert (ours(x) - found).abs().max() < 1e-12
+    assert_merges(ours, lambda m: m(x), 1e-12)
     assert torch.equal(ours.unload()(x), Net(**settings)(x))
 
 
@@ -70,9 +70,7 @@ def test_several_adapters_bf16_and_conversion():
     shake(model)
     model.set_adapter(["default", "other"])
     together, x = model(sequence()), sequence()
-    model.merge_adapter()
-    assert (model(x) - together).abs().max() < 1e-12
-    model.unmerge_adapter()
+    assert_merges(model, lambda m: m(x), 1e-12)
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
     model.set_adapter("sum")
     assert (model(x) - together).abs().max() < 1e-12

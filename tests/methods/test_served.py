@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from adapter_checks import run_with
 from cases import CASES
-from models_zoo import llama, run, run_with, shake
+from models_zoo import llama, run, shake
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters.active_adapters import BASE_ROW

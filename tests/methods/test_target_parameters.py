@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, distance, same_base, shake, snapshot, tokens
+from adapter_checks import assert_loads, distance
+from models_zoo import DECODER, same_base, shake, snapshot, tokens
 from safetensors.torch import load_file
 from tiny_families import build
 
@@ -81,9 +82,7 @@ def test_one_seed_gives_one_adapter_and_files_load_both_ways(tmp_path):
     ours, theirs = (load_file(tmp_path / home.__name__ / "adapter_model.safetensors") for home in (slimtune, peft))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    adapted(slimtune, moe("gpt_oss")).save_pretrained(tmp_path / "trained")
-    loaded = (home.PeftModel.from_pretrained(moe("gpt_oss"), tmp_path / "trained") for home in (slimtune, peft))
-    assert distance(*(model(tokens()).logits for model in loaded)) < 1e-9
+    assert_loads(adapted(slimtune, moe("gpt_oss")), lambda: moe("gpt_oss"), tmp_path / "trained")
 
 
 ALL = {"target_modules": "all-linear", "rank_pattern": {"down_proj": 3, "o_proj|up_proj": 2}}
@@ -205,10 +204,7 @@ def test_all_linear_includes_the_experts(tmp_path):
     report = model.match_report()
     assert "experts × 2" in str(report)
     assert report.unadapted == ("model.embed_tokens", "lm_head")
-    model.save_pretrained(tmp_path)
-    expected = model(tokens()).logits
-    for home in (slimtune, peft):
-        assert distance(home.PeftModel.from_pretrained(moe(), tmp_path)(tokens()).logits, expected) < 1e-9
+    assert_loads(model, moe, tmp_path)
 
 
 @pytest.mark.parametrize(

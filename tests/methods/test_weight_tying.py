@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from adapter_checks import assert_loads
 from models_zoo import llama, run, shake, t5
 
 import slimtune
@@ -25,9 +26,8 @@ def adapted(settings, base=None, home=slimtune, **more):
 def test_files_work_in_both_libraries(settings, tmp_path):
     ours = adapted(settings)
     shake(ours)
-    ours.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    assert_loads(ours, lambda: llama(tie=True), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(llama(tie=True), tmp_path / "ours")
-    assert (run(theirs) - run(ours)).abs().max() < CLOSE
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     again = PeftModel.from_pretrained(llama(tie=True), tmp_path / "theirs")
     assert (run(again) - run(ours)).abs().max() < CLOSE
