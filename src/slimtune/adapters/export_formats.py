@@ -12,6 +12,14 @@ from ..errors import format_names
 
 Factors = tuple[Tensor, Tensor, float]
 """`A (r, in)`, `B (out, r)` and the scale of an update; of stacked experts `(experts, r, in)`, `(experts, out, r)`."""
+_NOT_IN_VLLM = {
+    "modules_to_save": "vLLM does not load modules trained in full",
+    "bias": "vLLM does not load trained biases",
+    "lora_bias": "vLLM does not support a bias on B",
+    "alora_invocation_tokens": "vLLM would change every token",
+    "trainable_token_indices": "vLLM does not load single rows of an embedding",
+}
+"""Fields of a config whose value, if there is one, no LoRA in vLLM can express."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,8 @@ def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict
 
 def lora_incompatibilities(config: Any) -> list[str]:
     """Return the parts of an adapter that no LoRA can express in vLLM, one clause each."""
-    reasons = []
-    if saved := getattr(config, "modules_to_save", None):
-        reasons.append(f"modules_to_save is {saved}: vLLM does not load modules trained in full")
-    if (bias := getattr(config, "bias", "none")) != "none":
-        reasons.append(f"bias is {bias!r}: vLLM does not load trained biases")
-    if getattr(config, "lora_bias", False):
-        reasons.append("lora_bias is True: vLLM does not support a bias on B")
-    if tokens := getattr(config, "alora_invocation_tokens", None):
-        reasons.append(f"alora_invocation_tokens is {tokens}: vLLM would change every token")
-    if tokens := getattr(config, "trainable_token_indices", None):
-        reasons.append(f"trainable_token_indices is {tokens}: vLLM does not load single rows of an embedding")
+    given = {name: getattr(config, name, None) for name in _NOT_IN_VLLM}
+    reasons = [f"{n} is {value!r}: {_NOT_IN_VLLM[n]}" for n, value in given.items() if value and value != "none"]
     if getattr(config, "init_lora_weights", None) == "loftq":
         reasons.append("init_lora_weights is 'loftq': the adapter belongs to the quantized base it compensates")
     return reasons

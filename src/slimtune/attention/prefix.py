@@ -22,7 +22,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from .packed_layout import RowMask as RowMask
-from .register import LAYOUT_KWARG, SUPPORTED_ATTENTION, get_attention_function, original_attention
+from .register import (
+    LAYOUT_KWARG,
+    SUPPORTED_ATTENTION,
+    get_attention_function,
+    has_attention_interface,
+    original_attention,
+)
 
 PREFIX_KWARG = "slimtune_prefixes"
 _NAME = "slimtune_prefix"
@@ -50,8 +56,11 @@ def find_attention_modules(model: Any) -> list[str]:
     Raises:
         ModelError: the model's attention cannot take a prefix; the message says why.
     """
-    require_decoder(model)
-    name = type(model).__name__
+    name, config = type(model).__name__, getattr(model, "config", None)
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    causal = any(getattr(m, "is_causal", False) for m in model.modules() if "attention" in type(m).__name__.lower())
+    if config is None or getattr(config, "is_encoder_decoder", False) or not (generates or causal):
+        raise ModelError(f"virtual tokens are not supported for a {name}", _DECODERS, OTHER_METHODS)
     if not has_attention_interface(model):
         raise ModelError(f"the attention of a {name} cannot take learned keys and values", _DECODERS, OTHER_METHODS)
     layers = {}
@@ -63,20 +72,6 @@ def find_attention_modules(model: Any) -> list[str]:
         problem = f"a {name} has attention modules in layers {sorted(layers.values())}"
         raise ModelError(problem, "one attention module in every layer", OTHER_METHODS)
     return sorted(layers, key=layers.__getitem__)
-
-
-def has_attention_interface(model: Any) -> bool:
-    """Return whether a model's attention calls transformers' attention function, and passes keyword arguments to it."""
-    return bool(getattr(model, "_supports_attention_backend", False))
-
-
-def require_decoder(model: Any) -> None:
-    """Raise ModelError if a model is not a causal decoder, in which learned positions can precede the tokens."""
-    config = getattr(model, "config", None)
-    generates = hasattr(model, "can_generate") and model.can_generate()
-    causal = any(getattr(m, "is_causal", False) for m in model.modules() if "attention" in type(m).__name__.lower())
-    if config is None or getattr(config, "is_encoder_decoder", False) or not (generates or causal):
-        raise ModelError(f"virtual tokens are not supported for a {type(model).__name__}", _DECODERS, OTHER_METHODS)
 
 
 def make_prefix_config_view(module: nn.Module) -> Any:

@@ -79,15 +79,14 @@ def packing_unsupported_reason(model: Any) -> str:
 def layout_unsupported_reason(model: Any) -> str:
     """Return why a model cannot run packed layouts, "" if it can; reads only its class and config."""
     implementation = original_attention(getattr(model.config, "_attn_implementation", None))
-    text, name = model.config.get_text_config(), type(model).__name__
-    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-    unknown = layers - {"full_attention", "sliding_attention", "attention"}
+    text = model.config.get_text_config()
+    other_layers = find_layers_without_attention(text)
     if reason := _foreign_code_reason(model):
         return reason
-    if unknown or getattr(text, "attention_chunk_size", None):
-        return f"it has layers without plain attention ({', '.join(sorted(unknown)) or 'chunked'})"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"the attention of a {name} does not use transformers' attention interface"
+    if other_layers or getattr(text, "attention_chunk_size", None):
+        return f"it has layers without plain attention ({', '.join(other_layers) or 'chunked'})"
+    if not has_attention_interface(model):
+        return f"the attention of a {type(model).__name__} does not use transformers' attention interface"
     if model.config.model_type not in LAYOUT_FAMILIES:
         return f"packed rows of the family {model.config.model_type!r} are not proven to stay apart"
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
@@ -95,6 +94,17 @@ def layout_unsupported_reason(model: Any) -> str:
     if implementation not in SUPPORTED_ATTENTION:
         return f"attn_implementation is {implementation!r}, not 'sdpa' or 'eager'"
     return ""
+
+
+def find_layers_without_attention(text_config: Any) -> list[str]:
+    """Return the types of a text model's layers that have no keys and values, sorted."""
+    types = (getattr(text_config, name, None) or () for name in ("layer_types", "layers_block_type"))
+    return sorted(set().union(*types) - {"full_attention", "sliding_attention", "attention"})
+
+
+def has_attention_interface(model: Any) -> bool:
+    """Return whether a model's attention calls transformers' attention function, and passes keyword arguments to it."""
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def _foreign_code_reason(model: Any) -> str:

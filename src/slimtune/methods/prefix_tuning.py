@@ -25,7 +25,8 @@ from ..adapters import prompt
 from ..adapters.architectures import text_config
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import setting
-from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, has_attention_interface
+from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
+from ..attention.register import find_layers_without_attention, has_attention_interface
 from ..errors import ConfigError, ModelError, UsageError, format_names
 from ..utils.chat_rendering import render_chat_template
 
@@ -89,10 +90,8 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
         parameters = inspect.signature(type(backbone).forward).parameters
         if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
             return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
-        text = text_config(model)
-        layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-        if unknown := layers - {"full_attention", "sliding_attention", "attention"}:
-            message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(sorted(unknown))}"
+        if other := find_layers_without_attention(text_config(model)):
+            message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(other)}"
             raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
         encodes = not found.causal and found.decoder is None
         family = model.config.model_type
