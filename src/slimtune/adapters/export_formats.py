@@ -36,17 +36,17 @@ class ExportFormats:
     """A LoRA that approximates the adapter, for vLLM."""
 
 
-def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = True) -> ExportFormats:
+def get_export_formats(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportFormats:
     """Return the export formats of a model's adapter.
 
-    `beside` says whether the adapter can be added to the base as it was published; False after a LoftQ
+    `on_published_base` says whether the adapter belongs to the base as it was published; False after a LoftQ
     initialisation, which changed the base in memory.
     """
     config = model.peft_config[adapter]
     factors, other = collect_low_rank_factors(model, adapter)
     replicated = bool(getattr(config, "layer_replication", None))
-    beside = beside and not replicated  # the base as published has fewer layers
-    can_be_lora = beside and not lora_incompatibilities(config)
+    on_published_base = on_published_base and not replicated  # the published one has fewer layers
+    can_be_lora = on_published_base and not lora_incompatibilities(config)
     merged = (
         config.mergeable
         and not replicated
@@ -55,7 +55,7 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
     kinds = set(model.match_report(adapter).kinds.values())
     return ExportFormats(
         merged=merged,
-        gguf=beside and bool(factors) and not other,
+        gguf=on_published_base and bool(factors) and not other,
         vllm=can_be_lora and not kinds & {"conv", "weight"} and not plain_lora_incompatibilities(config),
         as_lora=can_be_lora and merged and bool(kinds) and kinds <= {"linear", "embedding"},
     )

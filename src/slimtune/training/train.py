@@ -477,7 +477,7 @@ def finish_run(
         },
         "export_formats": {
             "base_kind": base.source.kind,
-            **dataclasses.asdict(get_export_formats(model, beside=not changes_base)),
+            **dataclasses.asdict(get_export_formats(model, on_published_base=not changes_base)),
         },
         "versions": versions(),
     }
