@@ -25,6 +25,7 @@ SIZES = {
 }  # fmt: skip
 PREFIX = [(5 * i * i + 1) % 125 + 3 for i in range(5)]
 ROWS = [[*(PREFIX if r else []), *((7 * i * i + 3 + 11 * r) % 125 + 3 for i in range(6 + 2 * r))] for r in range(4)]
+EXAMPLES = [{"input_ids": row, "labels": row} for row in ROWS]
 
 
 class Float64(TorchFunctionMode):
@@ -34,6 +35,16 @@ class Float64(TorchFunctionMode):
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
         kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return (torch.Tensor.double if function is torch.Tensor.float else function)(*args, **kwargs)
+
+
+@torch.no_grad()
+def nll_alone(model):
+    """Return the loss of every token of `ROWS` after the first of its row, each row in a call of its own."""
+    losses = []
+    for row in ROWS:
+        logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="none"))
+    return torch.cat(losses)
 
 
 def build(family, **more):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from tiny_families import ROWS, Float64, build
+from tiny_families import EXAMPLES, Float64, build, nll_alone
 
 import slimtune
 from slimtune.attention.register import (
@@ -18,18 +18,11 @@ from slimtune.train_step.loss import forward_backward, make_collator, token_nll
 
 @torch.no_grad()
 def packing_error(model):
-    examples = [{"input_ids": row, "labels": row} for row in ROWS]
     with Float64():
-        alone = []
-        for row in ROWS:
-            ids = torch.tensor([row])
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            alone.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-        collator = make_collator(model, 0)
+        alone, collator = nll_alone(model), make_collator(model, 0)
         assert collator.packing
         with packed_attention(model):
-            packed = token_nll(model, collator(examples))
-    return (packed - torch.cat(alone)).abs().max().item()
+            return (token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUT_FAMILIES | POSITION_FAMILIES))
@@ -72,22 +65,6 @@ def test_code_of_others_is_not_packed():
     assert not make_collator(model, 0).packing
 
 
-def rounding_share(model):
-    """Return how far packed rows in bfloat16 are from rows alone, as a share of the spread of the losses."""
-    with torch.no_grad():
-        rows = [torch.tensor([row]) for row in ROWS]
-        logits = [model(row, use_cache=False).logits[0, :-1].float() for row in rows]
-        alone = torch.cat(
-            [
-                torch.nn.functional.cross_entropy(x, r[0, 1:], reduction="none")
-                for x, r in zip(logits, rows, strict=True)
-            ]
-        )
-        with packed_attention(model):
-            packed = token_nll(model, make_collator(model, 0)([{"input_ids": r, "labels": r} for r in ROWS]))
-    return ((packed - alone).abs().mean() / alone.std()).item()
-
-
 def test_gemma3_is_packed_though_bfloat16_rounds_much():
     """Its large norm weights make attention sharp: rounding grows to a fifth of the losses' spread over 24 layers."""
     layers = (["sliding_attention"] * 5 + ["full_attention"]) * 4
@@ -99,7 +76,10 @@ def test_gemma3_is_packed_though_bfloat16_rounds_much():
             p.data.fill_(3)
     assert packing_error(model) < 1e-8
     model = model.bfloat16()
-    assert rounding_share(model) > 0.05
+    alone = nll_alone(model)
+    with torch.no_grad(), packed_attention(model):
+        packed = token_nll(model, make_collator(model, 0)(EXAMPLES))
+    assert (packed - alone).abs().mean() > 0.05 * alone.std()
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
 
@@ -108,13 +88,12 @@ def test_bfloat16_gemma3_is_packed_and_trains():
     """Its rounding is larger than many a threshold, and says nothing about whether rows see each other."""
     model = build("gemma3_text").bfloat16()
     model = slimtune.get_peft_model(model, slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    batch = make_collator(model, 0)([{"input_ids": row, "labels": row} for row in ROWS])
+    batch = make_collator(model, 0)(EXAMPLES)
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
-    ids = torch.tensor(ROWS[-1:])
+    alone = nll_alone(model).mean()
     with torch.no_grad(), packed_attention(model):
-        alone = torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:])
-        packed = token_nll(model, batch)[-len(ROWS[-1]) + 1 :].mean()
+        packed = token_nll(model, batch).mean()
     assert 1e-4 < abs(packed - alone) / alone < 0.1
     losses = []
     with packed_attention(model.train()):

@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import torch
 from models_zoo import shake
-from tiny_families import ROWS, Float64, build_family
+from tiny_families import EXAMPLES, ROWS, Float64, build_family, nll_alone
 from tiny_run import write_rows
 
 import slimtune
@@ -30,7 +30,6 @@ deepseek_v3;glm4_moe;qwen3_next;rwkv;recurrent_gemma;falcon_mamba;mamba;mamba2;j
 zamba2;qwen3_5_text;qwen3_5_moe_text;qwen3_5;mistral3;qwen2_vl;qwen2_5_vl;qwen3_vl;gemma3
 """.replace("\n", "").split(";")
 STEPS = ("attach", "train", "reload", "PEFT", "merge", "packed", "plan", "run")
-EXAMPLES = [{"input_ids": row, "labels": row} for row in ROWS]
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -42,15 +41,6 @@ def one_line(error):
 @torch.no_grad()
 def logits(model):
     return model(input_ids=torch.tensor(ROWS[1:2]), use_cache=False).logits
-
-
-def nll_alone(model):
-    found = []
-    with torch.no_grad():
-        for row in ROWS:
-            out = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, :-1]
-            found.append(torch.nn.functional.cross_entropy(out, torch.tensor(row[1:]), reduction="none"))
-    return torch.cat(found)
 
 
 def check_steps(name, folder, tokenizer):
