@@ -39,6 +39,11 @@ def compute_in_float64() -> Iterator[None]:
         yield
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Return random float64 numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 @contextmanager
 def unfused_lora() -> Iterator[None]:
     """Compute LoRA as PEFT does inside the `with`: operator by operator, each module for itself."""

@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import AllocationRecorder, saved_for_backward, storage_bytes
+from reference import AllocationRecorder, normal, saved_for_backward, storage_bytes
 from torch import nn
 
 from slimtune.kernels import cross_entropy
 from slimtune.kernels.cross_entropy import chunked_cross_entropy, rows_at_once, target_nll
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def make_inputs(n, d, vocabulary, seed=0, bias=False, dtype=torch.float64):

@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import saved_for_backward, storage_bytes
+from reference import normal, saved_for_backward, storage_bytes
 from torch import nn
 
 import slimtune
 from slimtune.kernels.lora_linear import low_rank_linear, plus_low_rank
 
 NAMES = ("x", "weight", "bias", "A", "B")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def make_inputs(lead=(2, 5), n=6, m=4, r=3, bias=True):
