@@ -43,12 +43,8 @@ class LoraFAOptimizer(Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
     ) -> None:
-        for name, value, limit in (
-            ("lr", lr, math.inf),
-            ("beta", betas[0], 1),
-            ("beta", betas[1], 1),
-            ("eps", eps, math.inf),
-        ):
+        limits = [("lr", lr, math.inf), ("beta", betas[0], 1), ("beta", betas[1], 1), ("eps", eps, math.inf)]
+        for name, value, limit in limits:
             if not 0 <= value < limit:
                 raise ConfigError(f"{name} is {value}", f"at least 0 and below {limit}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
@@ -109,9 +105,8 @@ def create_lorafa_optimizer(
         given = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
         for name, value in given.items():
             if value != getattr(config, name, value):
-                message = (
-                    f"`{name}={value}` was passed to create_lorafa_optimizer, and adapter {adapter!r} has another one"
-                )
+                what = f"`{name}={value}` was passed to create_lorafa_optimizer"
+                message = f"{what}, and adapter {adapter!r} has another one"
                 raise ConfigError(message, f"{getattr(config, name)}, as in its config")
     scales: dict[int, float] = {}
     for adapter in model.peft_config:
@@ -122,10 +117,8 @@ def create_lorafa_optimizer(
                 if _is_A(name):
                     parameter.requires_grad_(False)
                     if not parameter.any():
-                        message = (
-                            f"A of {site} is zero, and LoRA-FA does not train it: this adapter cannot learn anything"
-                        )
-                        warnings.warn(message, stacklevel=2)
+                        what = "is zero, and LoRA-FA does not train it: this adapter cannot learn anything"
+                        warnings.warn(f"A of {site} {what}", stacklevel=2)
     names, parameters = zip(*model.named_parameters(), strict=True)
     factors = [scales.get(id(p)) for p in parameters]
     group = {"params": list(parameters), "names": list(names), "scaling_factors": factors}

@@ -39,9 +39,15 @@ def find_built_in_method_files() -> dict[str, Path]:
 
 
 @cache
+def _find_registered_modules() -> dict[str, str]:
+    """Return the modules of the methods that other packages register, by the methods' names."""
+    return {e.name: e.value for e in entry_points(group="slimtune.methods")}
+
+
+@cache
 def method_names() -> tuple[str, ...]:
     """Return the names of all methods, built-in and registered by entry points, sorted."""
-    return tuple(sorted({*find_built_in_method_files(), *(e.name for e in entry_points(group="slimtune.methods"))}))
+    return tuple(sorted({*find_built_in_method_files(), *_find_registered_modules()}))
 
 
 @cache
@@ -142,8 +148,7 @@ def require_method(name: str) -> str:
     Raises:
         ConfigError: there is no such method; the error names the known ones and the nearest.
     """
-    method = str(name).lower()
-    known = sorted({*method_names(), *(e.name for e in entry_points(group="slimtune.methods"))})
+    method, known = str(name).lower(), method_names()
     if method not in known and method in {*ALIASES, *VARIANTS, "qlora"}:
         variant_of, settings = VARIANTS.get(method, (ALIASES.get(method, "lora"), {}))
         flags = "".join(f" --set method.{k}={str(v).lower()}" for k, v in settings.items())
@@ -157,8 +162,7 @@ def require_method(name: str) -> str:
 def config_class(name: str) -> Any:
     """Return the config class of a method; name and errors as for `require_method`."""
     method = require_method(name)
-    external = {e.name: e.value for e in entry_points(group="slimtune.methods")}
-    module = importlib.import_module(external.get(method, f"{_METHODS_PACKAGE}.{method}"))
+    module = importlib.import_module(_find_registered_modules().get(method, f"{_METHODS_PACKAGE}.{method}"))
     # Recognized by attributes: the config base class imports this module, so its class is not available here.
     classes = [c for c in vars(module).values() if hasattr(c, "peft_type") and getattr(c, "name", None) == method]
     if not classes:

@@ -181,8 +181,7 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
         low_cpu_mem_usage: ignored: an adapter on the meta device is put on its layers' devices in either case.
     """
-    load_adapter_tensors(model, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
-    return LoadResult([], [])
+    return load_adapter_tensors(model, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
 
 
 def load_peft_weights(
@@ -238,8 +237,8 @@ def _get_base_tensors(model: Any) -> dict[str, Tensor]:
 
 def load_adapter_tensors(
     model: Any, adapter: str, given: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool = False
-) -> None:
-    """Copy a file's tensors into an attached adapter, all or none.
+) -> LoadResult:
+    """Copy a file's tensors into an attached adapter, all or none; return the keys that did not match: none.
 
     `ignore_mismatched_sizes` leaves out, with a warning, the tensors whose shapes differ.
 
@@ -280,6 +279,7 @@ def load_adapter_tensors(
         for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
             if tensor is not None and key in given:
                 tensor.copy_(given[key])
+    return LoadResult([], [])
 
 
 def _list_faults(
@@ -685,18 +685,17 @@ class SaveLoadMixin:
             check_same_settings(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
                 raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
-            load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
-            return LoadResult([], [])
+            return load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
         try:
-            load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
+            result = load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         except BaseException:
             self._remove_adapter(adapter_name)
             raise
         self.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
-        return LoadResult([], [])
+        return result
 
     def create_or_update_model_card(self: Any, output_dir: str | os.PathLike) -> None:
         """Write the README.md of an adapter folder; a README of the user's keeps its text and gets new metadata."""
