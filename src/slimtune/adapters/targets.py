@@ -85,57 +85,94 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     tied = find_tied_modules(model)
     whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
-    kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
+    kinds: dict[str, SiteKind] = {}
     if {*WEIGHT_KINDS, "norm", "block"} & set(config.kinds):
-        targets = _resolve_targets(model, modules, config)
-        matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
-        if strict:
-            _check_every_name_matches(model, modules, config, targets, matched)
-        if not matched and not further and (names := [n for n in inside_whole if _is_target(n, config, targets)]):
-            # PEFT's words.
-            message = "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
-            message += f"target modules and modules to save: {format_names(names)} is trained in full"
-            raise TargetError(message, "a target outside modules_to_save and the head of the task")
-        if not matched and not whole and not further:
-            # PEFT's words come first.
-            says = "All modules were excluded" if getattr(config, "exclude_modules", None) else ""
-            says = says or f"Target modules {targets} not found in the base model"
-            raise _nothing_matches(f"{says}. target_modules={targets!r}", targets, modules)
+        matched = _match_targets(model, modules, config, inside_whole, further, strict)
         matched = _add_tied_modules(modules, config, matched, tied)
-        kinds = {n: _get_kind(n, model, modules, config) for n in matched}
-        for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
-            # As in PEFT, an adapter of the module is one of both its weights.
-            out_proj = f"{attention}.out_proj"
-            excluded = getattr(config, "exclude_modules", None)
-            if not excluded or not matches_name(excluded, out_proj):
-                kinds[out_proj] = _get_kind(out_proj, model, modules, config)
+        kinds = _get_kinds(matched, model, modules, config)
         if strict:
             parameters = [f"{n}.{p}" for n, names in match_parameters(model, config).items() for p in names]
             _check_every_pattern_matches(config, [*matched, *parameters])
     if strict and not config.trains_every_weight:
         _warn_about_tying(config, tied, [*whole, *kinds])
-    if twice := [n for n in further if n in kinds]:
-        message = f"{format_names(twice)} is a target and also changed by another field of the config"
-        if further[twice[0]] == "parameters":
-            layer = f"layer {twice[0]!r} of type {type(modules[twice[0]]).__name__}"
-            message = f"Trying to wrap an `nn.Parameter` of {layer}, which is not a valid target. {message}"
-        raise TargetError(message, hint="take it out of target_modules, or use two adapters")
+    _check_no_target_twice(modules, kinds, further)
     with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
     biases = [n for n in modules if n in with_bias and isinstance(modules[n]._parameters.get("bias"), Tensor)]
     copied = {n: ["bias"] for n in biases}
     if getattr(config, "bias", "none") == "all":
         attentions = [n for n, m in modules.items() if isinstance(m._parameters.get("in_proj_bias"), Tensor)]
         copied |= {n: ["in_proj_bias"] for n in attentions}
+    copied |= _list_whole_parameters(modules, whole, inside_whole)
+    kinds |= further
+    rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
+    return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
+
+
+def _match_targets(
+    model: nn.Module,
+    modules: Modules,
+    config: PeftConfig,
+    whole: dict[str, None],
+    further: dict[str, SiteKind],
+    strict: bool,
+) -> list[str]:
+    """Return the modules that `target_modules` match outside of those trained `whole`.
+
+    Raises:
+        TargetError: nothing matches though nothing is trained whole or changed `further`, or (strict) a part of the
+            config matches nothing.
+    """
+    targets = _resolve_targets(model, modules, config)
+    found = [n for n in modules if _is_target(n, config, targets)]
+    matched = [n for n in found if n not in whole]
+    if strict:
+        _check_every_name_matches(model, modules, config, targets, matched)
+    if matched or further:
+        return matched
+    # PEFT's words come first.
+    if found:
+        message = "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
+        message += f"target modules and modules to save: {format_names(found)} is trained in full"
+        raise TargetError(message, "a target outside modules_to_save and the head of the task")
+    if not whole:
+        says = "All modules were excluded" if getattr(config, "exclude_modules", None) else ""
+        says = says or f"Target modules {targets} not found in the base model"
+        raise _nothing_matches(f"{says}. target_modules={targets!r}", targets, modules)
+    return []
+
+
+def _get_kinds(matched: list[str], model: nn.Module, modules: Modules, config: PeftConfig) -> dict[str, SiteKind]:
+    """Return the site kinds of the matched modules, and of the output projection of each attention among them."""
+    kinds = {n: _get_kind(n, model, modules, config) for n in matched}
+    excluded = getattr(config, "exclude_modules", None)
+    for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
+        # As in PEFT, an adapter of the module is one of both its weights.
+        out_proj = f"{attention}.out_proj"
+        if not excluded or not matches_name(excluded, out_proj):
+            kinds[out_proj] = _get_kind(out_proj, model, modules, config)
+    return kinds
+
+
+def _check_no_target_twice(modules: Modules, kinds: dict[str, SiteKind], further: dict[str, SiteKind]) -> None:
+    if twice := [n for n in further if n in kinds]:
+        message = f"{format_names(twice)} is a target and also changed by another field of the config"
+        if further[twice[0]] == "parameters":
+            layer = f"layer {twice[0]!r} of type {type(modules[twice[0]]).__name__}"
+            message = f"Trying to wrap an `nn.Parameter` of {layer}, which is not a valid target. {message}"
+        raise TargetError(message, hint="take it out of target_modules, or use two adapters")
+
+
+def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the parameters and stored buffers of the modules trained in full, by module."""
+    copied: dict[str, list[str]] = {}
     for name in inside_whole:
         own = [p for p, tensor in modules[name]._parameters.items() if tensor is not None]
         own += stored_buffer_names(modules[name])
         # A module with nothing but children is adapted, too, so that it has PEFT's names: its copy is that of theirs.
         if own or (name in whole and can_have_adapters(modules[name]) and "forward" not in vars(modules[name])):
             copied[name] = own
-    kinds |= further
-    rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
-    return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
+    return copied
 
 
 def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
