@@ -206,11 +206,7 @@ REFUSED = [
     (BOTH, {"svd_clamp": 7}, "svd_clamp is 7"),
     (BOTH, {"majority_sign_method": "most"}, "majority_sign_method is 'most'"),
     ((["default", "three"], [1, 1]), {}, "svd_rank is not given, and adapter 'three' has no rank"),
-    (
-        (["default", "three"], [1, 1]),
-        {"combination_type": "cat"},
-        "needs A and B, which adapter 'three' does not have",
-    ),
+    ((["default", "three"], [1, 1]), {"combination_type": "cat"}, "needs A and B, which adapter 'three' does not have"),
 ]
 
 

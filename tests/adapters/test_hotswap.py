@@ -89,16 +89,11 @@ def test_swap_without_preparation_grows_a_rank_unless_compiled(tmp_path):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions_with_groups_and_a_bias_of_B(groups, tmp_path):
     torch.manual_seed(0)
-    base, x, outputs = (
-        torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=groups).double()),
-        torch.randn(2, 4, 5, 5).double(),
-        [],
-    )
+    base = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=groups).double())
+    x, outputs = torch.randn(2, 4, 5, 5).double(), []
     for r in (2, 4):
-        model = get_peft_model(
-            copy.deepcopy(base),
-            LoraConfig(r=r, lora_alpha=3, lora_bias=True, init_lora_weights=False, target_modules=["0"]),
-        )
+        config = LoraConfig(r=r, lora_alpha=3, lora_bias=True, init_lora_weights=False, target_modules=["0"])
+        model = get_peft_model(copy.deepcopy(base), config)
         model.save_pretrained(tmp_path / str(r))
         outputs.append(model(x))
     model = PeftModel.from_pretrained(base, tmp_path / "2")
