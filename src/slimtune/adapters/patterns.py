@@ -17,6 +17,8 @@ from ..errors import ConfigError
 Value = TypeVar("Value")
 MAX_LENGTH = 20_000
 """Most characters in a pattern."""
+MAX_REPEATED_GROUPS = 6
+"""Most groups with `+` or `{…}` behind them: each doubles the time and the memory that `regex` needs to compile."""
 MAX_SECONDS = 2.0
 """Time that a pattern may take for all names together; a pattern that people write takes microseconds for each."""
 
@@ -35,9 +37,12 @@ class Pattern:
             raise ConfigError(f"{self.shown} has {len(text)} characters", f"at most {MAX_LENGTH} characters")
         try:
             re.compile(text)  # PEFT matches with it
+            if len(re.findall(r"(?<![\w\].])[+{]", text)) > MAX_REPEATED_GROUPS:
+                raise RecursionError
             self.compiled = regex.compile(text)
         except (re.error, regex.error, OverflowError, RecursionError) as e:
-            problem = str(e) if isinstance(e, re.error | regex.error) else "it is nested too deeply or repeats too often"
+            has_words = isinstance(e, re.error | regex.error)
+            problem = str(e) if has_words else "it is nested too deeply or repeats too often"
             message = f"{self.shown} is not a regular expression: {problem}"
             word = "".join(re.findall(r"[A-Za-z_]\w*", text)[-1:])
             hint = f"'.*{word}' for every name that ends with {word}, or a list of names: [{word}]" if word else ""
