@@ -1,16 +1,18 @@
 """Load on `slimtune serve`: many clients over several adapters, each trained to say a marker of its own.
 
-    python benchmarks/serve_load.py [--model smollm2-135m] [--clients 64] [--seconds 600] [--ways NAME …]
+    python benchmarks/serve_load.py [--model smollm2-135m] [--clients 64] [--seconds 600] [--peer-seconds 120]
+                                    [--ways NAME …]
 
     serve            `slimtune serve`, all adapters over one base, their requests in shared batches
     one-at-a-time    the same with --max-batch 1
-    transformers     `transformers serve` on the base, if its packages are installed
+    transformers     `transformers serve --continuous-batching` on the base; needs `pip install transformers[serving]`
     llama.cpp        llama.cpp's own server on the base's GGUF, through xllamacpp
 
-Each way runs for `--seconds`, one after the other. A client asks again and again, for a random adapter, with a prompt
-and an answer of random length; every tenth request is dropped in the middle of its stream. Counted: answers with a
-wrong marker, requests that failed, tokens for each second, times to the first token, and the server's memory after the
-first third and at the end. The servers that have no adapters are asked for the base, and no marker is checked.
+`serve` runs for `--seconds`, each other way for `--peer-seconds`, one after the other. A client asks again and again,
+for a random adapter, with a prompt and an answer of random length; every tenth request is dropped in the middle of its
+stream. Counted: answers with a wrong marker, requests that failed, tokens for each second, times to the first token,
+and the server's memory after the first third and at the end. The servers that have no adapters are asked for the base,
+and no marker is checked.
 
 A run ends with exit code 1 if an answer was wrong or lost, a slot was not freed, or the memory of `serve` grew by more
 than `--growth` MiB between a third of the time and the end.
@@ -94,6 +96,15 @@ def train_marker(model: Any, tokenizer: Any, marker: str, steps: int) -> None:
     print(f"{marker}: loss {loss:.3f}", file=sys.stderr, flush=True)
 
 
+def save_base(model: str, folder: Path) -> str:
+    """Save the base as a folder of its own, as `transformers serve` reads it; return the folder."""
+    if not folder.is_dir():
+        base = load_base(model, dtype="float32", device="cpu")
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def find_port() -> int:
     """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -110,7 +121,8 @@ def start_server(way: str, model: str, runs: list[Path], batch: int) -> Iterator
         command += ["slimtune", "serve", *map(str, runs), "--port", str(port), "--max-batch", str(size)]
         models = [run.name for run in runs]
     elif way == "transformers":
-        command += ["transformers.cli.transformers", "serve", "--port", str(port)]
+        command += ["transformers.cli.transformers", "serve", "--port", str(port), "--continuous-batching"]
+        command += ["--log-level", "error", model]
         models = [model]
     else:
         command = [sys.executable, "-c", LLAMA_CPP, model, str(batch)]
@@ -190,12 +202,12 @@ async def ask(client: openai.AsyncOpenAI, model: str, messages: list, max_tokens
         load.wrong.append(f"{model}: {text!r}")
 
 
-async def measure(address: str, pid: int, models: list[str], options: argparse.Namespace) -> tuple[Load, list[float]]:
+async def measure(address: str, pid: int, models: list[str], clients: int, seconds: float) -> tuple[Load, list[float]]:
     """Return what the clients saw, and the server's memory in MiB at a third of the time and at the end."""
     load, memory, start = Load(), [], time.monotonic()
-    running = asyncio.ensure_future(run_clients(address, models, options.clients, options.seconds, load))
+    running = asyncio.ensure_future(run_clients(address, models, clients, seconds, load))
     while not running.done():
-        await asyncio.sleep(min(1.0, options.seconds / 12))
+        await asyncio.sleep(min(1.0, seconds / 12))
         memory.append(psutil.Process(pid).memory_info().rss / 2**20)
     await running
     load.seconds = time.monotonic() - start
@@ -209,6 +221,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="the base's GGUF for llama.cpp; by default the one of smollm2-135m")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--peer-seconds", type=float, default=120)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--growth", type=float, default=64)
@@ -219,16 +232,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     runs = train_markers(options.model, folder, options.steps)
     failed = False
-    print(f"{options.clients} clients, {options.seconds:g} s, {os.cpu_count()} cores")
+    print(f"{options.clients} clients, {options.seconds:g} s and {options.peer_seconds:g} s, {os.cpu_count()} cores")
     heads = ("answers", "wrong", "lost", "dropped", "tokens/s", "first token", "MiB at 1/3", "MiB at end")
     print(f"{'way':<15}" + "".join(f"{head:>12}" for head in heads))
     for way in options.ways:
         model = options.model
+        seconds = options.seconds if way == "serve" else options.peer_seconds
         if way == "llama.cpp":
             model = options.gguf or resolve_model(options.model).path
+        if way == "transformers":
+            model = save_base(options.model, folder / "base")
         try:
             with start_server(way, model, runs, options.batch) as (address, pid, models):
-                load, memory = asyncio.run(measure(address, pid, models, options))
+                load, memory = asyncio.run(measure(address, pid, models, options.clients, seconds))
                 state = {}
                 if way in ("serve", "one-at-a-time"):
                     time.sleep(1)

@@ -47,7 +47,7 @@ ROWS = {
 }
 """Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
-DECODED = ((2048, 2), (1024, 6), (512, 12))
+DECODED = ((2048, 2), (1024, 6), (512, 32))
 """Width and layers of the Llamas that write text; their vocabulary is `SMALL_VOCABULARY`."""
 SMALL_VOCABULARY = 4096
 PROMPT, NEW_TOKENS = 256, 32
@@ -270,7 +270,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     features, decoded = [], []
     prompts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
-        for precision, (width, layers) in itertools.product(PRECISIONS, DECODED[::2]):
+        for precision, (width, layers) in itertools.product(PRECISIONS, DECODED):
             file = Path(folder) / "model.gguf"
             read, weights = write_random_gguf(file, make_config(width, layers, SMALL_VOCABULARY), precision)
             engine = LlamaCppEngine(
@@ -294,13 +294,13 @@ def fit_serving(
     seconds: Sequence[float],
     prompts: dict[str, float],
 ) -> ServingFit:
-    """Fit seconds of a token to runs of (precision, bytes, layers): a speed for each precision, and a layer's time."""
-    features = [[size * (precision == p) for p in precisions] + [layers] for precision, size, layers in runs]
-    *inverse, layer_s = fit_nonnegative(features, seconds)
-    fitted = [sum(f * x for f, x in zip((*inverse, layer_s), row, strict=True)) for row in features]
+    """Fit the seconds of a token to runs of (precision, bytes, layers)."""
+    features = [[size * (precision == p) for p in precisions] + [layers, 1.0] for precision, size, layers in runs]
+    *inverse, layer_s, token_s = factors = fit_nonnegative(features, seconds)
+    fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
-    return ServingFit(speeds, layer_s, prompts, spread)
+    return ServingFit(speeds, layer_s, token_s, prompts, spread)
 
 
 def write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ A training step takes the sum of four parts, whose factors are fitted to real st
 
 The first sum is over the operators that multiply, the second over the others, the third over the fused kernels of
 attention, whose operations grow with the square of a row's length; `n` counts all operators. A decoded token takes
-`bytes / speed of the precision + layers · seconds of a layer`. It imports no torch.
+`bytes / speed of the precision + layers · seconds of a layer + seconds of a token`. It imports no torch.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from ..errors import RunError
 from ..utils.files import read_json, write_json
 from .result import Range
 
-FORMAT = 2
+FORMAT = 3
 LEAST_SPREAD = 0.1
 """A prediction is not called more certain than this, however well the measured steps agree."""
 NEAREST = {
@@ -50,6 +50,7 @@ class ServingFit:
 
     bytes_per_second: dict[str, float]  # decoding, of the weights and the cache
     layer_s: float  # seconds that each layer takes beside its bytes
+    token_s: float  # seconds of each token beside its layers: sampling, and the engine's own work
     prompt_flops: dict[str, float]  # operations a second as a prompt is read
     spread: Range
 

@@ -94,7 +94,7 @@ def estimate_serving_speed(
     if gpu.measured is not None and (found := gpu.measured.find_serving(engine, precision)) is not None:
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
-        seconds = moved / fit.bytes_per_second[nearest] + layers * fit.layer_s
+        seconds = moved / fit.bytes_per_second[nearest] + layers * fit.layer_s + fit.token_s
         return ServingSpeed(
             Range(*(end / seconds for end in fit.spread)),
             Range(*(end / prompt_seconds for end in fit.spread)),

@@ -55,13 +55,12 @@ from .forgetting import fit_strength
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
 from .scoring import score_in_parts
+from .threads import ThreadCount
 
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
 MAX_SKIPPED_IN_A_ROW = 10
 """As many skipped steps in a row, or all steps of a shorter run, end the run: the weights are what is wrong."""
-SLOW_STEPS, SLOW_SHARE = 5, 0.5
-"""As many steps in a row that computed for a smaller share of their time mean that other processes have the cores."""
 
 
 class TrainingLoop:
@@ -114,7 +113,10 @@ class TrainingLoop:
         self.sharder = StepSharder(collator, width, self.processes, distributed.rank())
         self.stop_requested = self.stop_agreed = self.stopped_early = False
         self.stop_signal = 0
-        self.skipped_in_a_row = self.slow_steps = 0
+        self.skipped_in_a_row = 0
+        # A thread that waits for a GPU, or for other processes, says nothing about the cores.
+        alone_on_cpu = self.device.type == "cpu" and self.processes == 1
+        self.thread_count = ThreadCount(logger.say) if alone_on_cpu else None
         self.together = False
         self.computed: tuple[Tensor, Tensor, int, int] | None = None
         self.weights_match_state = True  # false from the beginning of an optimizer step until its end
@@ -186,6 +188,9 @@ class TrainingLoop:
                     raise
                 what = "work between two steps" if self.weights_match_state else "the optimizer's step"
                 raise self.recovery.give_up("training", self.recovery.describe(error), what) from error
+            finally:
+                if self.thread_count is not None:
+                    self.thread_count.restore()
 
     def remaining_steps(self) -> Iterator[list[Example]]:
         """Yield the rows of each step that is left; each epoch shuffles the rows with `seed + epoch`.
@@ -241,22 +246,10 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         state.train_seconds += seconds
         state.train_cpu_seconds += time.process_time() - started_cpu
-        self.tell_slow_steps((time.thread_time() - started_thread) / max(seconds, 1e-9))
+        if self.thread_count is not None and not self.together:
+            share = (time.thread_time() - started_thread) / max(seconds, 1e-9)
+            self.thread_count.after_step(tokens, seconds, share)
         return {"grad_norm": grad_norm, "learning_rate": learning_rate}
-
-    def tell_slow_steps(self, share: float) -> None:
-        """Say once that other processes compete for the cores; `share` of the step's time this thread computed."""
-        if self.device.type != "cpu" or self.processes > 1:  # there the thread waits for a GPU, or for the others
-            return
-        self.slow_steps = self.slow_steps + 1 if share < SLOW_SHARE else min(self.slow_steps, 0)
-        if self.slow_steps == SLOW_STEPS:
-            self.slow_steps = -self.state.max_steps  # once
-            threads = torch.get_num_threads()
-            advice = f"; OMP_NUM_THREADS=1 in front of the command may be faster than {threads} threads that wait"
-            self.logger.say(
-                f"{SLOW_STEPS} steps in a row computed for less than {SLOW_SHARE:.0%} of their time: other processes "
-                f"compete for the cores{advice if threads > 1 else ''}"
-            )
 
     def stop_or_skip(self, rows: Sequence[Example], loss: float, grad_norm: float) -> None:
         """Report a step whose loss or gradient is NaN or Inf, with its rows; raise RunError unless it is skipped."""
