@@ -104,3 +104,12 @@ def test_turns_without_an_end_are_counted():
     _, report = tokenize(tokenizer=plain)
     assert report.missing_eos == 3
     assert "3 of them without an end-of-turn token at the end" in report.text()
+
+
+def test_content_is_the_common_prompt_and_the_learned_share():
+    examples, report = tokenize()
+    shared, supervised = examples.content
+    assert supervised == pytest.approx(report.supervised_tokens / report.tokens)
+    assert shared >= 8
+    assert len({tuple(e["input_ids"][:shared]) for e in examples}) == 1
+    assert len({tuple(e["input_ids"][: shared + 1]) for e in examples}) > 1

@@ -10,10 +10,13 @@ from methods.cases import CASES
 from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters import state_dict
 from slimtune.config import Recipe
+from slimtune.data.collator import Collator
+from slimtune.data.example_lengths import RowContent
 from slimtune.errors import UsageError
 from slimtune.models.base_config import ModelInfo, get_model_info
 from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
-from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan
+from slimtune.planning.memory_trace import make_examples
+from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
 from slimtune.planning.request import PlanRequest, build_request
 from slimtune.planning.result import PARTS
 
@@ -138,6 +141,15 @@ def test_request_of_a_recipe(tmp_path):
     assert (job.micro_batches, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
     plan = make_plan(request)
     assert (plan.max_tokens_per_micro_batch, plan.micro_batches) == (570, 2)
+
+
+def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
+    rows = (60,) * 8
+    request = PlanRequest(TINY, ROOMY, lora(), lengths=rows, quantiles=rows, content=RowContent(40, 0.25))
+    job = pick_usual_rows(request, request.job())
+    pack = Collator(0, layout=True)(make_examples(job.lengths, job.supervised))
+    assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
+    assert make_plan(request).work.tokens == 8 * 60
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])

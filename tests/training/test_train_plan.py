@@ -20,8 +20,8 @@ from slimtune.training.train import train
 from slimtune.utils.device import peak_memory, reset_peak_memory
 
 
-def plan(recipe, lengths):
-    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths)).to_dict()
+def plan(recipe, lengths, content):
+    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content)).to_dict()
 
 
 def slimtune_train(settings, tmp_path, *flags):
@@ -34,9 +34,9 @@ def test_run_is_planned_probed_and_recorded(settings, whole_run):
     """The probe draws dropout, fills gradients and drops them: the run after it is the run without it."""
     calls = []
 
-    def planner(recipe, lengths):
+    def planner(recipe, lengths, content):
         calls.append(lengths)
-        return plan(recipe, lengths)
+        return plan(recipe, lengths, content)
 
     result = train(recipe_of(settings), planner=planner)
     assert [len(lengths) for lengths in calls] == [30]  # 24 rows to train on, 6 to validate
@@ -57,7 +57,7 @@ def test_run_is_planned_probed_and_recorded(settings, whole_run):
 
 
 def test_refused_plan_loads_nothing(settings, monkeypatch):
-    def refuse(recipe, lengths):
+    def refuse(*_):
         raise RunError("this run does not fit")
 
     monkeypatch.setattr("slimtune.setup.load_base", lambda *_, **__: pytest.fail("the base was loaded"))

@@ -17,7 +17,7 @@ from .inputs import require_inputs
 
 if TYPE_CHECKING:
     from ..config import Recipe
-    from ..data.example_lengths import ExampleLength
+    from ..data.example_lengths import ExampleLength, RowContent
     from ..models.base_config import ModelInfo
     from ..planning.gpus import Gpu
     from ..planning.result import Plan
@@ -44,6 +44,7 @@ class Jobs:
     model: ModelInfo
     has_rows: bool  # whether training rows were given
     lengths: list[ExampleLength]  # of every training example; empty if no rows were read
+    content: RowContent  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
 
@@ -88,7 +89,7 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     """
     from ..config import load_recipe
     from ..config.method import accepted_names
-    from ..data.example_lengths import count_row_tokens
+    from ..data.example_lengths import ALL_SUPERVISED, count_row_tokens
     from ..models.base_config import get_model_info
 
     path = find_recipe(model_or_recipe)
@@ -123,12 +124,12 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
         recipe.require_files()
     m, t = recipe.model, recipe.train
     model = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
-    lengths = _read_lengths(recipe, model) if has_rows else []
+    lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
     epochs = t.epochs
     if t.max_steps is not None:
         epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
     tokens = sum(n for length in lengths for n in count_row_tokens(length))
-    return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * tokens) or None)
+    return Jobs(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
 
 
 def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
@@ -159,7 +160,7 @@ def make_plans(
     plans: list[Plan] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
-        request = build_request(recipe, gpu, jobs.lengths, processes)
+        request = build_request(recipe, gpu, jobs.lengths, processes, jobs.content)
         print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
         try:
             plans.append(make_plan(request, advise=advise and len(jobs.recipes) == 1))
@@ -170,10 +171,14 @@ def make_plans(
     return plans, errors
 
 
-def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[ExampleLength]:
-    """Return the lengths of the training examples; none if the tokenizer is not on this disk: nothing is downloaded."""
+def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength], RowContent]:
+    """Return the lengths and the content of the training examples.
+
+    There are none if the tokenizer is not on this disk: nothing is downloaded.
+    """
     from huggingface_hub import try_to_load_from_cache
 
+    from ..data.example_lengths import ALL_SUPERVISED
     from ..data.validation.report import format_verdict
     from ..models.registry import resolve_model
     from ..setup import load_datasets, load_tokenizer_from_recipe
@@ -186,7 +191,7 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[ExampleLength]:
     if not on_disk:
         taken = f"every row is taken to have {recipe.data.max_seq_len} tokens"
         print_progress(f"rows are not read, the tokenizer of {model.spec} is not on this disk: {taken}")
-        return []
+        return [], ALL_SUPERVISED
     # A plan knows more names of bases than training does: `spec` is where the weights are.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
     datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
@@ -195,4 +200,4 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[ExampleLength]:
         if report is not None and report["verdict"] == "errors":
             why = f"{format_verdict(report)} (slimtune data shows them)"
             print_progress(f"training will refuse {report['file']}: {why}")
-    return datasets.train.example_lengths
+    return datasets.train.example_lengths, datasets.train.content

@@ -87,14 +87,14 @@ def train_run(
 def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
-    def plan_run(recipe: Any, lengths: Any) -> dict[str, Any] | None:
+    def plan_run(recipe: Any, lengths: Any, content: Any) -> dict[str, Any] | None:
         from ..planning.planner import make_plan
         from ..planning.request import build_request
         from ..planning.this_machine import detect_gpu
         from ..utils import distributed
 
         try:
-            request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
+            request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content)
             plan = make_plan(request, advise=not force)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"

@@ -8,11 +8,22 @@ A model that shares prefixes (packing.py) computes a prompt once.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..utils.sequences import common_prefix_length
 from .packing import MIN_SHARED_TOKENS, Tokens
 
 ExampleLength = int | tuple[int, ...]
+
+
+class RowContent(NamedTuple):
+    """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
+
+    shared_prefix: int = 0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
+    supervised: float = 1.0  # share of all tokens that have a loss
+
+
+ALL_SUPERVISED = RowContent()
 
 
 def measure_rows(rows: Sequence[Tokens]) -> ExampleLength:

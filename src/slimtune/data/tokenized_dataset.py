@@ -12,9 +12,11 @@ from typing import Any, Self
 import numpy as np
 
 from ..utils.files import translate_os_errors
-from ..utils.sequences import IGNORE_INDEX
-from .example_lengths import ExampleLength, measure_rows
+from ..utils.sequences import IGNORE_INDEX, common_prefix_length
+from .example_lengths import ExampleLength, RowContent, measure_rows
+from .packing import MIN_SHARED_TOKENS
 
+SAMPLED_ROWS = 256
 Example = dict[str, Any]
 """`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned.
 
@@ -70,6 +72,16 @@ class TokenizedDataset(Sequence[Example]):
         if self._table["row_lengths"].null_count == self._table.num_rows:
             return list(self.lengths.tolist())
         return [measure_rows([ids for ids, _ in split_rows(example)]) for example in self]
+
+    @property
+    def content(self) -> RowContent:
+        """What the rows are made of, from up to `SAMPLED_ROWS` of them at even distances."""
+        sample = [self.read(i) for i in range(0, len(self), -(-len(self) // SAMPLED_ROWS) or 1)]
+        tokens = sum(len(example["input_ids"]) for example in sample)
+        supervised = sum(label != IGNORE_INDEX for example in sample for label in example["labels"])
+        first = sample[0]["input_ids"] if sample and not any("row_lengths" in example for example in sample) else []
+        shared = min((common_prefix_length(first, example["input_ids"]) for example in sample), default=0)
+        return RowContent(shared if shared >= MIN_SHARED_TOKENS else 0, supervised / tokens if supervised else 1.0)
 
     @property
     def lines(self) -> list[int]:

@@ -104,7 +104,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     with fake_mode(), simulate_device(job.device):
         make_fake(model)
         model.train()
-        pack = make_collator(model, 0, packing=job.packing)(make_examples(job.lengths))
+        pack = make_collator(model, 0, packing=job.packing)(make_examples(job.lengths, job.supervised))
         other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -148,14 +148,19 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
-def make_examples(lengths: Sequence[ExampleLength]) -> list[Example]:
-    """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else."""
+def make_examples(lengths: Sequence[ExampleLength], supervised: float = 1.0) -> list[Example]:
+    """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else.
+
+    Of the other tokens of a row, the last ones are learned, a share of `supervised`.
+    """
     examples, tokens = [], itertools.count(1)
     for length in lengths:
         prefix, *answers = (0, length) if isinstance(length, int) else length
         prompt, rows = [next(tokens)] * prefix, [[next(tokens)] * n for n in answers]
         ids = [t for row in rows for t in prompt + row]
-        labels = [t for row in rows for t in [IGNORE_INDEX] * prefix + row]
+        learned = [max(1, round(supervised * len(row))) for row in rows]
+        labels = [t for row, n in zip(rows, learned, strict=True)
+                  for t in [IGNORE_INDEX] * (prefix + len(row) - n) + row[-n:]]  # fmt: skip
         examples.append({"input_ids": ids, "labels": labels, "row_lengths": [prefix + n for n in answers]})
     return examples
 

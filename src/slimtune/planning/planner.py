@@ -91,7 +91,8 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     if not make_collator(model, 0, packing=job.packing).share_prefix:
         job = replace(job, lengths=tuple(map(unshare_prefix, job.lengths)))
-        request = replace(request, quantiles=tuple(map(unshare_prefix, request.quantiles)))
+        content = request.content._replace(shared_prefix=0)
+        request = replace(request, quantiles=tuple(map(unshare_prefix, request.quantiles)), content=content)
     memory_model = fit_memory_model(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch(request, job, memory_model)
@@ -200,13 +201,18 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
 
 def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
     """Return the job with examples in a micro-batch that stand for all of the data, if their lengths are known."""
-    if not request.quantiles or request.quantiles[0] == request.quantiles[-1]:
+    if not request.quantiles:
         return job
+    prefix, supervised = request.content
     mean = sum(map(count_packed_tokens, request.quantiles)) / len(request.quantiles)
     tokens = min(job.packed_tokens, request.max_tokens or MAX_SEQ_LEN)
-    count = max(1, min(len(request.lengths), int(tokens / mean)))
+    count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
-    return replace(job, lengths=pick_quantiles(request.quantiles[::-1], count), micro_batches=micro_batches)
+    lengths = pick_quantiles(request.quantiles[::-1], count)
+    if prefix and count > 1:  # packing stores what all rows begin with once
+        lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_row_tokens(length))),)
+        supervised = min(1.0, supervised * mean / max(1, mean - prefix))
+    return replace(job, lengths=lengths, supervised=supervised, micro_batches=micro_batches)
 
 
 def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:

@@ -13,7 +13,14 @@ from transformers import PreTrainedConfig
 
 from ..adapters.config import PeftConfig
 from ..config import Recipe
-from ..data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens, unshare_prefix
+from ..data.example_lengths import (
+    ALL_SUPERVISED,
+    ExampleLength,
+    RowContent,
+    count_packed_tokens,
+    count_row_tokens,
+    unshare_prefix,
+)
 from ..errors import UsageError
 from ..models.base_config import ModelInfo, get_model_info, max_positions
 from ..models.dtype import pick_training_dtype
@@ -36,6 +43,7 @@ class TrainingJob:
     method: PeftConfig
     dtype: torch.dtype  # of the base's weights
     lengths: tuple[ExampleLength, ...]  # of the examples of a micro-batch
+    supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
     micro_batches: int = 1  # in an optimizer step
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
     gradient_checkpointing: bool = False
@@ -111,6 +119,7 @@ class PlanRequest:
     rows_per_example: int = 1  # 2 for preference pairs, if `lengths` are not known
     lengths: tuple[ExampleLength, ...] = ()  # of the longest examples, if known; replaces batch_size and seq_len
     quantiles: tuple[ExampleLength, ...] = ()  # of examples at even shares of the data, if known; decide the speed
+    content: RowContent = ALL_SUPERVISED  # of the examples, if known; decides the speed
     max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
@@ -145,7 +154,13 @@ def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[Exampl
     return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
 
 
-def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (), processes: int = 1) -> PlanRequest:
+def build_request(
+    recipe: Recipe,
+    gpu: Gpu,
+    lengths: Sequence[ExampleLength] = (),
+    processes: int = 1,
+    content: RowContent = ALL_SUPERVISED,
+) -> PlanRequest:
     """Return the request to plan a recipe on a GPU.
 
     Args:
@@ -153,6 +168,7 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (
         gpu: where it runs.
         lengths: of every example, if the data were read; else every row has the recipe's maximum length.
         processes: processes that train together.
+        content: of the examples, as far as it is known.
 
     Raises:
         UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
@@ -176,7 +192,7 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (
     if objective.needs_mismatched_rows:
         notes.append("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.")
     if not train.share_prefix:
-        lengths = [*map(unshare_prefix, lengths)]
+        lengths, content = [*map(unshare_prefix, lengths)], content._replace(shared_prefix=0)
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
             "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(
@@ -193,6 +209,7 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[ExampleLength] = (
         quantiles=pick_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,
+        content=content,
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,

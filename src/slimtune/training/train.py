@@ -24,7 +24,7 @@ from ..adapters.strength import find_neutral_values
 from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
 from ..data.collator import Collator, Example
-from ..data.example_lengths import ExampleLength, count_row_tokens
+from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.mismatched_rows import MismatchedRows
 from ..data.tokenized_dataset import SelectedAnswers
@@ -54,9 +54,9 @@ from .run_lock import RunLock
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 
-Planner = Callable[[Recipe, Sequence[ExampleLength]], Mapping[str, Any] | None]
-"""Plans a recipe for examples of these lengths. Returns the plan as plain values, None if it cannot be planned;
-raises if the run does not fit."""
+Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], Mapping[str, Any] | None]
+"""Plans a recipe for examples of these lengths and this content. Returns the plan as plain values, None if it cannot be
+planned; raises if the run does not fit."""
 
 TrainingSteps = Generator[TrainingLoop | Sequence[Example], None, dict[str, Any]]
 """A run that is trained step by step: its loop first, then the rows of each step; its result at the end."""
@@ -160,7 +160,7 @@ def _train(
     file = recipe.data.general_text or BUILT_IN_TEXT
     general_text = read_general_text(file) if settings.forgetting_budget is not None else []
     lengths = data.lengths()
-    plan = distributed.run_on_main(lambda: planner(recipe, lengths))
+    plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
     device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
