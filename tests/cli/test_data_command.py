@@ -178,3 +178,20 @@ def test_formats_of_other_tasks(format, row, rows, slimtune):
     data = json.loads(slimtune("data", rows((1, row), n=1), "--format", format, "--json").stdout)
     assert data["format"] == format
     assert data["invalid_count"] == 0
+
+
+def test_preferences_are_told_by_their_own_words(tmp_path, tiny_folder, slimtune):
+    """A pair shows its best answer, KTO's labels are true and false, and nothing is marked where nothing is learned."""
+
+    def show(row, *flags):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(6)))
+        return slimtune("data", tmp_path / "rows.jsonl", "--model", tiny_folder, *flags).stdout
+
+    pairs = show(lambda i: {"prompt": f"say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"})
+    assert "line 1, its best answer, as the model reads it; supervised text is marked\nsay 0⟦ yes 0" in pairs
+    rated = show(
+        lambda i: {"prompt": f"say {i}", "completion": f" yes {i}", "label": i > 1}, "--format", "unpaired-preference"
+    )
+    assert "true 4 (67 %), false 2 (33 %)" in rated
+    texts = show(lambda i: {"text": f"word {i}", "label": "ab"[i % 2]}, "--format", "classification")
+    assert "line 1, as the model reads it\nword 0\n" in texts

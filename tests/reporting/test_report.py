@@ -323,3 +323,15 @@ def test_report_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             app(args=["report", *map(str, wrong)])
         assert e.value.code == 2
+
+
+def test_reward_model_is_offered_what_it_can_do(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    for file in run.path.glob("eval-*.json"):
+        file.unlink()
+    recipe = run.load_recipe().model_dump(mode="json", exclude={"task"})
+    run.recipe_file.write_text(Recipe.from_dict({**recipe, "task": "reward"}).to_yaml())
+    text = render_report(run)
+    words = ("predict", "merge", "push", "chat", "generate", "export", "verify", "vllm serve")
+    assert [word for word in words if f"slimtune {word} " in text or f"\n{word} " in text] == list(words[:3])
+    assert "reward, center_rewards_coefficient" not in text  # it is not set

@@ -95,8 +95,10 @@ def _print_report(report: Mapping[str, Any]) -> None:
     reader = f" for {report['model']}" if report["model"] is not None else ""
     rows = "rows of an unknown format" if report["format"] == "unknown" else f"{report['format']} rows"
     screen.print(f"{report['file']}: {rows}{reader}")
+    best = ", its best answer," if report["pairs"] is not None else ","
     for sample in report["samples"]:
-        screen.print(Text(f"\nline {sample['line']}, as the model reads it; supervised text is marked", "dim"))
+        marks = "; supervised text is marked" * any(piece["supervised"] for piece in sample["pieces"])
+        screen.print(Text(f"\nline {sample['line']}{best} as the model reads it{marks}", "dim"))
         text, left = Text(), SAMPLE_CHARACTERS
         for piece in sample["pieces"]:
             marked = piece["supervised"] and not screen.is_terminal

@@ -114,7 +114,7 @@ def _print_result(result: Mapping[str, Any]) -> None:
         for name, part in preference["by_length"].items():
             if part["pairs"]:
                 screen.print(
-                    f"{name.replace('_', ' ')} ({part['pairs']} pairs): base prefers it in "
+                    f"{name.replace('_', ' ')} ({part['pairs']} pair{'s' * (part['pairs'] != 1)}): base prefers it in "
                     f"{100 * part['base_accuracy']:.0f} %, tuned in {100 * part['tuned_accuracy']:.0f} %"
                 )
     if (unpaired := result.get("unpaired_preference")) is not None:

@@ -27,7 +27,8 @@ class UnpairedEvaluation(Evaluation):
         is_good = np.array([e["label"] for e in self.examples], bool)
         if is_good.all() or not is_good.any():
             label = str(bool(is_good.all())).lower()
-            raise DataError(f"every evaluated row has the label {label}", "good and bad answers", "--data FILE")
+            hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
+            raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
         result, figures, scores_of_good = measure_losses(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))

@@ -75,6 +75,7 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
         task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items())]),
         recipe=recipe,
+        writes_text=recipe.objective().task_type == "CAUSAL_LM",
         recipe_text=recipe_text,
         results=r,
         errors=errors,

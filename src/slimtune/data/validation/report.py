@@ -533,11 +533,13 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = "documents" if report["format"] == "document" else "rows"
     quantiles = f"50 % of the {rows} up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
     saved = f": {100 * packing['saved_share']:.0f} % fewer, because a prefix that rows of a step share is computed once"
+    shared = prefix["tokens"]
     shown = prefix["text"][:SHOWN_PREFIX] + "…" * (len(prefix["text"]) > SHOWN_PREFIX)
+    rated = report["format"] == "unpaired-preference"
     counts = [
         (rows, f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
         ("columns", format_columns(report)),
-        *([("classes", format_classes(report))] if report["classes"] else []),
+        *([("labels" if rated else "classes", format_classes(report))] if report["classes"] else []),
         *(("note", note) for note in report["notes"]),
     ]
     if report["model"] is None:
@@ -560,7 +562,7 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         *counts,
         (f"longer than {report['max_seq_len']}", f"{overlong:,} rows" if overlong else "none"),
-        ("shared prefix", f"{prefix['tokens']} tokens: {shown!r}" if prefix["tokens"] else "none"),
+        ("shared prefix", f"{shared} token{'s' * (shared != 1)}: {shown!r}" if shared else "none"),
         (
             "packed",
             f"an epoch computes {format_count(packing['packed_tokens'])} tokens{saved * bool(packing['saved_share'])}",
@@ -571,7 +573,9 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def format_classes(report: Mapping[str, Any]) -> str:
     """Return the classes of a file, the most frequent ones first, with their rows."""
     classes = sorted(report["classes"].items(), key=lambda item: -item[1])
-    shown = [f"{name!r} {rows:,} ({100 * rows / max(1, report['rows']):.0f} %)" for name, rows in classes[:SHOWN_LINES]]
+    show = str.lower if report["format"] == "unpaired-preference" else repr  # True and False of KTO
+    shares = [(name, f"{rows:,} ({100 * rows / max(1, report['rows']):.0f} %)") for name, rows in classes]
+    shown = [f"{show(name)} {share}" for name, share in shares[:SHOWN_LINES]]
     return ", ".join(shown) + (f", … ({len(classes) - SHOWN_LINES} more)" if len(classes) > SHOWN_LINES else "")
 
 
