@@ -73,7 +73,7 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         eval_options=eval_options,
         model=_display_path(recipe.model.name),
         method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
-        task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items())]),
+        task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items() if v is not None)]),
         recipe=recipe,
         writes_text=recipe.objective().task_type == "CAUSAL_LM",
         recipe_text=recipe_text,
