@@ -38,16 +38,7 @@ def write_gguf(
     w.add_vocab_size(config.vocab_size)
     if scaling:
         w.add_string("llama.rope.scaling.type", scaling)
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre(pre)
-    w.add_token_list(tokens)
-    w.add_token_types([3 if t in tokenizer.all_special_tokens else 1 for t in tokens])
-    w.add_token_merges(["Ġ a", "Ġ 1"])
-    w.add_bos_token_id(tokenizer.bos_token_id)
-    w.add_eos_token_id(tokenizer.eos_token_id)
-    w.add_pad_token_id(tokenizer.pad_token_id)
-    w.add_add_bos_token(False)
+    add_vocabulary(w, tokenizer, pre, len(tokenizer))
     w.add_chat_template(tokenizer.chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
@@ -64,6 +55,22 @@ def write_gguf(
         w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
     finish_gguf(w)
     return path
+
+
+def add_vocabulary(w: Any, tokenizer: Any, pre: str, size: int) -> None:
+    """Add the tokens of a byte-level tokenizer, and unused ones up to `size`."""
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    unused = [f"<unused{i}>" for i in range(size - len(tokens))]
+    special = {*tokenizer.all_special_tokens, *unused}
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre(pre)
+    w.add_token_list(tokens + unused)
+    w.add_token_types([3 if token in special else 1 for token in tokens + unused])
+    w.add_token_merges(["Ġ a", "Ġ 1"])
+    w.add_bos_token_id(tokenizer.bos_token_id)
+    w.add_eos_token_id(tokenizer.eos_token_id)
+    w.add_pad_token_id(tokenizer.pad_token_id)
+    w.add_add_bos_token(False)
 
 
 def finish_gguf(writer: Any) -> None:

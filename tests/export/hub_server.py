@@ -94,11 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        error = (
-            {}
-            if status < 400 or content is body
-            else {"X-Error-Message": body["error"], "X-Error-Code": body.get("code", "")}
-        )
+        error = {}
+        if status >= 400 and content is not body:
+            error = {"X-Error-Message": body["error"], "X-Error-Code": body.get("code", "")}
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **error, **(headers or {})}.items():
             self.send_header(name, value)

@@ -285,9 +285,10 @@ def refused(kind, run, out, existing=(), **options):
     with pytest.raises(kind) as caught:
         merge(run, out, **options)
     assert not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
-    assert (
-        sorted(p.name for p in out.iterdir()) == list(existing) if out.is_dir() else out.is_file() or not out.exists()
-    )
+    if out.is_dir():
+        assert sorted(p.name for p in out.iterdir()) == list(existing)
+    else:
+        assert out.is_file() or not out.exists()
     return caught.value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tiny_gguf import finish_gguf
+from tiny_gguf import add_vocabulary, finish_gguf
 
 from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 
@@ -95,7 +95,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
         w.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
         _rotary(w, config)
-    _vocabulary(w, tokenizer, config.vocab_size)
+    add_vocabulary(w, tokenizer, "gpt-2", config.vocab_size)
     names = get_tensor_names(whole)
     for name, parameter in model.named_parameters():
         for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
@@ -145,17 +145,3 @@ def _rotary(w: Any, config: Any) -> None:
     if config.model_type == "gemma2":
         w.add_attn_logit_softcapping(config.attn_logit_softcapping)
         w.add_final_logit_softcapping(config.final_logit_softcapping)
-
-
-def _vocabulary(w: Any, tokenizer: Any, size: int) -> None:
-    tokens = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
-    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
-    w.add_token_list(tokens)
-    w.add_token_types([3 if t.startswith("<") and len(t) > 1 else 1 for t in tokens])
-    w.add_token_merges(["Ġ a", "Ġ 1"])
-    w.add_bos_token_id(tokenizer.bos_token_id)
-    w.add_eos_token_id(tokenizer.eos_token_id)
-    w.add_pad_token_id(tokenizer.pad_token_id)
-    w.add_add_bos_token(False)
