@@ -9,6 +9,7 @@ conversation has it, or into the last user message (as Mistral's templates do).
 """
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -174,7 +175,7 @@ def infer_template(template: JinjaTemplate) -> InferredChatFormat:
         messages = make_messages(shape, contents[: len(shape)])
         texts = [template.render(messages), chat.render(messages)]
         if texts[0] != texts[1]:
-            at = len(_common_prefix(texts))
+            at = len(os.path.commonprefix(texts))
             here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in texts)
             raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
@@ -283,15 +284,10 @@ def _find_strip(text: str, padded: str, number: int) -> Strip | None:
     return None
 
 
-def _common_prefix(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # all other texts share what these two share
-    return next((first[:i] for i, c in enumerate(first) if last[i : i + 1] != c), first)
-
-
 def _common_beginning(texts: list[str], special_tokens: Sequence[str]) -> str:
     """Return the longest text that all begin with and that does not end inside a special token."""
     spans = [m.span() for text in texts for t in special_tokens for m in re.finditer(re.escape(t), text)]
-    common = _common_prefix(texts)
+    common = os.path.commonprefix(texts)
     while any(start < len(common) < end for start, end in spans):
         common = common[:-1]
     return common
