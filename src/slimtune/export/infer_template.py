@@ -197,27 +197,20 @@ def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: 
     thought = (plain[0], "<think>\nHm.\n</think>\n\nDespair.", plain[2])
     clock = {"name": "clock", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": clock}]
-    optional = [s for s in OPTIONAL_SHAPES if inferred_format.system == "in order" or s == "au"]
+    place, has_bos = inferred_format.system, jinja_template.writes_bos
+    optional = [s for s in OPTIONAL_SHAPES if place == "in order" or s == "au"]
     unlike = ", ".join(" ".join(ROLES[r] for r in s) for s in optional if differs(s, plain[: len(s)]))
-    notes = (
-        (
-            inferred_format.system == "refused",
-            "the chat template refuses system messages; with this TEMPLATE Ollama reports an error",
-        ),
-        (inferred_format.system == "left out", "the chat template ignores system messages, and so does the TEMPLATE"),
-        (differs("u", plain[:1], tools=tools), "the TEMPLATE has no tools: Ollama says that the model supports none"),
-        (differs("uau", thought), "only the chat template removes thoughts (<think>…</think>) from earlier answers"),
-        (
-            any(differs("u", plain[:1], enable_thinking=on) for on in (True, False)),
-            "the TEMPLATE has no enable_thinking: it writes what the chat template writes without it",
-        ),
-        (unlike, f"conversations in this order of roles differ from the chat template: {unlike}"),
-        (
-            jinja_template.writes_bos is False,
-            f"Ollama writes {jinja_template.bos} before the text; the chat template does not",
-        ),
-    )
-    return [note for holds, note in notes if holds]
+    has_switch = any(differs("u", plain[:1], enable_thinking=on) for on in (True, False))
+    notes = {
+        "the chat template refuses system messages; with this TEMPLATE Ollama reports an error": place == "refused",
+        "the chat template ignores system messages, and so does the TEMPLATE": place == "left out",
+        "the TEMPLATE has no tools: Ollama says that the model supports none": differs("u", plain[:1], tools=tools),
+        "only the chat template removes thoughts (<think>…</think>) from earlier answers": differs("uau", thought),
+        "the TEMPLATE has no enable_thinking: it writes what the chat template writes without it": has_switch,
+        f"conversations in this order of roles differ from the chat template: {unlike}": bool(unlike),
+        f"Ollama writes {jinja_template.bos} before the text; the chat template does not": has_bos is False,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _observe(
