@@ -9,7 +9,6 @@ conversation has it, or into the last user message (as Mistral's templates do).
 """
 
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from jinja2 import TemplateError
 
 from ..errors import format_names
 from ..utils.chat_rendering import render_chat_template
+from ..utils.sequences import common_prefix_length, find_shared_prefix
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 REQUIRED_SHAPES = ("u", "uau", "uauau")
@@ -175,7 +175,7 @@ def infer_template(template: JinjaTemplate) -> InferredChatFormat:
         messages = make_messages(shape, contents[: len(shape)])
         texts = [template.render(messages), chat.render(messages)]
         if texts[0] != texts[1]:
-            at = len(os.path.commonprefix(texts))
+            at = common_prefix_length(*texts)
             here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in texts)
             raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
@@ -280,7 +280,7 @@ def _find_strip(text: str, padded: str, number: int) -> Strip | None:
 def _common_beginning(texts: list[str], special_tokens: Sequence[str]) -> str:
     """Return the longest text that all begin with and that does not end inside a special token."""
     spans = [m.span() for text in texts for t in special_tokens for m in re.finditer(re.escape(t), text)]
-    common = os.path.commonprefix(texts)
+    common = find_shared_prefix(texts)
     while any(start < len(common) < end for start, end in spans):
         common = common[:-1]
     return common

@@ -19,3 +19,9 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> 
         else:
             high = middle - 1
     return low
+
+
+def find_shared_prefix(items: Sequence[Any]) -> Any:
+    """Return what all lists, or all texts, begin with."""
+    first, last = min(items), max(items)  # in sorted order, what these two share, all share
+    return first[: common_prefix_length(first, last)]

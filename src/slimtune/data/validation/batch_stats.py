@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from ...utils.chat_rendering import render_chat_template
-from ...utils.sequences import common_prefix_length
+from ...utils.sequences import find_shared_prefix
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
 from ..formats import Row, split_answers
 from ..tokenize import PairedRow
@@ -111,12 +111,6 @@ class BatchValidator:
             if row.messages and (token := self.control_tokens.search(text)):
                 yield "control-token-in-text", f"{token[0]!r}, {role}"
                 break
-
-
-def find_shared_prefix(rows: Sequence[list[int]]) -> list[int]:
-    """Return the tokens that all rows begin with."""
-    first, last = min(rows), max(rows)  # in sorted order, what these two share, all share
-    return first[: common_prefix_length(first, last)]
 
 
 def _control_tokens(tokenizer: Any) -> set[str]:
