@@ -173,10 +173,10 @@ def infer_template(template: JinjaTemplate) -> InferredChatFormat:
     chat = InferredChatFormat(prefixes, suffixes, strips, system)
     for shape, contents in itertools.product([*REQUIRED_SHAPES, *with_system], _TEST_CONTENTS):
         messages = make_messages(shape, contents[: len(shape)])
-        texts = [template.render(messages), chat.render(messages)]
-        if texts[0] != texts[1]:
-            at = common_prefix_length(*texts)
-            here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in texts)
+        expected, text = template.render(messages), chat.render(messages)
+        if expected != text:
+            at = common_prefix_length(expected, text)
+            here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in (expected, text))
             raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
 
