@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..utils.sequences import common_prefix_length
-from .packing import MIN_SHARED_TOKENS, Tokens
 
+Tokens = Sequence[int]
 ExampleLength = int | tuple[int, ...]
+MIN_SHARED_TOKENS = 8
+"""Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 
 
 class RowContent(NamedTuple):

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 from ..attention.packed_layout import PackedLayout
 from ..utils.sequences import common_prefix_length
+from .example_lengths import MIN_SHARED_TOKENS, Tokens
 
-Tokens = Sequence[int]
-
-MIN_SHARED_TOKENS = 8
-"""Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 _WINDOW = 256
 """Examples that `bin_pack` compares with one another, because the time grows with its square."""
 
