@@ -13,8 +13,7 @@ import numpy as np
 
 from ..utils.files import translate_os_errors
 from ..utils.sequences import IGNORE_INDEX, common_prefix_length
-from .example_lengths import ExampleLength, RowContent, measure_rows
-from .packing import MIN_SHARED_TOKENS
+from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_rows
 
 SAMPLED_ROWS = 256
 Example = dict[str, Any]
