@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import uvicorn
 
 from ..errors import UsageError
 from ..export.reference import Verdict
+from ..utils.device import release_cached_memory
 from ..utils.sockets import bind_socket, format_address, is_loopback
 from .answers import AnswerQueue
 from .app import App, AppSettings
@@ -110,6 +112,7 @@ class ModelServer:
             runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
             verify=s.verify, device=s.device, progress=progress,
         )  # fmt: skip
+        release_cached_memory(torch.device("cpu"))  # of the model that was compared
 
     @property
     def url(self) -> str:

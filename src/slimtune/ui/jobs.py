@@ -106,10 +106,10 @@ class Job:
             return "running"
         if code == 0:
             return "done"
+        if code in (-signal.SIGINT, 128 + signal.SIGINT):  # the first one before Python handles signals
+            return "stopped"
         if code < 0:
             return "killed"
-        if code == 128 + signal.SIGINT:
-            return "stopped"
         return "negative" if code == 1 and self.result and "error" not in self.result else "failed"
 
     @property
