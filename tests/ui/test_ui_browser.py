@@ -1,9 +1,8 @@
-"""The page in Chromium, from rows to chat on SmolLM2, and every other page on a tiny base.
+"""The page in Chromium, from rows to chat on SmolLM2, and a run on a tiny base that is stopped, resumed and evaluated.
 
 Each is used by keyboard and on a phone, has enough contrast in light and dark, and logs nothing.
 """
 
-import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,23 +127,15 @@ def test_the_page_leads_from_rows_to_chat(smollm2_folder, tmp_path):
     assert all(text.strip() for text in said)
 
 
-PAIRS = [(f"Say {i}.", "Of course, with pleasure.", "No.") for i in range(24)]
-CLASSES = [(f"{word} {i}", word) for i in range(16) for word in ("good", "bad")]
-
-
 @pytest.fixture
 def tiny_home(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
-    """A folder with a tiny base as GGUF, a conversation, preference pairs and texts with classes."""
+    """A folder with a tiny base as GGUF, and rows."""
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     home, tokenizer = tmp_path / "home", tiny_tokenizer()
     home.mkdir()
     tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
     write_gguf(home / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
     write_rows(home / "rows.jsonl", 24)
-    pairs = ({"prompt": p, "chosen": good, "rejected": bad} for p, good, bad in PAIRS)
-    texts = ({"text": text, "label": label} for text, label in CLASSES)
-    for name, rows in (("pairs", pairs), ("classes", texts)):
-        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return home
 
 
@@ -205,7 +196,7 @@ class Visit:
         self.page.get_by_role("link", name="Next: talk to it").wait_for()
 
 
-def test_a_run_is_stopped_resumed_evaluated_compared_and_exported(tiny_home, tmp_path):
+def test_a_run_is_stopped_in_another_tab_resumed_and_evaluated(tiny_home, tmp_path):
     with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
         visit = Visit(page, url)
         visit.choose("rows.jsonl", "", 600)
@@ -223,55 +214,3 @@ def test_a_run_is_stopped_resumed_evaluated_compared_and_exported(tiny_home, tmp
         visit.evaluate("runs/first")
         assert page.get_by_role("heading", name="Answers").is_visible()
         check_page(page, "evaluated")
-
-        visit.choose("pairs.jsonl", "dpo", 8)
-        visit.start("runs/second")
-        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
-        visit.evaluate("runs/second")
-        check_page(page, "DPO evaluated")
-        visit.go("/runs")
-        for run in ("first", "second"):
-            page.get_by_label(f"runs/{run} side by side").check()
-        visit.press("Side by side")
-        visit.wait_for("measured on different rows")
-        check_page(page, "runs")
-
-        visit.go("/export?run=runs/first")
-        page.get_by_label("For").select_option("gguf")
-        page.get_by_label("New folder").fill("exports/first")
-        visit.run_command("Export")
-        assert page.get_by_text("computes the tuned model's probabilities").is_visible()
-        assert (tiny_home / "exports/first/adapter.gguf").is_file()
-        check_page(page, "exported")
-
-        visit.go("/chat?run=runs/second")
-        visit.press("Load")
-        visit.wait_for("with the lora adapter in runs/second")
-        page.get_by_label("Your message").fill("Say 1.")
-        visit.press("Send")
-        page.get_by_role("button", name="Stop the answer").wait_for(state="detached", timeout=WAIT)
-        assert page.locator(".answer").count() == 2
-        check_page(page, "chat")
-
-
-def test_a_classifier_is_trained_evaluated_asked_and_merged(tiny_home, tmp_path):
-    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
-        visit = Visit(page, url)
-        visit.choose("classes.jsonl", "classification", 40)
-        visit.start("runs/classes")
-        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
-        visit.evaluate("runs/classes")
-        check_page(page, "classes evaluated")
-        page.get_by_role("link", name="Next: talk to it").click()
-        page.get_by_label("Text").fill("good 3")
-        visit.run_command("Predict")
-        assert page.get_by_role("cell", name="%").count() == 2
-        check_page(page, "predicted")
-        visit.go("/export?run=runs/classes")
-        assert page.get_by_label("For").locator("option").all_inner_texts() == [
-            "one plain checkpoint, for transformers and vLLM"
-        ]
-        page.get_by_label("New folder").fill("exports/classes")
-        visit.run_command("Export")
-        assert page.get_by_text("merged and adapted model differ by").is_visible()
-        check_page(page, "merged")

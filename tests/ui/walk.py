@@ -34,7 +34,7 @@ def serve_page(folder: Path, killed: bool = False) -> Iterator[str]:
             yield next(found[0] for line in lines if (found := re.search(r"http://\S+", line)))
         finally:
             server.send_signal(signal.SIGKILL if killed else signal.SIGINT)
-            server.wait(30)
+            server.wait(120)  # a busy machine
 
 
 def walk(page: Any, url: str, seen: Callable[[str], None], *, steps: int = 2, tokens: int = 8) -> None:
