@@ -140,7 +140,7 @@ def main() -> int:
     tuned, probe, _ = right.values()
     print(f"\n{len(labels)} test rows" + " " * 25 + "accuracy" + " " * 21 + "macro-F1")
     for name, some in predicted.items():
-        accuracy, f1 = paired_bootstrap(right[name], probe, [1] * len(labels)).base, macro_f1(labels, some)
+        accuracy, f1 = paired_bootstrap(right[name], probe, [1] * len(labels)).first, macro_f1(labels, some)
         print(f"{name:38}" + "   ".join(f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (accuracy, f1)))
     gain = paired_bootstrap(tuned, probe, [1] * len(labels)).difference
     print(f"the classifier is right on {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}) more than the probe")
