@@ -10,12 +10,24 @@ same class. Three mechanisms make our models pass. None changes what those libra
    model, because `peft.PeftModel.__new__` is replaced by a function that passes such calls on. This happens when
    the first slimtune config is created.
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
+
+The commands of `slimtune` call none of these libraries, and leave this out (`skip_registration`): importing peft, or
+the Trainer, takes seconds.
 """
 
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+
+_skipped = False
+
+
+def skip_registration() -> None:
+    """Make no class known to other libraries in this process."""
+    global _skipped
+    _skipped = True
 
 
 @cache
@@ -29,7 +41,7 @@ def peft_installed() -> bool:
 @cache
 def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
     """Return a subclass of `cls` that is also an instance of `peft.<peft_class>`; `cls` itself without peft."""
-    if not peft_installed() or getattr(cls, "_joined", False):
+    if _skipped or not peft_installed() or getattr(cls, "_joined", False):
         return cls
     peft = import_module("peft")
     _patch_peft_new(peft.PeftModel)
@@ -50,7 +62,7 @@ def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
 @cache
 def register_with_transformers(model_class: type) -> None:
     """Make transformers' Trainer recognise our `PeftModel` if peft is not installed."""
-    if peft_installed():
+    if _skipped or peft_installed():
         return
     utils, trainer = import_module("transformers.trainer_utils"), import_module("transformers.trainer")
     if not (hasattr(utils, "_is_peft_model") and hasattr(trainer, "_is_peft_model")):

@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import UsageError
+from ..peft_compat import skip_registration
 from ..utils.streams import TolerantStream
 from .bench import bench
 from .choose import choose
@@ -104,6 +105,7 @@ def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
+    skip_registration()
     # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.
