@@ -20,7 +20,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-
 _skipped = False
 
 
