@@ -279,3 +279,5 @@ def test_a_classifier_predicts_where_others_chat(browser, run, pages, commands, 
         assert browser.post("/chat/predict", data={**form, "text": wrong}).status_code == 400
     assert 'value="merge"' in (export := browser.get("/export", params={"run": "runs/first"}).text)
     assert 'value="ollama"' not in export
+    browser.post("/evaluate", data={"run": "runs/first", "split": "test", "generate": "2"})
+    assert finish("eval").args == ["eval", "runs/first", "--split=test"]  # no answers, which it does not write

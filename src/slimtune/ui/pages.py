@@ -215,7 +215,8 @@ class Pages:
         where = [f"--split={self.choices['split'] or 'test'}"]
         if self.choices["held_out"]:
             where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
-        answers = [f"--generate={n}"] if (n := self.choices["generate"]) else []
+        asks = self.choices["generate"] and not is_classifier(run.load_results(strict=False))
+        answers = [f"--generate={self.choices['generate']}"] if asks else []
         self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
         return "/evaluate#job"
 
