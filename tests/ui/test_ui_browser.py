@@ -1,8 +1,9 @@
-"""The page in Chromium, from rows to chat on SmolLM2, and a run on a tiny base that is stopped, resumed and evaluated.
+"""The page in Chromium, from rows to chat on SmolLM2; a run that is stopped and resumed, and a classifier.
 
 Each is used by keyboard and on a phone, has enough contrast in light and dark, and logs nothing.
 """
 
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,15 +128,20 @@ def test_the_page_leads_from_rows_to_chat(smollm2_folder, tmp_path):
     assert all(text.strip() for text in said)
 
 
+CLASSES = [(f"{word} {i}", word) for i in range(16) for word in ("good", "bad")]
+
+
 @pytest.fixture
 def tiny_home(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
-    """A folder with a tiny base as GGUF, and rows."""
+    """A folder with a tiny base as GGUF, conversations, and texts with classes."""
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     home, tokenizer = tmp_path / "home", tiny_tokenizer()
     home.mkdir()
     tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
     write_gguf(home / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
     write_rows(home / "rows.jsonl", 24)
+    texts = ({"text": text, "label": label} for text, label in CLASSES)
+    (home / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return home
 
 
@@ -214,3 +220,26 @@ def test_a_run_is_stopped_in_another_tab_resumed_and_evaluated(tiny_home, tmp_pa
         visit.evaluate("runs/first")
         assert page.get_by_role("heading", name="Answers").is_visible()
         check_page(page, "evaluated")
+
+
+def test_a_classifier_is_trained_evaluated_asked_and_merged(tiny_home, tmp_path):
+    with serve_page(tiny_home) as url, open_watched_page(tmp_path / "profile") as page:
+        visit = Visit(page, url)
+        visit.choose("classes.jsonl", "classification", 40)
+        visit.start("runs/classes")
+        page.get_by_role("link", name="Next: evaluate").wait_for(timeout=WAIT)
+        visit.evaluate("runs/classes")
+        check_page(page, "classes evaluated")
+        page.get_by_role("link", name="Next: talk to it").click()
+        page.get_by_label("Text").fill("good 3")
+        visit.run_command("Predict")
+        assert page.get_by_role("cell", name="%").count() == 2
+        check_page(page, "predicted")
+        visit.go("/export?run=runs/classes")
+        assert page.get_by_label("For").locator("option").all_inner_texts() == [
+            "one plain checkpoint, for transformers and vLLM"
+        ]
+        page.get_by_label("New folder").fill("exports/classes")
+        visit.run_command("Export")
+        assert page.get_by_text("merged and adapted model differ by").is_visible()
+        check_page(page, "merged")
