@@ -12,7 +12,7 @@ import argparse
 from slimtune.adapters.strength import AdapterStrength
 from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.setup import build_collator, load_datasets, load_run
-from slimtune.train_step.loss import evaluate_rows, mean_loss
+from slimtune.train_step.loss import mean_loss, score_supervised_rows
 from slimtune.training.forgetting import choose_general_rows
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
@@ -28,7 +28,9 @@ def main() -> None:
     strength, base = AdapterStrength(trained.model, "default"), None
     for s in STRENGTHS:
         strength.set(s)
-        after, loss = (mean_loss(evaluate_rows(trained.model, rows, collator)) for rows in (general, validation))
+        after, loss = (
+            mean_loss(score_supervised_rows(trained.model, rows, collator)) for rows in (general, validation)
+        )
         base = after if base is None else base
         print(f"strength {s:5.3f}   forgetting {after - base:+.4f}   validation loss {loss:.4f}", flush=True)
 

@@ -13,7 +13,7 @@ from slimtune import bench
 from slimtune.errors import RunError, UsageError
 from slimtune.planning import measured as store
 from slimtune.planning.gpus import find_gpu, measured_gpu, read_table
-from slimtune.planning.measured import Measured, ServingFit, TrainingFit, load_measured, save_measured
+from slimtune.planning.measured import Measured, ServingFit, TrainingFit, load_machine_measurement, save_measured
 from slimtune.planning.result import Range
 from slimtune.planning.serving_speed import estimate_serving_speed
 from slimtune.planning.this_machine import detect_gpu
@@ -62,7 +62,7 @@ def test_median_is_of_alternating_rounds():
 
 
 def test_stored_measurement_comes_back(stored):
-    assert load_measured() == FOUND
+    assert load_machine_measurement() == FOUND
     assert measured_gpu().measured == FOUND == find_gpu("This Machine").measured
     assert detect_gpu("cpu").measured == FOUND
 
@@ -71,7 +71,7 @@ def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, mo
     save_measured(replace(FOUND, threads=FOUND.threads + 1))
     assert detect_gpu("cpu").measured is None
     monkeypatch.setattr(store, "read_processor", lambda: "another CPU")
-    assert load_measured() is None
+    assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="is not measured"):
         find_gpu("this machine")
 
@@ -80,7 +80,7 @@ def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, mo
 def test_damaged_measurement_is_an_error(stored, change):
     stored.write_text(json.dumps(json.loads(stored.read_text()) | change))
     with pytest.raises(RunError, match="is damaged"):
-        load_measured()
+        load_machine_measurement()
 
 
 def test_training_speed_follows_the_fit(stored):

@@ -36,7 +36,7 @@ from .data.labels import (
 )
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
-from .data.tokenized_dataset import SelectedAnswers, TokenizedDataset, split_rows
+from .data.tokenized_dataset import AnswerSubset, TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
@@ -197,7 +197,7 @@ def _prepare_rows(objective: Objective, rows: TokenizedDataset) -> TokenizedData
     """Return rows with their labels for KTO, and ranked lists as pairs if the objective wants that."""
     if "unpaired-preference" in objective.formats:
         return encode_goodness(rows)
-    return SelectedAnswers(rows, (0, -1)) if getattr(objective, "pairs", None) == "best-worst" else rows
+    return AnswerSubset(rows, (0, -1)) if getattr(objective, "pairs", None) == "best-worst" else rows
 
 
 def split_test_rows(

@@ -29,7 +29,7 @@ def test_segment_masks(layout, window):
         rows = dense[segment.start : segment.start + segment.length]
         columns = [k for first, n in segment.key_ranges for k in range(first, first + n)]
         assert rows.sum() == rows[:, columns].sum()
-        mask = layout.segment_mask(i, window, torch.float32, CPU)
+        mask = layout.segment_bias(i, window, torch.float32, CPU)
         if mask is None:
             assert torch.equal(rows[:, columns], torch.ones(segment.length, segment.length, dtype=torch.bool).tril())
         else:

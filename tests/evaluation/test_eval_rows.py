@@ -50,11 +50,11 @@ def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
     (tmp_path / "general.txt").write_text("The sea was calm.")
     scores = []
 
-    def evaluate_rows(model, rows, collator):
+    def score_supervised_rows(model, rows, collator):
         scores.append(len(rows))
         return [RowScore(float("nan") if len(rows) == 1 else 1.0, 0, 1) for _ in rows]
 
-    monkeypatch.setattr("slimtune.evaluation.base.evaluate_rows", evaluate_rows)
+    monkeypatch.setattr("slimtune.evaluation.base.score_supervised_rows", score_supervised_rows)
     with pytest.raises((AdapterError, ModelError), match=r"NaN or Inf on 1 of 1 rows \(lines '1' of .*general.txt"):
         evaluate(run, EvalSettings(general_text=tmp_path / "general.txt"))
 

@@ -7,7 +7,7 @@ from trained_runs import KNOWN, make_talks, shuffle_answers, train_base, train_r
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_verdict
+from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_pass_verdict
 from slimtune.evaluation.supervised import SupervisedEvaluation
 
 
@@ -77,7 +77,7 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
 )
 def test_reasons(figures, reasons):
     result = {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": KEPT, "forgetting": None, **figures}
-    verdict = make_verdict(result, SupervisedEvaluation.list_reasons(result))
+    verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons(result))
     assert verdict["passed"] is (not reasons)
     for reason, expected in zip(verdict["reasons"], reasons, strict=True):
         assert expected in reason

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.utils.device import host_allocation
+from slimtune.utils.device import count_as_host_memory
 
 KB = 1024  # bytes of 256 numbers in fp32
 
@@ -70,7 +70,7 @@ def test_blocks_logits_and_phases():
 
 
 def test_host_allocations_count_apart():
-    with MemoryTracker(separate_host=True) as tracker, host_allocation():
+    with MemoryTracker(separate_host=True) as tracker, count_as_host_memory():
         torch.empty(256)
     assert (tracker.host_peak, tracker.peak) == (KB, 0)
 

@@ -8,7 +8,7 @@ from methods.cases import CASES
 from tiny_run import recipe_of
 from transformers import GPT2Config, LlamaConfig
 
-from slimtune.data.example_lengths import measure_rows, resize_rows, unshare_prefix
+from slimtune.data.example_lengths import measure_example, resize_rows, unshare_prefix
 from slimtune.planning.gpus import gpu_with_memory
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.planner import make_plan
@@ -28,9 +28,9 @@ LISTS = ((70, 20, 25, 15, 30), (40, 10, 22, 18))
 
 def test_lengths_of_examples():
     prompt = list(range(10))
-    assert measure_rows([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
-    assert measure_rows([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (9, 3, 2, 3)
-    assert measure_rows([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (0, 5, 6)  # too little to be shared
+    assert measure_example([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
+    assert measure_example([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (9, 3, 2, 3)
+    assert measure_example([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (0, 5, 6)  # too little to be shared
     assert unshare_prefix((10, 2, 1)) == (0, 12, 11)
     assert [resize_rows(length, lambda n: min(n, 8)) for length in (12, (10, 2, 1))] == [8, (7, 1, 1)]
 

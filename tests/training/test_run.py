@@ -13,7 +13,7 @@ from slimtune.config import load_recipe
 from slimtune.data.collator import Collator
 from slimtune.errors import RunError, UsageError
 from slimtune.setup import load_datasets, load_run
-from slimtune.train_step.loss import evaluate_rows, mean_loss
+from slimtune.train_step.loss import mean_loss, score_supervised_rows
 from slimtune.training import checkpoint
 from slimtune.training.train import Interrupted, train
 
@@ -44,7 +44,9 @@ def test_result_agrees_with_saved_adapter(whole_run):
     rows = load_datasets(loaded.recipe, loaded.base.tokenizer)
     # Every row is trained on twice; a row's tokens are counted as they are, without padding.
     assert whole_run["trained_tokens"] == 2 * sum(len(e["input_ids"]) for e in rows.train)
-    scores = evaluate_rows(loaded.model, rows.validation, Collator(loaded.base.tokenizer.pad_token_id, layout=True))
+    scores = score_supervised_rows(
+        loaded.model, rows.validation, Collator(loaded.base.tokenizer.pad_token_id, layout=True)
+    )
     assert mean_loss(scores) == pytest.approx(whole_run["validation_loss"], abs=1e-6)
 
 

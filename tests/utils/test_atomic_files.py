@@ -17,7 +17,7 @@ from slimtune.run_dir import RunDir
 from slimtune.utils import files
 from slimtune.utils.files import (
     atomic_folder,
-    os_error,
+    explain_os_error,
     parse_json,
     read_json,
     require_output_file,
@@ -74,16 +74,16 @@ def test_what_a_disk_refuses_is_named(tmp_path, monkeypatch, call, code):
     ],
 )
 def test_errors_of_the_system(error, message):
-    found = os_error(error)
+    found = explain_os_error(error)
     assert (found and found.message[: len(message or "")]) == message
 
 
 def test_a_handled_error_is_not_the_cause():
     bug = KeyError("x")
     bug.__context__ = FileNotFoundError(errno.ENOENT, "x", "/r/a")
-    assert os_error(bug) is None
+    assert explain_os_error(bug) is None
     bug.__context__ = OSError(errno.EIO, "x", "/r/a")
-    assert os_error(bug) is not None, "a disk that fails is the cause of whatever follows"
+    assert explain_os_error(bug) is not None, "a disk that fails is the cause of whatever follows"
 
 
 def test_long_names_are_written(tmp_path):

@@ -92,7 +92,7 @@ class WeightDelta:
             A, B, scale = self.factors
             self.factors = A.to(self.dtype), B.to(self.dtype), float(scale)
 
-    def dense(self) -> Tensor:
+    def unscaled_dense(self) -> Tensor:
         """Return `ΔW (out, in)` without the coefficient."""
         if self.factors is not None:
             return (self.factors[1] @ self.factors[0]) * self.factors[2]
@@ -356,7 +356,7 @@ def _approximate(
     is_low_rank = None not in factors and total_rank < min(site.in_features, site.out_features)
     if is_low_rank and prune is None and clamp is None:
         return nearest_low_rank(_concatenate(deltas), rank)
-    total = weighted_sum([d.dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {}))
+    total = weighted_sum([d.unscaled_dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {}))
     return nearest_low_rank(total, rank, clamp, driver)
 
 

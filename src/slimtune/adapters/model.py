@@ -42,7 +42,7 @@ from .targets import (
     MatchReport,
     _get_module_names_tied_with_embedding,
     find_tied_modules,
-    matches_name,
+    matches_regex_or_names,
     select_targets,
 )
 
@@ -291,7 +291,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         report = select_targets(self, peft_config, strict=strict)
         if getattr(peft_config, "target_modules", ()) is None:  # as in PEFT, a config tells which default it used
             default = peft_config.default_targets(self) or []
-            matched = [t for t in default if any(matches_name([t], n) for n in report.kinds)]
+            matched = [t for t in default if any(matches_regex_or_names([t], n) for n in report.kinds)]
             vars(peft_config)["target_modules"] = matched or None
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone

@@ -176,7 +176,7 @@ class PeftLayer:
 
         Where adapters start as a part of the weight (PiSSA), its weight is a copy without that part, as in PEFT.
         """
-        view = make_base_view(self._layer)
+        view = without_adapters(self._layer)
         adapters = self._layer.adapters.items()
         starts = [m for a, m in adapters if "start_A" in m._buffers and a not in self._layer.merged_names]
         if starts and view.weight.is_floating_point() and not view.weight.is_meta:  # else quantized, or not loaded yet
@@ -202,7 +202,7 @@ class PeftLayer:
         """The base module, if an adapter trains a copy of it."""
         if not self._copies and not self._has_tokens:
             raise AttributeError("original_module")
-        return make_base_view(self._layer)
+        return without_adapters(self._layer)
 
     @property
     def parameter_name(self) -> str:
@@ -222,7 +222,7 @@ class PeftLayer:
         modules = {a: m for a, m in self._layer.adapters.items() if "token_indices" in m.peft_values}
         if not modules:
             raise AttributeError("trainable_tokens_original")
-        base: Any = make_base_view(self._layer)
+        base: Any = without_adapters(self._layer)
         vars(base)["_parameters"] = base._parameters | (self._layer.original_parameters or {})
         weight = get_weight(base).detach()
         weight = weight.t() if layer_kind(self._layer) == "embedding" else weight
@@ -412,10 +412,10 @@ _LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter
 def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
     """Return the trained copies of all parameters of a layer (`modules_to_save`), by adapter; not those of a bias."""
     copies, own = layer.trained_copies.items(), set(layer._parameters)
-    return {a: make_base_view(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
+    return {a: without_adapters(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
 
 
-def make_base_view(module: Any, adapter: str | None = None) -> Any:
+def without_adapters(module: Any, adapter: str | None = None) -> Any:
     """Return a module of the base's class that shares everything with `module` but has no adapters.
 
     Its parameters and buffers, and those of its children, are the adapter's trained copies where it has any.
@@ -427,7 +427,7 @@ def make_base_view(module: Any, adapter: str | None = None) -> Any:
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
     vars(view).update({name: value for name, value in vars(module).items() if name not in hidden})
     children = {n: m for n, m in module._modules.items() if not is_adapted or n not in ADDED_CHILDREN}
-    vars(view)["_modules"] = {n: None if m is None else make_base_view(m, adapter) for n, m in children.items()}
+    vars(view)["_modules"] = {n: None if m is None else without_adapters(m, adapter) for n, m in children.items()}
     if is_adapted and adapter in module.trained_copies:
         copies = module.trained_copies[adapter]
         vars(view)["_parameters"] = copies._parameters

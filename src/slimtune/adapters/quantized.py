@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..utils.linear_layers import dequantize_layout
+from ..utils.linear_layers import repack_for_dequantize
 from .state_dict import SaveLoadMixin
 
 _KEEP_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -68,7 +68,7 @@ def disable_cpu_repacking(modules: Iterable[Any]) -> None:
         module.support_avx512bf16_for_cpu = False
         weight = module._parameters["weight"]
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = dequantize_layout(weight.data, weight.quant_state)
+            weight.data, weight.quant_state = repack_for_dequantize(weight.data, weight.quant_state)
             module.quant_state = weight.quant_state
 
 

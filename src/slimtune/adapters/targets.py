@@ -149,7 +149,7 @@ def _get_kinds(matched: list[str], model: nn.Module, modules: Modules, config: P
     for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
         # As in PEFT, an adapter of the module is one of both its weights.
         out_proj = f"{attention}.out_proj"
-        if not excluded or not matches_name(excluded, out_proj):
+        if not excluded or not matches_regex_or_names(excluded, out_proj):
             kinds[out_proj] = _get_kind(out_proj, model, modules, config)
     return kinds
 
@@ -179,7 +179,7 @@ def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` selects by their full name or its end, by module."""
     wanted = getattr(config, "target_parameters", None) or []
     modules = _get_base_modules(model) if wanted else {}
-    found = {n: [p for p in m._parameters if matches_name(wanted, f"{n}.{p}")] for n, m in modules.items()}
+    found = {n: [p for p in m._parameters if matches_regex_or_names(wanted, f"{n}.{p}")] for n, m in modules.items()}
     return {n: names for n, names in found.items() if names}
 
 
@@ -200,7 +200,7 @@ def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = 
     return [
         f"{name}.{parameter}"
         for name, module in _get_base_modules(model).items()
-        if _is_experts(name, module) and not (excluded and matches_name(excluded, name))
+        if _is_experts(name, module) and not (excluded and matches_regex_or_names(excluded, name))
         for parameter, tensor in module._parameters.items()
         if tensor is not None and tensor.dim() == 3
     ]
@@ -232,7 +232,7 @@ def shorten_names(names: list[str], model: nn.Module) -> list[str]:
     ends = list(dict.fromkeys(re.sub(r".*\.[0-9]+\.", "", name) for name in names))
     modules = _get_base_modules(model)
     every = [*modules, *(f"{n}.{p}" for n, m in modules.items() for p in m._parameters)]
-    return ends if {name for name in every if matches_name(ends, name)} == set(names) else names
+    return ends if {name for name in every if matches_regex_or_names(ends, name)} == set(names) else names
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:
@@ -286,7 +286,7 @@ def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> No
         warnings.warn(message, stacklevel=6)
 
 
-def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
+def matches_regex_or_names(wanted: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(wanted, str):
         return get_pattern(wanted).matches(name)
@@ -298,7 +298,7 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     whole = config.modules_to_save or []
     parts = key.split(".")
     parents = [".".join(parts[: i + 1]) for i in range(len(parts))]  # and the name itself
-    if any(matches_name([name], parent) for name in whole for parent in parents):
+    if any(matches_regex_or_names([name], parent) for name in whole for parent in parents):
         return False
     return _is_target(key, config, config.target_modules or [])
 
@@ -394,7 +394,7 @@ def _is_router(name: str, modules: Modules) -> bool:
 
 def _is_target(name: str, config: Any, targets: list[str] | str) -> bool:
     excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
-    if (excluded and matches_name(excluded, name)) or not matches_name(targets, name):
+    if (excluded and matches_regex_or_names(excluded, name)) or not matches_regex_or_names(targets, name):
         return False
     by_index = layers is not None and not isinstance(targets, str)
     return not by_index or layer_index(name, config.layers_pattern) in _as_list(layers)
@@ -446,14 +446,16 @@ def _check_every_name_matches(
         if isinstance(wanted, str) and field_name == "target_modules":
             continue  # the caller sees when the regular expression matches nothing
         names: list[Any] = [wanted] if isinstance(wanted, str) else [[name] for name in sorted(wanted)]
-        unmatched = [w if isinstance(w, str) else w[0] for w in names if not any(matches_name(w, n) for n in modules)]
+        unmatched = [
+            w if isinstance(w, str) else w[0] for w in names if not any(matches_regex_or_names(w, n) for n in modules)
+        ]
         if unmatched:
             says = f"No modules were targeted for adaptation. Target modules {unmatched} not found in the base model. "
             says = "" if matched else says  # PEFT's words
             raise _nothing_matches(f"{says}{field_name}: {format_names(unmatched)}", unmatched, modules)
     parameters = [f"{n}.{p}" for n, m in modules.items() for p in m._parameters]
     wanted = getattr(config, "target_parameters", None) or []
-    if unmatched := [w for w in wanted if not any(matches_name([w], p) for p in parameters)]:
+    if unmatched := [w for w in wanted if not any(matches_regex_or_names([w], p) for p in parameters)]:
         if top := [w for w in unmatched if w in model._parameters]:
             message = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {top[0]!r})"
             raise TargetError(message, "a parameter of a module inside the model")
@@ -465,7 +467,7 @@ def _check_every_name_matches(
         raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
-        found = {layer_index(n, config.layers_pattern) for n in modules if matches_name(targets, n)}
+        found = {layer_index(n, config.layers_pattern) for n in modules if matches_regex_or_names(targets, n)}
         indexes = sorted(i for i in found if i is not None)
         if missing := [i for i in _as_list(layers) if i not in indexes]:
             have = f"layers {indexes[0]} to {indexes[-1]}" if indexes else "no numbered layers"

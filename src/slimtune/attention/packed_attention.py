@@ -89,7 +89,7 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
     segments = []
     for i, n in enumerate(layout.lengths):
         key_ranges = (*prefix, *((firsts[a], layout.lengths[a]) for a in layout.path(i)))
-        mask = layout.segment_mask(i, window, dtype, device)
+        mask = layout.segment_bias(i, window, dtype, device)
         segments.append(Segment(firsts[i] - layout.prefix_keys, n, key_ranges, mask))
     return segments
 

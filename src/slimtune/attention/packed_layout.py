@@ -94,7 +94,7 @@ class PackedLayout:
         """Free the cached masks; they are made again when needed."""
         self._cache.clear()
 
-    def segment_mask(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def segment_bias(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return what is added to a segment's scores `(1, 1, tokens, keys of its path)`; None: causal without more."""
         n, above = self.lengths[segment], self.starts()[segment] + self.prefix_keys
         if window is not None and window >= above + n:

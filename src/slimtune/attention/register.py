@@ -186,7 +186,7 @@ def _attend_packed(
     for i, q in enumerate(query.split(layout.lengths, dim=2)):
         path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.path(i))]
         k, v = (torch.cat([t[s] for s in path], dim=2) if len(path) > 1 else t[path[0]] for t in (keys, values))
-        mask = layout.segment_mask(i, window, query.dtype, query.device)
+        mask = layout.segment_bias(i, window, query.dtype, query.device)
         if mask is None and implementation == "eager":
             n = q.shape[2]
             above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)

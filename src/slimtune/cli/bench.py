@@ -34,12 +34,12 @@ def bench(
     Matrix products, memory, short training steps, decoding in transformers and, if xllamacpp and gguf are installed, in
     llama.cpp: one to two minutes. Let nothing else run meanwhile. The result is a JSON file in the user's data folder.
     """
-    from ..planning.measured import load_measured, measured_file, save_measured
+    from ..planning.measured import load_machine_measurement, measured_file, save_measured
 
     if show or export:
         if device is not None:
             raise UsageError(f"--device and --{'show' if show else 'export'} are both given", "one of them")
-        found = load_measured()
+        found = load_machine_measurement()
         if found is None:
             raise UsageError("this machine is not measured", f"a measurement in {measured_file()}", "slimtune bench")
     else:

@@ -11,7 +11,7 @@ from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_count
 from .common import Json, NegativeResult, console, print_age, print_fields, table
 from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
-from .machines import format_dollars, format_hours, format_short, list_machine_dates, list_machine_sources
+from .machines import format_dollars, format_hours_range, format_short, list_machine_dates, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION, format_rate
 
@@ -51,15 +51,15 @@ def choose(
     from ..planning.machines import describe_machine, rank_machines
     from ..planning.planner import judge_memory
     from ..planning.throughput import estimate_speed, prices
-    from .gpus import gpu_class
+    from .gpus import plan_depends_on
 
     count = tokens or jobs.tokens or MILLION
     cards = [c for c in all_gpus() if c.trains and (c.kind in kinds or ("rent" in kinds and prices(c.name)))]
-    largest = {gpu_class(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
+    largest = {plan_depends_on(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
     machines = []
     for card in cards:
-        plan = plans[gpu_class(card, jobs)]
+        plan = plans[plan_depends_on(card, jobs)]
         speed = estimate_speed(plan.work, card) if plan.work is not None else plan.tokens_per_second
         verdict = judge_memory(plan.need, card.usable)
         machines.append(
@@ -80,7 +80,7 @@ def choose(
         (recipe,) = jobs.recipes.values()
         screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
         if mine is not None and here is not None and here.measured is not None:
-            time = f", {format_hours(mine.cost.hours)}" if mine.cost is not None else ""
+            time = f", {format_hours_range(mine.cost.hours)}" if mine.cost is not None else ""
             screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
         for way, ranked in picks.items():
             if (way == "buy" and owned) or (way == "rent" and rented):
@@ -119,7 +119,7 @@ def _name_pick(ranked: list[Machine], way: str) -> str:
 
 def _explain(machine: Machine, way: str) -> str:
     amount = machine.price if way == "buy" else machine.cost.rent if machine.cost else None
-    time = format_hours(machine.cost.hours if machine.cost else None)
+    time = format_hours_range(machine.cost.hours if machine.cost else None)
     return f"{format_dollars(amount)}, the run in {time}"
 
 
@@ -129,9 +129,9 @@ def _table(ranked: list[Machine], way: str) -> Any:
         cost = m.cost
         money = format_dollars(m.price) if way == "buy" else format_dollars(cost.rent if cost else None)
         kwh = format_short(cost.kwh if cost else None, "{:.2g}".format)
-        power = format_dollars(m.electricity) if m.electricity else kwh
+        power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
         writes = format_short(m.serving.decode if m.serving else None, format_rate)
-        time = format_hours(cost.hours if cost else None)
+        time = format_hours_range(cost.hours if cost else None)
         rows.append((m.gpu.name, f"{m.gpu.memory / 2**30:.0f}", money, time, power, writes))
-    headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity else "kWh")
+    headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
     return table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)

@@ -26,7 +26,7 @@ from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
 from ..knowledge import find_code
-from ..utils.files import os_error, to_json
+from ..utils.files import explain_os_error, to_json
 from ..utils.formatting import escape_controls
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
@@ -143,7 +143,7 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
     """Return the error to show the user for any exception; None for a bug, which only a developer understands."""
     if isinstance(error, SlimtuneError):
         return error
-    if (refused := os_error(error)) is not None:
+    if (refused := explain_os_error(error)) is not None:
         return refused
     if is_out_of_memory(error):
         message = f"there is not enough memory: {str(error).strip() or 'an allocation failed'}"

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..utils.formatting import format_count
 from .common import Json, console, print_age, print_fields, table
 from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
-from .machines import format_dollars, format_hours, format_short, list_machine_dates, list_machine_sources
+from .machines import format_dollars, format_hours_range, format_short, list_machine_dates, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION
 
@@ -63,7 +63,7 @@ def cost(
     if not as_json:
         screen = console()
         where = f"{jobs.model.name} with {plan.method} on {card.name}, {format_count(count)} tokens"
-        screen.print(f"{where}: {format_hours(hours)}\n")
+        screen.print(f"{where}: {format_hours_range(hours)}\n")
 
         def row(label: str, run: Range | None, before: str) -> tuple[str, str, str, str]:
             month = Range(run.low * runs, run.high * runs) if run else None

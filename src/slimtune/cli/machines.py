@@ -21,7 +21,7 @@ def format_short(values: Range | None, format_number: Callable[[float], str]) ->
     return last if first == last else f"{first}–{last}"
 
 
-def format_hours(hours: Range | None) -> str:
+def format_hours_range(hours: Range | None) -> str:
     """Return a time as `39–96 min`, `1.1–2.6 h` or `2–5 days`."""
     if hours is None:
         return "-"
@@ -56,11 +56,11 @@ def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple
         return
     yield row("training", lambda m: m.verdict or "-")
     yield row("trains, t/s", lambda m: format_short(m.plan.tokens_per_second if m.plan else None, format_rate))
-    yield row(run, lambda m: format_hours(m.cost.hours if m.cost else None))
+    yield row(run, lambda m: format_hours_range(m.cost.hours if m.cost else None))
     yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
     yield row("its kWh", lambda m: format_short(m.cost.kwh if m.cost else None, "{:.2g}".format))
-    if any(m.electricity for m in machines):
-        yield row("its electricity", lambda m: format_dollars(m.electricity))
+    if any(m.electricity_dollars for m in machines):
+        yield row("its electricity", lambda m: format_dollars(m.electricity_dollars))
 
 
 def _format_tflops(gpu: Gpu) -> str:

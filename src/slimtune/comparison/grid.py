@@ -25,8 +25,8 @@ from ..objectives import objective_class
 from ..run_dir import RunDir
 from ..setup import load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..training.train import load_training_data
-from ..utils.files import parse_json, read_file
+from ..training.train import load_training_datasets
+from ..utils.files import parse_json, read_regular_file
 from .candidates import Candidate
 
 
@@ -95,7 +95,7 @@ class Grid:
     def is_done(self, candidate: Candidate, seed: int) -> bool:
         """Return whether the run was trained and measured; the scores file is written last, and may be damaged."""
         try:
-            return isinstance(parse_json(read_file(self.run_dir(candidate, seed).scores_file("test"))), list)
+            return isinstance(parse_json(read_regular_file(self.run_dir(candidate, seed).scores_file("test"))), list)
         except (OSError, ValueError):
             return False
 
@@ -165,7 +165,7 @@ def build_grid(
         raise UsageError("the recipe names no test rows to compare the methods on", expected)
     tokenizer = load_tokenizer_from_recipe(recipe)
     test_rows = None if test_file is None else load_eval_dataset(recipe, tokenizer, test_file)[0]
-    rows = load_training_data(recipe, force)
+    rows = load_training_datasets(recipe, force)
     test_rows = rows.test if test_rows is None else test_rows
     if len(test_rows) < 2:
         source = test_file or "data.test_fraction"

@@ -12,7 +12,7 @@ from ..errors import RunError
 from ..evaluation.statistics import estimate_over_seeds, holm_correction, make_fields, mark_pareto_optimal
 from ..objectives import objective_class
 from ..run_dir import RENAMED_KEYS
-from ..utils.files import parse_json, read_file, read_json
+from ..utils.files import parse_json, read_json, read_regular_file
 from ..utils.formatting import format_bytes, format_duration, format_markdown_table
 from .candidates import Candidate
 from .grid import Grid
@@ -110,7 +110,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
     results = [read_json(run.result_file, RENAMED_KEYS) for run in runs]
     measured = [read_json(run.evaluation_file("test"), RENAMED_KEYS) for run in runs]
-    rows = [parse_json(read_file(run.scores_file("test"))) for run in runs]
+    rows = [parse_json(read_regular_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
     reduction, _ = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
     task = (candidate.task or grid.tree.get("task") or {}).get("name", "sft")

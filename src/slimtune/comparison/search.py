@@ -63,7 +63,7 @@ class Search:
     minutes: float | None = None
     force: bool = False
 
-    def run_file(self, trial: FrozenTrial | optuna.Trial) -> Path:
+    def trial_recipe_file(self, trial: FrozenTrial | optuna.Trial) -> Path:
         """Return the recipe file of a trial; its run folder has the same name without a suffix."""
         return self.folder / f"{trial.user_attrs.get(RUN, f'trial-{trial.number + 1}')}.yaml"
 
@@ -103,7 +103,7 @@ def run_search(search: Search, log: Callable[[str], None]) -> list[dict[str, Any
     failed_in_a_row = 0
     while len(tried := _list_trials(study, search)) < most and time.monotonic() < deadline:
         trial = _ask_untried(study, search, tried)
-        recipe_file, values = search.run_file(trial), search.values(trial)
+        recipe_file, values = search.trial_recipe_file(trial), search.values(trial)
         recipe = search.build_recipe(values, recipe_file.with_suffix(""))
         write_atomic(recipe_file, recipe.to_yaml())
         text = f"trial {len(tried) + 1}{f' of {most}' if most < math.inf else ''}: {format_values(values)}"
@@ -139,7 +139,7 @@ def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _list_trials(study: optuna.Study, search: Search) -> list[dict[str, Any]]:
     """Return every trial that ended, in the order in which they were begun first."""
     outcomes = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-    latest = {search.run_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
+    latest = {search.trial_recipe_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
     return [
         {
             "run": run,
@@ -159,7 +159,7 @@ def _enqueue_unfinished(study: optuna.Study, search: Search) -> None:
     if not study.trials:
         known = [r for r in search.ranges if r.path in search.first]
         study.enqueue_trial({r.path: _to_parameter(r, search.first[r.path]) for r in known})
-    latest = {search.run_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
+    latest = {search.trial_recipe_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
     for run, trial in latest.items():
         if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)

@@ -18,7 +18,7 @@ from ..config import Recipe
 from ..config.recipe import apply_settings
 from ..errors import UsageError
 from ..methods import config_class
-from ..training.train import load_training_data
+from ..training.train import load_training_datasets
 from ..utils.files import parse_json, to_json, write_atomic, write_json
 from .candidates import Candidate
 from .folder import check_settings, record_settings
@@ -76,7 +76,7 @@ def tune(
         message = "--over train.epochs: train.max_steps is set, so epochs do not count"
         raise UsageError(message, "--over train.max_steps, or --set train.max_steps=null")
     recipe.require_files()
-    rows = load_training_data(recipe, force)
+    rows = load_training_datasets(recipe, force)
     if not rows.validation:
         raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
     settings = {

@@ -98,7 +98,7 @@ class RowFile:
                     yield dataclasses.replace(found, file=file)
                     continue
                 line, record = found
-                if self.has_whole_files:
+                if self.rows_are_text_files:
                     line = number
                 if (columns := unused_of.get(present := tuple(record))) is None:
                     names = self._choice.find_unused(present, self.format)
@@ -143,13 +143,13 @@ class RowFile:
         return self._has_text and self.format != "document"
 
     @property
-    def has_whole_files(self) -> bool:
+    def rows_are_text_files(self) -> bool:
         """Whether each row is a whole text file; its line is the number of the file in its folder, from 1."""
         return self._has_text and self.format == "document"
 
     def find_file(self, line: int) -> str:
         """Return the name of the file in a folder that is the row with this line; empty: it is not a whole file."""
-        return self._parts[line - 1][0] or "" if self.has_whole_files else ""
+        return self._parts[line - 1][0] or "" if self.rows_are_text_files else ""
 
     def check_columns(self) -> None:
         """Raise DataError for unused columns without which rows mean something else; after an iteration."""

@@ -28,7 +28,7 @@ class RowContent(NamedTuple):
 ALL_SUPERVISED = RowContent()
 
 
-def measure_rows(rows: Sequence[Tokens]) -> ExampleLength:
+def measure_example(rows: Sequence[Tokens]) -> ExampleLength:
     """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
     if len(rows) == 1:
         return len(rows[0])

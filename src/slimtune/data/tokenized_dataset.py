@@ -13,7 +13,7 @@ import numpy as np
 
 from ..utils.files import translate_os_errors
 from ..utils.sequences import IGNORE_INDEX, common_prefix_length
-from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_rows
+from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_example
 
 SAMPLED_ROWS = 256
 Example = dict[str, Any]
@@ -70,7 +70,7 @@ class TokenizedDataset(Sequence[Example]):
         """The length of each example (data/example_lengths.py)."""
         if self._table["row_lengths"].null_count == self._table.num_rows:
             return list(self.lengths.tolist())
-        return [measure_rows([ids for ids, _ in split_rows(example)]) for example in self]
+        return [measure_example([ids for ids, _ in split_rows(example)]) for example in self]
 
     @property
     def content(self) -> RowContent:
@@ -162,28 +162,28 @@ class TokenizedDataset(Sequence[Example]):
         return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
 
 
-class SelectedAnswers(TokenizedDataset):
-    """Some answers of each preference pair or ranked list, by their places among its answers, the best first.
+class AnswerSubset(TokenizedDataset):
+    """Some answers of each preference pair or ranked list, by their indices, 0 for the best.
 
     `(0,)` are the chosen answers as single rows, `(0, -1)` pairs of the best and the worst answer.
     """
 
-    def __init__(self, examples: TokenizedDataset, places: tuple[int, ...]) -> None:
+    def __init__(self, examples: TokenizedDataset, answer_indices: tuple[int, ...]) -> None:
         super().__init__(examples._table, examples._indices, examples._columns)
-        self.places = places
+        self.answer_indices = answer_indices
 
     @property
     def lengths(self) -> np.ndarray:
         rows = self._table["row_lengths"].take(self._indices).to_pylist()
-        return np.array([sum(lengths[place] for place in self.places) for lengths in rows], np.int64)
+        return np.array([sum(lengths[place] for place in self.answer_indices) for lengths in rows], np.int64)
 
-    def select(self, indices: np.ndarray) -> "SelectedAnswers":
-        return SelectedAnswers(super().select(indices), self.places)
+    def select(self, indices: np.ndarray) -> "AnswerSubset":
+        return AnswerSubset(super().select(indices), self.answer_indices)
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         example = super().read(number)
         answers = split_rows(example)
-        rows = [answers[place] for place in self.places]
+        rows = [answers[place] for place in self.answer_indices]
         example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
         for i, key in enumerate(("input_ids", "labels")):
             example[key] = [token for row in rows for token in row[i]]

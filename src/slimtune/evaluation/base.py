@@ -16,7 +16,7 @@ from ..data.labels import Classes
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import AdapterError, ModelError, format_names
 from ..objectives.base import Objective
-from ..train_step.loss import RowScore, evaluate_rows
+from ..train_step.loss import RowScore, score_supervised_rows
 from .statistics import PairedEstimate, paired_bootstrap
 
 RowFigures = list[dict[str, Any]]
@@ -66,9 +66,9 @@ class Evaluation:
         Raises:
             AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `place`.
         """
-        tuned = evaluate_rows(self.model, rows, self.collator)
+        tuned = score_supervised_rows(self.model, rows, self.collator)
         with self.model.disable_adapter():
-            base = evaluate_rows(self.model, rows, self.collator)
+            base = score_supervised_rows(self.model, rows, self.collator)
         for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
             if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:
                 raise error(

@@ -159,7 +159,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     reasons = [*list_missing_rows(result), *evaluation.list_reasons(result)]
     result |= {
         "improved": not reasons,
-        "verdict": make_verdict(result, reasons),
+        "verdict": make_pass_verdict(result, reasons),
         "dropped": row_report.dropped,
         "truncated": row_report.truncated,
         "dtype": str(trained.base.dtype).removeprefix("torch."),
@@ -178,7 +178,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if asked is not None:
         result["generations"] = generate_base_and_tuned_answers(*asked, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
-        result["verdict"] = make_verdict(result, reasons)
+        result["verdict"] = make_pass_verdict(result, reasons)
         save()
     if judge is not None:
         judge_answers(result["generations"], judge)
@@ -232,7 +232,7 @@ def list_missing_rows(result: Mapping[str, Any]) -> list[str]:
     return [reason] if different < MIN_ROWS else []
 
 
-def make_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
+def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
     """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result; `reasons` say why it is not improved."""
     reasons, forgetting, answers = list(reasons), result.get("forgetting"), result.get("generations")
     if forgetting is not None and not forgetting["within"]:

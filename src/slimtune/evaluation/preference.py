@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tokenized_dataset import Example, SelectedAnswers, split_rows
-from ..objectives.base import list_pairs
+from ..data.tokenized_dataset import AnswerSubset, Example, split_rows
+from ..objectives.base import list_better_and_worse
 from ..train_step.loss import count_targets, score_row_logps
 from .base import Evaluation, RowFigures
 from .statistics import PairedEstimate, make_fields
-from .supervised import measure_losses
+from .supervised import measure_supervised_rows
 
 Logps = Sequence[Sequence[float]]
 
@@ -31,7 +31,7 @@ class PreferenceEvaluation(Evaluation):
         with self.model.disable_adapter():
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        result, figures, _ = measure_losses(self, SelectedAnswers(self.examples, (0,)))
+        result, figures, _ = measure_supervised_rows(self, AnswerSubset(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
@@ -59,7 +59,7 @@ def measure_preferences(
         base, tuned: log p of the answers of each example [N][K].
         compare: compares sums of each example [N] per size [N] with intervals (`Evaluation.compare`).
     """
-    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_pairs(e.get("row_scores"))]
+    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_better_and_worse(e.get("row_scores"))]
     owners = np.array([n for n, _, _ in pairs])
 
     def take(values: Sequence[Sequence[float]]) -> np.ndarray:

@@ -16,7 +16,7 @@ class SupervisedEvaluation(Evaluation):
     """Compares the losses of base and tuned model on the supervised tokens."""
 
     def measure(self) -> tuple[dict[str, Any], RowFigures]:
-        result, figures, (base, tuned) = measure_losses(self, self.examples)
+        result, figures, (base, tuned) = measure_supervised_rows(self, self.examples)
         dependence = None
         if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = shuffle_prompts(self.examples, self.seed)
@@ -51,7 +51,7 @@ class SupervisedEvaluation(Evaluation):
         return failures
 
 
-def measure_losses(
+def measure_supervised_rows(
     evaluation: Evaluation, examples: TokenizedDataset
 ) -> tuple[dict[str, Any], RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataError
 from .base import Evaluation, RowFigures
 from .statistics import bootstrap_auc, make_fields
-from .supervised import measure_losses
+from .supervised import measure_supervised_rows
 
 
 class UnpairedEvaluation(Evaluation):
@@ -30,7 +30,7 @@ class UnpairedEvaluation(Evaluation):
             hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
             raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
-        result, figures, scores_of_good = measure_losses(replace(self, examples=good), good)
+        result, figures, scores_of_good = measure_supervised_rows(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))
         for part, (before, after) in ((is_good, scores_of_good), (~is_good, self.score_both(bad))):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))

@@ -34,7 +34,7 @@ from ..models.base_config import load_config
 from ..models.dtype import dtype_name, pick_dtype
 from ..models.errors import silence_libraries
 from ..models.loader import load_base
-from ..models.quantization import remove_quantization, stored_quantization
+from ..models.quantization import forget_quantization_config, stored_quantization
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
 from ..setup import TrainedModel, load_run, load_runs
 from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
@@ -94,7 +94,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         effect = reference.effect  # measured before the model changes
         inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
         if quantized:
-            remove_quantization(model.get_base_model())
+            forget_quantization_config(model.get_base_model())
         with translate_merge_errors(run):
             weights = MergedWeights(model)
         require_disk_space(out, weights.count() * stored.itemsize)

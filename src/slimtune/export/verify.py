@@ -152,7 +152,7 @@ class Verifier:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
         return self._note_quantized_base(verdict)
 
-    def verify_server(self, name: str, engine: LlamaCppEngine, precision: str) -> Verdict:
+    def verify_in_running_server(self, name: str, engine: LlamaCppEngine, precision: str) -> Verdict:
         """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
         verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppEngine.without_adapter)
         return self._note_quantized_base(verdict)

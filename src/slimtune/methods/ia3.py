@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapters.architectures import model_type
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..adapters.targets import matches_name
+from ..adapters.targets import matches_regex_or_names
 from ..errors import ConfigError, TargetError, format_names, nearest
 
 _QV, _KV, _DOWN = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["down_proj"]
@@ -103,7 +103,7 @@ class IA3Config(TargetedConfig):
 
 def _matches_ending(given: list[str] | str, name: str) -> bool:
     # Any ending matches, as in PEFT, not only one that starts at a dot.
-    return matches_name(given, name) if isinstance(given, str) else name.endswith(tuple(given))
+    return matches_regex_or_names(given, name) if isinstance(given, str) else name.endswith(tuple(given))
 
 
 class ScaledOutput(AdapterModule):

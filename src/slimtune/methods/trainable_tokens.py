@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import TargetedConfig, setting
-from ..adapters.targets import matches_name
+from ..adapters.targets import matches_regex_or_names
 from ..errors import TargetError, nearest
 from ..utils.linear_layers import get_weight, layer_kind
 
@@ -69,8 +69,8 @@ class TrainableTokensConfig(TargetedConfig):
         return [built[site.name] for site in sites]
 
     def _is_target(self, name: str) -> bool:
-        excluded = self.exclude_modules and matches_name(self.exclude_modules, name)
-        return bool(self.target_modules and matches_name(self.target_modules, name) and not excluded)
+        excluded = self.exclude_modules and matches_regex_or_names(self.exclude_modules, name)
+        return bool(self.target_modules and matches_regex_or_names(self.target_modules, name) and not excluded)
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
@@ -100,7 +100,7 @@ def find_trainable_rows(
     modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
     chosen: dict[str, list[int]] = {}
     for key, ids in tokens.items():
-        names = [n for n in modules if matches_name([key], n)]
+        names = [n for n in modules if matches_regex_or_names([key], n)]
         if not names:
             # PEFT's words, as below.
             message = f"Target modules {{{key!r}}} not found in the base model. trainable_token_indices: "

@@ -37,7 +37,7 @@ from ..errors import ModelError, RunError, format_names
 from ..utils.files import atomic_folder
 from ..utils.linear_layers import is_finite
 from .errors import silence_libraries, translate_load_errors
-from .quantization import remove_quantization
+from .quantization import forget_quantization_config
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
         log.warning("%s contains %d values, the loaded model %d", path.name, stored, loaded_values)
     _set_rope(model.config, reader, path.name)
     _set_splitting(tokenizer, reader, path.name)
-    remove_quantization(model)
+    forget_quantization_config(model)
     vars(model.config).pop("_model_name_or_path", None)
     if (longest := getattr(model.config, "max_position_embeddings", None)) and tokenizer.model_max_length > longest:
         tokenizer.model_max_length = longest

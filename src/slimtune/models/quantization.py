@@ -120,11 +120,11 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, plain.train(module.training))
-    remove_quantization(model)
+    forget_quantization_config(model)
     return model
 
 
-def remove_quantization(model: Any) -> None:
+def forget_quantization_config(model: Any) -> None:
     """Remove what transformers noted about a base's quantization; its layers stay as they are."""
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)

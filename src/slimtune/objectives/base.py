@@ -106,7 +106,7 @@ def sum_rows(values: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
 
 
-def list_pairs(scores: Sequence[float] | None) -> list[tuple[int, int]]:
+def list_better_and_worse(scores: Sequence[float] | None) -> list[tuple[int, int]]:
     """Return the numbers of the better and of the worse row of each pair of an example.
 
     Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
@@ -147,13 +147,13 @@ class PairObjective(Objective):
 
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return the number of pairs."""
-        return sum(len(list_pairs(e.get("row_scores"))) for e in examples)
+        return sum(len(list_better_and_worse(e.get("row_scores"))) for e in examples)
 
     def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
         """Return losses and rewards of all pairs, and the number of pairs of each example."""
         ends = list(itertools.accumulate(batch["example_rows"]))
         pairs = [
-            [(end - rows + i, end - rows + j) for i, j in list_pairs(scores)]
+            [(end - rows + i, end - rows + j) for i, j in list_better_and_worse(scores)]
             for end, rows, scores in zip(ends, batch["example_rows"], batch["row_scores"], strict=True)
         ]
         numbers = [row for some in pairs for pair in some for row in pair]

@@ -15,7 +15,7 @@ from ..errors import UsageError, format_names
 from ..models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..utils.formatting import format_bytes
 from ..utils.product_names import nearest_product
-from .measured import Measured, load_measured
+from .measured import Measured, load_machine_measurement
 from .result import Range
 
 GIB = 1 << 30
@@ -135,7 +135,7 @@ def find_by_name(name: str) -> list[Gpu]:
 
 def measured_gpu() -> Gpu | None:
     """Return this machine as `slimtune bench` measured it; None if it did not."""
-    found = load_measured()
+    found = load_machine_measurement()
     if found is None:
         return None
     named = find_by_name(found.name) if found.name != THIS_MACHINE else []

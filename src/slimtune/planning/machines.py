@@ -74,7 +74,7 @@ class Machine:
         return Range(min(known), max(known)) if known else None
 
     @property
-    def electricity(self) -> Range | None:
+    def electricity_dollars(self) -> Range | None:
         """Dollars of electricity for the run; None without a price of it."""
         return self.cost.power if self.cost is not None else None
 

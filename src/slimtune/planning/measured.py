@@ -153,7 +153,7 @@ def read_processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def load_measured() -> Measured | None:
+def load_machine_measurement() -> Measured | None:
     """Return the stored measurement; None if there is none of this processor in today's format.
 
     Raises:

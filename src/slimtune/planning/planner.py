@@ -127,7 +127,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     loading = trace.state["weights"] if job.device == "cuda" else 0
     host_moments = [(trace.host_bytes, "in a step"), (loading, "as the base is read"),
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
-    host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
+    host_bytes, host_peak_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # Memory is for the longest rows, speed for rows as the data has them.
     usual = pick_usual_rows(request, job) if gpu.rates else job
     usual_trace = trace if usual is job else extrapolate_layers(usual)
@@ -170,7 +170,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
         tokens_per_second=estimate_speed(work, gpu),
         work=work,
-        evidence=list_evidence(request, host_moment),
+        evidence=evidence_by_figure(request, host_peak_moment),
         notes=[*list_notes(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
@@ -378,8 +378,8 @@ def list_notes(request: PlanRequest, job: TrainingJob) -> list[str]:
     return notes
 
 
-def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
-    """Return the kind of evidence of each figure; `host_moment` is when CPU memory is highest."""
+def evidence_by_figure(request: PlanRequest, host_peak_moment: str) -> dict[str, str]:
+    """Return the kind of evidence of each figure; `host_peak_moment` is when CPU memory is highest."""
     gpu = request.gpu
     sharded = "; the sharded base: computed, what is gathered beside a layer is guessed" if request.fsdp else ""
     traced = f"traced{sharded}"
@@ -390,7 +390,7 @@ def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
         **dict.fromkeys(("max_seq_len", "max_batch_size"), "computed by a formula fitted to traces"),
         "parts": f"{traced}; runtime: guessed",
         "usable_bytes": "measured on this machine" if gpu.kind == "cpu" else f"published ({gpu.source})",
-        "host_bytes": f"computed, {host_moment}; guessed runtime",
+        "host_bytes": f"computed, {host_peak_moment}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
         "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed"
         if gpu.measured is None

@@ -10,7 +10,7 @@ from ..models.dtype import pick_device, pick_dtype
 from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
 from .gpus import THIS_MACHINE, Gpu, add_measured, find_by_name, find_gpu
-from .measured import load_measured
+from .measured import load_machine_measurement
 
 
 def detect_gpu(device: str = "auto") -> Gpu:
@@ -18,7 +18,7 @@ def detect_gpu(device: str = "auto") -> Gpu:
 
     What `slimtune bench` measured on it is used, on a CPU only if it computed with as many threads.
     """
-    gpu, found = _detect_gpu(device), load_measured()
+    gpu, found = _detect_gpu(device), load_machine_measurement()
     threads = torch.get_num_threads() if gpu.device == "cpu" else 0
     if found is None or (found.name, found.device, found.threads) != (gpu.name, gpu.device, threads):
         return gpu

@@ -110,7 +110,7 @@ def start_llama_cpp(
             for index, ((name, run), trained) in enumerate(zip(runs.items(), loaded, strict=True) if verify else ()):
                 model.set_adapter(trained.adapter_name, inference_mode=True)
                 verifier = Verifier(trained, run, folder, log=progress)
-                check = verifier.verify_server(f"llama.cpp, {name}", engine.with_adapter(index), weights)
+                check = verifier.verify_in_running_server(f"llama.cpp, {name}", engine.with_adapter(index), weights)
                 if check.passed is False:
                     hint = "--precision f32 or q8_0, or --engine torch"
                     raise RunError(f"llama.cpp differs from the adapter of {run}: {check.reason}", check.limit, hint)

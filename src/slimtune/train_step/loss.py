@@ -185,7 +185,7 @@ class RowScore(NamedTuple):
     tokens: int
 
 
-def evaluate_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
+def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
     """Return the score of each row, in the order given; arguments as for `score_examples`."""
 
     def measure(batch: dict[str, Any]) -> Tensor:

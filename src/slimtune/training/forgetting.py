@@ -39,7 +39,7 @@ def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenize
     return rows[every // 2 :: every]
 
 
-def fit_strength(
+def reduce_strength_to_budget(
     strength: AdapterStrength, measure: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.

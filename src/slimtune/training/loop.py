@@ -51,7 +51,7 @@ from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
 from ..utils.files import to_json, translate_os_errors
 from . import checkpoint, nonfinite
-from .forgetting import fit_strength
+from .forgetting import reduce_strength_to_budget
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
 from .scoring import score_in_parts
@@ -485,7 +485,9 @@ class TrainingLoop:
         before = forgetting = known[step] if step in known else self.measure_forgetting()
         strength, tried = 1.0, list[tuple[float, float]]()
         if not before <= budget:  # NaN is outside
-            strength, tried = fit_strength(AdapterStrength(self.model, "default"), self.measure_forgetting, budget)
+            strength, tried = reduce_strength_to_budget(
+                AdapterStrength(self.model, "default"), self.measure_forgetting, budget
+            )
             forgetting = max((change for s, change in tried if s == strength), default=0.0)
             loss = self.measure(self.validation, self.objective)[1]["loss"] if self.validation else None
             self.logger.say(

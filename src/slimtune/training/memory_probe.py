@@ -33,7 +33,7 @@ def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_s
     )
     others = 0 if loop.device.type == "cuda" else max(0, resident_at_start - int(plan["runtime_bytes"]["high"]))
     used -= others
-    low, high = planned_bytes(plan, loop.device)
+    low, high = planned_bytes_range(plan, loop.device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
     low = low - plan["parts"]["optimizer"] if collator.max_tokens == limit else 0
@@ -70,7 +70,7 @@ def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]
     return micro_batch["input_ids"].numel(), peak_memory(loop.device, reserved=True)
 
 
-def planned_bytes(plan: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
+def planned_bytes_range(plan: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
     """Return the fewest and most planned bytes, as `peak_memory(reserved=True)` counts them."""
     outside_allocator = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
     low, high = (int(plan["need_bytes"][end] - outside_allocator[end]) for end in ("low", "high"))

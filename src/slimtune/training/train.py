@@ -27,7 +27,7 @@ from ..data.collator import Collator, Example
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.mismatched_rows import MismatchedRows
-from ..data.tokenized_dataset import SelectedAnswers
+from ..data.tokenized_dataset import AnswerSubset
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.base_config import max_positions
@@ -44,7 +44,7 @@ from ..utils.formatting import format_bytes, format_count
 from . import checkpoint
 from .forgetting import choose_general_rows
 from .loop import TrainingLoop
-from .memory_probe import compare_with_plan, planned_bytes
+from .memory_probe import compare_with_plan, planned_bytes_range
 from .nonfinite import find_nonfinite_weights
 from .oom_recovery import EVENT
 from .progress import ProgressLogger, require_trackers, start_trackers
@@ -156,7 +156,7 @@ def _train(
     settings = recipe.train
 
     # Data and plan, before a weight is loaded.
-    data = distributed.run_on_all_ranks(lambda: load_training_data(recipe, force))
+    data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
     file = recipe.data.general_text or BUILT_IN_TEXT
     general_text = read_general_text(file) if settings.forgetting_budget is not None else []
     lengths = data.lengths()
@@ -207,7 +207,7 @@ def _train(
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
         # The same in every process:
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
-        planned = None if plan is None else planned_bytes(plan, device)[1]
+        planned = None if plan is None else planned_bytes_range(plan, device)[1]
         objective = recipe.objective()
         if objective.needs_mismatched_rows:
             data.train, data.validation = (
@@ -319,7 +319,7 @@ def require_finite_weights(base: Base) -> None:
         )
 
 
-def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
+def load_training_datasets(recipe: Recipe, force: bool) -> setup.Datasets:
     """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
     if recipe.model.quantization is not None:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
@@ -333,7 +333,7 @@ def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
-        train, validation = (SelectedAnswers(rows, (0,)) for rows in (data.train, data.validation))
+        train, validation = (AnswerSubset(rows, (0,)) for rows in (data.train, data.validation))
         return dataclasses.replace(data, train=train, validation=validation)
     return data
 

@@ -16,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from ..errors import SlimtuneError
-from ..utils.files import os_error
+from ..utils.files import explain_os_error
 from .pages import Pages
 
 STATIC = {
@@ -55,7 +55,7 @@ def build_app(pages: Pages) -> Starlette:
                 except SlimtuneError as e:
                     error = e
                 except OSError as e:
-                    if (error := os_error(e)) is None:
+                    if (error := explain_os_error(e)) is None:
                         raise
                     status = 507
             page = await run_in_threadpool(show, error=error)

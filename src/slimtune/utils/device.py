@@ -119,7 +119,7 @@ def is_simulated() -> bool:
 
 
 @contextmanager
-def host_allocation() -> Iterator[None]:
+def count_as_host_memory() -> Iterator[None]:
     """Count what is allocated in the `with` as CPU memory when a device is simulated."""
     before = _host.set(True)
     try:

@@ -88,7 +88,7 @@ def read_json(
 ) -> dict[str, Any]:
     """Return the JSON object in a file, its keys `renamed` at any depth; raise `error` if the file is damaged."""
     try:
-        values = parse_json(read_file(file), renamed)
+        values = parse_json(read_regular_file(file), renamed)
         if not isinstance(values, dict):
             raise ValueError(f"it contains {_JSON_TYPES.get(type(values), 'a number')}")
     except (OSError, ValueError) as e:
@@ -123,7 +123,7 @@ def _to_plain(value: Any) -> Any:
 # --- files and folders -----------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> bytes:
+def read_regular_file(path: Path) -> bytes:
     """Return the content of a file; raise OSError for a folder, a device or a pipe, whose reading might never end."""
     require_regular(path)
     return path.read_bytes()
@@ -302,13 +302,13 @@ def translate_os_errors(path: Path, needed: int | None = None, fix: str = "") ->
     except SlimtuneError:
         raise
     except Exception as e:
-        error = os_error(e, path, needed, fix)
+        error = explain_os_error(e, path, needed, fix)
         if error is None:
             raise
         raise error from e
 
 
-def os_error(
+def explain_os_error(
     error: BaseException, path: Path | None = None, needed: int | None = None, fix: str = ""
 ) -> SlimtuneError | None:
     """Return the error that says what a file system refused; None if `error` is about something else.

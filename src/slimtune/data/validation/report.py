@@ -359,7 +359,7 @@ class DatasetReport:
             name, low = ("desirable", bad / good) if good < bad else ("undesirable", 0.75 * good / bad)
             advice = f"task.{name}_weight of {low:.2f} to {4 / 3 * low:.2f} balances them"
             notes.append(f"{good:,} good and {bad:,} bad answers: a {advice}")
-        if self.source.has_whole_files:
+        if self.source.rows_are_text_files:
             notes.append("each file is one document; its line is its number in the order of the names")
         if self.source.format in ("text", "document"):
             end = "the end-of-text token" if self.tokenizer is None else repr(self.tokenizer.eos_token)

@@ -34,14 +34,14 @@ from ...adapters.targets import (
     find_uncalled_layers,
     list_linear_layers,
     match_parameters,
-    matches_name,
+    matches_regex_or_names,
     shorten_names,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
 from .alora import LinearALora, calculate_alora_offsets
-from .attention import AttentionLora, double_out_projections
+from .attention import AttentionWeightLora, double_out_projections
 from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
@@ -198,7 +198,7 @@ class LoraConfig(PatternedConfig):
                 warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
             tokens = self.trainable_token_indices
             by_key = tokens.items() if isinstance(tokens, dict) else ()
-            lists = [ids for key, ids in by_key if any(matches_name([key], n) for n in tied)]
+            lists = [ids for key, ids in by_key if any(matches_regex_or_names([key], n) for n in tied)]
             if any(ids != lists[0] for ids in lists):
                 message = "Cannot ensure weight tying when different token indices are specified for tied layers"
                 raise ConfigError(message, "the same ids for all of them, or ensure_weight_tying=False")
@@ -269,10 +269,10 @@ class LoraConfig(PatternedConfig):
             raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
         if site.kind == "parameters":
             wanted = self.target_parameters or []
-            names = [p for p in site.module._parameters if matches_name(wanted, f"{site.name}.{p}")]
+            names = [p for p in site.module._parameters if matches_regex_or_names(wanted, f"{site.name}.{p}")]
             return ParameterLora(site, self, names)
         weight = f"{site.name}.weight"
-        name = weight if matches_name(self.target_parameters or [], weight) else site.name
+        name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
         r, alpha = self.get_rank(name), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
@@ -282,7 +282,7 @@ class LoraConfig(PatternedConfig):
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
         if site.kind == "weight":
-            return AttentionLora(site, self, r, scale)
+            return AttentionWeightLora(site, self, r, scale)
         if site.kind == "conv":
             return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
         if site.kind != "embedding":
@@ -323,7 +323,7 @@ class LoraConfig(PatternedConfig):
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         for module in adapter_modules.values():
             if isinstance(module, ParameterLora):
-                module.note_gradients()
+                module.note_reached_experts()
 
     def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
         found = {

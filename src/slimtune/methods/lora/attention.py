@@ -16,7 +16,7 @@ from ...kernels.low_rank import add_low_rank
 from .layers import LinearLora
 
 
-class AttentionLora(LinearLora):
+class AttentionWeightLora(LinearLora):
     """`W + n · s · B A` for one of the two weights."""
 
     times: int = 1
@@ -47,5 +47,5 @@ def double_out_projections(sites: Sequence[Site], modules: Iterable[AdapterModul
     """Set `times` to 2 at each out_proj whose attention module has the same adapter."""
     attentions = {site.name for site in sites if site.kind == "weight"}
     for site, module in zip(sites, modules, strict=True):
-        if isinstance(module, AttentionLora) and site.name.rpartition(".")[0] in attentions:
+        if isinstance(module, AttentionWeightLora) and site.name.rpartition(".")[0] in attentions:
             module.times = 2

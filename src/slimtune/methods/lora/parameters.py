@@ -111,7 +111,7 @@ class ParameterLora(LoraModule):
         message = "lora.ParamWrapper does not support mixed adapter batches yet."
         raise UsageError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
 
-    def note_gradients(self) -> None:
+    def note_reached_experts(self) -> None:
         """Note which experts the last backward pass reached."""
         for module in self.each_parameter():
             grad: Any = module.lora_B.weight.grad
