@@ -43,7 +43,6 @@ class TrainingJob:
     method: PeftConfig
     dtype: torch.dtype  # of the base's weights
     lengths: tuple[ExampleLength, ...]  # of the examples of a micro-batch
-    supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
     micro_batches: int = 1  # in an optimizer step
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
     gradient_checkpointing: bool = False
@@ -52,6 +51,7 @@ class TrainingJob:
     optimizer: str = "adamw"  # a key of train_step.optimizer.OPTIMIZERS
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
+    supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
 
     @property
     def row_tokens(self) -> list[int]:
