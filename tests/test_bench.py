@@ -26,7 +26,9 @@ FOUND = Measured(
     versions={"slimtune": "1", "torch": "2"}, memory=16 << 30, bf16=True, device="cpu",
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
     training=TrainingFit(1.5, 0.5, 2.0, 1e-5, NARROW),
-    serving={"llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e-4, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)},
+    serving={
+        "llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e10, 1e-4, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)
+    },
     steps=[{"width": 512}], skipped={},
 )  # fmt: skip
 
@@ -47,11 +49,13 @@ def test_fit_finds_the_factors_and_none_below_zero():
 
 
 def test_fit_of_decoding():
-    runs = [(p, size, layers) for p in ("F16", "Q8_0") for size, layers in ((1e8, 2), (4e7, 12), (2e7, 30))]
-    seconds = [size / {"F16": 1e10, "Q8_0": 8e9}[p] + layers * 1e-4 + 2e-3 for p, size, layers in runs]
+    shapes = [(1e8, 2, 1e5), (1e8, 2, 1e6), (4e7, 12, 5e5), (2e7, 30, 1e6), (2e7, 30, 9e6)]
+    runs = [(p, *shape) for p in ("F16", "Q8_0") for shape in shapes]
+    speeds = {"F16": 1e10, "Q8_0": 8e9}
+    seconds = [size / speeds[p] + cached / 3e9 + layers * 1e-4 + 2e-3 for p, size, layers, cached in runs]
     fit = bench.fit_serving(("F16", "Q8_0"), runs, seconds, {})
     assert fit.bytes_per_second == pytest.approx({"F16": 1e10, "Q8_0": 8e9})
-    assert (fit.layer_s, fit.token_s) == pytest.approx((1e-4, 2e-3))
+    assert (fit.layer_s, fit.token_s, fit.cache_bytes_per_second) == pytest.approx((1e-4, 2e-3, 3e9))
     assert fit.spread == (0.9, 1.1)
 
 

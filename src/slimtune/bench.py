@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ VOCABULARY = 16384
 DECODED = ((2048, 2), (1024, 6), (512, 32))
 """Width and layers of the Llamas that write text; their vocabulary is `SMALL_VOCABULARY`."""
 SMALL_VOCABULARY = 4096
-PROMPT, NEW_TOKENS = 256, 32
+SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
+"""Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
 PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
 """Precisions of GGUF files that are measured."""
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 9, 3, 12.0
@@ -232,26 +234,27 @@ class TrainingStep:
 def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = str(dtype).removeprefix("torch.").replace("bfloat16", "BF16").replace("float32", "F32")
-    prompt = torch.ones(1, PROMPT, dtype=torch.long, device=clock.device)
-    works, features, operations = [], [], []
+    works, runs, operations = [], [], []
     for width, layers in DECODED:
         config = make_config(width, layers, SMALL_VOCABULARY)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device).eval()
         model.generation_config.eos_token_id = None
 
-        def generate(new: int, model: Any = model) -> None:
+        def generate(length: int, new: int, model: Any = model) -> None:
+            prompt = torch.ones(1, length, dtype=torch.long, device=clock.device)
             model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new)
 
-        works += [lambda g=generate: g(1), lambda g=generate: g(1 + NEW_TOKENS)]
         embedding = model.get_input_embeddings().weight
         read = sum(p.nbytes for p in model.parameters() if p is not embedding)
-        features.append((float(read), float(layers)))
+        for length in (PROMPT, SHORT_PROMPT):
+            works += [partial(generate, length, 1), partial(generate, length, 1 + NEW_TOKENS)]
+            runs.append((name, float(read), float(layers), cached_bytes(config, length, embedding.element_size())))
         operations.append(2.0 * PROMPT * (read / embedding.element_size() - embedding.numel()))
     with torch.no_grad():
         seconds = clock.medians(works)
     prompts, wholes = seconds[::2], seconds[1::2]
     decoded = [(whole - first) / NEW_TOKENS for first, whole in zip(prompts, wholes, strict=True)]
-    return fit_serving([name], [(name, *f) for f in features], decoded, {name: operations[0] / prompts[0]})
+    return fit_serving([name], runs, decoded, {name: operations[0] / prompts[0]})
 
 
 def measure_llama_cpp(device: torch.device) -> ServingFit:
@@ -267,40 +270,52 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     has_gpu = any("GPU" in str(d.get("type", "")) for d in xllamacpp.get_device_info())
     if device.type != "cpu" and not has_gpu:
         raise ModelError("the installed xllamacpp computes on the CPU alone", "a build for this GPU")
-    features, decoded = [], []
+    runs, decoded = [], []
     prompts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
         for precision, (width, layers) in itertools.product(PRECISIONS, DECODED):
             file = Path(folder) / "model.gguf"
-            read, weights = write_random_gguf(file, make_config(width, layers, SMALL_VOCABULARY), precision)
+            config = make_config(width, layers, SMALL_VOCABULARY)
+            read, weights = write_random_gguf(file, config, precision)
             engine = LlamaCppEngine(
                 file, max_tokens=2 * PROMPT, threads=max(torch.get_num_threads(), 1), cache="f16",
                 gpu_layers=0 if device.type == "cpu" else 999,
             )  # fmt: skip
-            engine.measure_seconds(PROMPT, NEW_TOKENS)
-            rounds = [engine.measure_seconds(PROMPT, NEW_TOKENS) for _ in range(3)]
+            for length in (PROMPT, SHORT_PROMPT):
+                engine.measure_seconds(length, NEW_TOKENS)
+                rounds = [engine.measure_seconds(length, NEW_TOKENS) for _ in range(3)]
+                prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+                runs.append((precision, float(read), float(layers), cached_bytes(config, length, 2)))
+                decoded.append(token_s)
+                prompts.setdefault(precision, 2 * weights / prompt_s)
             engine.close()
             file.unlink()
-            prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-            features.append((precision, float(read), float(layers)))
-            decoded.append(token_s)
-            prompts.setdefault(precision, 2 * weights / prompt_s)
-    return fit_serving(PRECISIONS, features, decoded, prompts)
+    return fit_serving(PRECISIONS, runs, decoded, prompts)
+
+
+def cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> float:
+    """Return the bytes of keys and values that a new token reads on average after a prompt."""
+    heads = config.num_key_value_heads or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
+    return float(per_token * bytes_per_value * (prompt + NEW_TOKENS / 2))
 
 
 def fit_serving(
     precisions: Sequence[str],
-    runs: Sequence[tuple[str, float, float]],
+    runs: Sequence[tuple[str, float, float, float]],
     seconds: Sequence[float],
     prompts: dict[str, float],
 ) -> ServingFit:
-    """Fit the seconds of a token to runs of (precision, bytes, layers)."""
-    features = [[size * (precision == p) for p in precisions] + [layers, 1.0] for precision, size, layers in runs]
-    *inverse, layer_s, token_s = factors = fit_nonnegative(features, seconds)
+    """Fit the seconds of a token to runs of (precision, bytes, layers, cached bytes)."""
+    features = [
+        [*(size * (precision == p) for p in precisions), cached, layers, 1.0]
+        for precision, size, layers, cached in runs
+    ]
+    *inverse, cache, layer_s, token_s = factors = fit_nonnegative(features, seconds)
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
-    return ServingFit(speeds, layer_s, token_s, prompts, spread)
+    return ServingFit(speeds, 1 / cache if cache > 0 else min(speeds.values()), layer_s, token_s, prompts, spread)
 
 
 def write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

@@ -90,11 +90,12 @@ def estimate_serving_speed(
         sequences: requests decoded together.
         precision: of the weights, by which a measurement of this machine is chosen.
     """
-    moved = read_bytes + sequences * cache_bytes
+    cached = sequences * cache_bytes
     if gpu.measured is not None and (found := gpu.measured.find_serving(engine, precision)) is not None:
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
-        seconds = moved / fit.bytes_per_second[nearest] + layers * fit.layer_s + fit.token_s
+        seconds = read_bytes / fit.bytes_per_second[nearest] + cached / fit.cache_bytes_per_second
+        seconds += layers * fit.layer_s + fit.token_s
         return ServingSpeed(
             Range(*(end / seconds for end in fit.spread)),
             Range(*(end / prompt_seconds for end in fit.spread)),
@@ -106,7 +107,8 @@ def estimate_serving_speed(
     decoding, prefill = DECODING[key], PREFILL[key]
     prompt_seconds = 2 * weights / (prefill.share * gpu.rates[prefill.rate])
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
-    seconds = max(moved / (decoding.share * gpu.bandwidth), sequences * prompt_seconds) + layers * decoding.layer_s
+    read_seconds = (read_bytes + cached) / (decoding.share * gpu.bandwidth)
+    seconds = max(read_seconds, sequences * prompt_seconds) + layers * decoding.layer_s
     return ServingSpeed(
         Range(*(end / seconds for end in decoding.spread)),
         Range(*(end / prompt_seconds for end in prefill.spread)),
