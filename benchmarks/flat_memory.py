@@ -2,7 +2,7 @@
 
     python benchmarks/flat_memory.py [--steps 200] [--methods lora bottleneck …] [--unlimited] [--picture FILE]
 
-Each run is a process of its own, `slimtune train` of the demo's recipe. Rows have many lengths, so each micro-batch has
+Each run is a process of its own, `slimtune train` on the demo's rows. They have many lengths, so each micro-batch has
 shapes of its own; what oneDNN and torch keep of older shapes shows as growth. `--unlimited` gives their caches the
 1,024 entries that they have without slimtune. Exit code 1: the last step has 5 % more than step 10, or lies outside of
 what the plan said.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-RECIPE = Path(__file__).parents[1] / "examples/devils-dictionary.yaml"
+ROWS = Path(__file__).parents[1] / "examples/devils-dictionary/train.jsonl"
 METHODS = ("lora", "bottleneck", "prefix_tuning", "prompt_tuning", "ia3")
 MOST_GROWTH = 1.05
 
@@ -25,9 +25,9 @@ def train(method: str, steps: int, unlimited: bool) -> tuple[list[int], dict[str
     """Run a training; return the bytes after each step, and the plan's range of them."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "slimtune", "train", str(RECIPE), "--method", method]
-        for setting in (f"train.max_steps={steps}", f"output_dir={run}", "data.validation=null", "data.test=null"):
-            command += ["--set", setting]
+        command = [sys.executable, "-m", "slimtune", "train", "--model", "smollm2-135m", "--data", str(ROWS)]
+        command += ["--method", method, "--max-steps", str(steps), "--out", str(run), "--batch-size", "8"]
+        command += ["--set", "data.validation_fraction=0"]
         caches = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024") if unlimited else {}
         done = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -257,7 +257,7 @@ class Pages:
         self.choose({RUN: str(run.path)}, (RUN,))
         if not is_classifier(run.load_results(strict=False)):
             self.conversation = Chat(str(run.path), self.workspace.root, self.chat_program)
-        return "/chat#say"
+        return "/chat"
 
     def predict(self, form: Form) -> str:
         """Start the prediction of a classifier or a reward model for a text."""
@@ -291,18 +291,18 @@ class Pages:
         self.require_chat().ask(
             form.get("text", ""), ["tuned"] if self.choices["alone"] else ["base", "tuned"], settings
         )
-        return "/chat#say"
+        return "/chat"
 
     def new_chat(self, form: Form) -> str:
         """Begin a new conversation."""
         self.choose(form, ("system",))
         self.require_chat().begin(self.choices["system"])
-        return "/chat#say"
+        return "/chat"
 
     def stop_chat(self, form: Form) -> str:
         """Stop an answer."""
         self.require_chat().stop()
-        return "/chat#say"
+        return "/chat"
 
     def require_chat(self) -> Chat:
         """Return the conversation; raise UsageError if no run is loaded."""
