@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models_zoo import shake
 from transformers import AutoModelForCausalLM
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.config import Recipe
+from slimtune.models.loader import load_base
 from slimtune.run_dir import RunDir
 
 TALKS = [
@@ -60,3 +62,14 @@ def make_run(
     change(model)
     model.save_pretrained(run.adapter)
     return path
+
+
+def save_adapter_of(base: Path, folder: Path, config: Any, change: Callable[[Any], None] = shake) -> Path:
+    """Write an adapter that does something, of a base that is named by its path."""
+    base_model = load_base(str(base), dtype="float32", device="cpu").model
+    torch.manual_seed(0)  # of A, so that what a fault changes is the same each time
+    model = get_peft_model(base_model, config)
+    change(model)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_zoo import shake
+from hand_run import save_adapter_of
 from tiny_gguf import write_tiny_base
 from typer.testing import CliRunner
 
@@ -38,18 +38,9 @@ def base(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
     patch.undo()
 
 
-def adapter_on(base: Path, folder: Path, config: Any) -> Path:
-    """Write an adapter that does something, of a base that is named by its path."""
-    model = slimtune.get_peft_model(load_base(str(base), dtype="float32", device="cpu").model, config)
-    shake(model)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
-    return adapter_on(base, tmp_path_factory.mktemp("runs") / "lora", slimtune.LoraConfig(**LORA))
+    return save_adapter_of(base, tmp_path_factory.mktemp("runs") / "lora", slimtune.LoraConfig(**LORA))
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +108,7 @@ def test_vllm(run, tmp_path):
 
 
 def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_path):
-    run = adapter_on(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("raise SystemExit('no such architecture')")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
@@ -149,7 +140,7 @@ def test_verify_a_run(run):
 )
 @pytest.mark.slow
 def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
-    run, merged = adapter_on(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
+    run, merged = save_adapter_of(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
     for to in ("gguf", "ollama", "vllm"):
         with pytest.raises((UsageError, AdapterError), match=r"(?i)merge|slimtune \(?generate") as refused:
             export(run, to, tmp_path / to, ExportOptions(merged=False), threads=1)
@@ -227,7 +218,7 @@ def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
 
 
 def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
-    run = adapter_on(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
+    run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
     check = export(run, "gguf", tmp_path / "out")["check"]
     assert check["passed"] is None
     assert "convert_hf_to_gguf.py" in check["reason"]

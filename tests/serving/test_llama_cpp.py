@@ -2,16 +2,15 @@
 
 import importlib.util
 import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
 import torch
-from hand_run import make_run
+from hand_run import make_run, save_adapter_of
 from markers import train_to_say
 from serving_client import make_client, wait_until
+from tiny_gguf import write_gguf
 from typer.testing import CliRunner
 
 import slimtune
@@ -20,14 +19,9 @@ from slimtune.errors import RunError, UsageError
 from slimtune.evaluation.generate import Generator
 from slimtune.export import gguf as gguf_module
 from slimtune.export import reference
-from slimtune.models.loader import load_base
 from slimtune.serving import llama_cpp
 from slimtune.serving.server import ModelServer, ServeSettings
 from slimtune.setup import load_run
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from models_zoo import shake
-from tiny_gguf import write_gguf
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 ASK = [{"role": "user", "content": "Define hope."}]
@@ -58,14 +52,6 @@ def base(tmp_path_factory, tiny_llama, tokenizer):
         yield write_gguf(place / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
 
 
-def save_adapter(base, folder, config, change):
-    model = slimtune.get_peft_model(load_base(str(base), dtype="float32", device="cpu").model, config)
-    change(model)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def adapters(base, tokenizer):
     """Two adapters that each say one letter, one that says half of a character, and one of random weights."""
@@ -73,9 +59,9 @@ def adapters(base, tokenizer):
     for name, letter in {"says-a": "a", "says-b": "b", "half": "Ã"}.items():
         config = slimtune.LoraConfig(r=8, lora_alpha=32, target_modules=LAYERS, task_type="CAUSAL_LM")
         change = train_to_say(tokenizer.convert_tokens_to_ids(letter))
-        made.append(save_adapter(base, base.with_name(name), config, change))
+        made.append(save_adapter_of(base, base.with_name(name), config, change))
     config = slimtune.LoraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=LAYERS, task_type="CAUSAL_LM")
-    return [*made, save_adapter(base, base.with_name("random"), config, shake)]
+    return [*made, save_adapter_of(base, base.with_name("random"), config)]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +139,7 @@ def test_log_probabilities_that_llama_cpp_does_not_give_are_an_error(server):
 
 
 def test_an_adapter_without_a_gguf_form_is_refused_before_a_weight_is_loaded(base, monkeypatch):
-    folder = save_adapter(base, base.with_name("ia3"), slimtune.IA3Config(task_type="CAUSAL_LM"), shake)
+    folder = save_adapter_of(base, base.with_name("ia3"), slimtune.IA3Config(task_type="CAUSAL_LM"))
     monkeypatch.delattr(llama_cpp, "load_trained_runs")
     with pytest.raises(UsageError, match=r"llama.cpp cannot serve .*ia3: the ia3 adapter is not a LoRA") as caught:
         ModelServer([str(folder)], ServeSettings(port=0, engine="llama.cpp"))
