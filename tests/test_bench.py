@@ -27,7 +27,7 @@ FOUND = Measured(
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
     training=TrainingFit(1.5, 0.5, 2.0, 1e-5, NARROW),
     serving={
-        "llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e10, 1e-4, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)
+        "llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e-10, 1e-4, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)
     },
     steps=[{"width": 512}], skipped={},
 )  # fmt: skip
@@ -55,7 +55,7 @@ def test_fit_of_decoding():
     seconds = [size / speeds[p] + cached / 3e9 + layers * 1e-4 + 2e-3 for p, size, layers, cached in runs]
     fit = bench.fit_serving(("F16", "Q8_0"), runs, seconds, {})
     assert fit.bytes_per_second == pytest.approx({"F16": 1e10, "Q8_0": 8e9})
-    assert (fit.layer_s, fit.token_s, fit.cache_bytes_per_second) == pytest.approx((1e-4, 2e-3, 3e9))
+    assert (fit.layer_s, fit.token_s, 1 / fit.cached_byte_s) == pytest.approx((1e-4, 2e-3, 3e9))
     assert fit.spread == (0.9, 1.1)
 
 

@@ -311,11 +311,11 @@ def fit_serving(
         [*(size * (precision == p) for p in precisions), cached, layers, 1.0]
         for precision, size, layers, cached in runs
     ]
-    *inverse, cache, layer_s, token_s = factors = fit_nonnegative(features, seconds)
+    *inverse, cached_byte_s, layer_s, token_s = factors = fit_nonnegative(features, seconds)
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
-    return ServingFit(speeds, 1 / cache if cache > 0 else min(speeds.values()), layer_s, token_s, prompts, spread)
+    return ServingFit(speeds, cached_byte_s, layer_s, token_s, prompts, spread)
 
 
 def write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

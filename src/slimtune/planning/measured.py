@@ -7,8 +7,8 @@ A training step takes the sum of four parts, whose factors are fitted to real st
 
 The first sum is over the operators that multiply, the second over the others, the third over the fused kernels of
 attention, whose operations grow with the square of a row's length; `n` counts all operators. A decoded token takes
-`bytes / speed of the precision + cached bytes / speed of the cache + layers · seconds of a layer + seconds of a
-token`. It imports no torch.
+`bytes / speed of the precision + cached bytes · seconds of one + layers · seconds of a layer + seconds of a token`. It
+imports no torch.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ..errors import RunError
 from ..utils.files import read_json, write_json
 from .result import Range
 
-FORMAT = 3
+FORMAT = 4
 LEAST_SPREAD = 0.1
 """A prediction is not called more certain than this, however well the measured steps agree."""
 NEAREST = {
@@ -50,7 +50,7 @@ class ServingFit:
     """How fast an engine decodes and reads prompts here; by precision of the weights."""
 
     bytes_per_second: dict[str, float]  # decoding, of the weights
-    cache_bytes_per_second: float  # of the cached keys and values, which attention reads more slowly than weights
+    cached_byte_s: float  # seconds of each byte of cached keys and values, which attention reads more slowly
     layer_s: float  # seconds that each layer takes beside its bytes
     token_s: float  # seconds of each token beside its layers: sampling, and the engine's own work
     prompt_flops: dict[str, float]  # operations a second as a prompt is read

@@ -94,7 +94,7 @@ def estimate_serving_speed(
     if gpu.measured is not None and (found := gpu.measured.find_serving(engine, precision)) is not None:
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
-        seconds = read_bytes / fit.bytes_per_second[nearest] + cached / fit.cache_bytes_per_second
+        seconds = read_bytes / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
         seconds += layers * fit.layer_s + fit.token_s
         return ServingSpeed(
             Range(*(end / seconds for end in fit.spread)),
