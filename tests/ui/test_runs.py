@@ -247,8 +247,11 @@ def test_an_answer_is_stopped_and_bounded(browser, run, pages):
     assert pages.conversation.turns[-1]["problem"] == "stopped"
 
 
-def test_a_model_that_dies_says_so(browser, run, pages, folder):
+@pytest.mark.parametrize("state", ["loading", "ready"])
+def test_a_model_that_dies_says_so(browser, run, pages, folder, state):
     browser.post("/chat/load", data={"run": "runs/first"})
+    if state == "ready":
+        wait_until(lambda: pages.conversation.state == "ready")
     os.kill(pages.conversation.process.pid, signal.SIGKILL)
     wait_until(lambda: pages.conversation.state == "ended")
     assert "SIGKILL; the system does so when memory runs out" in browser.get("/chat").text

@@ -57,7 +57,7 @@ class Chat:
                     self._take(event)
         code = self.process.wait()
         with self._lock:
-            if not self.error and self.state in ("loading", "answering"):
+            if not self.error:
                 signal_name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 why = "; the system does so when memory runs out" if code == -signal.SIGKILL else ""
                 self.error = {"message": f"the model's process ended with {signal_name}{why}", "hint": "load it again"}
