@@ -15,8 +15,8 @@ import slimtune
 SOURCE = Path(slimtune.__file__).parent
 TREES = {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
 OPTIONAL_PACKAGES = {
-    "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "sacrebleu", "scipy", "sentencepiece",
-    "starlette", "tensorboard", "uvicorn", "xllamacpp", "vllm",
+    "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "ray", "sacrebleu", "scipy",
+    "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
 SLOW_PACKAGES = {"datasets", "huggingface_hub", "pyarrow", "torch", "transformers"}
 

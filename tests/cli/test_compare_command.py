@@ -38,11 +38,11 @@ def recipe(tiny_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """Replace `compare` by one that returns RESULT; list its grids and plots."""
+    """Replace `compare` by one that returns RESULT; list its grids, plots and places."""
     found: list = []
 
-    def compare(grid, log, *, plot=None):
-        found.append((grid, plot))
+    def compare(grid, log, *, plot=None, place=None):
+        found.append((grid, plot, place))
         return RESULT
 
     monkeypatch.setattr(comparison, "compare", compare)
@@ -53,14 +53,15 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
     done = slimtune(
         "compare", recipe, "--methods", "lora, dora,full", "--seeds", 2, "--tokens", 500, "--out", "x",
         "--set", "train.batch_size=3", "--set", "dora.r=2", "--plot", tmp_path / "p.svg", "--at-once", 2,
+        "--on", "local:3",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    ((grid, plot),) = calls
+    ((grid, plot, place),) = calls
     assert [c.label for c in grid.candidates] == ["lora", "dora", "full"]
     assert grid.candidates[1].settings == {"r": 2, "use_dora": True}
     assert (grid.seeds, grid.tokens, grid.trials, grid.output_dir) == ((7, 8), 500, 0, Path("x"))
     assert grid.build_recipe(grid.candidates[0], 7, Path("x")).train.batch_size == 3
-    assert (plot, grid.at_once) == (tmp_path / "p.svg", 2)
+    assert (plot, grid.at_once, place.runs) == (tmp_path / "p.svg", 2, 3)
     assert "the recipe's learning rate, 0.01, is not used" in done.stderr
     rate = "Learning rates: the method's default (lora)."
     for part in ("lora", "0.0002", "0.500 ± 0.100", "size", rate, "Take lora."):

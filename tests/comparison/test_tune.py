@@ -9,6 +9,7 @@ import pytest
 
 from slimtune.comparison import search
 from slimtune.comparison.compare import compare
+from slimtune.comparison.executors import Executor
 from slimtune.comparison.space import parse_ranges
 from slimtune.comparison.tune import search_learning_rate, tune
 from slimtune.comparison.worker import WorkerResult
@@ -46,7 +47,7 @@ def quadratic(monkeypatch):
 
 def test_finds_a_better_rate_than_the_default(grid, quadratic):
     settings = grid("lora", tokens=2000, trials=8)
-    found = search_learning_rate(settings, settings.candidates[0], lambda _: None)
+    found = search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
     assert quadratic.tried[0] == ("lora", 2e-4)  # the default first
     assert len(found["trials"]) == len(quadratic.tried) == 8
     assert all(2e-5 <= rate <= 2e-3 for _, rate in quadratic.tried)
@@ -57,30 +58,30 @@ def test_finds_a_better_rate_than_the_default(grid, quadratic):
 
 def test_resumes_with_the_same_rates(grid, quadratic):
     whole = grid("lora", tokens=2000, trials=5, out="whole")
-    expected = search_learning_rate(whole, whole.candidates[0], lambda _: None)
+    expected = search_learning_rate(whole, whole.candidates[0], lambda _: None, Executor())
     del quadratic.tried[:]
     settings = grid("lora", tokens=2000, trials=5)
     quadratic.interrupt_at = 3
     with pytest.raises(KeyboardInterrupt):
-        search_learning_rate(settings, settings.candidates[0], lambda _: None)
+        search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
     quadratic.interrupt_at = None
-    assert search_learning_rate(settings, settings.candidates[0], lambda _: None) == expected
+    assert search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor()) == expected
     assert len(quadratic.tried) == 5
-    assert search_learning_rate(settings, settings.candidates[0], lambda _: None) == expected
+    assert search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor()) == expected
     assert len(quadratic.tried) == 5
 
 
 def test_rate_at_the_edge_is_reported(grid, quadratic):
     quadratic.best = 1.0
     settings = grid("lora", tokens=2000, trials=12)
-    assert search_learning_rate(settings, settings.candidates[0], lambda _: None)["at_the_edge"]
+    assert search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())["at_the_edge"]
 
 
 def test_failed_trial_is_an_error(grid, monkeypatch):
     monkeypatch.setattr(search, "launch_worker", lambda *_, **__: WorkerResult("the disk is full", False, 0.0))
     settings = grid("lora", trials=2)
     with pytest.raises(RunError, match=r"the trial with train.learning_rate 0.0002 failed: the disk is full"):
-        search_learning_rate(settings, settings.candidates[0], lambda _: None)
+        search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
 
 
 @pytest.mark.slow

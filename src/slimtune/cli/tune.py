@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .common import Json, console, print_progress, table
+from .common import ON_HELP, Json, console, print_progress, table
 from .inputs import require_inputs, require_packages
 from .options import recipe_flags
 
@@ -29,6 +29,7 @@ def tune(
         int | None, Option(min=1, help=f"Trials at most. Default: {DEFAULT_TRIALS}, or no limit with --minutes.")
     ] = None,
     minutes: Annotated[float | None, Option(min=0, help="Minutes after which the search ends.")] = None,
+    on: Annotated[str | None, Option(metavar="WHERE", help=ON_HELP)] = None,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -tune.")] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
@@ -39,6 +40,7 @@ def tune(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
+    from ..comparison.executors import parse_place
     from ..comparison.space import check_ranges, parse_ranges
     from ..config.errors import raise_errors
     from ..config.loading import read_recipe_tree
@@ -47,6 +49,7 @@ def tune(
 
     ranges = parse_ranges(over)
     require_packages("tune", "compare", PACKAGES)
+    place = None if on is None else parse_place(on)
     if plot is not None:
         plot = require_figure_path(plot)
     require_inputs(recipe, {"output_dir": "unused", **settings})
@@ -59,7 +62,7 @@ def tune(
     from ..comparison.tune import tune as search
 
     limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
-    how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot}
+    how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot, "place": place}
     result = search(tree, ranges, folder.expanduser(), print_progress, **how)
     if not as_json:
         _print_result(result)

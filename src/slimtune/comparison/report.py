@@ -351,6 +351,8 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
             notes.append("full trains an fp32 copy of every weight; its file contains every weight.")
     if (at_once := result.get("at_once", 1)) > 1:
         notes.append(f"Peak memory is that of a process in which up to {at_once} seeds of a method trained at once.")
+    if place := result.get("on"):
+        notes.append(f"Runs trained at the same time ({place}): the time of each is longer than alone.")
     for label, search in result["searched"].items():
         if search["at_the_edge"]:
             notes.append(f"The rate found for {label} lies at the edge of the searched range.")

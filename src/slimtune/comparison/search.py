@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from ..run_dir import RunDir
 from ..training.nonfinite import EVENT as NONFINITE
 from ..utils.files import parse_json, read_json, to_json, write_atomic
 from ..utils.formatting import format_duration
+from ..utils.remote_code import remote_code_allowed
+from .executors import Executor, Launch
 from .space import Range, format_values
-from .worker import launch_worker
+from .worker import WorkerResult, launch_worker
 
 REPEATED_DRAWS = 10
 """Values that were tried before are drawn at most this often in a row; then they are drawn at random."""
@@ -80,8 +83,17 @@ class Search:
         return values
 
 
-def run_search(search: Search, log: Callable[[str], None]) -> list[dict[str, Any]]:
+def run_search(
+    search: Search, log: Callable[[str], None], executor: Executor, at_once: int = 1
+) -> list[dict[str, Any]]:
     """Run the trials that are left, and return all of them in the order they were begun.
+
+    Args:
+        search: what is searched.
+        log: shows a line of progress.
+        executor: where trials train.
+        at_once: how many trials are drawn together and train at the same time. Their values and whether they are pruned
+            depend on the trials before them, not on which of them ends first.
 
     Returns:
         A mapping for each trial: `run` (name of its run folder), `values` by path, `outcome` ("complete", "pruned" or
@@ -102,33 +114,41 @@ def run_search(search: Search, log: Callable[[str], None]) -> list[dict[str, Any
     most = min(search.trials or math.inf, math.prod(r.size for r in search.ranges))
     failed_in_a_row = 0
     while len(tried := _list_trials(study, search)) < most and time.monotonic() < deadline:
-        trial = _ask_untried(study, search, tried)
-        recipe_file, values = search.trial_recipe_file(trial), search.values(trial)
-        recipe = search.build_recipe(values, recipe_file.with_suffix(""))
-        write_atomic(recipe_file, recipe.to_yaml())
-        text = f"trial {len(tried) + 1}{f' of {most}' if most < math.inf else ''}: {format_values(values)}"
-        started = time.monotonic()
-        loss, why = _run_trial(search, trial, recipe, recipe_file, deadline)
-        if why is None:
-            log(f"{text}: stopped after {search.minutes:g} minutes; the same command continues it")
+        # A search that was killed goes on with the trials that were drawn together.
+        batch: list[TrialRun] = []
+        while len(tried) + len(batch) < most and (not batch or (len(tried) + len(batch)) % at_once):
+            trial = _ask_untried(study, search, [t["values"] for t in tried] + [t.values for t in batch], at_once)
+            number = f"trial {len(tried) + len(batch) + 1}{f' of {most}' if most < math.inf else ''}"
+            batch.append(TrialRun(search, trial, number, deadline))
+        _run_batch(batch, executor, log)
+        failed = None
+        for run in (run for run in batch if run.why is not None):
+            run.trial.set_user_attr(SECONDS, run.seconds)
+            failed_in_a_row = failed_in_a_row + 1 if run.why else 0
+            if run.why:
+                failed = run
+                run.trial.set_user_attr(WHY, run.why)
+                study.tell(run.trial, state=TrialState.FAIL)
+            else:
+                study.tell(run.trial, run.loss, state=TrialState.PRUNED if run.loss is None else TrialState.COMPLETE)
+        if failed and (failed_in_a_row >= 2 or not study.get_trials(states=[TrialState.COMPLETE])):
+            raise RunError(f"the trial with {format_values(failed.values)} failed: {failed.why}")
+        if any(run.why is None for run in batch):
             break
-        trial.set_user_attr(SECONDS, round(time.monotonic() - started, 1))
-        failed_in_a_row = failed_in_a_row + 1 if why else 0
-        if why:
-            trial.set_user_attr(WHY, why)
-            study.tell(trial, state=TrialState.FAIL)
-            if failed_in_a_row == 2 or not study.get_trials(states=[TrialState.COMPLETE]):
-                raise RunError(f"the trial with {format_values(values)} failed: {why}")
-            log(f"{text}: failed: {why}")
-            continue
-        study.tell(trial, loss, state=TrialState.PRUNED if loss is None else TrialState.COMPLETE)
-        log(f"{text}: {'pruned' if loss is None else f'validation loss {loss:.4f}'}")
     trials = _list_trials(study, search)
     if not any(t["outcome"] == "complete" for t in trials):
         limit = f" in {format_duration(60 * search.minutes)}" if search.minutes is not None else ""
         hint = "the same command continues the search; or lower learning rates, if losses became NaN or Inf"
         raise RunError(f"no trial ended with a loss{limit}", "a trial that trains to its end", hint)
     return trials
+
+
+def _run_batch(batch: "Sequence[TrialRun]", executor: Executor, log: Callable[[str], None]) -> None:
+    runs = {run.recipe_file: run for run in batch}
+    launches = [(file, run.write_recipe()) for file, run in runs.items()]
+    for file, worker in executor.run(launches, lambda file: runs[file].should_stop()):
+        runs[file].finish(worker)
+        log(f"{runs[file].text}: {runs[file].describe_outcome()}")
 
 
 def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -167,19 +187,20 @@ def _enqueue_unfinished(study: optuna.Study, search: Search) -> None:
             study.enqueue_trial(trial.params, user_attrs={RUN: run})
 
 
-def _ask_untried(study: optuna.Study, search: Search, tried: Sequence[Mapping[str, Any]]) -> optuna.Trial:
+def _ask_untried(study: optuna.Study, search: Search, tried: Sequence[Mapping[str, Any]], at_once: int) -> optuna.Trial:
     """Return the next trial; its values were not tried before, as the same recipe gives the same loss."""
     distributions = {r.path: _distribution(r) for r in search.ranges}
     for draw in itertools.count():
         seed = 1000 * len(tried) + draw
         startup = 5 if search.trials is None else min(5, max(2, search.trials // 2))
         study.sampler = (
-            optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+            # With `constant_liar` trials that are drawn together lie apart.
+            optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=at_once > 1)
             if draw < REPEATED_DRAWS
             else optuna.samplers.RandomSampler(seed=seed)
         )
         trial = study.ask(distributions)
-        if RUN in trial.user_attrs or search.values(trial) not in [t["values"] for t in tried]:
+        if RUN in trial.user_attrs or search.values(trial) not in tried:
             return trial
         trial.set_user_attr(REPEATS, True)
         study.tell(trial, state=TrialState.FAIL)
@@ -199,49 +220,76 @@ def _to_parameter(searched: Range, value: Any) -> Any:
     return to_json(next(c for c in searched.choices if c == value)) if searched.choices else value
 
 
-def _run_trial(
-    search: Search, trial: optuna.Trial, recipe: Recipe, recipe_file: Path, deadline: float
-) -> tuple[float | None, str | None]:
-    """Run one trial; return the validation loss of the adapter that it keeps, and why it failed.
+class TrialRun:
+    """The training of one trial.
 
-    The loss is None if the trial was pruned or diverged. Why is "" if it did not fail, and None if it ran out of time.
+    Attributes:
+        loss: the validation loss of the adapter that it keeps; None if it was pruned or diverged.
+        why: why it failed; "" if it did not, None before its end and if the time of the search ran out.
+        seconds: how long it took.
     """
-    run, steps = RunDir(recipe_file.with_suffix("")), recipe.train.max_steps or 0
-    budget = recipe.train.forgetting_budget
-    reported = 0
-    out_of_time = False
 
-    def should_prune() -> bool:
-        nonlocal reported
-        evaluations = [m for m in run.load_metrics() if "validation_loss" in m]
-        for metrics in evaluations[reported:]:
-            reported += 1
-            if metrics["step"] >= steps:
+    def __init__(self, search: Search, trial: optuna.Trial, number: str, deadline: float) -> None:
+        self.search, self.trial, self.deadline = search, trial, deadline
+        self.values, self.recipe_file = search.values(trial), search.trial_recipe_file(trial).absolute()
+        self.text = f"{number}: {format_values(self.values)}"
+        self.run = RunDir(self.recipe_file.with_suffix(""))
+        self.recipe = search.build_recipe(self.values, self.run.path)
+        self.evaluations_seen = 0
+        self.out_of_time = False
+        self.loss: float | None = None
+        self.why: str | None = None
+        self.seconds = 0.0
+
+    def write_recipe(self) -> Launch:
+        """Write the recipe and return what trains it."""
+        write_atomic(self.recipe_file, self.recipe.to_yaml())
+        log_file, trust = self.recipe_file.with_suffix(".log"), remote_code_allowed()
+        how: dict[str, Any] = {"trial": True, "force": self.search.force, "trust_remote_code": trust}
+        return partial(launch_worker, self.recipe_file, log_file, **how)
+
+    def should_stop(self) -> bool:
+        """Return whether the search is over, or the trial is to be pruned."""
+        self.out_of_time = time.monotonic() > self.deadline
+        return self.out_of_time or self.should_prune()
+
+    def should_prune(self) -> bool:
+        """Report the evaluations since the last call, and return whether one is above the median, NaN or Inf."""
+        budget = self.recipe.train.forgetting_budget
+        evaluations = [m for m in self.run.load_metrics() if "validation_loss" in m]
+        for metrics in evaluations[self.evaluations_seen :]:
+            self.evaluations_seen += 1
+            if metrics["step"] >= (self.recipe.train.max_steps or 0):
                 break
             loss = metrics["validation_loss"]
             if loss is None or not math.isfinite(loss):
                 return True
             inside = budget is None or metrics.get("forgetting", math.inf) <= budget
-            trial.report(loss if inside else OUTSIDE_BUDGET, reported)
-            if trial.should_prune():
+            self.trial.report(loss if inside else OUTSIDE_BUDGET, self.evaluations_seen)
+            if self.trial.should_prune():
                 return True
         return False
 
-    def should_stop() -> bool:
-        nonlocal out_of_time
-        out_of_time = time.monotonic() > deadline
-        return out_of_time or should_prune()
+    def finish(self, worker: WorkerResult) -> None:
+        """Read how the run ended, and delete its weights."""
+        self.seconds = round(worker.seconds, 1)
+        if worker.stopped and self.out_of_time:
+            return
+        diverged = any(m.get("event") == NONFINITE for m in self.run.load_metrics())
+        self.why = ""
+        if worker.error and not diverged:
+            self.why = worker.error
+            return
+        # A trial that ended between two polls is judged by the same rule.
+        if not (worker.stopped or diverged or self.should_prune()):
+            self.loss = read_json(self.run.result_file)["validation_loss"]
+        shutil.rmtree(self.run.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.run.adapter, ignore_errors=True)
 
-    log_file = recipe_file.with_suffix(".log")
-    worker = launch_worker(recipe_file, log_file, trial=True, force=search.force, should_stop=should_stop)
-    if worker.stopped and out_of_time:
-        return None, None
-    diverged = any(m.get("event") == NONFINITE for m in run.load_metrics())
-    if worker.error and not diverged:
-        return None, worker.error
-    # A trial that ended between two polls is judged by the same rule.
-    pruned = worker.stopped or diverged or should_prune()
-    loss = None if pruned else read_json(run.result_file)["validation_loss"]
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    return loss, ""
+    def describe_outcome(self) -> str:
+        """Return how it ended, for the log."""
+        if self.why is None:
+            return f"stopped after {self.search.minutes:g} minutes; the same command continues it"
+        if self.why:
+            return f"failed: {self.why}"
+        return "pruned" if self.loss is None else f"validation loss {self.loss:.4f}"

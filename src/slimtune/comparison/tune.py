@@ -21,6 +21,7 @@ from ..methods import config_class
 from ..training.train import load_training_datasets
 from ..utils.files import parse_json, to_json, write_atomic, write_json
 from .candidates import Candidate
+from .executors import Executor, Place, open_executor
 from .folder import check_settings, record_settings
 from .grid import Grid, count_steps
 from .picture import draw_search
@@ -47,6 +48,7 @@ def tune(
     minutes: float | None = None,
     force: bool = False,
     plot: Path | None = None,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
 
@@ -61,6 +63,7 @@ def tune(
         minutes: when the search ends at the latest; None: no limit.
         force: train on rows that the data report finds faulty.
         plot: an additional file for the chart (`.svg` or `.png`).
+        place: where trials train at the same time (`--on`); None: here, one after another.
     """
     start = time.perf_counter()
     recipe = Recipe.from_dict(tree)
@@ -79,6 +82,9 @@ def tune(
     rows = load_training_datasets(recipe, force)
     if not rows.validation:
         raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
+    if place is not None and place.runs is None:
+        message = f"--on {place.text} does not say how many trials train at the same time"
+        raise UsageError(message, f"a number, as {place.text}{',' if ':' in place.text else ':'}4")
     settings = {
         **{name: value for name, value in recipe.model_dump(mode="json").items() if name != "output_dir"},
         "over": {r.path: str(r) for r in ranges},
@@ -100,9 +106,9 @@ def tune(
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(output_dir / ".lock", timeout=0):
+        with FileLock(output_dir / ".lock", timeout=0), open_executor(place, output_dir) as executor:
             record_settings(output_dir, settings, "search")
-            found = run_search(search, log)
+            found = run_search(search, log, executor, at_once=executor.runs or 1)
             best = best_trial(found)
             own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
             best_file = output_dir / "best.yaml"
@@ -128,7 +134,9 @@ def tune(
     return result
 
 
-def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], None]) -> dict[str, Any]:
+def search_learning_rate(
+    grid: Grid, candidate: Candidate, log: Callable[[str], None], executor: Executor
+) -> dict[str, Any]:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
     Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
@@ -147,7 +155,7 @@ def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], 
     rates = Range(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
     search = Search(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
-    trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"))
+    trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = best_trial(trials)["values"][RATE]
     rows = [{"rate": t["values"][RATE], "loss": t["loss"], "pruned": t["outcome"] == "pruned"} for t in trials]
     return {"rate": best, "at_the_edge": rates.is_edge(best), "trials": rows}

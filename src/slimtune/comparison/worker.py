@@ -15,16 +15,18 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import SlimtuneError
 from ..utils.files import parse_json, to_json
-from ..utils.remote_code import allow_remote_code, remote_code_allowed
+from ..utils.remote_code import allow_remote_code
 
 WORKER_COMMAND = (sys.executable, "-m", "slimtune.comparison.worker")
 POLL_SECONDS = 0.2
 CHECKPOINT_SECONDS = 120.0
 """How long an interrupted run may take to finish its step and write a checkpoint."""
+RESTARTS = 2
+"""How often a run whose process was killed is started again, where several train at a time."""
 
 
 class WorkerResult(NamedTuple):
@@ -34,6 +36,8 @@ class WorkerResult(NamedTuple):
     stopped: bool  # whether `should_stop` ended it
     seconds: float  # wall-clock time
     failed: Mapping[str, str] = {}  # of several runs: why single ones failed, by their recipe files
+    killed: bool = False  # whether a signal ended its process
+    restarts: int = 0  # how often it was started again because it was killed
 
 
 def launch_worker(
@@ -43,6 +47,8 @@ def launch_worker(
     others: Sequence[Path] = (),
     trial: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
+    environment: Mapping[str, str] = {},
     should_stop: Callable[[], bool] = lambda: False,
 ) -> WorkerResult:
     """Start a run in its own process and wait for it; on Ctrl-C it gets the time to write a checkpoint.
@@ -53,10 +59,12 @@ def launch_worker(
         log_file: the run's output is appended here.
         trial: leave the test rows out.
         force: train on rows that the data report finds faulty.
+        trust_remote_code: let the base run Python code that comes with it.
+        environment: variables that its process has besides those of this one.
         should_stop: called every fifth of a second; True ends the run at once.
     """
-    trust = remote_code_allowed()
-    flags = [f for f, is_set in (("--trial", trial), ("--force", force), ("--trust-remote-code", trust)) if is_set]
+    given = {"--trial": trial, "--force": force, "--trust-remote-code": trust_remote_code}
+    flags = [flag for flag, is_set in given.items() if is_set]
     start = time.perf_counter()
     # The worker's stdin stays open as long as this process lives; the worker ends when it closes. The worker gets a
     # session of its own so that Ctrl-C in the terminal reaches it once, from here, and not twice.
@@ -68,6 +76,7 @@ def launch_worker(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            env={**os.environ, **environment},
             start_new_session=True,
         ) as process,
     ):
@@ -104,7 +113,18 @@ def launch_worker(
             ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             ending += ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
             error = f"its process {ending}; see {log_file}"
-    return WorkerResult(error, False, time.perf_counter() - start, failed)
+    return WorkerResult(error, False, time.perf_counter() - start, failed, killed=code < 0)
+
+
+def launch_again_if_killed(launch: Callable[..., WorkerResult], **how: Any) -> WorkerResult:
+    """Call a partial of `launch_worker`, and again if the run's process was killed; it resumes from its checkpoint.
+
+    Beside other runs memory may run out that suffices later.
+    """
+    start, restarts = time.perf_counter(), 0
+    while (result := launch(**how)).killed and restarts < RESTARTS:
+        restarts += 1
+    return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 
 
 def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False) -> dict[Path, SlimtuneError]:
