@@ -37,13 +37,14 @@ def calls(monkeypatch) -> list:
 
 
 def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
-    flags = ["--minutes", 5, "--set", "train.batch_size=3", "--on", "local:2"]
+    flags = ["--minutes", 5, "--set", "train.batch_size=3", "--on", "local:2", "--at-once", 3]
     done = slimtune("tune", recipe, "--over", "method.rank=8,16,32", *flags)
     assert done.exit_code == 0, done.stderr
     ((tree, (searched,), folder, _), how) = calls[0]
     assert (searched.path, str(searched), str(folder)) == ("method.rank", "8, 16, 32", "o-tune")
     assert tree["train"] == {"batch_size": 3}
-    assert (how.pop("place").runs, how) == (2, {"trials": None, "minutes": 5.0, "force": False, "plot": None})
+    rest = {"force": False, "plot": None, "at_once": 3}
+    assert (how.pop("place").runs, how) == (2, {"trials": None, "minutes": 5.0, **rest})
     lines = done.stdout.splitlines()
     assert [line.split() for line in lines[2:5]] == [
         ["2", "16", "4.2500", "(best)", "2.0", "s"], ["1", "8", "4.5000", "2.0", "s"],

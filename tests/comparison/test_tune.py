@@ -202,6 +202,41 @@ def test_another_search_in_the_folder_is_refused(tune_tree, quadratic):
         tune_tree("method.r=2,8")
 
 
+def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadratic, monkeypatch):
+    groups: list[list[str]] = []
+
+    def launch_group(first, log, *, others, should_stop, **how):
+        groups.append([file.stem for file in (first, *others)])
+        for file in (first, *others):
+            quadratic(file, log, **how)
+            (file.with_suffix("") / "result.json").unlink()
+        all_stopped = should_stop()
+        pruned = {file for file in (first, *others) if file.with_suffix(".stop").exists()}
+        assert all_stopped == (len(pruned) == len(groups[-1]))
+        for file in {first, *others} - pruned:
+            quadratic(file, log, **how)
+        return WorkerResult("", all_stopped, 0.0)
+
+    monkeypatch.setattr(search, "launch_worker", launch_group)
+    result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=12, at_once=3)
+    assert list(map(len, groups)) == [3] * 4
+    outcomes = {t["run"]: t["outcome"] for t in result["trials"]}
+    assert {outcomes[run] for run in groups[0]} == {"complete"}, "nothing to compare the first ones with"
+    assert {"complete", "pruned"} in [{outcomes[run] for run in group} for group in groups[1:]]
+    with pytest.raises(UsageError, match=r"one base, which model\.dtype changes"):
+        tune_tree("model.dtype=float32,bfloat16", at_once=2)
+
+
+@pytest.mark.slow
+def test_trials_at_once_have_the_losses_of_trials_alone(tune_tree, in_process, tree, tmp_path):
+    result, _ = tune_tree("train.learning_rate=log:1e-4..1e-1", "method.r=2,4", trials=3, at_once=3)
+    assert [t["outcome"] for t in result["trials"]] == ["complete"] * 3
+    for trial in result["trials"]:
+        recipe = load_recipe(tmp_path / "t" / "trials" / f"{trial['run']}.yaml")
+        alone = train(recipe.model_copy(update={"output_dir": tmp_path / "alone" / trial["run"]}))
+        assert trial["loss"] == pytest.approx(alone["validation_loss"], abs=1e-6)
+
+
 @pytest.mark.slow
 def test_killed_search_resumes_and_trains_its_recipe(tune_tree, in_process, tree, tmp_path, kill_after):
     tree["train"] |= {"epochs": 2, "save_steps": 1}

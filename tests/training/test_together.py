@@ -62,6 +62,16 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
         }
 
 
+def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
+    recipes = [make("a", learning_rate=1e-2), make("b", learning_rate=1e-3)]
+    stopped, kept = train_together(recipes, should_stop=lambda recipe: recipe is recipes[0] and len(packed_steps) == 2)
+    assert isinstance(stopped, together.Stopped)
+    assert len(metrics(tmp_path / "a", "train_loss")) == 2
+    assert kept["train_loss"] == pytest.approx(train(make("b-alone", learning_rate=1e-3))["train_loss"], abs=1e-6)
+    assert not (tmp_path / "a" / "result.json").exists()
+    assert train(recipes[0], resume=True)["steps"] == kept["steps"], "its folder is free"
+
+
 @pytest.mark.slow
 def test_one_run_or_dropout_is_bit_for_bit_as_alone(make, packed_steps, tmp_path):
     train_together([make("one")])

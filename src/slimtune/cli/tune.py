@@ -29,6 +29,7 @@ def tune(
         int | None, Option(min=1, help=f"Trials at most. Default: {DEFAULT_TRIALS}, or no limit with --minutes.")
     ] = None,
     minutes: Annotated[float | None, Option(min=0, help="Minutes after which the search ends.")] = None,
+    at_once: Annotated[int, Option(min=1, help="Trials that train at once, on one base in memory.")] = 1,
     on: Annotated[str | None, Option(metavar="WHERE", help=ON_HELP)] = None,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -tune.")] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
@@ -63,6 +64,7 @@ def tune(
 
     limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
     how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot, "place": place}
+    how["at_once"] = at_once
     result = search(tree, ranges, folder.expanduser(), print_progress, **how)
     if not as_json:
         _print_result(result)

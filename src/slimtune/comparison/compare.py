@@ -183,7 +183,7 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[dict[str, Any]]
             memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
             costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
             costs += f" for {len(files)} runs at once" if len(files) > 1 else ""
-            costs += f", killed and resumed {worker.restarts} times" if worker.restarts else ""
+            costs += f", killed and restarted {worker.restarts}×" if worker.restarts else ""
             preference = measured.get("preference") or {}
             gain = f", accuracy gain {preference['accuracy_gain']:.4f}" if preference else ""
             log(f"{name}: loss reduction {measured['loss_reduction']:.4f}{gain} ({costs})")

@@ -34,7 +34,7 @@ from ..utils.formatting import format_duration
 from ..utils.remote_code import remote_code_allowed
 from .executors import Executor, Launch
 from .space import Range, format_values
-from .worker import WorkerResult, launch_worker
+from .worker import STOP_SUFFIX, WorkerResult, launch_worker
 
 REPEATED_DRAWS = 10
 """Values that were tried before are drawn at most this often in a row; then they are drawn at random."""
@@ -84,7 +84,7 @@ class Search:
 
 
 def run_search(
-    search: Search, log: Callable[[str], None], executor: Executor, at_once: int = 1
+    search: Search, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
 ) -> list[dict[str, Any]]:
     """Run the trials that are left, and return all of them in the order they were begun.
 
@@ -92,6 +92,7 @@ def run_search(
         search: what is searched.
         log: shows a line of progress.
         executor: where trials train.
+        in_process: how many of them train in one process, on one base in memory.
         at_once: how many trials are drawn together and train at the same time. Their values and whether they are pruned
             depend on the trials before them, not on which of them ends first.
 
@@ -120,7 +121,7 @@ def run_search(
             trial = _ask_untried(study, search, [t["values"] for t in tried] + [t.values for t in batch], at_once)
             number = f"trial {len(tried) + len(batch) + 1}{f' of {most}' if most < math.inf else ''}"
             batch.append(TrialRun(search, trial, number, deadline))
-        _run_batch(batch, executor, log)
+        _run_batch([batch[i : i + in_process] for i in range(0, len(batch), in_process)], executor, log)
         failed = None
         for run in (run for run in batch if run.why is not None):
             run.trial.set_user_attr(SECONDS, run.seconds)
@@ -143,12 +144,34 @@ def run_search(
     return trials
 
 
-def _run_batch(batch: "Sequence[TrialRun]", executor: Executor, log: Callable[[str], None]) -> None:
-    runs = {run.recipe_file: run for run in batch}
-    launches = [(file, run.write_recipe()) for file, run in runs.items()]
-    for file, worker in executor.run(launches, lambda file: runs[file].should_stop()):
-        runs[file].finish(worker)
-        log(f"{runs[file].text}: {runs[file].describe_outcome()}")
+def _run_batch(groups: "Sequence[Sequence[TrialRun]]", executor: Executor, log: Callable[[str], None]) -> None:
+    """Train trials, those of a group in one process; all of a batch are begun before the first result is used."""
+    by_file = {group[0].recipe_file: group for group in groups}
+    launches = [(file, launch_trials(group)) for file, group in by_file.items()]
+
+    def should_stop(file: Path) -> bool:
+        group = by_file[file]
+        for run in group:
+            if not run.stopped and run.should_stop() and len(group) > 1:
+                run.stop_file.touch()
+        return all(run.stopped for run in group)
+
+    for file, worker in executor.run(launches, should_stop):
+        for run in by_file[file]:
+            error = worker.failed.get(str(run.recipe_file), worker.error)
+            run.finish(worker._replace(error=error, stopped=run.stopped))
+            log(f"{run.text}: {run.describe_outcome()}")
+
+
+def launch_trials(group: "Sequence[TrialRun]") -> Launch:
+    """Write the recipes of trials and return what trains them in one process."""
+    for run in group:
+        run.stop_file.unlink(missing_ok=True)
+        write_atomic(run.recipe_file, run.recipe.to_yaml())
+    first, *others = [run.recipe_file for run in group]
+    trust, force = remote_code_allowed(), group[0].search.force
+    how: dict[str, Any] = {"others": others, "trial": True, "force": force, "trust_remote_code": trust}
+    return partial(launch_worker, first, first.with_suffix(".log"), **how)
 
 
 def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -224,6 +247,7 @@ class TrialRun:
     """The training of one trial.
 
     Attributes:
+        stopped: whether it was ended before its time.
         loss: the validation loss of the adapter that it keeps; None if it was pruned or diverged.
         why: why it failed; "" if it did not, None before its end and if the time of the search ran out.
         seconds: how long it took.
@@ -233,25 +257,19 @@ class TrialRun:
         self.search, self.trial, self.deadline = search, trial, deadline
         self.values, self.recipe_file = search.values(trial), search.trial_recipe_file(trial).absolute()
         self.text = f"{number}: {format_values(self.values)}"
-        self.run = RunDir(self.recipe_file.with_suffix(""))
+        self.run, self.stop_file = RunDir(self.recipe_file.with_suffix("")), self.recipe_file.with_suffix(STOP_SUFFIX)
         self.recipe = search.build_recipe(self.values, self.run.path)
         self.evaluations_seen = 0
-        self.out_of_time = False
+        self.out_of_time = self.stopped = False
         self.loss: float | None = None
         self.why: str | None = None
         self.seconds = 0.0
 
-    def write_recipe(self) -> Launch:
-        """Write the recipe and return what trains it."""
-        write_atomic(self.recipe_file, self.recipe.to_yaml())
-        log_file, trust = self.recipe_file.with_suffix(".log"), remote_code_allowed()
-        how: dict[str, Any] = {"trial": True, "force": self.search.force, "trust_remote_code": trust}
-        return partial(launch_worker, self.recipe_file, log_file, **how)
-
     def should_stop(self) -> bool:
-        """Return whether the search is over, or the trial is to be pruned."""
+        """Return whether the search is over, or the trial is to be pruned; it stays so."""
         self.out_of_time = time.monotonic() > self.deadline
-        return self.out_of_time or self.should_prune()
+        self.stopped = self.out_of_time or self.should_prune()
+        return self.stopped
 
     def should_prune(self) -> bool:
         """Report the evaluations since the last call, and return whether one is above the median, NaN or Inf."""
@@ -283,6 +301,7 @@ class TrialRun:
         # A trial that ended between two polls is judged by the same rule.
         if not (worker.stopped or diverged or self.should_prune()):
             self.loss = read_json(self.run.result_file)["validation_loss"]
+        self.stop_file.unlink(missing_ok=True)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)
         shutil.rmtree(self.run.adapter, ignore_errors=True)
 

@@ -49,6 +49,7 @@ def tune(
     force: bool = False,
     plot: Path | None = None,
     place: Place | None = None,
+    at_once: int = 1,
 ) -> dict[str, Any]:
     """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
 
@@ -64,6 +65,7 @@ def tune(
         force: train on rows that the data report finds faulty.
         plot: an additional file for the chart (`.svg` or `.png`).
         place: where trials train at the same time (`--on`); None: here, one after another.
+        at_once: how many trials train at the same time in one process, on one base in memory.
     """
     start = time.perf_counter()
     recipe = Recipe.from_dict(tree)
@@ -82,6 +84,10 @@ def tune(
     rows = load_training_datasets(recipe, force)
     if not rows.validation:
         raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
+    if at_once > 1 and (other := [r.path for r in ranges if r.path.startswith("model.")]):
+        raise UsageError(
+            f"--at-once trains on one base, which {other[0]} changes", "no --at-once, or no --over model.…"
+        )
     if place is not None and place.runs is None:
         message = f"--on {place.text} does not say how many trials train at the same time"
         raise UsageError(message, f"a number, as {place.text}{',' if ':' in place.text else ':'}4")
@@ -108,7 +114,7 @@ def tune(
         output_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(output_dir / ".lock", timeout=0), open_executor(place, output_dir) as executor:
             record_settings(output_dir, settings, "search")
-            found = run_search(search, log, executor, at_once=executor.runs or 1)
+            found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
             best = best_trial(found)
             own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
             best_file = output_dir / "best.yaml"

@@ -25,6 +25,8 @@ WORKER_COMMAND = (sys.executable, "-m", "slimtune.comparison.worker")
 POLL_SECONDS = 0.2
 CHECKPOINT_SECONDS = 120.0
 """How long an interrupted run may take to finish its step and write a checkpoint."""
+STOP_SUFFIX = ".stop"
+"""Of a file beside a recipe that ends its run, which trains with others in one process."""
 RESTARTS = 2
 """How often a run whose process was killed is started again, where several train at a time."""
 
@@ -136,7 +138,7 @@ def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool 
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..run_dir import RunDir
-    from ..training.together import train_together
+    from ..training.together import Stopped, train_together
 
     recipes = {file: load_recipe(file) for file in recipe_files}
     runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
@@ -146,9 +148,16 @@ def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool 
             resume[file] = run.checkpoints.is_dir() or run.recipe_file.is_file()
             if run.path.is_dir() and not resume[file]:
                 shutil.rmtree(run.path)  # the process was killed before it wrote anything to resume from
-    outcomes = train_together([recipes[file] for file in resume], resume=list(resume.values()), force=force)
-    failed = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
-    for file in (file for file in recipe_files if file not in failed):
+    stop_files = {str(recipes[file].output_dir): file.with_suffix(STOP_SUFFIX) for file in recipe_files}
+    outcomes = train_together(
+        [recipes[file] for file in resume],
+        resume=list(resume.values()),
+        force=force,
+        should_stop=lambda recipe: stop_files[str(recipe.output_dir)].exists(),
+    )
+    ended = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
+    failed = {file: o for file, o in ended.items() if not isinstance(o, Stopped)}
+    for file in (file for file in recipe_files if file not in ended):
         if not trial:
             evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
         shutil.rmtree(runs[file].checkpoints, ignore_errors=True)

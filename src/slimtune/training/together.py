@@ -34,6 +34,10 @@ from .loop import TrainingLoop
 from .train import Interrupted, TrainingSteps, start_training, train
 
 
+class Stopped(SlimtuneError):
+    """How a run ended that its caller no longer wanted."""
+
+
 class RunInTurn:
     """One of several runs: its generator, its random numbers while others have their turn, and how it ended."""
 
@@ -64,9 +68,18 @@ class RunInTurn:
         device = torch.device("cpu") if self.loop is None else self.loop.device
         self._rng = get_rng_states(device), np.random.get_state(), random.getstate()
 
+    def stop(self) -> None:
+        """End the run without a checkpoint."""
+        self.steps.close()
+        self.rows, self.outcome = (), Stopped("the run was stopped")
+
 
 def train_together(
-    recipes: Sequence[Recipe], *, resume: Sequence[bool] = (), force: bool = False
+    recipes: Sequence[Recipe],
+    *,
+    resume: Sequence[bool] = (),
+    force: bool = False,
+    should_stop: Callable[[Recipe], bool] = lambda _: False,
 ) -> list[dict[str, Any] | SlimtuneError]:
     """Train recipes with one base at the same time; return for each what `train` returns, or the error that ended it.
 
@@ -76,6 +89,7 @@ def train_together(
         recipes: their `model` and `data.chat_template` are the same.
         resume: for each whether to continue it from its newest checkpoint; empty: none.
         force: train on data even if its validation finds faults.
+        should_stop: called for each run before each of its steps; True ends this run, with the error `Stopped`.
 
     Raises:
         UsageError: the bases differ, or there are several processes.
@@ -106,6 +120,10 @@ def train_together(
         for run in alive:
             run.advance()
         while waiting := [run for run in alive if run.rows]:
+            for run in waiting:
+                if should_stop(run.recipe):
+                    run.stop()
+            waiting = [run for run in waiting if run.rows]
             if len(waiting) > 1 and not reason:
                 reason = compute_gradients_together(waiting)
             for run in waiting:
