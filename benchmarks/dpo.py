@@ -87,12 +87,16 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     from slimtune.data.tokenize import tokenize_dataset
     from slimtune.models.loader import load_base
     from slimtune.objectives import objective_class
+    from slimtune.peft_compat import skip_registration
     from slimtune.train_step.loss import auto_micro_batch_tokens, forward_backward, make_collator, score_row_logps
+    from slimtune.train_step.memory_savings import apply_memory_savings
     from slimtune.utils.device import disable_malloc_trim
 
+    skip_registration()
     base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
     disable_malloc_trim()
     model: Any = slimtune.get_peft_model(base.model, slimtune.LoraConfig(**LORA))
+    apply_memory_savings(model)
     rows = [Row([], i, **pair) for i, pair in enumerate(spec["pairs"], 1)]
     data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, path="pairs")
     collator = make_collator(model, base.tokenizer.pad_token_id)
@@ -192,6 +196,8 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> None:
 
 def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """Run the ways round by round; return the medians of each."""
+    from slimtune.cli import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
+
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     workers: dict[str, Any] = {}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in specs}
@@ -199,10 +205,11 @@ def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]
         for way, spec in specs.items():
             python = str(PEERS) if way != "ours" and PEERS.exists() else sys.executable
             command = [python, __file__, "--worker", str(spec)]
+            settings = CPU_SETTINGS if way == "ours" else {}
             with spec.with_suffix(".log").open("w") as log:
                 pipe = subprocess.PIPE
                 workers[way] = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment
+                    command, stdin=pipe, stdout=pipe, stderr=log, text=True, env={**environment, **settings}
                 )
             found[way].append(answer(workers[way], spec))  # one after the other: each has the machine to itself
         names = list(specs)

@@ -5,17 +5,30 @@ import copy
 import models_zoo as zoo
 import pytest
 import torch
-from reference import compute_in_float64, get_gradients, largest_relative_error
+from reference import compute_in_float64, get_gradients, largest_relative_error, saved_for_backward, storage_bytes
 from test_packed_step import ROWS, adapted, packed_loss_and_gradients
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.granite.modeling_granite import GraniteMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
 from slimtune.errors import UsageError
 from slimtune.kernels import activation_offload
 from slimtune.train_step.loss import make_collator, step_loss, token_nll
-from slimtune.train_step.memory_savings import apply_memory_savings, enable_activation_checkpointing, enable_tiled_mlp
+from slimtune.train_step.memory_savings import (
+    apply_memory_savings,
+    enable_activation_checkpointing,
+    enable_tiled_mlp,
+    has_forward_of,
+)
 
 SAVINGS = {
+    "recomputed": {},
     "checkpointed": {"checkpointing": True},
     "offloaded": {"checkpointing": True, "offload": True},
     "tiled": {"tile": 7},
@@ -28,8 +41,8 @@ def offload_every_tensor(monkeypatch):
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
-def with_savings(model, *, checkpointing=False, offload=False, tile=None):
-    apply_memory_savings(model, checkpointing, offload, tile)
+def with_savings(model, **savings):
+    apply_memory_savings(model, **savings)
     return model
 
 
@@ -78,6 +91,28 @@ def test_recomputing_repeats_the_dropout():
             with torch.no_grad():
                 weight -= sign * 1e-5 * direction
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("mlp", [MistralMLP, Qwen3MLP, Gemma2MLP, GraniteMLP])
+def test_families_that_copy_llama_are_recognized(mlp):
+    assert has_forward_of(mlp.__new__(mlp), LlamaMLP)
+
+
+@pytest.mark.parametrize("other", [Phi3MLP, GPT2MLP, LlamaRMSNorm])
+def test_other_modules_are_not(other):
+    assert not has_forward_of(other.__new__(other), LlamaMLP)
+
+
+def test_recomputing_keeps_less():
+    def kept(**savings):
+        model = get_peft_model(zoo.llama(dtype=torch.bfloat16), LoraConfig(r=2, target_modules="all-linear"))
+        with_savings(model.train(), **savings)
+        batch = make_collator(model, 0)(ROWS)
+        with packed_attention(model):
+            found = saved_for_backward(lambda: step_loss(model, batch), [*model.parameters(), *model.buffers()])
+        return storage_bytes(found)
+
+    assert kept() < 0.7 * kept(tile=10**6)  # one tile changes nothing
 
 
 def test_tiling_changes_no_score():

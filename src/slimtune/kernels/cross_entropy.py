@@ -20,8 +20,10 @@ from ..utils.device import device_type
 
 Head = Callable[[Tensor], Tensor]
 """A map of hidden states `(n, d)` to logits `(n, vocabulary)`."""
-CHUNK, CHUNK_ON_GPU = 1 << 24, 1 << 25
-"""Logits per chunk. With smaller chunks a GPU waits for reading the head's weight."""
+CHUNK, CHUNK_ON_GPU = 1 << 22, 1 << 25
+"""Logits per chunk. A CPU keeps small chunks in its cache; a GPU would wait for reading the head's weight."""
+ENOUGH_ROWS = 96
+"""Rows of a chunk on a CPU below which reading the head's weight takes longer than the products."""
 
 
 def chunked_cross_entropy(
@@ -72,7 +74,8 @@ def nll_and_accuracy(
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
-    return max(16, (CHUNK_ON_GPU if device_type(device) == "cuda" else CHUNK) // vocabulary)
+    most = CHUNK_ON_GPU // vocabulary
+    return max(16, most if device_type(device) == "cuda" else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -12,6 +12,14 @@ saves x and p; the full weight exists only while the layer runs.
 
 saves x. Norms and MLPs are such maps, and their activations between x and y take up to ten times the memory of x; in
 tiles they exist for one tile at a time. Gradients of parameters are summed over the tiles.
+
+`gated_linear`: the second half of a gated MLP,
+
+    y = linear(h),  h = activation(gate) * up          gate, up, h (..., d), y (..., out)
+
+saves gate and up. Separate operations also save activation(gate) and, if `linear` has an adapter, h.
+
+Outputs and gradients are the same bits as those of the separate operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +88,66 @@ def run_tiled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: 
     saved: list[Any] = []
     x = _SaveInput.apply(x, saved) if x.requires_grad else x  # without a gradient it would save nothing
     return _TiledMap.apply(run, tokens, saved, x, *trained)
+
+
+def gated_linear(
+    activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, linear: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return `linear(activation(gate) * up)` and keep only gate and up of what comes before `linear`.
+
+    Not for use inside activation checkpointing, which does not see what `linear` keeps.
+
+    Args:
+        activation: an elementwise function without parameters.
+        gate, up: `(..., d)`.
+        linear: any module; if it keeps its input for the backward pass, that is computed again there.
+    """
+    hidden = _GatedProduct.apply(activation, gate, up)
+    if hidden.grad_fn is None:
+        return linear(hidden)
+    node, size, storages = hidden.grad_fn, hidden.numel(), [hidden.untyped_storage()]
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        is_hidden = tensor.untyped_storage() in storages and tensor.numel() == size and tensor.is_contiguous()
+        return tensor.shape if is_hidden else tensor
+
+    def unpack(saved: Tensor | torch.Size) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        _, activated, up = _activate_again(node)
+        return (activated.detach() * up).view(saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out = linear(hidden)
+    storages.clear()  # the graph keeps `pack`
+    return out
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+        ctx.activation, ctx.activated = activation, None
+        ctx.save_for_backward(gate, up)
+        return activation(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, need_gate, need_up = ctx.needs_input_grad
+        gate, activated, up = _activate_again(ctx)
+        grad_gate = torch.autograd.grad(activated, gate, grad * up)[0] if need_gate else None
+        ctx.activated = None
+        return None, grad_gate, grad * activated.detach() if need_up else None
+
+
+def _activate_again(node: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gate, its activation with a graph between them, and up, of a `_GatedProduct`."""
+    if node.activated is None:
+        gate, up = node.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            node.activated = gate, node.activation(gate), up
+    return node.activated
 
 
 class _SaveInput(torch.autograd.Function):

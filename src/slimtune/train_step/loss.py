@@ -31,8 +31,8 @@ from ..objectives.sft import SFT
 from ..utils.device import free_memory
 from ..utils.progress import track_progress
 
-TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 8192
-"""Tokens in a micro-batch above which more tokens do not compute faster."""
+TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
+"""Tokens in a micro-batch above which more tokens compute hardly faster (2,048 on a CPU: 4 %)."""
 PROBE_TOKENS = 64
 EVAL_ROWS = 4096
 """Rows that are divided into micro-batches together in evaluation."""

@@ -1,5 +1,7 @@
 """Ways to keep less of a step in memory with the same gradients, and compilation of the layers.
 
+    recomputing                keep of norms and gated MLPs what the rest cannot be computed from in no time
+                               (`kernels/rms_norm.py`, `kernels/recompute.py`); on unless one of the next three is
     activation checkpointing   keep each layer's input; run the layer again in the backward pass
     offloading                 keep those inputs in CPU memory meanwhile (`kernels/activation_offload.py`)
     tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
@@ -20,16 +22,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ..adapters.architectures import FEED_FORWARD
 from ..errors import UsageError, format_names
 from ..kernels.activation_offload import ActivationOffload
-from ..kernels.recompute import run_tiled
+from ..kernels.recompute import gated_linear, run_tiled
+from ..kernels.rms_norm import rms_norm
 from ..utils.linear_layers import layer_kind
 
 
-def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
+def apply_memory_savings(
+    model: Any, checkpointing: bool = False, offload: bool = False, tile: int | None = None
+) -> None:
     """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
+    if not checkpointing and tile is None:
+        recompute_elementwise(model)
     if checkpointing:
         enable_activation_checkpointing(model, offload=offload)
     if tile is not None:
@@ -58,6 +66,43 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = partial(checkpoint_offloaded, module._gradient_checkpointing_func)
+
+
+def recompute_elementwise(model: Any) -> None:
+    """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
+    for module in model.modules():
+        if has_forward_of(module, LlamaMLP):
+            module.forward = partial(_forward_gated, module)
+        elif has_forward_of(module, LlamaRMSNorm):
+            module.forward = partial(_forward_norm, module)
+
+
+def has_forward_of(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Return whether a module's forward has the code of that of another class: most families copy Llama's."""
+    code, other = getattr(type(module).forward, "__code__", None), expected.forward.__code__
+    unchanged = "forward" not in vars(module) and code is not None
+    return unchanged and (code.co_code, code.co_names, code.co_consts) == (
+        other.co_code,
+        other.co_names,
+        other.co_consts,
+    )
+
+
+def _forward_gated(module: Any, x: Tensor) -> Tensor:
+    if _must_decompose(x):
+        return type(module).forward(module, x)
+    return gated_linear(module.act_fn, module.gate_proj(x), module.up_proj(x), module.down_proj)
+
+
+def _forward_norm(module: Any, x: Tensor) -> Tensor:
+    if _must_decompose(x) or x.element_size() != 2 or module.weight.requires_grad:
+        return type(module).forward(module, x)
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _must_decompose(x: Tensor) -> bool:
+    # torch.compile fuses on its own; autocast chooses a dtype per operation.
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled()
 
 
 def enable_tiled_mlp(model: Any, tile_size: int) -> int:
