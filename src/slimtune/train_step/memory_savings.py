@@ -79,13 +79,10 @@ def recompute_elementwise(model: Any) -> None:
 
 def has_forward_of(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Return whether a module's forward has the code of that of another class: most families copy Llama's."""
-    code, other = getattr(type(module).forward, "__code__", None), expected.forward.__code__
-    unchanged = "forward" not in vars(module) and code is not None
-    return unchanged and (code.co_code, code.co_names, code.co_consts) == (
-        other.co_code,
-        other.co_names,
-        other.co_consts,
-    )
+    own, code = getattr(type(module).forward, "__code__", None), expected.forward.__code__
+    if own is None or "forward" in vars(module):
+        return False
+    return (own.co_code, own.co_names, own.co_consts) == (code.co_code, code.co_names, code.co_consts)
 
 
 def _forward_gated(module: Any, x: Tensor) -> Tensor:
