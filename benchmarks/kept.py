@@ -18,22 +18,37 @@ from slimtune import get_peft_model
 from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.loader import load_base
-from slimtune.train_step.loss import make_collator, measure_activation_bytes
+from slimtune.attention.register import packed_attention
+from slimtune.planning.memory_tracker import MemoryTracker
+from slimtune.train_step.loss import make_collator, step_loss
+from slimtune.train_step.memory_savings import apply_memory_savings
 
 SHORT, LONG = 128, 256
 VARIANTS = {"lora, DoRA": ("lora", {"use_dora": True}), "lora, dropout": ("lora", {"lora_dropout": 0.1})}
 
 
-def counted(base, name: str) -> dict[str, float]:
-    """Attach a method, count, and take it off again."""
+def counted(source: str, name: str) -> dict[str, float]:
+    """Attach a method to a base of its own, and count."""
     method, more = VARIANTS.get(name, (name, NEEDED.get(name, {})))
     cls = config_class(method)
-    model = get_peft_model(base, cls(**fill_recipe_defaults(more, cls)))
-    collator = make_collator(model, 0)
-    short, long = (measure_activation_bytes(model, collator, n) for n in (SHORT, LONG))
-    model.unload()
+    base = load_base(source, dtype="bfloat16").model
+    model = get_peft_model(base, cls(**fill_recipe_defaults(more, cls))).train()
+    apply_memory_savings(model)
+    short, long = (count_kept_bytes(model, n) for n in (SHORT, LONG))
     each = (long - short) / (LONG - SHORT)
     return {"per_token": each, "each_pass": max(0.0, short - SHORT * each)}
+
+
+def count_kept_bytes(model, tokens: int) -> int:
+    """Return the bytes that exist after the forward pass of a row and did not before."""
+    row = [(7 * i * i + 3) % 1000 for i in range(tokens)]
+    batch = make_collator(model, 0)([{"input_ids": row, "labels": row}])
+    with packed_attention(model), MemoryTracker() as tracker:
+        tracker.assign([*model.parameters(), *model.buffers()], "model")
+        loss = step_loss(model, batch)
+    kept = sum(tracker.live.values()) - tracker.live["model"]
+    del loss
+    return kept
 
 
 def main() -> None:
@@ -42,9 +57,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    base = load_base(args.model, dtype="bfloat16").model
     names = args.methods or sorted({*find_built_in_method_files(), *VARIANTS} - {"lora"})
-    found = {n: counted(base, n) for n in ["lora", *names]}
+    found = {n: counted(args.model, n) for n in ["lora", *names]}
     for row in found.values():
         row["to_lora"] = round(row["per_token"] / found["lora"]["per_token"], 3)
     if args.json:

@@ -10,6 +10,7 @@ One lever off at a time, for its share:
     all-logits        logits and their softmax at every position, as a model's own loss has them
     plain-maps        low-rank maps by plain operations in the adapters' dtype, as PEFT has them
     no-pages          glibc's own way with freed memory
+    plain-norms       norms and MLPs as transformers has them, which keep more
     all-off           all of these: what is left is PEFT's packed step
 """
 
@@ -27,6 +28,7 @@ from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attenti
 from slimtune.data.collator import Collator
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import auto_micro_batch_tokens, make_collator, step_loss
+from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.utils.device import disable_malloc_trim
 
 OFF = {
@@ -36,8 +38,9 @@ OFF = {
     "no-layout": ("share", "layout"),
     "all-logits": ("logits",),
     "plain-maps": ("maps",),
+    "plain-norms": ("recompute",),
     "no-pages": ("pages",),
-    "all-off": ("share", "layout", "logits", "maps", "pages"),
+    "all-off": ("share", "layout", "logits", "maps", "pages", "recompute"),
 }
 
 
@@ -74,6 +77,8 @@ def main() -> None:
         disable_malloc_trim()
     config = slimtune.LoraConfig(**spec["lora"])
     model = slimtune.get_peft_model(base.model, config, autocast_adapter_dtype="autocast" not in off)
+    if "recompute" not in off:
+        apply_memory_savings(model)
     ran = plain_maps() if "maps" in off else None
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
     collator = Collator(pad) if "layout" in off else make_collator(model, pad, share_prefix="share" not in off)
