@@ -16,9 +16,9 @@ from plan import NEEDED
 
 from slimtune import get_peft_model
 from slimtune.adapters.registry import config_class, find_built_in_method_files
+from slimtune.attention.register import packed_attention
 from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.loader import load_base
-from slimtune.attention.register import packed_attention
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.train_step.loss import make_collator, step_loss
 from slimtune.train_step.memory_savings import apply_memory_savings
