@@ -127,7 +127,7 @@ def test_common_prefixes(case, name, dtype):
 def test_nested_prefixes_make_a_tree_and_several_micro_batches():
     model, rows = build("llama", torch.float32), CASES["nested prefixes"]
     layout = Collator(0, layout=True)(rows)["layout"]
-    assert max(len(layout.path(i)) for i in range(len(layout.lengths))) == 3
+    assert max(len(layout.ancestors(i)) for i in range(len(layout.lengths))) == 3
     assert backward(model, rows) == 1
     assert backward(model, rows, **WAYS["micro-batches"]) > 1
 

@@ -39,7 +39,7 @@ def test_segment_masks(layout, window):
 
 def test_numbers_of_a_tree():
     assert TREE.total == 21
-    assert TREE.path(2) == [0, 1, 2]
+    assert TREE.ancestors(2) == [0, 1, 2]
     assert TREE.positions() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6]
 
 

@@ -26,8 +26,8 @@ def test_measures_by_hand():
     assert found["pairs_better"] == 3
     assert found["by_length"]["chosen_longer"] == {"pairs": 1, "base_accuracy": 0, "tuned_accuracy": 0}
     assert found["by_length"]["chosen_shorter"] == {"pairs": 1, "base_accuracy": 1, "tuned_accuracy": 1}
-    assert not PreferenceEvaluation.list_reasons({"preference": found})
+    assert not PreferenceEvaluation.list_reasons_not_passed({"preference": found})
     same = measure_preferences(pairs, base, base, compare)
-    assert PreferenceEvaluation.list_reasons({"preference": same}) == [
+    assert PreferenceEvaluation.list_reasons_not_passed({"preference": same}) == [
         "the adapter changes nothing: base and tuned model have the same margins"
     ]

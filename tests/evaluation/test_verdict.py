@@ -77,7 +77,7 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
 )
 def test_reasons(figures, reasons):
     result = {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": KEPT, "forgetting": None, **figures}
-    verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons(result))
+    verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons_not_passed(result))
     assert verdict["passed"] is (not reasons)
     for reason, expected in zip(verdict["reasons"], reasons, strict=True):
         assert expected in reason

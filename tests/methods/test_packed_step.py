@@ -107,7 +107,7 @@ def assert_packed_equals_alone(model):
 def test_the_rows_share_and_nest():
     packed = pack_sequences([r["input_ids"] for r in ROWS])
     assert len(packed.tokens) == sum(len(r["input_ids"]) for r in ROWS) - 3 * len(SHARED) - len(NESTED)
-    assert max(len(packed.layout.path(i)) for i in range(len(packed.layout.lengths))) == 3
+    assert max(len(packed.layout.ancestors(i)) for i in range(len(packed.layout.lengths))) == 3
 
 
 @EVERY_METHOD

@@ -201,7 +201,7 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Return a tensor's key in PEFT's file; `key` is the usual one, `base_model.model.<site>.<name>`."""
         return key
 
-    def convert_start(
+    def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]
     ) -> tuple["PeftConfig", dict[str, dict[str, Tensor]]]:
         """Return the config, and the tensors by site, of an equal adapter that stores no start."""

@@ -67,7 +67,7 @@ def fix_invocations(
     active: ActiveAdapters, configs: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], offsets: Offsets | None
 ) -> Iterator[None]:
     """Inside the `with`, calls of the model are steps of a generation, and only its prompt is searched."""
-    invocations = find_running_invocations(active, configs)
+    invocations = find_active_invocation_tokens(active, configs)
     if invocations:
         ids = _find_ids(args, kwargs)
         if ids is None:
@@ -89,7 +89,7 @@ def select_tokens(
 
     Yields a function to be called with the call's output, which remembers where the rows start to change.
     """
-    invocations = find_running_invocations(active, configs)
+    invocations = find_active_invocation_tokens(active, configs)
     if not invocations:
         yield lambda output: None
         return
@@ -110,7 +110,7 @@ def select_tokens(
         active.changed_tokens = before
 
 
-def find_running_invocations(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
+def find_active_invocation_tokens(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the invocation tokens of the adapters that run and have them."""
     names = active.names if active.row_adapters is None else active.row_adapters
     found = {n: getattr(configs.get(n), "alora_invocation_tokens", None) for n in names}

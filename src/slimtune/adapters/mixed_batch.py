@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
 from .active_adapters import BASE_ROW, CheckpointSelection, wrong_row_count
-from .invocation import Offsets, find_running_invocations, fix_invocations, select_tokens
+from .invocation import Offsets, find_active_invocation_tokens, fix_invocations, select_tokens
 
 
 class CallMixin:
@@ -29,7 +29,7 @@ class CallMixin:
         the invocation tokens on.
         """
         state = self._adapter_state
-        if adapter_names is None and not find_running_invocations(state.active_state, state.configs):
+        if adapter_names is None and not find_active_invocation_tokens(state.active_state, state.configs):
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]  # torch.compile stops at a `with`
         else:
             with (

@@ -30,7 +30,7 @@ from .base import AdapterModule, MergeUnsupported, SharedParameterHolder
 from .base_model import Tuner, TunerNames
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
-from .invocation import find_running_invocations
+from .invocation import find_active_invocation_tokens
 from .merging import merge_adapters, tie_equal_parameters, unmerge_adapters
 from .mixed_batch import CallMixin
 from .prompt import PromptMixin
@@ -715,7 +715,7 @@ def _make_subclass(base: Any, mixin: Any) -> Any:
             if (
                 state
                 and state.active_state.changed_tokens is None
-                and find_running_invocations(state.active_state, state.configs)
+                and find_active_invocation_tokens(state.active_state, state.configs)
             ):
                 return self(*args, **kwargs)  # called directly, the tokens of an activated LoRA are not known yet
             return base.forward(self, *args, **kwargs)

@@ -442,7 +442,7 @@ class LayerType(type):
     """Metaclass of PEFT's layer classes: adapted layers are their instances by what adapts them."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, PeftNames) and cls.matches(instance)  # type: ignore[attr-defined]
+        return isinstance(instance, PeftNames) and cls.accepts_as_instance(instance)  # type: ignore[attr-defined]
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
         raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")
@@ -457,7 +457,7 @@ class BaseTunerLayer(metaclass=LayerType):
     """Class of the base module, or a tuple of classes."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         """Return whether one of the layer's adapters makes it such a layer."""
         modules = [m for m in layer.adapters.values() if m.is_tuner_layer]
         return isinstance(layer, cls.base_type) and any(m.method in cls.methods or not cls.methods for m in modules)
@@ -469,17 +469,17 @@ class LoraLayer(BaseTunerLayer):
     methods: ClassVar[tuple[str, ...]] = ("lora", "adalora")
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         """Return whether one of the adapters is a LoRA; trained tokens do not count as one."""
         names = ("lora_A", "lora_embedding_A")
-        return super().matches(layer) and any(hasattr(m, n) for m in layer.adapters.values() for n in names)
+        return super().accepts_as_instance(layer) and any(hasattr(m, n) for m in layer.adapters.values() for n in names)
 
 
 class ParamWrapper(LoraLayer):
     """A module with a LoRA on one or more of its parameters (`target_parameters`)."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         return any(m.adapted_parameters for m in layer.adapters.values() if m.method == "lora")
 
 
@@ -506,7 +506,7 @@ class TrainableTokensLayer(BaseTunerLayer):
     """An embedding or output head with trained tokens."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         return any("token_indices" in m.peft_values for m in layer.adapters.values())
 
 
@@ -514,7 +514,7 @@ class ModulesToSaveWrapper(metaclass=LayerType):
     """A module that an adapter trains in full."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         return bool(get_whole_copies(layer))
 
 
@@ -522,7 +522,7 @@ class TrainableTokensWrapper(metaclass=LayerType):
     """An embedding or output head with trained tokens beside a LoRA."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
+    def accepts_as_instance(cls, layer: Any) -> bool:
         return PeftLayer(layer)._has_tokens
 
 
@@ -530,8 +530,8 @@ class AuxiliaryTrainingWrapper(metaclass=LayerType):
     """A module that an adapter trains in full or in some rows, beside its method."""
 
     @classmethod
-    def matches(cls, layer: Any) -> bool:
-        return ModulesToSaveWrapper.matches(layer) or TrainableTokensWrapper.matches(layer)
+    def accepts_as_instance(cls, layer: Any) -> bool:
+        return ModulesToSaveWrapper.accepts_as_instance(layer) or TrainableTokensWrapper.accepts_as_instance(layer)
 
 
 @cache

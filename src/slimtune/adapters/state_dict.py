@@ -477,11 +477,11 @@ def save_adapter(
     adapter: str,
     state_dict: Mapping[str, Tensor] | None = None,
     save_embedding_layers: str | bool = False,
-    convert_start: bool = False,
+    convert_to_zero_init: bool = False,
 ) -> None:
     """Write one adapter's config, tensors and model card into `folder`; each file is written atomically.
 
-    `convert_start` writes an equal adapter without a stored start; see `PeftConfig.convert_start`.
+    `convert_to_zero_init` writes an equal adapter without a stored start; see `PeftConfig.convert_to_zero_init`.
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
@@ -492,9 +492,9 @@ def save_adapter(
         # PEFT's words come first.
         text = "DeepSpeed ZeRO-3 / FSDP shards are saved instead of whole tensors, which no base can load"
         warnings.warn(f"{text}: {format_names(flat)}. Gather the parameters first.", PeftWarning, stacklevel=3)
-    if convert_start:
+    if convert_to_zero_init:
         modules = model.adapter_modules(adapter)
-        config, converted = config.convert_start(modules)
+        config, converted = config.convert_to_zero_init(modules)
         for site, module in modules.items():
             for name in module.tensors():
                 del tensors[config.file_key(f"{_PREFIX}{site}.{name}")]
@@ -621,8 +621,8 @@ class SaveLoadMixin:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
         for name in (selected_adapters or self.peft_config) if is_main_process else []:
             folder = Path(save_directory, "" if name == "default" else self._require_adapter(name))
-            convert_start = path_initial_model_for_weight_conversion is not None
-            save_adapter(self, folder, name, state_dict, save_embedding_layers, convert_start)
+            convert_to_zero_init = path_initial_model_for_weight_conversion is not None
+            save_adapter(self, folder, name, state_dict, save_embedding_layers, convert_to_zero_init)
 
     @classmethod
     def from_pretrained(

@@ -28,7 +28,7 @@ class TunerType(type):
         if not isinstance(instance, Tuner | TunerNames | PeftModel) or instance.base_model is not instance:
             return False
         whole = instance.model
-        return bool(whole.peft_config) and cls.matches(whole)  # type: ignore[attr-defined]
+        return bool(whole.peft_config) and cls.accepts_as_instance(whole)  # type: ignore[attr-defined]
 
     def __call__(
         cls,
@@ -52,7 +52,7 @@ class BaseTuner(metaclass=TunerType):
     """Whether `inject_adapter_in_model` refuses the method, as PEFT does where layers share tensors: never here."""
 
     @classmethod
-    def matches(cls, model: Any) -> bool:
+    def accepts_as_instance(cls, model: Any) -> bool:
         """Return whether the active adapter of a whole model makes its `base_model` an instance."""
         config = model.peft_config[(model.active_adapters or list(model.peft_config))[0]]
         return not config.is_prompt_learning and config.name == (cls.method or config.name)
@@ -91,7 +91,7 @@ class MixedModel(BaseTuner):
     """The `base_model` of a PeftMixedModel."""
 
     @classmethod
-    def matches(cls, model: Any) -> bool:
+    def accepts_as_instance(cls, model: Any) -> bool:
         return isinstance(model, PeftMixedModel)
 
 

@@ -88,7 +88,7 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
     prefix = ((0, layout.prefix_keys),) if layout.prefix_keys else ()
     segments = []
     for i, n in enumerate(layout.lengths):
-        key_ranges = (*prefix, *((firsts[a], layout.lengths[a]) for a in layout.path(i)))
+        key_ranges = (*prefix, *((firsts[a], layout.lengths[a]) for a in layout.ancestors(i)))
         mask = layout.segment_bias(i, window, dtype, device)
         segments.append(Segment(firsts[i] - layout.prefix_keys, n, key_ranges, mask))
     return segments

@@ -46,7 +46,7 @@ class PackedLayout:
         """Tokens of the whole sequence."""
         return sum(self.lengths)
 
-    def path(self, segment: int) -> list[int]:
+    def ancestors(self, segment: int) -> list[int]:
         """Return the indices of a segment's ancestors, the root first, and its own."""
         path = [segment]
         while (parent := self.parents[path[-1]]) >= 0:

@@ -184,7 +184,7 @@ def _attend_packed(
     keys, values = (t.split((layout.prefix_keys, *layout.lengths), dim=2) for t in (key, value))
     outputs = []
     for i, q in enumerate(query.split(layout.lengths, dim=2)):
-        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.path(i))]
+        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.ancestors(i))]
         k, v = (torch.cat([t[s] for s in path], dim=2) if len(path) > 1 else t[path[0]] for t in (keys, values))
         mask = layout.segment_bias(i, window, query.dtype, query.device)
         if mask is None and implementation == "eager":

@@ -51,15 +51,15 @@ def choose(
     from ..planning.machines import describe_machine, rank_machines
     from ..planning.planner import judge_memory
     from ..planning.throughput import estimate_speed, prices
-    from .gpus import plan_depends_on
+    from .gpus import plan_key
 
     count = tokens or jobs.tokens or MILLION
     cards = [c for c in all_gpus() if c.trains and (c.kind in kinds or ("rent" in kinds and prices(c.name)))]
-    largest = {plan_depends_on(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
+    largest = {plan_key(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
     machines = []
     for card in cards:
-        plan = plans[plan_depends_on(card, jobs)]
+        plan = plans[plan_key(card, jobs)]
         speed = estimate_speed(plan.work, card) if plan.work is not None else plan.tokens_per_second
         verdict = judge_memory(plan.need, card.usable)
         machines.append(

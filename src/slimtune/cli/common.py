@@ -180,7 +180,7 @@ def _print_warnings() -> Iterator[None]:
         yield
 
 
-class PlainConsole(Console):
+class EscapingConsole(Console):
     """A console that writes control characters out: rows, names and messages of others must not steer a terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -195,7 +195,7 @@ class PlainConsole(Console):
 
 def console(stderr: bool = False) -> Console:
     """Return a console on the current stdout or stderr. A terminal gets lines of whole words, a pipe long lines."""
-    made = PlainConsole(stderr=stderr, highlight=False, markup=False)
+    made = EscapingConsole(stderr=stderr, highlight=False, markup=False)
     made.soft_wrap = not made.is_terminal
     return made
 

@@ -86,11 +86,9 @@ def gpus(
     cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
     # The run is planned once for each class of GPUs, on its smallest: there a batch is split as far as training splits
     # it where memory is short, so the need is what a GPU must have at least.
-    smallest = {plan_depends_on(card, jobs): card for card in reversed(cards)}
+    smallest = {plan_key(card, jobs): card for card in reversed(cards)}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in smallest.items()}
-    judged = [
-        (card, plan := plans[plan_depends_on(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards
-    ]
+    judged = [(card, plan := plans[plan_key(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
     enough = next((card for card, _, verdict in judged if verdict == "fits"), None)
     if not as_json:
         screen = console()
@@ -191,7 +189,7 @@ def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
         yield "rent", f"{p.dollars_per_hour} $/h, {p.provider}, {format_checked(p.date)}: {p.source}"
 
 
-def plan_depends_on(card: Any, jobs: Jobs) -> tuple[str, bool]:
+def plan_key(card: Any, jobs: Jobs) -> tuple[str, bool]:
     """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
     (recipe,) = jobs.recipes.values()
     return card.device, card.bf16 or recipe.model.dtype != "auto"

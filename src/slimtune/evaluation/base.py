@@ -42,7 +42,7 @@ class Evaluation:
         raise NotImplementedError
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         """Return why a result does not show that the tuned model is better, one sentence each; empty if it does."""
         raise NotImplementedError
 

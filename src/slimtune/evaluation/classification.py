@@ -65,7 +65,7 @@ class ClassificationEvaluation(Evaluation):
         return result, figures
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         return list_reasons_not_better(result, f"always answering {result['baseline']!r}")
 
 

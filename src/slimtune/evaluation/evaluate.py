@@ -156,7 +156,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         score_general = functools.partial(evaluation.score_both, place=settings.general_text)
         result["forgetting"] = {"text": str(settings.general_text)}
         result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
-    reasons = [*list_missing_rows(result), *evaluation.list_reasons(result)]
+    reasons = [*list_missing_rows(result), *evaluation.list_reasons_not_passed(result)]
     result |= {
         "improved": not reasons,
         "verdict": make_pass_verdict(result, reasons),
@@ -272,7 +272,7 @@ def load_unseen_rows(
     else:
         examples, report = load_eval_dataset(recipe, tokenizer, file, trained.classes)
         if trained.recipe is not None:
-            trained_rows = find_training_rows(trained.recipe, recipe, file, examples)
+            trained_rows = find_rows_trained_on(trained.recipe, recipe, file, examples)
     if trained_rows is None:
         return examples, report, None
     if len(trained_rows) == len(examples.documents):
@@ -287,28 +287,30 @@ def load_unseen_rows(
     return examples, report, len(trained_rows)
 
 
-def find_training_rows(own: Recipe, recipe: Recipe, file: Path, examples: TokenizedDataset) -> list[int] | None:
-    """Return which rows (or documents) of a file, read by `recipe`, a run was trained on by its `own` recipe.
+def find_rows_trained_on(
+    trained_recipe: Recipe, eval_recipe: Recipe, file: Path, examples: TokenizedDataset
+) -> list[int] | None:
+    """Return which rows (or documents) of a file, read by `eval_recipe`, a run of `trained_recipe` was trained on.
 
     A run that learned answers alone was trained on a pair if it learned the chosen one. None: the training rows cannot
     be read.
     """
-    answers_alone = recipe.data.format in recipe.objective().named_formats
+    answers_alone = eval_recipe.data.format in eval_recipe.objective().named_formats
 
     def read(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
         rows = (split_answers(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
-    evaluated = list(read(recipe, file))
+    evaluated = list(read(eval_recipe, file))
     wanted = {key for _, key in evaluated}
     try:
-        trained = {key for _, key in read(own, recipe.data.train) if key in wanted}
+        trained = {key for _, key in read(trained_recipe, eval_recipe.data.train) if key in wanted}
     except SlimtuneError:
         return None
     # Rows that were dropped have no example; the others are in the order of the file.
     rows = iter(evaluated)
-    keys = [next(key for line, key in rows if line == own) for own in examples.documents.lines]
+    keys = [next(key for line, key in rows if line == line_kept) for line_kept in examples.documents.lines]
     return [i for i, key in enumerate(keys) if key in trained]
 
 

@@ -38,7 +38,7 @@ class PreferenceEvaluation(Evaluation):
         return {**result, "preference": preference, "prompt_dependence": None}, figures
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         # The loss of the chosen answers may rise while they are preferred more.
         low, high = result["preference"]["margin_gain_ci95"]
         if low > 0:

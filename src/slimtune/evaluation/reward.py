@@ -31,5 +31,5 @@ class RewardEvaluation(Evaluation):
         return result, figures
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         return list_reasons_not_better(result, "chance")

@@ -24,7 +24,7 @@ class SupervisedEvaluation(Evaluation):
         return {**result, "preference": None, "prompt_dependence": dependence}, figures
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         failures = []
         low, high = result["loss_reduction_ci95"]
         if low == high == 0 and result.get("rows_better") == 0:

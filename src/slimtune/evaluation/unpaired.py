@@ -41,7 +41,7 @@ class UnpairedEvaluation(Evaluation):
         return {**result, "unpaired_preference": measures, "prompt_dependence": None}, figures
 
     @staticmethod
-    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
         measures = result["unpaired_preference"]
         low, high = measures["reward_auc_ci95"]
         if low > 0.5:

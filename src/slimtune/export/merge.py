@@ -119,7 +119,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
             "max_difference": differences.abs().max().item(),
             "mean_difference": differences.abs().mean().item(),
             "effect": effect,
-            "strength": reference.measure_strength(differences)[0],
+            "strength": reference.measure_effect_share(differences)[0],
             "positions": len(differences),
         }
         card = _render_card(loaded, config, report, out.resolve().name)

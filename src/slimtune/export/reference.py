@@ -152,7 +152,7 @@ class Reference:
         """Return the differences of an engine's untouched base from the base, at every position `(n,)`."""
         return torch.cat([b - a for a, b in zip(self.base_log_probs, log_probs, strict=True)])
 
-    def measure_strength(self, differences: Tensor) -> tuple[float, float]:
+    def measure_effect_share(self, differences: Tensor) -> tuple[float, float]:
         """Return the share of the adapter's effect that arrives, and its standard error; NaN if it has no effect."""
         effect = -self.differences(self.base_log_probs)
         total = effect.square().sum()
@@ -194,14 +194,14 @@ class Reference:
             faults.append(f"log p differs by {mean:.3g} nats on average, {allowed:.3g} are allowed{context}")
         if mean > max(noise, self.effect / 2):
             faults.append(f"half or more of what the adapter changes ({self.effect:.3g} nats on average) is lost")
-        strength, error = self.measure_strength(paired)
+        strength, error = self.measure_effect_share(paired)
         if abs(strength - 1) > tolerance.strength + 3 * error:
             faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
         return faults
 
     def is_hidden(self, differences: Tensor) -> bool:
         """Return whether the engine's arithmetic differs so much that half of the effect could be missing unnoticed."""
-        return 3 * self.measure_strength(differences)[1] > 0.5
+        return 3 * self.measure_effect_share(differences)[1] > 0.5
 
 
 def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None) -> list[Text]:
@@ -289,7 +289,7 @@ def compare_engine(
         mean_difference=differences.abs().mean().item(),
         kl=torch.cat(kl).mean().item(),
         effect=reference.effect,
-        strength=reference.measure_strength(paired)[0],
+        strength=reference.measure_effect_share(paired)[0],
         base_max_difference=math.nan if base is None else base.abs().max().item(),
         base_mean_difference=math.nan if base is None else base.abs().mean().item(),
         answers=len(reference.answers),

@@ -148,7 +148,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         dtype=request.quantization or str(job.dtype).removeprefix("torch."),
         batch=len(job.row_tokens),
         seq_len=longest_row,
-        max_tokens_per_micro_batch=job.packed_tokens,
+        max_tokens_per_micro_batch=job.micro_batch_tokens,
         micro_batches=job.micro_batches,
         trainable_params=trainable_params,
         total_params=total_params,
@@ -205,7 +205,7 @@ def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
         return job
     prefix, supervised = request.content
     mean = sum(map(count_packed_tokens, request.quantiles)) / len(request.quantiles)
-    tokens = min(job.packed_tokens, request.max_tokens or MAX_SEQ_LEN)
+    tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
     lengths = pick_quantiles(request.quantiles[::-1], count)
@@ -309,7 +309,7 @@ def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
         changes.append(("--gradient-checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
     elif job.device == "cuda" and not job.offload_activations:
         changes.append(("--offload-activations", partial(replace, offload_activations=True)))
-    if job.mlp_tile_size is None and job.packed_tokens >= 2 * ADVISED_TILE_SIZE:
+    if job.mlp_tile_size is None and job.micro_batch_tokens >= 2 * ADVISED_TILE_SIZE:
         changes.append((f"--mlp-tile-size {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
     if len(job.lengths) > 1:
         one_example = partial(replace, lengths=job.lengths[:1], micro_batches=2)

@@ -59,7 +59,7 @@ class TrainingJob:
         return [n for length in self.lengths for n in count_row_tokens(length)]
 
     @property
-    def packed_tokens(self) -> int:
+    def micro_batch_tokens(self) -> int:
         """Tokens of the micro-batch, shared prefixes once."""
         return sum(map(count_packed_tokens, self.lengths))
 

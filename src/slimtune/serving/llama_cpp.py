@@ -44,7 +44,7 @@ STOP_REASONS = {"eos": "stop", "word": "stop", "limit": "length"}
 FIXES = "--engine torch serves every method; or merge it for llama.cpp: slimtune export RUN --to gguf --merged"
 
 
-class StartedLlamaCpp(NamedTuple):
+class LlamaCppServer(NamedTuple):
     """A server of llama.cpp, ready for answers."""
 
     models: list[ServedModel]  # the base first
@@ -63,7 +63,7 @@ def start_llama_cpp(
     verify: bool = True,
     device: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> StartedLlamaCpp:
+) -> LlamaCppServer:
     """Write base and adapters as GGUF, start llama.cpp, and compare each adapter there with the trained one.
 
     The files are in a temporary folder that is deleted at once: llama.cpp keeps them open.
@@ -121,7 +121,7 @@ def start_llama_cpp(
     engines = {BASE_ROW: engine.with_adapter(None)}
     engines |= {trained.adapter_name: engine.with_adapter(index) for index, trained in enumerate(loaded)}
     batching = LlamaCppBatching(engines, max_batch=max_batch, max_waiting=max_waiting)
-    return StartedLlamaCpp(models, batching, checks, cache_bytes)
+    return LlamaCppServer(models, batching, checks, cache_bytes)
 
 
 def require_gguf_form(run: Path) -> None:

@@ -41,8 +41,8 @@ class Row:
 class Batch:
     """Rows that run together, and their cache. Rows may join only if `ModelRunner.shares_batches` of each is true."""
 
-    def __init__(self, row: Row, cache: Any) -> None:
-        self.rows, self.cache = [row], cache
+    def __init__(self, first_row: Row, cache: Any) -> None:
+        self.rows, self.cache = [first_row], cache
 
     @property
     def width(self) -> int:

@@ -48,7 +48,7 @@ class RunInTurn:
         self.outcome: dict[str, Any] | SlimtuneError | Interrupted | None = None
         self._rng: Any = None
 
-    def advance(self) -> None:
+    def run_to_next_step(self) -> None:
         """Go on to the next point where the run gives up its turn: its loop, then the rows of each step."""
         if self._rng is not None:
             set_rng_states(self._rng[0])
@@ -110,7 +110,7 @@ def train_together(
         for recipe, again in zip(recipes, resume or [False] * len(recipes), strict=True)
     ]
     for run in runs:
-        run.advance()
+        run.run_to_next_step()
     alive = [run for run in runs if run.loop is not None]
     loops = [run.loop for run in alive if run.loop is not None]
     reason = find_reason_against_packing(loops) if loops else ""
@@ -118,7 +118,7 @@ def train_together(
         loops[0].logger.say(f"the gradients of {len(loops)} runs are computed one after the other: {reason}")
     with loops[0].stop_on_signals() if loops else nullcontext():
         for run in alive:
-            run.advance()
+            run.run_to_next_step()
         while waiting := [run for run in alive if run.rows]:
             for run in waiting:
                 if should_stop(run.recipe):
@@ -127,7 +127,7 @@ def train_together(
             if len(waiting) > 1 and not reason:
                 reason = compute_gradients_together(waiting)
             for run in waiting:
-                run.advance()
+                run.run_to_next_step()
                 if any(loop.stop_requested for loop in loops):  # every run ends after its step
                     for loop in loops:
                         loop.stop_requested, loop.stop_signal = True, loops[0].stop_signal

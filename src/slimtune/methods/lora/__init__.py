@@ -298,13 +298,13 @@ class LoraConfig(PatternedConfig):
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
         return eva.max_added_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
 
-    def convert_start(
+    def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]
     ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
         """Return the plain LoRA of rank 2r that equals this one, which starts as a part of the base's weight."""
         loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModule)}
         if not any("start_A" in m.tensors() for m in loras.values()):
-            return super().convert_start(adapter_modules)
+            return super().convert_to_zero_init(adapter_modules)
         # The scale is alpha / r or alpha / √r, and must stay.
         factor = math.sqrt(2) if self.use_rslora else 2
         config = dataclasses.replace(
