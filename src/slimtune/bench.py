@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from . import __version__
 from .adapters.model import get_peft_model
 from .attention.register import packed_attention
-from .errors import ModelError
+from .errors import ModelError, install_command
 from .export.engines import LlamaCppEngine, is_llama_cpp_installed
 from .export.gguf import import_gguf
 from .methods.lora import LoraConfig
@@ -264,7 +264,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
         ModelError: xllamacpp or gguf is not installed, or they compute on another device.
     """
     if not is_llama_cpp_installed():
-        raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
+        raise ModelError("the package xllamacpp is not installed", "llama.cpp", install_command("export-check"))
     import xllamacpp
 
     has_gpu = any("GPU" in str(d.get("type", "")) for d in xllamacpp.get_device_info())

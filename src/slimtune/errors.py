@@ -32,6 +32,14 @@ class SlimtuneError(Exception):
         return type(self), (self.message, self.expected, self.hint)  # Exception would pickle only the joined text
 
 
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to the installed slimtune.
+
+    slimtune is not on PyPI: pip keeps the installed one and fetches what the extra adds.
+    """
+    return f"pip install 'slimtune[{extra}]'"
+
+
 class UsageError(SlimtuneError, ValueError):
     """The user's input cannot be carried out."""
 

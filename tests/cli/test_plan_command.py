@@ -119,6 +119,15 @@ def test_rows_give_lengths_and_tokens(requests, slimtune, slimtune_json, tiny_fo
     assert requests[-1].job().lengths == requests[0].job().lengths[:1]  # the longest row that a micro-batch can hold
 
 
+def test_hint_for_unknown_columns_works_as_it_is_written(slimtune, tiny_folder, tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text("question,answer\n" + "Who?,Me\n" * 8)
+    command = ("plan", tiny_folder, "--data", file, "--gpu", "t4")
+    hint = slimtune(*command).stderr.partition("hint: try ")[2].split(" (")[0]
+    assert hint == "--format instruction --column instruction=question --column output=answer"
+    assert slimtune(*command, *hint.split()).exit_code == 0
+
+
 def test_config_alone_is_planned_by_the_longest_row(requests, slimtune, tiny_folder, rows_file):
     (tiny_folder / "model.safetensors").unlink()
     done = slimtune("plan", tiny_folder / "config.json", "--gpu", "t4", "--data", rows_file)

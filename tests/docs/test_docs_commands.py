@@ -7,6 +7,7 @@ import functools
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,13 @@ def test_questions_are_those_of_the_script():
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts, (
         "python docs/make_questions.py"
     )
+
+
+def test_every_extra_that_is_named_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.py")):
+        text = file.read_text()
+        named = re.findall(r"slimtune\[([\w,-]+)\]'|install_command\(\"(.+?)\"\)|pip install '\.\[(.+?)\]", text)
+        assert {extra for found in named for extra in "".join(found).split(",")} <= {*extras}, file
+        if file.suffix == ".md" and file.name not in ("install.md", "troubleshooting.md"):
+            assert "install 'slimtune[" not in text, f"{file}: before slimtune is installed, only ./slimtune is found"

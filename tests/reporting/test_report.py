@@ -272,9 +272,9 @@ NEVER = {"base_kind": "gguf", "merged": False, "gguf": False, "vllm": False, "as
     ("formats", "expected"),
     [
         (LORA, ["merge", "gguf", "ollama", "vllm", "push", "verify"]),
-        (LORA | {"base_kind": "hub"}, ["merge", "gguf", "ollama --merged", "vllm", "push", "verify"]),
+        (LORA | {"base_kind": "hub"}, ["merge", "gguf", "ollama", "vllm", "push", "verify"]),
         (LORA | {"base_kind": "folder", "gguf": False, "vllm": False},
-         ["merge", "gguf --merged", "ollama --merged", "vllm --convert-to-lora 64", "push", "verify"]),
+         ["merge", "gguf --merged", "ollama", "vllm --convert-to-lora 64", "push", "verify"]),
         (NEVER, ["push"]),
     ],
     ids=["lora", "lora on a Hub base", "ia3", "prefix tuning"],

@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import escape_controls
 from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
-from .inputs import require_base, require_rows
+from .inputs import ROW_SETTINGS, require_base, require_rows
 from .options import recipe_flags
 
 STYLES = {
@@ -21,8 +21,7 @@ BAR_WIDTH = 40
 SAMPLE_CHARACTERS = 480
 """Characters of a sample on the screen, so that three samples leave room for the verdict; --json has more."""
 REPORT_SETTINGS = (
-    "model.name", "model.revision", "model.trust_remote_code", "data.validation", "data.format", "data.columns",
-    "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong", "data.chat_template",
+    "model.name", "model.revision", "model.trust_remote_code", "data.validation", *ROW_SETTINGS,
     "train.batch_size",
 )  # fmt: skip
 """The settings that change the report."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from ..errors import install_command
 from ..utils.formatting import escape_controls, format_bytes
 from .common import ERROR, WARNING, Json, console, print_fields
 
@@ -23,7 +24,8 @@ LIBRARIES = (
 PROGRAMS = {"bitsandbytes": "bitsandbytes", "llama.cpp": "xllamacpp", "vLLM": "vllm", "Ollama": "ollama"}
 """Optional packages and programs, and the name of the package or command."""
 EXTRAS = {
-    "quant": "4-bit and 8-bit bases", "serve-test": "exports checked by llama.cpp", "eval": "checks of answers",
+    "quant": "4-bit and 8-bit bases", "export-check": "exports checked by llama.cpp", "eval": "checks of answers",
+    "ui": "slimtune ui", "serve": "slimtune serve",
     "compare": "slimtune compare", "plot": "charts as files", "demo": "bases in GGUF files", "tasks": "lm-eval tasks",
 }  # fmt: skip
 """What each extra is for. The others are for developers."""
@@ -126,7 +128,7 @@ def _print_facts(result: dict[str, Any], facts: "MachineFacts") -> None:
         *([("Hub", "offline: HF_HUB_OFFLINE is set")] if facts.environment.get("HF_HUB_OFFLINE", "0") != "0" else []),
         ("Hub token", f"from {facts.token}" if facts.token else "none: only public models can be read"),
     ])  # fmt: skip
-    missing = [(EXTRAS[e], f"pip install 'slimtune[{e}]'") for e, m in result["extras"].items() if m and e in EXTRAS]
+    missing = [(EXTRAS[e], install_command(e)) for e, m in result["extras"].items() if m and e in EXTRAS]
     if missing:
         console().print(Text("\nto add:", "bold"))
         print_fields(missing)

@@ -6,8 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import SlimtuneError, UsageError
+from ..errors import SlimtuneError, UsageError, install_command
 
+ROW_SETTINGS = (
+    "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
+    "data.chat_template",
+)  # fmt: skip
+"""The settings that say how rows are read: commands that read rows have the same flags for them."""
 PACKAGES = {"multipart": "python-multipart"}
 """Packages that have another name than their module."""
 
@@ -22,7 +27,7 @@ def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
     """
     if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
-        raise UsageError(message, hint=f"pip install 'slimtune[{extra}]'")
+        raise UsageError(message, hint=install_command(extra))
 
 
 def require_inputs(

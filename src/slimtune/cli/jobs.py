@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
-from .inputs import require_inputs
+from .inputs import ROW_SETTINGS, require_inputs
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..planning.result import Plan
 
 JOB_SETTINGS = (
-    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.format", "data.max_seq_len",
+    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", *ROW_SETTINGS,
     "task.name", "method.name", "train.epochs", "train.max_steps", "train.batch_size",
     "train.gradient_accumulation_steps",
     "train.max_tokens_per_micro_batch", "train.packing", "train.optimizer", "train.gradient_checkpointing",

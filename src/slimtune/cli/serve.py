@@ -50,7 +50,7 @@ def serve_runs(
         raise UsageError("--precision and --no-verify have no effect with --engine torch", hint="leave them out")
     require_packages("serve", "serve", ("starlette", "uvicorn"))
     if engine == "llama.cpp":
-        require_packages("serve --engine llama.cpp", "serve-test", ("xllamacpp", "gguf"))
+        require_packages("serve --engine llama.cpp", "export-check", ("xllamacpp", "gguf"))
     from ..serving.models import name_runs
 
     for path in name_runs(runs).values():

@@ -25,7 +25,7 @@ from threading import Event
 from typing import Any, Protocol, Self, TypeVar
 
 from ..data.parallel import cpu_count
-from ..errors import RunError, UsageError, nearest
+from ..errors import RunError, UsageError, install_command, nearest
 from ..utils.files import read_json, write_json
 from .worker import CHECKPOINT_SECONDS, POLL_SECONDS, RESTARTS, WorkerResult, launch_again_if_killed
 
@@ -84,9 +84,7 @@ def parse_place(text: str) -> Place:
         expected = "the minutes after which Slurm may end a run, as slurm:partition=gpu,time=240"
         raise UsageError(f"--on {text} lacks time", expected, "submitit's own default is 5 minutes")
     if kind in PACKAGES and find_spec(PACKAGES[kind]) is None:
-        raise UsageError(
-            f"--on {text} needs {PACKAGES[kind]}, not installed here", hint=f"pip install 'slimtune[{kind}]'"
-        )
+        raise UsageError(f"--on {text} needs {PACKAGES[kind]}, not installed here", hint=install_command(kind))
     return Place(text, kind, runs, address, parameters)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..data.collator import Example
 from ..data.dataset import Row
-from ..errors import ModelError, UsageError, nearest
+from ..errors import ModelError, UsageError, install_command, nearest
 from ..utils.progress import track_progress
 from .generate import Generator, Message
 
@@ -148,4 +148,4 @@ def _import(module: str, check: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         message = f"the check {check} needs the package {module.partition('.')[0]}, which is not installed"
-        raise ModelError(message, hint="pip install 'slimtune[eval]'") from e
+        raise ModelError(message, hint=install_command("eval")) from e

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UsageError, nearest
+from ..errors import ModelError, UsageError, install_command, nearest
 from ..setup import TrainedModel
 from ..utils.chat_rendering import render_chat_template
 
@@ -27,7 +27,7 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     """
     if importlib.util.find_spec("lm_eval") is None:
         message = "--tasks needs the package lm-eval, which is not installed"
-        raise ModelError(message, hint="pip install 'slimtune[tasks]'")
+        raise ModelError(message, hint=install_command("tasks"))
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-path {folder} is not a folder", "a folder of task YAML files")
     with _errors_only():

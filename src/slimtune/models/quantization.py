@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
-from ..errors import ModelError, UsageError, format_names, nearest
+from ..errors import ModelError, UsageError, format_names, install_command, nearest
 from ..utils.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
 from .dtype import dtype_name
 
@@ -30,7 +30,7 @@ def require_bitsandbytes(what: str) -> None:
     """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         message = f"{what} needs the package bitsandbytes, which is not installed"
-        raise ModelError(message, "bitsandbytes 0.48 or newer", "pip install 'slimtune[quant]'")
+        raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"))
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:

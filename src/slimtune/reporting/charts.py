@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import jinja2
 from markupsafe import Markup
 
-from ..errors import UsageError, format_names
+from ..errors import UsageError, format_names, install_command
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes
 
@@ -265,7 +265,7 @@ def require_figure_path(path: str | Path) -> Path:
         hint = f"--plot {path.with_suffix('.svg')}"
         raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
+        raise UsageError("plots need matplotlib, which is not installed", hint=install_command("plot"))
     return require_output_file(path)
 
 
