@@ -72,6 +72,7 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
         ({"loss_reduction_ci95": [0.0, 0.0]}, ["is not shown to be better than the base"]),
         ({"loss_reduction_ci95": [-0.2, -0.1]}, ["is worse than the base"]),
         ({"prompt_dependence": LOST}, ["from 0.1300 to 0.0500 nats per token, by 0.0400 to 0.1300"]),
+        ({"prompt_dependence": {**LOST, "change_ci95": [-0.08, -0.08]}}, ["from 0.1300 to 0.0500 nats per token."]),
         ({"prompt_dependence": LOST, "forgetting": OVER}, ["depends less on its prompts", "between 0.2000 and 0.4000"]),
     ],
 )
@@ -80,4 +81,4 @@ def test_reasons(figures, reasons):
     verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons_not_passed(result))
     assert verdict["passed"] is (not reasons)
     for reason, expected in zip(verdict["reasons"], reasons, strict=True):
-        assert expected in reason
+        assert expected in f"{reason}."

@@ -196,3 +196,14 @@ def test_module_without_a_gradient_is_named(settings, capfd, monkeypatch):
     monkeypatch.setattr("slimtune.training.loop.find_modules_without_gradient", lambda model: ["model.dt_proj"])
     train(recipe_of(settings, max_steps=2))
     assert capfd.readouterr().err.count("1 adapted modules got no gradient") == 1
+
+
+def test_few_held_out_rows_and_few_steps_are_named_before_training(settings):
+    settings["data"] |= {"validation": None}
+    result = train(recipe_of(settings))
+    log = (Path(result["run"]) / "train.log").read_text()
+    few = "warning: 1 held-out row is too few: slimtune eval needs 6 to say whether the tuned model is better"
+    assert f"{few}; --validation-fraction 0.25 sets 6 aside" in log
+    assert "warning: 8 steps are few, and may change little: more rows, or --epochs 8 for 32" in log
+    assert result["held_out_rows"] == 1
+    assert "--data HELD_OUT.jsonl" in (Path(result["run"]) / "report.html").read_text()

@@ -50,4 +50,4 @@ class LinePrinter:
         now = time.monotonic()
         if now - self.last >= SECONDS_BETWEEN_LINES:
             self.last = now
-            print_progress(f"{what}: {done} of {total}, after {now - self.start:.0f} s")
+            print_progress(f"{what}: {done} of {total} ({now - self.start:.0f} s so far)")

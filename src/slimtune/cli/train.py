@@ -134,9 +134,12 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
         ("peak memory", format_bytes(result["peak_bytes"])),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
-    data, run = recipe.data, shlex.quote(result["run"])
-    validated = data.validation is not None or data.validation_fraction > 0
-    rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
+    from ..config.recipe import MIN_EVAL_ROWS
+
+    run, split, held_out = shlex.quote(result["run"]), recipe.eval_split(), result.get("held_out_rows")
+    if held_out is not None and held_out < MIN_EVAL_ROWS:
+        split = None
+    rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]
     console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
     chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
     console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

@@ -33,6 +33,9 @@ from .schema import (
 )
 from .task import resolve_task
 
+MIN_EVAL_ROWS = 6
+"""Fewer held-out rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
+
 
 class Recipe(Section):
     """All settings of a run.
@@ -87,6 +90,13 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def eval_split(self) -> str | None:
+        """Return the rows that `slimtune eval` can measure on without a file: "test", else "validation", or None."""
+        data = self.data
+        if data.test is not None or data.test_fraction > 0:
+            return "test"
+        return "validation" if data.validation is not None or data.validation_fraction > 0 else None
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""

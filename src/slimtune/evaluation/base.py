@@ -17,6 +17,7 @@ from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import AdapterError, ModelError, format_names
 from ..objectives.base import Objective
 from ..train_step.loss import RowScore, score_supervised_rows
+from ..utils.progress import name_progress
 from .statistics import PairedEstimate, paired_bootstrap
 
 RowFigures = list[dict[str, Any]]
@@ -66,8 +67,9 @@ class Evaluation:
         Raises:
             AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `place`.
         """
-        tuned = score_supervised_rows(self.model, rows, self.collator)
-        with self.model.disable_adapter():
+        with name_progress("tuned model"):
+            tuned = score_supervised_rows(self.model, rows, self.collator)
+        with self.model.disable_adapter(), name_progress("base"):
             base = score_supervised_rows(self.model, rows, self.collator)
         for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
             if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Recipe
+from ..config.recipe import MIN_EVAL_ROWS
 from ..data.collator import Example
 from ..data.dataset import Row, open_rows
 from ..data.formats import split_answers
@@ -35,6 +36,7 @@ from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
 from ..setup import TrainedModel, build_collator, load_datasets, load_eval_dataset, load_run, open_rows_from_recipe
 from ..utils.files import require_output_file, write_json
+from ..utils.progress import name_progress
 from .answers import EvalPrompt, build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .base import Evaluation
 from .classification import ClassificationEvaluation
@@ -56,8 +58,6 @@ EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
 }
 """The evaluation of each objective and of its subclasses."""
 SPLITS = ("test", "validation")
-MIN_ROWS = 6
-"""Fewer rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if general:
         score_general = functools.partial(evaluation.score_both, place=settings.general_text)
         result["forgetting"] = {"text": str(settings.general_text)}
-        result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
+        with name_progress("general text"):
+            result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
     reasons = [*list_missing_rows(result), *evaluation.list_reasons_not_passed(result)]
     result |= {
         "improved": not reasons,
@@ -228,8 +229,8 @@ def list_missing_rows(result: Mapping[str, Any]) -> list[str]:
     """Return the reason why so few rows show nothing; empty if there are enough."""
     different = result["different_rows"]
     rows = "1 row is" if different == 1 else f"{different} different rows are"
-    reason = f"{rows} too few to show that the tuned model is better: {MIN_ROWS} are the least"
-    return [reason] if different < MIN_ROWS else []
+    reason = f"{rows} too few to show that the tuned model is better: {MIN_EVAL_ROWS} are the least"
+    return [reason] if different < MIN_EVAL_ROWS else []
 
 
 def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 from ..data.tokenized_dataset import AnswerSubset, Example, split_rows
 from ..objectives.base import list_better_and_worse
 from ..train_step.loss import count_targets, score_row_logps
+from ..utils.progress import name_progress
 from .base import Evaluation, RowFigures
-from .statistics import PairedEstimate, make_fields
+from .statistics import PairedEstimate, format_interval, make_fields
 from .supervised import measure_supervised_rows
 
 Logps = Sequence[Sequence[float]]
@@ -27,8 +28,9 @@ class PreferenceEvaluation(Evaluation):
     """Compares the margins of base and tuned model on pairs, and the losses of the chosen answers."""
 
     def measure(self) -> tuple[dict[str, Any], RowFigures]:
-        tuned = score_row_logps(self.model, self.examples, self.collator)
-        with self.model.disable_adapter():
+        with name_progress("tuned model"):
+            tuned = score_row_logps(self.model, self.examples, self.collator)
+        with self.model.disable_adapter(), name_progress("base"):
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
         result, figures, _ = measure_supervised_rows(self, AnswerSubset(self.examples, (0,)))
@@ -46,7 +48,7 @@ class PreferenceEvaluation(Evaluation):
         if low == high == 0:
             return ["the adapter changes nothing: base and tuned model have the same margins"]
         what = "prefers the chosen answers less than the base" if high < 0 else "is not shown to prefer them more"
-        return [f"the tuned model {what}: its margin has changed by {low:.4f} to {high:.4f} nats per pair"]
+        return [f"the tuned model {what}: its margin has changed by {format_interval(low, high)} nats per pair"]
 
 
 def measure_preferences(

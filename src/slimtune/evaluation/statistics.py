@@ -57,6 +57,12 @@ def make_fields(**estimates: Estimate) -> dict[str, Any]:
     return values | {f"{name}_ci95": estimate.interval for name, estimate in estimates.items()}
 
 
+def format_interval(low: float, high: float) -> str:
+    """Return an interval as `0.0120 to 0.0310`; one number if too few different rows leave no interval."""
+    first, last = f"{low:.4f}", f"{high:.4f}"
+    return first if first == last else f"{first} to {last}"
+
+
 def paired_bootstrap(
     first: Sequence[float], second: Sequence[float], tokens: Sequence[int], *, draws: int = 2000, seed: int = 0
 ) -> PairedEstimate:

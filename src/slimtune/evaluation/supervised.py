@@ -7,9 +7,10 @@ import numpy as np
 
 from ..data.tokenized_dataset import TokenizedDataset
 from ..train_step.loss import RowScore
+from ..utils.progress import name_progress
 from .base import Evaluation, RowFigures
 from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
-from .statistics import Estimate, make_fields, perplexity
+from .statistics import Estimate, format_interval, make_fields, perplexity
 
 
 class SupervisedEvaluation(Evaluation):
@@ -20,7 +21,9 @@ class SupervisedEvaluation(Evaluation):
         dependence = None
         if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = shuffle_prompts(self.examples, self.seed)
-            dependence = prompt_dependence(shuffled, base, tuned, self.score_both, draws=self.draws, seed=self.seed)
+            draws = {"draws": self.draws, "seed": self.seed}
+            with name_progress("answers after another row's prompt"):
+                dependence = prompt_dependence(shuffled, base, tuned, self.score_both, **draws)
         return {**result, "preference": None, "prompt_dependence": dependence}, figures
 
     @staticmethod
@@ -31,7 +34,7 @@ class SupervisedEvaluation(Evaluation):
             failures.append("the adapter changes nothing: base and tuned model have the same loss")
         elif low <= 0:
             what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
-            interval = f"its loss reduction is between {low:.4f} and {high:.4f} nats per token"
+            interval = f"its loss reduction is {format_interval(low, high)} nats per token"
             failures.append(f"the tuned model {what}: {interval}")
         dependence = result["prompt_dependence"]
         if dependence is not None and not dependence["passed"]:
@@ -39,14 +42,14 @@ class SupervisedEvaluation(Evaluation):
             if low <= MIN_DEPENDENCE:
                 failures.append(
                     "the prompt is not shown to help the tuned model predict its answer: by "
-                    f"{low:.4f} to {high:.4f} nats per token, where more than {MIN_DEPENDENCE} is required"
+                    f"{format_interval(low, high)} nats per token, where more than {MIN_DEPENDENCE} is required"
                 )
             else:
                 low, high = dependence["change_ci95"]
                 failures.append(
                     "the tuned model depends less on its prompts: the help of a prompt fell from "
-                    f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token, "
-                    f"by {-high:.4f} to {-low:.4f}"
+                    f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token"
+                    + (f", by {interval}" if " to " in (interval := format_interval(-high, -low)) else "")
                 )
         return failures
 

@@ -9,6 +9,7 @@ What cannot be checked is reported with the reason, and never counts as passed.
 
 import shlex
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..models.dtype import dtype_name
 from ..models.loader import load_base
 from ..setup import TrainedModel, load_run, require_language_model
+from ..utils.formatting import format_duration
 from . import merge as merging
 from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from .gguf import ToolError, write_adapter_gguf
@@ -108,8 +110,16 @@ class Verifier:
             merging.write_merged_gguf(self.loaded, self.run, whole, "f16")
             return self._open_llama_cpp(whole)
 
+        started = time.monotonic()
+        self.log(
+            f"exporting {self.run} three ways into a temporary folder, and comparing each with the trained adapter "
+            f"over {len(self.reference.texts)} texts; minutes even for a small base. `slimtune verify FOLDER` checks "
+            "only the export in FOLDER"
+        )
         yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
+        self.log(f"1 of 3 exports checked after {format_duration(time.monotonic() - started)}")
         yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppEngine.without_adapter)
+        self.log(f"2 of 3 exports checked after {format_duration(time.monotonic() - started)}")
         yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole, open_base=self._open_base_in("f16"))
 
     def verify_export(self, path: Path, manifest: dict[str, Any]) -> Iterator[Verdict]:

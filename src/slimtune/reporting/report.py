@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config import Recipe
+from ..config.recipe import MIN_EVAL_ROWS
 from ..run_dir import RunDir, RunResults
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
@@ -56,10 +57,9 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
     recipe, folder = r.recipe, _display_path(run.path)
     eval_options = ["--data", "HELD_OUT.jsonl"]
-    if recipe.data.test is not None or recipe.data.test_fraction > 0:
-        eval_options = []
-    elif recipe.data.validation is not None or recipe.data.validation_fraction > 0:
-        eval_options = ["--split", "validation"]
+    held_out = r.result.get("held_out_rows")
+    if not isinstance(held_out, int) or held_out >= MIN_EVAL_ROWS:
+        eval_options = {"test": [], "validation": ["--split", "validation"], None: eval_options}[recipe.eval_split()]
     settings = recipe.method.settings.items()
     recipe_text = re.sub(  # with absolute paths shortened
         r"(?m)^((?:[ -]*|[ \w-]*[\w]: )['\"]?)(/[^\n]*?)(['\"]?)$",

@@ -4,6 +4,7 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop �
 """
 
 import dataclasses
+import math
 import shutil
 import signal
 import time
@@ -23,6 +24,7 @@ from ..adapters.export_formats import get_export_formats
 from ..adapters.strength import find_neutral_values
 from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
+from ..config.recipe import MIN_EVAL_ROWS
 from ..data.collator import Collator, Example
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
@@ -52,6 +54,8 @@ from .reference import add_reference
 from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
+FEW_STEPS = 30
+"""A run of whole epochs with fewer optimizer steps gets a warning: by default one on fewer than 80 rows."""
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], Mapping[str, Any] | None]
@@ -227,6 +231,11 @@ def _train(
             context = max_positions(base.model.config) or 4 * WINDOW
             general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, context)
         loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned, general)
+        steps = loop.state.max_steps
+        if settings.max_steps is None and steps < FEW_STEPS:
+            epochs = math.ceil(FEW_STEPS / loop.steps_per_epoch)
+            more = f"more rows, or --epochs {epochs} for {epochs * loop.steps_per_epoch}"
+            logger.say(f"warning: {steps} steps are few, and may change little: {more}")
         if settings.packing is None and (reason := packing_unsupported_reason(model)):
             logger.say(f"rows are not packed: {reason}")
         logger.say(describe_packing(collator, data.data_reports["train"]))
@@ -369,6 +378,8 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
             f"{len(documents):,} documents to train on, cut into {len(data.train):,} windows of at most "
             f"{recipe.data.max_seq_len} tokens, elsewhere in each epoch"
         )
+    if (warning := warn_of_few_held_out_rows(recipe, data)) is not None:
+        logger.say(f"warning: {warning}")
     for name, report in data.data_reports.items():
         if report is not None:
             logger.say(f"{name} data: {format_verdict(report)}")
@@ -381,6 +392,25 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
     if recipe.train.fsdp:
         sharded = "each process keeps its part of the base and gathers one layer at a time"
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
+
+
+def count_held_out_rows(recipe: Recipe, data: setup.Datasets) -> int | None:
+    """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
+    split = recipe.eval_split()
+    return None if split is None or getattr(recipe.data, split) is not None else len(getattr(data, split).documents)
+
+
+def warn_of_few_held_out_rows(recipe: Recipe, data: setup.Datasets) -> str | None:
+    """Return why `slimtune eval` will not be able to say whether the run is better, and the flag that helps."""
+    count, split = count_held_out_rows(recipe, data), recipe.eval_split()
+    if count is None or count >= MIN_EVAL_ROWS:
+        return None
+    rows = sum(len(part.documents) for part in (data.train, data.validation, data.test))
+    share = math.ceil(100 * MIN_EVAL_ROWS / rows) / 100
+    way = f"--{split}-fraction {share:g} sets {round(share * rows)} aside" if share <= 0.5 else "write more rows"
+    few = "1 held-out row is" if count == 1 else f"{count} held-out rows are"
+    least = f"slimtune eval needs {MIN_EVAL_ROWS} to say whether the tuned model is better"
+    return f"{few} too few: {least}; {way}, or give others to it later: slimtune eval RUN --data held_out.jsonl"
 
 
 def describe_packing(collator: Collator, report: Mapping[str, Any] | None) -> str:
@@ -445,6 +475,7 @@ def finish_run(
         "best_step": best_step,
         "epochs": round(state.step / loop.steps_per_epoch, 3),
         "rows": len(data.train),
+        "held_out_rows": count_held_out_rows(recipe, data),
         "trained_tokens": state.trained_tokens,
         "supervised_tokens": state.supervised_tokens,
         "tokens_per_second": round(state.tokens_per_second, 2),

@@ -8,6 +8,7 @@ T = TypeVar("T")
 Display = Callable[[str, int, int], None]
 """Gets what is done (such as "rows"), how many are done, and how many there are."""
 _displays: list[Display] = []
+_names: list[str] = []
 
 
 def track_progress(items: Sequence[T], what: str) -> Iterator[T]:
@@ -28,6 +29,16 @@ def display_progress(display: Display) -> Iterator[None]:
         _displays.remove(display)
 
 
+@contextmanager
+def name_progress(name: str) -> Iterator[None]:
+    """Put a name before what `track_progress` reports meanwhile: one of several passes over the same rows."""
+    _names.append(name)
+    try:
+        yield
+    finally:
+        _names.pop()
+
+
 def _report(what: str, done: int, total: int) -> None:
     for display in _displays:
-        display(what, done, total)
+        display(": ".join((*_names, what)), done, total)
