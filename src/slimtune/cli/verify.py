@@ -35,6 +35,11 @@ def verify_run(
     require_rows(data, run=path if manifest is None else manifest["run"])
     from ..export.verify import verify
 
+    if manifest is None:
+        print_progress(
+            f"exporting {path} three ways into a temporary folder, and comparing each with the trained adapter: this "
+            "takes minutes even for a small base. `slimtune verify FOLDER` checks only the export in FOLDER."
+        )
     with show_progress():
         result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
     checks = result["checks"]

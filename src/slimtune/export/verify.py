@@ -111,11 +111,6 @@ class Verifier:
             return self._open_llama_cpp(whole)
 
         started = time.monotonic()
-        self.log(
-            f"exporting {self.run} three ways into a temporary folder, and comparing each with the trained adapter "
-            f"over {len(self.reference.texts)} texts; minutes even for a small base. `slimtune verify FOLDER` checks "
-            "only the export in FOLDER"
-        )
         yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
         self.log(f"1 of 3 exports checked after {format_duration(time.monotonic() - started)}")
         yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppEngine.without_adapter)
