@@ -1,5 +1,6 @@
 """Write docs/troubleshooting.md from the pages of `slimtune explain`: `python docs/make_troubleshooting.py`."""
 
+import re
 from pathlib import Path
 
 from slimtune.knowledge import load_pages
@@ -26,7 +27,9 @@ def make_page() -> str:
     """Return the index of the pages, and each page under its code."""
     pages = load_pages().values()
     rows = "".join(f"| [{page.code}](#{page.code}) | {page.title} |\n" for page in pages)
-    texts = (f"\n## {page.code}\n\n**{page.title}.**\n\n{page.body.replace('## ', '### ')}\n" for page in pages)
+    # Not headings: the site's search shows the heading over what it found, which has to be the page's name.
+    bodies = {page.code: re.sub(r"^## (.+)\n", r"**\1**\n\n", page.body, flags=re.MULTILINE) for page in pages}
+    texts = (f"\n## {page.code}\n\n**{page.title}.**\n\n{bodies[page.code]}\n" for page in pages)
     return HEAD + rows + "".join(texts)
 
 

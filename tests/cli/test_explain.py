@@ -47,6 +47,26 @@ def test_real_errors_find_their_page():
     assert wrong == {}
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("which GPU should I buy", "slimtune choose"),
+        ("How much does it cost to train?", "slimtune cost"),
+        ("how many examples do I need", "100 to 500 rows"),
+        ("which rank", "slimtune tune"),
+        ("what is lora?", "PEFT explained from zero"),
+    ],
+)
+def test_questions_about_no_error_name_what_answers_them(question, answer, slimtune):
+    done = slimtune("explain", question)
+    assert (done.exit_code, answer in done.stdout) == (1, True)
+    assert not any(code in done.stdout for code in PAGES)
+
+
+def test_pages_that_share_a_word_by_chance_are_not_near():
+    assert search_pages("the model forgot everything") == (False, [])
+
+
 def test_real_errors_are_many_and_name_their_threads():
     assert len(REAL) >= 40
     assert len({row["source"] for row in REAL}) == len({row["text"] for row in REAL}) == len(REAL)
@@ -67,6 +87,8 @@ def test_real_errors_are_many_and_name_their_threads():
         ("tokenizer without chat template", "chat-template-missing"),
         ("disk full", "disk-full"),
         ("CUDA-OUT-OF-MEMORY", "cuda-out-of-memory"),
+        ("my Ollama model answers nonsense", "template-mismatch"),
+        ("my model talks gibberish in ollama", "template-mismatch"),
     ],
 )
 def test_questions(question, code):
@@ -144,7 +166,7 @@ def test_command(slimtune, slimtune_json):
 def test_no_match_names_the_nearest(slimtune):
     done = slimtune("explain", "IndexError: list index out of range", "--json")
     result = json.loads(done.stdout)
-    assert (done.exit_code, result["code"], len(result["nearest"])) == (1, None, 3)
+    assert (done.exit_code, result["code"], len(result["nearest"])) == (1, None, 2)
     assert slimtune("explain", "qwerty").stdout.startswith("no page is about this")
     assert slimtune("explain", "-", stdin=" ").exit_code == 2
 

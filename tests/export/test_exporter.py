@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,8 @@ def test_adapter_gguf(run, tmp_path):
     assert found["check"]["strength"] == pytest.approx(1, abs=0.01)
     assert found["check"]["effect"] > 0.05
     assert read_manifest(tmp_path / "out")["kind"] == "gguf"  # type: ignore[index]
+    serve = shlex.split(found["commands"][1], comments=True)
+    assert serve == ["slimtune", "serve", str(run), "--engine", "llama.cpp"]
     assert verify(tmp_path / "out", threads=1)["passed"]
 
 

@@ -79,6 +79,8 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 def _root(ctx: typer.Context, version: Version = False) -> None:
     """Adapt an LLM by training a small part of it: plan, train, evaluate, export.
 
+    New here? In this order: data, plan, train, eval, chat, export. Each has --help, with examples.
+
     Exit codes: 0 done; 1 the work failed, or the verdict is negative; 2 wrong use (flags, recipe, missing files); 130
     interrupted.
     """

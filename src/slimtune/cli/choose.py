@@ -91,7 +91,8 @@ def choose(
                     screen.print(_table(ranked[:SHOWN], way))
         fitting = sum(m.verdict == "fits" for m in machines)
         unpriced = sum(m.verdict == "fits" and m.price is None for m in owned)
-        screen.print(f"\n{fitting} of {len(machines)} machines have the memory; of {unpriced} no price is known.")
+        without = f"; of {unpriced} no price is known" if unpriced else ""
+        screen.print(f"\n{fitting} of {len(machines)} machines have the memory{without}.")
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
         if recipe.model.quantization is not None:
             screen.print("Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")

@@ -20,6 +20,8 @@ STYLES = {
 BAR_WIDTH = 40
 SAMPLE_CHARACTERS = 480
 """Characters of a sample on the screen, so that three samples leave room for the verdict; --json has more."""
+FEW_ROWS = 100
+"""Fewer answers get a note; docs/learn/data_that_works.md has the numbers to begin with."""
 REPORT_SETTINGS = (
     "model.name", "model.revision", "model.trust_remote_code", "data.validation", *ROW_SETTINGS,
     "train.batch_size",
@@ -120,3 +122,6 @@ def _print_report(report: Mapping[str, Any]) -> None:
         if issue["hint"]:
             screen.print(f"  hint: {issue['hint']}")
     screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))
+    is_few = report["rows"] < FEW_ROWS and report["verdict"] != "errors"
+    if is_few and report["format"] in ("chat", "instruction", "sharegpt", "prompt-completion"):
+        screen.print(f"{report['rows']} rows are few: begin with 100 to 500 for a tone, more for a format or a domain")

@@ -7,7 +7,7 @@ from rich.text import Text
 from typer import Argument
 
 from ..errors import UsageError
-from ..knowledge import MOST_TEXT, Page, load_pages, search_pages
+from ..knowledge import MOST_TEXT, Page, find_guides, load_pages, search_pages
 from .common import Json, NegativeResult, console, table
 
 Words = Annotated[
@@ -33,11 +33,12 @@ def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | Negat
             console().print(table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
         return {"pages": [_summarize(page) for page in pages]}
     found, nearest = search_pages(words)
-    page = nearest[0] if found else None
+    page, guides = nearest[0] if found else None, [] if found else find_guides(words)
     if not as_json:
-        _print_answer(page, nearest[1:] if page else nearest)
+        _print_answer(page, nearest[1:] if page else nearest, guides)
     result: dict[str, Any] = _summarize(page) | {"text": page.body} if page else {"code": None}
     result["nearest"] = [_summarize(other) for other in (nearest[1:] if page else nearest)]
+    result["guides"] = [{"answer": answer, "what": what} for answer, what in guides]
     return result if page else NegativeResult(result)
 
 
@@ -45,9 +46,13 @@ def _summarize(page: Page) -> dict[str, str]:
     return {"code": page.code, "title": page.title}
 
 
-def _print_answer(page: Page | None, others: list[Page]) -> None:
+def _print_answer(page: Page | None, others: list[Page], guides: list[tuple[str, str]]) -> None:
     screen = console()
-    if page is None:
+    if guides:
+        screen.print(Text("This is not an error. What answers it:", "bold"))
+        for answer, what in guides:
+            screen.print(f"  {answer}: {what}")
+    elif page is None:
         nearest = ". The nearest:" if others else "; `slimtune explain` lists them."
         screen.print(Text(f"no page is about this{nearest}", "bold"))
     else:

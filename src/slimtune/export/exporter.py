@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.export_formats import get_export_formats
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
 from ..setup import TrainedModel, require_language_model
@@ -180,7 +181,8 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
         file, precision = folder / MODEL_GGUF, options.precision or "f16"
         with quantize_afterwards(file, precision) as (whole, written):
             write_merged_gguf(loaded, run, whole, written)
-        return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])]}
+        chat = shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])
+        return {"precision": precision, "commands": [chat, *list_serve_commands(model, run)]}
     adapter, facts = model.active_adapters[0], {}
     if options.convert_to_lora is not None:
         report = model.to_lora(adapter, options.convert_to_lora)
@@ -190,7 +192,13 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
     facts = write_adapter_gguf(folder / ADAPTER_GGUF, model, adapter, precision) | facts
     base = loaded.base.source.path if loaded.base.source.kind == "gguf" else "BASE.gguf"
     command = shlex.join(["llama-cli", "-m", base, "--lora", str(out / ADAPTER_GGUF)])
-    return {**facts, "precision": precision, "commands": [command]}
+    return {**facts, "precision": precision, "commands": [command, *list_serve_commands(model, run)]}
+
+
+def list_serve_commands(model: Any, run: Path) -> list[str]:
+    """Return the command that answers from llama.cpp without its programs, if it can serve the run: [] or one."""
+    serve = shlex.join(["slimtune", "serve", str(run), "--engine", "llama.cpp"])
+    return [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_formats(model).gguf else []
 
 
 def _write_ollama(

@@ -17,10 +17,32 @@ from pathlib import Path
 
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
+MOST_QUESTION = 200
+"""Characters of a question that is no error."""
 _GAP = 300
 _LEAST_COVERAGE, _LEAST_SCORE, _LEAST_LEAD = 0.6, 15.0, 1.5
 """A page is an answer by its words if it has this share of a text's words (weighted by how rare they are), or if its
 score is this high and this many times the next page's."""
+_LEAST_NEAR = 8.0
+"""A page with a lower score is not named as near: it shares a word or two by chance."""
+GUIDES = (
+    (("buy", "rent", "laptop", "mac", "macbook", "which gpu", "what gpu", "which card", "graphics card",
+      "which machine", "which computer"),
+     "slimtune choose MODEL", "ranks the machines that train it, to buy and to rent (docs/choose.md)"),
+    (("fit on", "enough memory", "enough vram", "how long does", "how long will", "how much memory", "how much vram"),
+     "slimtune plan MODEL --gpu NAME", "says whether a run fits, and how long it takes (docs/plan.md)"),
+    (("cost", "costs", "price", "cheap", "cheaper", "cheapest", "expensive", "dollars"),
+     "slimtune cost MODEL --gpu NAME", "compares buying, renting and services (docs/choose.md)"),
+    (("how many rows", "how many examples", "how much data", "how many samples", "how many conversations"),
+     "100 to 500 rows for a tone", "the rest: Quick answers (docs/quick_answers.md)"),
+    (("which rank", "what rank", "which learning rate", "how many epochs", "which method", "which base", "which model",
+      "what batch size", "which batch size"),
+     "slimtune tune, slimtune compare", "try it on your rows; Quick answers (docs/quick_answers.md)"),
+    (("what is lora", "what is qlora", "what is peft", "what is an adapter", "what are adapters",
+      "what is fine-tuning"),
+     "Learn", "PEFT explained from zero (docs/learn/README.md), and the glossary (docs/glossary.md)"),
+)  # fmt: skip
+"""Questions that are no errors: words in them, the command or page that answers, and what it does."""
 _STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "be", "but", "by", "do", "does", "for", "from", "has", "have", "how", "i",
     "if", "in", "is", "it", "its", "my", "no", "not", "of", "on", "or", "so", "than", "that", "the", "this", "to", "up",
@@ -64,6 +86,12 @@ def find_code(text: str, default: str) -> str:
     return best if scores[best] else default
 
 
+def find_guides(text: str) -> list[tuple[str, str]]:
+    """Return the commands and pages that answer a short question about no error, each with what it does."""
+    words = f" {' '.join(re.findall(r'[a-z0-9-]+', text.lower()))} " if len(text) <= MOST_QUESTION else ""
+    return [(answer, what) for asked, answer, what in GUIDES if any(f" {part} " in words for part in asked)]
+
+
 def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
     pages = load_pages()
@@ -77,9 +105,13 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
     if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
         return True, [pages[code] for code in ranked[:most] if any(scores[code][:2])]
+    if find_guides(text):
+        return False, []
     first, second = sorted(words.values(), reverse=True)[:2]
     found = coverage >= _LEAST_COVERAGE or (first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
-    return found, [pages[code] for code in ranked[:most] if any(scores[code])]
+    return found, [
+        pages[code] for code in ranked[:most] if found or any(scores[code][:2]) or words[code] >= _LEAST_NEAR
+    ]
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
