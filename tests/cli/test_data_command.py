@@ -33,9 +33,7 @@ def test_sound_file(rows, tiny_folder, slimtune):
     assert "20, none invalid" in done.stdout
     assert "<|im_start|>user\nDefine 0.<|im_end|>" in done.stdout
     assert "⟦The word number 0 means 0.<|im_end|>⟧" in done.stdout
-    assert done.stdout.splitlines()[-2:] == [
-        "ok", "20 rows are few: begin with 100 to 500 for a tone, more for a format or a domain",
-    ]  # fmt: skip
+    assert done.stdout.endswith("\nnote: 20 rows are few; 100 to 500 are a start for a tone, more for a domain\n\nok\n")
 
 
 def test_verdict_is_the_exit_code(rows, tiny_folder, slimtune, slimtune_json):

@@ -121,7 +121,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
         screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + what)
         if issue["hint"]:
             screen.print(f"  hint: {issue['hint']}")
-    screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))
     is_few = report["rows"] < FEW_ROWS and report["verdict"] != "errors"
     if is_few and report["format"] in ("chat", "instruction", "sharegpt", "prompt-completion"):
-        screen.print(f"{report['rows']} rows are few: begin with 100 to 500 for a tone, more for a format or a domain")
+        screen.print(f"\nnote: {report['rows']} rows are few; 100 to 500 are a start for a tone, more for a domain")
+    screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))
