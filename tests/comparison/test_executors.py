@@ -11,13 +11,13 @@ import pytest
 from slimtune.comparison import compare as comparison
 from slimtune.comparison import executors, search
 from slimtune.comparison.compare import compare
-from slimtune.comparison.executors import LocalExecutor, Place, SlurmExecutor, parse_place
+from slimtune.comparison.executors import LocalExecutor, ParallelExecutor, Place, RayTask, SlurmExecutor, parse_place
 from slimtune.comparison.folder import record_settings
 from slimtune.comparison.space import parse_ranges
 from slimtune.comparison.tune import tune
 from slimtune.comparison.worker import WorkerResult
 from slimtune.config import load_recipe
-from slimtune.errors import UsageError
+from slimtune.errors import RunError, UsageError
 from slimtune.run_dir import RunDir
 
 DONE = WorkerResult("", False, 0.0)
@@ -223,6 +223,26 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     assert {m["method"]: m["seeds"] for m in result["methods"]} == {"lora": [7], "ia3": [7]}
     assert len(list((settings.output_dir / "slurm").glob("*_submitted.pkl"))) == 2
     assert list(settings.output_dir.glob("cells/*.job")) == []
+
+
+def test_lost_cluster_is_named():
+    ray = pytest.importorskip("ray")
+
+    class Lost:
+        exceptions = ray.exceptions
+
+        def wait(self, *_, **__):
+            raise ConnectionError("Client is shutting down.")
+
+        cancel = wait
+
+    class LostExecutor(ParallelExecutor):
+        def submit(self, recipe_file, launch):
+            return RayTask(Lost(), None)
+
+    with pytest.raises(RunError, match="connection to Ray is lost") as e, LostExecutor(None) as executor:
+        list(executor.run([(Path("a"), None)]))
+    assert e.value.hint == "once Ray runs again, the same command continues"
 
 
 def test_job_that_still_runs_is_found_again(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """The process of one run, however it ends. Small scripts stand in for runs."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,24 @@ except KeyboardInterrupt:
     with pytest.raises(KeyboardInterrupt):
         launch_script(code, should_stop=interrupt_once_started)
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_interrupt_reaches_a_worker_whose_parent_blocks_it():
+    code = """
+import time
+from slimtune.comparison import worker
+worker.run_cells = lambda *_, **__: print("up", flush=True) or time.sleep(60)
+worker.main()
+"""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
 
 
 def test_worker_ends_with_its_parent():

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -219,8 +220,9 @@ class ParallelExecutor(Executor, ABC):
         for task in list(self.unfinished.values()):
             task.cancel()
         deadline = time.monotonic() + CHECKPOINT_SECONDS
-        while time.monotonic() < deadline and not all(task.done() for task in list(self.unfinished.values())):
-            time.sleep(POLL_SECONDS)
+        with suppress(RunError):  # the connection to the runs is lost
+            while time.monotonic() < deadline and not all(task.done() for task in list(self.unfinished.values())):
+                time.sleep(POLL_SECONDS)
 
 
 @dataclass
@@ -288,7 +290,11 @@ class RayTask:
     reference: Any
 
     def done(self) -> bool:
-        return bool(self.ray.wait([self.reference], timeout=0)[0])
+        try:
+            return bool(self.ray.wait([self.reference], timeout=0)[0])
+        except (ConnectionError, self.ray.exceptions.RaySystemError) as e:
+            hint = "once Ray runs again, the same command continues"
+            raise RunError(f"the connection to Ray is lost: {' '.join(str(e).split())}", hint=hint) from None
 
     def result(self) -> WorkerResult:
         try:
@@ -297,7 +303,8 @@ class RayTask:
             return WorkerResult(f"Ray: {' '.join(str(e).split())}", False, 0.0)
 
     def cancel(self) -> None:
-        self.ray.cancel(self.reference)  # raises KeyboardInterrupt in the task
+        with suppress(ConnectionError, self.ray.exceptions.RayError):
+            self.ray.cancel(self.reference)  # raises KeyboardInterrupt in the task
 
 
 class RayExecutor(ParallelExecutor):
@@ -311,6 +318,7 @@ class RayExecutor(ParallelExecutor):
     def __init__(self, place: Place) -> None:
         super().__init__(place.runs)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a cluster that is lost must not be replaced by a new one
         import ray
 
         self.ray = ray
@@ -319,7 +327,9 @@ class RayExecutor(ParallelExecutor):
             ray.init(address=place.address, logging_level=logging.WARNING, **how)
         except (ConnectionError, RuntimeError, ValueError) as e:
             message = f"--on {place.text}: no connection to Ray: {' '.join(str(e).split())}"
-            raise RunError(message, "the address of a cluster that runs, with the same version of Ray") from None
+            expected = "the address of a cluster that runs, with the same version of Ray"
+            hint = "if the cluster asks for a token, set RAY_AUTH_MODE=token and give Ray the token"
+            raise RunError(message, expected, hint) from None
         given = {name: float(value) for name, value in place.parameters.items()}
         # A run takes one GPU where there are some, else Ray would hide them from it.
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))

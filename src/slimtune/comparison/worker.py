@@ -170,6 +170,8 @@ def main() -> None:
     files = [Path(argument) for argument in sys.argv[1:] if argument not in flags]
     how = {"trial": "--trial" in flags, "force": "--force" in flags}
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # Ray blocks SIGINT in its processes, and this one inherits that; then Ctrl-C would write no checkpoint.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
