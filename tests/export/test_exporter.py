@@ -173,7 +173,7 @@ def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.export.engines.is_llama_cpp_installed", lambda: False)
     check = export(run, "gguf", tmp_path / "out")["check"]
     assert check["passed"] is None
-    assert "xllamacpp is not installed" in check["reason"]
+    assert "xllamacpp is not installed (pip install 'slimtune[export-check]')" in check["reason"]
     assert verify(tmp_path / "out")["passed"] is False
 
 
