@@ -58,7 +58,7 @@ def test_defaults():
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0)
     assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
-    assert (recipe.train.epochs, recipe.train.learning_rate, recipe.train.packing) == (3.0, 2e-4, None)
+    assert (recipe.train.epochs, recipe.train.learning_rate, recipe.train.packing) == (3.0, "auto", None)
     assert (LoraConfig().r, LoraConfig().lora_alpha, LoraConfig().target_modules) == (8, 8, None), "PEFT's own"
     with pytest.raises(ValidationError, match="frozen"):
         recipe.train.epochs = 1
@@ -74,8 +74,26 @@ def test_short_names_and_alpha_from_the_rank(method, r, alpha):
 
 
 def test_each_method_has_a_learning_rate():
-    assert make_recipe(method="prompt_tuning").train.learning_rate == 3e-2
-    assert make_recipe(method="prompt_tuning", train={"learning_rate": 1e-3}).train.learning_rate == 1e-3
+    def rate(**recipe):
+        return make_recipe(**recipe).resolve_learning_rate(steps=12, hidden_size=576).train.learning_rate
+
+    assert rate(method="prompt_tuning") == 3e-2
+    assert rate(method="prompt_tuning", task="dpo") == 3e-3
+    assert rate(method="prompt_tuning", train={"learning_rate": 1e-3}) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "hidden_size", "rate"),
+    [(12, 576, 4e-3), (48, 576, 2e-3), (5000, 576, 2e-4), (12, 4096, 8.7e-4), (300, 4096, 2e-4), (1, 32, 5e-3)],
+)
+def test_short_runs_of_lora_and_narrow_bases_get_a_higher_rate(steps, hidden_size, rate):
+    assert make_recipe().resolve_learning_rate(steps, hidden_size).train.learning_rate == rate
+    for method in ({"name": "lora", "init_lora_weights": "pissa"}, {"name": "full"}):
+        config = make_recipe(method=method)
+        assert (
+            config.resolve_learning_rate(steps, hidden_size).train.learning_rate
+            == config_class(method["name"]).learning_rate
+        )
 
 
 # --- errors
@@ -104,7 +122,7 @@ def test_all_errors_at_once():
         "method.r: got 'many'; expected: an integer, at least 1",
         "train.epocs: no such field; did you mean 'epochs'?",
         "train.batch_size: got 0; expected: an integer, at least 1",
-        "train.learning_rate: got 'fast'; expected: a number, above 0",
+        "train.learning_rate: got 'fast'; did you mean 'auto'?; expected: auto or a number, above 0",
     ):
         assert f"\n  {line}" in text
     assert "hint: correct it there" in text

@@ -40,6 +40,7 @@ from .data.tokenized_dataset import AnswerSubset, TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
+from .models.base_config import get_hidden_size, get_model_info
 from .models.dtype import pick_dtype
 from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
@@ -288,6 +289,12 @@ def load_tokenizer_from_recipe(recipe: Recipe) -> Any:
     """Load the tokenizer of the recipe's base, no weights."""
     m, template = recipe.model, recipe.data.chat_template
     return load_tokenizer(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=template)
+
+
+def read_hidden_size(recipe: Recipe) -> int:
+    """Return the width of the base's hidden states by its config, no weights."""
+    m = recipe.model
+    return get_hidden_size(get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision).config)
 
 
 def attach_adapter(

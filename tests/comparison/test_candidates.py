@@ -4,7 +4,7 @@ import pytest
 
 from slimtune.comparison.candidates import build_candidates, split_settings
 from slimtune.errors import ConfigError, UsageError
-from slimtune.methods import config_class, method_names
+from slimtune.methods import method_names
 
 LORA = {"method": {"name": "lora", "rank": 16}}
 
@@ -15,8 +15,7 @@ def test_variants_and_short_names():
     assert (found["dora"].method, found["dora"].settings) == ("lora", {"r": 16, "use_dora": True})
     assert found["lora"].settings == {"r": 16}
     assert (found["prefix"].method, found["prefix"].settings) == ("prefix_tuning", {})
-    assert found["prefix"].learning_rate == config_class("prefix_tuning").learning_rate
-    assert (found["full"].learning_rate, found["full"].rate_source) == (5e-5, "default")
+    assert (found["full"].learning_rate, found["full"].rate_source) == ("auto", "default")
 
 
 def test_all_is_every_method():

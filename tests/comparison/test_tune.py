@@ -27,6 +27,7 @@ def quadratic(monkeypatch):
         assert trial
         recipe = load_recipe(recipe_file).model_dump()
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]
+        rate = 5e-3 if rate == "auto" else rate
         if launch.interrupt_at is not None and len(tried) == launch.interrupt_at:
             raise KeyboardInterrupt
         tried.append((label, rate))
@@ -48,10 +49,10 @@ def quadratic(monkeypatch):
 def test_finds_a_better_rate_than_the_default(grid, quadratic):
     settings = grid("lora", tokens=2000, trials=8)
     found = search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
-    assert quadratic.tried[0] == ("lora", 2e-4)  # the default first
+    assert quadratic.tried[0] == ("lora", 5e-3)  # the default first
     assert len(found["trials"]) == len(quadratic.tried) == 8
-    assert all(2e-5 <= rate <= 2e-3 for _, rate in quadratic.tried)
-    assert abs(math.log10(found["rate"] / 1e-3)) < abs(math.log10(2e-4 / 1e-3))
+    assert all(5e-4 <= rate <= 5e-2 for _, rate in quadratic.tried)
+    assert abs(math.log10(found["rate"] / 1e-3)) < abs(math.log10(5e-3 / 1e-3))
     assert any(t["pruned"] for t in found["trials"])
     assert all((t["loss"] is None) == t["pruned"] for t in found["trials"])
 
@@ -80,7 +81,7 @@ def test_rate_at_the_edge_is_reported(grid, quadratic):
 def test_failed_trial_is_an_error(grid, monkeypatch):
     monkeypatch.setattr(search, "launch_worker", lambda *_, **__: WorkerResult("the disk is full", False, 0.0))
     settings = grid("lora", trials=2)
-    with pytest.raises(RunError, match=r"the trial with train.learning_rate 0.0002 failed: the disk is full"):
+    with pytest.raises(RunError, match=r"the trial with train.learning_rate 0.005 failed: the disk is full"):
         search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
 
 
@@ -110,7 +111,7 @@ def tune_tree(tree, tmp_path):
 
 def test_best_recipe_of_a_search(tune_tree, quadratic, tmp_path):
     result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", "method.rank=2,4,8", trials=10)
-    assert result["trials"][0]["values"] == {"train.learning_rate": 2e-4, "method.rank": 4}, "the recipe's own first"
+    assert result["trials"][0]["values"] == {"train.learning_rate": 5e-3, "method.rank": 4}, "the recipe's own first"
     assert result["best"]["loss"] == min(t["loss"] for t in result["trials"] if t["loss"]) < result["recipe_loss"]
     best = load_recipe(result["best_recipe"])
     assert best.train.learning_rate == result["best"]["values"]["train.learning_rate"]

@@ -171,4 +171,4 @@ def test_settings_of_dpo_are_checked(settings):
     with pytest.raises(UsageError, match=r"data\.format: got 'chat', and task is dpo"):
         recipe_of({**settings, "data": {**settings["data"], "format": "chat"}})
     del settings["train"]["learning_rate"]
-    assert recipe_of(settings).train.learning_rate == 2e-5
+    assert recipe_of(settings).resolve_learning_rate(steps=8, hidden_size=64).train.learning_rate == 2e-5

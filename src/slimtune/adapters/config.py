@@ -98,7 +98,7 @@ class PeftConfig(metaclass=_ConfigMeta):
     short_names: ClassVar[dict[str, str]] = {}
     """Short names for recipes and flags: `{"rank": "r"}`."""
     learning_rate: ClassVar[float] = 2e-4
-    """The default learning rate of recipes."""
+    """The default learning rate of recipes; see `default_learning_rate`."""
     kinds: ClassVar[tuple[SiteKind, ...]] = ("linear",)
     """The kinds of site the method can change."""
     trains_every_weight: ClassVar[bool] = False
@@ -200,6 +200,15 @@ class PeftConfig(metaclass=_ConfigMeta):
     def file_key(self, key: str) -> str:
         """Return a tensor's key in PEFT's file; `key` is the usual one, `base_model.model.<site>.<name>`."""
         return key
+
+    def default_learning_rate(self, steps: int, hidden_size: int) -> float:
+        """Return the learning rate of a run that has none.
+
+        Args:
+            steps: optimizer steps of the run.
+            hidden_size: width of the base's hidden states.
+        """
+        return self.learning_rate
 
     def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]

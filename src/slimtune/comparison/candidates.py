@@ -30,7 +30,7 @@ class Candidate:
     label: str  # the name the user typed
     method: str  # its name in the registry
     settings: dict[str, Any] = field(default_factory=dict)  # as in a recipe
-    learning_rate: float = 0.0
+    learning_rate: float | Literal["auto"] = "auto"
     rate_source: Literal["default", "given", "tuned"] = "default"
     task: dict[str, Any] | None = None  # as in a recipe; None: the recipe's
     from_all: bool = False  # comes from "all" and was not named: left out, without an error, if it does not fit
@@ -96,9 +96,7 @@ def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Map
         for part in (recipe_settings, variant_settings, own)
         for name, value in part.items()
     }
-    task = objective_class((recipe_tree.get("task") or {}).get("name", "sft"))
-    rate = float(f"{cls.learning_rate * task.learning_rate_factor:.6g}")  # as in a recipe without a rate
-    return Candidate(label, method, settings, rate)
+    return Candidate(label, method, settings)
 
 
 def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe, TrainSettings
+from ..config import Recipe
 from ..data.example_lengths import ExampleLength
 from ..errors import RecipeError, UsageError
 from ..models.dtype import pick_device
 from ..objectives import objective_class
 from ..run_dir import RunDir
-from ..setup import load_eval_dataset, load_tokenizer_from_recipe
+from ..setup import load_eval_dataset, load_tokenizer_from_recipe, read_hidden_size
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..training.train import load_training_datasets
 from ..utils.files import parse_json, read_regular_file
@@ -174,27 +174,28 @@ def build_grid(
         message = "there are no validation rows to search learning rates on"
         raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
+    steps = _count_steps_for_tokens(recipe, lengths, tokens)
+    hidden_size = read_hidden_size(recipe)
+
+    def with_rate(candidate: Candidate) -> Candidate:
+        filled = grid.build_recipe(candidate, recipe.train.seed, output_dir).resolve_learning_rate(steps, hidden_size)
+        return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)
+
     return dataclasses.replace(
         grid,
-        candidates=tuple(c for c in candidates if c.label not in excluded),
+        candidates=tuple(with_rate(c) for c in candidates if c.label not in excluded),
         excluded=excluded,
-        steps=_count_steps_for_tokens(recipe, lengths, tokens),
+        steps=steps,
         lengths=lengths,
         example_lengths=tuple(rows.train.example_lengths),
         digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
     )
 
 
-def count_steps(train: TrainSettings, rows: int) -> int:
-    """Return the optimizer steps of a run over a number of rows."""
-    rows_per_step = train.batch_size * train.gradient_accumulation_steps
-    return train.max_steps or math.ceil(train.epochs * math.ceil(rows / rows_per_step))
-
-
 def _count_steps_for_tokens(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> int:
     rows_per_step = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
     if tokens is None:
-        return count_steps(recipe.train, len(lengths))
+        return recipe.train.count_steps(len(lengths))
     tokens_per_step = sum(lengths) / len(lengths) * min(rows_per_step, len(lengths))
     if tokens < tokens_per_step:
         step = f"{rows_per_step} rows have {tokens_per_step:.0f} tokens on average"

@@ -18,12 +18,13 @@ from ..config import Recipe
 from ..config.recipe import apply_settings
 from ..errors import UsageError
 from ..methods import config_class
+from ..setup import read_hidden_size
 from ..training.train import load_training_datasets
 from ..utils.files import parse_json, to_json, write_atomic, write_json
 from .candidates import Candidate
 from .executors import Executor, Place, open_executor
 from .folder import check_settings, record_settings
-from .grid import Grid, count_steps
+from .grid import Grid
 from .picture import draw_search
 from .search import Search, best_trial, run_search
 from .space import Range, check_ranges
@@ -99,16 +100,17 @@ def tune(
     check_settings(output_dir, settings, "search")
 
     def build_evaluated(values: Mapping[str, Any], run: Path) -> Recipe:
-        steps = count_steps(build(values).train, len(rows.train))
+        steps = build(values).train.count_steps(len(rows.train))
         often = {} if recipe.train.eval_steps else {"train.eval_steps": math.ceil(steps / EVALUATIONS_PER_TRIAL)}
         return build({**often, **values}, run)
 
     def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
         trial = build_evaluated(values, run)
-        steps = count_steps(trial.train, len(rows.train))
+        steps = trial.train.count_steps(len(rows.train))
         return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
 
-    first = {r.path: value for r in ranges if r.contains(value := _read_setting(recipe, r.path))}
+    filled = recipe.resolve_learning_rate(recipe.train.count_steps(len(rows.train)), read_hidden_size(recipe))
+    first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def search_learning_rate(
         `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
         (lowest validation loss, None if pruned or not finite) and `pruned` of each.
     """
-    default, steps = candidate.learning_rate, max(1, math.ceil(TRIAL_SHARE * grid.steps))
+    default, steps = float(candidate.learning_rate), max(1, math.ceil(TRIAL_SHARE * grid.steps))
     length = {"max_steps": steps, "eval_steps": max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)), "save_steps": steps}
 
     def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:

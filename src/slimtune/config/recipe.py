@@ -72,9 +72,6 @@ class Recipe(Section):
         method, method_errors = resolve_method(section)
         task, task_errors = resolve_task(tree.get("task", {}))
         raise_errors({e.path: e for e in (*errors, *method_errors, *task_errors)}.values(), source)
-        train = tree.setdefault("train", {})
-        rate = config_class(method["name"]).learning_rate * objective_class(task["name"]).learning_rate_factor
-        train.setdefault("learning_rate", float(f"{rate:.6g}"))
         recipe = cls.model_validate({**tree, "task": task, "method": method})
         raise_errors(recipe._find_contradictions(), source)
         return recipe
@@ -86,6 +83,20 @@ class Recipe(Section):
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""
         return objective_class(self.task.name)(**self.task.settings)
+
+    def resolve_learning_rate(self, steps: int, hidden_size: int) -> Self:
+        """Return the recipe with a number for its learning rate.
+
+        Args:
+            steps: optimizer steps of the run.
+            hidden_size: width of the base's hidden states.
+        """
+        if self.train.learning_rate != "auto":
+            return self
+        method, factor = self.method_config(), self.objective().learning_rate_factor
+        # How the best rate depends on the run was measured with the loss of tokens alone, whose factor is 1.
+        rate = method.default_learning_rate(steps, hidden_size) if factor == 1 else factor * method.learning_rate
+        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": float(f"{rate:.2g}")})})
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""

@@ -168,8 +168,11 @@ class TrainSettings(Section):
 
     epochs: Number = setting(3.0, "passes over the training rows", gt=0, le=10**6)
     max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1, le=10**9)
-    learning_rate: Number = setting(
-        2e-4, "highest learning rate; every method has its own default", flag="--lr", gt=0, allow_inf_nan=False
+    learning_rate: Literal["auto"] | Annotated[Number, Field(gt=0, allow_inf_nan=False)] = setting(
+        "auto",
+        "highest learning rate; auto: the method's own, for LoRA by the run's length, its rank and the base's width",
+        flag="--lr",
+        union_mode="left_to_right",
     )
     batch_size: int = setting(8, "rows in a batch", ge=1, le=10**6)
     gradient_accumulation_steps: int = setting(1, "batches in an optimizer step", ge=1, le=10**6)
@@ -222,6 +225,11 @@ class TrainSettings(Section):
     report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = setting(
         [], "experiment trackers"
     )
+
+    def count_steps(self, rows: int) -> int:
+        """Return the optimizer steps of a run over a number of rows."""
+        rows_per_step = self.batch_size * self.gradient_accumulation_steps
+        return self.max_steps or math.ceil(self.epochs * math.ceil(rows / rows_per_step))
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,12 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
 
 
+def get_hidden_size(config: PreTrainedConfig) -> int:
+    """Return the width of the hidden states."""
+    text: Any = config.get_text_config()
+    return next(n for f in ("hidden_size", "d_model", "n_embd") if isinstance(n := getattr(text, f, None), int))
+
+
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many positions a base has; None if it names no limit."""
     text: Any = config.get_text_config()

@@ -107,7 +107,7 @@ class TrainingLoop:
         self.processes = distributed.world_size()
         self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(self.train) / self.rows_per_step)
-        max_steps = settings.max_steps or math.ceil(settings.epochs * self.steps_per_epoch)
+        max_steps = settings.count_steps(len(self.train))
         self.state = checkpoint.TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)
         width = getattr(text_config(model), "hidden_size", 1024)
         self.sharder = StepSharder(collator, width, self.processes, distributed.rank())
@@ -147,7 +147,7 @@ class TrainingLoop:
         for config in model.peft_config.values():
             config.on_train_begin(max_steps)
         self.optimizer = build_optimizer(
-            model, settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model, settings.optimizer, lr=float(settings.learning_rate), weight_decay=settings.weight_decay
         )
         self.scheduler: Any = get_scheduler(
             "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler,

@@ -32,7 +32,7 @@ from ..data.mismatched_rows import MismatchedRows
 from ..data.tokenized_dataset import AnswerSubset
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
-from ..models.base_config import max_positions
+from ..models.base_config import get_hidden_size, max_positions
 from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
@@ -152,24 +152,22 @@ def _train(
 
     # Recipe: when resuming it must be the run's own; the adapter to start from brings its method's settings.
     if resume:
-        distributed.run_on_main(lambda: open_run(run, recipe, lock))
+        recipe = distributed.run_on_main(lambda: open_run(run, recipe, lock))
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     if init_adapter is not None:
         recipe = with_adapter_config(recipe, init_adapter)
-    settings = recipe.train
-
     # Data and plan, before a weight is loaded.
     data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
     file = recipe.data.general_text or BUILT_IN_TEXT
-    general_text = read_general_text(file) if settings.forgetting_budget is not None else []
+    general_text = read_general_text(file) if recipe.train.forgetting_budget is not None else []
     lengths = data.lengths()
     plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
     device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
     dtype = pick_training_dtype(recipe.model.dtype, device)
-    shard = settings.fsdp and distributed.world_size() > 1
+    shard = recipe.train.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
 
     def load_model() -> tuple[Base, Any]:
@@ -186,6 +184,9 @@ def _train(
 
     base, model = distributed.run_on_all_ranks(load_model, in_turns=shard)
     loading_peak = peak_memory(device)
+    steps, has_own_rate = recipe.train.count_steps(len(data.train)), recipe.train.learning_rate != "auto"
+    recipe = recipe.resolve_learning_rate(steps, get_hidden_size(base.model.config))
+    settings = recipe.train
 
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
     def write_start(run: RunDir) -> None:
@@ -205,6 +206,9 @@ def _train(
         if init_adapter is not None:
             logger.say(f"continuing from {init_adapter}, with its settings of the method")
         describe_run(logger, recipe, base, model, data)
+        if not has_own_rate:
+            default = f"the default of {recipe.method.name} for {steps} steps on this base; --lr sets another"
+            logger.say(f"learning rate: {settings.learning_rate:g}, {default}")
         longest = max(map(max, map(count_row_tokens, lengths)))
         collator = setup.build_collator(recipe, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:
@@ -277,18 +281,25 @@ def _train(
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> None:
-    """Open a run folder to resume it: check the recipe, take the lock, and remove what a killed run left."""
+def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
+    """Open a run folder to resume it: check the recipe, take the lock, and remove what a killed run left.
+
+    Returns the recipe with the run's learning rate, if it has none of its own.
+    """
+    RunDir.open(run.path, require_adapter=False)
+    if recipe.train.learning_rate == "auto":
+        rate = run.load_recipe().train.learning_rate
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
     check_same_recipe(run, recipe)
     lock.acquire()
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
         if is_temporary(leftover.name) or leftover.parent == run.checkpoints:
             checkpoint.remove(leftover)
+    return recipe
 
 
 def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
     """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
-    RunDir.open(run.path, require_adapter=False)
     before, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
     changed = [
         f"{section}.{name}: {before[section].get(name)!r} then, {now[section].get(name)!r} now"

@@ -187,6 +187,19 @@ class LoraConfig(PatternedConfig):
             valid = bool(lists) and all(are_unique_token_ids(ids) for ids in lists)
             self.require(valid, "trainable_token_indices", "token ids, each once")
 
+    def default_learning_rate(self, steps: int, hidden_size: int) -> float:
+        """Return the learning rate of a run that has none; arguments as in the base class.
+
+            2e-4 · √(665 / steps) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
+
+        Short runs need a higher rate (docs/methods/lora.md has the measurements), and narrow bases do
+        (Schulman and others 2025, "LoRA Without Regret"). Starts other than random A and zero B keep 2e-4.
+        """
+        if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+            return self.learning_rate
+        factor = math.sqrt(665 / steps) * (2048 / hidden_size) ** 0.78
+        return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
+
     def check_model(self, model: nn.Module) -> None:
         super().check_model(model)
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -1,0 +1,78 @@
+"""Three small data sets of different kinds, from this repository and two Debian packages.
+
+    devil        examples/devils-dictionary: short questions and answers in one tone
+    jargon       the Jargon File (public domain): longer definitions of hackers' words
+    persuasion   Jane Austen's novel (public domain): raw text
+
+    apt-get download dict-jargon r-cran-janeaustenr && for p in *.deb; do dpkg-deb -x $p texts; done
+    python benchmarks/make_data_sets.py --texts texts --out SETS
+
+SETS/NAME/data.json is the `data` section of a recipe, with absolute paths.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+JARGON, AUSTEN = "usr/share/dictd/jargon.dict.dz", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+
+
+def read_jargon(text: str) -> list[tuple[str, str]]:
+    """Return words and the first paragraph of their definitions of 80 to 900 characters."""
+    found = []
+    for entry in re.split(r"\n(?=\S)", text):
+        head, _, body = entry.partition("\n")
+        paragraph = re.split(r"\n\s*\n", body.partition("\n    ")[2])[0]
+        answer = re.sub(r"[{}]", "", " ".join(paragraph.split()))
+        if 80 <= len(answer) <= 900 and 2 <= len(head) <= 40 and not head.startswith("00-"):
+            found.append((head.strip(), answer))
+    return found
+
+
+def write_jargon(file: Path, folder: Path) -> dict[str, str]:
+    """Write chat rows; a hash of the word decides which are held out."""
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for word, answer in read_jargon(gzip.decompress(file.read_bytes()).decode()):
+        part = hashlib.sha256(word.encode()).digest()[0]
+        messages = [{"role": "user", "content": f"What do hackers mean by {word}?"}]
+        row = json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}, ensure_ascii=False)
+        splits["test" if part < 26 else "validation" if part < 39 else "train"].append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {name: f"{folder}/{name}.jsonl" for name in splits}
+
+
+def main() -> None:
+    """Write the sets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="the packages, unpacked")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    out = args.out.absolute()
+    devil = ROOT / "examples/devils-dictionary"
+    sets = {"devil": {name: f"{devil}/{name}.jsonl" for name in ("train", "validation", "test")}}
+    sets["jargon"] = write_jargon(args.texts / JARGON, out / "jargon")
+    folder = out / "persuasion"
+    script = [sys.executable, str(ROOT / "examples/persuasion.py"), "--words", "1500"]
+    command = [*script, "--rdb", str(args.texts / AUSTEN), "--out"]
+    subprocess.run([*command, str(folder)], check=True)
+    held_out = sorted((folder / "test").glob("*.txt"))
+    (folder / "validation").mkdir(exist_ok=True)
+    for file in held_out[: len(held_out) // 2]:
+        file.rename(folder / "validation" / file.name)
+    sets["persuasion"] = {name: f"{folder}/{name}" for name in ("train", "validation", "test")}
+    sets["persuasion"] |= {"format": "document", "max_seq_len": 128}
+    for name, data in sets.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name / "data.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
