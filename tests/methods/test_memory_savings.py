@@ -103,6 +103,15 @@ def test_other_modules_are_not(other):
     assert not has_forward_of(other.__new__(other), LlamaMLP)
 
 
+def test_activations_with_parameters_get_their_gradients():
+    model = zoo.llama()
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.nn.PReLU(dtype=torch.float64)
+    with_savings(model)
+    step_loss(model, make_collator(model, 0)(ROWS[:1])).backward()
+    assert mlp.act_fn.weight.grad.abs() > 0
+
+
 def test_recomputing_keeps_less():
     def kept(**savings):
         model = get_peft_model(zoo.llama(dtype=torch.bfloat16), LoraConfig(r=2, target_modules="all-linear"))

@@ -61,7 +61,7 @@ def methods(
     if not as_json:
         screen = console()
         screen.print(_methods_table(described, sized=model is not None, narrow=screen.width < NARROW))
-        screen.print(f"\ndefault learning rate: {described[0]['learning_rate']:g}" if name else f"\n{LEGEND}")
+        screen.print(f"\n{_describe_rate(names[0])}" if name else f"\n{LEGEND}")
         for field in described[0]["fields"] if name else ():
             other_names = ", ".join(n for n in (field["short_name"], field["flag"]) if n)
             title = Text(f"\n{field['name']}", "bold") + Text(f" ({other_names})" if other_names else "", "not bold")
@@ -100,6 +100,16 @@ def _summarize(name: str, doc: str, module_doc: str, constants: Mapping[str, Any
         },
         "learning_rate": constants["learning_rate"],
     }
+
+
+def _describe_rate(name: str) -> str:
+    """Return a method's default learning rate in words."""
+    from ..adapters.config import PeftConfig
+    from ..methods import config_class
+
+    cls = config_class(name)
+    depends = cls.default_learning_rate is not PeftConfig.default_learning_rate
+    return f"default learning rate: {cls.learning_rate:g}" + ", more in short runs and for narrow bases" * depends
 
 
 def _describe_method(cls: Any) -> dict[str, Any]:

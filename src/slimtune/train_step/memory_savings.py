@@ -71,7 +71,8 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
 def recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
     for module in model.modules():
-        if has_forward_of(module, LlamaMLP):
+        # An activation with parameters would get no gradients for them.
+        if has_forward_of(module, LlamaMLP) and not list(module.act_fn.parameters()):
             module.forward = partial(_forward_gated, module)
         elif has_forward_of(module, LlamaRMSNorm):
             module.forward = partial(_forward_norm, module)
