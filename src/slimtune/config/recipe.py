@@ -93,9 +93,11 @@ class Recipe(Section):
         """
         if self.train.learning_rate != "auto":
             return self
-        method, factor = self.method_config(), self.objective().learning_rate_factor
-        # How the best rate depends on the run was measured with the loss of tokens alone, whose factor is 1.
-        rate = method.default_learning_rate(steps, hidden_size) if factor == 1 else factor * method.learning_rate
+        method, objective = self.method_config(), self.objective()
+        rate = method.learning_rate * objective.learning_rate_factor
+        # How the best rate depends on the run was measured with the loss of tokens alone.
+        if objective.task_type == "CAUSAL_LM" and objective.learning_rate_factor == 1:
+            rate = method.default_learning_rate(steps, hidden_size)
         return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": float(f"{rate:.2g}")})})
 
     def to_yaml(self) -> str:

@@ -190,14 +190,15 @@ class LoraConfig(PatternedConfig):
     def default_learning_rate(self, steps: int, hidden_size: int) -> float:
         """Return the learning rate of a run that has none; arguments as in the base class.
 
-            2e-4 · √(665 / steps) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
+            2e-4 · √(665 / steps) · √(32 / (s · r)) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
 
-        Short runs need a higher rate (docs/methods/lora.md has the measurements), and narrow bases do
+        Short runs and low ranks need a higher rate (docs/methods/lora.md has the measurements), and narrow bases do
         (Schulman and others 2025, "LoRA Without Regret"). Starts other than random A and zero B keep 2e-4.
         """
         if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
             return self.learning_rate
-        factor = math.sqrt(665 / steps) * (2048 / hidden_size) ** 0.78
+        scale = self.lora_alpha * (math.sqrt(self.r) if self.use_rslora else 1)  # s · r
+        factor = math.sqrt(665 / steps * 32 / scale) * (2048 / hidden_size) ** 0.78
         return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
 
     def check_model(self, model: nn.Module) -> None:
