@@ -54,9 +54,9 @@ from .reference import add_reference
 from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
+"""Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 FEW_STEPS = 30
 """A run of whole epochs with fewer optimizer steps gets a warning: by default one on fewer than 80 rows."""
-"""Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], Mapping[str, Any] | None]
 """Plans a recipe for examples of these lengths and this content. Returns the plan as plain values, None if it cannot be
