@@ -103,7 +103,7 @@ def test_card_with_results(run):
     for text in (
         "| data | `my run-trained.jsonl`, 779 rows; 9699 supervised tokens |",
         "`held.jsonl`, 93 rows: loss 4.520 before, 3.730 after; lower by 0.790, 95 % interval 0.720 to 0.890",
-        "24 steps, 0.245 epochs, learning rate 0.0002, batches of 8 rows, seed 42, base in bfloat16",
+        "24 steps, 0.245 epochs, learning rate auto, batches of 8 rows, seed 42, base in bfloat16",
         "planned 1.0 GiB to 3.0 GiB; the longest micro-batch took 1.5 GiB; the run took at most 2.0 GiB on cpu",
         "vllm serve ada/tiny --enable-lora --max-lora-rank 8 --lora-modules words=ada/words",
         '"r": 4',
