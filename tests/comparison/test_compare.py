@@ -63,7 +63,7 @@ def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     assert pair["difference"] == pytest.approx(difference, abs=1e-6)
     table = (out / "table.md").read_text()
     assert result["advice"] in table
-    assert "| lora | 0.0002 default |" in table
+    assert "| lora | 0.005 default |" in table
     assert any("plan: lora fits" in line for line in log)
     picture = (out / "compare.svg").read_text()
     assert all(word in picture for word in ("lora", "ia3", "peak memory, GiB"))
