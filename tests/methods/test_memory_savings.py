@@ -24,7 +24,7 @@ from slimtune.train_step.memory_savings import (
     apply_memory_savings,
     enable_activation_checkpointing,
     enable_tiled_mlp,
-    has_forward_of,
+    has_same_forward,
 )
 
 SAVINGS = {
@@ -95,12 +95,12 @@ def test_recomputing_repeats_the_dropout():
 
 @pytest.mark.parametrize("mlp", [MistralMLP, Qwen3MLP, Gemma2MLP, GraniteMLP])
 def test_families_that_copy_llama_are_recognized(mlp):
-    assert has_forward_of(mlp.__new__(mlp), LlamaMLP)
+    assert has_same_forward(mlp.__new__(mlp), LlamaMLP)
 
 
 @pytest.mark.parametrize("other", [Phi3MLP, GPT2MLP, LlamaRMSNorm])
 def test_other_modules_are_not(other):
-    assert not has_forward_of(other.__new__(other), LlamaMLP)
+    assert not has_same_forward(other.__new__(other), LlamaMLP)
 
 
 def test_activations_with_parameters_get_their_gradients():

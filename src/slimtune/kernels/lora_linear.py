@@ -42,21 +42,22 @@ def low_rank_linear(
         scale: s.
         dropout: probability in [0, 1) of dropping an input of A; the others are scaled up.
     """
-    if _must_decompose(x):
+    if must_decompose(x):
         return plus_low_rank(F.linear(x, weight, bias), x, A, B, scale, dropout)
     return _LowRankLinear.apply(x, None, weight, bias, A, B, scale, dropout)
 
 
 def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Return `y + s · d(x) Aᵀ Bᵀ` for any `y (..., out)`; other arguments as in `low_rank_linear`."""
-    if not _must_decompose(x):
+    if not must_decompose(x):
         return _LowRankLinear.apply(x, y, None, None, A, B, scale, dropout)
     # x is flattened before A, which may have no rows.
     z = F.linear(F.dropout(x, dropout).reshape(-1, x.shape[-1]), A.to(x.dtype))
     return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).t(), alpha=scale).view_as(y)
 
 
-def _must_decompose(x: Tensor) -> bool:
+def must_decompose(x: Tensor) -> bool:
+    """Return whether separate operations have to run in place of one autograd step."""
     # torch.compile fuses on its own and cannot replay random states; autocast chooses a dtype per operation.
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 

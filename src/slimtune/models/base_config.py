@@ -121,9 +121,10 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def get_hidden_size(config: PreTrainedConfig) -> int:
-    """Return the width of the hidden states."""
+    """Return the width of the hidden states; 2048 if the config has no known name for it."""
     text: Any = config.get_text_config()
-    return next(n for f in ("hidden_size", "d_model", "n_embd") if isinstance(n := getattr(text, f, None), int))
+    names = ("hidden_size", "d_model", "n_embd")
+    return next((n for name in names if isinstance(n := getattr(text, name, None), int)), 2048)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from ..adapters.architectures import FEED_FORWARD
 from ..errors import UsageError, format_names
 from ..kernels.activation_offload import ActivationOffload
+from ..kernels.lora_linear import must_decompose
 from ..kernels.recompute import gated_linear, run_tiled
 from ..kernels.rms_norm import rms_norm
 from ..utils.linear_layers import layer_kind
@@ -72,13 +73,13 @@ def recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
     for module in model.modules():
         # An activation with parameters would get no gradients for them.
-        if has_forward_of(module, LlamaMLP) and not list(module.act_fn.parameters()):
+        if has_same_forward(module, LlamaMLP) and not list(module.act_fn.parameters()):
             module.forward = partial(_forward_gated, module)
-        elif has_forward_of(module, LlamaRMSNorm):
+        elif has_same_forward(module, LlamaRMSNorm):
             module.forward = partial(_forward_norm, module)
 
 
-def has_forward_of(module: nn.Module, expected: type[nn.Module]) -> bool:
+def has_same_forward(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Return whether a module's forward has the code of that of another class: most families copy Llama's."""
     own, code = getattr(type(module).forward, "__code__", None), expected.forward.__code__
     if own is None or "forward" in vars(module):
@@ -87,20 +88,16 @@ def has_forward_of(module: nn.Module, expected: type[nn.Module]) -> bool:
 
 
 def _forward_gated(module: Any, x: Tensor) -> Tensor:
-    if _must_decompose(x):
+    if must_decompose(x) or not torch.is_grad_enabled():
         return type(module).forward(module, x)
     return gated_linear(module.act_fn, module.gate_proj(x), module.up_proj(x), module.down_proj)
 
 
 def _forward_norm(module: Any, x: Tensor) -> Tensor:
-    if _must_decompose(x) or x.element_size() != 2 or module.weight.requires_grad:
+    plain = x.element_size() != 2 or module.weight.requires_grad or not torch.is_grad_enabled()
+    if plain or must_decompose(x):
         return type(module).forward(module, x)
     return rms_norm(x, module.weight, module.variance_epsilon)
-
-
-def _must_decompose(x: Tensor) -> bool:
-    # torch.compile fuses on its own; autocast chooses a dtype per operation.
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled()
 
 
 def enable_tiled_mlp(model: Any, tile_size: int) -> int:
