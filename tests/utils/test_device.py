@@ -20,10 +20,12 @@ def page_faults():
 def step():
     return float((torch.ones(1 << 22) * 2 + 1).sum())  # three tensors of 16 MiB
 
-step()
-before = page_faults()
-assert {step() for _ in range(5)} == {3.0 * (1 << 22)}
-print(page_faults() - before)
+counts = []
+for _ in range(7):
+    before = page_faults()
+    assert step() == 3.0 * (1 << 22)
+    counts.append(page_faults() - before)
+print(sorted(counts)[3])  # the first steps may still request memory: where it is fragmented, one buffer more
 """
 
 
@@ -35,8 +37,8 @@ def test_page_faults():
         return int(done.stdout)
 
     kept, trimmed = count("keep"), count("trim")
-    assert kept < 500
-    assert trimmed > 2 * kept + 50  # thousands, or with huge pages a hundred
+    assert kept < 100
+    assert trimmed > 2 * kept + 10  # thousands, or with huge pages two dozen
 
 
 def test_other_platforms():
