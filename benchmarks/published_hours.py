@@ -27,7 +27,8 @@ from slimtune.models.registry import load_known_configs
 from slimtune.planning.gpus import find_gpu
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
-from slimtune.planning.throughput import UTILIZATION, estimate_tokens_per_second
+from slimtune.planning.result import Workload
+from slimtune.planning.throughput import UTILIZATION, estimate_speed
 from slimtune.setup import build_meta_model
 
 TABLE = json.loads((Path(__file__).parent / "data" / "pace_points.json").read_text(encoding="utf-8"))
@@ -89,8 +90,8 @@ def compare_points() -> list[dict[str, Any]]:
             traffic = sum(moved * n for (operations, moved, _), n in work.items() if not operations)
             fused = {(0, traffic // 5, torch.bfloat16): 1}
             work = Counter({k: n for k, n in work.items() if k[0]}) + Counter(fused)
-        band = estimate_tokens_per_second(
-            work, gpu, sum(point["lengths"]), optimizer_step_bytes=optimizer_step_bytes, micro_batches=point["passes"]
+        band = estimate_speed(
+            Workload(work, {}, sum(point["lengths"]), optimizer_step_bytes, micro_batches=point["passes"]), gpu
         )
         assert band is not None
         real = point["tokens_per_second"]

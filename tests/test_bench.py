@@ -14,10 +14,10 @@ from slimtune.errors import RunError, UsageError
 from slimtune.planning import measured as store
 from slimtune.planning.gpus import find_gpu, measured_gpu, read_table
 from slimtune.planning.measured import Measured, ServingFit, TrainingFit, load_machine_measurement, save_measured
-from slimtune.planning.result import Range
+from slimtune.planning.result import Range, Workload
 from slimtune.planning.serving_speed import estimate_serving_speed
 from slimtune.planning.this_machine import detect_gpu
-from slimtune.planning.throughput import estimate_tokens_per_second
+from slimtune.planning.throughput import estimate_speed
 
 BF16 = torch.bfloat16
 NARROW = Range(0.9, 1.1)
@@ -90,10 +90,10 @@ def test_damaged_measurement_is_an_error(stored, change):
 def test_training_speed_follows_the_fit(stored):
     work = Counter({(4e9, 100, BF16): 10, (0, 2e6, BF16): 100})
     seconds = 1.5 * 10 * 4e9 / 4e11 + 0.5 * 100 * 2e6 / 2e10 + 110 * 1e-5
-    speed = estimate_tokens_per_second(work, measured_gpu(), 1000)
+    speed = estimate_speed(Workload(work, {}, 1000), measured_gpu())
     assert speed == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
     seconds += 2.0 * 3e10 / 1e11
-    slower = estimate_tokens_per_second(work, measured_gpu(), 1000, attention_operations={torch.float32: 3e10})
+    slower = estimate_speed(Workload(work, {torch.float32: 3e10}, 1000), measured_gpu())
     assert slower == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
 
 

@@ -1,16 +1,17 @@
-"""What the planner's tests share: real steps, measured by torch's own allocator events."""
+"""What the planner's tests share: programs of benchmarks/, and real steps, measured by torch's own allocator events."""
 
-import importlib.util
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "plan_ways")]
+
 
 @pytest.fixture(scope="session")
-def referee():
+def referee() -> ModuleType:
     """benchmarks/plan_ways/referee.py."""
-    file = Path(__file__).parents[2] / "benchmarks/plan_ways/referee.py"
-    spec = importlib.util.spec_from_file_location("plan_referee", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("referee")

@@ -11,7 +11,6 @@ from slimtune.errors import UsageError
 from slimtune.planning import gpus, this_machine
 from slimtune.planning.gpus import GIB, Gpu, all_gpus, find_gpu, gpu_with_memory
 from slimtune.planning.this_machine import detect_gpu
-from slimtune.planning.throughput import prices
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))
 
@@ -70,15 +69,6 @@ def test_rates_keep_the_ratio_of_their_architecture(gpu):
     if ratio is not None:
         assert gpu.rates["float16"] == pytest.approx(ratio * gpu.rates["float32"], rel=0.02)
     assert gpu.rates.get("bfloat16", gpu.rates["float16"]) == gpu.rates["float16"]
-
-
-def test_prices_have_a_date_and_a_source_and_name_a_card():
-    for price in prices():
-        datetime.date.fromisoformat(price.date)
-        assert price.source
-        assert price.dollars_per_hour > 0
-        assert find_gpu(price.card).name == price.card
-    assert all("spot" in p.provider for p in prices() if "deploybase" in p.source)
 
 
 def test_age_of_figures():

@@ -15,7 +15,7 @@ from slimtune.data.example_lengths import RowContent
 from slimtune.errors import UsageError
 from slimtune.models.base_config import ModelInfo, get_model_info
 from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
-from slimtune.planning.memory_trace import make_examples
+from slimtune.planning.memory_trace import make_examples, shard_base
 from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
 from slimtune.planning.request import PlanRequest, build_request
 from slimtune.planning.result import PARTS
@@ -155,3 +155,35 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
 def test_auto_dtype_follows_the_gpu(gpu, dtype):
     assert str(PlanRequest(TINY, find_gpu(gpu), lora()).job().dtype) == f"torch.{dtype}"
+
+
+# --- a base that is sharded over processes: each has its share of the weights, whole adapters, and what is gathered ---
+
+LAYER, REST = 2 * 218_112_000, 2 * (2 * 128256 * 4096 + 4096)  # Llama 3.1 8B in bf16, as published
+
+
+def make_request(processes, fsdp):
+    gpu = find_gpu("rtx-3060-12gb")
+    return PlanRequest(get_model_info("llama-3.1-8b"), gpu, lora(16), processes=processes, fsdp=fsdp)
+
+
+def test_saved_bytes():
+    total = 32 * LAYER + REST
+    saved, spread = shard_base(make_request(4, fsdp=True).job().build_model(), 4)
+    assert saved == total - (total / 4 + REST + LAYER)
+    assert spread == 2 * LAYER
+
+
+@pytest.mark.slow
+def test_four_processes_shard_the_base():
+    one, four = make_plan(make_request(1, fsdp=False), advise=False), make_plan(make_request(4, fsdp=True))
+    assert one.verdict == "does not fit"
+    assert four.parts["weights"] < one.parts["weights"] / 2 + 1e9
+    assert [four.parts[p] for p in ("adapters", "optimizer")] == [one.parts[p] for p in ("adapters", "optimizer")]
+    assert four.total_params == one.total_params
+    assert "sharded over 4 processes" in four.reason
+    assert "sharded base: computed" in four.evidence["parts"]
+    assert four.reserved_bytes.high - four.reserved_bytes.low > 2 * LAYER  # what is gathered beside a layer
+    whole = make_plan(make_request(4, fsdp=False), advise=False)
+    assert whole.parts == one.parts
+    assert "each of 4 processes holds the whole base" in whole.reason

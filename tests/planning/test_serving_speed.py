@@ -1,19 +1,13 @@
 """The serving speed that a plan gives, against published runs and by its formula."""
 
-import importlib.util
 import statistics
-from pathlib import Path
 
+import published_serving as published
 import pytest
 
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.serving_speed import DECODING, estimate_serving_speed
 
-spec = importlib.util.spec_from_file_location(
-    "published_serving", Path(__file__).parents[2] / "benchmarks/published_serving.py"
-)
-published = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(published)
 LLAMA_8B = {"read_bytes": 4.61e9, "cache_bytes": 0, "weights": 6.98e9, "layers": 32}  # in Q4_K_M
 
 

@@ -26,7 +26,7 @@ from ..models.base_config import max_positions
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob
-from .trace_cache import keep_bytes, keep_trace
+from .trace_cache import keep_trace
 
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
@@ -82,7 +82,7 @@ def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
 
     def trace(job: TrainingJob) -> int | None:
-        return keep_bytes(job, partial(trace_merge, job, dtype), dtype=dtype)
+        return keep_trace(job, partial(trace_merge, job, dtype), dtype=dtype)
 
     if job.num_layers <= 3:
         return trace(job)

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..utils.files import read_json, write_json
-from .result import Range
+from .result import Range, Workload
 
 FORMAT = 4
 LEAST_SPREAD = 0.1
@@ -82,11 +82,12 @@ class Measured:
         """The kind of evidence of a prediction."""
         return f"measured here, {self.date}"
 
-    def estimate_step_seconds(
-        self, operator_counts: Mapping[Any, float], attention: Mapping[Any, float], optimizer_step_bytes: float
-    ) -> float:
-        """Return the seconds of a micro-batch; arguments as for `step_features`, bytes as its share of a step's."""
-        features = step_features(operator_counts, attention, optimizer_step_bytes, self.rates, self.bandwidth)
+    def estimate_step_seconds(self, work: Workload) -> float:
+        """Return the seconds of a micro-batch, with its share of the optimizer's step."""
+        step_bytes = work.optimizer_step_bytes / work.micro_batches
+        features = step_features(
+            work.operator_counts, work.attention_operations, step_bytes, self.rates, self.bandwidth
+        )
         fit = self.training
         factors = (fit.arithmetic, fit.traffic, fit.attention, fit.overhead)
         return sum(factor * feature for factor, feature in zip(factors, features, strict=True))

@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from .memory_tracker import MemoryTracker, iterate_tensors
 from .request import TrainingJob
 from .result import PARTS
 
+GATHERED_LAYERS = (1, 3)
+"""Fewest and most layers that are whole at a time if the base is sharded."""
 ALLOCATION_BLOCK = {"cuda": 512}
 """PyTorch's CUDA allocator rounds each allocation up to this many bytes."""
 FLOAT32_MERGE_PARAMS = 1_000_000_000
@@ -227,3 +229,37 @@ def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
     with suppress(DataDependentOutputException):
         getattr(model, "update_and_allocate", lambda _: None)(1)
     optimizer.zero_grad()
+
+
+# --- a base that is sharded over N processes (`train.fsdp`) -----------------------------------------------------------
+#
+#     W / N  always  +  R  while a step runs  +  k · L      W weights, R those outside layers, L of the largest layer
+#
+# k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may exist too (3).
+
+
+def shard_base(model: Any, processes: int) -> tuple[int, float]:
+    """Return the bytes that sharding the base of a model on meta saves, and how many fewer it may save."""
+
+    def count_bytes(module: Any) -> int:  # of the base itself: adapters are not sharded
+        own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".modules_to_save." not in n}
+        return sum(p.nbytes for p in own.values() if not p.requires_grad)
+
+    layers = [count_bytes(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    total = count_bytes(model)
+    largest, rest = max(layers, default=total), total - sum(layers)
+    low, high = (total / processes + rest + k * largest for k in GATHERED_LAYERS)
+    low, high = min(low, total), min(high, total + 2 * largest)
+    return int(total - low), high - low
+
+
+def shard_trace(trace: StepTrace, saved: int, device: str) -> StepTrace:
+    """Return what a traced step takes in one of the processes, if sharding saves so many bytes."""
+
+    def shard(parts: dict[str, int]) -> dict[str, int]:
+        return {**parts, "weights": parts["weights"] - saved}
+
+    phases = {name: shard(parts) for name, parts in trace.phases.items()}
+    if device == "cpu":  # each process reads the whole base before it is sharded: at that moment nothing is saved
+        phases["loading"] = {**dict.fromkeys(phases["forward"], 0), "weights": trace.state["weights"]}
+    return replace(trace, state=shard(trace.state), phases=phases)

@@ -25,9 +25,8 @@ from ..models.base_config import max_positions
 from ..train_step.loss import make_collator
 from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
-from .fsdp import shard_base, shard_trace
 from .gpus import Gpu
-from .memory_trace import StepTrace
+from .memory_trace import StepTrace, shard_base, shard_trace
 from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
 from .result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
 from .throughput import estimate_speed

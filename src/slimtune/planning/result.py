@@ -20,13 +20,13 @@ class Range(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """What a run computes, from which its speed on any GPU follows (`throughput.estimate_tokens_per_second`)."""
+    """What a run computes, from which its speed on any GPU follows (`throughput.estimate_speed`)."""
 
     operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
     attention_operations: Any  # FLOPs of fused attention in one micro-batch, by dtype
     tokens: int  # trained in one micro-batch
-    optimizer_step_bytes: int  # that the optimizer moves in a step
-    micro_batches: int  # in an optimizer step
+    optimizer_step_bytes: int = 0  # that the optimizer moves in a step
+    micro_batches: int = 1  # in an optimizer step
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,13 @@ Real runs take longer. This sum is 0.38 to 0.95 of what published runs took (`UT
 8192, 1B to 70B, Apple's M1 to an H100. That is the range of an estimate.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from .gpus import Gpu, read_table
 from .result import Range, Workload, fields_as_dict
-
-if TYPE_CHECKING:
-    import torch
 
 UTILIZATION = Range(0.38, 0.95)
 """The roofline's seconds divided by those of published runs (benchmarks/data/pace_points.json), nine in ten of them."""
@@ -27,8 +23,6 @@ KERNEL_LAUNCH_S = 8e-6
 a micro-batch at 256 tokens, and no less at 512)."""
 POWER_FRACTION = Range(0.6, 1.0)
 """Share of a board's power that it draws in training."""
-
-Work = Mapping[tuple[int, int, "torch.dtype"], float]
 
 
 class Price(NamedTuple):
@@ -56,52 +50,23 @@ class Cost:
         return fields_as_dict(self, prices=[p._asdict() for p in self.prices])
 
 
-def estimate_tokens_per_second(
-    operator_counts: Work,
-    gpu: Gpu,
-    tokens: int,
-    *,
-    attention_operations: Mapping["torch.dtype", float] | None = None,
-    optimizer_step_bytes: int = 0,
-    micro_batches: int = 1,
-) -> Range | None:
-    """Return trained tokens a second; None if the GPU's rates are unknown.
+def estimate_speed(work: Workload, gpu: Gpu) -> Range | None:
+    """Return trained tokens a second of a run on a GPU; None if the GPU's rates are unknown.
 
-    Args:
-        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
-        gpu: where it runs.
-        tokens: trained in one micro-batch.
-        attention_operations: FLOPs of fused attention in one micro-batch, by dtype; only a measured GPU has a speed for
-            them, in the others it is part of `UTILIZATION`.
-        optimizer_step_bytes: bytes that the optimizer moves in a step.
-        micro_batches: in an optimizer step.
+    Only a measured GPU has a speed for fused attention; for the others it is part of `UTILIZATION`.
     """
     if gpu.measured is not None:
-        seconds = gpu.measured.estimate_step_seconds(
-            operator_counts, attention_operations or {}, optimizer_step_bytes / micro_batches
-        )
-        return Range(*(end * tokens / seconds for end in gpu.measured.training.spread))
+        seconds = gpu.measured.estimate_step_seconds(work)
+        return Range(*(end * work.tokens / seconds for end in gpu.measured.training.spread))
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")
-    seconds = optimizer_step_bytes / bandwidth / micro_batches
-    for (operations, moved, dtype), count in operator_counts.items():
+    seconds = work.optimizer_step_bytes / bandwidth / work.micro_batches
+    for (operations, moved, dtype), count in work.operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(str(dtype).removeprefix("torch.")) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
-    return Range(UTILIZATION.low * tokens / seconds, UTILIZATION.high * tokens / seconds)
-
-
-def estimate_speed(work: Workload, gpu: Gpu) -> Range | None:
-    """Return trained tokens a second of a run on a GPU; None if the GPU's rates are unknown."""
-    return estimate_tokens_per_second(
-        work.operator_counts,
-        gpu,
-        work.tokens,
-        attention_operations=work.attention_operations,
-        optimizer_step_bytes=work.optimizer_step_bytes,
-        micro_batches=work.micro_batches,
-    )
+    return Range(UTILIZATION.low * work.tokens / seconds, UTILIZATION.high * work.tokens / seconds)
 
 
 def estimate_cost(

@@ -35,23 +35,11 @@ KNOWN = {"slimtune", "peft", "transformers", "builtins"}
 """Packages whose classes are in the key by their versions."""
 
 
-def keep_trace(job: TrainingJob, trace: Callable[[], StepTrace], **options: Any) -> StepTrace:
-    """Return what `trace()` returns, from the disk if it is there; `options` are what it depends on besides the job."""
-    return _keep(job, trace, _trace_to_json, _trace_from_json, {"what": "step", **options})
+def keep_trace(job: TrainingJob, trace: Callable[[], T], **options: Any) -> T:
+    """Return what `trace()` returns, a StepTrace or a number of bytes, from the disk if it is there.
 
-
-def keep_bytes(job: TrainingJob, trace: Callable[[], int | None], **options: Any) -> int | None:
-    """Return what `trace()` returns, a number of bytes or None; as `keep_trace`."""
-    return _keep(job, trace, lambda count: count, _bytes_from_json, {"what": "merge", **options})
-
-
-def _keep(
-    job: TrainingJob,
-    trace: Callable[[], T],
-    to_json: Callable[[T], Any],
-    from_json: Callable[[Any], T],
-    options: dict[str, Any],
-) -> T:
+    `options` are what it depends on besides the job.
+    """
     if (key := _describe(job, options)) is None:
         return trace()
     folder = Path(os.environ.get("SLIMTUNE_TRACES") or cache_root() / "traces")
@@ -59,9 +47,9 @@ def _keep(
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         kept = json.loads(file.read_text())
         if kept["sha256"] == _hash_json(kept["trace"]):
-            return from_json(kept["trace"])
+            return _from_json(kept["trace"])
     found = trace()
-    values = to_json(found)
+    values = _to_json(found)
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if len(files := list(folder.glob("*.json"))) > MAX_FILES:
@@ -108,14 +96,18 @@ def _hash_json(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, allow_nan=False).encode()).hexdigest()
 
 
-def _trace_to_json(trace: StepTrace) -> dict[str, Any]:
+def _to_json(found: Any) -> Any:
+    if not isinstance(found, StepTrace):
+        return found
     # In the order in which operators came: the times of a plan are sums in this order.
-    counts = [[flops, moved, _name(dtype), n] for (flops, moved, dtype), n in trace.operator_counts.items()]
-    attention = [[_name(dtype), flops] for dtype, flops in trace.attention_operations.items()]
-    return {**vars(trace), "operator_counts": counts, "attention_operations": attention}
+    counts = [[flops, moved, _name(dtype), n] for (flops, moved, dtype), n in found.operator_counts.items()]
+    attention = [[_name(dtype), flops] for dtype, flops in found.attention_operations.items()]
+    return {**vars(found), "operator_counts": counts, "attention_operations": attention}
 
 
-def _trace_from_json(values: dict[str, Any]) -> StepTrace:
+def _from_json(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
     counts = {(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["operator_counts"]}
     attention = {getattr(torch, dtype): flops for dtype, flops in values["attention_operations"]}
     return StepTrace(**{**values, "operator_counts": Counter(counts), "attention_operations": Counter(attention)})
@@ -123,9 +115,3 @@ def _trace_from_json(values: dict[str, Any]) -> StepTrace:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _bytes_from_json(value: Any) -> int | None:
-    if not isinstance(value, int | None):
-        raise TypeError(value)
-    return value
