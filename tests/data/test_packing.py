@@ -110,3 +110,10 @@ def test_rows_of_one_example_stay_together():
     groups = bin_pack(pairs, 40)
     assert sorted(e for group in groups for e in group) == list(range(6))
     assert {packed_tokens([row for e in group for row in pairs[e]]) for group in groups} == {36}
+
+
+def test_groups_are_balanced():
+    rows = [[[i] * n] for i, n in enumerate((400, 400, 400, 350, 350, 300, 287))]
+    sizes = [sum(len(rows[e][0]) for e in group) for group in bin_pack(rows, 1280)]
+    assert len(sizes) == 3
+    assert max(sizes) < 1000  # best fit makes 1200, 1000 and 287

@@ -1,4 +1,4 @@
-"""Tiles of tokens, gated MLPs and norms: memory, bits, and parameters outside the module.
+"""Tiles of tokens and gated MLPs: memory, and parameters outside the module.
 
 `test_memory_savings.py` has the gradients.
 """
@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from reference import saved_for_backward, storage_bytes
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from slimtune.errors import ModelError
-from slimtune.kernels.recompute import gated_linear, rms_norm, run_tiled
+from slimtune.kernels.recompute import gated_linear, run_tiled
 from slimtune.planning.memory_tracker import MemoryTracker
-
-NORM_SHAPE = (2, 33, 64)
 
 
 def test_memory_of_one_tile():
@@ -58,42 +55,3 @@ def test_gated_linear_keeps_two_tensors():
     ours = saved_for_backward(lambda: gated_linear(F.silu, gate, up, linear), weights)
     assert storage_bytes(separate) == 4 * 4 * 6400
     assert storage_bytes(ours) == 2 * 4 * 6400
-
-
-@pytest.fixture
-def norm():
-    module = LlamaRMSNorm(NORM_SHAPE[-1], eps=1e-5)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(module.weight, 1, 0.3)
-    return module.requires_grad_(False)
-
-
-def inputs(dtype):
-    torch.manual_seed(1)
-    return (3 * torch.randn(NORM_SHAPE)).to(dtype).requires_grad_()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_outputs_of_a_norm_are_those_of_its_module(norm, dtype):
-    norm.to(dtype)
-    assert torch.equal(rms_norm(inputs(dtype), norm.weight, 1e-5), norm(inputs(dtype)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_a_norm(norm, dtype):
-    """As close to those of float64 as those of the module."""
-    x, own, exact = inputs(dtype), inputs(dtype), inputs(dtype).detach().double().requires_grad_()
-    norm.to(dtype)
-    slope = torch.randn(NORM_SHAPE, generator=torch.Generator().manual_seed(2)).to(dtype)
-    rms_norm(x, norm.weight, 1e-5).backward(slope)
-    norm(own).backward(slope)
-    inverse = torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
-    (norm.weight.double() * exact * inverse).backward(slope.double())
-    error, own_error = ((g - exact.grad).norm() / exact.grad.norm() for g in (x.grad, own.grad))
-    assert error < 1.02 * own_error < 0.01
-
-
-def test_norm_keeps_only_its_input(norm):
-    x, weight = inputs(torch.bfloat16), norm.to(torch.bfloat16).weight
-    kept = saved_for_backward(lambda: rms_norm(x, weight, 1e-5), [weight])
-    assert storage_bytes(kept) == 2 * x.numel() + 4 * NORM_SHAPE[0] * NORM_SHAPE[1]

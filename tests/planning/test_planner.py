@@ -74,10 +74,10 @@ def test_largest_row_and_batch():
 
 @pytest.mark.slow
 def test_split_batch():
-    assert plan_tiny(SMALL, batch_size=4096, split_batch=False).verdict != "fits"
-    split = plan_tiny(SMALL, batch_size=4096)
+    assert plan_tiny(SMALL, batch_size=8192, split_batch=False).verdict != "fits"
+    split = plan_tiny(SMALL, batch_size=8192)
     assert split.verdict == "fits"
-    assert split.batch * split.micro_batches >= 4096
+    assert split.batch * split.micro_batches >= 8192
 
 
 @pytest.mark.slow

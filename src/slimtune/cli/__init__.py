@@ -93,7 +93,7 @@ def _root(ctx: typer.Context, version: Version = False) -> None:
         raise UsageError(message, "one process: only train takes several", hint)
 
 
-CPU_SETTINGS = {"GOMP_SPINCOUNT": "20000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+CPU_SETTINGS = {"GOMP_SPINCOUNT": "20000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """Environment of libgomp and oneDNN, which they read when torch is loaded or first multiplies.
 
 A thread that waits at a barrier spins so many rounds and then sleeps: with libgomp's 300,000 it would keep a core from

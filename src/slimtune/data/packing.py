@@ -16,6 +16,8 @@ from .example_lengths import MIN_SHARED_TOKENS, Tokens
 
 _WINDOW = 256
 """Examples that `bin_pack` compares with one another, because the time grows with its square."""
+_BALANCE_TRIALS, _BALANCED = 4, 1.05
+"""Most limits tried to balance groups, and how much above the mean the largest may be."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def bin_pack(
     """Return groups of example numbers, each of at most `max_tokens` packed tokens; a longer example is alone.
 
     The rows of an example stay together. It goes into the group that shares most of its prefix, then into the fullest
-    one. None: one group.
+    one. The groups are then balanced: no more of them, but of about the same size, as the largest takes most memory.
+    None: one group.
     """
     if max_tokens is None:
         return [list(range(len(examples)))]
@@ -79,12 +82,31 @@ def bin_pack(
     if share_prefix:
         order.sort(key=lambda e: list(examples[e][0]))
     windows = [order[at : at + _WINDOW] for at in range(0, len(order), _WINDOW)]
-    return [sorted(group) for window in windows for group in _best_fit(examples, window, max_tokens, share_prefix)]
+    return [sorted(group) for window in windows for group in _balance(examples, window, max_tokens, share_prefix)]
+
+
+def _balance(
+    examples: Sequence[Sequence[Tokens]], members: list[int], max_tokens: int, share_prefix: bool
+) -> list[list[int]]:
+    """Return best-fit groups under the lowest limit found that makes neither more groups nor more tokens."""
+    best, sizes = _best_fit(examples, members, max_tokens, share_prefix)
+    low = -(-sum(sizes) // len(sizes))
+    for _ in range(_BALANCE_TRIALS):
+        limit = (low + max(sizes)) // 2
+        if max(sizes) <= low * _BALANCED:
+            break
+        groups, tried = _best_fit(examples, members, limit, share_prefix)
+        if len(tried) > len(sizes) or sum(tried) > sum(sizes) or max(tried) >= max(sizes):
+            low = limit
+        else:
+            best, sizes = groups, tried
+    return best
 
 
 def _best_fit(
     examples: Sequence[Sequence[Tokens]], members: list[int], max_tokens: int, share_prefix: bool
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[int]]:
+    """Return groups and the packed tokens of each."""
     groups: list[list[int]] = []
     used: list[int] = []
     alone = {
@@ -111,7 +133,7 @@ def _best_fit(
         else:
             groups.append([example])
             used.append(alone[example])
-    return groups
+    return groups, used
 
 
 def _groups_with_prefix(rows: Sequence[Tokens], members: list[int], depth: int) -> Iterator[list[int]]:

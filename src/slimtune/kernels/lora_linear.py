@@ -4,9 +4,9 @@
 
     y = x Wᵀ + b + s · d(x) Aᵀ Bᵀ          x (..., in), W (out, in), A (r, in), B (out, r), d: dropout
 
-Saved for the backward pass: x, which other layers save too, and the thin product `z = d(x) Aᵀ (..., r)`. Scale and sum
-are part of the matrix products. The dropout mask is not saved but drawn again from the same random state. A and B may
-be fp32 above a 16-bit x, of which no fp32 copy is made. Gradients equal those of the separate operations.
+Saved for the backward pass: x, or the norm that x comes from, and the thin product `z = d(x) Aᵀ (..., r)`. Scale and
+sum are part of the matrix products. The dropout mask is not saved but drawn again from the same random state. A and B
+may be fp32 above a 16-bit x, of which no fp32 copy is made. Gradients equal those of the separate operations.
 
 **An adapter per row of the batch**, as batched matrix products:
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import fork_rng, get_rng_state
+from .rms_norm import find_rms_norm, recompute_norm
 
 
 def low_rank_linear(
@@ -88,8 +89,9 @@ class _LowRankLinear(torch.autograd.Function):
         out = out.detach()
         need_A, need_B = ctx.needs_input_grad[4:6]
         ctx.shape = x.shape
-        # x is needed for A's gradient only.
-        ctx.save_for_backward(x if need_A else None, z if need_B else None, weight, A, B)
+        # x is needed for A's gradient only, and the output of a norm is quickly computed again.
+        ctx.norm = find_rms_norm(x) if need_A else None
+        ctx.save_for_backward(x if need_A and ctx.norm is None else None, z if need_B else None, weight, A, B)
         return out
 
     @staticmethod
@@ -113,6 +115,8 @@ class _LowRankLinear(torch.autograd.Function):
                 grad_x = grad_x.addmm_(grad_z, A.to(g.dtype))
             grad_x = grad_x.view(ctx.shape)
         if need_A:
+            if ctx.norm is not None:
+                x = recompute_norm(ctx.norm)
             if ctx.dropout:
                 with fork_rng(ctx.rng_state, g.device):
                     x = _drop(x, ctx.dropout)

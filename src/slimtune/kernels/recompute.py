@@ -19,14 +19,7 @@ tiles they exist for one tile at a time. Gradients of parameters are summed over
 
 saves gate and up. Separate operations also save activation(gate) and, if `linear` has an adapter, h.
 
-`rms_norm`: the norm of 16-bit inputs (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"),
-
-    n = x / √(mean(x²) + ε)  in fp32,   y = w · n  in x's dtype          x, y (..., d), w (d)
-
-saves x, and 1/√(mean(x²) + ε) of each token. Separate operations save x once more, in fp32.
-
-Outputs and gradients are the same bits as those of the separate operations, but the gradients of the norm: they are
-those of fp32 arithmetic.
+Outputs and gradients are the same bits as those of the separate operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -155,29 +148,6 @@ def _activate_again(node: Any) -> tuple[Tensor, Tensor, Tensor]:
             gate = gate.detach().requires_grad_()
             node.activated = gate, node.activation(gate), up
     return node.activated
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the norm of x `(..., d)` in bf16 or fp16, scaled by a frozen weight `(d)`."""
-    return _RMSNorm.apply(x, weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, inverse, weight)
-        return weight * wide.mul_(inverse).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # dL/dx = inverse · g − x · inverse³ · mean(g · x),  g = w · dL/dy
-        x, inverse, weight = ctx.saved_tensors
-        wide, g = x.float(), (grad * weight).to(x.dtype).float()
-        slope = (g * wide).mean(-1, keepdim=True) * inverse.pow(3)
-        return g.mul_(inverse).sub_(wide.mul_(slope)).to(x.dtype), None, None
 
 
 class _SaveInput(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Ways to keep less of a step in memory with the same gradients, and compilation of the layers.
 
     recomputing                keep of norms and gated MLPs what the rest cannot be computed from in no time
-                               (`kernels/recompute.py`); on unless one of the next three is
+                               (`kernels/rms_norm.py`, `kernels/recompute.py`); on unless one of the next three is
     activation checkpointing   keep each layer's input; run the layer again in the backward pass
     offloading                 keep those inputs in CPU memory meanwhile (`kernels/activation_offload.py`)
     tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
@@ -28,7 +28,8 @@ from ..adapters.architectures import FEED_FORWARD
 from ..errors import UsageError, format_names
 from ..kernels.activation_offload import ActivationOffload
 from ..kernels.lora_linear import must_decompose
-from ..kernels.recompute import gated_linear, rms_norm, run_tiled
+from ..kernels.recompute import gated_linear, run_tiled
+from ..kernels.rms_norm import rms_norm
 from ..utils.linear_layers import layer_kind
 
 
