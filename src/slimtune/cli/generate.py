@@ -77,8 +77,7 @@ def _converse(
 ) -> list[dict[str, str]]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run(run)
-    from ..evaluation.conversation import Conversation
-    from ..evaluation.generate import Generator
+    from ..evaluation.generate import Conversation, Generator
 
     generator = Generator.open(run, device=device)
     screen = console(stderr=as_json)

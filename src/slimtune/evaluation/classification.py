@@ -1,7 +1,7 @@
-"""Evaluation of classifiers: accuracy, macro-F1 and the confusion table.
+"""Evaluation of classifiers (accuracy, macro-F1, the confusion table) and of reward models (accuracy on pairs).
 
 A new head has learned nothing in the base, so the tuned model is not compared with it: a classifier has to beat the
-most frequent class of the evaluated rows.
+most frequent class of the evaluated rows, a reward model chance.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.classification import label_losses
-from ..train_step.loss import row_logits, score_examples
+from ..train_step.loss import row_logits, score_examples, score_objective
 from .base import Evaluation, RowFigures
 from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1, make_fields
 
@@ -96,3 +96,27 @@ def list_reasons_not_better(result: Mapping[str, Any], baseline: str) -> list[st
     if low > 0:
         return []
     return [f"it is not shown to be better than {baseline}: its accuracy is higher by {low:.3f} to {high:.3f}"]
+
+
+class RewardEvaluation(Evaluation):
+    """Compares the rewards of the two answers of each pair."""
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        scores = score_objective(self.model, self.examples, self.collator, self.objective)
+        losses, chosen, rejected = np.array([scores[i] for i in range(len(self.examples))]).T
+        accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
+        margin = self.compare(chosen, rejected)
+        result = describe_accuracy(self, losses, accuracy, "chance") | {
+            **make_fields(margin=margin.difference),
+            "chosen_reward": margin.first.value,
+            "rejected_reward": margin.second.value,
+        }
+        figures = [
+            {"line": line, "chosen": float(c), "rejected": float(r)}
+            for line, c, r in zip(self.examples.lines, chosen, rejected, strict=True)
+        ]
+        return result, figures
+
+    @staticmethod
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
+        return list_reasons_not_better(result, "chance")

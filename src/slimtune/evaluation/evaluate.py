@@ -39,13 +39,12 @@ from ..utils.files import require_output_file, write_json
 from ..utils.progress import name_progress
 from .answers import EvalPrompt, build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .base import Evaluation
-from .classification import ClassificationEvaluation
+from .classification import ClassificationEvaluation, RewardEvaluation
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generate import Generator
 from .judge import build_judge, judge_answers, measure_win_rate
 from .lm_eval import find_tasks, run_tasks
 from .preference import PreferenceEvaluation
-from .reward import RewardEvaluation
 from .supervised import SupervisedEvaluation
 from .unpaired import UnpairedEvaluation
 

@@ -8,6 +8,7 @@ follow one rule. An answer ends at any token that ends a turn for the checkpoint
 import contextlib
 import logging
 import threading
+from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -217,3 +218,33 @@ def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
         learned = [token for token, learn in zip(chat.input_ids, chat.supervised, strict=True) if learn]
         ends |= {token for token in learned[-1:] if token in end_of_turn_ids(tokenizer)}
     return tuple(sorted(end for end in ends if end is not None))
+
+
+class Conversation:
+    """A conversation with base and tuned model, each of which remembers its own answers.
+
+    The base must not continue what the tuned model said.
+    """
+
+    def __init__(self, generator: Generator, system: str | None = None) -> None:
+        self.generator = generator
+        start = [{"role": "system", "content": system}] if system else []
+        self.messages: dict[str, list[Message]] = {"base": [*start], "tuned": [*start]}
+
+    def stream(self, text: str, model: str, **settings: Any) -> Pieces[str, None, None]:
+        """Yield the pieces of the answer of the model "base" or "tuned" to a text of the user, and remember both.
+
+        Settings and errors are those of `Generator.stream`.
+        """
+        history = self.messages[model]
+        history.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in self.generator.stream(history, tuned=model == "tuned", **settings):
+                answer += piece
+                yield piece
+        finally:
+            if answer:
+                history.append({"role": "assistant", "content": answer})
+            else:
+                history.pop()

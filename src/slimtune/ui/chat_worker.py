@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SlimtuneError
-from ..evaluation.conversation import Conversation
-from ..evaluation.generate import Generator
+from ..evaluation.generate import Conversation, Generator
 from ..utils.files import to_json
 
 
