@@ -44,18 +44,8 @@ from .protocol import (
 )
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-BODY_SECONDS = 30
-"""Longest time in which a body must have arrived."""
-
-
-@dataclass(frozen=True)
-class AppSettings:
-    """Limits and access of the server."""
-
-    hosts: Collection[str]  # names that a request may have in its Host header; empty: any
-    api_key: str | None = None
-    max_body: int = 2**20  # bytes
-    timeout: float = 600  # seconds from a request to the end of its answer
+BODY_SECONDS, MAX_BODY = 30, 2**20
+"""Longest time in which a body must have arrived, and its most bytes."""
 
 
 class EventStream(StreamingResponse):
@@ -181,12 +171,18 @@ class App:
     Args:
         models: by name.
         batching: what generates the answers.
-        settings: limits and access.
+        hosts: names that a request may have in its Host header; empty: any.
+        api_key: that a request must have; None: none.
+        timeout: seconds from a request to the end of its answer.
     """
 
-    def __init__(self, models: Sequence[ServedModel], batching: AnswerQueue, settings: AppSettings) -> None:
+    def __init__(
+        self, models: Sequence[ServedModel], batching: AnswerQueue, hosts: Collection[str], api_key: str | None,
+        timeout: float,
+    ) -> None:  # fmt: skip
         self.models = {model.name: model for model in models}
-        self.batching, self.settings, self.started = batching, settings, int(time.time())
+        self.batching, self.hosts, self.timeout = batching, hosts, timeout
+        self.api_key, self.started = api_key, int(time.time())
         # Requests that are being read or tokenized, or wait or run.
         self._requests, self._max_requests = 0, batching.max_batch + batching.max_waiting
 
@@ -199,7 +195,7 @@ class App:
             Route("/v1/models/{name}", self.show_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_http_error, ApiError: _answer_error})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_error, ApiError: _answer_error})
         app.router.redirect_slashes = False
 
         async def check_access(scope: Any, receive: Any, send: Any) -> None:
@@ -216,15 +212,13 @@ class App:
     def _check_access(self, request: Request) -> None:
         host = request.headers.get("host", "").lower()
         name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-        if self.settings.hosts and name not in self.settings.hosts:
-            names = " or ".join(sorted(self.settings.hosts))
+        if self.hosts and name not in self.hosts:
+            names = " or ".join(sorted(self.hosts))
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
-        if self.settings.api_key is not None:
+        if self.api_key is not None:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(
-                key.encode("latin-1"),
-                self.settings.api_key.encode(),  # Starlette decodes headers as Latin-1
-            ):
+            sent = key.encode("latin-1")  # Starlette decodes headers as Latin-1
+            if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self.api_key.encode()):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def health(self, request: Request) -> Response:
@@ -283,7 +277,7 @@ class App:
             self.batching.cancel([choice.answer for choice in choices])
 
         try:
-            body = await _read_body(request, self.settings.max_body)
+            body = await _read_body(request)
             prepared = await run_in_threadpool(prepare, body)
             asked, form = prepared.request, prepared.form
             choices += self._make_choices(prepared, pieces)
@@ -341,7 +335,7 @@ class App:
                     if not loop.is_closed():
                         loop.call_soon_threadsafe(pieces.put_nowait, (choices[index], piece))
 
-                deadline = time.monotonic() + self.settings.timeout
+                deadline = time.monotonic() + self.timeout
                 choices.append(Choice(index, Answer(model, prompt, params, send, deadline)))
         return choices
 
@@ -442,7 +436,7 @@ async def _run_while_connected(work: Coroutine[Any, Any, None], receive: Callabl
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         hint = "-H 'Content-Type: application/json'"
@@ -452,8 +446,8 @@ async def _read_body(request: Request, limit: int) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > limit:
-                    raise ApiError(413, f"the body has more than {limit:,} bytes", code="body_too_large")
+                if len(body) > MAX_BODY:
+                    raise ApiError(413, f"the body has more than {MAX_BODY:,} bytes", code="body_too_large")
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", code="timeout") from error
     return bytes(body)
@@ -472,10 +466,7 @@ def _make_response(value: dict[str, Any], status: int = 200) -> Response:
 
 
 async def _answer_error(request: Request, error: Any) -> Response:
+    if isinstance(error, HTTPException):
+        messages = {404: f"there is no {request.url.path[:100]!r}", 405: f"{request.method} is not possible here"}
+        error = ApiError(error.status_code, messages.get(error.status_code, error.detail))
     return _make_response(error.to_json(), error.status)
-
-
-async def _answer_http_error(request: Request, error: Any) -> Response:
-    messages = {404: f"there is no {request.url.path[:100]!r}", 405: f"{request.method} is not possible here"}
-    known = ApiError(error.status_code, messages.get(error.status_code, error.detail))
-    return _make_response(known.to_json(), known.status)

@@ -65,7 +65,7 @@ class ContinuousBatching(AnswerQueue):
                     break
             self._admit()
             for batch in list(self._batches):
-                self._remove_dropped(batch)
+                self._keep(batch, [not self._end_dropped(self._running[row]) for row in batch.rows])
                 if batch.rows:
                     self._step(batch)
             self._batches = [batch for batch in self._batches if batch.rows]
@@ -106,9 +106,6 @@ class ContinuousBatching(AnswerQueue):
             batch.rows = []
             return
         self._add_tokens(batch, logits)
-
-    def _remove_dropped(self, batch: Batch) -> None:
-        self._keep(batch, [not self._end_dropped(self._running[row]) for row in batch.rows])
 
     def _keep(self, batch: Batch, wanted: Sequence[bool]) -> None:
         """Remove the other rows of a batch."""

@@ -17,7 +17,7 @@ from ..export.reference import Verdict
 from ..utils.device import release_cached_memory
 from ..utils.sockets import bind_socket, format_address, is_loopback
 from .answers import AnswerQueue
-from .app import App, AppSettings
+from .app import App
 from .continuous_batching import ContinuousBatching
 from .llama_cpp import start_llama_cpp
 from .models import ServedModel, load_models, name_runs
@@ -79,13 +79,9 @@ class ModelServer:
         except BaseException:
             self._socket.close()
             raise
-        access = AppSettings(
-            hosts=("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else (),
-            api_key=settings.api_key,
-            timeout=settings.timeout,
-        )
+        hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
         config = uvicorn.Config(
-            App(self.models, self.batching, access).build(),
+            App(self.models, self.batching, hosts, settings.api_key, settings.timeout).build(),
             http="h11",
             ws="none",
             lifespan="off",

@@ -104,9 +104,8 @@ def learn_tool_calls(tokenizer: Any) -> ToolCallFormat | None:
         name_key = next((k for k, v in value.items() if v == MARK), None)
         arguments_key = next((k for k, v in value.items() if v == {MARK: MARK}), None)
         if name_key and arguments_key:
-            after = re.split("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)", text[end:], maxsplit=1)[
-                0
-            ]
+            special = "|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)"
+            after = re.split(special, text[end:], maxsplit=1)[0]
             # Answers are decoded without special tokens, and so is what stands before a call. A template may write more
             # there, such as an empty thought: the last word opens the call.
             ids = tokenizer(text[len(prompt) : start], add_special_tokens=False)["input_ids"]
