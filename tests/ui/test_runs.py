@@ -13,7 +13,7 @@ from full_run import make_full_run
 from waiting import wait_until
 
 from slimtune.errors import UsageError
-from slimtune.ui.run_status import read_log, read_status
+from slimtune.ui.runs import read_log, read_status
 from slimtune.utils.files import write_json
 
 BAD = '<script>alert("x")</script>'

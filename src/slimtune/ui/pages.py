@@ -20,8 +20,7 @@ from ..reporting.report import memory_charts, template_functions
 from ..run_dir import RunDir, RunResults
 from .chat import MAX_TEXT, WORKER, Chat
 from .jobs import SLIMTUNE, Job, Jobs
-from .run_status import stop_training
-from .runs import compare_runs, is_classifier, list_rows_of_runs, view_run
+from .runs import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
 from .settings import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
 from .workspace import Workspace
 

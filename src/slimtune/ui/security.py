@@ -9,7 +9,6 @@ size      of a request's body, counted while it arrives
 import ipaddress
 import secrets
 import socket
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -143,8 +142,3 @@ def is_own_host(host: str, address: str) -> bool:
     except ValueError:
         return name == "localhost" or (not local and name in {address.lower(), socket.gethostname().lower()})
     return ip.is_loopback or not local
-
-
-def make_token(environment: Mapping[str, str]) -> str:
-    """Return SLIMTUNE_UI_TOKEN, or a new token of 192 random bits."""
-    return environment.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)

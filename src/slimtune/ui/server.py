@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..utils.sockets import bind_socket, format_address, is_loopback
 from .app import build_app
 from .jobs import Job
 from .pages import Pages
-from .security import Guard, make_token
+from .security import Guard
 from .workspace import Workspace
 
 CONNECTIONS = 64
@@ -36,7 +37,7 @@ def serve(
     """
     sock = bind_socket(host, port)
     port = sock.getsockname()[1]
-    token = make_token(os.environ)
+    token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
     pages = Pages(Workspace(folder))
     app = Guard(build_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(

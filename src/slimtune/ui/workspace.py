@@ -40,7 +40,8 @@ class Workspace:
             real = path.resolve(strict=True)
         except FileNotFoundError:
             self._require_inside(path.resolve(), text)
-            raise UsageError(f"there is no {text!r} in the working folder{self._nearest(text)}") from None
+            close = nearest(text, [*self.list_rows(), *self.list_runs()])
+            raise UsageError(f"there is no {text!r} in the working folder{close}") from None
         except (OSError, RuntimeError, ValueError) as e:  # too long, a circle of links, NUL
             raise UsageError(f"{text[:200]!r} is not a path: {e}", "a path in the working folder") from None
         self._require_inside(real, text)
@@ -136,9 +137,6 @@ class Workspace:
         if not real.is_relative_to(self.root):
             expected = f"a path in {self.root.name}, the folder that slimtune ui was started for"
             raise UsageError(f"{text!r} is outside the working folder", expected, "copy it there")
-
-    def _nearest(self, text: str) -> str:
-        return nearest(text, [*self.list_rows(), *self.list_runs()])
 
     def _walk(self) -> Iterator[Path]:
         """Yield files up to `MAX_DEPTH` folders deep that are no links, without hidden folders and checkpoints."""
