@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,10 +25,3 @@ def send(server: ModelServer, method: str, path: str, body: Any = None, **header
     connection.request(method, path, content, {"Content-Type": "application/json"} | headers)
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
-
-
-def wait_until(is_true: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -6,7 +6,8 @@ import openai
 import pytest
 import torch
 from hand_run import make_run
-from serving_client import make_client, send, wait_until
+from serving_client import make_client, send
+from waiting import wait_until
 
 from slimtune.evaluation.generate import Generator
 
@@ -168,7 +169,7 @@ def test_dropped_client_frees_its_slot(ask, server):
         else:
             with pytest.raises(openai.APITimeoutError):
                 ask(max_tokens=480, n=4, timeout=0.05)
-        wait_until(lambda: server.batching.count()["running"] == 0, 1)
+        wait_until(lambda: server.batching.count()["running"] == 0, seconds=1)
     assert server.batching.count()["cached_tokens"] == 0
 
 

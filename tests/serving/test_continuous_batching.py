@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from models_zoo import gemma2, gpt2, llama, qwen2, shake
-from serving_client import wait_until
+from waiting import wait_until
 
 from slimtune import (
     BottleneckConfig,

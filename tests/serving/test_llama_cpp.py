@@ -9,9 +9,10 @@ import pytest
 import torch
 from hand_run import make_run, save_adapter_of
 from markers import train_to_say
-from serving_client import make_client, wait_until
+from serving_client import make_client
 from tiny_gguf import write_gguf
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import slimtune
 from slimtune.cli import app

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from markers import MARKERS, make_marked_runs
-from serving_client import make_client, wait_until
+from serving_client import make_client
+from waiting import wait_until
 
 CLIENTS, REQUESTS = 16, 2
 

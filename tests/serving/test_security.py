@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from serving_client import connect, make_client, send, wait_until
+from serving_client import connect, make_client, send
+from waiting import wait_until
 
 from slimtune.errors import UsageError
 from slimtune.serving import app

@@ -1,4 +1,4 @@
-"""Waiting for what another process says."""
+"""Waiting for what another process, or another thread, does."""
 
 import time
 from collections.abc import Callable
@@ -11,5 +11,5 @@ def wait_until(done: Callable[[], Any], what: str = "it", seconds: float = 20) -
     while time.monotonic() < end:
         if found := done():
             return found
-        time.sleep(0.05)
+        time.sleep(0.005)
     raise AssertionError(f"{what} has not come in {seconds:g} seconds")
