@@ -126,31 +126,30 @@ class Reference:
         self.engine, self.texts = TransformersEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
+    def score(self, engine: Engine, what: str) -> list[Tensor]:
+        """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
+        return [engine.score(text.ids).token_log_probs for text in track_progress(self.texts, what)]
+
     @cached_property
     def log_probs(self) -> list[Tensor]:
         """The adapter's log-probabilities of each text's next tokens."""
-        texts = track_progress(self.texts, "texts for the trained adapter")
-        return [self.engine.score(text.ids).token_log_probs for text in texts]
+        return self.score(self.engine, "texts for the trained adapter")
 
     @cached_property
     def base_log_probs(self) -> list[Tensor]:
         """The untouched base's log-probabilities of each text's next tokens."""
         with self.engine.model.disable_adapter():
-            texts = track_progress(self.texts, "texts for the base")
-            return [self.engine.score(text.ids).token_log_probs for text in texts]
+            return self.score(self.engine, "texts for the base")
 
     @cached_property
     def effect(self) -> float:
         """The mean distance between the base and the base with its adapter, nats."""
         return self.differences(self.base_log_probs).abs().mean().item()
 
-    def differences(self, log_probs: Iterable[Tensor]) -> Tensor:
-        """Return d at every position of all texts `(n,)`."""
-        return torch.cat([b - a for a, b in zip(self.log_probs, log_probs, strict=True)])
-
-    def base_differences(self, log_probs: Iterable[Tensor]) -> Tensor:
-        """Return the differences of an engine's untouched base from the base, at every position `(n,)`."""
-        return torch.cat([b - a for a, b in zip(self.base_log_probs, log_probs, strict=True)])
+    def differences(self, log_probs: Iterable[Tensor], *, base: bool = False) -> Tensor:
+        """Return d at every position of all texts `(n,)`; with `base` the differences from the untouched base."""
+        expected = self.base_log_probs if base else self.log_probs
+        return torch.cat([b - a for a, b in zip(expected, log_probs, strict=True)])
 
     def measure_effect_share(self, differences: Tensor) -> tuple[float, float]:
         """Return the share of the adapter's effect that arrives, and its standard error; NaN if it has no effect."""
@@ -263,9 +262,8 @@ def compare_engine(
     faults, base, paired = reference.find_faults(differences, tolerance), None, differences
     if open_base is not None and (faults or tolerance == TOLERANCES["lower"] or reference.is_hidden(differences)):
         with closing(open_base(engine)) as base_engine:
-            texts = track_progress(reference.texts, f"texts for the base in {engine.name}")
-            log_probs = [base_engine.score(text.ids).token_log_probs for text in texts]
-        base = reference.base_differences(log_probs)
+            log_probs = reference.score(base_engine, f"texts for the base in {engine.name}")
+        base = reference.differences(log_probs, base=True)
         faults, paired = reference.find_faults(differences, tolerance, base), differences - base
     if unlike:
         ours, theirs = unlike[0]

@@ -86,9 +86,7 @@ class ServingPlan:
     runtime_bytes: Range  # the device's runtime, libraries and graphs
     usable_bytes: Range | None  # what the GPU gives the engine, (surely, at most); None without a GPU
     max_context: int | None  # longest request of so many that surely fits; None without a GPU, 0: none
-    decode_tokens_per_second: (
-        Range | None
-    )  # of one request, after `context` tokens; None if not known or not on the GPU
+    decode_tokens_per_second: Range | None  # of a request, after `context` tokens; None: not known or not on the GPU
     prefill_tokens_per_second: Range | None  # of a prompt
     verdict: Verdict | None  # None without a GPU
     reason: str  # of the verdict, in one sentence
