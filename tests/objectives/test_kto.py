@@ -1,25 +1,15 @@
-"""KTO: equal to TRL, packed as padded, the same for any micro-batches, and whole runs."""
-
-import json
-from pathlib import Path
+"""KTO: equal to TRL, and the mismatched rows of its steps."""
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from test_trl import get_gradients, wide  # noqa: F401 a fixture
-from tiny_families import build_family
-from tiny_run import distance, metrics, recipe_of, train_in_two_parts
+from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F401 a fixture
 
-from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.data.mismatched_rows import MismatchedRows
 from slimtune.data.tokenized_dataset import DatasetWriter
-from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives.kto import KTO
-from slimtune.train_step.loss import make_collator, score_objective, score_row_logps, step_loss
-from slimtune.training.train import train
+from slimtune.train_step.loss import score_objective
 
 ROWS = [
     {"prompt": "Why is it so?", "completion": " Because of this.", "label": True},
@@ -27,27 +17,6 @@ ROWS = [
     {"prompt": "Say a word.", "completion": " Word", "label": True},
     {"prompt": "Say two words.", "completion": " No.", "label": False},
 ]
-
-
-def add_reference(model, examples, collator):
-    with model.disable_adapter():
-        reference = score_row_logps(model.get_base_model(), examples, collator)
-    return [e | {"reference": reference[i]} for i, e in enumerate(examples)]
-
-
-def take_step(model, examples, objective, collator, groups):
-    """Return the loss of a step, whose gradient is added to the model's; `groups` are its micro-batches."""
-
-    def score_rows(rows):
-        logps = score_row_logps(model.get_base_model(), rows, collator)
-        return [logps[i] for i in range(len(rows))]
-
-    rows = objective.prepare_step(examples, score_rows)
-    batches, num_items = [collator([rows[i] for i in group]) for group in groups], objective.count_items(rows)
-    with packed_attention(model):
-        loss = sum(step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
-        loss.backward()
-    return loss
 
 
 @pytest.mark.slow
@@ -100,10 +69,7 @@ def test_loss_and_gradient_are_those_of_trl(settings, tiny_llama, tiny_tokenizer
     collator = Collator(0, packing=False)
     examples = add_reference(model, examples, collator)
     for groups in ([[0, 1, 2, 3]], [[0], [2, 3], [1]]):
-        loss = take_step(model, examples, objective, collator, groups)
-        assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-        for name, gradient in get_gradients(model).items():
-            torch.testing.assert_close(gradient, gradients[name], atol=1e-9, rtol=1e-7)
+        assert_step(model, examples, objective, groups, expected, gradients)
     scores = score_objective(model.get_base_model(), examples, collator, objective)
     measures = objective.summarize(np.array([scores[i] for i in range(4)]))
     assert measures["loss"] == pytest.approx(expected.item(), abs=1e-9)
@@ -163,77 +129,3 @@ def test_no_row_gets_an_answer_to_its_own_prompt(rows_per_step):
 
 def test_longer_mismatched_rows_are_truncated():
     assert max(e["row_lengths"][1] for e in make_mismatched(count=12, rows_per_step=12, max_seq_len=11)) == 11
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_packed_and_shared_equal_padded(family):
-    model = get_peft_model(
-        build_family(family).float(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    rng = np.random.default_rng(0)
-    rows = [[rng.integers(3, 96, n).tolist() for n in lengths] for lengths in [(12, 5), (9, 3), (15, 11), (12, 2)]]
-    dataset = make_dataset(rows).with_columns(label=np.array([True, False, False, True]))
-    examples, objective = list(MismatchedRows(dataset, 4, 100, seed=0)), KTO(beta=0.2)
-    packed, padded = make_collator(model, 0, max_tokens=48), Collator(0, packing=False)
-    assert packed.share_prefix
-    found = []
-    for collator, groups in ((packed, [[0, 2], [1], [3]]), (padded, [[0, 1, 2, 3]])):
-        ready = add_reference(model, examples, collator)
-        model.train().zero_grad()
-        loss = take_step(model, ready, objective, collator, groups)
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        scores = score_objective(model, ready, collator, objective)
-        found.append((loss.item(), np.array([scores[i] for i in range(4)]), gradients))
-    (loss, scores, gradients), (other_loss, other_scores, other_gradients) = found
-    assert loss == pytest.approx(other_loss, abs=1e-5)
-    assert objective.summarize(scores)["loss"] == pytest.approx(loss, abs=1e-5)
-    assert scores == pytest.approx(other_scores, rel=1e-4, abs=1e-4)
-    assert gradients
-    for name, gradient in gradients.items():
-        scale = other_gradients[name].abs().max()
-        torch.testing.assert_close(gradient, other_gradients[name], atol=1e-5 * float(scale) + 1e-7, rtol=1e-4)
-
-
-@pytest.fixture
-def settings(tmp_path, tiny_folder):
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"say the word number {i}"}],
-            "completion": [{"role": "assistant", "content": ("abc " if i % 2 else "xyz ") * (1 + i % 4)}],
-            "label": bool(i % 2),
-        }
-        for i in range(31)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model": {"name": str(tiny_folder), "dtype": "float32"},
-        "data": {"train": str(tmp_path / "rows.jsonl"), "validation_fraction": 0.25},
-        "task": {"name": "kto", "beta": 0.5},
-        "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
-        "train": {"epochs": 3, "batch_size": 6, "learning_rate": 1e-2, "max_tokens_per_micro_batch": 200},
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
-def test_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
-    whole = train(recipe_of(settings))
-    folder = Path(whole["run"])
-    assert metrics(folder, "train_loss")[0] == pytest.approx(0.5, abs=0.1)  # dropout alone makes a difference
-    assert whole["validation_loss"] < 0.4
-    assert metrics(folder, "rewards/margins")[-1] > 0.5
-    assert len(metrics(folder, "kl")) == 3
-    reference = load_file(folder / "reference.safetensors")
-    assert (reference["train"].shape, reference["validation"].shape) == ((23, 2), (8, 2))
-
-    found = evaluate(folder, EvalSettings(split="validation"))
-    unpaired = found["unpaired_preference"]
-    assert found["improved"]
-    assert found["rows"] == unpaired["good"]
-    assert unpaired["reward_auc"] == 1
-    beta = 0.5
-    assert metrics(folder, "rewards/margins")[-1] == pytest.approx(beta * unpaired["margin"], rel=1e-4)
-    assert "Good answers likelier" in (folder / "report.html").read_text()
-
-    again = recipe_of({**settings, "output_dir": str(tmp_path / "again")})
-    train_in_two_parts(again, monkeypatch, 5)
-    assert distance(folder, again.output_dir) == 0

@@ -1,33 +1,27 @@
-"""Ranked lists: equal to TRL's loss of each pair on padded rows, packed as a tree, and whole runs."""
+"""Ranked lists: equal to TRL's loss of each pair on padded rows, also packed as a tree."""
 
 import itertools
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
-from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives import objective_class
 from slimtune.train_step.loss import make_collator, score_objective, step_loss
-from slimtune.training.train import train
 
 PROMPT = [5, 9, 30, 77, 12, 41, 8, 19, 55, 60]
 
 
-def make_list(lengths, scores, seed=0, prompt=PROMPT):
+def make_list(lengths, scores, seed=0):
     generator = torch.Generator().manual_seed(seed)
     answers = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
-    rows = [prompt + answer for answer in answers]
+    rows = [PROMPT + answer for answer in answers]
     return {
         "input_ids": [t for row in rows for t in row],
-        "labels": [t for answer in answers for t in [-100] * len(prompt) + answer],
+        "labels": [t for answer in answers for t in [-100] * len(PROMPT) + answer],
         "line": 1,
         "row_lengths": [*map(len, rows)],
         "reference": torch.randn(len(rows), generator=generator, dtype=torch.float64).mul(3).sub(20).tolist(),
@@ -101,51 +95,3 @@ def test_dpo_of_a_list_is_that_of_its_pairs(tiny_llama, loss_type):
             torch.testing.assert_close(own, gradient, atol=1e-9 if collator is padded else 1e-7, rtol=1e-6)
         scores = score_objective(model, [example], padded, dpo)
         assert dpo.summarize(np.array([scores[0]]))["loss"] == pytest.approx(loss, abs=1e-9)
-
-
-@pytest.fixture
-def settings(tmp_path, tiny_folder):
-    words = ["abc ", "pqr ", "xyz "]
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"say the word number {i}"}],
-            "completions": [
-                {"response": words[k] * (1 + (i + k) % 3), "overall_score": 10 - 3 * k}
-                for k in ((1, 0, 2) if i % 2 else (2, 0))
-            ],
-        }
-        for i in range(24)
-    ]
-    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model": {"name": str(tiny_folder), "dtype": "float32"},
-        "data": {"train": str(tmp_path / "lists.jsonl"), "validation_fraction": 0.25},
-        "task": "dpo",
-        "method": {"name": "lora", "r": 4},
-        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2, "max_tokens_per_micro_batch": 200},
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
-def test_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
-    whole = train(recipe_of(settings))
-    folder = Path(whole["run"])
-    assert metrics(folder, "train_loss")[0] == pytest.approx(np.log(2), abs=0.01)
-    assert metrics(folder, "rewards/accuracies")[-1] > 0.8
-    reference = load_file(folder / "reference.safetensors")["train"]
-    assert reference.shape == (18, 3)
-    assert np.isnan(reference[:, 2]).any()
-    preference = evaluate(folder, EvalSettings(split="validation"))["preference"]
-    gain = preference["tuned_margin"] - preference["base_margin"]
-    assert metrics(folder, "rewards/margins")[-1] == pytest.approx(0.1 * gain, rel=1e-4)
-
-    again = recipe_of({**settings, "output_dir": str(tmp_path / "again")})
-    train_in_two_parts(again, monkeypatch, 4)
-    assert distance(folder, again.output_dir) == 0
-
-
-def test_best_against_worst_trains_two_answers_of_a_list(settings):
-    result = train(recipe_of({**settings, "task": {"name": "dpo", "pairs": "best-worst"}}, max_steps=2))
-    assert load_file(Path(result["run"]) / "reference.safetensors")["train"].shape == (18, 2)
-    preference = evaluate(Path(result["run"]), EvalSettings(split="validation"))["preference"]
-    assert preference["pairs"] == 6

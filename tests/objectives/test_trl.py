@@ -1,13 +1,17 @@
-"""Oracle: TRL's own trainers in float64 on the plain padded layout: the loss and the gradient of every factor."""
+"""A step on rows of a pair: as in TRL's trainers in float64 on the plain padded layout, and packed as padded."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tiny_families import build_family
 
+from slimtune import LoraConfig, get_peft_model
+from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.objectives import objective_class
-from slimtune.train_step.loss import score_row_logps, step_loss
+from slimtune.train_step.loss import make_collator, score_objective, score_row_logps, step_loss
 
 ROWS = [
     {"prompt": "Why is it so?", "chosen": " Because of this.", "rejected": " No."},
@@ -45,11 +49,32 @@ def get_gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_equal(model, micro_batches, objective, num_items, expected_loss, expected_gradients) -> None:
-    losses = [step_loss(model.get_base_model(), batch, num_items, objective) for batch in micro_batches]
-    assert sum(losses).item() == pytest.approx(expected_loss.item(), abs=1e-9)
-    sum(losses).backward()
-    for name, gradient in get_gradients(model).items():
+def score_rows(model, examples, collator):
+    logps = score_row_logps(model.get_base_model(), examples, collator)
+    return [logps[i] for i in range(len(examples))]
+
+
+def add_reference(model, examples, collator):
+    with model.disable_adapter():
+        reference = score_rows(model, examples, collator)
+    return [e | {"reference": logps} for e, logps in zip(examples, reference, strict=True)]
+
+
+def take_step(model, examples, objective, collator, groups=None):
+    """Return a step's loss and gradients; `groups` are its micro-batches."""
+    rows = objective.prepare_step(examples, lambda rows: score_rows(model, rows, collator))
+    batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
+    num_items = objective.count_items(rows)
+    with packed_attention(model):
+        loss = sum(step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
+        loss.backward()
+    return loss.item(), get_gradients(model)
+
+
+def assert_step(model, examples, objective, groups, expected_loss, expected_gradients) -> None:
+    loss, gradients = take_step(model, examples, objective, Collator(0, packing=False), groups)
+    assert loss == pytest.approx(expected_loss.item(), abs=1e-9)
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-9, rtol=1e-7)
 
 
@@ -96,13 +121,10 @@ def test_dpo(loss_type, tiny_llama, tiny_tokenizer, tmp_path, wide):
     masks = batch["attention_mask"].bool()
     ids = [row[m].tolist() for row, m in zip(batch["input_ids"], masks, strict=True)]
     learned = [row[m].bool().tolist() for row, m in zip(batch["completion_mask"], masks, strict=True)]
-    examples, collator = make_examples(ids, learned), Collator(0, packing=False)
-    with model.disable_adapter():
-        reference = score_row_logps(model.get_base_model(), examples, collator)
-    examples = [e | {"reference": reference[i]} for i, e in enumerate(examples)]
+    examples = add_reference(model, make_examples(ids, learned), Collator(0, packing=False))
     objective = objective_class("dpo")(**settings)
-    for groups in ([examples], [examples[:1], examples[1:]]):
-        assert_equal(model, [collator(group) for group in groups], objective, 3, expected, expected_gradients)
+    for groups in ([[0, 1, 2]], [[0], [1, 2]]):
+        assert_step(model, examples, objective, groups, expected, expected_gradients)
 
 
 @pytest.mark.slow
@@ -143,3 +165,45 @@ def test_simpo_and_orpo(tiny_llama, wide):
         sum(step_loss(model, collator([e]), items, orpo) for e in examples), model.model.norm.weight
     )
     torch.testing.assert_close(other, one, atol=1e-9, rtol=1e-7)
+
+
+def make_pairs() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i, (prompt, *answers) in enumerate([(12, 5, 9), (9, 7, 3), (15, 2, 11)]):
+        shared = rng.integers(3, 96, prompt).tolist()
+        rows = [shared + rng.integers(3, 96, n).tolist() for n in answers]
+        labels = [t for row in rows for t in [-100] * prompt + row[prompt:]]
+        ids = [t for row in rows for t in row]
+        lengths = [*map(len, rows)]
+        pairs.append({"input_ids": ids, "labels": labels, "line": i, "row_lengths": lengths, "label": i != 1})
+    return pairs
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_packed_and_shared_equal_padded(family, task):
+    model = get_peft_model(
+        build_family(family).float(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    objective, pairs = objective_class(task)(), make_pairs()
+    packed, padded = make_collator(model, 0, max_tokens=48), Collator(0, packing=False)
+    assert packed.share_prefix
+    assert packed(pairs[:1])["input_ids"].shape[1] == 12 + 5 + 9
+    found = []
+    for collator in (packed, padded):
+        examples = add_reference(model, pairs, collator)
+        loss, gradients = take_step(model.train(), examples, objective, collator)
+        scores = score_objective(model, examples, collator, objective)
+        scores = np.array([scores[i] for i in range(len(pairs))])
+        # ORPO's measure of a pair has the cross-entropy per token of that pair alone.
+        assert task == "orpo" or objective.summarize(scores)["loss"] == pytest.approx(loss, abs=1e-5)
+        found.append((np.array([e["reference"] for e in examples]), scores, loss, gradients))
+    (reference, scores, loss, gradients), (other_reference, other_scores, other_loss, other_gradients) = found
+    assert reference == pytest.approx(other_reference, rel=1e-5)
+    assert scores == pytest.approx(other_scores, rel=1e-4, abs=1e-5)
+    assert loss == pytest.approx(other_loss, abs=1e-5)
+    assert gradients
+    for name, gradient in gradients.items():
+        scale = other_gradients[name].abs().max()
+        torch.testing.assert_close(gradient, other_gradients[name], atol=1e-5 * float(scale) + 1e-7, rtol=1e-4)

@@ -1,0 +1,247 @@
+"""Runs of every task: they learn, resume, recover memory, quantize, train learned prompts, and write what they say."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_parts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from slimtune.data.tokenized_dataset import split_rows
+from slimtune.errors import DataError, RunError, UsageError
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.setup import load_datasets
+from slimtune.training.loop import TrainingLoop
+from slimtune.training.train import Interrupted, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def ask(i):
+    return [{"role": "user", "content": f"say the word number {i}"}]
+
+
+def answer(word, times):
+    return [{"role": "assistant", "content": f"{word} " * times}]
+
+
+ROWS = {
+    "pairs": [
+        {"prompt": ask(i), "chosen": answer("abc", 1 + i % 3), "rejected": answer("xyz", 1 + i % 4)} for i in range(24)
+    ],
+    "chats": [{"messages": ask(i) + answer("abc", 1 + i % 3)} for i in range(24)],
+    "lists": [
+        {
+            "prompt": ask(i),
+            "completions": [
+                {"response": ("abc ", "pqr ", "xyz ")[k] * (1 + (i + k) % 3), "overall_score": 10 - 3 * k}
+                for k in ((1, 0, 2) if i % 2 else (2, 0))
+            ],
+        }
+        for i in range(24)
+    ],
+    "rated": [
+        {"prompt": ask(i), "completion": answer("abc" if i % 2 else "xyz", 1 + i % 4), "label": i % 2 == 1}
+        for i in range(31)
+    ],
+    "texts": [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("wave", "fern", "tram")],
+}
+KINDS = {"kto": "rated", "classification": "texts"}
+TASKS = pytest.mark.parametrize("task", ["dpo", "kto", "reward", "classification"])
+DROPOUT = {"name": "lora", "r": 4, "lora_dropout": 0.1}
+
+
+@pytest.fixture
+def make(tmp_path, tiny_folder):
+    """Make a recipe of a task in a run folder: `make("dpo", "run", rows="lists", packing=False)`."""
+
+    def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, **more):
+        rows = rows or KINDS.get(task if isinstance(task, str) else task["name"], "pairs")
+        file = tmp_path / f"{rows}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows]))
+        settings = {
+            "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu", "quantization": quantization},
+            "data": {"train": str(file), "validation_fraction": 0.25, **(data or {})},
+            "task": task,
+            "method": method or {"name": "lora", "r": 4},
+            "train": {"max_steps": 4, "batch_size": 6, "learning_rate": 1e-2, "max_tokens_per_micro_batch": 200},
+            "output_dir": str(tmp_path / name),
+        }
+        return recipe_of(settings, **more)
+
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "first_loss", "beta", "reference"),
+    [
+        ("pairs", "dpo", np.log(2), 0.1, {"train": (18, 2), "validation": (6, 2)}),
+        ("lists", "dpo", np.log(2), 0.1, {"train": (18, 3), "validation": (6, 3)}),
+        ("rated", {"name": "kto", "beta": 0.5}, 0.5, 0.5, {"train": (23, 2), "validation": (8, 2)}),
+    ],
+    ids=["pairs", "lists", "rated"],
+)
+def test_run_learns_and_resumes_bit_for_bit(make, rows, task, first_loss, beta, reference, monkeypatch):
+    whole, again = (make(task, n, rows=rows, method=DROPOUT, max_steps=None, epochs=3) for n in ("whole", "again"))
+    result = train(whole)
+    folder = Path(result["run"])
+    assert metrics(folder, "train_loss")[0] == pytest.approx(first_loss, abs=0.1)  # dropout alone makes a difference
+    assert result["validation_loss"] < first_loss - 0.09
+    written = load_file(folder / "reference.safetensors")
+    assert {part: values.shape for part, values in written.items()} == reference
+    assert np.isnan(written["train"]).any() == (rows == "lists")  # of two answers, or three
+
+    found, page = evaluate(folder, EvalSettings(split="validation")), (folder / "report.html").read_text()
+    assert found["improved"]
+    if rows == "rated":
+        measures = found["unpaired_preference"]
+        assert found["rows"] == measures["good"]
+        assert measures["reward_auc"] == 1
+        assert len(metrics(folder, "kl")) == 3
+        assert "Good answers likelier" in page
+        gain = measures["margin"]
+    else:
+        measures = found["preference"]
+        assert found["prompt_dependence"] is None
+        assert measures["margin_gain_ci95"][0] > 0
+        assert "Preference margin" in page
+        assert "dpo, beta 0.1" in page
+        gain = measures["tuned_margin"] - measures["base_margin"]
+        assert metrics(folder, "rewards/accuracies")[-1] > (0.8 if rows == "lists" else 0.99)
+        if rows == "pairs":
+            assert found["rows"] == measures["pairs"] == measures["pairs_better"] == 6
+    assert metrics(folder, "rewards/margins")[-1] == pytest.approx(beta * gain, rel=1e-4)  # beta times the log ratios
+
+    train_in_two_parts(again, monkeypatch, 5)
+    assert distance(folder, again.output_dir) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["reward", "classification"])
+def test_interrupted_run_ends_as_the_undisturbed_one(make, task, monkeypatch):
+    whole, again = make(task, "whole", method=DROPOUT), make(task, "again", method=DROPOUT)
+    train(whole)
+    train_in_two_parts(again, monkeypatch, 2)
+    assert distance(whole.output_dir, again.output_dir) == 0
+
+
+def test_reference_of_other_rows_is_refused(make, monkeypatch, tmp_path):
+    recipe = make("dpo", "run", data={"validation_fraction": 0.0})  # then, too, a run has a reference
+    interrupt_at(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        train(recipe)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(path.read_text().replace("abc", "abd"))
+    with pytest.raises(RunError, match="log-probabilities of other rows"):
+        train(recipe, resume=True)
+
+
+def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
+    with pytest.raises(DataError, match="does not learn from them") as refused:
+        train(make("sft", "pairs"))
+    assert "--format preference" in refused.value.hint
+    run = Path(train(make("sft", "pairs", data={"format": "preference"}))["run"])
+    assert distance(run, train(make("sft", "chats", rows="chats"))["run"]) == 0
+    found = evaluate(run, EvalSettings(split="validation", bootstrap=50))
+    assert found["preference"]["pairs"] == 6
+    margins = [row["tuned_margin"] for row in json.loads((run / "scores-validation.json").read_text())]
+    assert np.mean(margins) == pytest.approx(found["preference"]["tuned_margin"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["simpo", "orpo"])
+def test_objectives_without_a_reference(make, task):
+    result = train(make(task, "run", method=DROPOUT, max_steps=6))
+    assert metrics(result["run"], "rewards/accuracies")[-1] == 1
+    assert not Path(result["run"], "reference.safetensors").exists()
+
+
+def test_best_against_worst_trains_two_answers_of_a_list(make):
+    result = train(make({"name": "dpo", "pairs": "best-worst"}, "run", rows="lists", max_steps=2))
+    assert load_file(Path(result["run"]) / "reference.safetensors")["train"].shape == (18, 2)
+    preference = evaluate(Path(result["run"]), EvalSettings(split="validation"))["preference"]
+    assert preference["pairs"] == 6
+
+
+def test_settings_of_dpo_are_checked(make):
+    with pytest.raises(UsageError, match=r"label_smoothing is 0\.1, and loss_type sigmoid has none"):
+        make({"name": "dpo", "label_smoothing": 0.1}, "run")
+    with pytest.raises(UsageError, match=r"data\.format: got 'chat', and task is dpo"):
+        make("dpo", "run", data={"format": "chat"})
+    recipe = make("dpo", "run", learning_rate="auto")
+    assert recipe.resolve_learning_rate(steps=8, hidden_size=64).train.learning_rate == 2e-5
+
+
+@pytest.mark.slow
+@TASKS
+def test_step_that_runs_out_of_memory_is_repeated(make, task, monkeypatch):
+    calm, short = make(task, "calm"), make(task, "short")
+    train(calm)
+    forward, train_step, calls = LlamaDecoderLayer.forward, TrainingLoop.train_step, []
+
+    def fail(layer, *args, **kwargs):
+        calls.append(layer)
+        if len(calls) == 3:  # in the second micro-batch of the step, or in the second layer of a repeated one
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(layer, *args, **kwargs)
+
+    def fail_in_step(loop, rows):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LlamaDecoderLayer, "forward", fail)
+            return train_step(loop, rows)
+
+    monkeypatch.setattr(TrainingLoop, "train_step", fail_in_step)
+    train(short)
+    assert len(metrics(short.output_dir, "error")) == 1
+    assert distance(calm.output_dir, short.output_dir) < 1e-5
+    assert metrics(short.output_dir, "train_loss") == pytest.approx(metrics(calm.output_dir, "train_loss"), abs=1e-5)
+
+
+@pytest.mark.slow
+@TASKS
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_learned_prompts_train_packed_as_padded(make, task, name):
+    method = {"name": name, "num_virtual_tokens": 4}
+    runs = [
+        train(make(task, out, method=method, packing=packing))["run"] for out, packing in (("a", None), ("b", False))
+    ]
+    losses, padded = (metrics(run, "train_loss") + metrics(run, "validation_loss") for run in runs)
+    assert losses == pytest.approx(padded, abs=1e-5)
+    assert distance(*runs) < 1e-4
+    evaluate(Path(runs[0]), EvalSettings(split="validation", bootstrap=20))
+
+
+@pytest.mark.slow
+@TASKS
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_base_learns(make, task, kind):
+    run = train(make(task, "run", quantization=kind))["run"]
+    losses = metrics(run, "train_loss")
+    assert losses[-1] < losses[0] - 0.02
+    assert evaluate(Path(run), EvalSettings(split="validation", bootstrap=20))["quantization"] == kind
+
+
+@pytest.mark.slow
+def test_reference_of_a_continued_adapter_is_what_peft_computes(make, tiny_folder):
+    first = train(make("orpo", "first"))["run"]
+    recipe = make("dpo", "second", max_steps=1)
+    train(recipe, init_adapter=Path(first))
+    assert metrics(recipe.output_dir, "train_loss")[0] == pytest.approx(np.log(2), abs=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(base, Path(first) / "adapter").double().eval()
+    data = load_datasets(recipe, AutoTokenizer.from_pretrained(tiny_folder))
+    reference = load_file(Path(recipe.output_dir) / "reference.safetensors")
+    for part in ("train", "validation"):
+        for example, logps in zip(getattr(data, part), reference[part], strict=True):
+            for (ids, labels), logp in zip(split_rows(example), logps, strict=True):
+                with torch.no_grad():
+                    log_probs = theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+                learned = [t for t in range(1, len(ids)) if labels[t] != -100]
+                assert sum(log_probs[t - 1, ids[t]].item() for t in learned) == pytest.approx(logp, abs=1e-4)
