@@ -61,7 +61,7 @@ PUBLIC = {
 INNER = {
     "adapters.config": ("_get_commit_hash",),
     "adapters.invocation": ("calculate_alora_offsets",),
-    "adapters.lorafa": ("create_lorafa_optimizer",),
+    "adapters.optimizer": ("create_lorafa_optimizer",),
     "adapters.peft_layers": (
         "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend",
         "BufferDict", "HiraLayer", "IA3Layer", "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import slimtune
 from slimtune import IA3Config, LoraConfig, PeftModel, create_loraplus_optimizer, get_peft_model, parameter_groups
-from slimtune.adapters.lorafa import create_lorafa_optimizer
+from slimtune.adapters.optimizer import create_lorafa_optimizer
 from slimtune.errors import ConfigError, UsageError
 from slimtune.methods.lora.dora import DoraCaching, row_norms
 from slimtune.methods.lora.loftq import approximate_error

@@ -1,36 +1,49 @@
-"""Optimizer parameter groups: methods may train some parameters with another learning rate (LoRA+)."""
+"""Optimizers of adapters: a learning rate by parameter (LoRA+), and AdamW that trains B of a LoRA alone (LoRA-FA).
 
+    g_B ← (1 / s²) g_B (A Aᵀ)⁻¹          with W + s · B A, and A as it started
+
+That is the gradient of B nearest to that of full fine-tuning; of a layer's input only A x has to be kept for the
+backward pass. Other trained parameters get a plain AdamW step. `LoraConfig(freeze_a=True)` freezes A in the same way
+and leaves the gradient as it is.
+
+Papers: LoRA+ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import UsageError
+from ..errors import ConfigError, UsageError
+
+_DAMPING = 1e-8
 
 
-def get_lr_multipliers(model: Any) -> dict[int, float]:
-    """Return factors on the learning rate by a parameter's `id`; parameters that are not listed have factor 1."""
-    found: dict[int, float] = {}
-    for adapter in model.peft_config:
-        for module in model.adapter_modules(adapter).values():
-            multipliers = module.lr_multipliers()
-            found |= {id(p): multipliers[n] for n, p in module.named_parameters() if n in multipliers}
-    return {i: m for i, m in found.items() if m != 1}
-
-
-def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Any, lr: float, weight_decay: float = 0.0, decayed: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Return the trainable parameters as optimizer groups; each group's `lr` is multiplied by its method's factor.
 
-    Only matrices decay; biases, magnitudes and other vectors do not.
+    `decayed` has the names of the parameters that decay. None: matrices do, and biases, magnitudes and other vectors
+    do not. Groups that decay come first.
     """
-    multipliers = get_lr_multipliers(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for p in model.parameters():
+    multipliers: dict[int, float] = {}
+    for adapter in getattr(model, "peft_config", ()):
+        for module in model.adapter_modules(adapter).values():
+            own = module.lr_multipliers()
+            multipliers |= {id(p): own[n] for n, p in module.named_parameters() if n in own}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((multipliers.get(id(p), 1.0), p.dim() > 1), []).append(p)
+            decays = p.dim() > 1 if decayed is None else name in decayed
+            groups.setdefault((decays, multipliers.get(id(p), 1.0)), []).append(p)
     return [
-        {"params": params, "lr": lr * multiplier, "weight_decay": weight_decay if is_matrix else 0.0}
-        for (multiplier, is_matrix), params in groups.items()
+        {"params": params, "lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, multiplier), params in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
 
 
@@ -55,3 +68,110 @@ def create_loraplus_optimizer(
             group = 1 if "lora_embedding_" in name else 0 if not is_B else 3 if "bias" in name else 2
             groups[group]["params"].append(p)
     return optimizer_cls(groups, **{**kwargs, "lr": lr})
+
+
+class LoraFAOptimizer(Optimizer):
+    """AdamW whose groups also have `names`, the parameters' names, and `scaling_factors`, the scales s of LoRA's.
+
+    Args:
+        params: parameter groups, as `create_lorafa_optimizer` makes them.
+        lr: learning rate.
+        betas: decay of the mean gradient and of the mean squared gradient.
+        eps: added to the root of the mean squared gradient.
+        weight_decay: share of a parameter that a step of learning rate 1 removes.
+        correct_bias: correct the means for their start at zero.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        limits = [("lr", lr, math.inf), ("beta", betas[0], 1), ("beta", betas[1], 1), ("eps", eps, math.inf)]
+        for name, value, limit in limits:
+            if not 0 <= value < limit:
+                raise ConfigError(f"{name} is {value}", f"at least 0 and below {limit}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; of a LoRA only B."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_name = dict(zip(group["names"], group["params"], strict=True))
+            for (name, parameter), scale in zip(by_name.items(), group["scaling_factors"], strict=True):
+                if parameter.grad is None or _is_A(name):
+                    continue
+                A = by_name[name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")]
+                gradient = parameter.grad if A is parameter else project_gradient(parameter.grad, A, scale)
+                self._update(parameter, gradient, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), lr = self.state[parameter], group["betas"], group["lr"]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        step_size = lr
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-step_size)
+        parameter.mul_(1 - lr * group["weight_decay"])
+
+
+def project_gradient(gradient: Tensor, A: Tensor, scale: float) -> Tensor:
+    """Return `(1 / s²) g (A Aᵀ)⁻¹` of B's gradient g `(out, r)` and `A (r, in)`, in g's dtype."""
+    wide = A.to(torch.promote_types(A.dtype, torch.float32))
+    gram = wide @ wide.t()
+    gram.diagonal().add_(_DAMPING)
+    return (gradient.to(gram.dtype) @ torch.linalg.pinv(gram) / scale**2).to(gradient.dtype)
+
+
+def create_lorafa_optimizer(
+    model: Any, r: int, lora_alpha: float, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+) -> LoraFAOptimizer:
+    """Freeze A of all LoRAs of a model and return the optimizer of its trained parameters.
+
+    Args:
+        model: the adapted model.
+        r, lora_alpha, use_rslora: as in the config of the active LoRAs; each layer's own scale counts.
+        lr: learning rate.
+        weight_decay: share of a parameter that a step of learning rate 1 removes.
+    """
+    for adapter in model.active_adapters:
+        config = model.peft_config[adapter]
+        given = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
+        for name, value in given.items():
+            if value != getattr(config, name, value):
+                what = f"`{name}={value}` was passed to create_lorafa_optimizer"
+                message = f"{what}, and adapter {adapter!r} has another one"
+                raise ConfigError(message, f"{getattr(config, name)}, as in its config")
+    scales: dict[int, float] = {}
+    for adapter in model.peft_config:
+        for site, module in model.adapter_modules(adapter).items():
+            for name, parameter in module.named_parameters():
+                if name.startswith(("lora_A", "lora_B", "lora_embedding_")):
+                    scales[id(parameter)] = module.scale
+                if _is_A(name):
+                    parameter.requires_grad_(False)
+                    if not parameter.any():
+                        what = "is zero, and LoRA-FA does not train it: this adapter cannot learn anything"
+                        warnings.warn(f"A of {site} {what}", stacklevel=2)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    factors = [scales.get(id(p)) for p in parameters]
+    group = {"params": list(parameters), "names": list(names), "scaling_factors": factors}
+    return LoraFAOptimizer([group], lr=lr, weight_decay=weight_decay)
+
+
+def _is_A(name: str) -> bool:
+    return "lora_A" in name or "lora_embedding_A" in name
