@@ -5,10 +5,9 @@
     At a convolution A (r, in, *kernel) is a convolution like the base and B (out, r, 1, …) a pointwise one.
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` has the adapter modules, `conv.py`, `attention.py` and `parameters.py` those of convolutions, of
-nn.MultiheadAttention, and of experts and other parameters; `init.py` their initializations (PiSSA, OLoRA, …), `dora.py`
-DoRA, `alora.py` activated LoRA, `eva.py`, `corda.py`, `loraga.py` and `loftq.py` initialization from data and from the
-weights before quantization.
+`layers.py` has the adapter modules, `conv.py` and `parameters.py` those of convolutions, and of experts and other
+parameters; `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `alora.py` activated LoRA, `eva.py`,
+`corda.py`, `loraga.py` and `loftq.py` initialization from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
@@ -41,11 +40,18 @@ from ...errors import ConfigError, PeftWarning, UsageError, format_names, neares
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
 from .alora import LinearALora, calculate_alora_offsets
-from .attention import AttentionWeightLora, double_out_projections
 from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
-from .layers import EmbeddingLora, LinearLora, LoraModule
+from .layers import (
+    AttentionWeightLora,
+    EmbeddingLora,
+    LinearLora,
+    LoraModule,
+    TiedEmbeddingLora,
+    TiedLinearLora,
+    double_out_projections,
+)
 from .loftq import LoftQConfig
 from .parameters import (
     ParameterLora,
@@ -53,7 +59,6 @@ from .parameters import (
     find_unsupported_field,
     target_projections_by_weight,
 )
-from .tied import TiedEmbeddingLora, TiedLinearLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "LoraRuntimeConfig"]
 

@@ -1,7 +1,18 @@
-"""LoRA at one layer: `y + s · B A x` for a linear layer, `y + s · (B A)[:, x]` for an embedding."""
+"""LoRA at one layer: linear layers, embeddings, modules tied to the embedding, weights of nn.MultiheadAttention.
+
+    linear layer                y + s · B A x                A (r, in), B (out, r)
+    embedding                   y + s · (B A)[:, x]          A (r, rows), B (dim, r)
+    tied embedding              the same A and B             with `ensure_weight_tying`
+    tied linear layer           its A is Bᵀ (r, dim), its B is Aᵀ (rows, r)
+    in_proj_weight, out_proj    W + n · s · B A              PyTorch reads both without calling a module
+
+One pair of matrices gets the gradients of all tied modules, and they stay tied after a merge. (PEFT makes two
+parameters that share memory, so that an optimizer moves it twice.) File format: PEFT's, a copy under each tied
+module's name; keys of out_proj have one more name, `base_layer`.
+"""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, BaseForward, Site
-from ...errors import AdapterError
+from ...errors import AdapterError, ConfigError
 from ...kernels.dropout import active_dropout_p, dropout
 from ...kernels.low_rank import add_low_rank
 from .init import init_from_base_weight, init_weights, is_subtracted_init
@@ -168,3 +179,97 @@ class EmbeddingLora(LoraModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.low_rank()
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
+
+
+class TiedLora(LoraModule):
+    """What both kinds of tied modules share: no parameters of their own, and the embedding's module, their owner."""
+
+    def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
+        super().__init__(site, config, owner.r, owner.scale)
+        self.held = (owner,)  # a tuple, so that PyTorch registers its parameters once
+
+    @property
+    def owner(self) -> EmbeddingLora:
+        return self.held[0]
+
+    @property
+    def r(self) -> int:
+        return self.owner.r
+
+
+class TiedLinearLora(TiedLora):
+    """`y + s · Aᵀ Bᵀ dropout(x)` with the embedding's A and B, for a linear layer whose weight is the embedding's."""
+
+    peft_values: ClassVar = {**TiedLora.peft_values, "lora_A": "lora_A", "lora_B": "lora_B"}
+    peft_modules: ClassVar[Collection[str]] = ("lora_A", "lora_B")
+    lora_A = property(lambda self: self.owner.lora_embedding_B.t())
+    lora_B = property(lambda self: self.owner.lora_embedding_A.t())
+
+    def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
+        super().__init__(site, config, owner)
+        self.lora_dropout = dropout(config.lora_dropout)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.lora_B
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        return base.plus_low_rank(x, self.lora_A, self.lora_B, self.scale, active_dropout_p(self.lora_dropout))
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # The product of the embedding, so that both round to the same weight.
+        return add_low_rank(weight.t(), *self.owner.low_rank(), self.scale).t(), bias
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+
+class TiedEmbeddingLora(TiedLora):
+    """An embedding with the update of the input embedding."""
+
+    peft_values: ClassVar = TiedLora.peft_values | {n: n for n in ("lora_embedding_A", "lora_embedding_B")}
+    lora_embedding_A = property(lambda self: self.owner.lora_embedding_A)
+    lora_embedding_B = property(lambda self: self.owner.lora_embedding_B)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.owner.low_rank()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.owner.forward(x, y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
+
+
+class AttentionWeightLora(LinearLora):
+    """`W + n · s · B A` for one of the two weights of an nn.MultiheadAttention that are read without a call."""
+
+    times: int = 1
+    """n. PEFT adds the update of out_proj twice, in its forward pass and its merge, and its files are trained so."""
+
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+        wrong = [n for n in ("use_dora", "lora_bias") if getattr(config, n)]
+        wrong += ["init_lora_weights"] if config.init_lora_weights in ("eva", "corda", "lora_ga") else []
+        if wrong:
+            value = getattr(config, wrong[0])
+            what = "DoRA" if wrong[0] == "use_dora" else f"{wrong[0]}={value!r}"
+            plain = f"please set {wrong[0]} to {isinstance(value, str)}"  # PEFT's words
+            message = f"MultiheadAttention does not support {what} (yet), {plain}"
+            raise ConfigError(message, hint=f"or take {site.name} out of target_modules")
+        if config.lora_dropout and not site.loading:
+            what = "lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT"
+            warnings.warn(f"{site.name}: {what}", stacklevel=2)
+        super().__init__(site, config, r, scale)
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
+        return (*self.low_rank(), self.times * self.scale)
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return add_low_rank(weight, *self.low_rank_factors()), bias
+
+
+def double_out_projections(sites: Sequence[Site], modules: Iterable[AdapterModule]) -> None:
+    """Set `times` to 2 at each out_proj whose attention module has the same adapter."""
+    attentions = {site.name for site in sites if site.kind == "weight"}
+    for site, module in zip(sites, modules, strict=True):
+        if isinstance(module, AttentionWeightLora) and site.name.rpartition(".")[0] in attentions:
+            module.times = 2
