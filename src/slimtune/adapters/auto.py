@@ -9,14 +9,7 @@ from ..errors import AdapterError, UsageError
 from .config import PeftConfig
 from .model import TASK_MODELS, PeftModel
 
-_BY_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModelForFeatureExtraction",
-}
+_BY_TASK = {task: cls.__name__.replace("PeftModel", "AutoModel") for task, cls in TASK_MODELS.items()}
 """Class for the base by the adapter's task; for feature extraction transformers' name is AutoModel."""
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_MODELS
 """PEFT's name of the classes of an adapted model by the adapter's task."""
