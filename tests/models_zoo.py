@@ -30,8 +30,10 @@ def gemma2(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def gemma3(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Its embedding scales the rows it gives."""
-    return _seeded(lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=4)), dtype)
+    """Its embedding scales the rows it gives; its window of 4 is shorter than the rows, and one layer has none."""
+    layers = ["sliding_attention", "full_attention"]
+    config = tf.Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=4, layer_types=layers)
+    return _seeded(lambda: tf.Gemma3ForCausalLM(config), dtype)
 
 
 def gpt2(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -80,6 +82,10 @@ def distilbert_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    return tokens(1, count, seed)[0].tolist()
 
 
 def run(model: nn.Module, rows: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Slow and simple ways to a result, to compare with: rows alone, plain autograd, dense masks; and counts of memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -70,6 +70,11 @@ def enlarge_weights(model: nn.Module) -> None:
             p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2).to(p.dtype))
 
 
+def row(ids: list[int], supervised: Collection[int]) -> dict[str, list[int]]:
+    """Return a row that learns the tokens at some positions."""
+    return {"input_ids": ids, "labels": [t if i in supervised else -100 for i, t in enumerate(ids)]}
+
+
 def loss_of_separate_rows(model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
     """Return the mean loss of all supervised tokens: each row through the model's own forward, with its own loss."""
     counts = [count_targets(row) for row in rows]
@@ -90,6 +95,17 @@ def get_gradients(model: nn.Module, backward: Callable[[], None]) -> dict[str, T
     assert trained
     assert not missing, f"no gradient: {missing}"
     return {n: p.grad.clone() for n, p in trained.items()}
+
+
+def slope_along(p: Tensor, direction: Tensor, compute: Callable[[], Tensor], step: float = 1e-5) -> float:
+    """Return the derivative of what is computed along a direction of a parameter, by central differences."""
+    value, results = p.detach().clone(), []
+    with torch.no_grad():
+        for sign in (1, -1):
+            p.copy_(value + sign * step * direction)
+            results.append(compute().item())
+        p.copy_(value)
+    return (results[0] - results[1]) / (2 * step)
 
 
 def largest_relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

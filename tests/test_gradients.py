@@ -18,6 +18,7 @@ from reference import (
     get_gradients,
     largest_relative_error,
     loss_of_separate_rows,
+    row,
     unfused_lora,
 )
 from torch import nn
@@ -58,11 +59,6 @@ def build(name, dtype, *, r=4, alpha=5, drop=0.0):
 
 def computing_in(dtype):
     return compute_in_float64() if dtype == torch.float64 else nullcontext()
-
-
-def row(ids, supervised):
-    """`supervised`: positions of the learned tokens."""
-    return {"input_ids": ids, "labels": [t if i in supervised else -100 for i, t in enumerate(ids)]}
 
 
 def some(n, seed):

@@ -83,6 +83,7 @@ LORA = {
     "tied-head-saved": (tied, {"modules_to_save": ["lm_head"], **QV}),
     "tied-embedding": (tied, {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied-head-adapted": (tied, {"target_modules": ["lm_head"]}),
+    "tied-tokens": (tied, {"trainable_token_indices": [3, 5], "ensure_weight_tying": True, **ALL}),
     "exclude": (llama, {"exclude_modules": ["q_proj", "layers.0.mlp.up_proj"], **ALL}),
     "layers": (llama, {"layers_to_transform": [1], "layers_pattern": "layers", **QV}),
     "regex": (llama, {"target_modules": r".*layers\.0\..*(q|up)_proj"}),

@@ -89,3 +89,8 @@ CASES |= {
     name: Case(name, ALL)
     for name in set(slimtune.methods.method_names()) - set(slimtune.methods.find_built_in_method_files())
 }
+
+
+def config(method: str, base: str = "llama", **more: Any) -> PeftConfig:
+    """Return a method's config for a tiny model."""
+    return CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}), **more)

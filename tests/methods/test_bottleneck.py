@@ -9,7 +9,7 @@ import transformers as tf
 from models_zoo import bert_classifier, distilbert_classifier, gpt2, llama, run, shake, t5
 from safetensors import safe_open
 
-from slimtune import BottleneckConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from slimtune import BottleneckConfig, get_peft_model, set_peft_model_state_dict
 from slimtune.errors import ConfigError, TargetError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck_golden.safetensors"
@@ -130,14 +130,3 @@ def test_fields_override_the_style():
 def test_bert_init_changes_the_model_a_little():
     torch.manual_seed(0)
     assert 1e-8 < (run(adapt(llama(), init_weights="bert").eval()) - run(llama())).abs().max() < 1e-2
-
-
-def test_the_file(tmp_path):
-    adapt(llama(), style="houlsby", scaling="learned").save_pretrained(tmp_path)
-    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        names = {k for k in file.keys() if ".0.self_attn." in k}  # noqa: SIM118
-    at = "base_model.model.model.layers.0.self_attn."
-    tails = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias", "scaling")
-    assert names == {at + t for t in tails}
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK"
-    assert PeftConfig.from_pretrained(tmp_path).mh_adapter is True

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from adapter_checks import assert_merges
+from adapter_checks import assert_loads, assert_merges
 from models_zoo import shake
 from torch import nn
 
@@ -51,9 +51,7 @@ def test_files_outputs_and_gradients_are_pefts(settings, tmp_path):
     for name, p in zip(NAMES, [p for m in own for p in m.parameters()], strict=True):
         # peft adds the update of out_proj twice, and differentiates one of them
         assert (p.grad - slopes[name] * (2 if "out_proj" in name else 1)).abs().max() < 1e-12, name
-    ours.save_pretrained(tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(Net(**settings), tmp_path / "ours")
-    assert (back(x) - found).abs().max() < 1e-12
+    assert_loads(ours, lambda: Net(**settings), tmp_path / "ours", lambda m: m(x), 1e-12)
     ours.eval()
     with torch.no_grad():  # PyTorch's fused path
         assert (ours(x) - found).abs().max() < 1e-12

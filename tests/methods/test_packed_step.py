@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
-from models_zoo import DECODER, gpt2, llama, shake, tokens
-from reference import compute_in_float64, get_gradients, largest_relative_error, loss_of_separate_rows
+from cases import CASES, config
+from models_zoo import gemma3, gpt2, llama, random_ids, shake
+from reference import compute_in_float64, get_gradients, largest_relative_error, loss_of_separate_rows, row
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import slimtune.methods
 from slimtune import get_peft_model
@@ -21,27 +20,9 @@ from slimtune.train_step import loss as step
 from slimtune.train_step.loss import check_lm_head, make_collator, step_loss
 from slimtune.train_step.memory_savings import apply_memory_savings
 
-
-def gemma3(dtype=torch.float64):
-    """Its embedding is scaled, and its window of 4 is shorter than the shared beginnings and the prefixes."""
-    torch.manual_seed(0)
-    layers = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=4, layer_types=layers)
-    return Gemma3ForCausalLM(config).to(dtype)
-
-
 BASES = {"llama": llama, "gpt2": gpt2, "gemma3": gemma3}
 PROMPTS = ("adaption_prompt", "p_tuning", "prefix_tuning", "prompt_tuning")
 EVERY_METHOD = pytest.mark.parametrize("method", sorted(CASES))
-
-
-def row(ids, supervised):
-    return {"input_ids": ids, "labels": [t if i in supervised else -100 for i, t in enumerate(ids)]}
-
-
-def random_ids(count, seed):
-    return tokens(1, count, seed)[0].tolist()
-
 
 SHARED, NESTED = random_ids(10, 1), random_ids(9, 2)
 ROWS = [
@@ -59,10 +40,6 @@ def prepare(model):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model.train()
-
-
-def config(method, base, **more):
-    return CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}), **more)
 
 
 def adapted(method, base="llama", dtype=torch.float64):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, VOCAB, shake
+from models_zoo import DECODER, VOCAB, random_ids, shake
 from reference import (
     compute_in_float64,
     enlarge_weights,
     get_gradients,
     largest_relative_error,
     loss_of_separate_rows,
+    row,
     unfused_lora,
 )
 
@@ -41,16 +42,11 @@ ADAPTED = {
     "trained": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
 
-
-def random_ids(n, seed):
-    return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 PREFIX = random_ids(9, 0)
 ROWS = [
-    {"input_ids": PREFIX + random_ids(5, 1), "labels": [-100] * 9 + random_ids(5, 1)},
-    {"input_ids": PREFIX + random_ids(3, 2), "labels": [-100] * 9 + random_ids(3, 2)},
-    {"input_ids": random_ids(7, 3), "labels": random_ids(7, 3)},
+    row(PREFIX + random_ids(5, 1), range(9, 14)),
+    row(PREFIX + random_ids(3, 2), range(9, 12)),
+    row(random_ids(7, 3), range(7)),
 ]
 
 
