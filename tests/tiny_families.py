@@ -88,7 +88,6 @@ def make(config):
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SPECIAL = {
     "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2}),
     "bamba": ("bamba", {**_MAMBA, "attn_layer_indices": [1, 3]}),

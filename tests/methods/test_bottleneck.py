@@ -1,6 +1,7 @@
 """Bottleneck adapters: the `adapters` library's numbers, and the adapted modules of each architecture."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,13 @@ import torch
 import transformers as tf
 from models_zoo import bert_classifier, distilbert_classifier, gpt2, llama, run, shake, t5
 from safetensors import safe_open
+from tiny_families import build
 
 from slimtune import BottleneckConfig, get_peft_model, set_peft_model_state_dict
 from slimtune.errors import ConfigError, TargetError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck_golden.safetensors"
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-
-
-def opt():
-    return tf.OPTForCausalLM(tf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32))
-
-
-def neox():
-    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES, intermediate_size=48))
-
-
-def bloom():
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
-    return tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=128, **ends))
+opt, neox, bloom = (partial(build, family, num_hidden_layers=2) for family in ("opt", "gpt_neox", "bloom"))
 
 
 def adapt(model, **settings):
