@@ -47,7 +47,7 @@ def nll_alone(model):
     return torch.cat(losses)
 
 
-def build(family, **more):
+def build(family, auto=None, **more):
     """Return a model of this `model_type` in float64, weights as large as trained ones; `more` is for its config."""
     text = tf.AutoConfig.for_model(family).get_text_config()
     cls = type(text)
@@ -63,15 +63,14 @@ def build(family, **more):
         own_name = getattr(cls, "attribute_map", {}).get(name, name)
         if isinstance(getattr(text, name, None), list) and not isinstance(getattr(cls, own_name, None), property):
             sizes[name] = (list(dict.fromkeys(getattr(text, name))) * 4)[: more.get("num_hidden_layers", 4)]
-    return make(cls(**{**sizes, **more}))
+    return make(cls(**{**sizes, **more}), auto)
 
 
-def make(config):
-    """Return a model of this config in float64 with weights as large as trained ones."""
+def make(config, auto=None):
+    """Return a model of this config in float64 with weights as large as trained ones; `auto`: another Auto class."""
     torch.manual_seed(0)
-    auto = tf.AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = tf.AutoModelForImageTextToText
+    sees_images = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = auto or (tf.AutoModelForImageTextToText if sees_images else tf.AutoModelForCausalLM)
     model = auto.from_config(config, dtype=torch.float64).double().eval()
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():

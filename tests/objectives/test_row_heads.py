@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 import trl
-from tiny_families import SIZES, VOCAB, Float64
+from tiny_families import Float64, build
 
 from slimtune.adapters.model import get_peft_model
 from slimtune.adapters.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,16 +31,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def classifier(family="llama", labels=3, dtype=torch.float32):
-    config = tf.AutoConfig.for_model(family)
-    names = set(vars(config)) | set(getattr(config, "attribute_map", {}))
-    sizes = {k: v for k, v in SIZES.items() if k in names and k != "layer_types"}
-    config = type(config)(**sizes | {"num_hidden_layers": 2, "vocab_size": VOCAB, "num_labels": labels})
-    torch.manual_seed(0)
-    model = tf.AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            p.data.copy_(torch.randn(p.shape, dtype=dtype) * (1 if "embed" in name else 1.5 / p.shape[-1] ** 0.5))
-    return model
+    auto = tf.AutoModelForSequenceClassification
+    return build(family, auto, num_hidden_layers=2, num_labels=labels).to(dtype)
 
 
 def padded(rows=ROWS):
