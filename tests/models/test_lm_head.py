@@ -1,12 +1,11 @@
 """Loss and gradients from hidden states and the head's config equal those of the model's own forward and loss."""
 
 import pytest
+import tiny_families
 import torch
-import transformers as tf
-from models_zoo import DECODER, VOCAB, random_ids, shake
+from models_zoo import VOCAB, random_ids, shake
 from reference import (
     compute_in_float64,
-    enlarge_weights,
     get_gradients,
     largest_relative_error,
     loss_of_separate_rows,
@@ -20,21 +19,17 @@ from slimtune.kernels import cross_entropy
 from slimtune.models.lm_head import get_hidden_states, get_lm_head
 from slimtune.train_step.loss import make_collator, step_loss
 
-PLAIN = {**DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GEMMA = {**PLAIN, "head_dim": 8, "sliding_window": 4}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64, "attn_pdrop": 0.0}
 CONFIGS = {
-    # config, scale and soft cap of its logits
-    "llama": (tf.LlamaConfig(**PLAIN), 1, None),
-    "llama, tied": (tf.LlamaConfig(**PLAIN, tie_word_embeddings=True), 1, None),
-    "gemma2": (tf.Gemma2Config(**GEMMA, final_logit_softcapping=3.0), 1, 3.0),
-    "gemma3": (tf.Gemma3TextConfig(**GEMMA, final_logit_softcapping=3.0), 1, 3.0),
-    "granite": (tf.GraniteConfig(**PLAIN, logits_scaling=7.0, residual_multiplier=0.4), 1 / 7, None),
-    "cohere": (tf.CohereConfig(**PLAIN, logit_scale=0.3), 0.3, None),
-    "cohere2": (tf.Cohere2Config(**PLAIN, logit_scale=0.3, sliding_window=4), 0.3, None),
-    "phi": (tf.PhiConfig(**PLAIN, **NO_DROPOUT), 1, None),
-    "gpt2": (tf.GPT2Config(**GPT2, **NO_DROPOUT, bos_token_id=1, eos_token_id=2), 1, None),
+    # changes of a family's config, scale and soft cap of its logits
+    "llama": ({}, 1, None),
+    "llama, tied": ({"tie_word_embeddings": True}, 1, None),
+    "gemma2": ({"final_logit_softcapping": 3.0}, 1, 3.0),
+    "gemma3_text": ({"final_logit_softcapping": 3.0}, 1, 3.0),
+    "granite": ({"logits_scaling": 7.0, "residual_multiplier": 0.4}, 1 / 7, None),
+    "cohere": ({"logit_scale": 0.3}, 0.3, None),
+    "cohere2": ({"logit_scale": 0.3}, 0.3, None),
+    "phi": ({}, 1, None),
+    "gpt2": ({}, 1, None),
 }
 ADAPTED = {
     "frozen": {"target_modules": "all-linear"},
@@ -51,10 +46,9 @@ ROWS = [
 
 
 def build(name, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name][0], attn_implementation="eager")
-    enlarge_weights(model)
-    return model.to(dtype)
+    model = tiny_families.build(name.partition(",")[0], num_hidden_layers=2, **CONFIGS[name][0]).to(dtype)
+    model.set_attn_implementation("eager")
+    return model
 
 
 HEADS = [(name, head) for name in CONFIGS for head in ("frozen", "adapted")]
@@ -126,15 +120,9 @@ def test_hidden_states(monkeypatch):
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
-class HeadlessLlama(tf.LlamaForCausalLM):
-    def get_output_embeddings(self):
-        return None
-
-
 def test_model_without_head():
-    torch.manual_seed(0)
-    model = HeadlessLlama(CONFIGS["llama"][0]).double()
-    enlarge_weights(model)
+    model = build("llama")
+    model.get_output_embeddings = lambda: None
     assert get_lm_head(model) is None
     with compute_in_float64(), torch.no_grad(), packed_attention(model):
         loss = step_loss(model, make_collator(model, 0)(ROWS))
