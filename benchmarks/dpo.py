@@ -196,7 +196,7 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> None:
 
 def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """Run the ways round by round; return the medians of each."""
-    from slimtune.cli import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
+    from slimtune.utils.cpu import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     workers: dict[str, Any] = {}

@@ -34,7 +34,6 @@ from .data.labels import (
     find_classes,
     require_known_labels,
 )
-from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import AnswerSubset, TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
@@ -53,6 +52,7 @@ from .train_step.loss import auto_micro_batch_tokens, check_lm_head, get_row_hea
 from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
+from .utils.cpu import cpu_count
 from .utils.device import disable_malloc_trim
 from .utils.files import read_json
 from .utils.linear_layers import is_quantized

@@ -60,17 +60,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             PLANS[method] = make_plan(request, **settings)
         return PLANS[method]
 
-    def launch_worker(
-        recipe_file: Path, log_file: Path, *, others: Sequence[Path] = (), trial: bool = False, force: bool, **_: Any
-    ) -> WorkerResult:
-        files = [recipe_file, *others]
+    def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
             errors = worker.run_cells(files, trial=trial, force=force)
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
         failed = {str(file): e.message for file, e in errors.items()}
-        return WorkerResult("" if others else failed.pop(str(recipe_file), ""), False, 0.0, failed)
+        return WorkerResult("" if len(files) > 1 else failed.pop(str(files[0]), ""), False, 0.0, failed)
 
     monkeypatch.setattr(compare, "make_plan", plan_once)
     monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)

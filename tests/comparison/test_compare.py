@@ -104,9 +104,9 @@ def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
 def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
     launch_worker = module.launch_worker
 
-    def fail(recipe_file, log, **how):
-        failed = recipe_file.stem == "lora-7"
-        return WorkerResult("the disk is full", False, 0.0) if failed else launch_worker(recipe_file, log, **how)
+    def fail(files, **how):
+        failed = files[0].stem == "lora-7"
+        return WorkerResult("the disk is full", False, 0.0) if failed else launch_worker(files, **how)
 
     monkeypatch.setattr(module, "launch_worker", fail)
     settings = grid("lora", "ia3")

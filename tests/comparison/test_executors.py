@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from slimtune.comparison import compare as comparison
-from slimtune.comparison import executors, search
+from slimtune.comparison import executors, places, search
+from slimtune.comparison.clusters import RayTask, SlurmExecutor
 from slimtune.comparison.compare import compare
-from slimtune.comparison.executors import LocalExecutor, ParallelExecutor, Place, RayTask, SlurmExecutor, parse_place
-from slimtune.comparison.folder import record_settings
+from slimtune.comparison.executors import LocalExecutor, ParallelExecutor, Place
+from slimtune.comparison.folder import claim_folder
+from slimtune.comparison.places import open_executor, parse_place
 from slimtune.comparison.space import parse_ranges
 from slimtune.comparison.tune import tune
 from slimtune.comparison.worker import WorkerResult
@@ -37,7 +39,7 @@ def files(*names: str) -> list[Path]:
     ],
 )
 def test_places(monkeypatch, text, kind, runs, address, parameters):
-    monkeypatch.setattr(executors, "find_spec", lambda _: True)
+    monkeypatch.setattr(places, "find_spec", lambda _: True)
     assert parse_place(text) == Place(text, kind, runs, address, parameters)
 
 
@@ -54,14 +56,14 @@ def test_places(monkeypatch, text, kind, runs, address, parameters):
     ],
 )
 def test_place_that_is_not_understood(monkeypatch, text, message):
-    monkeypatch.setattr(executors, "find_spec", lambda _: True)
+    monkeypatch.setattr(places, "find_spec", lambda _: True)
     with pytest.raises(UsageError, match=message):
         parse_place(text)
 
 
 @pytest.mark.parametrize(("text", "package"), [("ray", "ray"), ("slurm:time=5", "submitit")])
 def test_missing_package_is_named(monkeypatch, text, package):
-    monkeypatch.setattr(executors, "find_spec", lambda _: None)
+    monkeypatch.setattr(places, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=f"needs {package}, not installed here") as e:
         parse_place(text)
     assert e.value.hint == f"pip install 'slimtune[{text.partition(':')[0]}]'"
@@ -78,7 +80,7 @@ def test_runs_train_at_the_same_time_on_their_share_of_the_machine(monkeypatch):
         environments.append(environment)
         return DONE
 
-    with LocalExecutor(3) as executor:
+    with open_executor(parse_place("local:3"), Path()) as executor:
         results = dict(executor.run((file, launch) for file in files("a", "b", "c", "d", "e", "f")))
     assert set(map(str, results)) == set("abcdef")
     assert not any(result.error for result in results.values())
@@ -98,7 +100,7 @@ def test_killed_run_is_started_again_twice():
 
         return Path(name), launch
 
-    with LocalExecutor(1) as executor:
+    with open_executor(parse_place("local:1"), Path()) as executor:
         results = dict(executor.run([start("a"), start("b")]))
     assert results[Path("a")][:2] == ("", False)
     assert results[Path("a")].restarts == 1
@@ -123,7 +125,7 @@ def test_interrupt_reaches_every_run():
             raise KeyboardInterrupt
         return False
 
-    with pytest.raises(KeyboardInterrupt), LocalExecutor(2) as executor:
+    with pytest.raises(KeyboardInterrupt), open_executor(parse_place("local:2"), Path()) as executor:
         list(executor.run(((file, launch) for file in files("a", "b", "c")), interrupt))
     assert interrupted == [1, 1]
 
@@ -133,7 +135,7 @@ def test_run_that_is_no_longer_wanted_ends_alone():
         while not should_stop():
             time.sleep(0.01)
 
-    with LocalExecutor(2) as executor:
+    with open_executor(parse_place("local:2"), Path()) as executor:
         launches = [(Path("a"), launch), (Path("b"), lambda **_: DONE)]
         results = dict(executor.run(launches, lambda file: file.name == "a"))
     assert {file.name: result.stopped for file, result in results.items()} == {"a": True, "b": False}
@@ -168,7 +170,8 @@ def flat_losses(monkeypatch):
     """Replace trials: the loss depends on the rate, and the first trials end last."""
     tried: list[float] = []
 
-    def launch(recipe_file, log, **_):
+    def launch(files, **_):
+        (recipe_file,) = files
         run, rate = RunDir(recipe_file.with_suffix("")), load_recipe(recipe_file).train.learning_rate
         if launch.interrupt_at is not None and len(tried) >= launch.interrupt_at:
             raise KeyboardInterrupt
@@ -217,7 +220,8 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     monkeypatch.setattr(SlurmExecutor, "cluster", "local")
     settings = grid("lora", "ia3", seeds=1)
     settings.output_dir.mkdir()
-    record_settings(settings.output_dir, settings.settings(), "comparison")  # before its executor makes a folder there
+    with claim_folder(settings.output_dir, settings.settings(), "comparison"):
+        pass  # before its executor makes a folder there
     result = compare(settings, place=parse_place("slurm:time=30"))
     assert result["failed"] == []
     assert {m["method"]: m["seeds"] for m in result["methods"]} == {"lora": [7], "ia3": [7]}
@@ -240,7 +244,8 @@ def test_lost_cluster_is_named():
         def submit(self, recipe_file, launch):
             return RayTask(Lost(), None)
 
-    with pytest.raises(RunError, match="connection to Ray is lost") as e, LostExecutor(None) as executor:
+    executor = LostExecutor(Place("ray", "ray", None), Path())
+    with pytest.raises(RunError, match="connection to Ray is lost") as e, executor:
         list(executor.run([(Path("a"), None)]))
     assert e.value.hint == "once Ray runs again, the same command continues"
 

@@ -23,8 +23,9 @@ def quadratic(monkeypatch):
     """Replace trials: the loss is quadratic in the logarithm of the rate, lowest at `best`; `tried` lists the rates."""
     tried: list[tuple[str, float]] = []
 
-    def launch(recipe_file, log, *, trial=False, **_):
+    def launch(files, *, trial=False, **_):
         assert trial
+        (recipe_file,) = files
         recipe = load_recipe(recipe_file).model_dump()
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]
         rate = 5e-3 if rate == "auto" else rate
@@ -131,9 +132,9 @@ def test_finite_space_is_tried_once_each(tune_tree, quadratic):
 
 
 def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypatch):
-    def fail_at_8(recipe_file, log, **how):
-        too_big = load_recipe(recipe_file).method.settings["r"] == 8
-        return WorkerResult("no memory", False, 0.0) if too_big else quadratic(recipe_file, log, **how)
+    def fail_at_8(files, **how):
+        too_big = load_recipe(files[0]).method.settings["r"] == 8
+        return WorkerResult("no memory", False, 0.0) if too_big else quadratic(files, **how)
 
     monkeypatch.setattr(search, "launch_worker", fail_at_8)
     result, log = tune_tree("method.r=4,8", trials=9)
@@ -147,7 +148,7 @@ def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypa
 def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
     tune_tree("train.learning_rate=log:1e-5..1e-2", trials=1)
 
-    def wait(recipe_file, log, *, should_stop, **_):
+    def wait(files, *, should_stop, **_):
         while not should_stop():
             pass
         return WorkerResult("", True, 0.0)
@@ -162,8 +163,8 @@ def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
 
 
 def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadratic, monkeypatch, tmp_path):
-    def launch_and_forget(recipe_file, log, **how):
-        result, run = quadratic(recipe_file, log, **how), recipe_file.with_suffix("")
+    def launch_and_forget(files, **how):
+        result, run = quadratic(files, **how), files[0].with_suffix("")
         forgetting = 0.5 if run.name == forgetful else 0.01
         lines = [json.loads(line) | {"forgetting": forgetting} for line in (run / "metrics.jsonl").open()]
         (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
@@ -206,16 +207,16 @@ def test_another_search_in_the_folder_is_refused(tune_tree, quadratic):
 def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadratic, monkeypatch):
     groups: list[list[str]] = []
 
-    def launch_group(first, log, *, others, should_stop, **how):
-        groups.append([file.stem for file in (first, *others)])
-        for file in (first, *others):
-            quadratic(file, log, **how)
+    def launch_group(files, *, should_stop, **how):
+        groups.append([file.stem for file in files])
+        for file in files:
+            quadratic([file], **how)
             (file.with_suffix("") / "result.json").unlink()
         all_stopped = should_stop()
-        pruned = {file for file in (first, *others) if file.with_suffix(".stop").exists()}
+        pruned = {file for file in files if file.with_suffix(".stop").exists()}
         assert all_stopped == (len(pruned) == len(groups[-1]))
-        for file in {first, *others} - pruned:
-            quadratic(file, log, **how)
+        for file in {*files} - pruned:
+            quadratic([file], **how)
         return WorkerResult("", all_stopped, 0.0)
 
     monkeypatch.setattr(search, "launch_worker", launch_group)

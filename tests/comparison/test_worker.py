@@ -15,9 +15,9 @@ from slimtune.comparison.worker import launch_worker
 def launch_script(monkeypatch, tmp_path):
     """Launch a worker whose process runs this code instead."""
 
-    def launch(code: str, **settings):
+    def launch(code: str, names: str = "r", **settings):
         monkeypatch.setattr(worker, "WORKER_COMMAND", (sys.executable, "-c", code))
-        return launch_worker(tmp_path / "r.yaml", tmp_path / "log", **settings)
+        return launch_worker([tmp_path / f"{name}.yaml" for name in names], **settings)
 
     return launch
 
@@ -25,7 +25,7 @@ def launch_script(monkeypatch, tmp_path):
 def test_flags_and_log(launch_script, tmp_path):
     result = launch_script("import sys; print(sys.argv[1:], file=sys.stderr)", trial=True, force=True)
     assert result[:2] == ("", False)
-    assert (tmp_path / "log").read_text().strip() == str([str(tmp_path / "r.yaml"), "--trial", "--force"])
+    assert (tmp_path / "r.log").read_text().strip() == str([str(tmp_path / "r.yaml"), "--trial", "--force"])
 
 
 def test_error_is_one_line(launch_script):
@@ -33,11 +33,11 @@ def test_error_is_one_line(launch_script):
     assert launch_script(code).error == "no rows; expected: some"
 
 
-def test_errors_of_runs_at_once_are_apart(launch_script, tmp_path):
+def test_errors_of_runs_at_once_are_apart(launch_script):
     code = """print('{"message": "no rows", "expected": "", "hint": "", "recipe": "b.yaml"}'); raise SystemExit(1)"""
-    result = launch_script(code, others=[tmp_path / "b.yaml"])
+    result = launch_script(code, "ab")
     assert (result.error, result.failed) == ("", {"b.yaml": "no rows"})
-    assert launch_script("raise SystemExit(3)", others=[tmp_path / "b.yaml"]).error.startswith("its process ended with")
+    assert launch_script("raise SystemExit(3)", "ab").error.startswith("its process ended with")
 
 
 @pytest.mark.parametrize(

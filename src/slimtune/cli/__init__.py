@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import UsageError
 from ..peft_compat import skip_registration
+from ..utils.cpu import CPU_SETTINGS
 from ..utils.streams import TolerantStream
 from .bench import bench
 from .choose import choose
@@ -91,16 +92,6 @@ def _root(ctx: typer.Context, version: Version = False) -> None:
         message = f"slimtune {ctx.invoked_subcommand} was started in {os.environ.get('WORLD_SIZE')} processes"
         hint = "run it without torchrun or accelerate launch"
         raise UsageError(message, "one process: only train takes several", hint)
-
-
-CPU_SETTINGS = {"GOMP_SPINCOUNT": "20000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Environment of libgomp and oneDNN, which they read when torch is loaded or first multiplies.
-
-A thread that waits at a barrier spins so many rounds and then sleeps: with libgomp's 300,000 it would keep a core from
-the other processes that the barrier waits for. Both caches hold compiled products by shape, and each micro-batch has
-a length of its own: 15 products of one length are used again in all layers, those of older lengths seldom, yet 1,024 of
-them would be kept, 13 MiB more with each step.
-"""
 
 
 def main() -> None:

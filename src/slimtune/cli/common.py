@@ -24,6 +24,7 @@ from rich.text import Text
 from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
+from ..comparison.places import PLACES
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
 from ..knowledge import find_code
 from ..utils.files import explain_os_error, to_json
@@ -32,7 +33,7 @@ from ..utils.formatting import escape_controls
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
 Device = Annotated[str | None, Option(help="Device to run on: auto, cpu, cuda, cuda:N or mps. Default: the run's.")]
-ON_HELP = "Train runs at the same time: local:4, ray, ray://HOST:PORT, or slurm:partition=NAME,time=MINUTES."
+On = Annotated[str | None, Option(metavar="WHERE", help=f"Train runs at the same time: {PLACES}.")]
 ERROR, WARNING, GOOD = "bold red3", "dark_orange3", "green4"
 """Colors that can be read on white and on black; a terminal's own yellow and green cannot."""
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError
-from .common import ON_HELP, Json, NegativeResult, console, print_progress, table
+from .common import Json, NegativeResult, On, console, print_progress, table
 from .inputs import require_inputs, require_packages
 from .options import recipe_flags
 
@@ -31,7 +31,7 @@ def compare(
     tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
     trials: Annotated[int, Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
     at_once: Annotated[int, Option(min=1, help="Seeds of a method that train at once, on one base in memory.")] = 1,
-    on: Annotated[str | None, Option(metavar="WHERE", help=ON_HELP)] = None,
+    on: On = None,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
@@ -46,7 +46,7 @@ def compare(
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
     from ..comparison.candidates import build_candidates, require_candidates, split_settings
-    from ..comparison.executors import parse_place
+    from ..comparison.places import parse_place
     from ..config.loading import expand_short_sections, read_recipe_tree, set_field
     from ..reporting.charts import require_figure_path
 

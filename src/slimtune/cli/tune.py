@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .common import ON_HELP, Json, console, print_progress, table
+from .common import Json, On, console, print_progress, table
 from .inputs import require_inputs, require_packages
 from .options import recipe_flags
 
@@ -30,7 +30,7 @@ def tune(
     ] = None,
     minutes: Annotated[float | None, Option(min=0, help="Minutes after which the search ends.")] = None,
     at_once: Annotated[int, Option(min=1, help="Trials that train at once, on one base in memory.")] = 1,
-    on: Annotated[str | None, Option(metavar="WHERE", help=ON_HELP)] = None,
+    on: On = None,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -tune.")] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
@@ -41,7 +41,7 @@ def tune(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..comparison.executors import parse_place
+    from ..comparison.places import parse_place
     from ..comparison.space import check_ranges, parse_ranges
     from ..config.errors import raise_errors
     from ..config.loading import read_recipe_tree
@@ -72,7 +72,7 @@ def tune(
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
-    from ..comparison.tune_report import describe_search, format_trials, list_search_notes, trial_columns
+    from ..comparison.tune import describe_search, format_trials, list_search_notes, trial_columns
 
     screen = console()
     screen.print(describe_search(result))

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..errors import RunError, SlimtuneError, UsageError
 from ..planning.planner import make_plan
 from ..planning.request import build_request
@@ -22,12 +20,13 @@ from ..utils.files import read_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_duration
 from ..utils.remote_code import remote_code_allowed
 from .candidates import Candidate
-from .executors import Executor, Launch, Place, open_executor
-from .folder import check_settings, record_settings
+from .executors import Executor, Place
+from .folder import check_settings, claim_folder
 from .grid import Grid
 from .picture import draw_comparison
+from .places import open_executor
 from .report import compare_pairs, format_markdown, recommend_method, summarize_candidates
-from .worker import launch_worker
+from .worker import Launch, launch_worker
 
 Log = Callable[[str], None]
 
@@ -52,25 +51,19 @@ def compare(
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
             raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one method that fits")
-        grid.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(grid.output_dir / ".lock", timeout=0):
-                record_settings(grid.output_dir, grid.settings(), "comparison")
-                (grid.output_dir / "cells").mkdir(exist_ok=True)
-                grid = dataclasses.replace(grid, candidates=tuple(fitting))
-                grid, searched, failed = _search_learning_rates(grid, executor, log)
-                failed += _run_cells(grid, executor, log)
-                seconds = round(time.perf_counter() - start, 3)
-                how = {"searched": searched, "left_out": left_out, "failed": failed, "seconds": seconds}
-                result = {**_build_result(grid), "on": place.text if place else None, **how}
-                write_json(grid.output_dir / "compare.json", result)
-                write_atomic(grid.output_dir / "table.md", format_markdown(result))
-                if result["methods"]:
-                    draw_comparison(result, grid.output_dir / "compare.svg")
-                    if plot is not None:
-                        draw_comparison(result, plot)
-        except Timeout:
-            raise UsageError(f"another slimtune compare works in {grid.output_dir}", "one at a time") from None
+        with claim_folder(grid.output_dir, grid.settings(), "comparison"):
+            (grid.output_dir / "cells").mkdir(exist_ok=True)
+            grid = dataclasses.replace(grid, candidates=tuple(fitting))
+            grid, searched, failed = _search_learning_rates(grid, executor, log)
+            failed += _run_cells(grid, executor, log)
+            seconds = round(time.perf_counter() - start, 3)
+            how = {"searched": searched, "left_out": left_out, "failed": failed, "seconds": seconds}
+            result = {**_build_result(grid), "on": place.text if place else None, **how}
+            write_json(grid.output_dir / "compare.json", result)
+            write_atomic(grid.output_dir / "table.md", format_markdown(result))
+            if result["methods"]:
+                for file in filter(None, (grid.output_dir / "compare.svg", plot)):
+                    draw_comparison(result, file)
     return result
 
 
@@ -158,11 +151,9 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[dict[str, Any]]
                 write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
                 files[recipe_file] = name, candidate, seed
             if files:
-                first, *others = files
+                first, trust = next(iter(files)), remote_code_allowed()
                 started[first] = files
-                trust = remote_code_allowed()
-                how: dict[str, Any] = {"others": others, "force": grid.force, "trust_remote_code": trust}
-                yield first, partial(launch_worker, first, first.with_suffix(".log"), **how)
+                yield first, partial(launch_worker, [*files], force=grid.force, trust_remote_code=trust)
 
     for first, worker in executor.run(start_groups()):
         files = started[first]

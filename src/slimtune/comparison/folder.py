@@ -1,13 +1,18 @@
 """The folder of a comparison or a search: it records what it holds, so that only the same command continues in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import UsageError, format_names
 from ..utils.files import parse_json, read_json, require_writable, to_json, write_json
 
 SETTINGS_FILE = "settings.json"
+COMMANDS = {"comparison": "compare", "search": "tune"}
+"""What a folder holds, and the command that works in it."""
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -17,7 +22,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict
         folder: of the work.
         settings: what determines its results. Those of single `methods` may be added later, so only those that both
             have must agree; the others are kept.
-        what: "comparison" or "search", for messages.
+        what: a key of `COMMANDS`, for messages.
     """
     other = "give another --out"
     if folder.exists() and not folder.is_dir():
@@ -40,9 +45,21 @@ def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict
     return {**current, "methods": {**methods, **added}} if methods else current
 
 
-def record_settings(folder: Path, settings: Mapping[str, Any], what: str) -> None:
-    """Write what a folder holds into it, after checking it as above."""
-    write_json(folder / SETTINGS_FILE, check_settings(folder, settings, what))
+@contextmanager
+def claim_folder(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Lock a folder while the block runs, after checking it as above and writing the settings into it.
+
+    Raises:
+        UsageError: another process works in the folder.
+    """
+    check_settings(folder, settings, what)  # before the folder is made
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            write_json(folder / SETTINGS_FILE, check_settings(folder, settings, what))
+            yield
+    except Timeout:
+        raise UsageError(f"another slimtune {COMMANDS[what]} works in {folder}", "one at a time") from None
 
 
 def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Charts of a comparison (what ranks its methods against memory, file size and time) and of a search (trial losses)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,26 @@ AXES = {
 """Axis label, unit (bytes or seconds) and scale of each cost."""
 
 
-def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Draw what ranks the methods against each cost into a `.svg` or `.png`; `result` is what `compare` returns."""
+@contextmanager
+def open_figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
+    """Yield a matplotlib figure of this size, in inches, that is written into a `.svg` or `.png` at the end."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    methods = result["methods"]
     with matplotlib.rc_context(STYLE):
-        height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
-        figure = Figure(figsize=(10, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        save_figure(figure, path)
+
+
+def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
+    """Draw what ranks the methods against each cost into a `.svg` or `.png`; `result` is what `compare` returns."""
+    methods = result["methods"]
+    height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
+    legend = "filled markers are on the Pareto front, bars are 95 % intervals"
+    title = f"{result['model']}, {result['steps']} steps, {len(result['seeds'])} seeds: {legend}"
+    with open_figure(path, 10, height, title) as figure:
         panels: Any = figure.subplots(1, len(AXES), sharey=True)
         for panel, (cost, (label, unit, scale)) in zip(panels, AXES.items(), strict=True):
             cpu_time = cost == "time" and result["device"] == "cpu"
@@ -45,10 +57,6 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         columns = min(LEGEND_COLUMNS, len(methods))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-        legend = "filled markers are on the Pareto front, bars are 95 % intervals"
-        title = f"{result['model']}, {result['steps']} steps, {len(result['seeds'])} seeds: {legend}"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        save_figure(figure, path)
 
 
 def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
@@ -76,14 +84,11 @@ def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
 
 def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) -> None:
     """Draw the losses of a search's trials, in their order and by each setting, into a `.svg` or `.png`."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     trials = [(n, t) for n, t in enumerate(result["trials"], 1) if t["loss"] is not None]
     numbers, losses = [n for n, _ in trials], [t["loss"] for _, t in trials]
-    with matplotlib.rc_context(STYLE):
-        columns = min(len(ranges) + 1, MOST_PANELS)
-        figure = Figure(figsize=(1 + 3 * columns, 3.6), layout="constrained")
+    columns = min(len(ranges) + 1, MOST_PANELS)
+    title = f"{result['model']}: {len(result['trials'])} trials, {len(trials)} to the end; the line is the best so far"
+    with open_figure(path, 1 + 3 * columns, 3.6, title) as figure:
         panels: Any = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
         panels[0].set_xlabel("trial")
         panels[0].set_ylabel("validation loss")
@@ -96,8 +101,3 @@ def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) 
             panel.plot([format_setting(v) for v in values] if searched.choices else values, losses, "o", color="C0")
             best = result["best"]["values"][searched.path]
             panel.plot(format_setting(best) if searched.choices else best, result["best"]["loss"], "o", color="C3")
-        title = (
-            f"{result['model']}: {len(result['trials'])} trials, {len(trials)} to the end; the line is the best so far"
-        )
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        save_figure(figure, path)

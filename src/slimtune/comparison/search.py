@@ -32,9 +32,9 @@ from ..training.nonfinite import EVENT as NONFINITE
 from ..utils.files import parse_json, read_json, to_json, write_atomic
 from ..utils.formatting import format_duration
 from ..utils.remote_code import remote_code_allowed
-from .executors import Executor, Launch
+from .executors import Executor
 from .space import Range, format_values
-from .worker import STOP_SUFFIX, WorkerResult, launch_worker
+from .worker import STOP_SUFFIX, Launch, WorkerResult, launch_worker
 
 REPEATED_DRAWS = 10
 """Values that were tried before are drawn at most this often in a row; then they are drawn at random."""
@@ -168,10 +168,8 @@ def launch_trials(group: "Sequence[TrialRun]") -> Launch:
     for run in group:
         run.stop_file.unlink(missing_ok=True)
         write_atomic(run.recipe_file, run.recipe.to_yaml())
-    first, *others = [run.recipe_file for run in group]
-    trust, force = remote_code_allowed(), group[0].search.force
-    how: dict[str, Any] = {"others": others, "trial": True, "force": force, "trust_remote_code": trust}
-    return partial(launch_worker, first, first.with_suffix(".log"), **how)
+    trust, files = remote_code_allowed(), [run.recipe_file for run in group]
+    return partial(launch_worker, files, trial=True, force=group[0].search.force, trust_remote_code=trust)
 
 
 def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..config import Recipe
 from ..config.recipe import apply_settings
 from ..errors import UsageError
@@ -21,14 +19,15 @@ from ..methods import config_class
 from ..setup import read_hidden_size
 from ..training.train import load_training_datasets
 from ..utils.files import parse_json, to_json, write_atomic, write_json
+from ..utils.formatting import format_duration, format_markdown_table
 from .candidates import Candidate
-from .executors import Executor, Place, open_executor
-from .folder import check_settings, record_settings
+from .executors import Executor, Place
+from .folder import claim_folder
 from .grid import Grid
 from .picture import draw_search
+from .places import open_executor
 from .search import Search, best_trial, run_search
-from .space import Range, check_ranges
-from .tune_report import format_search
+from .space import Range, check_ranges, format_setting, format_values
 
 RATE = "train.learning_rate"
 RATE_FACTOR = 10.0
@@ -97,7 +96,6 @@ def tune(
         "over": {r.path: str(r) for r in ranges},
         "rows (SHA-256)": {"train": rows.train.digest(), "validation": rows.validation.digest()},
     }
-    check_settings(output_dir, settings, "search")
 
     def build_evaluated(values: Mapping[str, Any], run: Path) -> Recipe:
         steps = build(values).train.count_steps(len(rows.train))
@@ -112,33 +110,28 @@ def tune(
     filled = recipe.resolve_learning_rate(recipe.train.count_steps(len(rows.train)), read_hidden_size(recipe))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(output_dir / ".lock", timeout=0), open_executor(place, output_dir) as executor:
-            record_settings(output_dir, settings, "search")
-            found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
-            best = best_trial(found)
-            own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
-            best_file = output_dir / "best.yaml"
-            write_atomic(best_file, build_evaluated(best["values"], output_dir / "best").to_yaml())
-            result = {
-                "output_dir": str(output_dir),
-                "model": recipe.model.name,
-                "over": settings["over"],
-                "validation_rows": len(rows.validation),
-                "trials": found,
-                "best": best,
-                "recipe_loss": own[0] if own else None,
-                "at_the_edge": [r.path for r in ranges if r.is_edge(best["values"][r.path])],
-                "best_recipe": str(best_file),
-                "seconds": round(time.perf_counter() - start, 3),
-            }
-            write_json(output_dir / "tune.json", result)
-            write_atomic(output_dir / "table.md", format_search(result))
-            for file in filter(None, (output_dir / "tune.svg", plot)):
-                draw_search(result, ranges, file)
-    except Timeout:
-        raise UsageError(f"another slimtune tune works in {output_dir}", "one at a time") from None
+    with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
+        found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
+        best = best_trial(found)
+        own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
+        best_file = output_dir / "best.yaml"
+        write_atomic(best_file, build_evaluated(best["values"], output_dir / "best").to_yaml())
+        result = {
+            "output_dir": str(output_dir),
+            "model": recipe.model.name,
+            "over": settings["over"],
+            "validation_rows": len(rows.validation),
+            "trials": found,
+            "best": best,
+            "recipe_loss": own[0] if own else None,
+            "at_the_edge": [r.path for r in ranges if r.is_edge(best["values"][r.path])],
+            "best_recipe": str(best_file),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        write_json(output_dir / "tune.json", result)
+        write_atomic(output_dir / "table.md", format_search(result))
+        for file in filter(None, (output_dir / "tune.svg", plot)):
+            draw_search(result, ranges, file)
     return result
 
 
@@ -175,3 +168,58 @@ def _read_setting(recipe: Recipe, path: str) -> Any:
     if section == "method":
         name = config_class(recipe.method.name).short_names.get(name, name)
     return parse_json(to_json(recipe.model_dump(mode="json").get(section, {}).get(name)))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def trial_columns(result: Mapping[str, Any]) -> list[str]:
+    """Return the headings of the table of trials; the names of settings lack their section."""
+    return ["trial", *(path.partition(".")[2] for path in result["over"]), "validation loss", "time"]
+
+
+def format_trials(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of every trial, in the order in which they were begun."""
+    rows = []
+    for number, trial in enumerate(result["trials"], 1):
+        loss = trial["outcome"] if trial["loss"] is None else f"{trial['loss']:.4f}"
+        best = " (best)" if trial == result["best"] else ""
+        seconds = "" if trial["seconds"] is None else format_duration(trial["seconds"])
+        rows.append([str(number), *map(format_setting, trial["values"].values()), loss + best, seconds])
+    return rows
+
+
+def list_search_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the trials must know."""
+    outcomes = [t["outcome"] for t in result["trials"]]
+    best, ended = result["best"], outcomes.count("complete")
+    notes = [f"Best: {format_values(best['values'])}, validation loss {best['loss']:.4f}."]
+    if (own := result["recipe_loss"]) is not None:
+        gain = own - best["loss"]
+        notes.append(f"The recipe's own values have {own:.4f}" + (f", {gain:.4f} more." if gain > 0 else ": the best."))
+    for path in result["at_the_edge"]:
+        notes.append(f"The best {path} lies at the edge of its range, {result['over'][path]}: search beyond it.")
+    for trial in result["trials"]:
+        if trial["why"]:
+            notes.append(f"Failed: {format_values(trial['values'])} ({trial['why']}); the same command tries it again.")
+    if "pruned" in outcomes:
+        notes.append("Pruned: stopped at an evaluation whose loss was above the median, or was NaN or Inf.")
+    notes.append(
+        f"The best loss is the lowest of {ended} on the same {result['validation_rows']} validation rows, so it is "
+        "lower than on new rows: measure the trained run on test rows (slimtune eval)."
+    )
+    return notes
+
+
+def describe_search(result: Mapping[str, Any]) -> str:
+    """Return what was searched, in one sentence."""
+    ranges = "; ".join(f"{path} over {text}" for path, text in result["over"].items())
+    count = len(result["trials"])
+    return f"{result['model']}: {count} trial{'s' * (count != 1)} of {ranges}."
+
+
+def format_search(result: Mapping[str, Any]) -> str:
+    """Return `table.md`."""
+    table = format_markdown_table(trial_columns(result), format_trials(result))
+    parts = [describe_search(result), table, *list_search_notes(result)]
+    return "\n\n".join([*parts, f"Train it: `slimtune train {result['best_recipe']}`"]) + "\n"

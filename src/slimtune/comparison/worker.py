@@ -42,38 +42,38 @@ class WorkerResult(NamedTuple):
     restarts: int = 0  # how often it was started again because it was killed
 
 
+Launch = Callable[..., WorkerResult]
+"""A partial of `launch_worker` that lacks `environment` and `should_stop`."""
+
+
 def launch_worker(
-    recipe_file: Path,
-    log_file: Path,
+    recipe_files: Sequence[Path],
     *,
-    others: Sequence[Path] = (),
     trial: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     environment: Mapping[str, str] = {},
     should_stop: Callable[[], bool] = lambda: False,
 ) -> WorkerResult:
-    """Start a run in its own process and wait for it; on Ctrl-C it gets the time to write a checkpoint.
+    """Start runs in a process of their own and wait for it; on Ctrl-C it gets the time to write checkpoints.
 
     Args:
-        recipe_file: the recipe of the run.
-        others: the recipes of runs that train at the same time in this process.
-        log_file: the run's output is appended here.
+        recipe_files: the recipes of the runs, which train at the same time; the output goes to a log beside the first.
         trial: leave the test rows out.
         force: train on rows that the data report finds faulty.
         trust_remote_code: let the base run Python code that comes with it.
-        environment: variables that its process has besides those of this one.
-        should_stop: called every fifth of a second; True ends the run at once.
+        environment: variables that the process has besides those of this one.
+        should_stop: called every fifth of a second; True ends the process at once.
     """
     given = {"--trial": trial, "--force": force, "--trust-remote-code": trust_remote_code}
     flags = [flag for flag, is_set in given.items() if is_set]
-    start = time.perf_counter()
+    start, log_file = time.perf_counter(), recipe_files[0].with_suffix(".log")
     # The worker's stdin stays open as long as this process lives; the worker ends when it closes. The worker gets a
     # session of its own so that Ctrl-C in the terminal reaches it once, from here, and not twice.
     with (
         log_file.open("a") as log,
         subprocess.Popen(
-            [*WORKER_COMMAND, *map(str, (recipe_file, *others)), *flags],
+            [*WORKER_COMMAND, *map(str, recipe_files), *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -103,7 +103,7 @@ def launch_worker(
     error, failed = "", {}
     if code != 0:
         try:
-            for line in output.strip().splitlines() if others else output.strip().splitlines()[-1:]:
+            for line in output.strip().splitlines()[-len(recipe_files) :]:
                 fields = parse_json(line)
                 parts = [fields["message"], *(f"{n}: {fields[n]}" for n in ("expected", "hint") if fields[n])]
                 error = "; ".join(" ".join(part.split()) for part in parts)
@@ -118,7 +118,7 @@ def launch_worker(
     return WorkerResult(error, False, time.perf_counter() - start, failed, killed=code < 0)
 
 
-def launch_again_if_killed(launch: Callable[..., WorkerResult], **how: Any) -> WorkerResult:
+def launch_again_if_killed(launch: Launch, **how: Any) -> WorkerResult:
     """Call a partial of `launch_worker`, and again if the run's process was killed; it resumes from its checkpoint.
 
     Beside other runs memory may run out that suffices later.

@@ -24,11 +24,6 @@ SERIAL_BATCHES = 16
 _function: Callable[[Any], Any]
 
 
-def cpu_count() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parallel_map(function: Callable[[T], R], batches: Iterable[T], processes: int = 1) -> Iterator[R]:
     """Yield `function(batch)` for each batch, in order; batches are read only as they are needed.
 

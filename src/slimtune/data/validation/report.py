@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, format_names, nearest
+from ...utils.cpu import cpu_count
 from ...utils.formatting import format_count
 from ...utils.sequences import find_shared_prefix
 from ..chat_template import TokenizedRow, adds_bos
@@ -18,7 +19,7 @@ from ..dataset import RowFile, column_hint, describe_losses, open_rows
 from ..document_windows import find_cuts
 from ..formats import InvalidRow, Row, sort_labels
 from ..packing import pack_sequences
-from ..parallel import cpu_count, parallel_map
+from ..parallel import parallel_map
 from ..tokenize import PARAGRAPH_HINT, BatchTokenizer, RowReport, TokenizedBatch, batch_rows, format_lines
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator
 from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
