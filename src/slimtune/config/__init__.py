@@ -1,9 +1,8 @@
 """The recipe: every setting of a run as one typed tree, read from YAML, from flags, or from both.
 
-schema.py    the settings              loading.py   YAML, `path=value`, paths
-method.py    a method's own settings   aliases.py   old names
-task.py      an objective's own        errors.py    all errors in one message
-recipe.py    reads and checks them
+schema.py    the settings                        loading.py   YAML, `path=value`, paths
+method.py    a method's and a task's own settings   aliases.py   old names
+recipe.py    reads and checks them               errors.py    all errors in one message
 
 PEFT's users import PEFT's names from here, too (`from slimtune.config import PeftConfig`).
 """

@@ -1,6 +1,6 @@
-"""The `method` section: its fields, short names, ranges and defaults are those that the method's config class declares.
+"""The `method` and `task` sections: their fields, short names, ranges and defaults are those that the class declares.
 
-Nothing here knows a method by name.
+Nothing here knows a method or an objective by name.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from ..adapters.config_fields import FieldSpec, field_specs
 from ..errors import ConfigError
 from ..methods import config_class, read_config_sources
+from ..objectives import objective_class
 from .errors import FieldError, unknown_field_error
 
 SET_BY_LIBRARY = (
@@ -58,10 +59,8 @@ def find_setting_errors(section: Mapping[str, Any]) -> list[FieldError]:
             errors.append(unknown_field_error(f"method.{field}", known))
             continue
         spec = fields[known[field]]
-        empty = value is None and isinstance(spec.default, list | dict)
-        if not empty and (error := spec.find_error(value)):
-            message = error.message.replace(f"{spec.name} is ", "got ", 1)
-            errors.append(FieldError(f"method.{spec.name}", message, error.expected))
+        if value is not None or not isinstance(spec.default, list | dict):
+            errors += _find_value_errors("method", spec, value)
     return errors
 
 
@@ -100,6 +99,31 @@ def resolve_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Field
         settings = fill_recipe_defaults(settings, cls)
         errors = _find_errors(settings, cls)
     return {"name": cls.name, **settings}, errors
+
+
+def resolve_task(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
+    """Return the `task` section with all defaults, and every error in it."""
+    name = given.get("name", "sft")
+    try:
+        cls: Any = objective_class(name)
+    except ConfigError as e:
+        return {"name": str(name)}, [FieldError("task.name", e.message, e.expected)]
+    specs = {s.name: s for s in field_specs(cls)}
+    values = {field: given.get(field, spec.default) for field, spec in specs.items()}
+    errors = [unknown_field_error(f"task.{field}", specs) for field in given if field not in ("name", *specs)]
+    errors += [e for field, spec in specs.items() for e in _find_value_errors("task", spec, values[field])]
+    if not errors:
+        try:
+            cls(**values)
+        except ConfigError as e:
+            errors.append(FieldError(f"task.{e.message.split(' ', 1)[0]}", e.message, e.expected))
+    return {"name": name, **values}, errors
+
+
+def _find_value_errors(section: str, spec: FieldSpec, value: object) -> list[FieldError]:
+    if not (error := spec.find_error(value)):
+        return []
+    return [FieldError(f"{section}.{spec.name}", error.message.replace(f"{spec.name} is ", "got ", 1), error.expected)]
 
 
 def _find_errors(settings: dict[str, Any], cls: Any) -> list[FieldError]:

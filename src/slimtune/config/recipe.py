@@ -19,7 +19,7 @@ from ..utils.remote_code import allow_remote_code
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
-from .method import find_setting_errors, read_names, resolve_method
+from .method import find_setting_errors, read_names, resolve_method, resolve_task
 from .schema import (
     DataSettings,
     MethodSettings,
@@ -31,7 +31,6 @@ from .schema import (
     iterate_settings,
     setting,
 )
-from .task import resolve_task
 
 MIN_EVAL_ROWS = 6
 """Fewer held-out rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
