@@ -44,8 +44,7 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     device and dtype that auto chooses, versions, and what can be installed. Asks nothing of the internet.
     """
     from ..machine.checks import find_faults
-    from ..machine.facts import gather_facts
-    from ..reporting.versions import find_version
+    from ..machine.facts import find_version, gather_facts
 
     facts = gather_facts()
     findings = find_faults(facts)
@@ -180,7 +179,7 @@ def _find_missing_packages() -> dict[str, list[str]]:
     """Return the packages that each extra lacks; nothing if slimtune runs from its source."""
     from packaging.requirements import Requirement
 
-    from ..reporting.versions import find_version
+    from ..machine.facts import find_version
 
     if find_version("slimtune") is None:
         return {}

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..machine.facts import versions
 from ..models.gguf import cache_root
-from ..reporting.versions import versions
 from ..utils.files import write_atomic
 from .memory_trace import StepTrace
 from .request import TrainingJob

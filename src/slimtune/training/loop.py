@@ -27,12 +27,10 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from ..adapters import state_dict as adapter_files
-from ..adapters.architectures import text_config
 from ..adapters.model import find_modules_without_gradient
 from ..adapters.strength import AdapterStrength
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
-from ..data.step_sharding import StepSharder
 from ..errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..objectives.base import Objective
@@ -54,7 +52,7 @@ from . import checkpoint, nonfinite
 from .forgetting import reduce_strength_to_budget
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
-from .scoring import score_in_parts
+from .scoring import build_sharder, score_in_parts
 from .threads import ThreadCount
 
 REPEATED_CTRL_C_SECONDS = 2.0
@@ -109,8 +107,7 @@ class TrainingLoop:
         self.steps_per_epoch = math.ceil(len(self.train) / self.rows_per_step)
         max_steps = settings.count_steps(len(self.train))
         self.state = checkpoint.TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)
-        width = getattr(text_config(model), "hidden_size", 1024)
-        self.sharder = StepSharder(collator, width, self.processes, distributed.rank())
+        self.sharder = build_sharder(model, collator)
         self.stop_requested = self.stop_agreed = self.stopped_early = False
         self.stop_signal = 0
         self.skipped_in_a_row = 0
@@ -129,10 +126,9 @@ class TrainingLoop:
             logger,
             enable_checkpointing=(lambda: enable_activation_checkpointing(model)) if can_checkpoint else None,
             planned_bytes=planned_bytes,
-            any_failed=lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0,
+            # With fsdp the others wait inside the failed pass, and cannot repeat it.
+            any_failed=None if settings.fsdp and self.processes > 1 else distributed.any_process,
         )
-        if settings.fsdp and self.processes > 1:  # the others wait inside the failed pass, and cannot repeat it
-            self.recovery.any_failed = None
         self.recovery.save_before_exit = self.save_before_exit
 
         random.seed(settings.seed)
@@ -256,8 +252,7 @@ class TrainingLoop:
         what, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
         lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator, self.objective)
         step = self.state.step + 1
-        found = f"the {what} of step {step} is {nonfinite.format_value(value)}: "
-        found += nonfinite.describe_rows(lines, rows, "training")
+        found = nonfinite.describe(f"the {what} of step {step}", value, lines, rows, "training")
         skip = self.settings.on_nonfinite == "skip"
         in_a_row = self.skipped_in_a_row + 1
         too_many = in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps)
@@ -367,14 +362,13 @@ class TrainingLoop:
             self.state.validation_losses.append((self.state.step, loss))
             return
         lines = nonfinite.nonfinite_lines(self.validation, scores)
-        found = f"the validation loss after step {self.state.step} is {nonfinite.format_value(loss)}: "
-        found += nonfinite.describe_rows(lines, self.validation, "validation")
+        what = f"the validation loss after step {self.state.step}"
+        found = nonfinite.describe(what, loss, lines, self.validation, "validation")
         skip = self.settings.on_nonfinite == "skip"
         self.report_nonfinite(found, self.state.step, "validation loss", lines, self.validation, skip)
 
     def measure(self, rows: Sequence[Example], objective: Objective) -> tuple[dict[int, list[float]], dict[str, float]]:
         """Return an objective's measures of each row, by its number, and of all; the processes share the rows."""
-
         self.recovery.step = self.state.step
         score = partial(score_objective, objective=objective)
         # After the last step the main process computes alone.

@@ -36,15 +36,11 @@ def nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float
     return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
 
 
-def format_value(value: float) -> str:
-    """Return NaN or Inf as messages write it."""
-    return "NaN" if math.isnan(value) else "Inf"
-
-
-def describe_rows(lines: Sequence[int], rows: Sequence[Example], name: str) -> str:
-    """Say which of the rows have a loss of NaN or Inf, or that none has."""
+def describe(what: str, value: float, lines: Sequence[int], rows: Sequence[Example], name: str) -> str:
+    """Say that something is NaN or Inf, and which of the rows have such a loss, or that none has."""
+    is_value = f"{what} is {'NaN' if math.isnan(value) else 'Inf'}"
     every = sorted(row["line"] for row in rows)
     if not lines:
-        return f"each row alone has a finite loss; the {name} rows are those of {format_lines(every)}"
+        return f"{is_value}: each row alone has a finite loss; the {name} rows are those of {format_lines(every)}"
     share = "every row" if len(lines) == len(every) else f"{len(lines)} of {len(every)} rows"
-    return f"the loss of {share} is NaN or Inf ({format_lines(list(lines))} of the {name} rows)"
+    return f"{is_value}: the loss of {share} is NaN or Inf ({format_lines(list(lines))} of the {name} rows)"

@@ -17,6 +17,7 @@ import torch
 from ..data.collator import Collator, Example
 from ..errors import RunError, is_out_of_memory
 from ..kernels.dropout import get_rng_states, set_rng_states
+from ..utils import distributed
 from ..utils.device import peak_memory, release_cached_memory
 from ..utils.formatting import format_bytes
 
@@ -63,7 +64,7 @@ class OomRecovery:
         *,
         enable_checkpointing: Callable[[], Any] | None = None,
         planned_bytes: int | None = None,
-        any_failed: Callable[[bool], bool] | None = bool,
+        any_failed: Callable[[bool], bool] | None = distributed.any_process,
     ) -> None:
         self.collator, self.device, self.logger = collator, device, logger
         self._enable_checkpointing, self.any_failed = enable_checkpointing, any_failed

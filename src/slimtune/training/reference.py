@@ -13,9 +13,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from ..adapters.architectures import text_config
 from ..data.collator import Collator
-from ..data.step_sharding import StepSharder
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import RunError
 from ..run_dir import RunDir
@@ -24,7 +22,7 @@ from ..train_step.loss import score_row_logps
 from ..utils import distributed
 from ..utils.files import translate_os_errors, write_atomic
 from .oom_recovery import OomRecovery
-from .scoring import score_in_parts
+from .scoring import build_sharder, score_in_parts
 
 
 def add_reference(run: RunDir, data: Datasets, model: Any, collator: Collator, logger: Any, disable: bool) -> None:
@@ -52,13 +50,9 @@ def add_reference(run: RunDir, data: Datasets, model: Any, collator: Collator, l
 
 def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any) -> np.ndarray:
     device = next(p.device for p in model.parameters() if p.requires_grad)
-    width = getattr(text_config(model), "hidden_size", 1024)
-    sharder = StepSharder(collator, width, distributed.world_size(), distributed.rank())
-
-    recovery = OomRecovery(
-        collator, device, logger, any_failed=lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0
-    )
-    logps = score_in_parts(score_row_logps, "reference log-probabilities", model, rows, sharder, recovery)
+    recovery = OomRecovery(collator, device, logger)
+    where = "reference log-probabilities"
+    logps = score_in_parts(score_row_logps, where, model, rows, build_sharder(model, collator), recovery)
     values = np.full((len(rows), max(map(len, logps), default=1)), np.nan)
     for row, own in zip(values, logps, strict=True):
         row[: len(own)] = own

@@ -3,10 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..data.collator import Example
+from ..adapters.architectures import text_config
+from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
 from ..utils import distributed
 from .oom_recovery import OomRecovery
+
+
+def build_sharder(model: Any, collator: Collator) -> StepSharder:
+    """Return what divides rows over the processes of this run."""
+    width = getattr(text_config(model), "hidden_size", 1024)
+    return StepSharder(collator, width, distributed.world_size(), distributed.rank())
 
 
 def score_in_parts(

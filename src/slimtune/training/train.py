@@ -32,11 +32,12 @@ from ..data.mismatched_rows import MismatchedRows
 from ..data.tokenized_dataset import AnswerSubset
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
+from ..machine.facts import versions
 from ..models.base_config import get_hidden_size, max_positions
 from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
-from ..reporting import versions, write_report
+from ..reporting import write_report
 from ..run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, is_temporary
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
@@ -235,7 +236,6 @@ def _train(
             context = max_positions(base.model.config) or 4 * WINDOW
             general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, context)
         loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned, general)
-        steps = loop.state.max_steps
         if settings.max_steps is None and steps < FEW_STEPS:
             epochs = math.ceil(FEW_STEPS / loop.steps_per_epoch)
             more = f"more rows, or --epochs {epochs} for {epochs * loop.steps_per_epoch}"

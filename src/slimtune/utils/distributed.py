@@ -163,6 +163,11 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def any_process(value: bool) -> bool:
+    """Return whether a value is true in any process."""
+    return all_reduce_sum([float(value)])[0] > 0
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by the sum over all processes, bit for bit the same everywhere.
 
