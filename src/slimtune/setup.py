@@ -122,6 +122,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
 def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     data, settings, model = recipe.data, recipe.train, recipe.model.name
     reports: dict[str, Any]
+    validation_report: RowReport | None
 
     def load(path: Path, like: DatasetReport | None = None) -> tuple[TokenizedDataset, RowReport, DatasetReport]:
         rows = open_rows_from_recipe(recipe, path)
@@ -137,24 +138,24 @@ def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
 
     train, train_report, checked = load(data.train)
     train, test = split_test_rows(train, checked.kept_hashes(), data.test_fraction)
-    cut = functools.partial(cut_documents, recipe, tokenizer, checked.source)
     if data.validation is not None:
         validation, validation_report, other = load(data.validation, checked)
         reports = {
             "train": checked.finish(file=data.train, model=model, validation=(str(data.validation), other)),
             "validation": other.finish(file=data.validation, model=model),
         }
-        recipe.method_config().check_rows(train)
-        validation = cut_documents(recipe, tokenizer, other.source, validation)
-        return Datasets(cut(train, settings.seed), validation, cut(test), train_report, validation_report, reports)
-    count = round((len(train) + len(test)) * data.validation_fraction)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
-    held_out = np.zeros(len(train), bool)
-    held_out[order[: count if count < len(train) else 0].numpy()] = True
-    reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
-    rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
-    recipe.method_config().check_rows(rest)
-    return Datasets(cut(rest, settings.seed), cut(validation), cut(test), train_report, None, reports)
+    else:
+        count = round((len(train) + len(test)) * data.validation_fraction)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+        held_out = np.zeros(len(train), bool)
+        held_out[order[: count if count < len(train) else 0].numpy()] = True
+        train, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+        validation_report, other = None, checked
+        reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
+    recipe.method_config().check_rows(train)
+    cut = functools.partial(cut_documents, recipe, tokenizer)
+    train, validation = cut(checked.source, train, settings.seed), cut(other.source, validation)
+    return Datasets(train, validation, cut(checked.source, test), train_report, validation_report, reports)
 
 
 def cut_documents(

@@ -124,7 +124,7 @@ def test_json_for_a_job(slimtune_json):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--kind", "desktop,labtop"], "there are no GPUs of the kind 'labtop'; did you mean 'laptop'?"),
+        (["--kind", "desktop,labtop"], "there is no kind 'labtop'; did you mean 'laptop'?"),
         (["--rank", "4"], "method.rank describes a run"),
         (["--set", "train.epochs=1"], "train.epochs describes a run"),
         (["--for", "gpt2", "--method", "lora,ia3"], "--for got several methods"),

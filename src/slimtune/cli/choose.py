@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
-from typer import Argument, Option
+from typer import Option
 
-from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_count
 from .common import Json, NegativeResult, console, print_age, print_fields, table
-from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
-from .machines import format_dollars, format_hours_range, format_short, list_machine_dates, list_machine_sources
+from .jobs import JOB, JOB_SETTINGS, load_one_job, make_plans
+from .machines import (
+    format_dollars,
+    format_hours_range,
+    format_short,
+    list_machine_dates,
+    list_machine_sources,
+    read_kinds,
+)
 from .options import recipe_flags
 from .plan import MILLION, format_rate
 
@@ -24,7 +30,7 @@ SHOWN = 5
 
 @recipe_flags(*JOB_SETTINGS)
 def choose(
-    job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
+    job: Annotated[str, JOB],
     settings: dict[str, Any],
     budget: Annotated[
         float | None, Option(min=0, help="Dollars at most: for the machine; to rent, for the run.")
@@ -42,9 +48,7 @@ def choose(
 
     The first is the cheapest that surely fits and is surely in time. Exit code 1 if there is none.
     """
-    kinds = list(KINDS) if kind is None else [part.strip().lower() for part in kind.split(",")]
-    for unknown in (k for k in kinds if k not in KINDS):
-        raise UsageError(f"there is no kind {unknown!r}{nearest(unknown, KINDS)}", f"one of {format_names(KINDS)}")
+    kinds = read_kinds(kind, KINDS)
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_one_job(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..planning.gpus import all_gpus, measured_gpu

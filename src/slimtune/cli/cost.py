@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from ..errors import UsageError
 from ..utils.formatting import format_count
 from .common import Json, console, print_age, print_fields, table
-from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
+from .jobs import JOB, JOB_SETTINGS, load_one_job, make_plans
 from .machines import format_dollars, format_hours_range, format_short, list_machine_dates, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION
@@ -20,7 +20,7 @@ KWH_PRICE = 0.17
 
 @recipe_flags(*JOB_SETTINGS)
 def cost(
-    job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
+    job: Annotated[str, JOB],
     settings: dict[str, Any],
     gpu: Annotated[str, Option(help="The GPU or machine to buy or to rent.", show_default=False)],
     tokens: Annotated[

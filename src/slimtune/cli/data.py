@@ -50,20 +50,17 @@ def data_report(
         require_base(str(settings["model.name"]))
     from ..config import load_recipe
     from ..data.validation.report import validate_file
-    from ..models.loader import load_tokenizer
     from ..objectives import objective_class, objective_names
 
     unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
     if named := settings.get("data.format"):  # a recipe refuses formats that its task does not take
         unused["task.name"] = next((t for t in objective_names() if objective_class(t).takes_format(named)), "sft")
     recipe = load_recipe(None, {**unused, **settings})
-    data, m = recipe.data, recipe.model
-    tokenizer = model = None
+    data, tokenizer, model = recipe.data, None, None
     if "model.name" in settings or "model" in settings:
-        template, model = data.chat_template, m.name
-        tokenizer = load_tokenizer(
-            m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=template
-        )
+        from ..setup import load_tokenizer_from_recipe
+
+        tokenizer, model = load_tokenizer_from_recipe(recipe), recipe.model.name
     report = validate_file(
         file,
         tokenizer,

@@ -1,15 +1,15 @@
 """`slimtune gpus`: the GPUs people own or rent, and which of them can train a run."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import UsageError, format_names, nearest
+from ..errors import UsageError
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, print_age, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_one_job, make_plans
-from .machines import list_machine_sources, machine_rows
+from .machines import format_source, list_machine_sources, list_prices, machine_rows, read_kinds
 from .options import recipe_flags
 from .plan import MILLION, describe_run, format_range
 
@@ -51,16 +51,12 @@ def gpus(
                 print_fields(_describe_gpu(found[0]))
             return {"cards": [_to_dict(found[0])]}
         return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
-    known = list(dict.fromkeys(c.kind for c in all_gpus()))
-    kinds = known if kind is None else [part.strip().lower() for part in kind.split(",")]
-    for unknown in (k for k in kinds if k not in known):
-        message = f"there are no GPUs of the kind {unknown!r}{nearest(unknown, known)}"
-        raise UsageError(message, f"one of {format_names(known)}")
+    kinds = read_kinds(kind, list(dict.fromkeys(c.kind for c in all_gpus())))
     cards = [c for c in all_gpus() if c.kind in kinds]
     if kind is None and (here := measured_gpu()) is not None:
         cards.insert(0, here)
     if job is None and sources and not as_json:
-        print_fields(_list_sources(cards))
+        print_fields((c.name, format_source(c)) for c in cards)
     elif job is None and not as_json:
         rows = (
             (
@@ -114,7 +110,7 @@ def gpus(
         if sources:
             evidence = next(iter(plans.values())).evidence
             screen.print()
-            print_fields([("base", evidence.get("model", "")), *_list_sources(shown)])
+            print_fields([("base", evidence.get("model", "")), *((c.name, format_source(c)) for c in shown)])
             print_fields((name, text) for name, text in evidence.items() if name != "model")
     return {
         "model": jobs.model.name,
@@ -155,19 +151,10 @@ def _compare(
     return {"model": model, "tokens": tokens or None, "machines": [machine.to_dict() for machine in machines]}
 
 
-def _list_sources(cards: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """Yield where the figures of each GPU are from, and when they were read there."""
-    from ..planning.gpus import format_checked
-
-    return ((c.name, f"{c.source} (checked {format_checked(c.checked)})") for c in cards)
-
-
 def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
     """Yield the figures of one GPU, its prices and their sources."""
     from ..models.gpu_support import NO_XPU
     from ..planning.gpus import format_checked
-    from ..planning.machines import purchases
-    from ..planning.throughput import prices
 
     yield "GPU", f"{card.name}, {card.kind}, {card.vendor} {card.architecture}"
     if not card.trains:
@@ -183,10 +170,7 @@ def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
         yield "released", card.released
     yield "source", card.source
     yield "checked", format_checked(card.checked)
-    for bought in purchases(card.name):
-        yield "price", f"{bought.dollars:.0f} $, {bought.condition}, {format_checked(bought.date)}: {bought.source}"
-    for p in prices(card.name):
-        yield "rent", f"{p.dollars_per_hour} $/h, {p.provider}, {format_checked(p.date)}: {p.source}"
+    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_prices(card.name))
 
 
 def plan_key(card: Any, jobs: Jobs) -> tuple[str, bool]:
@@ -197,19 +181,9 @@ def plan_key(card: Any, jobs: Jobs) -> tuple[str, bool]:
 
 def _to_dict(card: Any) -> dict[str, Any]:
     names = (
-        "name",
-        "kind",
-        "released",
-        "vendor",
-        "architecture",
-        "bf16",
-        "flash",
-        "watts",
-        "unified",
-        "source",
-        "checked",
+        "name", "kind", "released", "vendor", "architecture", "bf16", "flash", "watts", "unified", "source", "checked",
         "trains",
-    )
+    )  # fmt: skip
     return {name: getattr(card, name) for name in names} | {
         "memory_bytes": card.memory,
         "visible_bytes": card.visible,

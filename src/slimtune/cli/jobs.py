@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typer import Argument
+
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
 from .inputs import ROW_SETTINGS, require_inputs
@@ -31,8 +33,11 @@ JOB_SETTINGS = (
 )  # fmt: skip
 """The settings with a flag: those that change a plan. `--set` takes all."""
 
-
-JOB_HELP = "A base (alias, Hub id, folder or GGUF file), or a recipe; flags override it."
+JOB = Argument(
+    metavar="MODEL|RECIPE.yaml",
+    help="A base (alias, Hub id, folder or GGUF file), or a recipe; flags override it.",
+    show_default=False,
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -69,22 +70,39 @@ def _format_tflops(gpu: Gpu) -> str:
     return "-" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def list_machine_sources(machines: Sequence[Machine]) -> Iterator[tuple[str, str]]:
-    """Yield where each figure of machines is from, and of what date."""
+def format_source(gpu: Gpu) -> str:
+    """Return where the figures of a GPU are from, and when they were read there."""
     from ..planning.gpus import format_checked
+
+    return f"{gpu.source} (checked {format_checked(gpu.checked)})" if gpu.checked else gpu.source
+
+
+def list_prices(gpu: str) -> Iterator[tuple[str, str, str]]:
+    """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
+    from ..planning.gpus import format_checked
+    from ..planning.machines import purchases
     from ..planning.throughput import prices
 
+    for p in purchases(gpu):
+        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_checked(p.date)}: {p.source}"
+    for q in prices(gpu):
+        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_checked(q.date)}: {q.source}"
+
+
+def read_kinds(text: str | None, known: Sequence[str]) -> list[str]:
+    """Return the kinds of machines that a text names, parted by commas; all for None."""
+    kinds = list(known) if text is None else [part.strip().lower() for part in text.split(",")]
+    for unknown in (kind for kind in kinds if kind not in known):
+        raise UsageError(f"there is no kind {unknown!r}{nearest(unknown, known)}", f"one of {format_names(known)}")
+    return kinds
+
+
+def list_machine_sources(machines: Sequence[Machine]) -> Iterator[tuple[str, str]]:
+    """Yield where each figure of machines is from, and of what date."""
     for machine in machines:
-        gpu = machine.gpu
-        yield gpu.name, f"{gpu.source} (checked {format_checked(gpu.checked)})"
-        for p in machine.purchases:
-            yield f"{p.dollars:.0f} $", f"{p.condition}, {format_checked(p.date)}: {p.source}"
-        for q in prices(gpu.name):
-            yield f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_checked(q.date)}: {q.source}"
-    yield (
-        "serving",
-        "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs",
-    )
+        yield machine.gpu.name, format_source(machine.gpu)
+        yield from ((amount, source) for _, amount, source in list_prices(machine.gpu.name))
+    yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
 
 
 def list_machine_dates(machines: Iterable[Machine]) -> Iterator[str]:

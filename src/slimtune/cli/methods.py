@@ -15,7 +15,7 @@ from typer import Argument, Option
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, print_fields, table
 from .inputs import require_base
-from .options import METHOD_FLAGS
+from .options import METHOD_FLAGS, TrustFlag
 
 LEGEND = """file: an adapter in Hugging Face form; merged: one plain model, also for
 Ollama and vLLM; lora: an adapter in Ollama and vLLM.
@@ -31,9 +31,7 @@ def methods(
     model: Annotated[
         str | None, Option(help="A base, as for `slimtune train`: adds what each method trains on it.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False)
-    ] = False,
+    trust_remote_code: TrustFlag = False,
     sources: Annotated[
         bool, Option("--sources", help="Also show each method's papers, and where figures are from.")
     ] = False,

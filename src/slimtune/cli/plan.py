@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
-from typer import Argument, Option
+from typer import Option
 
 from ..errors import UsageError
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, print_fields, table
-from .jobs import JOB_HELP, JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
+from .jobs import JOB, JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
+from .machines import format_source, list_prices
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ VERDICTS = {
 
 @recipe_flags("model.device", *JOB_SETTINGS)
 def plan(
-    job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
+    job: Annotated[str, JOB],
     settings: dict[str, Any],
     gpus: Annotated[
         list[str] | None,
@@ -209,10 +210,15 @@ def _render_answer(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
     else:
         evidence = plan.evidence.get("tokens_per_second", "")
         measured = f", {evidence}" if evidence.startswith("measured") else ""
-        yield f"speed: {format_range(*plan.tokens_per_second, '{:.0f}'.format)} tokens/s{measured}"
+        yield f"speed: {_format_speed(plan)} tokens/s{measured}"
         if cost is not None:
             yield f"time: {_format_cost(tokens, cost)}"
     yield from (f"note: {note}" for note in plan.notes)
+
+
+def _format_speed(plan: Plan) -> str:
+    """Return the tokens a second, "" if they are not known."""
+    return format_range(*plan.tokens_per_second, "{:.0f}".format) if plan.tokens_per_second is not None else ""
 
 
 def _format_cost(tokens: int, cost: Cost) -> str:
@@ -231,13 +237,9 @@ def _format_cost(tokens: int, cost: Cost) -> str:
 
 def _list_sources(plan: Plan, card: Gpu) -> Iterator[tuple[str, str]]:
     """Yield what each figure is from: the base, the card, the prices, and the kinds of evidence."""
-    from ..planning.gpus import format_checked
-    from ..planning.throughput import prices
-
     yield "base", plan.evidence.get("model", "")
-    yield card.name, f"{card.source} (checked {format_checked(card.checked)})" if card.checked else card.source
-    for price in prices(card.name):
-        yield f"{price.dollars_per_hour} $/h", f"{price.provider}, {format_checked(price.date)}: {price.source}"
+    yield card.name, format_source(card)
+    yield from ((amount, source) for kind, amount, source in list_prices(card.name) if kind == "rent")
     yield from ((name, text) for name, text in plan.evidence.items() if name != "model")
 
 
@@ -274,11 +276,8 @@ def _render_details(plan: Plan, tokens: int, cost: Cost | None, card: Gpu) -> It
         (f"longest row that fits, {plan.batch} at once", _count(plan.max_seq_len, "tokens"), "max_seq_len"),
         (f"most rows of {plan.seq_len} that fit", _count(plan.max_batch_size, "rows"), "max_batch_size"),
     ]
-    if plan.tokens_per_second is None:
-        figures.append(("tokens in a second", "not known", ""))
-    else:
-        speed = format_range(*plan.tokens_per_second, "{:.0f}".format)
-        figures.append(("tokens in a second", speed, "tokens_per_second"))
+    speed = _format_speed(plan)
+    figures.append(("tokens in a second", speed or "not known", "tokens_per_second" if speed else ""))
     if cost is not None:
         name = "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
         figures.append((name, format_range(3600 * cost.hours.low, 3600 * cost.hours.high, format_duration), "cost"))
@@ -309,7 +308,7 @@ def _plans_table(plans: Sequence[Plan]) -> Table:
             format_range(*p.reserved_bytes, _gib).replace(" to ", "–"),
             p.verdict,
             str(p.max_seq_len or "-"),
-            format_range(*p.tokens_per_second, "{:.0f}".format).replace(" to ", "–") if p.tokens_per_second else "-",
+            _format_speed(p).replace(" to ", "–") or "-",
         )
         for p in plans
     ]

@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import WARNING, Json, console, error_console, print_fields, print_progress
 from .inputs import require_inputs
-from .jobs import JOB_HELP, find_recipe
+from .jobs import JOB, find_recipe
 from .options import recipe_flags
 
 
 @recipe_flags("model", "data", "task", "method", "train", "output_dir")
 def train_run(
     settings: dict[str, Any],
-    job: Annotated[str | None, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)] = None,
+    job: Annotated[str | None, JOB] = None,
     force: Annotated[
         bool, Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")
     ] = False,
