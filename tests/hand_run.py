@@ -1,12 +1,12 @@
 """A run folder made by hand: a recipe, an adapter with random weights, and rows; what a training would have left."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from models_zoo import shake
+from row_files import write_jsonl
 from transformers import AutoModelForCausalLM
 
 from slimtune.adapters.model import get_peft_model
@@ -25,8 +25,7 @@ TALKS = [
 
 def write_rows(file: Path, talks: list[tuple[str, str]] = TALKS) -> Path:
     rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talks]
-    file.write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
-    return file
+    return write_jsonl(file, ({"messages": r} for r in rows))
 
 
 def make_run(

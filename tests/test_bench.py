@@ -124,30 +124,22 @@ def test_real_steps_and_random_files(monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(*words):
-    from typer.testing import CliRunner
-
-    from slimtune.cli import app
-
-    return CliRunner().invoke(app, words, env={"COLUMNS": "80"}, prog_name="slimtune")
-
-
-def test_command_stores_shows_and_exports(stored, monkeypatch):
+def test_command_stores_shows_and_exports(stored, slimtune, monkeypatch):
     os.remove(stored)
-    assert run("bench", "--show").exit_code == 2
+    assert slimtune("bench", "--show").exit_code == 2
     monkeypatch.setattr(bench, "measure_machine", lambda device: FOUND)
-    done = run("bench")
+    done = slimtune("bench")
     assert (done.exit_code, stored.is_file()) == (0, True), done.output
-    assert run("bench", "--show").stdout == done.stdout
-    heading, row = csv.reader(run("bench", "--export").stdout.splitlines())
+    assert slimtune("bench", "--show").stdout == done.stdout
+    heading, row = csv.reader(slimtune("bench", "--export").stdout.splitlines())
     assert heading == list(read_table("gpus.csv")[0])
     assert dict(zip(heading, row, strict=True))["bf16_tflops"] == "0.4"
 
 
 @pytest.mark.slow
-def test_plan_says_that_the_speed_was_measured_here(stored):
-    done = run("plan", "smollm2-135m", "--max-seq-len", "64", "--device", "cpu", "--dtype", "bf16")
+def test_plan_says_that_the_speed_was_measured_here(stored, slimtune):
+    done = slimtune("plan", "smollm2-135m", "--max-seq-len", "64", "--device", "cpu", "--dtype", "bf16")
     assert "tokens/s, measured here, 2026-11-26" in done.stdout, done.output
     os.remove(stored)
-    done = run("plan", "smollm2-135m", "--max-seq-len", "64", "--device", "cpu", "--dtype", "bf16")
+    done = slimtune("plan", "smollm2-135m", "--max-seq-len", "64", "--device", "cpu", "--dtype", "bf16")
     assert "speed: not known; `slimtune bench` measures it" in done.stdout, done.output

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from row_files import write_jsonl
 from safetensors.torch import load_file
 
 from slimtune.config import Recipe
@@ -20,8 +21,7 @@ def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": answer * (1 + i % 5)}]}
         for i in range(start, start + n)
     )
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+    return write_jsonl(path, rows)
 
 
 def recipe_of(settings: dict[str, Any], **train: Any) -> Recipe:

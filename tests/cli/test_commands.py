@@ -116,6 +116,8 @@ WRONG = {
     "train smollm2-134m --data rows.jsonl --out o": "there is no base 'smollm2-134m'",
     "train smollm2-135m --data nowhere.jsonl --out o": "data.train: there is no file",
     "train smollm2-135m --data nowhere.jsonl --out o --set method.rr=3": "method.rr: no such field; did you mean 'r'?",
+    "train smollm2-135m --data rows.jsonl --out o --column output": "--column got 'output'",
+    "train smollm2-135m --data rows.jsonl --out o --epochs many --lr -1": "train.epochs: got 'many'; expected: a number",
     "train recipe.yaml": "model.name: there is no base 'smollm2-134m'",
     "train nowhere.yaml": "no recipe file 'nowhere.yaml'",
     "train smollm2-135m --data rows.jsonl --out o --gpu rtx-4091": "there is no card 'rtx-4091'",
@@ -241,26 +243,6 @@ def test_train_lists_all_that_is_missing(slimtune):
     for part in ("(flag --model)", "(flag --data)", "(flag --out)", "method.r: got 0"):
         assert part in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "RecipeError"
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
-        (["--data", "no/rows.jsonl"], "data.train: there is no file"),
-        (["--dtype", "bf17"], "model.dtype: got 'bf17'; did you mean 'bfloat16'?"),
-        (["--method", "lore"], "did you mean 'lora'"),
-        (["--column", "output"], "--column got 'output'"),
-        (["--epochs", "many", "--lr", "-1"], "train.epochs: got 'many'; expected: a number, above 0"),
-        (["--rnak", "3"], "--rank"),
-    ],
-)
-def test_wrong_train_flags(replace, slimtune, rows_file, args, message):
-    calls = replace("training.train", "train", RESULT)
-    data = [] if "--data" in args else ["--data", rows_file]
-    done = slimtune("train", "--model", "m", *data, "--out", "o", *args)
-    assert (done.exit_code, done.stdout, calls) == (2, "", [])
-    assert message in done.stderr
 
 
 # --- eval, merge

@@ -89,7 +89,6 @@ def test_failed_run_is_exit_code_1(recipe, slimtune, monkeypatch):
         (["--seeds", "0"], "--seeds"),
         (["--tokens", "3"], "--tokens 3 is less than one step"),
         (["--methods", "lora", "--set", "ia3.r=3"], "'ia3' is neither a compared method nor a section"),
-        (["--set", "train.epocs=3"], "did you mean 'epochs'"),
         (["--plot", "p.gif"], "has the suffix '.gif'"),
     ],
 )

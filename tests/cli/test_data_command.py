@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from row_files import write_jsonl
 
 BROKEN = "So<|im_end|>"
 
@@ -20,9 +21,7 @@ def rows(tmp_path):
         made = [talk(i) for i in range(n)]
         for line, row in changed:
             made[line - 1] = row
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made), encoding="utf-8")
-        return path
+        return write_jsonl(tmp_path / name, made)
 
     return write
 
@@ -184,8 +183,8 @@ def test_preferences_are_told_by_their_own_words(tmp_path, tiny_folder, slimtune
     """A pair shows its best answer, KTO's labels are true and false, and nothing is marked where nothing is learned."""
 
     def show(row, *flags):
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(6)))
-        return slimtune("data", tmp_path / "rows.jsonl", "--model", tiny_folder, *flags).stdout
+        file = write_jsonl(tmp_path / "rows.jsonl", map(row, range(6)))
+        return slimtune("data", file, "--model", tiny_folder, *flags).stdout
 
     pairs = show(lambda i: {"prompt": f"say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"})
     assert "line 1, its best answer, as the model reads it; supervised text is marked\nsay 0⟦ yes 0" in pairs

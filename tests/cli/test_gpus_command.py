@@ -126,10 +126,7 @@ def test_json_for_a_job(slimtune_json):
     [
         (["--kind", "desktop,labtop"], "there is no kind 'labtop'; did you mean 'laptop'?"),
         (["--rank", "4"], "method.rank describes a run"),
-        (["--set", "train.epochs=1"], "train.epochs describes a run"),
         (["--for", "gpt2", "--method", "lora,ia3"], "--for got several methods"),
-        (["--for", "gpt-3"], "there is no base 'gpt-3'"),
-        (["--for", "no.yaml"], "there is no recipe file 'no.yaml'"),
     ],
 )
 def test_wrong_use(slimtune, requests, args, message):

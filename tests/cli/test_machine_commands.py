@@ -73,7 +73,6 @@ def test_models(slimtune_json):
     [
         (("gpus", *["t4"] * 6), "6 GPUs to compare"),
         (("gpus", "t4", "l4", "--kind", "mac"), "--kind are both given"),
-        (("choose", "llama-3.1-8b", "--kind", "desktops"), "did you mean 'desktop'"),
         (("cost", "llama-3.1-8b", "--gpu", "arc-b580"), "does not train on Intel GPUs"),
         (("models", "--family", "nope"), "'nope' is no family of bases"),
     ],

@@ -158,18 +158,15 @@ def test_all_methods(slimtune, slimtune_json, requests):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--gpu", "rtxx-5070"], "there is no card 'rtxx-5070' in the table; did you mean 'rtx-5070'?"),
         (["--gpu", "t4", "--gpu", "l4"], "--gpu is given 2 times: t4, l4"),
         (["--gpu", "arc-b580"], "arc-b580: slimtune does not train on Intel GPUs"),
         (["--method", "dora"], "there is no method 'dora': it is a setting"),
         (["--vram", "0"], "'0' is no size of memory"),
         (["--gpu", "t4", "--vram", "16GiB"], "--gpu and --vram are both given"),
-        (["--method", "lore"], "there is no method 'lore'; did you mean 'lora'?"),
         (["--method", ","], "--method names none"),
         (["--method", "lora,ia3", "--max-seq-len", "1"], "data.max_seq_len: got 1"),
         (["--optimizer", "adamv"], "train.optimizer: got 'adamv'; did you mean 'adamw'?"),
         (["--method", "lora,ia3", "--set", "method.rnk=4"], "method.rnk: no such field; did you mean 'rank'?"),
-        (["--data", "no/rows.jsonl"], "data.train: there is no file"),
         (["--plot", "plan.pdf"], "'.pdf'"),
         (["--context", "4096"], "--context describes how the tuned model is served"),
         (["--price", "-1"], "--price"),
@@ -191,7 +188,6 @@ def test_wrong_flags(requests, slimtune, args, message):
     ("args", "message"),
     [
         ([], "Missing argument"),
-        (["nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["lama-3.1-8b", "--method", "lora,ia3"], "there is no base 'lama-3.1-8b'; did you mean 'llama-3.1-8b'?"),
         (["llama-3.1-8b", "--method", "bottleneck"], "found 0 of the 2 layers"),
     ],

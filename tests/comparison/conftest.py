@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from row_files import write_jsonl
 from tiny_run import write_rows
 
 from slimtune.comparison import compare, worker
@@ -98,7 +99,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
         metrics = [{"train_loss": 1.0, "trained_tokens": 230 * n + recipe.train.seed} for n in (1, 2, 3)]
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "eval-test.json").write_text(json.dumps(measured))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+        write_jsonl(folder / "metrics.jsonl", metrics)
         RunDir(folder).scores_file("test").write_text(json.dumps(rows))
 
     def run_cells(recipe_files: Sequence[Path], **_: Any) -> dict[Path, SlimtuneError]:

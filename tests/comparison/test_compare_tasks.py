@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from row_files import write_jsonl
 
 from slimtune.comparison import compare as module
 from slimtune.comparison.candidates import build_candidates
@@ -49,7 +50,7 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
             {"prompt": f"say {i}: ", "chosen": "abc " * (1 + i % 4), "rejected": "xyz " * (1 + i % 3)}
             for i in range(start, start + count)
         ]
-        (tmp_path / f"pairs-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"pairs-{name}.jsonl", rows)
     tree["data"] = {n: str(tmp_path / f"pairs-{n}.jsonl") for n in ("train", "test")}
     tree["data"] |= {"validation_fraction": 0.0, "format": "preference"}
     rates = {f"{task}.learning_rate": 2e-2 for task in ("dpo", "ipo", "sft")}

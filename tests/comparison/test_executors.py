@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from row_files import write_jsonl
 
 from slimtune.comparison import compare as comparison
 from slimtune.comparison import executors, places, search
@@ -181,7 +182,7 @@ def flat_losses(monkeypatch):
         loss = abs(rate - 1e-3)
         run.result_file.write_text(json.dumps({"validation_loss": loss}))
         lines = [{"step": step, "validation_loss": loss + 1 - step / 4} for step in (1, 2, 3, 4)]
-        run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(run.metrics_file, lines)
         return DONE
 
     launch.interrupt_at = None

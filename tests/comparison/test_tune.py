@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from row_files import write_jsonl
 
 from slimtune.comparison import search
 from slimtune.comparison.compare import compare
@@ -39,7 +40,7 @@ def quadratic(monkeypatch):
         at = [s for s in range(1, steps + 1) if s == steps or s % recipe["train"]["eval_steps"] == 0]
         lines = [{"step": s, "validation_loss": loss + (steps - s) / 10} for s in at]
         (run / "result.json").write_text(json.dumps({"validation_loss": loss}))
-        (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+        write_jsonl(run / "metrics.jsonl", lines)
         return WorkerResult("", False, 0.0)
 
     launch.best, launch.interrupt_at, launch.tried = 1e-3, None, tried
@@ -167,7 +168,7 @@ def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadr
         result, run = quadratic(files, **how), files[0].with_suffix("")
         forgetting = 0.5 if run.name == forgetful else 0.01
         lines = [json.loads(line) | {"forgetting": forgetting} for line in (run / "metrics.jsonl").open()]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+        write_jsonl(run / "metrics.jsonl", lines)
         return result
 
     monkeypatch.setattr(search, "launch_worker", launch_and_forget)

@@ -1,6 +1,5 @@
 """Documents: reading whole files, and cutting them into windows."""
 
-import json
 import runpy
 import struct
 import zlib
@@ -8,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from row_files import write_jsonl
 from tiny_tokenizer import make_tokenizer
-from typer.testing import CliRunner
 
-from slimtune.cli import app
 from slimtune.data.chat_template import adds_bos
 from slimtune.data.dataset import open_rows
 from slimtune.data.document_windows import DocumentWindows
@@ -29,8 +27,7 @@ LENGTHS = [*range(1, 40, 2), 200]
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     """Documents of `LENGTHS` tokens, and the end of each."""
-    path = tmp_path_factory.mktemp("documents") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "~" * n}) + "\n" for n in LENGTHS))
+    path = write_jsonl(tmp_path_factory.mktemp("documents") / "a.jsonl", ({"text": "~" * n} for n in LENGTHS))
     return tokenize_dataset(open_rows(path, format="document"), TOK, max_seq_len=8, path=path)[0]
 
 
@@ -133,23 +130,22 @@ def test_length_policies_are_refused(tmp_path):
         validate_file(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
 
 
-def test_flags_of_commands(tmp_path, tiny_folder):
+def test_flags_of_commands(tmp_path, tiny_folder, slimtune, slimtune_json):
     (tmp_path / "book" / "one").mkdir(parents=True)
     for i in range(3):
         (tmp_path / "book" / "one" / f"{i}.md").write_text("abc " * 50)
     flags = ["--format", "document", "--max-seq-len", "64"]
-    report = CliRunner().invoke(app, ["data", str(tmp_path / "book"), *flags, "--model", str(tiny_folder), "--json"])
-    assert json.loads(report.stdout)["windows"] > 3
-    refused = CliRunner().invoke(app, ["data", str(tmp_path / "book" / "one")])
+    assert slimtune_json("data", tmp_path / "book", *flags, "--model", tiny_folder)["windows"] > 3
+    refused = slimtune("data", tmp_path / "book" / "one")
     assert (refused.exit_code, "--format document" in refused.stderr) == (2, True)
 
 
 @pytest.mark.slow
-def test_plan_is_of_windows(tmp_path, tiny_folder):
+def test_plan_is_of_windows(tmp_path, tiny_folder, slimtune_json):
     (tmp_path / "a.md").write_text("abc " * 50)
-    flags = ["--format", "document", "--max-seq-len", "64", "--batch-size", "2", "--json"]
-    planned = CliRunner().invoke(app, ["plan", str(tiny_folder), "--data", str(tmp_path / "a.md"), *flags])
-    assert (json.loads(planned.stdout)["batch"], json.loads(planned.stdout)["seq_len"]) == (2, 64)
+    flags = ["--format", "document", "--max-seq-len", "64", "--batch-size", "2"]
+    planned = slimtune_json("plan", tiny_folder, "--data", tmp_path / "a.md", *flags)
+    assert (planned["batch"], planned["seq_len"]) == (2, 64)
 
 
 def test_chapters_of_a_novel_in_r():

@@ -12,6 +12,7 @@ import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
+from row_files import write_jsonl
 
 from slimtune.data import readers
 from slimtune.data.dataset import InvalidRow, Row, open_rows, read_rows
@@ -27,7 +28,7 @@ def write(folder, kind, rows=ROWS, name="rows"):
     if kind == ".json":
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     elif kind in (".jsonl", ".ndjson"):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(path, rows)
     elif kind == ".parquet":
         path.write_bytes(parquet_bytes(rows))
     else:

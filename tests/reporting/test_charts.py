@@ -5,6 +5,7 @@ import re
 from importlib.resources import files
 
 import pytest
+from contrast import contrast
 from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,18 +113,6 @@ def colors(scheme: str) -> dict[str, str]:
     style = files("slimtune.reporting").joinpath("report.css").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in style.split("@media screen", 1))
     return light if scheme == "light" else {**light, **{k: v for k, v in dark.items() if k in light}}
-
-
-def luminance(color: str) -> float:
-    digits = color[1:] if len(color) == 7 else "".join(2 * c for c in color[1:])
-    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
-               for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))  # fmt: skip
-
-
-def contrast(a: str, b: str) -> float:
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from desk import Desk
 from tiny_run import recipe_of, write_rows
 
 from slimtune.training.train import train
@@ -34,6 +35,11 @@ def shared_settings(
 @pytest.fixture
 def settings(shared_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {**copy.deepcopy(shared_settings), "output_dir": str(tmp_path / "run")}
+
+
+@pytest.fixture
+def desk(tiny_folder: Path, tmp_path: Path, slimtune: Callable[..., Any]) -> Desk:
+    return Desk(tiny_folder, tmp_path, slimtune)
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,23 @@
 """The command line of `slimtune train`, as a user types it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tiny_run import write_rows
-from typer.testing import CliRunner
-
-from slimtune.cli import app
 
 
 class Desk:
     """A user's folder: a base, rows, and the command line."""
 
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.base, self.folder, self.out = base, folder, folder / "run"
+    def __init__(self, base: Path, folder: Path, run: Callable[..., Any]) -> None:
+        self.base, self.folder, self.out, self.run = base, folder, folder / "run", run
         self.rows = write_rows(folder / "rows.jsonl", 8)
 
     def train(self, *more: str, **instead: str) -> Any:
         flags = {"model": str(self.base), "data": str(self.rows), "out": str(self.out), "dtype": "float32", **instead}
         steps = [] if {"--epochs", "--resume"} & set(more) else ["--max-steps", "2"]
         return self.run("train", *(x for k, v in flags.items() for x in (f"--{k}", v)), *steps, *more)
-
-    def run(self, *args: str) -> Any:
-        return CliRunner().invoke(app, list(args))
 
     def write(self, name: str, text: str) -> str:
         (self.folder / name).write_text(text)

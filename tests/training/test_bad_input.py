@@ -6,15 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from desk import Desk, refused
+from desk import refused
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
-
-
-@pytest.fixture
-def desk(tiny_folder, tmp_path):
-    return Desk(tiny_folder, tmp_path)
 
 
 def chat(user: str, assistant: str) -> str:
@@ -111,20 +106,6 @@ def test_overlong_rows(desk):
     assert "dropped" in dropped
     shutil.rmtree(desk.out)
     assert "1 truncated" in desk.train(*SHORT, "truncate", data=data).stderr
-
-
-def test_base_with_remote_code(desk):
-    config = json.loads((desk.base / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
-    (desk.base / "config.json").write_text(json.dumps(config))
-    refused(desk.train(), 2, "code of its own", "--trust-remote-code")
-    desk.assert_nothing_written()
-
-
-def test_json_carries_the_error(desk):
-    result = desk.train("--json", data=str(desk.folder / "row.jsonl"))
-    assert json.loads(result.stdout)["error"]["exit_code"] == 2
-    assert result.stdout.count("\n") == 1
 
 
 @pytest.fixture

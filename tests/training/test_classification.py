@@ -1,11 +1,10 @@
 """Runs of `task: classification`: training, HF PEFT's loading, evaluation, and rows that cannot be learned."""
 
-import json
-
 import peft
 import pytest
 import torch
 import transformers as tf
+from row_files import write_jsonl
 
 from slimtune.config import Recipe
 from slimtune.errors import DataError, RecipeError, UsageError
@@ -22,16 +21,11 @@ ROWS = [{"text": f"{WORDS[c]} {i}", "label": c} for i in range(8) for c in WORDS
 TOPICS = [{"text": f"{WORDS[c]} {i}", "label": [c, "wet"] if c == "sea" else []} for i in range(8) for c in WORDS]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def make_recipe(folder, base, rows=ROWS, task="classification", **data):
     return Recipe.from_dict({
         "model": {"name": str(base), "device": "cpu", "dtype": "float32"},
-        "data": {"train": str(write(folder / "rows.jsonl", rows)), "test_fraction": 0.25, "validation_fraction": 0.125,
-                 **data},
+        "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "test_fraction": 0.25,
+                 "validation_fraction": 0.125, **data},
         "task": task, "method": {"name": "lora", "rank": 2},
         "train": {"max_steps": 2, "learning_rate": 1e-2}, "output_dir": str(folder / "run"),
     })  # fmt: skip
@@ -74,7 +68,7 @@ def test_adapter_of_peft_is_read(tmp_path, tiny_folder):
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_class_that_only_held_out_rows_have_is_refused_with_its_line(tmp_path, tiny_folder, split):
-    other = write(tmp_path / "other.jsonl", [ROWS[0], {"text": "dune", "label": "desert"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [ROWS[0], {"text": "dune", "label": "desert"}])
     with pytest.raises(DataError, match=r"'desert'.*line 2") as error:
         train(make_recipe(tmp_path, tiny_folder, **{"test_fraction": 0.0, split: str(other)}))
     assert not (tmp_path / "run").exists(), error

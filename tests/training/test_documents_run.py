@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from row_files import write_jsonl
 from tiny_run import distance, recipe_of, train_in_two_parts
 
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
@@ -49,8 +50,7 @@ def sum_nats(model, ids, size):
 def test_perplexity_is_over_whole_documents(documents, tmp_path):
     run = Path(train(recipe_of(documents, max_steps=2))["run"])
     texts = ["cab " * n for n in (1, 3, 20, 30, 5, 6)]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    found = evaluate(run, EvalSettings(data=tmp_path / "other.jsonl"))
+    found = evaluate(run, EvalSettings(data=write_jsonl(tmp_path / "other.jsonl", ({"text": t} for t in texts))))
     trained = load_run(run)
     tokenizer = trained.base.tokenizer
     rows = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts]

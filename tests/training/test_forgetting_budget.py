@@ -1,12 +1,12 @@
 """The forgetting budget: the kept adapter is inside it, as it was trained or with a reduced strength."""
 
-import json
 import string
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from row_files import write_jsonl
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,9 +121,8 @@ def test_measuring_changes_no_step(budgeted, tmp_path):
 
 
 def test_preference_run_without_validation_rows(budgeted, tmp_path):
-    rows = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"say {i}", "chosen": "abc " * (1 + i % 3), "rejected": "#?!"} for i in range(12)]
-    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     budgeted["data"] |= {"train": str(rows), "validation": None, "validation_fraction": 0.0}
     recipe = recipe_of({**budgeted, "task": {"name": "dpo"}}, forgetting_budget=1e-3, eval_steps=None)
     result = train(recipe)

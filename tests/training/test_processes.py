@@ -16,14 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import settings as cases
 from hypothesis import strategies as st
+from row_files import write_jsonl
 from safetensors.torch import load_file
 from tiny_run import distance, metrics, recipe_of
 from transformers import AutoModelForCausalLM
 from two_processes import run_trainer
-from typer.testing import CliRunner
 
 from slimtune import PeftModel
-from slimtune.cli import app
 from slimtune.data.collator import Collator
 from slimtune.data.step_sharding import StepSharder, balance
 from slimtune.training import checkpoint
@@ -190,7 +189,7 @@ def test_two_processes_learn_the_pairs_and_classes_of_one(settings, tmp_path):
     data = {}
     rated = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
     for name, rows in {"pairs": pairs, "rated": rated, "texts": texts}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
         data[name] = {"train": str(tmp_path / f"{name}.jsonl"), "validation_fraction": 0.25}
     steps = {"max_steps": 6, "batch_size": 7, "eval_steps": 3, "max_tokens_per_micro_batch": 100}
     tasks = {"dpo": "pairs", "orpo": "pairs", "kto": "rated", "reward": "pairs", "classification": "texts"}
@@ -223,11 +222,11 @@ def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 # --- when something fails ---------------------------------------------------------------------------------------------
 
 
-def test_other_commands_want_one_process(monkeypatch):
+def test_other_commands_want_one_process(monkeypatch, slimtune):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("slimtune.utils.distributed.claim_error_report", lambda error: True)
-    done = CliRunner().invoke(app, ["methods"])
+    done = slimtune("methods")
     assert done.exit_code == 2
     assert "slimtune methods was started in 4 processes" in done.stderr
 

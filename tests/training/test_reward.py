@@ -1,10 +1,9 @@
 """Runs of `task: reward`: training, HF PEFT's loading, and evaluation."""
 
-import json
-
 import peft
 import torch
 import transformers as tf
+from row_files import write_jsonl
 
 from slimtune.config import Recipe
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
@@ -21,10 +20,10 @@ PAIRS = [
 
 
 def test_reward_model_loads_in_peft_and_is_evaluated(tmp_path, tiny_folder):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     train(Recipe.from_dict({
         "model": {"name": str(tiny_folder), "device": "cpu", "dtype": "float32"},
-        "data": {"train": str(tmp_path / "rows.jsonl"), "test_fraction": 0.5, "validation_fraction": 0.1},
+        "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", PAIRS)), "test_fraction": 0.5,
+                 "validation_fraction": 0.1},
         "task": "reward", "method": {"name": "lora", "rank": 2},
         "train": {"max_steps": 6, "learning_rate": 1e-2}, "output_dir": str(tmp_path / "run"),
     }))  # fmt: skip

@@ -4,19 +4,15 @@ import csv
 import json
 
 import pytest
-from desk import Desk, refused
+from desk import refused
+from row_files import write_jsonl
 
 from slimtune.config import load_recipe
 from slimtune.setup import load_datasets, load_tokenizer_from_recipe
 
 
-@pytest.fixture
-def desk(tiny_folder, tmp_path):
-    return Desk(tiny_folder, tmp_path)
-
-
 def load_rows(desk, rows, **settings):
-    data = desk.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    data = str(write_jsonl(desk.folder / "rows.jsonl", rows))
     flags = {"model": str(desk.base), "output_dir": str(desk.out), "data.validation_fraction": 0, "data.train": data}
     recipe = load_recipe(None, {**flags, **{f"data.{k}": v for k, v in settings.items()}})
     return load_datasets(recipe, load_tokenizer_from_recipe(recipe))

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import distance, recipe_of
-from typer.testing import CliRunner
 
 import slimtune.planning.this_machine as this_machine
-from slimtune.cli import app
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpus import Gpu
 from slimtune.planning.planner import make_plan
@@ -24,10 +22,11 @@ def plan(recipe, lengths, content):
     return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content)).to_dict()
 
 
-def slimtune_train(settings, tmp_path, *flags):
+@pytest.fixture
+def recipe(settings, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_of(settings).to_yaml())
-    return CliRunner().invoke(app, ["train", str(file), *flags])
+    return file
 
 
 def test_run_is_planned_probed_and_recorded(settings, whole_run):
@@ -67,25 +66,25 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypatch):
+def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monkeypatch):
     small = Gpu("a small machine", "cpu", "", "", 2**28, 2**28)
     monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
-    done = slimtune_train(settings, tmp_path)
+    done = slimtune("train", recipe)
     assert done.exit_code == 1
     assert "error: this run does not fit: it needs" in done.stderr
     assert "hint: change it so, or --force" in done.stderr
     assert not Path(settings["output_dir"]).exists()
-    done = slimtune_train(settings, tmp_path, "--force")
+    done = slimtune("train", recipe, "--force")
     assert done.exit_code == 0, done.stderr
     assert "plan: it does not fit" in done.stderr
 
 
-def test_unplannable_run_is_trained(settings, tmp_path, monkeypatch):
+def test_unplannable_run_is_trained(settings, recipe, slimtune, monkeypatch):
     def strange(*_, **__):
         raise ModelError("this model's step hangs on values")
 
     monkeypatch.setattr("slimtune.planning.planner.make_plan", strange)
-    done = slimtune_train(settings, tmp_path)
+    done = slimtune("train", recipe)
     assert done.exit_code == 0, done.stderr
     assert (
         "warning: this run is not planned, so it may run out of memory: this model's step hangs on values"
