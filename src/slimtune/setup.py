@@ -131,7 +131,7 @@ def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
             rows,
             max_seq_len=data.max_seq_len,
             on_overlong=data.on_overlong,
-            rows_per_step=settings.batch_size * settings.gradient_accumulation_steps,
+            rows_per_step=settings.rows_per_step,
             like=like,
         )
         return *_tokenize(recipe, tokenizer, rows, report), report

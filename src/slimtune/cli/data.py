@@ -71,7 +71,7 @@ def data_report(
         train_on=data.train_on,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,
-        rows_per_step=recipe.train.batch_size,
+        rows_per_step=recipe.train.rows_per_step,
         validation=data.validation,
     )
     if html is not None:

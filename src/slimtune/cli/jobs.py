@@ -132,7 +132,7 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
     epochs = t.epochs
     if t.max_steps is not None:
-        epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
+        epochs = t.max_steps * t.rows_per_step / max(len(lengths), 1)
     tokens = sum(n for length in lengths for n in count_row_tokens(length))
     return Jobs(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
 

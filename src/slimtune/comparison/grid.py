@@ -82,7 +82,7 @@ class Grid:
         """
         recipe = self.build_recipe(candidate, seed, self.run_dir(candidate, seed).path)
         train, data = recipe.train, recipe.data
-        steps_per_epoch = math.ceil(len(self.lengths) / (train.batch_size * train.gradient_accumulation_steps))
+        steps_per_epoch = math.ceil(len(self.lengths) / train.rows_per_step)
         if data.validation is None or train.eval_steps is not None or self.steps > steps_per_epoch:
             return recipe
         data = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
@@ -193,9 +193,9 @@ def build_grid(
 
 
 def _count_steps_for_tokens(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> int:
-    rows_per_step = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
     if tokens is None:
         return recipe.train.count_steps(len(lengths))
+    rows_per_step = recipe.train.rows_per_step
     tokens_per_step = sum(lengths) / len(lengths) * min(rows_per_step, len(lengths))
     if tokens < tokens_per_step:
         step = f"{rows_per_step} rows have {tokens_per_step:.0f} tokens on average"

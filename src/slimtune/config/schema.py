@@ -226,10 +226,14 @@ class TrainSettings(Section):
         [], "experiment trackers"
     )
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of a run over a number of rows."""
-        rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(self.epochs * math.ceil(rows / rows_per_step))
+        return self.max_steps or math.ceil(self.epochs * math.ceil(rows / self.rows_per_step))
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class TrainingLoop:
         self.general_rows, self.alone = general_rows, False
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.processes = distributed.world_size()
-        self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        self.rows_per_step = settings.rows_per_step
         self.steps_per_epoch = math.ceil(len(self.train) / self.rows_per_step)
         max_steps = settings.count_steps(len(self.train))
         self.state = checkpoint.TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)

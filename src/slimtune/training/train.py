@@ -220,12 +220,7 @@ def _train(
         objective = recipe.objective()
         if objective.needs_mismatched_rows:
             data.train, data.validation = (
-                MismatchedRows(
-                    rows,
-                    settings.batch_size * settings.gradient_accumulation_steps,
-                    recipe.data.max_seq_len,
-                    settings.seed,
-                )
+                MismatchedRows(rows, settings.rows_per_step, recipe.data.max_seq_len, settings.seed)
                 for rows in (data.train, data.validation)
             )
         if objective.needs_reference:
