@@ -302,7 +302,7 @@ def test_progress_is_a_line_every_ten_seconds(monkeypatch, slimtune):
         return {"out": "m"}
 
     monkeypatch.setattr("slimtune.export.merge.merge", merge)
-    monkeypatch.setattr("slimtune.cli.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("slimtune.cli.common.time.monotonic", lambda: next(clock))
     done = slimtune("merge", "r", "--out", "m", "--json")
     assert done.stderr == "weights: 2 of 6 (12 s so far)\nweights: 5 of 6 (24 s so far)\n"
     assert json.loads(done.stdout) == {"out": "m"}

@@ -100,7 +100,7 @@ def test_wrong_use(recipe, calls, slimtune, args, message):
 
 def test_missing_package(recipe, calls, slimtune, monkeypatch):
     command = sys.modules["slimtune.cli.compare"]  # by attribute it is the function
-    monkeypatch.setattr(command, "PACKAGES", ("scipy", "no_such_package"))
+    monkeypatch.setattr(command, "COMPARE_PACKAGES", ("scipy", "no_such_package"))
     done = slimtune("compare", recipe)
     assert (done.exit_code, calls) == (2, [])
     assert "compare needs no_such_package, not installed here" in done.stderr

@@ -3,7 +3,7 @@
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.cli.plan import format_range
+from slimtune.cli.machines import format_range
 from slimtune.planning.gpus import all_gpus, find_gpu
 
 

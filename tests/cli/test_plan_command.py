@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hand_plan import FULL, GIB, hand_plan
 
-from slimtune.cli.plan import format_range
+from slimtune.cli.machines import format_range
 from slimtune.config import load_recipe
 from slimtune.errors import UsageError
 from slimtune.methods import method_names

@@ -79,7 +79,7 @@ def test_wrong_use(recipe, calls, slimtune, args, message):
 
 
 def test_missing_package(recipe, calls, slimtune, monkeypatch):
-    monkeypatch.setattr(sys.modules["slimtune.cli.tune"], "PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(sys.modules["slimtune.cli.compare"], "TUNE_PACKAGES", ("no_such_package",))
     done = slimtune("tune", recipe, "--over", "method.r=8,16")
     assert (done.exit_code, calls) == (2, [])
     assert "tune needs no_such_package, not installed here" in done.stderr

@@ -1,4 +1,4 @@
-"""The command line: one thin module for each command (parse, call the library, print).
+"""The command line: thin modules that parse, call the library and print.
 
 Torch and the library's folders are imported inside the commands, so that `slimtune --help` is quick.
 """
@@ -17,31 +17,24 @@ from ..peft_compat import skip_registration
 from ..utils.cpu import CPU_SETTINGS
 from ..utils.streams import TolerantStream
 from .bench import bench
-from .choose import choose
 from .common import CommandGroup
-from .compare import compare
-from .cost import cost
+from .compare import compare, tune
 from .data import data_report
 from .doctor import doctor
-from .eval import eval_run
+from .eval import eval_run, report_run
 from .examples import EXAMPLES
 from .explain import explain
-from .export import export_run
-from .generate import chat, generate
+from .export import export_run, merge_run, push_run, verify_run
+from .generate import chat, generate, predict
 from .gpus import gpus
-from .merge import merge_run
+from .machines import choose, cost
 from .methods import methods
 from .models import models
 from .options import GroupedCommand, add_trust_flag
 from .plan import plan
-from .predict import predict
-from .push import push_run
-from .report import report_run
 from .serve import serve_runs
 from .train import train_run
-from .tune import tune
 from .ui import ui
-from .verify import verify_run
 
 GROUPS = {
     "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),

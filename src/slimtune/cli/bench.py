@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ..errors import UsageError
-from .common import Json, console, print_fields
-from .plan import format_rate
-from .progress import show_progress
+from .common import Json, console, print_fields, show_progress
+from .machines import format_rate
 
 if TYPE_CHECKING:
     from ..planning.measured import Measured

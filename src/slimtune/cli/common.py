@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import textwrap
+import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,25 +19,27 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
-from ..comparison.places import PLACES
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
 from ..knowledge import find_code
 from ..utils.files import explain_os_error, to_json
 from ..utils.formatting import escape_controls
+from ..utils.progress import display_progress
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
 Device = Annotated[str | None, Option(help="Device to run on: auto, cpu, cuda, cuda:N or mps. Default: the run's.")]
-On = Annotated[str | None, Option(metavar="WHERE", help=f"Train runs at the same time: {PLACES}.")]
 ERROR, WARNING, GOOD = "bold red3", "dark_orange3", "green4"
 """Colors that can be read on white and on black; a terminal's own yellow and green cannot."""
 INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 10.0
 PACKAGE = Path(__file__).parents[1]
 # Typer has a copy of click or uses click itself, depending on its version.
 ClickError: Any = BadParameter.__mro__[2]
@@ -209,6 +212,45 @@ def error_console() -> Console:
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
     error_console().print(text, style="dim")
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[None]:
+    """Show the progress of the work inside: a bar on a terminal, a line every ten seconds in a pipe or a log file."""
+    if not sys.stderr.isatty():
+        with display_progress(LinePrinter()):
+            yield
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    screen = error_console()
+    # rich's own are yellow and light green, which cannot be read on white.
+    screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
+    with Progress(*columns, console=screen, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        shown = ""
+
+        def display(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if what != shown or not done:
+                shown = what
+                bars.reset(task, description=what, total=total)
+            bars.update(task, completed=done)
+
+        with display_progress(display):
+            yield
+
+
+class LinePrinter:
+    """Prints a line when ten seconds have passed since the last one, or since the work began."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = now
+            print_progress(f"{what}: {done} of {total} ({now - self.start:.0f} s so far)")
 
 
 def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:

@@ -1,14 +1,16 @@
-"""`slimtune eval`: whether the tuned model is better than its base, at what price, and how sure that is."""
+"""`slimtune eval`: whether the tuned model is better than its base, at what price, and how sure that is.
+
+`slimtune report` writes the page of a run again.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Option
+from typer import Argument, Option
 
-from .common import Device, Json, NegativeResult, Run, console, table
+from .common import WARNING, Device, Json, NegativeResult, Run, console, error_console, show_progress, table
 from .inputs import require_rows, require_run
-from .progress import show_progress
 
 MODELS = ("base", "tuned")
 MAX_MISTAKES = 8
@@ -70,6 +72,26 @@ def eval_run(
     if not as_json:
         _print_result(result)
     return result if result["verdict"]["passed"] else NegativeResult(result)
+
+
+def report_run(
+    run: Annotated[Path, Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    out: Annotated[Path | None, Option(help="File to write. Default: report.html in the run folder.")] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write report.html of a run from the files in its folder.
+
+    `slimtune train` and `slimtune eval` write it when they finish.
+    """
+    from ..reporting import write_report
+    from ..run_dir import RunDir
+
+    file, damage = write_report(RunDir.open(run, require_adapter=False), out)
+    for sentence in damage:
+        error_console().print(f"warning: {sentence}", style=WARNING)
+    if not as_json:
+        console().print(str(file))
+    return {"run": str(run), "report": str(file), "damage": damage}
 
 
 def _print_result(result: Mapping[str, Any]) -> None:

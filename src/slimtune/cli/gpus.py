@@ -8,10 +8,18 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, print_age, print_fields, table
-from .jobs import JOB_SETTINGS, Jobs, load_one_job, make_plans
-from .machines import format_source, list_machine_sources, list_prices, machine_rows, read_kinds
+from .jobs import JOB_SETTINGS, load_one_job, make_plans, plan_key
+from .machines import (
+    MILLION,
+    format_range,
+    format_source,
+    list_machine_sources,
+    list_prices,
+    machine_rows,
+    read_kinds,
+)
 from .options import recipe_flags
-from .plan import MILLION, describe_run, format_range
+from .plan import describe_run
 
 MOST = 5
 """GPUs side by side on a screen of 80 columns."""
@@ -171,12 +179,6 @@ def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
     yield "source", card.source
     yield "checked", format_checked(card.checked)
     yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_prices(card.name))
-
-
-def plan_key(card: Any, jobs: Jobs) -> tuple[str, bool]:
-    """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
-    (recipe,) = jobs.recipes.values()
-    return card.device, card.bf16 or recipe.model.dtype != "auto"
 
 
 def _to_dict(card: Any) -> dict[str, Any]:

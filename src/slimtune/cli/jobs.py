@@ -206,3 +206,9 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength]
             why = f"{format_verdict(report)} (slimtune data shows them)"
             print_progress(f"training will refuse {report['file']}: {why}")
     return datasets.train.example_lengths, datasets.train.content
+
+
+def plan_key(gpu: Gpu, jobs: Jobs) -> tuple[str, bool]:
+    """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
+    (recipe,) = jobs.recipes.values()
+    return gpu.device, gpu.bf16 or recipe.model.dtype != "auto"

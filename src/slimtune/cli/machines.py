@@ -1,17 +1,253 @@
-"""How machines are shown beside each other, by `slimtune gpus A B`, `choose` and `cost`."""
+"""`slimtune choose` and `cost`: which machine to buy or to rent for a run, and its price; how figures are shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.text import Text
+from typer import Option
 
 from ..errors import UsageError, format_names, nearest
-from ..utils.formatting import format_bytes
+from ..utils.formatting import format_bytes, format_count
+from .common import Json, NegativeResult, console, print_age, print_fields, table
+from .jobs import JOB, JOB_SETTINGS, load_one_job, make_plans, plan_key
+from .options import recipe_flags
 
 if TYPE_CHECKING:
     from ..planning.gpus import Gpu
     from ..planning.machines import Machine
     from ..planning.result import Range
+
+MILLION = 1_000_000
+KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
+SHOWN = 5
+KWH_PRICE = 0.17
+"""Dollars of a kWh where none is given: about what a household in the United States paid in 2025."""
+Tokens = Annotated[
+    int | None, Option(min=1, help="Tokens of the run, over all epochs. Default: the rows', else a million.")
+]
+Sources = Annotated[bool, Option("--sources", help="Also show where each figure is from, and when.")]
+
+
+@recipe_flags(*JOB_SETTINGS)
+def choose(
+    job: Annotated[str, JOB],
+    settings: dict[str, Any],
+    budget: Annotated[
+        float | None, Option(min=0, help="Dollars at most: for the machine; to rent, for the run.")
+    ] = None,
+    hours: Annotated[float | None, Option(min=0, help="Hours at most that the run may take.")] = None,
+    tokens: Tokens = None,
+    kind: Annotated[str | None, Option(metavar="KINDS", help=f"Parted by commas, of {', '.join(KINDS)}.")] = None,
+    kwh_price: Annotated[float | None, Option(min=0, help="Dollars for a kWh, to show the run's electricity.")] = None,
+    sources: Sources = False,
+    as_json: Json = False,
+) -> Any:
+    """Rank the machines that a run fits on: to buy, and to rent for the run.
+
+    The first is the cheapest that surely fits and is surely in time. Exit code 1 if there is none.
+    """
+    kinds = read_kinds(kind, KINDS)
+    # Each row goes alone through the model, so that every machine runs the same.
+    jobs = load_one_job(job, {"train.max_tokens_per_micro_batch": 1, **settings})
+    from ..planning.gpus import all_gpus, measured_gpu
+    from ..planning.machines import describe_machine, rank_machines
+    from ..planning.planner import judge_memory
+    from ..planning.throughput import estimate_speed, prices
+
+    count = tokens or jobs.tokens or MILLION
+    cards = [c for c in all_gpus() if c.trains and (c.kind in kinds or ("rent" in kinds and prices(c.name)))]
+    largest = {plan_key(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
+    plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
+    machines = []
+    for card in cards:
+        plan = plans[plan_key(card, jobs)]
+        speed = estimate_speed(plan.work, card) if plan.work is not None else plan.tokens_per_second
+        verdict = judge_memory(plan.need, card.usable)
+        machines.append(
+            describe_machine(card, plan, tokens=count, speed=speed, verdict=verdict, dollars_per_kwh=kwh_price or None)
+        )
+    here = measured_gpu()
+    mine = None
+    if here is not None:
+        plan = make_plans(jobs, here, advise=False)[0][0]
+        mine = describe_machine(here, plan, tokens=count)
+    owned = [m for m in machines if m.gpu.kind in kinds]
+    buy = rank_machines(owned, budget=budget, hours=hours)
+    rented = [m for m in machines if prices(m.gpu.name)] if "rent" in kinds else []
+    rent = rank_machines(rented, budget=budget, hours=hours, rent=True)
+    picks = {"buy": buy, "rent": rent}
+    if not as_json:
+        screen = console()
+        (recipe,) = jobs.recipes.values()
+        screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
+        if mine is not None and here is not None and here.measured is not None:
+            time = f", {format_hours_range(mine.cost.hours)}" if mine.cost is not None else ""
+            screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
+        for way, ranked in picks.items():
+            if (way == "buy" and owned) or (way == "rent" and rented):
+                screen.print(Text(f"\nto {way}: {_name_pick(ranked, way)}", style="bold"))
+                if ranked:
+                    fastest = min(ranked, key=lambda m: m.cost.hours.high if m.cost else float("inf"))
+                    screen.print(f"the fastest: {fastest.gpu.name}, {_explain(fastest, way)}")
+                    screen.print(_table(ranked[:SHOWN], way))
+        fitting = sum(m.verdict == "fits" for m in machines)
+        unpriced = sum(m.verdict == "fits" and m.price is None for m in owned)
+        without = f"; of {unpriced} no price is known" if unpriced else ""
+        screen.print(f"\n{fitting} of {len(machines)} machines have the memory{without}.")
+        screen.print("Prices of desktop and workstation cards are without a computer around them.")
+        if recipe.model.quantization is not None:
+            screen.print("Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
+        print_age(list_machine_dates([*buy[:SHOWN], *rent[:SHOWN]]))
+        if sources:
+            screen.print()
+            print_fields(list_machine_sources([*buy[:SHOWN], *rent[:SHOWN]]))
+    result = {
+        "model": jobs.model.name,
+        "tokens": count,
+        "here": mine.to_dict() if mine is not None else None,
+        "need_bytes": {card.name: plans[key].need._asdict() for key, card in largest.items()},
+        **{way: [{**m.to_dict(), "reason": _explain(m, way)} for m in ranked] for way, ranked in picks.items()},
+    }
+    return result if any(picks.values()) else NegativeResult(result)
+
+
+def _name_pick(ranked: list[Machine], way: str) -> str:
+    """Return the best and the runner-up, and why."""
+    if not ranked:
+        return "none has the memory within the limits; --quantization nf4 and --gradient-checkpointing need less"
+    text = f"{ranked[0].gpu.name} is the cheapest that fits: {_explain(ranked[0], way)}"
+    return text + (f"; then {ranked[1].gpu.name}" if len(ranked) > 1 else "")
+
+
+def _explain(machine: Machine, way: str) -> str:
+    amount = machine.price if way == "buy" else machine.cost.rent if machine.cost else None
+    time = format_hours_range(machine.cost.hours if machine.cost else None)
+    return f"{format_dollars(amount)}, the run in {time}"
+
+
+def _table(ranked: list[Machine], way: str) -> Any:
+    rows = []
+    for m in ranked:
+        cost = m.cost
+        money = format_dollars(m.price) if way == "buy" else format_dollars(cost.rent if cost else None)
+        kwh = format_short(cost.kwh if cost else None, "{:.2g}".format)
+        power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
+        writes = format_short(m.serving.decode if m.serving else None, format_rate)
+        time = format_hours_range(cost.hours if cost else None)
+        rows.append((m.gpu.name, f"{m.gpu.memory / 2**30:.0f}", money, time, power, writes))
+    headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
+    return table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
+
+
+@recipe_flags(*JOB_SETTINGS)
+def cost(
+    job: Annotated[str, JOB],
+    settings: dict[str, Any],
+    gpu: Annotated[str, Option(help="The GPU or machine to buy or to rent.", show_default=False)],
+    tokens: Tokens = None,
+    runs: Annotated[int, Option(min=1, help="Runs in a month.")] = 10,
+    price: Annotated[float | None, Option(min=0, help="Dollars to buy the machine. Default: a known price.")] = None,
+    rent: Annotated[float | None, Option(min=0, help="Dollars an hour to rent it. Default: known prices.")] = None,
+    kwh_price: Annotated[float, Option(min=0, help="Dollars for a kWh.")] = KWH_PRICE,
+    sources: Sources = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
+    from ..planning.gpus import find_gpu, format_checked, require_trains
+    from ..planning.machines import WHOLE_MACHINES, api_prices, describe_machine, runs_to_break_even
+    from ..planning.result import Range
+    from ..planning.throughput import prices
+
+    card = find_gpu(gpu)
+    require_trains(card)
+    jobs = load_one_job(job, settings)
+    plan = make_plans(jobs, card, advise=False)[0][0]
+    count = tokens or jobs.tokens or MILLION
+    machine = describe_machine(card, plan, tokens=count, dollars_per_kwh=kwh_price or None)
+    if machine.cost is None:
+        why = plan.reason if plan.verdict == "does not fit" else "its speed is not known"
+        raise UsageError(f"the run has no cost on {card.name}: {why}", "a run that fits", f"slimtune choose {job}")
+    hours, power = machine.cost.hours, machine.cost.power
+    dollars = Range(price, price) if price else machine.price
+    hourly = [(f"{rent} $/h", rent)] if rent else [(p.provider, p.dollars_per_hour) for p in prices(card.name)]
+    rents = [(f"rent, {name}", Range(hours.low * rate, hours.high * rate)) for name, rate in hourly]
+    billions = plan.total_params / 1e9
+    services = [
+        (p, p.dollars_per_million * count / MILLION)
+        for p in api_prices()
+        if p.max_billions is None or billions <= p.max_billions
+    ]
+    cheapest = min((amount for _, amount in rents), key=lambda amount: amount.high, default=None)
+    even = runs_to_break_even(dollars, cheapest, power) if dollars and cheapest else None
+    if not as_json:
+        screen = console()
+        where = f"{jobs.model.name} with {plan.method} on {card.name}, {format_count(count)} tokens"
+        screen.print(f"{where}: {format_hours_range(hours)}\n")
+
+        def row(label: str, run: Range | None, before: str) -> tuple[str, str, str, str]:
+            month = Range(run.low * runs, run.high * runs) if run else None
+            return label, before, format_dollars(run), format_dollars(month)
+
+        rows = [row(f"buy, electricity at {kwh_price} $/kWh", power, format_dollars(dollars))]
+        rows += [row(label, amount, "0 $") for label, amount in rents]
+        rows += [row(p.service, Range(amount, amount), "0 $") for p, amount in services]
+        screen.print(table("", "at first", "a run", f"{runs} runs", left=[0], rows=rows))
+        if even is not None:
+            months = Range(even.low / runs, even.high / runs)
+            screen.print(
+                f"\nbuying is cheaper than the cheapest rent after {format_short(even, _format_number)} runs, "
+                f"{format_short(months, _format_number)} months"
+            )
+        elif dollars and cheapest:
+            screen.print("\nbuying is never cheaper than the cheapest rent: electricity alone costs more")
+        else:
+            flag = "--price" if dollars is None else "--rent"
+            screen.print(f"\nno break-even: {flag} is not given, and no such price is known")
+        if card.kind not in WHOLE_MACHINES:
+            screen.print("the price is of the card alone, without a computer around it")
+        print_age([*list_machine_dates([machine]), *(p.date for p, _ in services)])
+        if sources:
+            screen.print()
+            print_fields(list_machine_sources([machine]))
+            print_fields(
+                (p.service, f"{p.dollars_per_million} $ a million tokens, {format_checked(p.date)}: {p.source}")
+                for p, _ in services
+            )
+    return {
+        "model": jobs.model.name,
+        "tokens": count,
+        "machine": machine.to_dict(),
+        "buy": {"dollars": dollars._asdict() if dollars else None, "run": power._asdict() if power else None},
+        "rent": [{"name": label, "run": amount._asdict()} for label, amount in rents],
+        "services": [{**p._asdict(), "run": amount} for p, amount in services],
+        "runs_to_break_even": even._asdict() if even else None,
+        "runs_in_a_month": runs,
+    }
+
+
+def _format_number(number: float) -> str:
+    """Return a number of runs or months in two digits: `1.6`, `16000`."""
+    return "never" if number == float("inf") else f"{number:.2g}" if number < 10 else f"{float(f'{number:.2g}'):.0f}"
+
+
+# --- figures, and where they are from ---------------------------------------------------------------------------------
+
+
+def format_range(low: float, high: float, format_number: Callable[[float], str] = format_bytes) -> str:
+    """Return a range as `17.9 to 18.6 GiB`."""
+    first, last = format_number(low), format_number(high)
+    if first == last:
+        return last
+    (number, _, unit), (last_number, _, last_unit) = first.rpartition(" "), last.rpartition(" ")
+    same_unit = unit == last_unit and all(n.replace(".", "").isdigit() for n in (number, last_number))
+    return f"{number if same_unit else first} to {last}"
+
+
+def format_rate(rate: float) -> str:
+    """Return tokens a second, in three digits at most: `4.2`, `47`, `3270`."""
+    return f"{rate:.2g}" if rate < 10 else f"{float(f'{rate:.3g}'):.0f}"
 
 
 def format_short(values: Range | None, format_number: Callable[[float], str]) -> str:
@@ -39,8 +275,6 @@ def format_dollars(values: Range | None) -> str:
 
 def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple[str, ...]]:
     """Yield a label and a value for each machine; `run` names what is trained, None: nothing."""
-    from .plan import format_rate
-
     def row(label: str, value: Callable[[Machine], str]) -> tuple[str, ...]:
         return (label, *map(value, machines))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, print_fields, table
 from .jobs import JOB, JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
-from .machines import format_source, list_prices
+from .machines import MILLION, format_range, format_rate, format_source, list_prices
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..planning.serving import ServingPlan
     from ..planning.throughput import Cost
 
-MILLION = 1_000_000
 VERDICTS = {
     "fits": "{} fits on {}",
     "tight": "{} is tight on {}, it may run out of memory",
@@ -145,21 +144,6 @@ def plan(
 def describe_run(plan: Plan) -> str:
     """Return what is planned: `llama-3.1-8b with lora`."""
     return f"{plan.model} with {plan.method}"
-
-
-def format_range(low: float, high: float, format_number: Callable[[float], str] = format_bytes) -> str:
-    """Return a range as `17.9 to 18.6 GiB`."""
-    first, last = format_number(low), format_number(high)
-    if first == last:
-        return last
-    (number, _, unit), (last_number, _, last_unit) = first.rpartition(" "), last.rpartition(" ")
-    same_unit = unit == last_unit and all(n.replace(".", "").isdigit() for n in (number, last_number))
-    return f"{number if same_unit else first} to {last}"
-
-
-def format_rate(rate: float) -> str:
-    """Return tokens a second, in three digits at most: `4.2`, `47`, `3270`."""
-    return f"{rate:.2g}" if rate < 10 else f"{float(f'{rate:.3g}'):.0f}"
 
 
 def _require_writable(path: Path, jobs: Jobs) -> None:

@@ -9,10 +9,9 @@ from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
-from .common import WARNING, Device, Json, console, error_console, print_progress
+from .common import WARNING, Device, Json, console, error_console, print_progress, show_progress
 from .inputs import require_packages, require_run
-from .progress import show_progress
-from .verify import print_verdicts
+from .export import print_verdicts
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 
