@@ -30,8 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import RunError, format_names
-from ..run_dir import read_json, to_json
-from ..utils.files import atomic_folder
+from ..utils.files import atomic_folder, read_json, to_json
 
 CHECKSUMS_FILE = "checksums.json"
 METHOD_FILE = "method.safetensors"

@@ -38,7 +38,7 @@ from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import write_report
-from ..run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, is_temporary
+from ..run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, RunLock, is_temporary
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
@@ -51,8 +51,7 @@ from .memory_probe import compare_with_plan, planned_bytes_range
 from .nonfinite import find_nonfinite_weights
 from .oom_recovery import EVENT
 from .progress import ProgressLogger, require_trackers, start_trackers
-from .reference import add_reference
-from .run_lock import RunLock
+from .scoring import add_reference
 
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
