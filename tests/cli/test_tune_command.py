@@ -67,7 +67,6 @@ def test_json_and_default_trials(recipe, calls, slimtune_json):
         (["--over", "train.epocs=1..3"], "train.epocs: no such field; did you mean 'epochs'?"),
         (["--over", "method.rnak=8,16"], "method.rnak: no such field; did you mean 'rank'?"),
         (["--over", "train.batch_size=0,8"], "train.batch_size: got 0; expected: an integer, at least 1"),
-        (["--over", "method.r=8"], "--over method.r has one value, 8"),
         (["--over", "method.r=8,16", "--set", "train.epocs=1"], "did you mean 'epochs'?"),
         (["--over", "method.r=8,16", "--plot", "p.gif"], "has the suffix '.gif'"),
     ],

@@ -80,17 +80,17 @@ def add_reference(run: RunDir, data: Datasets, model: Any, collator: Collator, l
     """
     parts = {"train": data.train, "validation": data.validation}
     digests = {name: rows.digest() for name, rows in parts.items()}
-    values = _load(run, digests)
+    values = _load_reference(run, digests)
     if values is None:
         logger.say("computing the reference log-probabilities of all rows, once")
         with model.disable_adapter() if disable else nullcontext():
-            values = {name: _compute(rows, model, collator, logger) for name, rows in parts.items()}
+            values = {name: _compute_reference(rows, model, collator, logger) for name, rows in parts.items()}
         if distributed.is_main_process():
             write_atomic(run.reference_file, save(values, metadata=digests))
     data.train, data.validation = (rows.with_columns(reference=values[name]) for name, rows in parts.items())
 
 
-def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any) -> np.ndarray:
+def _compute_reference(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any) -> np.ndarray:
     device = next(p.device for p in model.parameters() if p.requires_grad)
     recovery = OomRecovery(collator, device, logger)
     where = "reference log-probabilities"
@@ -101,7 +101,7 @@ def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any
     return values
 
 
-def _load(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:
+def _load_reference(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:
     """Return the values of the run folder; None if there are none. Raise RunError if they are those of other rows."""
     if not run.reference_file.is_file():
         return None

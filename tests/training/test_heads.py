@@ -1,4 +1,4 @@
-"""Runs of `task: classification`: training, HF PEFT's loading, evaluation, and rows that cannot be learned."""
+"""Runs of `task: classification` and `task: reward`: training, HF PEFT's loading, evaluation, and refused rows."""
 
 import peft
 import pytest
@@ -21,13 +21,13 @@ ROWS = [{"text": f"{WORDS[c]} {i}", "label": c} for i in range(8) for c in WORDS
 TOPICS = [{"text": f"{WORDS[c]} {i}", "label": [c, "wet"] if c == "sea" else []} for i in range(8) for c in WORDS]
 
 
-def make_recipe(folder, base, rows=ROWS, task="classification", **data):
+def make_recipe(folder, base, rows=ROWS, task="classification", steps=2, **data):
     return Recipe.from_dict({
         "model": {"name": str(base), "device": "cpu", "dtype": "float32"},
         "data": {"train": str(write_jsonl(folder / "rows.jsonl", rows)), "test_fraction": 0.25,
                  "validation_fraction": 0.125, **data},
         "task": task, "method": {"name": "lora", "rank": 2},
-        "train": {"max_steps": 2, "learning_rate": 1e-2}, "output_dir": str(folder / "run"),
+        "train": {"max_steps": steps, "learning_rate": 1e-2}, "output_dir": str(folder / "run"),
     })  # fmt: skip
 
 
@@ -99,3 +99,33 @@ def test_classifier_is_merged_and_writes_no_answers(tmp_path, tiny_folder):
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert (logits_of(merged, tokenizer) - logits_of(load_run(run).model, tokenizer)).abs().max() < 1e-5
     assert merged.config.id2label == {0: "city", 1: "sea", 2: "wood"}
+
+
+SAID = {"role": "assistant"}
+PAIRS = [
+    {"prompt": [{"role": "user", "content": f"How is day {i}?"}], "chosen": [{**SAID, "content": f"sunny {i}"}],
+     "rejected": [{**SAID, "content": f"rainy {i}"}]}
+    for i in range(24)
+]  # fmt: skip
+
+
+def test_reward_model_loads_in_peft_and_is_evaluated(tmp_path, tiny_folder):
+    train(make_recipe(tmp_path, tiny_folder, PAIRS, "reward", 6, test_fraction=0.5, validation_fraction=0.1))
+    result = evaluate(tmp_path / "run", EvalSettings(bootstrap=50))
+    assert result["accuracy"] == 1.0
+    assert 0 < result["margin_ci95"][0] <= result["margin"]
+    assert result["verdict"]["passed"]
+    assert "Margin" in (tmp_path / "run" / "report.html").read_text()
+
+    adapter = tmp_path / "run" / "adapter"
+    config, tokenizer = tf.AutoConfig.from_pretrained(adapter), tf.AutoTokenizer.from_pretrained(adapter)
+    base = tf.AutoModelForSequenceClassification.from_pretrained(tiny_folder, config=config)
+    theirs, ours = peft.PeftModel.from_pretrained(base, adapter).eval(), load_run(tmp_path / "run").model
+    ids = tokenizer.apply_chat_template([*PAIRS[0]["prompt"], *PAIRS[0]["chosen"]], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids).logits).abs().max() < 1e-6
+    assert theirs.config.num_labels == 1
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (merged(ids).logits - ours(ids).logits).abs().max() < 1e-5
