@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from . import __version__
 from .adapters.model import get_peft_model
 from .attention.register import packed_attention
+from .data.collator import Collator, Example
 from .errors import ModelError, install_command
 from .export.engines import LlamaCppEngine, is_llama_cpp_installed
 from .export.gguf import import_gguf
@@ -35,7 +36,7 @@ from .planning.memory_trace import trace_memory
 from .planning.request import TrainingJob
 from .planning.result import Range
 from .planning.this_machine import detect_gpu
-from .train_step.loss import forward_backward, make_collator
+from .train_step.loss import forward_backward, make_collator, move_to_device
 from .train_step.optimizer import build_optimizer
 from .utils.progress import track_progress
 
@@ -184,12 +185,16 @@ def measure_training(
         config = make_config(width, layers, VOCABULARY)
         method = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device)
-        step = TrainingStep(get_peft_model(base, method), clock.device)
+        model: Any = get_peft_model(base, method)
+        model.train()
+        optimizer, collator = build_optimizer(model), make_collator(model, 0)
         for lengths in ROWS[kind]:
             trace = trace_memory(TrainingJob(config, method, dtype, lengths, device=kind))
             moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
             features.append(step_features(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth))
-            works.append(step.prepare(lengths))
+            ids = [torch.randint(1, VOCABULARY, (n,)).tolist() for n in lengths]
+            rows = [{"input_ids": row, "labels": row} for row in ids]
+            works.append(partial(take_step, model, optimizer, collator, rows))
             steps.append({"width": width, "layers": layers, "rows": list(lengths)})
     seconds = clock.medians(works)
     factors = fit_nonnegative(features, seconds)
@@ -202,30 +207,14 @@ def measure_training(
     return TrainingFit(arithmetic, traffic, attention, overhead, widen_spread(speeds)), steps
 
 
-class TrainingStep:
-    """The optimizer's steps of one model."""
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.model.train()
-        self.optimizer = build_optimizer(model)
-        self.collator = make_collator(model, 0)
-
-    def prepare(self, lengths: Sequence[int]) -> Callable[[], None]:
-        """Return a function that takes one step on random rows of these lengths."""
-        ids = [torch.randint(1, VOCABULARY, (n,)).tolist() for n in lengths]
-        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
-
-        def step() -> None:
-            batch = self.collator(rows)
-            batch = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            with packed_attention(self.model):
-                forward_backward(self.model, [batch])
-            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0).item()
-            self.optimizer.step()
-            self.model.zero_grad()
-
-        return step
+def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
+    """Take one optimizer step on rows."""
+    batch = move_to_device(collator(rows), model.device)
+    with packed_attention(model):
+        forward_backward(model, [batch])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    model.zero_grad()
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
