@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,43 @@ def recipe_of(settings: dict[str, Any], **train: Any) -> Recipe:
     return Recipe.from_dict({**settings, "train": {**settings["train"], **train}})
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] | None = None) -> None:
-    """Let Ctrl-C, or an error, come as a run begins the step after `step` steps."""
+def do_at(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[], Any]) -> None:
+    """Change something as a run begins the step after `step` steps."""
     train_step = TrainingLoop.train_step
 
-    def interrupted(loop: TrainingLoop, rows: Any) -> Any:
+    def changed(loop: TrainingLoop, rows: Any) -> Any:
         if loop.state.step == step:
-            if error is not None:
-                raise error
-            os.kill(os.getpid(), signal.SIGINT)
+            change()
         return train_step(loop, rows)
 
-    monkeypatch.setattr(TrainingLoop, "train_step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "train_step", changed)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] = Interrupted) -> None:
+    """Let Ctrl-C, or another error, come as a run begins the step after `step` steps."""
+
+    def stop() -> None:
+        if error is not Interrupted:
+            raise error
+        os.kill(os.getpid(), signal.SIGINT)
+
+    do_at(monkeypatch, step, stop)
+
+
+def train_until(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] = Interrupted, **how: Any
+) -> Path:
+    """Train a recipe until Ctrl-C, or another error, comes after `step` steps; return its folder."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, error)
+        with pytest.raises(error):
+            train(recipe, **how)
+    return Path(recipe.output_dir)
 
 
 def train_in_two_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> dict[str, Any]:
     """Train a recipe until Ctrl-C comes after `step` steps, then resume it to its end; return its result."""
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        with pytest.raises(Interrupted):
-            train(recipe)
+    train_until(recipe, monkeypatch, step)
     return train(recipe, resume=True)
 
 

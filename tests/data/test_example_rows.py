@@ -1,5 +1,5 @@
-"""The examples' rows. Of the Devil's Dictionary: counts, clean text, one split per headword, and its script on a piece of
-the source. Of WordNet and that dictionary: the pairs that `examples/preferences.py` makes."""
+"""The examples' rows: those of the Devil's Dictionary (counts, clean text, one split per headword) and its script on a
+piece of the source; the pairs that `examples/preferences.py` makes of that dictionary and WordNet."""
 
 import gzip
 import json

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import adapter, distance, interrupt_at, recipe_of
+from tiny_run import adapter, distance, recipe_of, train_until
 from transformers import AutoModelForCausalLM
 
 from slimtune import get_peft_model
@@ -40,10 +40,7 @@ def test_one_step_equals_adamw_on_the_base(full):
 def test_bf16_run_keeps_fp32_masters_and_resumes_bit_for_bit(full, tmp_path, monkeypatch):
     full["model"]["dtype"] = "bfloat16"
     whole = train(recipe_of({**full, "output_dir": str(tmp_path / "whole")}))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2, RuntimeError)
-        with pytest.raises(RuntimeError):
-            train(recipe_of(full, save_steps=2))
+    train_until(recipe_of(full, save_steps=2), monkeypatch, 2, RuntimeError)
     resumed = train(recipe_of(full, save_steps=2), resume=True)
     assert {t.dtype for t in adapter(whole["run"]).values()} == {torch.float32}
     assert distance(whole["run"], resumed["run"]) == 0

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import adapter, distance, interrupt_at, metrics, recipe_of
+from tiny_run import adapter, distance, metrics, recipe_of, train_until
 
 from slimtune.errors import SlimtuneError
 from slimtune.training import checkpoint
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 
 @pytest.fixture
@@ -28,11 +28,7 @@ def test_run_reaches_the_target_rank_and_resumes_bit_for_bit(adalora, tmp_path, 
     assert [len(t) for k, t in sorted(adapter(whole).items()) if k.endswith("lora_A")] == [
         rank for _, rank in sorted(ranks.items())
     ]
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(recipe_of(adalora))
-    folder = Path(adalora["output_dir"])
+    folder = train_until(recipe_of(adalora), monkeypatch, 2)
     (newest,) = checkpoint.list_checkpoints(folder / "checkpoints")
     state = load_file(newest / checkpoint.METHOD_FILE)
     assert any(k.endswith(":left") and not t.all() for k, t in state.items())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, train_until
 from transformers.models.llama import modeling_llama as llama
 
 import slimtune.train_step.loss as loss_module
@@ -224,10 +224,7 @@ def limit_micro_batches(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[in
 def test_smaller_size_is_kept_when_resumed(packing, plain, undisturbed, tmp_path, monkeypatch):
     settings = {**plain, "train": {**plain["train"], "packing": packing, "max_tokens_per_micro_batch": 1000}}
     ran = limit_micro_batches(monkeypatch, 100)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe_of({**settings, "output_dir": str(tmp_path / "run")}))
+    train_until(recipe_of({**settings, "output_dir": str(tmp_path / "run")}), monkeypatch, 2, KeyboardInterrupt)
     assert max(ran) <= 100
     events = (tmp_path / "run" / "train.log").read_text().count("memory ran out")
     assert events >= 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import distance, interrupt_at, metrics, recipe_of, write_rows
+from tiny_run import distance, metrics, recipe_of, train_until, write_rows
 
 from slimtune.config import load_recipe
 from slimtune.data.collator import Collator
@@ -15,7 +15,7 @@ from slimtune.errors import RunError, UsageError
 from slimtune.setup import load_datasets, load_run
 from slimtune.train_step.loss import mean_loss, score_supervised_rows
 from slimtune.training import checkpoint
-from slimtune.training.train import Interrupted, train
+from slimtune.training.train import train
 
 
 def test_files_and_result(whole_run):
@@ -96,11 +96,7 @@ def test_setting_changes_no_step(settings, tmp_path, monkeypatch, changes):
 
 
 def test_interrupted_run_resumes_bit_for_bit(settings, whole_run, monkeypatch, capfd):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted):
-            train(recipe_of(settings))
-    folder = Path(settings["output_dir"])
+    folder = train_until(recipe_of(settings), monkeypatch, 2)
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-3"]
     message = capfd.readouterr().err.replace("\n", "")
     assert f"stopped at step 3; go on with: slimtune train {folder / 'recipe.yaml'} --resume" in message
@@ -146,10 +142,8 @@ def test_init_adapter_brings_its_settings_and_resumes(settings, whole_run, tmp_p
     whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}), init_adapter=Path(whole_run["run"]))
     assert whole["validation_loss"] < whole_run["validation_loss"]
     assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 0, KeyboardInterrupt)  # before the first checkpoint
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe_of(settings), init_adapter=Path(whole_run["run"]))
+    # before the first checkpoint
+    train_until(recipe_of(settings), monkeypatch, 0, KeyboardInterrupt, init_adapter=Path(whole_run["run"]))
     train(load_recipe(tmp_path / "run" / "recipe.yaml"), resume=True)
     assert distance(tmp_path / "run", whole["run"]) == 0
 

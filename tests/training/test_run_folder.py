@@ -9,33 +9,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from tiny_run import distance, interrupt_at, metrics, recipe_of
+from tiny_run import distance, do_at, metrics, recipe_of, train_until
 
 from slimtune.errors import RunError, UsageError
 from slimtune.training import checkpoint
-from slimtune.training.loop import TrainingLoop
-from slimtune.training.train import Interrupted, Terminated, train
-
-
-def stop_at(settings, monkeypatch, step=3):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        with pytest.raises(Interrupted):
-            train(recipe_of(settings))
-    return Path(settings["output_dir"])
-
-
-def do_at(monkeypatch, step, change):
-    """Change something as a run begins the step after `step` steps."""
-    train_step = TrainingLoop.train_step
-
-    def changed(loop, rows):
-        if loop.state.step == step:
-            change()
-        return train_step(loop, rows)
-
-    monkeypatch.setattr(TrainingLoop, "train_step", changed)
-
+from slimtune.training.train import Terminated, train
 
 # --- one writer -------------------------------------------------------------------------------------------------------
 
@@ -66,7 +44,7 @@ def hold(path, locked, end):
 
 
 def test_lock_ends_with_its_process(settings, monkeypatch):
-    folder = stop_at(settings, monkeypatch)
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
     context = multiprocessing.get_context("fork")
     locked, end = context.Event(), context.Event()
     process = context.Process(target=hold, args=(folder / ".lock", locked, end))
@@ -118,7 +96,7 @@ LINES = {
 
 @pytest.mark.parametrize("name", LINES)
 def test_damaged_metrics_do_not_stop_a_resume(settings, whole_run, monkeypatch, capfd, name):
-    folder = stop_at(settings, monkeypatch)
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
     content = LINES[name]
     (folder / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     train(recipe_of(settings), resume=True)
@@ -154,7 +132,7 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_strange_file_does_not_stop_a_resume(settings, whole_run, monkeypatch, capfd, name):
-    folder = stop_at(settings, monkeypatch)
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
     change, words = BEFORE[name]
     change(folder)
     train(recipe_of(settings), resume=True)

@@ -275,6 +275,7 @@ def format_dollars(values: Range | None) -> str:
 
 def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple[str, ...]]:
     """Yield a label and a value for each machine; `run` names what is trained, None: nothing."""
+
     def row(label: str, value: Callable[[Machine], str]) -> tuple[str, ...]:
         return (label, *map(value, machines))
 

@@ -10,8 +10,8 @@ from typer import Argument, Option
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
 from .common import WARNING, Device, Json, console, error_console, print_progress, show_progress
-from .inputs import require_packages, require_run
 from .export import print_verdicts
+from .inputs import require_packages, require_run
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 
