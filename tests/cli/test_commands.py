@@ -368,9 +368,7 @@ def generator(monkeypatch) -> list:
             calls.append((max_new_tokens, temperature, seed))
             yield from ["tuned" if tuned else "base", f" got {' / '.join(m['content'] for m in messages)}"]
 
-    fake = types.ModuleType("slimtune.evaluation.generate")
-    fake.Generator = Generator
-    monkeypatch.setitem(sys.modules, "slimtune.evaluation.generate", fake)
+    monkeypatch.setattr("slimtune.evaluation.generate.Generator", Generator)
     return calls
 
 
