@@ -26,6 +26,8 @@ BASES = {
 }
 ROWS = [((120, 80), True, 2), ((90, 60), False, 1), ((90, 90), False, 2), ((70, 50, 30), True, 3), ((130,), True, 1)]
 """Lengths, packing, micro-batches."""
+PAIRS = ((60, 40, 30), (20, 35, 50), (0, 12, 9))
+LISTS = ((70, 20, 25, 15, 30), (40, 10, 22, 18))
 CHOICES = dict(zip(sorted(CASES), itertools.cycle(itertools.product(BASES, ROWS)), strict=False))
 
 
@@ -54,6 +56,13 @@ def test_every_method(method, assert_exact):
     """oneDNN's LSTM allocates a workspace that a fake one does not."""
     base, rows = CHOICES[method]
     assert_exact(make_job(base, method, rows), 0.05 if method == "p_tuning+lstm" else 0.003)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [PAIRS, LISTS], ids=["pairs", "lists"])
+@pytest.mark.parametrize(("base", "packing"), [("llama", True), ("llama", False), ("gpt2", True)])
+def test_answers_that_share_their_prompt(lengths, base, packing, assert_exact):
+    assert_exact(make_job(base, "lora", (lengths, packing, 1)), 0.005)
 
 
 @pytest.mark.slow

@@ -1,17 +1,19 @@
 """Whole plans: verdicts, largest sizes, files, advice, and wrong requests."""
 
+import json
 from dataclasses import replace
 
 import models_zoo as zoo
 import pytest
 import torch
 from methods.cases import CASES
+from tiny_run import recipe_of
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters import state_dict
 from slimtune.config import Recipe
 from slimtune.data.collator import Collator
-from slimtune.data.example_lengths import RowContent
+from slimtune.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
 from slimtune.errors import UsageError
 from slimtune.models.base_config import ModelInfo, get_model_info
 from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
@@ -19,6 +21,8 @@ from slimtune.planning.memory_trace import make_examples, shard_base
 from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
 from slimtune.planning.request import PlanRequest, build_request
 from slimtune.planning.result import PARTS
+from slimtune.planning.this_machine import detect_gpu
+from slimtune.training.train import train
 
 TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")
@@ -155,6 +159,56 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
 def test_auto_dtype_follows_the_gpu(gpu, dtype):
     assert str(PlanRequest(TINY, find_gpu(gpu), lora()).job().dtype) == f"torch.{dtype}"
+
+
+# --- pairs and ranked lists: a prompt counts once, and every answer does, as in the step that trains -----------------
+
+
+def test_lengths_of_examples():
+    prompt = list(range(10))
+    assert measure_example([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
+    assert measure_example([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (9, 3, 2, 3)
+    assert measure_example([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (0, 5, 6)  # too little to be shared
+    assert unshare_prefix((10, 2, 1)) == (0, 12, 11)
+    assert [resize_rows(length, lambda n: min(n, 8)) for length in (12, (10, 2, 1))] == [8, (7, 1, 1)]
+
+
+def test_request_counts_every_answer_of_a_list(tiny_folder, tmp_path):
+    recipe = recipe_of(
+        {"model": str(tiny_folder), "data": "rows.jsonl", "task": "dpo", "train": {"batch_size": 2}, "output_dir": "x"}
+    )
+    lists = [(9, 5, 4, 3), (20, 1, 1), (9, 5, 5, 5, 5)]
+    assert build_request(recipe, ROOMY, lists).job().lengths == ((9, 5, 5, 5, 5), (20, 1, 1))
+    apart = recipe_of(recipe.model_dump(), share_prefix=False)
+    assert build_request(apart, ROOMY, lists).job().lengths == ((0, 14, 14, 14, 14), (0, 21, 21))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["all", "best-worst"])
+def test_run_takes_the_tokens_that_are_planned(pairs, tiny_folder, tmp_path):
+    rows = [
+        {
+            "prompt": f"say the word number {i}: " * (1 + i % 3),
+            "responses": [f"{word} {i} " * n for word, n in (("abc", 3), ("pqr", 5), ("uvw", 2), ("xyz", 4))],
+            "scores": [4, 3, 2, 1],
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        {
+            "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu"},
+            "data": {"train": str(tmp_path / "lists.jsonl"), "validation_fraction": 0.25},
+            "task": {"name": "dpo", "pairs": pairs},
+            "method": {"name": "lora", "r": 4},
+            "train": {"max_steps": 1, "batch_size": 4, "max_tokens_per_micro_batch": 1},  # an example at a time
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    train(recipe, planner=lambda *job: make_plan(build_request(job[0], detect_gpu("cpu"), job[1])).to_dict())
+    record = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert record["plan"]["batch"] == (4 if pairs == "all" else 2)
+    assert record["plan"]["max_tokens_per_micro_batch"] == record["probe"]["tokens"]
 
 
 # --- a base that is sharded over processes: each has its share of the weights, whole adapters, and what is gathered ---

@@ -150,6 +150,7 @@ def test_two_writers_of_one_folder(tmp_path):
     assert (tmp_path / "a/file").exists()
     with pytest.raises(RunError, match="another process wrote files there"), atomic_folder(tmp_path / "c"):
         shutil.copytree(tmp_path / "a", tmp_path / "c")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "a.b", "c", "file", "file"]
     shutil.copytree(tmp_path / "a", tmp_path / ".d.abcdefgh")
     with atomic_folder(tmp_path / "d"):
         pass  # what a killed process left does not count
