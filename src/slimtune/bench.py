@@ -37,6 +37,7 @@ from .planning.request import TrainingJob
 from .planning.result import Range
 from .planning.this_machine import detect_gpu
 from .train_step.loss import forward_backward, make_collator, move_to_device
+from .train_step.memory_savings import apply_memory_savings
 from .train_step.optimizer import build_optimizer
 from .utils.progress import track_progress
 
@@ -186,7 +187,7 @@ def measure_training(
         method = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device)
         model: Any = get_peft_model(base, method)
-        model.train()
+        apply_memory_savings(model.train())
         optimizer, collator = build_optimizer(model), make_collator(model, 0)
         for lengths in ROWS[kind]:
             trace = trace_memory(TrainingJob(config, method, dtype, lengths, device=kind))
