@@ -3,17 +3,18 @@
     slimtune train examples/devils-dictionary.yaml --max-steps 48 --lr 3e-3 --set train.eval_steps=6 --out RUN
     python benchmarks/forgetting.py RUN
 
-Forgetting is the rise of the loss on about 2,000 tokens of the built-in general text, as train.forgetting_budget
-measures it. With that setting `train` prints it for each checkpoint, too.
+Forgetting is the rise of the loss on the kind of the built-in general text where it rises most, as
+train.forgetting_budget measures it. With that setting `train` prints it for each checkpoint, too.
 """
 
 import argparse
+from typing import Any
 
 from slimtune.adapters.strength import AdapterStrength
 from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.setup import build_collator, load_datasets, load_run
 from slimtune.train_step.loss import mean_loss, score_supervised_rows
-from slimtune.training.forgetting import choose_general_rows
+from slimtune.training.forgetting import choose_general_rows, worst_change
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
 
@@ -25,14 +26,20 @@ def main() -> None:
     validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
     general = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, trained.base.tokenizer, 8192)
     collator = build_collator(trained.recipe, trained.model, trained.base.tokenizer, 512)
-    strength, base = AdapterStrength(trained.model, "default"), None
+    strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()
+
+    def measure(rows: Any) -> float:
+        return mean_loss(score_supervised_rows(trained.model, rows, collator))
+
     for s in STRENGTHS:
         strength.set(s)
-        after, loss = (
-            mean_loss(score_supervised_rows(trained.model, rows, collator)) for rows in (general, validation)
+        after = {
+            kind: measure([row for row in general if row["kind"] == kind]) for kind in {r["kind"] for r in general}
+        }
+        base, loss = base or after, measure(validation)
+        print(
+            f"strength {s:5.3f}   forgetting {worst_change(after, base):+.4f}   validation loss {loss:.4f}", flush=True
         )
-        base = after if base is None else base
-        print(f"strength {s:5.3f}   forgetting {after - base:+.4f}   validation loss {loss:.4f}", flush=True)
 
 
 if __name__ == "__main__":

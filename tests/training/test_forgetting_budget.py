@@ -1,6 +1,8 @@
 """The forgetting budget: the kept adapter is inside it, as it was trained or with a reduced strength."""
 
+import json
 import string
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -14,8 +16,9 @@ from slimtune.adapters.model import PeftModel
 from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.errors import RecipeError, UsageError
 from slimtune.export.merge import merge
+from slimtune.train_step.loss import count_targets
 from slimtune.training import loop
-from slimtune.training.forgetting import GENERAL_TOKENS, choose_general_rows
+from slimtune.training.forgetting import TOKENS_OF_A_KIND, choose_general_rows
 from slimtune.training.train import train
 
 
@@ -153,5 +156,25 @@ def test_method_without_a_strength_is_refused(budgeted):
 
 def test_built_in_rows_are_few_and_of_every_kind(tiny_tokenizer):
     rows = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, tiny_tokenizer(), 2048)
-    assert sum(len(row["input_ids"]) for row in rows) == pytest.approx(GENERAL_TOKENS, rel=0.2)
-    assert {row["kind"] for row in rows} == {"prose", "instructions", "python", "javascript", "languages"}
+    tokens = Counter()
+    for row in rows:
+        tokens[row["kind"]] += count_targets(row)
+    assert set(tokens) == {"prose", "instructions", "python", "javascript", "languages"}
+    assert all(n == pytest.approx(TOKENS_OF_A_KIND, rel=0.5) for n in tokens.values())
+
+
+def test_the_kind_of_text_that_is_forgotten_most_counts(budgeted, tmp_path, sure_base):
+    """What the run learns of one kind does not make up for what it forgets of another."""
+    sure, mixed = sure_base / "general.txt", tmp_path / "mixed.jsonl"
+    rows = Path(budgeted["data"]["train"]).read_text().splitlines()
+    learned = " ".join(json.loads(line)["messages"][-1]["content"] for line in rows)
+    pieces = [{"kind": "sure", "text": sure.read_text()}, *({"kind": "learned", "text": learned} for _ in range(20))]
+    mixed.write_text("".join(json.dumps(piece) + "\n" for piece in pieces))
+    budgeted["data"]["general_text"] = str(mixed)
+    recipe = recipe_of(budgeted, forgetting_budget=0.02)
+    result = train(recipe)
+    found = result["forgetting"]
+    assert found["before"] > 0.02 >= found["change"] > 0
+    assert set(found["base_losses"]) == {"sure", "learned"}
+    same = recipe_of({**budgeted, "data": {**budgeted["data"], "general_text": str(sure)}}, forgetting_budget=0.02)
+    assert measured_forgetting(result["run"], same) == pytest.approx(found["change"], abs=1e-5)

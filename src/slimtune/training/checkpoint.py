@@ -57,7 +57,7 @@ class TrainingState:
         train_losses: the logged training losses.
         validation_losses: `(step, loss)` of each evaluation with a finite loss.
         forgetting_budget: most forgetting of the checkpoint that is kept, in nats per token; None: any.
-        general_base_loss: the base's loss on the general text, in nats per token; None: not measured yet.
+        general_base_losses: the base's loss on each kind of general text, in nats per token; empty: not measured yet.
         forgetting: `(step, nats per token)` of each evaluation in which it was finite.
         skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
     """
@@ -73,7 +73,7 @@ class TrainingState:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     skipped_steps: int = 0
     forgetting_budget: float | None = None
-    general_base_loss: float | None = None
+    general_base_losses: dict[str, float] = field(default_factory=dict)
     forgetting: list[tuple[int, float]] = field(default_factory=list)
 
     @property

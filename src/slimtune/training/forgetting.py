@@ -2,27 +2,32 @@
 
     forgetting = (nats of the tuned model − nats of the base) / tokens        over rows of general text, nats per token
 
-It is measured with every validation, on the same few rows. The best checkpoint is kept if it is inside the budget.
-Else it becomes weaker until it is inside: bisection finds its strength (adapters/strength.py). It is kept so, unless
-the best checkpoint that is inside as it is has a lower validation loss: on the demo, weaker beats earlier.
+If the text has several kinds, such as prose and code, the kind that is forgotten most counts: what one loses is not
+made up for by another. It is measured with every validation, on the same few rows. The best checkpoint is kept if it is
+inside the budget. Else it becomes weaker until it is inside: bisection finds its strength (adapters/strength.py). It is
+kept so, unless the best checkpoint that is inside as it is has a lower validation loss: on the demo, weaker beats
+earlier.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..adapters.strength import AdapterStrength
 from ..data.collator import Example
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, TextPiece, tokenize_general_text
+from ..train_step.loss import count_targets
 
-GENERAL_TOKENS = 2048
-"""Tokens of general text that are measured, about."""
+GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
+"""Tokens of general text that are measured, about: in all, and at least of each kind."""
 BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
 def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenizer: Any, context: int) -> list[Example]:
-    """Return rows of general text with about `GENERAL_TOKENS` tokens, taken evenly from all of it.
+    """Return rows of general text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
 
     Args:
         pieces: the text.
@@ -34,9 +39,20 @@ def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenize
         DataError: the chat template rejects messages, or there is nothing to predict.
     """
     rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    every = max(1, round(tokens / GENERAL_TOKENS))
-    return rows[every // 2 :: every]
+    kinds: dict[str, list[Example]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
+    chosen: list[Example] = []
+    for of_a_kind in kinds.values():
+        every = max(1, round(sum(map(count_targets, of_a_kind)) / wanted))
+        chosen += of_a_kind[every // 2 :: every]
+    return chosen
+
+
+def worst_change(tuned: Mapping[str, float], base: Mapping[str, float]) -> float:
+    """Return how much the loss of the kind of text that is forgotten most is above the base's; NaN if one is NaN."""
+    return float(np.max([tuned[kind] - base[kind] for kind in base]))
 
 
 def reduce_strength_to_budget(

@@ -49,7 +49,7 @@ from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
 from ..utils.files import to_json, translate_os_errors
 from . import checkpoint, nonfinite
-from .forgetting import reduce_strength_to_budget
+from .forgetting import reduce_strength_to_budget, worst_change
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
 from .scoring import build_sharder, score_in_parts
@@ -376,11 +376,19 @@ class TrainingLoop:
         return dict(enumerate(scores)), objective.summarize(np.array(scores))
 
     def measure_forgetting(self) -> float:
-        """Return how much the loss on general text is above the base's, in nats per token."""
-        if self.state.general_base_loss is None:
+        """Return how much the loss on general text is above the base's, in nats per token; of all kinds, the most."""
+        if not self.state.general_base_losses:
             with self.model.disable_adapter():
-                self.state.general_base_loss = self.measure(self.general_rows, CROSS_ENTROPY)[1]["loss"]
-        return self.measure(self.general_rows, CROSS_ENTROPY)[1]["loss"] - self.state.general_base_loss
+                self.state.general_base_losses = self.measure_general_losses()
+        return worst_change(self.measure_general_losses(), self.state.general_base_losses)
+
+    def measure_general_losses(self) -> dict[str, float]:
+        """Return the loss on each kind of general text."""
+        scores, _ = self.measure(self.general_rows, CROSS_ENTROPY)
+        kinds: dict[str, list[list[float]]] = {}
+        for number, row in enumerate(self.general_rows):
+            kinds.setdefault(row["kind"], []).append(scores[number])
+        return {kind: CROSS_ENTROPY.summarize(np.array(some))["loss"] for kind, some in kinds.items()}
 
     def patience_exhausted(self) -> bool:
         """Return whether the validation loss has not improved for as long as the recipe waits."""
@@ -485,8 +493,9 @@ class TrainingLoop:
             forgetting = max((change for s, change in tried if s == strength), default=0.0)
             loss = self.measure(self.validation, self.objective)[1]["loss"] if self.validation else None
             self.logger.say(
-                f"the adapter of step {step} forgets {before:.4f} nats per token of general text, more than its budget "
-                f"of {budget:g}: its strength is reduced to {strength:.3f}, where it forgets {forgetting:.4f}"
+                f"the adapter of step {step} forgets {before:.4f} nats per token of a kind of general text, more than "
+                f"its budget of {budget:g}: its strength is reduced to {strength:.3f}, "
+                f"where it forgets {forgetting:.4f}"
             )
             inside = [(other, at) for other, at in state.ranked_inside_budget if loss is None or not loss <= other]
             if inside and (found := self.load_best_adapter(inside, -1))[0] >= 0:
@@ -495,7 +504,7 @@ class TrainingLoop:
         return step, loss, {
             "budget": budget,
             "tokens": sum(count_targets(row) for row in self.general_rows),
-            "base_loss": state.general_base_loss,
+            "base_losses": state.general_base_losses,
             "measured": [[s, f] for s, f in state.forgetting],
             "before": before,
             "strength": strength,
