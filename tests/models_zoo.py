@@ -99,14 +99,15 @@ def run(model: nn.Module, rows: Tensor | None = None) -> Tensor:
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
-def shake(model: nn.Module, seed: int = 5) -> None:
-    """Move every trained parameter off its start, so that an adapter does something."""
+def shake(model: nn.Module, seed: int = 5) -> nn.Module:
+    """Move every trained parameter off its start, so that an adapter does something; return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((noise * 0.1).to(parameter.dtype))
+    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

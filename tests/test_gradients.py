@@ -52,9 +52,7 @@ def build(name, dtype, *, r=4, alpha=5, drop=0.0):
             module.p = 0.0
     enlarge_weights(model)
     config = slimtune.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=drop, target_modules="all-linear")
-    model = slimtune.get_peft_model(model, config)
-    zoo.shake(model)
-    return model.train()
+    return zoo.shake(slimtune.get_peft_model(model, config)).train()
 
 
 def computing_in(dtype):

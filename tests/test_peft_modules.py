@@ -79,8 +79,7 @@ def test_required_field_is_missing_only_when_attached(config):
 
 
 def test_rescale_adapter_scale():
-    model = get_peft_model(llama(), LoraConfig(**LORA))
-    shake(model)
+    model = shake(get_peft_model(llama(), LoraConfig(**LORA)))
     before = run(model)
     with model.disable_adapter():
         base = run(model)
@@ -102,8 +101,7 @@ def test_base_state_dict_round_trip():
 
 
 def test_load_with_another_device_and_renamed_keys(tmp_path):
-    model = get_peft_model(llama(), LoraConfig(**LORA))
-    shake(model)
+    model = shake(get_peft_model(llama(), LoraConfig(**LORA)))
     model.save_pretrained(tmp_path)
     renamed = slimtune.load_peft_weights(tmp_path, key_mapping={r"^model\.layers": "layers"})
     assert next(iter(renamed)).startswith("base_model.model.layers.0")
@@ -156,8 +154,7 @@ def resized(folder):
 
 @pytest.mark.parametrize("settings", [LORA, {**LORA, "use_dora": True, "modules_to_save": ["lm_head"]}], ids=str)
 def test_adapter_on_the_meta_device_is_loaded(settings):
-    model = get_peft_model(llama(), LoraConfig(**settings))
-    shake(model)
+    model = shake(get_peft_model(llama(), LoraConfig(**settings)))
     empty = get_peft_model(llama(), LoraConfig(**settings), low_cpu_mem_usage=True)
     assert {p.device.type for m in empty.adapter_modules("default").values() for p in m.parameters()} == {"meta"}
     slimtune.set_peft_model_state_dict(empty, slimtune.get_peft_model_state_dict(model), low_cpu_mem_usage=True)

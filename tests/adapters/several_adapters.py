@@ -23,7 +23,6 @@ def add_adapters(model, named):
 
 def save_adapter(folder, settings, base=llama, seed=1):
     """Save an adapter with random values; return its folder and the model's logits with it."""
-    model = get_peft_model(base(), make_config(settings))
-    shake(model, seed=seed)
+    model = shake(get_peft_model(base(), make_config(settings)), seed=seed)
     model.save_pretrained(folder)
     return folder, run(model.eval())

@@ -214,8 +214,7 @@ def test_a_run_folder_loads_its_adapter(tmp_path):
 
 
 def test_other_adapters_while_one_is_merged(tmp_path):
-    model = get_peft_model(llama(), LoraConfig())
-    shake(model)
+    model = shake(get_peft_model(llama(), LoraConfig()))
     model.save_pretrained(tmp_path)
     expected = run(model.eval())
     model.merge_adapter()

@@ -231,8 +231,7 @@ def test_failed_attachment_leaves_no_trace():
 
 
 def test_wrong_calls_are_refused():
-    model = get_peft_model(llama(), LoraConfig())
-    shake(model)
+    model = shake(get_peft_model(llama(), LoraConfig()))
     for act, message in [
         (lambda: get_peft_model(model, LoraConfig()), "already has adapters: 'default'"),
         (lambda: get_peft_model(None, LoraConfig()), "the base is a NoneType"),

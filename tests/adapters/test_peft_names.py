@@ -20,9 +20,7 @@ SETTINGS = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]
 
 @pytest.fixture
 def model():
-    model = get_peft_model(llama(), LoraConfig(**SETTINGS))
-    shake(model)
-    return model.eval()
+    return shake(get_peft_model(llama(), LoraConfig(**SETTINGS))).eval()
 
 
 def q_proj(model):

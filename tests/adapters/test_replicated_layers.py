@@ -16,8 +16,7 @@ SETTINGS = {"target_modules": ["q_proj", "down_proj"], "layer_replication": RANG
 
 
 def test_files_work_in_both_libraries(tmp_path):
-    ours = get_peft_model(llama(), LoraConfig(**SETTINGS))
-    shake(ours)
+    ours = shake(get_peft_model(llama(), LoraConfig(**SETTINGS)))
     assert_loads(ours, llama, tmp_path / "ours")
     assert len(slimtune.get_peft_model_state_dict(ours)) == 4 * 2 * 2
 
@@ -25,8 +24,7 @@ def test_files_work_in_both_libraries(tmp_path):
 @pytest.mark.parametrize("base", [llama, gemma3, gpt2])
 def test_generation_with_a_cache_equals_whole_sequences(base):
     settings = SETTINGS | ({"target_modules": ["c_attn"]} if base is gpt2 else {})
-    model = get_peft_model(base(), LoraConfig(**settings)).eval()
-    shake(model)
+    model = shake(get_peft_model(base(), LoraConfig(**settings)).eval())
     ids = tokens()[:1]
     found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1)
     for place in range(ids.shape[1], found.shape[1]):

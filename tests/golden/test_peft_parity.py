@@ -67,8 +67,7 @@ def test_one_seed_gives_one_adapter(case):
 
 @EVERY
 def test_saved_there_is_loaded_here(case, tmp_path):
-    theirs = adapted(peft, case)
-    shake(theirs)
+    theirs = shake(adapted(peft, case))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     base = CASES[case][0]
     ours = slimtune.PeftModel.from_pretrained(base(), tmp_path)
@@ -88,8 +87,7 @@ def test_saved_there_is_loaded_here(case, tmp_path):
 @EVERY
 @pytest.mark.slow
 def test_saved_here_is_loaded_there(case, tmp_path):
-    ours = adapted(slimtune, case)
-    shake(ours)
+    ours = shake(adapted(slimtune, case))
     if "fp32" in METHODS.get(case.rpartition("-")[0], ()):
         for p in ours.trainable_parameters("default"):
             p.data.copy_(p.data.float())
@@ -117,8 +115,7 @@ def test_files_are_the_same(case, tmp_path):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in LORA])
 def test_gradients_are_the_same(case, tmp_path):
-    theirs = adapted(peft, case)
-    shake(theirs)
+    theirs = shake(adapted(peft, case))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = slimtune.PeftModel.from_pretrained(CASES[case][0](), tmp_path, is_trainable=True).eval()
     ids = tokens()

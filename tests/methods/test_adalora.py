@@ -55,8 +55,7 @@ def test_training_adds_the_regularization_loss():
 
 
 def test_a_pruned_rank_can_return():
-    model = model_of(total_step=50)
-    shake(model)
+    model = shake(model_of(total_step=50))
     step(model, 1)
     first = [d.kept_ranks.clone() for d in modules(model)]
     assert 0 < sum(int(f.sum()) for f in first) < 16
@@ -69,8 +68,7 @@ def test_a_pruned_rank_can_return():
 
 
 def test_the_file_has_the_kept_ranks(tmp_path):
-    model = model_of(total_step=3)
-    shake(model)
+    model = shake(model_of(total_step=3))
     expected = {}
     for at in (1, 2, 3):
         step(model, at)
@@ -89,8 +87,7 @@ def test_the_file_has_the_kept_ranks(tmp_path):
 
 
 def test_a_layer_with_no_ranks_runs_and_merges(tmp_path):
-    model = model_of(total_step=2)
-    shake(model)
+    model = shake(model_of(total_step=2))
     with torch.no_grad():
         modules(model)[0].lora_E.zero_()
     step(model, 1)

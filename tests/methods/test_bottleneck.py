@@ -67,8 +67,7 @@ def test_every_layer_has_its_adapters(base, layers, attention, feed_forward):
 
 def test_encoder_and_decoder():
     assert len(adapted_modules(t5(), style="houlsby")) == 8
-    model = adapt(t5(), style="parallel").eval()
-    shake(model)
+    model = shake(adapt(t5(), style="parallel").eval())
     assert (run(model) - run(t5())).abs().max() > 1e-3
 
 

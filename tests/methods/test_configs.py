@@ -87,8 +87,7 @@ def test_dropout_is_active_in_training_only(method):
     cls = config_class(method)
     field = next(spec.name for spec in field_specs(cls) if spec.name.endswith("dropout"))
     rank = {} if method in ("adalora", "bottleneck") else {"r": 4}
-    model = get_peft_model(llama(), cls(**{field: 0.5}, **rank)).eval()
-    shake(model)
+    model = shake(get_peft_model(llama(), cls(**{field: 0.5}, **rank)).eval())
     assert torch.equal(run(model), run(model))
     model.train()
     assert not torch.equal(run(model), run(model))

@@ -30,9 +30,7 @@ TOLERANCE = {"llama": CLOSE, "gpt2": CLOSE, "gemma2": 2e-5}
 
 
 def adapted(method, base="llama", **more):
-    model = get_peft_model(BASES[base](), config(method, base, **more))
-    shake(model)
-    return model.eval()
+    return shake(get_peft_model(BASES[base](), config(method, base, **more))).eval()
 
 
 def is_mergeable(method):
@@ -107,8 +105,7 @@ def test_saved_and_loaded_is_the_same(method, tmp_path, other, width, dtype):
     def base():
         return llama(dtype=dtype, layers=2, hidden_size=width, intermediate_size=width + 8)
 
-    model = get_peft_model(base(), config(method, **(CASES[method].other if other else {}))).eval()
-    shake(model)
+    model = shake(get_peft_model(base(), config(method, **(CASES[method].other if other else {}))).eval())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     for (n, p), (m, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
@@ -365,8 +362,7 @@ def test_training_lowers_the_loss(method):
 
 
 def test_trains_under_autocast(method):
-    model = get_peft_model(llama(dtype=torch.float32), config(method))
-    shake(model)
+    model = shake(get_peft_model(llama(dtype=torch.float32), config(method)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(model, tokens())
     loss.backward()

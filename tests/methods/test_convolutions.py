@@ -148,8 +148,7 @@ def test_dropout_and_rank_pattern():
     assert get_peft_model_state_dict(model)["base_model.model.conv.lora_A.weight"].shape == (2, 8, 3, 3)
     assert not torch.equal(model(image()), model(image()))
     assert torch.equal(model.eval()(image()), model(image()))
-    rows = adapted("loha", rank_dropout=0.5).train()
-    shake(rows)
+    rows = shake(adapted("loha", rank_dropout=0.5).train())
     untouched = (rows.conv(image()) - Net().conv(image())).abs().amax(dim=(0, 2, 3)) < 1e-12
     assert 0 < untouched.sum() < 12
 
@@ -174,8 +173,7 @@ def test_weighted_sum(combination):
 
 @pytest.mark.parametrize("method", ["loha", "hira", "oft"])
 def test_converts_to_a_lora(method):
-    model = adapted(method)
-    shake(model)
+    model = shake(adapted(method))
     report = model.to_lora("default", 12)
     assert report.error < 1e-9
     expected = model.eval()(image())

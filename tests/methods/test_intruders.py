@@ -13,8 +13,7 @@ from slimtune.methods.lora.intruders import reduce_intruder_dimension
 
 
 def updates(home, reduce):
-    model = home.get_peft_model(llama(dtype=torch.float32), home.LoraConfig(r=4, target_modules=["q_proj"]))
-    shake(model)
+    model = shake(home.get_peft_model(llama(dtype=torch.float32), home.LoraConfig(r=4, target_modules=["q_proj"])))
     lines = []
     reduce(model, threshold_epsilon=0.7, logging_sink=lines.append)
     assert model.active_adapters == ["intruder_reduced"]
@@ -31,8 +30,7 @@ def test_updates_equal_pefts():
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"]])
 def test_without_reduction_the_update_stays(targets):
-    model = get_peft_model(llama(dtype=torch.float32), LoraConfig(r=4, target_modules=targets))
-    shake(model)
+    model = shake(get_peft_model(llama(dtype=torch.float32), LoraConfig(r=4, target_modules=targets)))
     reduce_intruder_dimension(model, threshold_epsilon=2, mitigation_lambda=1, logging_sink=None)
     for old, new in zip(*(model.adapter_modules(n).values() for n in ("default", "intruder_reduced")), strict=True):
         (A, B, s), (new_A, new_B, _) = old.low_rank_factors(), new.low_rank_factors()

@@ -55,16 +55,14 @@ def test_starts_equal_pefts(init, dora):
 def test_files_work_in_both_libraries(init, kind, dora, tmp_path):
     if init == "mica" and dora:
         pytest.skip("not supported together")
-    model = adapted(slimtune, init, kind, use_dora=dora)
-    shake(model)
+    model = shake(adapted(slimtune, init, kind, use_dora=dora))
     assert distance(run(model), run(base(kind))) > 1e-2
     assert_loads(model, lambda: base(kind), tmp_path, close=CLOSE)
 
 
 @SUBTRACTED
 def test_loading_our_file_needs_no_decomposition(init, tmp_path, monkeypatch):
-    model = adapted(slimtune, init)
-    shake(model)
+    model = shake(adapted(slimtune, init))
     model.save_pretrained(tmp_path)
 
     def refuse(*_, **__):
@@ -97,8 +95,7 @@ def test_gradients_equal_pefts(init):
 @SUBTRACTED
 def test_saved_as_lora_has_twice_the_rank(init, tmp_path):
     """For vLLM and llama.cpp, which do not know this initialization."""
-    model = adapted(slimtune, init)
-    shake(model)
+    model = shake(adapted(slimtune, init))
     expected = run(model)
     slimtune.save_as_lora(tmp_path, model, rank=8)
     plain = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
@@ -151,8 +148,7 @@ def test_dora_saves_little_more_memory():
 
 
 def test_dora_caching_keeps_the_norms_in_evaluation_mode(monkeypatch):
-    model = get_peft_model(llama(), dora()).eval()
-    shake(model)
+    model = shake(get_peft_model(llama(), dora()).eval())
     expected, count = run(model), []
     counted = lambda *args: count.append(1) or row_norms(*args)  # noqa: E731
     monkeypatch.setattr("slimtune.methods.lora.dora.row_norms", counted)
@@ -185,8 +181,7 @@ def test_dora_scales_the_adapter_below(base):
     """(IA)³ below also changes the bias, which GPT-2 has."""
     targets = {"llama": "o_proj", "gpt2": "c_attn"}[base.__name__]
     settings = {"target_modules": [targets]}
-    model = get_peft_model(base(), IA3Config(**settings, feedforward_modules=[]), "below")
-    shake(model)
+    model = shake(get_peft_model(base(), IA3Config(**settings, feedforward_modules=[]), "below"))
     model.add_adapter("above", dora(**settings))
     model.set_adapter(["below", "above"])
     shake(model)
@@ -194,8 +189,7 @@ def test_dora_scales_the_adapter_below(base):
 
 
 def test_dora_passes_gradients_to_a_trained_bias():
-    model = get_peft_model(gpt2(), dora(target_modules=["c_attn"], bias="lora_only")).eval()
-    shake(model)
+    model = shake(get_peft_model(gpt2(), dora(target_modules=["c_attn"], bias="lora_only")).eval())
     ids = tokens()
     bias = next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.requires_grad)
 
@@ -209,8 +203,7 @@ def test_dora_passes_gradients_to_a_trained_bias():
 
 
 def test_dora_measures_a_changed_base_again():
-    model = get_peft_model(llama(), dora()).eval()
-    shake(model)
+    model = shake(get_peft_model(llama(), dora()).eval())
     run(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():

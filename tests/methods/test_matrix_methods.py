@@ -24,8 +24,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize("method", ["hira", "loha+wide", "lokr", "miss+bat", "shira", "vera"])
 def test_backward_saves_no_matrix(method):
-    model = get_peft_model(llama(), CASES[method](target_modules=[NAME]))
-    shake(model)
+    model = shake(get_peft_model(llama(), CASES[method](target_modules=[NAME])))
     layer, x = model.get_submodule(NAME), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
     saved = saved_for_backward(lambda: layer(x), ignore=[*model.parameters(), *model.buffers(), x])
     assert all(t.numel() < 32 * 32 for t in saved)
@@ -242,8 +241,7 @@ def test_shira_refuses_invalid_indices(wrong, tmp_path):
 
 def vera(folder, **settings):
     """A saved model, and the tensors of its file that are not trained."""
-    model = get_peft_model(llama(), VeraConfig(r=8, target_modules="all-linear", **settings)).eval()
-    shake(model)
+    model = shake(get_peft_model(llama(), VeraConfig(r=8, target_modules="all-linear", **settings)).eval())
     model.save_pretrained(folder)
     file = load_file(folder / "adapter_model.safetensors")
     return model, {k: tuple(t.shape) for k, t in file.items() if "lambda" not in k}
@@ -275,7 +273,6 @@ def test_vera_without_a_match_is_refused():
 
 @pytest.mark.parametrize("base", [bert_encoder, t5])
 def test_vera_on_a_model_that_is_its_own_backbone(base):
-    model = get_peft_model(base(), VeraConfig(r=8)).eval()
-    shake(model)
+    model = shake(get_peft_model(base(), VeraConfig(r=8)).eval())
     assert not torch.equal(run(model), run(base()))
     assert torch.equal(run(model.unload()), run(base()))

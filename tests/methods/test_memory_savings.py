@@ -77,9 +77,7 @@ def test_recomputing_repeats_the_dropout():
     """With dropout the gradient is that of the computed loss, by finite differences."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_dropout=0.4, target_modules=["down_proj"])
-    model = with_savings(get_peft_model(zoo.llama(), config), **SAVINGS["all"])
-    zoo.shake(model)
-    model.train()
+    model = zoo.shake(with_savings(get_peft_model(zoo.llama(), config), **SAVINGS["all"])).train()
     weight = model.get_submodule("model.layers.0.mlp.down_proj").adapters["default"].lora_B.weight
     direction = torch.randn_like(weight)
 

@@ -35,8 +35,7 @@ def sequence(dtype=torch.float64):
 
 @pytest.mark.parametrize("settings", [{}, {"batch_first": True, "bias": False}, {"add_bias_kv": True}])
 def test_files_outputs_and_gradients_are_pefts(settings, tmp_path):
-    theirs = peft.get_peft_model(Net(**settings), config(peft))
-    shake(theirs)
+    theirs = shake(peft.get_peft_model(Net(**settings), config(peft)))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PeftModel.from_pretrained(Net(**settings), tmp_path / "theirs", is_trainable=True)
     assert list(get_peft_model_state_dict(ours)) == NAMES

@@ -97,9 +97,7 @@ def config(library, model, kind, **more):
 
 def adapted(base, kind, **more):
     model = make(base)
-    model = get_peft_model(model, config(slimtune, model, kind, **more)).eval()
-    shake(model)
-    return model
+    return shake(get_peft_model(model, config(slimtune, model, kind, **more)).eval())
 
 
 def inputs(model):
@@ -124,8 +122,7 @@ def answer(model, given):
 @pytest.mark.parametrize(("base", "kind"), EQUAL_PEFT)
 def test_logits_gradients_and_files_equal_pefts(base, kind, tmp_path):
     model = make(base)
-    theirs = peft.get_peft_model(model, config(peft, model, kind)).eval()
-    shake(theirs)
+    theirs = shake(peft.get_peft_model(model, config(peft, model, kind)).eval())
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     given = inputs(theirs)
     seen = given["decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask"].bool()
@@ -172,8 +169,7 @@ def test_generation_with_a_cache_equals_generation_without(base, kind):
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_sequence_to_sequence_losses_equal_pefts(base, kind, tmp_path):
     model = make(base).float()
-    theirs = peft.get_peft_model(model, config(peft, model, kind)).eval()
-    shake(theirs)
+    theirs = shake(peft.get_peft_model(model, config(peft, model, kind)).eval())
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = PeftModel.from_pretrained(make(base).float(), tmp_path).eval()
     given = {n: v for n, v in inputs(ours).items() if not n.startswith("decoder")} | {"labels": tokens(2, 4, seed=1)}

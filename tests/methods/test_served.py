@@ -17,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("method", sorted(CASES))
 def test_served_rows_equal_the_method_alone(method):
-    model = get_peft_model(llama(), CASES[method]())
-    shake(model)
+    model = shake(get_peft_model(llama(), CASES[method]()))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     model.set_adapter("other")
     shake(model, seed=6)

@@ -94,8 +94,7 @@ def test_peft_loads_adapters_of_shared_experts(family, settings, tmp_path):
 
 def test_peft_files_of_models_with_shared_experts_load(tmp_path):
     settings = {"target_modules": ["q_a_proj", "down_proj"], "target_parameters": ["shared_experts.gate_proj.weight"]}
-    model = peft.get_peft_model(build("deepseek_v3"), peft.LoraConfig(**settings))
-    shake(model)
+    model = shake(peft.get_peft_model(build("deepseek_v3"), peft.LoraConfig(**settings)))
     model.save_pretrained(tmp_path)
     loaded = slimtune.PeftModel.from_pretrained(build("deepseek_v3"), tmp_path)
     assert distance(loaded(tokens()).logits, model(tokens()).logits) < 1e-6

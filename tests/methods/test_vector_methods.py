@@ -136,8 +136,7 @@ def test_ln_tuning_defaults_equal_pefts():
 
 @pytest.mark.parametrize(("base", "targets"), [(llama, ["q_proj", "norm"]), (gpt2, ["c_attn", "ln_f"])])
 def test_ln_tuning_of_linear_layers_merges(base, targets):
-    model = get_peft_model(base(), LNTuningConfig(target_modules=targets)).eval()
-    shake(model)
+    model = shake(get_peft_model(base(), LNTuningConfig(target_modules=targets)).eval())
     expected = run(model)
     assert (run(model.merge_and_unload()) - expected).abs().max() < 1e-9
 

@@ -64,9 +64,7 @@ def adapted(kind, base="llama", attention=None, **more):
     model = BASES[base]()
     if attention:
         model.set_attn_implementation(attention)
-    model = get_peft_model(model, config(kind, **more))
-    shake(model)
-    return model.eval()
+    return shake(get_peft_model(model, config(kind, **more))).eval()
 
 
 def logits(model, ids, **inputs):
@@ -312,8 +310,7 @@ def classifier(make):
 @EVERY_KIND
 @pytest.mark.parametrize("make", [tf.LlamaForSequenceClassification, tf.GPT2ForSequenceClassification])
 def test_a_classifier_reads_the_last_token(kind, make, tmp_path):
-    model = get_peft_model(classifier(make), config(kind, task_type="SEQ_CLS")).eval()
-    shake(model)
+    model = shake(get_peft_model(classifier(make), config(kind, task_type="SEQ_CLS")).eval())
     ids, mask = pad(ROWS, "right")
     together = logits(model, ids, attention_mask=mask)
     for i, row in enumerate(ROWS):
@@ -389,8 +386,7 @@ def test_prefix_is_set_from_text_and_cache(tokenizer):
     words = tf.AutoTokenizer.from_pretrained(tokenizer)
     with torch.no_grad():
         cache = plain(text_ids(tokenizer), use_cache=True).past_key_values
-    model = get_peft_model(plain, config("prefix", num_virtual_tokens=len(TEXT))).train()
-    shake(model)
+    model = shake(get_peft_model(plain, config("prefix", num_virtual_tokens=len(TEXT))).train())
     initialize_kv_prefix_from_text(model, words, text=TEXT, use_chat_template=False)
     words.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(ModelError, match="steps"):

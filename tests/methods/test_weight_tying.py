@@ -22,8 +22,7 @@ def adapted(settings, base=None, **more):
 
 @EACH
 def test_files_work_in_both_libraries(settings, tmp_path):
-    ours = adapted(settings)
-    shake(ours)
+    ours = shake(adapted(settings))
     assert_loads(ours, lambda: llama(tie=True), tmp_path / "ours")
 
 
@@ -31,8 +30,7 @@ def test_files_work_in_both_libraries(settings, tmp_path):
 @pytest.mark.parametrize("base", [llama, t5])
 def test_a_merged_model_stays_tied(settings, base, tmp_path):
     names = {"target_modules": [n.replace("q_proj", "q") if base is t5 else n for n in settings["target_modules"]]}
-    model = adapted({**settings, **names}, base(tie=True) if base is llama else base())
-    shake(model)
+    model = shake(adapted({**settings, **names}, base(tie=True) if base is llama else base()))
     expected = run(model.eval())
     assert (expected - run(base(tie=True) if base is llama else base())).abs().max() > 1e-3
     merged = model.merge_and_unload()
@@ -43,8 +41,7 @@ def test_a_merged_model_stays_tied(settings, base, tmp_path):
 
 
 def test_gradients_are_those_of_one_matrix():
-    model = adapted({"target_modules": ["embed_tokens"]})
-    shake(model)
+    model = shake(adapted({"target_modules": ["embed_tokens"]}))
     ids = torch.arange(1, 10)[None]  # 0 is padding
     model(ids).logits.sin().sum().backward()
     lora = model.model.embed_tokens.adapters["default"]

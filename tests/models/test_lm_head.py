@@ -57,8 +57,7 @@ HEADS += [(name, "trained") for name in ("llama", "llama, tied", "gemma2", "gran
 
 @pytest.mark.parametrize(("name", "head"), HEADS)
 def test_loss_and_gradients(name, head):
-    model = slimtune.get_peft_model(build(name), slimtune.LoraConfig(r=4, **ADAPTED[head]))
-    shake(model)
+    model = shake(slimtune.get_peft_model(build(name), slimtune.LoraConfig(r=4, **ADAPTED[head])))
     assert any("lm_head" in n for n, p in model.named_parameters() if p.requires_grad) == (head != "frozen")
     collator = make_collator(model, 0)
     assert collator.layout
