@@ -2,10 +2,9 @@
 
 models                 the models by name: the base, and one for each run
 runner                 prompts and batches through the model, with a cache of keys and values
-answers                answers that are asked for, and the queue in which they wait
+answers                answers that are asked for, their pieces of text, and the queue in which they wait
 continuous_batching    the thread that owns the model: requests join and leave its batches at every token
 llama_cpp              the same answers from llama.cpp (--engine llama.cpp)
-text_stream            tokens to pieces of text, up to a stop string
 tool_calls             how a chat template writes calls, and calls in an answer
 protocol               requests, answers and errors as OpenAI's API has them
 app                    the HTTP endpoints
