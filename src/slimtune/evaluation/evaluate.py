@@ -44,9 +44,8 @@ from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generate import Generator
 from .judge import build_judge, judge_answers, measure_win_rate
 from .lm_eval import find_tasks, run_tasks
-from .preference import PreferenceEvaluation
+from .preference import PreferenceEvaluation, UnpairedEvaluation
 from .supervised import SupervisedEvaluation
-from .unpaired import UnpairedEvaluation
 
 EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
     SFT: SupervisedEvaluation,
