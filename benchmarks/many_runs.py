@@ -1,8 +1,9 @@
-"""N low-rank runs at once in one process, beside the same runs one after the other: time, memory and losses.
+"""N low-rank runs at once in one process, beside the same runs one after the other, and beside HF PEFT in a loop.
 
     python benchmarks/many_runs.py [--runs 1 2 4 8 16] [--steps 10] [--batch-size 2] [--rounds 3] [--model smollm2-135m]
 
-Each way is a process of its own and the other waits; a round runs both, in turns. The runs differ in rate and seed and
+Each way is a process of its own and the others wait; a round runs all, in turns. PEFT's way is a plain loop without a
+Trainer: the same base in memory once, the same rows, padded, a new adapter and AdamW for each run. The runs differ in rate and seed and
 have short rows. Seconds are those of the training steps alone (`train_seconds`, summed over the runs), medians over
 rounds; peak memory is the process's. The last training losses of both ways have to agree to 1e-5 a step in float32:
 at the first step they differ by rounding (4e-6 was seen), and Adam's first updates have the size of the rate, whatever
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,52 @@ def measure(way: str, trees: list[dict[str, Any]]) -> dict[str, Any]:
     from slimtune.training.train import train
 
     recipes = [Recipe.from_dict(tree) for tree in trees]
+    if way == "peft":
+        return measure_peft(recipes)
     results: Any = train_together(recipes) if way == "together" else [train(recipe) for recipe in recipes]
     return {
         "seconds": sum(r["train_seconds"] for r in results),
         "peak_bytes": max(r["peak_bytes"] for r in results),
         "losses": [r["train_loss"] for r in results],
     }
+
+
+def measure_peft(recipes: list[Any]) -> dict[str, Any]:
+    """Train the recipes with HF PEFT in a loop; return what `measure` returns."""
+    import peft
+    import torch
+
+    from slimtune.data.collator import Collator
+    from slimtune.setup import load_base_from_recipe, load_datasets
+    from slimtune.utils.device import disable_malloc_trim, peak_memory
+
+    disable_malloc_trim()  # as slimtune does
+    base = load_base_from_recipe(recipes[0])
+    rows = list(load_datasets(recipes[0], base.tokenizer).train)
+    collator, found = Collator(base.tokenizer.pad_token_id, packing=False), {"seconds": 0.0, "losses": []}
+    for recipe in recipes:
+        settings = recipe.train
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base.model, config).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, fused=True)
+        started = time.perf_counter()
+        for at in range(0, settings.max_steps * settings.batch_size, settings.batch_size):
+            some = [rows[i] for i in order[at : at + settings.batch_size]]
+            batch = collator(some)
+            labels = torch.full_like(batch["input_ids"], -100)
+            for i, row in enumerate(some):
+                labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
+            loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        found["seconds"] += time.perf_counter() - started
+        found["losses"].append(loss.item())
+        model.unload()
+    return {**found, "peak_bytes": peak_memory(torch.device("cpu"))}
 
 
 def run_process(way: str, runs: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -84,20 +126,24 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, json.load(sys.stdin))))
         return
-    print("runs  together s  alone s  times faster  together GiB  alone GiB  largest difference of losses")
+    print("runs   at once: s, GiB   one by one: s, GiB, ratio   PEFT: s, GiB, ratio   largest difference of losses")
     for runs in args.runs:
-        ways: dict[str, list[dict[str, Any]]] = {"together": [], "alone": []}
-        for round_number in range(args.rounds):
-            for way in sorted(ways, reverse=round_number % 2 == 1):
+        ways: dict[str, list[dict[str, Any]]] = {"together": [], "alone": [], "peft": []}
+        names = list(ways)
+        for number in range(args.rounds):
+            for way in names[number % 3 :] + names[: number % 3]:
                 ways[way].append(run_process(way, runs, args))
         seconds = {way: statistics.median(m["seconds"] for m in found) for way, found in ways.items()}
         gib = {way: max(m["peak_bytes"] for m in found) / 2**30 for way, found in ways.items()}
         pairs = zip(ways["together"][0]["losses"], ways["alone"][0]["losses"], strict=True)
         difference = max(abs(a - b) for a, b in pairs)
-        faster = seconds["alone"] / seconds["together"]
         print(
-            f"{runs:4}  {seconds['together']:10.2f}  {seconds['alone']:7.2f}  {faster:12.2f}  {gib['together']:12.2f}"
-            f"  {gib['alone']:9.2f}  {difference:.1e}",
+            f"{runs:4}   {seconds['together']:8.2f} {gib['together']:5.2f}",
+            *(
+                f"   {seconds[w]:10.2f} {gib[w]:5.2f} {seconds[w] / seconds['together']:5.2f}"
+                for w in ("alone", "peft")
+            ),
+            f"   {difference:.1e}",
             flush=True,
         )
         if args.dtype == "float32" and difference > 1e-5 * args.steps:
