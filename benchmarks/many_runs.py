@@ -3,11 +3,11 @@
     python benchmarks/many_runs.py [--runs 1 2 4 8 16] [--steps 10] [--batch-size 2] [--rounds 3] [--model smollm2-135m]
 
 Each way is a process of its own and the others wait; a round runs all, in turns. PEFT's way is a plain loop without a
-Trainer: the same base in memory once, the same rows, padded, a new adapter and AdamW for each run. The runs differ in rate and seed and
-have short rows. Seconds are those of the training steps alone (`train_seconds`, summed over the runs), medians over
-rounds; peak memory is the process's. The last training losses of both ways have to agree to 1e-5 a step in float32:
-at the first step they differ by rounding (4e-6 was seen), and Adam's first updates have the size of the rate, whatever
-the size of the gradient, so rounding grows with each step.
+Trainer: the same base in memory once, the same rows, padded, a new adapter and AdamW for each run. The runs differ in
+rate and seed and have short rows. Seconds are those of the training steps alone (`train_seconds`, summed over the
+runs), medians over rounds; peak memory is the process's. The last training losses of slimtune's two ways have to agree
+to 1e-5 a step in float32: at the first step they differ by rounding (4e-6 was seen), and Adam's first updates have the
+size of the rate, whatever the size of the gradient, so rounding grows with each step.
 """
 
 import argparse
