@@ -127,8 +127,9 @@ def test_gradients_and_errors_are_those_of_one_process(settings, tmp_path):
     gradients, errors = found["gradients"], found["errors"]
     for name, off in gradients.items():
         print(f"{off:.1e}  {name}")
-    assert len(gradients) == 8 * 3
-    assert max(gradients.values()) < 1e-5
+    assert len(gradients) == 9 * 3
+    assert max(off for name, off in gradients.items() if "16 bits" not in name) < 1e-5
+    assert max(gradients.values()) < 0.02  # rounding to 16 bits
     assert errors["second"] == ["DataError", "process 1 of 2: message", "expected", "hint", 1]
     assert errors["all"] == ["UsageError", "message", "expected", "hint", 2]
     assert errors["first"] == ["DataError", "message", "expected", "hint", 1]

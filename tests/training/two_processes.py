@@ -26,12 +26,13 @@ from slimtune.errors import DataError, SlimtuneError, UsageError
 from slimtune.methods import config_class
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import forward_backward
-from slimtune.train_step.memory_savings import apply_fsdp, enable_activation_checkpointing, transformer_layers
+from slimtune.train_step.memory_savings import apply_fsdp, apply_memory_savings, transformer_layers
 from slimtune.training.train import train
 from slimtune.utils import distributed
 
 METHODS = {
     "lora": {"r": 4},
+    "lora, 16 bits": {"r": 4},
     "lora, DoRA": {"r": 4, "use_dora": True},
     "hira": {},
     "oft": {},
@@ -52,7 +53,7 @@ def compute_gradients(
     name: str, base: str, rows: int, *, alone: bool, shard: bool = False, checkpointing: bool = False
 ) -> dict[str, torch.Tensor]:
     """Return a step's gradients by parameter's name, all processes' summed, or those of this process alone."""
-    model: Any = load_base(base, dtype="float32", device="cpu").model
+    model: Any = load_base(base, dtype="bfloat16" if "16 bits" in name else "float32", device="cpu").model
     torch.manual_seed(0)
     config = config_class(name.split()[0].strip(","))(task_type="CAUSAL_LM", **METHODS[name])
     model = get_peft_model(model, config)
@@ -60,8 +61,7 @@ def compute_gradients(
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
-    if checkpointing:
-        enable_activation_checkpointing(model)
+    apply_memory_savings(model, checkpointing)
     processes, rank = (1, 0) if alone else (distributed.world_size(), distributed.rank())
     if shard:
         apply_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
