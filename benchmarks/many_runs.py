@@ -7,7 +7,8 @@ Trainer: the same base in memory once, the same rows, padded, a new adapter and 
 rate and seed and have short rows. Seconds are those of the training steps alone (`train_seconds`, summed over the
 runs), medians over rounds; peak memory is the process's. The last training losses of slimtune's two ways have to agree
 to 1e-5 a step in float32: at the first step they differ by rounding (4e-6 was seen), and Adam's first updates have the
-size of the rate, whatever the size of the gradient, so rounding grows with each step.
+size of the rate, whatever the size of the gradient, so rounding grows with each step. `products allow`: how many times
+faster the layers' frozen products alone are at once.
 """
 
 import argparse
@@ -55,6 +56,8 @@ def measure(way: str, trees: list[dict[str, Any]]) -> dict[str, Any]:
     recipes = [Recipe.from_dict(tree) for tree in trees]
     if way == "peft":
         return measure_peft(recipes)
+    if way == "products":
+        return measure_products(trees)
     results: Any = train_together(recipes) if way == "together" else [train(recipe) for recipe in recipes]
     return {
         "seconds": sum(r["train_seconds"] for r in results),
@@ -101,6 +104,38 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
     return {**found, "peak_bytes": peak_memory(torch.device("cpu"))}
 
 
+def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how many times faster the frozen products of all runs are at once than one after the other.
+
+    They are those of the layers, forward and backward, without adapters, norms, attention, head and optimizer: no way
+    of running them at once can gain more on these parts.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from slimtune.config import Recipe
+    from slimtune.setup import load_base_from_recipe, load_datasets
+
+    recipe = Recipe.from_dict(trees[0])
+    base = load_base_from_recipe(recipe)
+    rows = load_datasets(recipe, base.tokenizer).train
+    tokens = round(sum(len(row["input_ids"]) for row in rows) / len(rows) * recipe.train.batch_size)
+    head = base.model.get_output_embeddings()
+    weights = [m.weight for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+    @torch.no_grad()
+    def seconds(count: int) -> float:
+        given = {n: torch.randn(count, n).to(base.dtype) for n in {n for w in weights for n in w.shape}}
+        started = time.perf_counter()
+        for weight in weights:
+            F.linear(given[weight.shape[1]], weight)
+            given[weight.shape[0]] @ weight
+        return time.perf_counter() - started
+
+    pairs = [(seconds(tokens), seconds(tokens * len(trees))) for _ in range(8)]
+    return {"faster": len(trees) / statistics.median(many / one for one, many in pairs[1:])}
+
+
 def run_process(way: str, runs: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return what `measure` returns in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +161,10 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, json.load(sys.stdin))))
         return
-    print("runs   at once: s, GiB   one by one: s, GiB, ratio   PEFT: s, GiB, ratio   largest difference of losses")
+    print(
+        "runs   at once: s, GiB   one by one: s, GiB, ratio   PEFT: s, GiB, ratio   largest difference of losses"
+        "   products allow"
+    )
     for runs in args.runs:
         ways: dict[str, list[dict[str, Any]]] = {"together": [], "alone": [], "peft": []}
         names = list(ways)
@@ -143,7 +181,7 @@ def main() -> None:
                 f"   {seconds[w]:10.2f} {gib[w]:5.2f} {seconds[w] / seconds['together']:5.2f}"
                 for w in ("alone", "peft")
             ),
-            f"   {difference:.1e}",
+            f"   {difference:.1e}   {run_process('products', runs, args)['faster']:.2f}",
             flush=True,
         )
         if args.dtype == "float32" and difference > 1e-5 * args.steps:
