@@ -13,7 +13,7 @@ from typing import Any
 from slimtune.adapters.strength import AdapterStrength
 from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.setup import build_collator, load_datasets, load_run
-from slimtune.train_step.loss import mean_loss, score_supervised_rows
+from slimtune.train_step.loss import score_supervised_rows
 from slimtune.training.forgetting import choose_general_rows, worst_change
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
@@ -29,7 +29,8 @@ def main() -> None:
     strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()
 
     def measure(rows: Any) -> float:
-        return mean_loss(score_supervised_rows(trained.model, rows, collator))
+        scores = score_supervised_rows(trained.model, rows, collator)
+        return sum(s.nats for s in scores) / sum(s.tokens for s in scores)
 
     for s in STRENGTHS:
         strength.set(s)

@@ -257,12 +257,6 @@ def count_targets(example: Example) -> int:
     return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 
 
-def mean_loss(scores: Iterable[RowScore]) -> float:
-    """Return the mean −log p per supervised token over scored rows, in nats."""
-    rows = list(scores)
-    return sum(row.nats for row in rows) / max(1, sum(row.tokens for row in rows))
-
-
 # --- what a model supports and needs ----------------------------------------------------------------------------------
 
 
