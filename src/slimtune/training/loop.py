@@ -50,7 +50,7 @@ from ..utils import distributed
 from ..utils.files import to_json, translate_os_errors
 from . import checkpoint, nonfinite
 from .forgetting import reduce_strength_to_budget, worst_change
-from .oom_recovery import OomRecovery
+from .oom_recovery import OomRecovery, failure_check
 from .progress import ProgressLogger
 from .scoring import build_sharder, score_in_parts
 from .threads import ThreadCount
@@ -126,8 +126,7 @@ class TrainingLoop:
             logger,
             enable_checkpointing=(lambda: enable_activation_checkpointing(model)) if can_checkpoint else None,
             planned_bytes=planned_bytes,
-            # With fsdp the others wait inside the failed pass, and cannot repeat it.
-            any_failed=None if settings.fsdp and self.processes > 1 else distributed.any_process,
+            any_failed=failure_check(model),
         )
         self.recovery.save_before_exit = self.save_before_exit
 

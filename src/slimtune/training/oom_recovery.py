@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..data.collator import Collator, Example
 from ..errors import RunError, is_out_of_memory
@@ -36,6 +37,14 @@ class OomInfo(NamedTuple):
 
     error: str
     held_bytes: int
+
+
+def failure_check(model: Any) -> Callable[[bool], bool] | None:
+    """Return the function by which a process learns that another one failed; None for a base that FSDP2 shards.
+
+    There the others wait inside the failed pass for its weights, and cannot repeat it.
+    """
+    return None if isinstance(model, FSDPModule) else distributed.any_process
 
 
 class OomRecovery:

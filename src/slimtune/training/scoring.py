@@ -25,7 +25,7 @@ from ..setup import Datasets
 from ..train_step.loss import score_row_logps
 from ..utils import distributed
 from ..utils.files import translate_os_errors, write_atomic
-from .oom_recovery import OomRecovery
+from .oom_recovery import OomRecovery, failure_check
 
 
 def build_sharder(model: Any, collator: Collator) -> StepSharder:
@@ -92,7 +92,7 @@ def add_reference(run: RunDir, data: Datasets, model: Any, collator: Collator, l
 
 def _compute_reference(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any) -> np.ndarray:
     device = next(p.device for p in model.parameters() if p.requires_grad)
-    recovery = OomRecovery(collator, device, logger)
+    recovery = OomRecovery(collator, device, logger, any_failed=failure_check(model))
     where = "reference log-probabilities"
     logps = score_in_parts(score_row_logps, where, model, rows, build_sharder(model, collator), recovery)
     values = np.full((len(rows), max(map(len, logps), default=1)), np.nan)
