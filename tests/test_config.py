@@ -17,7 +17,7 @@ from slimtune.config import Recipe, aliases, load_recipe
 from slimtune.config.loading import parse_yaml, set_field
 from slimtune.config.schema import iterate_settings
 from slimtune.errors import RecipeError, UsageError
-from slimtune.methods import config_class, find_built_in_method_files, read_config_sources
+from slimtune.methods import config_class, find_built_in_method_files, parse_config_classes
 from slimtune.methods.lora import LoraConfig
 
 MINIMAL = {"model": "smollm2-135m", "data": "rows.jsonl", "output_dir": "runs/x"}
@@ -404,7 +404,7 @@ except Exception as e:
 
 @pytest.mark.parametrize("method", find_built_in_method_files())
 def test_sources_say_what_the_config_classes_declare(method):
-    specs, source = {s.name: s for s in field_specs(config_class(method))}, read_config_sources()[method]
+    specs, source = {s.name: s for s in field_specs(config_class(method))}, parse_config_classes()[method]
     for name, read in source.fields.items():
         if read.declared:
             spec = specs[name]

@@ -12,7 +12,7 @@ from transformers import MambaConfig
 
 from slimtune import get_peft_model
 from slimtune.config.method import fill_recipe_defaults
-from slimtune.methods import config_class, find_built_in_method_files, method_names, read_config_sources
+from slimtune.methods import config_class, find_built_in_method_files, method_names, parse_config_classes
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -44,7 +44,7 @@ def test_every_method_is_described_as_its_class(described):
 
 def test_sources_say_what_the_classes_say():
     """The list of methods and the names of their settings are read without an import."""
-    sources = read_config_sources()
+    sources = parse_config_classes()
     assert list(sources) == list(find_built_in_method_files())
     for name, source in sources.items():
         cls = config_class(name)

@@ -45,7 +45,7 @@ def field_table(name: str) -> str:
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
     for spec in field_specs(cls):
         if spec.name not in shared:
-            meaning = "; ".join(part for part in (spec.help, spec.range) if part).replace("|", "\\|")
+            meaning = "; ".join(part for part in (spec.help, spec.range_text) if part).replace("|", "\\|")
             rows.append(f"| `{spec.name}` | `{spec.default!r}` | {meaning} |")
     return "\n".join(rows) + "\n" if len(rows) > 2 else ""
 

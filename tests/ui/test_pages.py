@@ -111,7 +111,7 @@ def test_what_a_command_prints_is_bounded(browser, commands, finish, monkeypatch
     monkeypatch.setattr(jobs, "MAX_OUTPUT", 100)
     commands({"verdict": "ok", "more": "x" * 10000})
     browser.post("/rows", data=FORM)
-    assert finish("data").result == {}
+    assert finish("data").printed == {}
 
 
 def test_choices_are_kept_for_every_tab_and_the_next_start(browser, folder, finish):

@@ -72,14 +72,14 @@ class FieldSpec:
     declared: bool = True
 
     @property
-    def range(self) -> str:
+    def range_text(self) -> str:
         """The range as a phrase, `"at least 1"`; empty without one."""
         return " and ".join(f"{_BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds.items())
 
     @property
     def expected(self) -> str:
         """What the field takes, as a phrase: `"an integer or None, at least 1"`."""
-        return ", ".join(part for part in (describe_type(self.type, self.choices), self.range) if part)
+        return ", ".join(part for part in (describe_type(self.type, self.choices), self.range_text) if part)
 
     def find_error(self, value: Any) -> ConfigError | None:
         """Return what is wrong with a value, None if nothing is."""

@@ -169,7 +169,7 @@ class EncoderMask(BackboneModule):
                 raise UsageError(message, f"a mask (batch, tokens) and {self.n} positions more in the output")
             mask = torch.cat([mask.new_ones(len(mask), self.n), mask], dim=1)
             call.inputs["encoder_attention_mask"] = mask
-        return base(**call.given_inputs())
+        return base(**call.get_caller_inputs())
 
 
 class PositionShift(BackboneModule):

@@ -70,7 +70,7 @@ class ConfigSource(NamedTuple):
 
 
 @cache
-def read_config_sources() -> dict[str, ConfigSource]:
+def parse_config_classes() -> dict[str, ConfigSource]:
     """Return the sources of the built-in config classes by method, sorted.
 
     Nothing is imported: a method's module imports torch, which takes seconds. A class's bases are in its own module,

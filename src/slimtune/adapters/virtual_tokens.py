@@ -174,7 +174,7 @@ class BackboneCall:
                 cache._virtual_tokens = {**getattr(cache, "_virtual_tokens", {}), id(module): num_virtual_tokens}
         return out
 
-    def given_inputs(self) -> dict[str, Any]:
+    def get_caller_inputs(self) -> dict[str, Any]:
         """Return the inputs with the caller's own choice between a tuple and an output object."""
         given = {k: v for k, v in self.inputs.items() if k != "return_dict"}
         return given if self.return_dict is None else {**given, "return_dict": self.return_dict}

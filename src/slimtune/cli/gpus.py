@@ -8,7 +8,7 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, print_age, print_fields, table
-from .jobs import JOB_SETTINGS, load_one_job, make_plans, plan_key
+from .jobs import JOB_SETTINGS, load_run_to_plan, make_plans, plan_key
 from .machines import (
     MILLION,
     format_range,
@@ -19,7 +19,7 @@ from .machines import (
     read_kinds,
 )
 from .options import recipe_flags
-from .plan import describe_run
+from .plan import name_run
 
 MOST = 5
 """GPUs side by side on a screen of 80 columns."""
@@ -83,7 +83,7 @@ def gpus(
     if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
-    jobs = load_one_job(job, settings, SEVERAL, "--method lora, or see `slimtune plan --method all`")
+    jobs = load_run_to_plan(job, settings, SEVERAL, "--method lora, or see `slimtune plan --method all`")
     from ..planning.planner import judge_memory
 
     untrained = [c.name for c in cards if not c.trains]
@@ -98,7 +98,7 @@ def gpus(
         screen = console()
         for (device, bf16), plan in plans.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
-            screen.print(f"{describe_run(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
+            screen.print(f"{name_run(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
         if enough is not None:
             screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
         fitting = [
@@ -138,7 +138,7 @@ def _compare(
     tokens, model = 0, None
     plans: list[Any] = [None] * len(cards)
     if job is not None:
-        jobs = load_one_job(job, settings, SEVERAL)
+        jobs = load_run_to_plan(job, settings, SEVERAL)
         tokens, model = jobs.tokens or MILLION, jobs.model.name
         plans = [make_plans(jobs, card, advise=False)[0][0] if card.trains else None for card in cards]
     machines = [

@@ -41,7 +41,7 @@ JOB = Argument(
 
 
 @dataclass(frozen=True)
-class Jobs:
+class RunsToPlan:
     """The runs to plan, one for each method."""
 
     recipes: dict[str, Recipe]  # by the method's name
@@ -62,7 +62,7 @@ def find_recipe(job: str | None) -> Path | None:
 
 
 def require_job(job: str, settings: Mapping[str, Any]) -> None:
-    """Raise for names and files of a job that do not exist, before torch is imported; arguments as for `load_jobs`."""
+    """Raise for names and files that do not exist, before torch is imported; arguments as for `load_runs_to_plan`."""
     recipe = find_recipe(job)
     methods = _list_methods(recipe, settings)
     base = {"model.name": job, "data.train": "rows.jsonl", "output_dir": "runs/planned"} if recipe is None else {}
@@ -73,18 +73,20 @@ def require_job(job: str, settings: Mapping[str, Any]) -> None:
     require_inputs(recipe, {**base, **chosen, **given, "method.name": methods[0]}, weights=False, rows=has_rows)
 
 
-def load_one_job(
+def load_run_to_plan(
     job: str, settings: Mapping[str, Any], message: str = "several methods are given", hint: str = "--method lora"
-) -> Jobs:
+) -> RunsToPlan:
     """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
     require_job(job, settings)
-    jobs = load_jobs(job, settings)
+    jobs = load_runs_to_plan(job, settings)
     if len(jobs.recipes) > 1 or jobs.errors:
         raise UsageError(message, "one run", hint)
     return jobs
 
 
-def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
+def load_runs_to_plan(
+    model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned"
+) -> RunsToPlan:
     """Return the runs that an argument and flags describe.
 
     Args:
@@ -134,7 +136,7 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     if t.max_steps is not None:
         epochs = t.max_steps * t.rows_per_step / max(len(lengths), 1)
     tokens = sum(n for length in lengths for n in count_row_tokens(length))
-    return Jobs(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
+    return RunsToPlan(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
 
 
 def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
@@ -153,7 +155,7 @@ def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]
 
 
 def make_plans(
-    jobs: Jobs, gpu: Gpu, *, advise: bool = True, processes: int = 1
+    jobs: RunsToPlan, gpu: Gpu, *, advise: bool = True, processes: int = 1
 ) -> tuple[list[Plan], dict[str, SlimtuneError]]:
     """Return the plan of every run on a GPU, for one of `processes` that train together, and why others have none.
 
@@ -208,7 +210,7 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength]
     return datasets.train.example_lengths, datasets.train.content
 
 
-def plan_key(gpu: Gpu, jobs: Jobs) -> tuple[str, bool]:
+def plan_key(gpu: Gpu, jobs: RunsToPlan) -> tuple[str, bool]:
     """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
     (recipe,) = jobs.recipes.values()
     return gpu.device, gpu.bf16 or recipe.model.dtype != "auto"

@@ -11,7 +11,7 @@ from typer import Option
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, NegativeResult, console, print_age, print_fields, table
-from .jobs import JOB, JOB_SETTINGS, load_one_job, make_plans, plan_key
+from .jobs import JOB, JOB_SETTINGS, load_run_to_plan, make_plans, plan_key
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def choose(
     """
     kinds = read_kinds(kind, KINDS)
     # Each row goes alone through the model, so that every machine runs the same.
-    jobs = load_one_job(job, {"train.max_tokens_per_micro_batch": 1, **settings})
+    jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..planning.gpus import all_gpus, measured_gpu
     from ..planning.machines import describe_machine, rank_machines
     from ..planning.planner import judge_memory
@@ -162,7 +162,7 @@ def cost(
 
     card = find_gpu(gpu)
     require_trains(card)
-    jobs = load_one_job(job, settings)
+    jobs = load_run_to_plan(job, settings)
     plan = make_plans(jobs, card, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
     machine = describe_machine(card, plan, tokens=count, dollars_per_kwh=kwh_price or None)

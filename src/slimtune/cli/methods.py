@@ -38,14 +38,14 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..methods import config_class, method_names, read_config_sources, require_method
+    from ..methods import config_class, method_names, parse_config_classes, require_method
 
     names = [require_method(name)] if name is not None else method_names()
     if model is not None:
         require_base(model, weights=False)
 
     fields = name is not None or as_json
-    built_in = {} if fields else read_config_sources()  # importing the classes takes seconds
+    built_in = {} if fields else parse_config_classes()  # importing the classes takes seconds
     described = [
         _summarize(n, built_in[n].doc, built_in[n].module_doc, built_in[n].constants)
         if n in built_in

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, print_fields, table
-from .jobs import JOB, JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
+from .jobs import JOB, JOB_SETTINGS, RunsToPlan, load_runs_to_plan, make_plans, require_job
 from .machines import MILLION, format_range, format_rate, format_source, list_prices
 from .options import recipe_flags
 
@@ -90,7 +90,7 @@ def plan(
 
     card = card or detect_gpu(str(settings.get("model.device", "auto")))
     require_trains(card)
-    jobs = load_jobs(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
+    jobs = load_runs_to_plan(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
     if write is not None:
         _require_writable(write, jobs)
     served = plan_serving(jobs.model.config, gpu=card, **serving) if serve else None
@@ -141,12 +141,12 @@ def plan(
     return {**first, "plans": dicts, "unfit": unfit, "serve": serve_dict, "plot": plot, "recipe": write}
 
 
-def describe_run(plan: Plan) -> str:
+def name_run(plan: Plan) -> str:
     """Return what is planned: `llama-3.1-8b with lora`."""
     return f"{plan.model} with {plan.method}"
 
 
-def _require_writable(path: Path, jobs: Jobs) -> None:
+def _require_writable(path: Path, jobs: RunsToPlan) -> None:
     """Check, before anything is planned, that the run can be written as a recipe that trains."""
     if len(jobs.recipes) != 1:
         raise UsageError(f"--write got {', '.join(jobs.recipes)}", "one method", "--method lora")
@@ -163,7 +163,7 @@ def _require_writable(path: Path, jobs: Jobs) -> None:
 
 
 def _verdict_text(plan: Plan) -> str:
-    return VERDICTS[plan.verdict].format(describe_run(plan), plan.card)
+    return VERDICTS[plan.verdict].format(name_run(plan), plan.card)
 
 
 def _evidence_table(heading: str, evidence: Mapping[str, str], rows: Sequence[tuple[str, str, str]]) -> Table:

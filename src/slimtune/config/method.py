@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters.config_fields import FieldSpec, field_specs
 from ..errors import ConfigError
-from ..methods import config_class, read_config_sources
+from ..methods import config_class, parse_config_classes
 from ..objectives import objective_class
 from .errors import FieldError, unknown_field_error
 
@@ -35,7 +35,7 @@ def accepted_names(name: str) -> list[str]:
 
 def read_names(name: str) -> dict[str, str]:
     """Return the full names of a built-in method's fields by their names and short names, without importing it."""
-    source = read_config_sources().get(name.lower())
+    source = parse_config_classes().get(name.lower())
     if source is None or "short_names" not in source.constants:
         return {}
     return {**{f: f for f in source.fields if f not in SET_BY_LIBRARY}, **source.constants["short_names"]}
@@ -51,7 +51,7 @@ def find_setting_errors(section: Mapping[str, Any]) -> list[FieldError]:
     name = str(section.get("name", "lora")).lower()
     if not (known := read_names(name)):
         return []
-    fields, errors = read_config_sources()[name].fields, []
+    fields, errors = parse_config_classes()[name].fields, []
     for field, value in section.items():
         if field == "name":
             continue

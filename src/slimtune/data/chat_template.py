@@ -65,7 +65,7 @@ class TokenizedRow:
 
     def truncate(self, length: int) -> "TokenizedRow":
         """Return the row, or each of a pair, cut to its first `length` tokens."""
-        return join_rows(
+        return concatenate_pair_rows(
             [
                 dataclasses.replace(row, input_ids=row.input_ids[:length], supervised=row.supervised[:length])
                 for row in self.split()
@@ -78,7 +78,7 @@ class TokenizedRow:
         return next((token not in end_ids for token, supervised in pairs if supervised), False)
 
 
-def join_rows(rows: Sequence[TokenizedRow]) -> TokenizedRow:
+def concatenate_pair_rows(rows: Sequence[TokenizedRow]) -> TokenizedRow:
     """Return the rows of a pair as one, or a single row as it is."""
     if len(rows) == 1:
         return rows[0]

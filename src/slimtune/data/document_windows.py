@@ -63,9 +63,9 @@ class DocumentWindows(TokenizedDataset):
         inside = self._starts > 1  # such a window begins with its context
         return self._ends - self._starts + 1 + len(self._prefix) * inside
 
-    def select(self, indices: np.ndarray) -> "DocumentWindows":
+    def select(self, document_indices: np.ndarray) -> "DocumentWindows":
         """Return the windows of these documents."""
-        return DocumentWindows(self._documents.select(indices), self.max_seq_len, self.bos, self.seed)
+        return DocumentWindows(self._documents.select(document_indices), self.max_seq_len, self.bos, self.seed)
 
     def read(self, row: int, start: int = 0, end: int | None = None) -> Example:
         """Return one window, or its tokens from `start` to `end`."""

@@ -165,7 +165,7 @@ def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> Token
             name = "an answer" if is_list else f"the {('chosen', 'rejected')[number]} answer"
             cause = f"{name} has no token of its own after the prompt that they share"
             return InvalidRow(row.line, cause, "empty-answer", row.file)
-    return chat_template.join_rows(tokens)
+    return chat_template.concatenate_pair_rows(tokens)
 
 
 @dataclass

@@ -4,8 +4,8 @@ from ..adapters.registry import (
     config_class,
     find_built_in_method_files,
     method_names,
-    read_config_sources,
+    parse_config_classes,
     require_method,
 )
 
-__all__ = ["config_class", "find_built_in_method_files", "method_names", "read_config_sources", "require_method"]
+__all__ = ["config_class", "find_built_in_method_files", "method_names", "parse_config_classes", "require_method"]

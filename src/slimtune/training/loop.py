@@ -251,7 +251,7 @@ class TrainingLoop:
         what, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
         lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator, self.objective)
         step = self.state.step + 1
-        found = nonfinite.describe(f"the {what} of step {step}", value, lines, rows, "training")
+        found = nonfinite.describe_nonfinite(f"the {what} of step {step}", value, lines, rows, "training")
         skip = self.settings.on_nonfinite == "skip"
         in_a_row = self.skipped_in_a_row + 1
         too_many = in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps)
@@ -362,7 +362,7 @@ class TrainingLoop:
             return
         lines = nonfinite.nonfinite_lines(self.validation, scores)
         what = f"the validation loss after step {self.state.step}"
-        found = nonfinite.describe(what, loss, lines, self.validation, "validation")
+        found = nonfinite.describe_nonfinite(what, loss, lines, self.validation, "validation")
         skip = self.settings.on_nonfinite == "skip"
         self.report_nonfinite(found, self.state.step, "validation loss", lines, self.validation, skip)
 

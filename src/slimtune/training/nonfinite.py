@@ -36,7 +36,7 @@ def nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float
     return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
 
 
-def describe(what: str, value: float, lines: Sequence[int], rows: Sequence[Example], name: str) -> str:
+def describe_nonfinite(what: str, value: float, lines: Sequence[int], rows: Sequence[Example], name: str) -> str:
     """Say that something is NaN or Inf, and which of the rows have such a loss, or that none has."""
     is_value = f"{what} is {'NaN' if math.isnan(value) else 'Inf'}"
     every = sorted(row["line"] for row in rows)

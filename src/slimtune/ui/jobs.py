@@ -88,7 +88,7 @@ class Job:
         return (self.ended or time.time()) - self.started
 
     @property
-    def result(self) -> Mapping[str, Any]:
+    def printed(self) -> Mapping[str, Any]:
         """The JSON object that it printed; empty if it printed none."""
         if not self.ended:
             return {}
@@ -110,13 +110,13 @@ class Job:
             return "stopped"
         if code < 0:
             return "killed"
-        return "negative" if code == 1 and self.result and "error" not in self.result else "failed"
+        return "negative" if code == 1 and self.printed and "error" not in self.printed else "failed"
 
     @property
     def error(self) -> Mapping[str, str]:
         """What to show if it failed or was killed: `message`, `expected`, `hint`, `code`; else empty."""
         match self.state:
-            case "failed" if isinstance(error := self.result.get("error"), dict):
+            case "failed" if isinstance(error := self.printed.get("error"), dict):
                 return error
             case "failed":
                 last = "\n".join([*self.messages][-5:])

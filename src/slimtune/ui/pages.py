@@ -350,9 +350,9 @@ class Pages:
         job = self.jobs.get(kind)
         if job is None:
             return None
-        view = {"kind": kind, "state": job.state, "job": job, "error": job.error, "result": job.result}
+        view = {"kind": kind, "state": job.state, "job": job, "error": job.error, "result": job.printed}
         if kind == "plan" and job.state == "done":
-            view["charts"] = memory_charts(RunResults(plan=job.result))
+            view["charts"] = memory_charts(RunResults(plan=job.printed))
         return view
 
     def live(self, kind: str) -> Response:
