@@ -61,7 +61,7 @@ def test_last_turn_is_learned_with_what_it_thinks(family, answer, learned):
     """And its prompt has the tokens of generation's prompt."""
     row = tokenize(family, ASK, answer)
     assert learned_text(family, row).endswith(learned.removeprefix("<think>"))
-    assert (row.thinking, row.asked_otherwise) == ((1, 0, 0), False)
+    assert (row.thinking, row.generation_prompt_differs) == ((1, 0, 0), False)
     tok = TOKENIZERS[family]
     prompt = tok.apply_chat_template([ASK], add_generation_prompt=True, tokenize=False)
     ids = tok(prompt, add_special_tokens=False)["input_ids"]
@@ -93,8 +93,8 @@ def test_thinking_of_turns_that_are_not_learned_may_be_left_out(family, answer):
 
 
 def test_prompt_that_ends_with_a_tag_and_answers_that_do_not_think():
-    assert tokenize("deepseek-r1", ASK, PLAIN).asked_otherwise
-    assert not tokenize("qwen3", ASK, PLAIN).asked_otherwise
+    assert tokenize("deepseek-r1", ASK, PLAIN).generation_prompt_differs
+    assert not tokenize("qwen3", ASK, PLAIN).generation_prompt_differs
 
 
 def test_report_names_answers_that_generation_would_begin_with_another_text(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from slimtune.errors import ModelError, RunError
 from slimtune.models import gguf
 from slimtune.models.base_config import get_model_info, load_config
-from slimtune.models.gguf import cache_root, check_gguf, read_dequantized
+from slimtune.models.gguf import cache_root, open_gguf, read_dequantized
 from slimtune.models.loader import load_base, load_tokenizer
 from slimtune.models.registry import resolve_model
 from slimtune.utils.fingerprint import config_fingerprint
@@ -215,7 +215,7 @@ def test_random_damage(write):
         data[at : at + 8] = random.choice([bytes(8), b"\xff" * 8, struct.pack("<Q", 2**31), random.randbytes(1)])
         file.write_bytes(data)
         with contextlib.suppress(ModelError):
-            check_gguf(file)
+            open_gguf(file)
 
 
 def test_package_missing(write, monkeypatch):

@@ -21,7 +21,7 @@ from .peft_layers import BaseTunerLayer
 from .targets import select_targets
 
 
-class TunerType(type):
+class TunerMeta(type):
     """Metaclass of PEFT's tuner classes: the `base_model` of a PeftModel is their instance by its active adapter."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -43,7 +43,7 @@ class TunerType(type):
         return inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict).base_model
 
 
-class BaseTuner(metaclass=TunerType):
+class BaseTuner(metaclass=TunerMeta):
     """The `base_model` of a PeftModel whose adapters belong to layers."""
 
     method: ClassVar[str] = ""
@@ -69,7 +69,7 @@ class BaseTuner(metaclass=TunerType):
 def _tuner_type(name: str, method: str, base: type = BaseTuner) -> Any:
     """Return the class of the `base_model` of a PeftModel with an adapter of this method."""
     what = f"The `base_model` of a PeftModel with a {method}."
-    return TunerType(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
+    return TunerMeta(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
 
 
 LoraModel = _tuner_type("LoraModel", "lora")

@@ -12,7 +12,7 @@ from typer import Option
 
 from ..errors import UsageError
 from .common import Json, console, print_fields, show_progress
-from .machines import format_rate
+from .machines import format_three_digits
 
 if TYPE_CHECKING:
     from ..planning.measured import Measured
@@ -91,17 +91,18 @@ def _describe(found: Measured) -> Iterator[tuple[str, str]]:
     """Yield the figures of a measurement."""
     threads = f", {found.threads} thread{'s' if found.threads > 1 else ''}" if found.threads else ""
     yield "machine", f"{found.processor if found.device == 'cpu' else found.name}{threads}, {found.date}"
-    rates = ", ".join(f"{SHORT[d]} {format_rate(rate / 1e9)}" for d, rate in found.rates.items())
+    rates = ", ".join(f"{SHORT[d]} {format_three_digits(rate / 1e9)}" for d, rate in found.rates.items())
     yield "products", f"{rates} GFLOPS"
-    vectors = ", ".join(f"{SHORT[d]} {format_rate(rate / 1e9)}" for d, rate in found.vector_rates.items())
+    vectors = ", ".join(f"{SHORT[d]} {format_three_digits(rate / 1e9)}" for d, rate in found.vector_rates.items())
     yield "with one row", f"{vectors} GB/s of the matrix"
-    yield "memory", f"{format_rate(found.bandwidth / 1e9)} GB/s copied"
+    yield "memory", f"{format_three_digits(found.bandwidth / 1e9)} GB/s copied"
     low, high = (100 * (end - 1) for end in found.training.spread)
     yield "training", f"{len(found.steps)} kinds of steps; the formula is within {low:+.0f} to {high:+.0f} % of them"
     for engine, fit in found.serving.items():
         for precision, speed in fit.bytes_per_second.items():
             prompt = fit.prompt_flops.get(precision, 0.0)
-            text = f"{format_rate(speed / 1e9)} GB/s decoding, {format_rate(prompt / 1e9)} GFLOPS reading a prompt"
+            decoding, reading = (format_three_digits(n / 1e9) for n in (speed, prompt))
+            text = f"{decoding} GB/s decoding, {reading} GFLOPS reading a prompt"
             yield f"{engine} {precision}", text
     for what, why in found.skipped.items():
         yield what, f"not measured: {why}"

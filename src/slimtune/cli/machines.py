@@ -134,7 +134,7 @@ def _table(ranked: list[Machine], way: str) -> Any:
         money = format_dollars(m.price) if way == "buy" else format_dollars(cost.rent if cost else None)
         kwh = format_short(cost.kwh if cost else None, "{:.2g}".format)
         power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
-        writes = format_short(m.serving.decode if m.serving else None, format_rate)
+        writes = format_short(m.serving.decode if m.serving else None, format_three_digits)
         time = format_hours_range(cost.hours if cost else None)
         rows.append((m.gpu.name, f"{m.gpu.memory / 2**30:.0f}", money, time, power, writes))
     headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
@@ -245,8 +245,8 @@ def format_range(low: float, high: float, format_number: Callable[[float], str] 
     return f"{number if same_unit else first} to {last}"
 
 
-def format_rate(rate: float) -> str:
-    """Return tokens a second, in three digits at most: `4.2`, `47`, `3270`."""
+def format_three_digits(rate: float) -> str:
+    """Return a rate with three significant digits at most: `4.2`, `47`, `3270`."""
     return f"{rate:.2g}" if rate < 10 else f"{float(f'{rate:.3g}'):.0f}"
 
 
@@ -286,12 +286,12 @@ def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple
     yield row("16 bits, TFLOPS", lambda m: _format_tflops(m.gpu))
     yield row("watts", lambda m: f"{m.gpu.watts:.0f}" if m.gpu.watts else "-")
     yield row("price", lambda m: format_dollars(m.price))
-    yield row("an 8B writes, t/s", lambda m: format_short(m.serving.decode if m.serving else None, format_rate))
-    yield row("reads, t/s", lambda m: format_short(m.serving.prefill if m.serving else None, format_rate))
+    yield row("an 8B writes, t/s", lambda m: format_short(m.serving.decode if m.serving else None, format_three_digits))
+    yield row("reads, t/s", lambda m: format_short(m.serving.prefill if m.serving else None, format_three_digits))
     if run is None:
         return
     yield row("training", lambda m: m.verdict or "-")
-    yield row("trains, t/s", lambda m: format_short(m.plan.tokens_per_second if m.plan else None, format_rate))
+    yield row("trains, t/s", lambda m: format_short(m.plan.tokens_per_second if m.plan else None, format_three_digits))
     yield row(run, lambda m: format_hours_range(m.cost.hours if m.cost else None))
     yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
     yield row("its kWh", lambda m: format_short(m.cost.kwh if m.cost else None, "{:.2g}".format))

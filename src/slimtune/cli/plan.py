@@ -16,7 +16,7 @@ from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, print_fields, table
 from .jobs import JOB, JOB_SETTINGS, RunsToPlan, load_runs_to_plan, make_plans, require_job
-from .machines import MILLION, format_range, format_rate, format_source, list_prices
+from .machines import MILLION, format_range, format_source, format_three_digits, list_prices
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -313,8 +313,8 @@ def _render_serving(served: ServingPlan) -> Iterator[Any]:
         yield "speed: not known\n"
     else:
         yield (
-            f"speed: {format_range(*decode, format_rate)} tokens/s written behind {served.context} tokens, "
-            f"{format_range(*prefill, format_rate)} tokens/s of a prompt read\n"
+            f"speed: {format_range(*decode, format_three_digits)} tokens/s written behind {served.context} tokens, "
+            f"{format_range(*prefill, format_three_digits)} tokens/s of a prompt read\n"
         )
     rows = [(part, format_bytes(size), part) for part, size in served.parts.items()]
     rows += [
@@ -326,9 +326,11 @@ def _render_serving(served: ServingPlan) -> Iterator[Any]:
         ("longest context", _count(served.max_context or 0, "tokens"), "max_context"),
     ]
     if decode is not None and prefill is not None:
-        rows.append(("tokens written in a second", format_range(*decode, format_rate), "decode_tokens_per_second"))
         rows.append(
-            ("tokens of a prompt in a second", format_range(*prefill, format_rate), "prefill_tokens_per_second")
+            ("tokens written in a second", format_range(*decode, format_three_digits), "decode_tokens_per_second")
+        )
+        rows.append(
+            ("tokens of a prompt in a second", format_range(*prefill, format_three_digits), "prefill_tokens_per_second")
         )
     yield _evidence_table("memory", served.evidence, rows)
 

@@ -138,7 +138,7 @@ def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool 
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..run_dir import RunDir
-    from ..training.together import Stopped, train_together
+    from ..training.together import RunStopped, train_together
 
     recipes = {file: load_recipe(file) for file in recipe_files}
     runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
@@ -156,7 +156,7 @@ def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool 
         should_stop=lambda recipe: stop_files[str(recipe.output_dir)].exists(),
     )
     ended = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
-    failed = {file: o for file, o in ended.items() if not isinstance(o, Stopped)}
+    failed = {file: o for file, o in ended.items() if not isinstance(o, RunStopped)}
     for file in (file for file in recipe_files if file not in ended):
         if not trial:
             evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared

@@ -38,7 +38,7 @@ class RenderedText:
     spans: list[Span]
     turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
     thinking: tuple[int, int, int] = (0, 0, 0)  # turns that think, as `messages.check_thinking` counts them
-    asked_otherwise: bool = False  # whether generation would begin the last turn after another text
+    generation_prompt_differs: bool = False  # whether generation would begin the last turn after another text
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TokenizedRow:
     input_ids: list[int]
     supervised: list[bool]
     thinking: tuple[int, int, int] = (0, 0, 0)  # as in `RenderedText`
-    asked_otherwise: bool = False
+    generation_prompt_differs: bool = False
     row_lengths: tuple[int, ...] | None = None
 
     def split(self) -> list["TokenizedRow"]:
@@ -161,7 +161,7 @@ def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> st
     return render(messages)
 
 
-def is_asked_otherwise(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
+def differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
     """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
 
     So it is if a template ends its prompt with `<think>` and writes none before an answer: then the model is asked

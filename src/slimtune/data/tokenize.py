@@ -121,8 +121,10 @@ def tokenize_rows(
                 return RenderedText(rendered.text, [])
             thinks = any(get_thinking(message)[0] for message in row.messages)
             if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
-                asked_otherwise = chat_template.is_asked_otherwise(tokenizer, row.messages, row.tools, rendered)
-                rendered = dataclasses.replace(rendered, asked_otherwise=asked_otherwise)
+                generation_prompt_differs = chat_template.differs_in_generation(
+                    tokenizer, row.messages, row.tools, rendered
+                )
+                rendered = dataclasses.replace(rendered, generation_prompt_differs=generation_prompt_differs)
             if thinks:
                 thinking = check_thinking(row.messages, rendered.text, rendered.turns, learned)
                 rendered = dataclasses.replace(rendered, thinking=thinking)
@@ -142,7 +144,9 @@ def tokenize_rows(
     for one in rendered:
         if isinstance(one, RenderedText):
             ids, offsets = next(tokens)
-            found.append(TokenizedRow(ids, chat_template.mask_tokens(one, offsets), one.thinking, one.asked_otherwise))
+            found.append(
+                TokenizedRow(ids, chat_template.mask_tokens(one, offsets), one.thinking, one.generation_prompt_differs)
+            )
         else:
             found.append(one)
     left = iter(found)

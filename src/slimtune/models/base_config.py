@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.remote_code import remote_code_allowed
 from .errors import remote_code_error, translate_load_errors
-from .gguf import check_gguf, find_dequantized, read_dequantized
+from .gguf import find_dequantized, open_gguf, read_dequantized
 from .registry import (
     ModelSource,
     find_known,
@@ -106,7 +106,7 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     if os.path.isfile(path) and path.suffix.lower() == ".gguf":
         if (folder := find_dequantized(path)) is not None:  # parsing the file takes seconds
             return ModelInfo(path.stem, spec, _read_config(folder / "config.json", False), str(path))
-        check_gguf(path)
+        open_gguf(path)
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))

@@ -128,7 +128,7 @@ def read_gguf(path: Path) -> Any:
     return GGUFReader(str(path))
 
 
-def check_gguf(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
     """Return gguf's reader of a file whose metadata agree with its tensors.
 
     transformers takes a number of the metadata as it is: one of 2^31 layers would be built, and what is missing gets
@@ -245,7 +245,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
     """Return the file's model in float32 and its tokenizer, both ready to be saved."""
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    reader = check_gguf(path)  # first: it notices an incomplete file before the slow part
+    reader = open_gguf(path)  # first: it notices an incomplete file before the slow part
     with translate_load_errors(str(path), "GGUF file"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options

@@ -34,7 +34,7 @@ from .loop import TrainingLoop
 from .train import Interrupted, TrainingSteps, start_training, train
 
 
-class Stopped(SlimtuneError):
+class RunStopped(SlimtuneError):
     """How a run ended that its caller no longer wanted."""
 
 
@@ -71,7 +71,7 @@ class RunInTurn:
     def stop(self) -> None:
         """End the run without a checkpoint."""
         self.steps.close()
-        self.rows, self.outcome = (), Stopped("the run was stopped")
+        self.rows, self.outcome = (), RunStopped("the run was stopped")
 
 
 def train_together(
@@ -89,7 +89,7 @@ def train_together(
         recipes: their `model` and `data.chat_template` are the same.
         resume: for each whether to continue it from its newest checkpoint; empty: none.
         force: train on data even if its validation finds faults.
-        should_stop: called for each run before each of its steps; True ends this run, with the error `Stopped`.
+        should_stop: called for each run before each of its steps; True ends this run, with the error `RunStopped`.
 
     Raises:
         UsageError: the bases differ, or there are several processes.

@@ -93,7 +93,7 @@ class BatchValidator:
         self, row: Row, tokens: TokenizedRow, answer: str, texts: list[tuple[str, str]]
     ) -> Iterator[tuple[str, str]]:
         yield from find_text_issues([text for _, text in texts])
-        if tokens.asked_otherwise:
+        if tokens.generation_prompt_differs:
             yield "other-prompt", ""
         if answer and is_placeholder(answer):
             yield "placeholder-answer", repr(answer.strip())
