@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +86,12 @@ def test_imports_stand_at_the_top():
                     if package not in OPTIONAL_PACKAGES | SLOW_PACKAGES | {"slimtune"}:
                         found.append(f"{file}:{node.lineno} {module}")
     assert found == []
+
+
+def test_names_of_test_files_are_unique():
+    """They are imported by their name alone."""
+    names = Counter(file.name for file in Path(__file__).parent.rglob("*.py") if file.parent.name != "peft_suite")
+    assert [name for name, count in names.items() if count > 1 and name not in ("__init__.py", "conftest.py")] == []
 
 
 def test_no_private_name_of_another_folder():

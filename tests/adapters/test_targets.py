@@ -107,7 +107,11 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "settings", "message"), FAULTS, ids=lambda v: getattr(v, "__name__", str(v)[:60]))
+def name_parameter(value):
+    return value.args[0] if isinstance(value, partial) else getattr(value, "__name__", str(value)[:60])
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), FAULTS, ids=name_parameter)
 def test_no_match_raises(make, settings, message):
     model = make()
     classes = {n: type(m) for n, m in model.named_modules()}
