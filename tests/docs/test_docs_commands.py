@@ -26,6 +26,7 @@ FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 GROUP = typer.main.get_command(app)
 SHELL = {"|", "<", ">", ">>", "&&", ";", "2>", "&"}
 NEEDED = {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/first"}
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 NO_COMMAND = re.compile(r"does not |export RUN --to \w+$")  # a line that is printed, and titles of pages
 
 
@@ -36,6 +37,11 @@ def find_commands(text: str) -> Iterator[str]:
         prompt = r"\$ " if re.search(r"^ *\$ ", lines, re.MULTILINE) else ""  # the other lines are output
         yield from re.findall(rf"^ *{prompt}(?:\w+=\S+ )*slimtune (.+)", lines, re.MULTILINE)
     yield from re.findall(r"(?<!`)`slimtune (\w+ [^`\n]+)`", FENCED.sub("", text))
+
+
+def find_console_commands(block: str) -> list[str]:
+    """Return what the site's copy button copies of a console block: Pygments marks the other lines as output."""
+    return re.findall(r"^ *\$ ((?:.*\\\n)*.*)$", block, re.MULTILINE)
 
 
 @functools.cache
@@ -78,7 +84,7 @@ def check_command(line: str) -> None:
         assert find_errors(tree) == []
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_are_ones_that_exist(page):
     wrong = {}
     for line in find_commands((ROOT / page).read_text()):
@@ -89,6 +95,16 @@ def test_commands_are_ones_that_exist(page):
         except Exception as e:
             wrong[line] = str(e)
     assert wrong == {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_copied_commands_are_whole(page):
+    """docs/extra.css hides prompts and output from the copy button in blocks of the language console."""
+    for language, block in FENCED.findall((ROOT / page).read_text()):
+        commands = find_console_commands(block)
+        assert (language == "console") == bool(commands), block
+        for command in commands:
+            assert shlex.split(command)  # raises where a quote stays open
 
 
 def test_questions_are_those_of_the_script():
