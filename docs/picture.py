@@ -22,7 +22,9 @@ SHOWN = ("train", "eval", "generate")  # the commands of the page that the pictu
 def make_picture() -> str:
     """Return the picture, an SVG."""
     console = Console(record=True, width=110, file=io.StringIO())
-    blocks = re.findall(r"^```console\n(\$ slimtune (\w+) .*?)^```", (DOCS / "first_adapter.md").read_text(), re.M | re.S)
+    blocks = re.findall(
+        r"^```console\n(\$ slimtune (\w+) .*?)^```", (DOCS / "first_adapter.md").read_text(), re.M | re.S
+    )
     for block in (block for block, command in blocks if command in SHOWN):
         for line in block.splitlines():
             text = Text(line)

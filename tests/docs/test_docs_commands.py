@@ -124,3 +124,9 @@ def test_every_extra_that_is_named_exists():
         assert {extra for found in named for extra in "".join(found).split(",")} <= {*extras}, file
         if file.suffix == ".md" and file.name not in ("install.md", "troubleshooting.md"):
             assert "install 'slimtune[" not in text, f"{file}: before slimtune is installed, only ./slimtune is found"
+
+
+def test_readme_and_site_install_the_same_extras():
+    lines = {name: re.search(r"^pip install '(?:\.|\./slimtune)\[(.+)\]'", (ROOT / name).read_text(), re.MULTILINE)[1]
+             for name in ("README.md", "docs/install.md")}  # fmt: skip
+    assert len(set(lines.values())) == 1, lines
