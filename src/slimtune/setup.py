@@ -44,7 +44,7 @@ from .models.dtype import pick_dtype
 from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
-from .models.registry import resolve_model
+from .models.registry import ModelSource, resolve_model
 from .objectives import objective_class, objective_names
 from .objectives.base import Objective
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
@@ -453,9 +453,8 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     recipe = RunDir.open(path).load_recipe() if folder != path else None
-    spec = recipe.model.name if recipe is not None else config.base_model_name_or_path
     base = first.base
-    differences: dict[str, tuple[Any, Any]] = {"base": (resolve_model(spec or "").path, base.source.path)}
+    differences: dict[str, tuple[Any, Any]] = {"base": (resolve_trained_base(path).path, base.source.path)}
     if recipe is not None and first.recipe is not None:
         one, other = recipe.model, first.recipe.model
         differences |= {key: (getattr(one, key), getattr(other, key)) for key in ("revision", "quantization")}
@@ -476,6 +475,13 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
     tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
     first.model.load_adapter(folder, name, config=config)
     return TrainedModel(first.model, dataclasses.replace(base, tokenizer=tokenizer), folder, recipe, adapter_name=name)
+
+
+def resolve_trained_base(run: Path) -> ModelSource:
+    """Return where the base of a run or an adapter folder is, without loading it."""
+    if (folder := find_adapter_folder(run)) != run:
+        return resolve_model(RunDir.open(run).load_recipe().model.name)
+    return resolve_model(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
 
 
 def require_language_model(run: str | Path) -> None:

@@ -24,7 +24,7 @@ from slimtune.utils.progress import track_progress
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
     "train_loss": 2.0, "validation_loss": 1.5, "adapter_bytes": 2**20, "trainable_params": 10, "total_params": 1000,
-    "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0, "skipped_steps": 0,
+    "best_step": 2, "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0, "skipped_steps": 0,
 }  # fmt: skip
 MEASURED = {
     "task": "sft",
@@ -210,7 +210,13 @@ def test_train_from_flags(replace, slimtune, rows_file):
     assert (data.max_seq_len, data.on_overlong, data.train, data.validation) == (99, "error", rows_file, rows_file)
     assert data.columns == {"messages": "talk"}
     assert (model.name, model.dtype, model.trust_remote_code, model.revision) == ("m", "float32", True, None)
-    for part in ("1.5000", "1.0 MiB", "1.00 %", "runs/x/adapter", "slimtune eval runs/x"):
+    for part in (
+        "1.5000 (step 2, whose adapter is kept)",
+        "1.0 MiB",
+        "1.00 %",
+        "runs/x/adapter",
+        "slimtune eval runs/x",
+    ):
         assert part in done.stdout
 
 
@@ -277,6 +283,14 @@ def test_eval_screen(monkeypatch, slimtune, slimtune_json):
     ):  # fmt: skip
         assert part in shown
     assert slimtune_json("eval", "runs/x") == MEASURED
+
+
+@pytest.mark.parametrize(("generations", "advice"), [(None, "; read some answers: --generate 5"), ([], "")])
+def test_eval_says_that_few_rows_prove_little(monkeypatch, slimtune, generations, advice):
+    few = {**MEASURED, "rows": 6, "generations": generations, "generation_summary": {}, "win_rate": None}
+    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *_: few)
+    end = f"better, but over only 6 rows: under about 20 the intervals are too narrow{advice}\n"
+    assert slimtune("eval", "runs/x").stdout.endswith(end)
 
 
 @pytest.mark.parametrize(

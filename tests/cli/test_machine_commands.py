@@ -1,5 +1,7 @@
 """`slimtune gpus A B`, `choose`, `cost` and `models`. The planner is replaced: an 8B that needs 19 GiB."""
 
+import re
+
 import pytest
 
 from slimtune.models.registry import load_known_configs
@@ -31,6 +33,16 @@ def test_choose_ranks_by_price(slimtune, slimtune_json, requests):
     text = slimtune("choose", "llama-3.1-8b", "--kind", "desktop").stdout
     assert f"to buy: {result['buy'][0]['card']} is the cheapest that fits" in text
     assert "to rent" not in text
+
+
+def test_choose_marks_machines_on_which_a_quantized_base_is_not_proven(slimtune):
+    args = ("choose", "llama-3.1-8b", "--kind", "desktop,mac")
+    shown = slimtune(*args, "--quantization", "nf4").stdout
+    marked = re.findall(r"\S+(?= \*)", shown)
+    assert marked
+    assert not any(name.startswith("rtx") for name in marked)
+    assert "\n* Whether bitsandbytes quantizes on AMD cards and Macs is not known" in shown
+    assert "*" not in slimtune(*args).stdout
 
 
 def test_choose_finds_none(slimtune):
@@ -81,3 +93,10 @@ def test_wrong_use(slimtune, args, message):
     done = slimtune(*args)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_licences_are_broken_between_words(slimtune):
+    lines = [line.split() for line in slimtune("models").stdout.splitlines() if "license" in line]
+    assert {words[-2] if len(words) > 1 else words[0] for words in lines} == {
+        "falcon-llm-license", "license", "open-model-license",
+    }  # fmt: skip

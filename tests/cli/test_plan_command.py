@@ -212,6 +212,11 @@ def test_answer_of_one_plan(slimtune):
     ]
 
 
+def test_equal_largest_sizes_are_said_once(replace_planner, slimtune):
+    replace_planner(lambda request: hand_plan(card=request.gpu, max_seq_len=2048, max_batch_size=1))
+    assert "largest that fits: 1 row of up to 2048 tokens\n" in slimtune(*BASE).stdout
+
+
 def test_notes_are_shown(replace_planner, slimtune):
     replace_planner(lambda request: hand_plan(request.method.name, request.gpu, notes=["It costs twice."]))
     assert "note: It costs twice." in slimtune(*BASE).stdout.splitlines()

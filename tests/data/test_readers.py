@@ -75,6 +75,13 @@ def test_paragraphs(tmp_path):
     assert errors_in(path) == [(3, "not-utf8")]
 
 
+def test_csv_with_semicolons_as_excel_writes_it(tmp_path):
+    path = write_bytes(tmp_path / "a.csv", '\ufeffinstruction;output\r\nhi;"a, b; c"\r\n')
+    assert outputs(read_rows(path)) == ["a, b; c"]
+    with pytest.raises(DataError, match=r"CSV UTF-8(.|\n)*iconv -f CP1252 -t UTF-8 a\.csv > utf8\.csv"):
+        read_rows(write_bytes(path, "instruction;output\nhi;Größe\n".encode("cp1252")))
+
+
 def test_folder(tmp_path):
     write(tmp_path, ".jsonl", ROWS[:2], "b")
     write(tmp_path, ".jsonl", ROWS[2:], "a")
@@ -167,7 +174,8 @@ UNUSABLE = [
     ("a" * 300 + ".jsonl", None, UsageError, "no such file"),
     ("a\udcff\0.jsonl", None, UsageError, "no such file"),
     ("org/" + "a" * 300, None, UsageError, "no such file"),
-    ("a.csv", "instruction;output\na;b\n", DataError, "one column, 'instruction;output': the delimiter seems"),
+    ("a.csv", "instruction\toutput\na\tb\n", DataError, r"delimiter seems to be '\\t'(.|\n)*rename it to a\.tsv"),
+    ("a.tsv", "instruction;output\na;b\n", DataError, r"delimiter seems to be ';'(.|\n)*rename it to a\.csv"),
     ("a.csv", "instruction,output,output\na,b,c\n", DataError, "names 'output' twice"),
     ("a.jsnl", "{}", UsageError, r"unknown suffix '\.jsnl'; did you mean '\.jsonl'\?"),
     ("trian.jsonl", None, UsageError, r"no such file: .*trian\.jsonl; did you mean 'train\.jsonl'"),

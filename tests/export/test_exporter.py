@@ -22,6 +22,7 @@ from slimtune.export import reference, served_base
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
 from slimtune.export.verify import verify
+from slimtune.knowledge import find_code
 from slimtune.models.loader import load_base
 
 pytest.importorskip("gguf")
@@ -225,13 +226,25 @@ def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
     check = export(run, "gguf", tmp_path / "out")["check"]
     assert check["passed"] is None
     assert "convert_hf_to_gguf.py" in check["reason"]
-    with pytest.raises(ModelError, match="convert_hf_to_gguf"):
-        export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
-    with pytest.raises(UsageError, match="--ollama-base NAME"):
-        export(run, "ollama", tmp_path / "o", ExportOptions(merged=False))
     named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="mine:8b"), verify=False)
     assert "FROM mine:8b" in (tmp_path / "o" / "Modelfile").read_text()
     assert named["template"] is False
+
+
+def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_path, no_llama_cpp, monkeypatch):
+    run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
+    monkeypatch.setattr("slimtune.export.exporter.load_trained", lambda _: pytest.fail("the base was loaded"))
+    for target, options, error, words in (
+        ("gguf", ExportOptions(merged=True), ModelError, "git clone --depth 1 https://github.com/ggml-org/llama.cpp"),
+        ("ollama", ExportOptions(), ModelError, "convert_hf_to_gguf.py(.|\n)*git clone"),
+        ("ollama", ExportOptions(merged=True, precision="Q4_K_M"), ModelError, "llama-quantize(.|\n)*precision q8_0"),
+        ("ollama", ExportOptions(merged=False), UsageError, "leave --no-merged out(.|\n)*--ollama-base NAME"),
+    ):
+        with pytest.raises(error, match=words) as refused:
+            export(run, target, tmp_path / "out", options)
+        e = refused.value
+        assert find_code(f"{e.message}\n{e.expected}\n{e.hint}", e.code) == "llama-cpp-tools"
+    assert not (tmp_path / "out").exists()
 
 
 # --- Ollama's own base -----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MILLION = 1_000_000
 KINDS = ("desktop", "laptop", "workstation", "mac", "mini", "rent")
 SHOWN = 5
+UNPROVEN_VENDORS, MARK = ("amd", "apple"), " *"
+"""Vendors of machines on which a run with a quantized base is not proven to work, and what marks them in `choose`."""
 KWH_PRICE = 0.17
 """Dollars of a kWh where none is given: about what a household in the United States paid in 2025."""
 Tokens = Annotated[
@@ -81,24 +83,26 @@ def choose(
     if not as_json:
         screen = console()
         (recipe,) = jobs.recipes.values()
+        vendors = () if recipe.model.quantization is None else UNPROVEN_VENDORS
+        names = {m.gpu.name: m.gpu.name + (MARK if m.gpu.vendor in vendors else "") for m in machines}
         screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
         if mine is not None and here is not None and here.measured is not None:
             time = f", {format_hours_range(mine.cost.hours)}" if mine.cost is not None else ""
             screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
         for way, ranked in picks.items():
             if (way == "buy" and owned) or (way == "rent" and rented):
-                screen.print(Text(f"\nto {way}: {_name_pick(ranked, way)}", style="bold"))
+                screen.print(Text(f"\nto {way}: {_name_pick(ranked, way, names)}", style="bold"))
                 if ranked:
                     fastest = min(ranked, key=lambda m: m.cost.hours.high if m.cost else float("inf"))
-                    screen.print(f"the fastest: {fastest.gpu.name}, {_explain(fastest, way)}")
-                    screen.print(_table(ranked[:SHOWN], way))
+                    screen.print(f"the fastest: {names[fastest.gpu.name]}, {_explain(fastest, way)}")
+                    screen.print(_table(ranked[:SHOWN], way, names))
         fitting = sum(m.verdict == "fits" for m in machines)
         unpriced = sum(m.verdict == "fits" and m.price is None for m in owned)
         without = f"; of {unpriced} no price is known" if unpriced else ""
         screen.print(f"\n{fitting} of {len(machines)} machines have the memory{without}.")
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
-        if recipe.model.quantization is not None:
-            screen.print("Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
+        if vendors:
+            screen.print(f"{MARK.strip()} Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
         print_age(list_machine_dates([*buy[:SHOWN], *rent[:SHOWN]]))
         if sources:
             screen.print()
@@ -113,12 +117,12 @@ def choose(
     return result if any(picks.values()) else NegativeResult(result)
 
 
-def _name_pick(ranked: list[Machine], way: str) -> str:
+def _name_pick(ranked: list[Machine], way: str, names: Mapping[str, str]) -> str:
     """Return the best and the runner-up, and why."""
     if not ranked:
         return "none has the memory within the limits; --quantization nf4 and --gradient-checkpointing need less"
-    text = f"{ranked[0].gpu.name} is the cheapest that fits: {_explain(ranked[0], way)}"
-    return text + (f"; then {ranked[1].gpu.name}" if len(ranked) > 1 else "")
+    text = f"{names[ranked[0].gpu.name]} is the cheapest that fits: {_explain(ranked[0], way)}"
+    return text + (f"; then {names[ranked[1].gpu.name]}" if len(ranked) > 1 else "")
 
 
 def _explain(machine: Machine, way: str) -> str:
@@ -127,7 +131,7 @@ def _explain(machine: Machine, way: str) -> str:
     return f"{format_dollars(amount)}, the run in {time}"
 
 
-def _table(ranked: list[Machine], way: str) -> Any:
+def _table(ranked: list[Machine], way: str, names: Mapping[str, str]) -> Any:
     rows = []
     for m in ranked:
         cost = m.cost
@@ -136,7 +140,7 @@ def _table(ranked: list[Machine], way: str) -> Any:
         power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
         writes = format_short(m.serving.decode if m.serving else None, format_three_digits)
         time = format_hours_range(cost.hours if cost else None)
-        rows.append((m.gpu.name, f"{m.gpu.memory / 2**30:.0f}", money, time, power, writes))
+        rows.append((names[m.gpu.name], f"{m.gpu.memory / 2**30:.0f}", money, time, power, writes))
     headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
     return table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
 

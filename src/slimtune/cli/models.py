@@ -1,5 +1,6 @@
 """`slimtune models`: the bases that plans know without a download."""
 
+import textwrap
 from typing import Annotated, Any
 
 from typer import Option
@@ -49,12 +50,14 @@ def models(
     if not as_json:
         cells = (
             (
-                r["name"], format_count(r["params"]), str(r["context"]), r["released"], r["licence"],
-                "yes" if r["gated"] else "no",
+                r["name"], format_count(r["params"]), str(r["context"]), r["released"],
+                "\n".join(textwrap.wrap(r["licence"], 18, break_long_words=False)), "yes" if r["gated"] else "no",
             )
             for r in rows
         )  # fmt: skip
-        console().print(table("base", "size", "context", "released", "licence", "gated", left=[4, 5], rows=cells))
+        found = table("base", "size", "context", "released", "licence", "gated", left=[4, 5], rows=cells)
+        found.padding = (0, 1, 0, 0)  # room for 18 characters of a licence in 80 columns
+        console().print(found)
         console().print("\ngated: the Hub wants an account that has accepted the licence")
         console().print("every command also takes a Hub id, a folder or a GGUF file")
         print_age(r["checked"] for r in rows)

@@ -186,7 +186,8 @@ def _render_answer(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
         yield f"change: {advice.change} saves {format_bytes(advice.saves)}; then it {advice.verdict}"
     rows = "rows" if plan.batch > 1 else "row"
     longest = f"{plan.batch} {rows} of up to {plan.max_seq_len} tokens" if plan.max_seq_len else ""
-    most = f"{_count(plan.max_batch_size, 'rows')} of {plan.seq_len}" if plan.max_batch_size else ""
+    is_same = (plan.max_batch_size, plan.seq_len) == (plan.batch, plan.max_seq_len)
+    most = f"{_count(plan.max_batch_size, 'rows')} of {plan.seq_len}" if plan.max_batch_size and not is_same else ""
     yield f"largest that fits: {' or '.join(filter(None, (longest, most))) or 'nothing'}"
     if plan.tokens_per_second is None:
         is_here = "this machine" in plan.evidence.get("usable_bytes", "")

@@ -117,8 +117,8 @@ def _describe_forgetting(found: Mapping[str, Any] | None) -> str:
 
 
 def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
-    def loss(name: str) -> str:
-        return "not measured" if result.get(name) is None else f"{result[name]:.4f}"
+    def loss(name: str, of: str) -> str:
+        return "not measured" if result.get(name) is None else f"{result[name]:.4f} ({of})"
 
     percent = 100 * result["trainable_params"] / max(result["total_params"], 1)
     seconds = [(name, result.get(f"{name}_seconds") or 0.0) for name in ("load", "prepare")]
@@ -126,8 +126,8 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     print_fields([
         ("steps", f"{result['steps']}{skipped}"),
         ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
-        ("training loss", loss("train_loss")),
-        ("validation loss", loss("validation_loss")),
+        ("training loss", loss("train_loss", "mean over the last tenth of the steps")),
+        ("validation loss", loss("validation_loss", f"step {result['best_step']}, whose adapter is kept")),
         *([("forgetting", text)] if (text := _describe_forgetting(result.get("forgetting"))) else []),
         ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),
         ("adapter", format_bytes(result["adapter_bytes"])),

@@ -65,11 +65,13 @@ def _read_lines(file: IO[str]) -> Iterator[str | None]:
             yield None
 
 
-def _check_utf8(line: int, text: str) -> InvalidRow | None:
+def _check_utf8(path: Path, line: int, text: str) -> InvalidRow | None:
     if text.isascii() or not (wrong := _WRONG_BYTE.search(text)):
         return None
     shown = shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-    return InvalidRow(line, f"is not UTF-8 at character {wrong.start() + 1}: {shown}", "not-utf8")
+    convert = f"iconv -f CP1252 -t UTF-8 {shlex.quote(path.name)} > utf8{path.suffix}"
+    hint = f"save the file as UTF-8 (in Excel: CSV UTF-8), or convert it; from Windows: {convert}"
+    return InvalidRow(line, f"is not UTF-8 at character {wrong.start() + 1}: {shown}", "not-utf8", hint=hint)
 
 
 def _check_object(line: int, value: Any) -> Located:
@@ -95,7 +97,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
                 continue
             if text.isspace():
                 continue
-            if invalid := _check_utf8(line, text):
+            if invalid := _check_utf8(path, line, text):
                 yield invalid
                 continue
             try:
@@ -153,10 +155,18 @@ def _decode_item(item: int, text: str, at: int) -> tuple[Located, int]:
         return InvalidRow(item, str(error), error.code), json.JSONDecoder().raw_decode(text, at)[1]
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
-    """Read a table with a header; the line is the one on which a record begins. Raise DataError for a wrong header."""
+def read_csv(path: Path, delimiter: str | None = None) -> Iterator[Located]:
+    """Read a table with a header; the line is the one on which a record begins. Raise DataError for a wrong header.
+
+    Without a `delimiter` it is a comma, or the semicolon if the header has semicolons and no comma: so Excel writes
+    CSV in languages whose decimal sign is the comma.
+    """
     csv.field_size_limit(MAX_ROW)
     header: list[str] = []
+    if delimiter is None:
+        with _open_text(path, newline="") as file:
+            first = next((text for text in _read_lines(file) if text and not text.isspace()), "")
+        delimiter = ";" if ";" in first and "," not in first else ","
     with _open_text(path, newline="") as file:
         rows = csv.reader(_read_csv_lines(file), delimiter=delimiter, strict=True)
         while True:
@@ -179,7 +189,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
             elif len(text := delimiter.join(cells)) > MAX_ROW:
                 yield InvalidRow(line, _TOO_LONG, "too-large")
             else:
-                yield _check_utf8(line, text) or (line, dict(zip(header, cells, strict=True)))
+                yield _check_utf8(path, line, text) or (line, dict(zip(header, cells, strict=True)))
 
 
 def _read_csv_lines(file: IO[str]) -> Iterator[str]:
@@ -193,7 +203,8 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     others = [d for d in (",", ";", "\t", "|") if d != delimiter and d in header[0]]
     if len(header) == 1 and others:
         problem = f"its header is one column, {shorten(header[0])!r}: the delimiter seems to be {others[0]!r}"
-        hint = "write it with that delimiter (.csv: a comma, .tsv: a tab)"
+        suffix = ".tsv" if others[0] == "\t" else ".csv" if delimiter == "\t" and others[0] != "|" else None
+        hint = f"rename it to {path.stem}{suffix}" if suffix else "write it with commas between the cells, as .csv"
         raise DataError(f"{path}: {problem}", f"cells separated by {delimiter!r}", hint)
     if len(header) > MAX_COLUMNS:
         problem = f"{path}: its header names {len(header):,} columns: {format_names(header, 3)}"
@@ -217,7 +228,7 @@ def read_paragraphs(path: Path) -> Iterator[Located]:
                 if text is not None and size <= MAX_ROW:
                     parts.append(text)
             whole = "".join(parts).rstrip("\r\n")
-            invalid = InvalidRow(first, _TOO_LONG, "too-large") if size > MAX_ROW else _check_utf8(first, whole)
+            invalid = InvalidRow(first, _TOO_LONG, "too-large") if size > MAX_ROW else _check_utf8(path, first, whole)
             yield invalid or (first, {"text": whole})
 
 
@@ -231,7 +242,7 @@ def read_document(path: Path) -> Iterator[Located]:
                 hint = f"split it into files of a folder: split -C 5m --additional-suffix={path.suffix} {path.name}"
                 yield InvalidRow(line, f"is a document that {_TOO_LONG}", "too-large", hint=hint)
                 return
-            if invalid := _check_utf8(line, text):
+            if invalid := _check_utf8(path, line, text):
                 yield invalid
                 return
             parts.append(text)

@@ -17,9 +17,16 @@ from typing import Any
 from ..adapters.export_formats import get_export_formats
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
-from ..setup import TrainedModel, require_language_model
+from ..setup import TrainedModel, require_language_model, resolve_trained_base
 from ..utils.files import atomic_folder
-from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_afterwards, require_quantizer, write_adapter_gguf
+from .gguf import (
+    ADAPTER_DTYPES,
+    PRECISIONS,
+    quantize_afterwards,
+    require_converter,
+    require_quantizer,
+    write_adapter_gguf,
+)
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, Target, require_target, write_manifest
 from .merge import load_trained, write_merged_gguf
 from .ollama import find_base, write_ollama
@@ -102,6 +109,17 @@ def export(
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
     require_language_model(run)
+    if (base := resolve_trained_base(run)).kind != "gguf":
+        if options.merged:
+            require_converter()
+        elif target == "ollama" and options.ollama_base is None:
+            raise UsageError(
+                f"the base {base.spec} is not a GGUF, which Ollama needs to add an adapter to",
+                "a name from Ollama's library, or a GGUF of the same base",
+                "leave --no-merged out: llama.cpp's converter makes one GGUF of base and adapter; for an Ollama before "
+                "0.34.1 also --ollama-base NAME (such as llama3.1:8b)",
+            )
+    log(f"loading {run} and its base {base.spec}")
     loaded = load_trained(run)
     model: Any = loaded.model
     needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
@@ -205,17 +223,9 @@ def _write_ollama(
     loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions, verify: bool
 ) -> dict[str, Any]:
     source, model = loaded.base.source, loaded.model
-    base = str(folder / MODEL_GGUF) if options.merged else options.ollama_base
-    base = source.path if base is None and source.kind == "gguf" else base
-    if base is None:
-        raise UsageError(
-            f"the base {source.spec} is not a GGUF, which Ollama needs to add an adapter to",
-            "a name from Ollama's library, or a GGUF of the same base",
-            "--merged; for an Ollama before 0.34.1 also --ollama-base NAME (such as llama3.1:8b)",
-        )
     facts = write_ollama(
         folder,
-        base=base,
+        base=str(folder / MODEL_GGUF) if options.merged else options.ollama_base or source.path,
         adapter=None if options.merged else folder / ADAPTER_GGUF,
         tokenizer=loaded.base.tokenizer,
         config=model.config,

@@ -314,7 +314,7 @@ class ToolError(RunError):
 
 def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
     """Write a Hugging Face folder as GGUF by llama.cpp's own converter; ModelError if it is missing."""
-    script = require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face folder", "export the adapter alone")
+    script = require_converter()
     _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
 
 
@@ -331,21 +331,27 @@ def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]
         _run_tool([quantizer, str(whole), str(file), precision])
 
 
+def require_converter() -> str:
+    """Return the path of `convert_hf_to_gguf.py`, or raise ModelError."""
+    copy = 'git clone --depth 1 https://github.com/ggml-org/llama.cpp && export LLAMA_CPP="$PWD/llama.cpp"'
+    hint = f"{copy} (no build is needed); or serve it without a GGUF: slimtune serve, merge, or export --to vllm"
+    return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a base that is none", hint)
+
+
 def require_quantizer(precision: str) -> str:
     """Return the path of `llama-quantize`, or raise ModelError."""
-    return require_llama_cpp_tool(QUANTIZER, f"makes {precision}", f"--precision {' or '.join(PRECISIONS)}")
+    hint = "--precision q8_0, which needs no such program; or brew install llama.cpp, or build it from its source"
+    return _require_llama_cpp_tool(QUANTIZER, f"makes {precision}", hint)
 
 
-def require_llama_cpp_tool(name: str, purpose: str, alternative: str) -> str:
+def _require_llama_cpp_tool(name: str, purpose: str, hint: str) -> str:
     """Return the path of a program of llama.cpp, in `$LLAMA_CPP` or on the PATH, or raise ModelError."""
     root = os.environ.get("LLAMA_CPP")
     places = [Path(root, below, name) for below in ("", "build/bin")] if root else []
     path = next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
     if path is None:
         raise ModelError(
-            f"llama.cpp's {name}, which {purpose}, is not installed",
-            f"{name} on the PATH or in $LLAMA_CPP",
-            f"put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder; or {alternative}",
+            f"llama.cpp's {name}, which {purpose}, is not installed", f"{name} on the PATH or in $LLAMA_CPP", hint
         )
     return path
 
