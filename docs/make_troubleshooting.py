@@ -16,7 +16,8 @@ slimtune explain "Driver/library version mismatch"
 slimtune explain - < traceback.txt
 ```
 
-The last line of an error of slimtune names its page. These are the pages:
+The last line of an error of slimtune names its page. In the commands `…` stands for your recipe, or for the flags of
+your command. These are the pages:
 
 | page | about |
 | --- | --- |

@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,19 +53,31 @@ def test_real_errors_find_their_page():
     [
         ("which GPU should I buy", "slimtune choose"),
         ("How much does it cost to train?", "slimtune cost"),
-        ("how many examples do I need", "100 to 500 rows"),
-        ("which rank", "slimtune tune"),
-        ("what is lora?", "PEFT explained from zero"),
+        ("how many examples do I need", "How many rows do I need? 100 to 500 rows"),
+        ("which rank", "Which rank? Rank 16."),
+        ("which model should I use", "`slimtune models` lists bases"),
+        ("what is lora?", "LoRA: Low-rank adaptation"),
+        ("what is an epoch", "Epoch: One pass over all training rows."),
+        ("What does overfitting mean?", "Overfitting: Learning the training rows by heart"),
+        ("target module", "Target modules: The layers that a method changes"),
     ],
 )
 def test_questions_about_no_error_name_what_answers_them(question, answer, slimtune):
     done = slimtune("explain", question)
     assert (done.exit_code, answer in done.stdout) == (1, True)
     assert not any(code in done.stdout for code in PAGES)
+    assert not re.search(r"\.md|\]\(", done.stdout)  # a link would lead to a file that pip does not install
 
 
 def test_pages_that_share_a_word_by_chance_are_not_near():
     assert search_pages("the model forgot everything") == (False, [])
+    assert not search_pages("two epochs")[0]  # a fix names epochs
+
+
+def test_texts_of_the_docs_are_in_the_wheel():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    names = re.findall(r'_load_sections\("(.+?)"\)', (FOLDER / "guides.py").read_text())
+    assert wheel["force-include"] == {f"docs/{name}": f"slimtune/knowledge/docs/{name}" for name in names}
 
 
 def test_real_errors_are_many_and_name_their_threads():
@@ -156,7 +169,7 @@ def test_command(slimtune, slimtune_json):
     done = slimtune("explain", "my", "loss", "is", "nan")
     assert done.exit_code == 0
     assert done.stdout.startswith("nan-loss: The loss is NaN or Inf\nCause\n")
-    assert "    slimtune train recipe.yaml --dtype bfloat16" in done.stdout
+    assert "    slimtune train … --dtype bfloat16" in done.stdout
     text = "Traceback (most recent call last):\nRuntimeError: CUDA error: device-side assert triggered\n"
     assert slimtune("explain", "-", stdin=text).stdout.startswith("cuda-device-assert: ")
     assert slimtune_json("explain", "disk-full")["code"] == "disk-full"

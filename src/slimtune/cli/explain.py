@@ -7,7 +7,8 @@ from rich.text import Text
 from typer import Argument
 
 from ..errors import UsageError
-from ..knowledge import MOST_TEXT, Page, find_guides, load_pages, search_pages
+from ..knowledge import MOST_TEXT, Page, load_pages, search_pages
+from ..knowledge.guides import find_guides
 from .common import Json, NegativeResult, console, table
 
 Words = Annotated[
@@ -51,7 +52,7 @@ def _print_answer(page: Page | None, others: list[Page], guides: list[tuple[str,
     if guides:
         screen.print(Text("This is not an error. What answers it:", "bold"))
         for answer, what in guides:
-            screen.print(f"  {answer}: {what}")
+            screen.print(Text(f"  {answer}{'' if answer.endswith('?') else ':'} {what}"))
     elif page is None:
         nearest = ". The nearest:" if others else "; `slimtune explain` lists them."
         screen.print(Text(f"no page is about this{nearest}", "bold"))
@@ -63,6 +64,8 @@ def _print_answer(page: Page | None, others: list[Page], guides: list[tuple[str,
                 is_command = not is_command
             elif line.startswith("## "):
                 screen.print(Text(line[3:], "bold"))
+                if line == "## Fix" and "slimtune train …" in page.body:
+                    screen.print("… stands for your recipe, or for the flags of your command.")
             else:  # a command must stay in one line, so that it can be copied
                 line = f"    {line}" if is_command else line.replace("<http", "http").removesuffix(">")
                 screen.print(line, soft_wrap=is_command or None)

@@ -15,34 +15,16 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
+from .guides import find_definition, find_guides
+
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
-MOST_QUESTION = 200
-"""Characters of a question that is no error."""
 _GAP = 300
 _LEAST_COVERAGE, _LEAST_SCORE, _LEAST_LEAD = 0.6, 15.0, 1.5
 """A page is an answer by its words if it has this share of a text's words (weighted by how rare they are), or if its
 score is this high and this many times the next page's."""
 _LEAST_NEAR = 8.0
 """A page with a lower score is not named as near: it shares a word or two by chance."""
-GUIDES = (
-    (("buy", "rent", "laptop", "mac", "macbook", "which gpu", "what gpu", "which card", "graphics card",
-      "which machine", "which computer"),
-     "slimtune choose MODEL", "ranks the machines that train it, to buy and to rent (docs/choose.md)"),
-    (("fit on", "enough memory", "enough vram", "how long does", "how long will", "how much memory", "how much vram"),
-     "slimtune plan MODEL --gpu NAME", "says whether a run fits, and how long it takes (docs/plan.md)"),
-    (("cost", "costs", "price", "cheap", "cheaper", "cheapest", "expensive", "dollars"),
-     "slimtune cost MODEL --gpu NAME", "compares buying, renting and services (docs/choose.md)"),
-    (("how many rows", "how many examples", "how much data", "how many samples", "how many conversations"),
-     "100 to 500 rows for a tone", "the rest: Quick answers (docs/quick_answers.md)"),
-    (("which rank", "what rank", "which learning rate", "how many epochs", "which method", "which base", "which model",
-      "what batch size", "which batch size"),
-     "slimtune tune, slimtune compare", "try it on your rows; Quick answers (docs/quick_answers.md)"),
-    (("what is lora", "what is qlora", "what is peft", "what is an adapter", "what are adapters",
-      "what is fine-tuning"),
-     "Learn", "PEFT explained from zero (docs/learn/README.md), and the glossary (docs/glossary.md)"),
-)  # fmt: skip
-"""Questions that are no errors: words in them, the command or page that answers, and what it does."""
 _STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "be", "but", "by", "do", "does", "for", "from", "has", "have", "how", "i",
     "if", "in", "is", "it", "its", "my", "no", "not", "of", "on", "or", "so", "than", "that", "the", "this", "to", "up",
@@ -86,17 +68,13 @@ def find_code(text: str, default: str) -> str:
     return best if scores[best] else default
 
 
-def find_guides(text: str) -> list[tuple[str, str]]:
-    """Return the commands and pages that answer a short question about no error, each with what it does."""
-    words = f" {' '.join(re.findall(r'[a-z0-9-]+', text.lower()))} " if len(text) <= MOST_QUESTION else ""
-    return [(answer, what) for asked, answer, what in GUIDES if any(f" {part} " in words for part in asked)]
-
-
 def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
     pages = load_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
         return True, [pages[code]]
+    if find_definition(text):
+        return False, []
     words, coverage = _score_words(text)
     scores = {
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints), words[code])
@@ -108,7 +86,7 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     if find_guides(text):
         return False, []
     first, second = sorted(words.values(), reverse=True)[:2]
-    found = coverage >= _LEAST_COVERAGE or (first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
+    found = coverage >= _LEAST_COVERAGE or (coverage > 0 and first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
     return found, [
         pages[code] for code in ranked[:most] if found or any(scores[code][:2]) or words[code] >= _LEAST_NEAR
     ]
@@ -152,22 +130,25 @@ def _split_words(text: str) -> list[str]:
 
 
 @cache
-def _build_index() -> tuple[dict[str, set[str]], dict[str, Counter[str]], Counter[str]]:
-    """Return the words of every page's title, how often each word occurs in a page, and in how many pages it occurs."""
-    titles, counts = {}, {}
+def _build_index() -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, Counter[str]], Counter[str]]:
+    """Return each page's words in its title, those in its title and patterns, how often each word occurs in it; and in
+    how many pages each word occurs."""
+    titles, subjects, counts = {}, {}, {}
     for code, page in load_pages().items():
         titles[code] = set(_split_words(f"{code} {page.title}".replace("-", " ")))
-        text = " ".join((page.title, *page.patterns, *page.hints, page.body))
-        counts[code] = Counter(_split_words(text)) + Counter(titles[code])
-    return titles, counts, Counter(word for words in counts.values() for word in words)
+        head = " ".join((page.title, *page.patterns, *page.hints))
+        subjects[code] = titles[code] | {*_split_words(head)}
+        counts[code] = Counter(_split_words(f"{head} {page.body}")) + Counter(titles[code])
+    return titles, subjects, counts, Counter(word for words in counts.values() for word in words)
 
 
 def _score_words(text: str) -> tuple[dict[str, float], float]:
     """Return every page's score for a text's words, and the share of the words that the best page has.
 
-    The score is BM25 (k1 = 1.2, b = 0.75), and a word in a page's title counts once more.
+    The score is BM25 (k1 = 1.2, b = 0.75), and a word in a page's title counts once more. The share is 0 if the best
+    page's title and patterns have none of the words: it mentions them, and is about something else.
     """
-    titles, counts, frequency = _build_index()
+    titles, subjects, counts, frequency = _build_index()
     sizes = {code: words.total() for code, words in counts.items()}
     query, mean = set(_split_words(text[-MOST_TEXT:])), sum(sizes.values()) / len(sizes)
     rarity = {w: math.log(1 + (len(counts) - frequency[w] + 0.5) / (frequency[w] + 0.5)) for w in query}
@@ -177,4 +158,4 @@ def _score_words(text: str) -> tuple[dict[str, float], float]:
         scores[code] = sum(rarity[w] * (2.2 * words[w] / (words[w] + share) + (w in titles[code])) for w in query)
     best = max(scores, key=lambda code: scores[code])
     known = sum(rarity[w] for w in query if counts[best][w])
-    return scores, known / sum(rarity.values()) if query else 0.0
+    return scores, known / sum(rarity.values()) if query & subjects[best] else 0.0
