@@ -62,7 +62,7 @@ ROWS = (
         "[which way to ship](export.md)"),
     Row("How are predictions made, how good are they?", page="[How accurate it is](plan.md#how-accurate-it-is)"),
     Row("What are LoRA, adapters, QLoRA?", page="[PEFT explained from zero](learn/README.md)"),
-    Row("What does this word mean?", page="[Glossary](glossary.md)"),
+    Row("What does this word mean?", page="`slimtune explain 'what is an epoch'`, or the [glossary](glossary.md)"),
     Row("How many rows do I need?", page="100 to 500 for a tone, more for a format or a domain: "
         "[Quick answers](quick_answers.md#how-many-rows-do-i-need)"),
     Row("My Ollama model answers nonsense. Why?", "explain 'my Ollama model answers nonsense'", "^template|export "),
