@@ -101,7 +101,7 @@ def check_fsdp1(settings: dict[str, Any]) -> dict[str, float]:
     """Compare the gradients of FSDP1 with `use_orig_params` with those of one process, for each method."""
     distributed.init_distributed()
     errors = {}
-    for name in METHODS:
+    for name in (n for n in METHODS if "16 bits" not in n):  # the base is fp32 here
         found = []
         for wrapped in (False, True):
             torch.manual_seed(0)
