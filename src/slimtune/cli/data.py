@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument, Option
 
+from ..errors import DataError
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import escape_controls
 from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
@@ -117,8 +118,9 @@ def _print_report(report: Mapping[str, Any]) -> None:
         what = escape_controls(format_issue(issue))
         screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + what)
         if issue["hint"]:
-            screen.print(f"  hint: {issue['hint']}")
+            screen.print(f"  hint: {issue['hint']}", soft_wrap=True)  # it may be a command to copy
     is_few = report["rows"] < FEW_ROWS and report["verdict"] != "errors"
     if is_few and report["format"] in ("chat", "instruction", "sharegpt", "prompt-completion"):
         screen.print(f"\nnote: {report['rows']} rows are few; 100 to 500 are a start for a tone, more for a domain")
-    screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))
+    more = f"; more: slimtune explain {DataError.code}" if report["verdict"] == "errors" else ""
+    screen.print(Text(f"\n{format_verdict(report)}{more}", STYLES[report["verdict"]]))

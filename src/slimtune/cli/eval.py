@@ -13,7 +13,7 @@ from .common import WARNING, Device, Json, NegativeResult, Run, console, error_c
 from .inputs import require_rows, require_run
 
 MODELS = ("base", "tuned")
-FEW_ROWS = 20
+FEW_EVAL_ROWS = 20
 """Rows below which a bootstrap interval is too narrow."""
 MAX_MISTAKES = 8
 """Lines in place of a confusion table that is too wide; --json and the report have the whole table."""
@@ -199,11 +199,11 @@ def _print_result(result: Mapping[str, Any]) -> None:
 def _warn_of_few_rows(result: Mapping[str, Any]) -> str:
     """Return what a good verdict over few rows does not prove, and what shows it; "" if the rows are enough."""
     different = result.get("different_rows", result["rows"])
-    if not result["verdict"]["passed"] or different >= FEW_ROWS:
+    if not result["verdict"]["passed"] or different >= FEW_EVAL_ROWS:
         return ""
     # A classifier writes no answers.
     answers = "" if result.get("generations", []) is not None else "; read some answers: --generate 5"
-    return f", but over only {different} rows: under about {FEW_ROWS} the intervals are too narrow{answers}"
+    return f", but over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{answers}"
 
 
 def describe_win_rate(won: Mapping[str, Any]) -> str:

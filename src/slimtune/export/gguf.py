@@ -334,8 +334,8 @@ def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]
 def require_converter() -> str:
     """Return the path of `convert_hf_to_gguf.py`, or raise ModelError."""
     copy = 'git clone --depth 1 https://github.com/ggml-org/llama.cpp && export LLAMA_CPP="$PWD/llama.cpp"'
-    hint = f"{copy} (no build is needed); or serve it without a GGUF: slimtune serve, merge, or export --to vllm"
-    return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a base that is none", hint)
+    hint = f"get llama.cpp's source, and build nothing: {copy}; or do without a GGUF: slimtune serve, or --to vllm"
+    return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face base", hint)
 
 
 def require_quantizer(precision: str) -> str:
