@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 from slimtune.adapters.strength import AdapterStrength
-from slimtune.data.general_text import BUILT_IN_TEXT, read_general_text
+from slimtune.data.general_text import BUILT_IN_TEXT, numbers_by_kind, read_general_text
 from slimtune.setup import build_collator, load_datasets, load_run
 from slimtune.train_step.loss import score_supervised_rows
 from slimtune.training.forgetting import choose_general_rows, worst_change
@@ -25,6 +25,7 @@ def main() -> None:
     trained = load_run(parser.parse_args().run)
     validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
     general = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, trained.base.tokenizer, 8192)
+    kinds = numbers_by_kind(general)
     collator = build_collator(trained.recipe, trained.model, trained.base.tokenizer, 512)
     strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()
 
@@ -34,9 +35,7 @@ def main() -> None:
 
     for s in STRENGTHS:
         strength.set(s)
-        after = {
-            kind: measure([row for row in general if row["kind"] == kind]) for kind in {r["kind"] for r in general}
-        }
+        after = {kind: measure([general[i] for i in numbers]) for kind, numbers in kinds.items()}
         base, loss = base or after, measure(validation)
         print(
             f"strength {s:5.3f}   forgetting {worst_change(after, base):+.4f}   validation loss {loss:.4f}", flush=True

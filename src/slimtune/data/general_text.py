@@ -103,3 +103,11 @@ def tokenize_general_text(
         errors.add(1, "contains nothing to predict: too little text, or no message of an assistant")
     errors.check()
     return examples
+
+
+def numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """Return the numbers of the rows of each kind, kinds and rows in their order."""
+    kinds: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        kinds.setdefault(row["kind"], []).append(number)
+    return kinds

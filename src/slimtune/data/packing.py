@@ -92,9 +92,9 @@ def _balance(
     best, sizes = _best_fit(examples, members, max_tokens, share_prefix)
     low = -(-sum(sizes) // len(sizes))
     for _ in range(_BALANCE_TRIALS):
-        limit = (low + max(sizes)) // 2
         if max(sizes) <= low * _BALANCED:
             break
+        limit = (low + max(sizes)) // 2
         groups, tried = _best_fit(examples, members, limit, share_prefix)
         if len(tried) > len(sizes) or sum(tried) > sum(sizes) or max(tried) >= max(sizes):
             low = limit

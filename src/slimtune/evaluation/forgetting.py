@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.collator import Example
+from ..data.general_text import numbers_by_kind
 from ..train_step.loss import RowScore
 from .statistics import make_fields, paired_bootstrap
 
@@ -39,6 +40,5 @@ def measure_forgetting(
         }
 
     result = compare(range(len(examples)))
-    kinds = dict.fromkeys(e["kind"] for e in examples)
-    by_kind = {kind: compare([i for i, e in enumerate(examples) if e["kind"] == kind]) for kind in kinds}
+    by_kind = {kind: compare(numbers) for kind, numbers in numbers_by_kind(examples).items()}
     return {**result, "budget": budget, "within": result["change_ci95"][0] <= budget, "kinds": by_kind}

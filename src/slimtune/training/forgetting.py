@@ -17,7 +17,7 @@ import numpy as np
 
 from ..adapters.strength import AdapterStrength
 from ..data.collator import Example
-from ..data.general_text import BUILT_IN_TEXT, WINDOW, TextPiece, tokenize_general_text
+from ..data.general_text import BUILT_IN_TEXT, WINDOW, TextPiece, numbers_by_kind, tokenize_general_text
 from ..train_step.loss import count_targets
 
 GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
@@ -39,14 +39,12 @@ def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenize
         DataError: the chat template rejects messages, or there is nothing to predict.
     """
     rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
-    kinds: dict[str, list[Example]] = {}
-    for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
+    kinds = numbers_by_kind(rows)
     wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
     chosen: list[Example] = []
-    for of_a_kind in kinds.values():
-        every = max(1, round(sum(map(count_targets, of_a_kind)) / wanted))
-        chosen += of_a_kind[every // 2 :: every]
+    for numbers in kinds.values():
+        every = max(1, round(sum(count_targets(rows[i]) for i in numbers) / wanted))
+        chosen += [rows[i] for i in numbers[every // 2 :: every]]
     return chosen
 
 

@@ -31,6 +31,7 @@ from ..adapters.model import find_modules_without_gradient
 from ..adapters.strength import AdapterStrength
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
+from ..data.general_text import numbers_by_kind
 from ..errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..objectives.base import Objective
@@ -384,10 +385,10 @@ class TrainingLoop:
     def measure_general_losses(self) -> dict[str, float]:
         """Return the loss on each kind of general text."""
         scores, _ = self.measure(self.general_rows, CROSS_ENTROPY)
-        kinds: dict[str, list[list[float]]] = {}
-        for number, row in enumerate(self.general_rows):
-            kinds.setdefault(row["kind"], []).append(scores[number])
-        return {kind: CROSS_ENTROPY.summarize(np.array(some))["loss"] for kind, some in kinds.items()}
+        return {
+            kind: CROSS_ENTROPY.summarize(np.array([scores[i] for i in numbers]))["loss"]
+            for kind, numbers in numbers_by_kind(self.general_rows).items()
+        }
 
     def patience_exhausted(self) -> bool:
         """Return whether the validation loss has not improved for as long as the recipe waits."""
