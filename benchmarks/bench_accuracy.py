@@ -12,12 +12,14 @@ Exit code 1: a median is off by more than 10 %.
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,20 @@ def compare_training(name: str, rows: Path, out: Path) -> dict[str, Any]:
     return {"what": f"training, {name}", "predicted": plan["tokens_per_second"], "real": real["tokens_per_second"]}
 
 
+def time_llama_cpp(file: Path, threads: int) -> float:
+    """Return the tokens a second that llama.cpp decodes."""
+    from slimtune.export.engines import LlamaCppEngine
+
+    engine = LlamaCppEngine(file, max_tokens=512, threads=threads, cache="f16")
+    seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
+    engine.close()
+    return 1 / statistics.median(seconds)
+
+
 def compare_decoding(folder: Path) -> list[dict[str, Any]]:
     """Return predicted and real tokens a second of decoding, by engine and precision."""
     import torch
 
-    from slimtune.export.engines import LlamaCppEngine
     from slimtune.export.gguf import write_gguf_from_template
     from slimtune.models.loader import load_base
     from slimtune.models.registry import resolve_model
@@ -95,10 +106,9 @@ def compare_decoding(folder: Path) -> list[dict[str, Any]]:
             file = folder / f"{precision}.gguf"
             if not file.exists():
                 write_gguf_from_template(template, load_base(BASE, dtype="float32").model, file, precision.lower())
-        engine = LlamaCppEngine(file, max_tokens=512, threads=torch.get_num_threads(), cache="f16")
-        seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
-        engine.close()
-        real = 1 / statistics.median(seconds)
+                os.sync()  # else the system writes it to the disk while decoding is timed
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # without torch's threads
+            real = process.submit(time_llama_cpp, file, torch.get_num_threads()).result()
         what = f"decoding, llama.cpp {precision}"
         found.append({"what": what, "predicted": predict("llama.cpp", precision), "real": real})
     precision = "BF16" if model.dtype is torch.bfloat16 else "F32"

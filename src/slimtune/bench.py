@@ -8,10 +8,13 @@ Llamas; the factors that turn traced work into seconds are fitted to them (`plan
 import datetime
 import importlib.metadata
 import itertools
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +42,7 @@ from .planning.this_machine import detect_gpu
 from .train_step.loss import forward_backward, make_collator, move_to_device
 from .train_step.memory_savings import apply_memory_savings
 from .train_step.optimizer import build_optimizer
+from .utils.device import disable_malloc_trim
 from .utils.progress import track_progress
 
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
@@ -50,9 +54,8 @@ ROWS = {
 }
 """Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
-DECODED = ((2048, 2), (1024, 6), (512, 32))
-"""Width and layers of the Llamas that write text; their vocabulary is `SMALL_VOCABULARY`."""
-SMALL_VOCABULARY = 4096
+DECODED = ((2048, 4, 16384), (1024, 12, 32768), (512, 32, 49152))
+"""Width, layers and vocabulary of the Llamas that write text."""
 SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
 """Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
 PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
@@ -115,8 +118,12 @@ def measure_machine(device: str = "auto") -> Measured:
         found["serving"] = {"transformers": measure_transformers(clock, dtype)}
 
     def llama_cpp() -> None:
+        # A process of its own, as a server is: beside torch's threads, OpenMP lets those of llama.cpp sleep at each
+        # barrier, and decoding is a third slower.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            result = process.submit(measure_llama_cpp, picked)
         try:
-            found["serving"]["llama.cpp"] = measure_llama_cpp(picked)
+            found["serving"]["llama.cpp"] = result.result()
         except ModelError as error:
             skipped["llama.cpp"] = f"{error.message}{'; ' * bool(error.hint)}{error.hint}"
 
@@ -166,10 +173,11 @@ def measure_bandwidth(clock: Clock) -> float:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def make_config(width: int, layers: int, vocabulary: int) -> LlamaConfig:
+def make_config(width: int, layers: int, vocabulary: int = VOCABULARY) -> LlamaConfig:
     """Return the config of a small Llama."""
     return LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 128,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 256),  # a CPU's attention takes as long as its queries: four a key is usual
         intermediate_size=3 * width, vocab_size=vocabulary, max_position_embeddings=4096,
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
@@ -180,10 +188,12 @@ def measure_training(
 ) -> tuple[TrainingFit, list[dict[str, Any]]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
     kind: Any = clock.device.type
+    if kind == "cpu":
+        disable_malloc_trim()  # as in a training run
     steps: list[dict[str, Any]] = []
     works, features = [], []
     for width, layers in TRAINED[kind]:
-        config = make_config(width, layers, VOCABULARY)
+        config = make_config(width, layers)
         method = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device)
         model: Any = get_peft_model(base, method)
@@ -225,8 +235,8 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = str(dtype).removeprefix("torch.").replace("bfloat16", "BF16").replace("float32", "F32")
     works, runs, operations = [], [], []
-    for width, layers in DECODED:
-        config = make_config(width, layers, SMALL_VOCABULARY)
+    for width, layers, vocabulary in DECODED:
+        config = make_config(width, layers, vocabulary)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device).eval()
         model.generation_config.eos_token_id = None
 
@@ -263,10 +273,12 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     runs, decoded = [], []
     prompts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
-        for precision, (width, layers) in itertools.product(PRECISIONS, DECODED):
+        for precision, (width, layers, vocabulary) in itertools.product(PRECISIONS, DECODED):
             file = Path(folder) / "model.gguf"
-            config = make_config(width, layers, SMALL_VOCABULARY)
+            config = make_config(width, layers, vocabulary)
             read, weights = write_random_gguf(file, config, precision)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
             engine = LlamaCppEngine(
                 file, max_tokens=2 * PROMPT, threads=max(torch.get_num_threads(), 1), cache="f16",
                 gpu_layers=0 if device.type == "cpu" else 999,
@@ -391,5 +403,6 @@ def fit_nonnegative(features: Sequence[Sequence[float]], seconds: Sequence[float
 
 
 def widen_spread(ratios: Sequence[float]) -> Range:
-    """Return the range of measured speed divided by the formula's."""
-    return Range(min([1 - LEAST_SPREAD, *ratios]), max([1 + LEAST_SPREAD, *ratios]))
+    """Return the range 1 / x to x that has all ratios of measured speed to the formula's, x at least 1.1."""
+    widest = max(1 + LEAST_SPREAD, *(max(r, 1 / r) for r in ratios))
+    return Range(1 / widest, widest)

@@ -2,7 +2,7 @@
 
 import os
 
-CPU_SETTINGS = {"GOMP_SPINCOUNT": "20000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+CPU_SETTINGS = {"GOMP_SPINCOUNT": "8000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """Environment of libgomp and oneDNN, which they read when torch is loaded or first multiplies.
 
 A thread that waits at a barrier spins so many rounds and then sleeps: with libgomp's 300,000 it would keep a core from
