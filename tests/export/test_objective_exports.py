@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.data.example_lengths import count_row_tokens
-from slimtune.export import reference
+from slimtune.export import reference, rounding
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.merge import merge
 from slimtune.export.reference import QUESTIONS, make_texts
-from slimtune.export.rounding import collect_rounding_inputs
 from slimtune.export.verify import verify
 from slimtune.setup import load_eval_dataset
 from slimtune.training.train import train
@@ -96,15 +95,14 @@ def test_texts_of_thinking_rows_are_those_of_training(tiny_folder, tmp_path):
     assert found[0].startswith(prompts[0])
 
 
-def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path):
+def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, monkeypatch):
     recipe = recipe_of(settings(tmp_path, tiny_folder))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
-    lengths = []
-    embeddings = model.get_input_embeddings()
-    embeddings.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-    collect_rounding_inputs(model, recipe, tokenizer)
+    found = []
+    monkeypatch.setattr(rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
+    rounding.collect_rounding_inputs(model, recipe, tokenizer)
     rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.train)
-    assert lengths == [n for length in rows.example_lengths for n in count_row_tokens(length)]
+    assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_row_tokens(length)]
 
 
 @pytest.fixture

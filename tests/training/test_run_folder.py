@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from tiny_run import distance, do_at, metrics, recipe_of, train_until
 
+from slimtune.config import load_recipe
 from slimtune.errors import RunError, UsageError
 from slimtune.training import checkpoint
 from slimtune.training.train import Terminated, train
@@ -55,6 +56,17 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
     process.kill()
     process.join()
     assert train(recipe_of(settings), resume=True)["steps"] == 8
+
+
+# --- from another folder ----------------------------------------------------------------------------------------------
+
+
+def test_base_folder_is_named_by_its_absolute_path(settings, monkeypatch):
+    base = Path(settings["model"]["name"])
+    monkeypatch.chdir(base.parent)
+    run = Path(train(recipe_of({**settings, "model": {"name": base.name, "dtype": "float32"}}))["run"])
+    assert load_recipe(run / "recipe.yaml").model.name == str(base)
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -5,9 +5,13 @@
 Errors of rounding to the nearest add up, because a few directions carry most of a layer's input. So columns are rounded
 one after another, and the columns that follow compensate the error that one leaves in the outputs:
 
-    H = (1/n) XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
+    H = (1/n) XᵀX + λ I = M Mᵀ,   U = M⁻¹, both upper triangular
+    E[:, j] = (W[:, j] - Q[:, j]) / U[j, j],   W[:, j+1:] -= E[:, j] U[j, j+1:]
+
+In the end W' - Q = E U, so the mean error of the outputs, (W' - Q) H (W' - Q)ᵀ, is E Eᵀ: it costs nothing to know.
 """
 
+import functools
 import itertools
 from contextlib import suppress
 from typing import Any
@@ -19,6 +23,7 @@ from ..config import Recipe
 from ..data.formats import InvalidRow
 from ..data.tokenize import tokenize_rows
 from ..errors import SlimtuneError
+from ..models.dtype import pick_dtype
 from ..setup import open_rows_from_recipe
 from ..utils.calibration import ROWS, collect_layer_inputs, second_moment
 from ..utils.linear_layers import layer_kind
@@ -27,21 +32,29 @@ from ..utils.linear_layers import layer_kind
 def round_with_inputs(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a linear layer's weight `(out, in)` to `dtype` so that its outputs on `inputs` `(n, in)` change little."""
     weight, nearest = weight.float(), weight.to(dtype)
-    hessian = second_moment(inputs, damping=0.01)
-    order = hessian.diagonal().argsort(descending=True)  # the most important while most columns can still compensate
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left, rounded = weight[:, order], torch.empty_like(nearest)
-    for start in range(0, len(hessian), 64):  # in blocks, so that most of the work is a matrix product
-        end = min(start + 64, len(hessian))
-        block, errors = left[:, start:end].clone(), []
-        for j, row in enumerate(factor[start:end, start:end]):
-            column = rounded[:, order[start + j]] = block[:, j].to(dtype)
-            errors.append((block[:, j] - column.float()) / row[j])
-            block[:, j + 1 :] -= errors[-1][:, None] * row[j + 1 :]
-        left[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
-    error, nearest_error = (((q.float() - weight) @ inputs.float().t()).square().sum(1) for q in (rounded, nearest))
-    return torch.where((error <= nearest_error)[:, None], rounded, nearest)
+    order, M, U = _factorize(inputs)
+    left = weight.t()[order]  # (in, out): each of the weight's columns is contiguous
+    rounded, error = torch.empty_like(left, dtype=dtype), torch.zeros(len(weight))
+    for start in range(0, len(order), 64):  # in blocks, so that most of the work is a matrix product
+        end = min(start + 64, len(order))
+        block, errors = left[start:end], torch.empty_like(left[start:end])
+        for j, row in enumerate(U[start:end, start:end]):
+            rounded[start + j] = block[j]
+            torch.sub(block[j], rounded[start + j], out=errors[j]).div_(row[j])
+            block[j + 1 :].addr_(row[j + 1 :], errors[j], alpha=-1)
+        left[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
+        error += errors.square().sum(0)
+    nearest_error = ((weight - nearest)[:, order] @ M).square().sum(1)
+    return torch.where((error <= nearest_error)[:, None], rounded[order.argsort()].t(), nearest)
+
+
+@functools.lru_cache(maxsize=1)  # layers with the same input (q, k and v) follow one another
+def _factorize(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the order of the columns, the most important first, and M and U of the inputs in that order."""
+    H = second_moment(inputs, damping=0.01)
+    order = H.diagonal().argsort(descending=True)  # while most columns can still compensate
+    M = torch.linalg.cholesky(H[order][:, order].flip(0, 1)).flip(0, 1).float()
+    return order, M, torch.linalg.solve_triangular(M, torch.eye(len(M)), upper=True)
 
 
 def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -> dict[str, Tensor]:
@@ -58,4 +71,8 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
     layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
     longest = recipe.data.max_seq_len if recipe is not None else None
-    return collect_layer_inputs(model, layers, [row[:longest] for row in ids]) if ids else {}
+    # How errors compensate needs no more precision than these inputs have.
+    dtype, device = pick_dtype("auto", model.device), model.device.type
+    faster = model.dtype == torch.float32 and dtype == torch.bfloat16
+    with torch.autocast(device, dtype=dtype if faster else torch.bfloat16, enabled=faster):
+        return collect_layer_inputs(model, layers, [row[:longest] for row in ids]) if ids else {}

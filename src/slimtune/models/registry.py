@@ -42,7 +42,7 @@ class ModelSource:
     kind: Literal["gguf", "folder", "hub"]
     path: str  # the GGUF file, the folder with a Hugging Face checkpoint, or the Hub id
     name: str  # short name for reports and folders
-    spec: str  # what the user typed; it names the same base again
+    spec: str  # what names the same base again, from any folder: a path is absolute
 
 
 def resolve_model(spec: str) -> ModelSource:
@@ -105,7 +105,7 @@ def _resolve_alias(spec: str) -> ModelSource:
 
 def _resolve_file(path: Path, spec: str) -> ModelSource:
     if path.suffix.lower() == ".gguf":
-        return ModelSource("gguf", str(path), path.stem, spec)
+        return ModelSource("gguf", str(path), path.stem, os.path.abspath(path))
     hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     if path.suffix.lower() in _PICKLES:
         raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
@@ -134,7 +134,7 @@ def _resolve_folder(path: Path, spec: str) -> ModelSource:
             "weights in *.safetensors",
             "ask the base's author for safetensors, or convert it with `save_pretrained` if you trust it",
         )
-    return ModelSource("folder", str(path), path.resolve().name, spec)
+    return ModelSource("folder", str(path), path.resolve().name, os.path.abspath(path))
 
 
 def _check_weight_index(folder: Path) -> None:

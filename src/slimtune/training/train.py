@@ -5,6 +5,7 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop �
 
 import dataclasses
 import math
+import os
 import shutil
 import signal
 import time
@@ -186,6 +187,8 @@ def _train(
     loading_peak = peak_memory(device)
     steps, has_own_rate = recipe.train.count_steps(len(data.train)), recipe.train.learning_rate != "auto"
     recipe = recipe.resolve_learning_rate(steps, get_hidden_size(base.model.config))
+    if os.path.isabs(base.source.spec):
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": base.source.spec})})
     settings = recipe.train
 
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.

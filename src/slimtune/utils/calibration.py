@@ -20,6 +20,8 @@ ROWS = 64
 """Number of rows that give a good sample."""
 MAX_INPUTS = 1024
 """Inputs kept for a layer: tokens drawn evenly from all rows."""
+BATCH_TOKENS = 1024
+"""Tokens of the rows that run together, padding included."""
 
 
 @contextmanager
@@ -71,19 +73,28 @@ def collect_layer_inputs(
     generator = torch.Generator().manual_seed(0)
     last_input: Tensor | None = None
     last_sample = torch.zeros(0)
+    batches: list[list[Sequence[int]]] = []
+    for row in sorted(rows, key=len):  # similar lengths need little padding
+        if not batches or (len(batches[-1]) + 1) * len(row) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
 
     def receive(name: str, x: Tensor) -> None:
         nonlocal last_input, last_sample
         if x is not last_input:
             last_input = x
             flat = x.reshape(-1, layer_sizes(layers[name])[0])
-            last_sample = flat[positions].cpu() if len(flat) == len(row) else flat[:0].cpu()
+            last_sample = (flat[positions] if len(flat) == ids.numel() else flat[:0]).cpu()
         samples[name].append(last_sample)
 
     with record_layer_inputs(layers, receive):
-        for row in rows:
-            positions = torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
-            model(input_ids=torch.tensor([list(row)], device=device), use_cache=False, logits_to_keep=1)
+        for batch in batches:
+            ids, mask = torch.zeros(2, len(batch), len(batch[-1]), dtype=torch.long)
+            for n, row in enumerate(batch):
+                ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(list(row)), 1
+            kept = [torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(rows))] for row in batch]
+            positions = torch.cat([n * ids.shape[1] + some for n, some in enumerate(kept)]).to(device)
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
             last_input = None
     joined: dict[tuple[int, ...], Tensor] = {}
     for parts in samples.values():
@@ -98,7 +109,7 @@ def second_moment(inputs: Tensor, damping: float) -> Tensor:
 
     λ makes the matrix positive definite, and covers directions that the sample misses.
     """
-    x = inputs.double()
-    moment = x.t() @ x / len(x)
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    moment = (x.t() @ x).double() / len(x)
     moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
     return moment
