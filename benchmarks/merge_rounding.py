@@ -42,7 +42,7 @@ def main() -> None:
             rounded = round_with_inputs(weight, x, dtype) if way == "slimtune" and x is not None else weight.to(dtype)
             plain.get_parameter(name).data.copy_(rounded)
             if x is not None:
-                outputs += ((rounded.float() - weight) @ x.t()).square().sum().item()
+                outputs += ((rounded.float() - weight) @ x.float().t()).square().sum().item()
         nearest_outputs = nearest_outputs or outputs
         engine = TransformersEngine(way, plain, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in reference.texts).abs()

@@ -36,7 +36,7 @@ from ..models.errors import silence_libraries
 from ..models.loader import load_base
 from ..models.quantization import forget_quantization_config, stored_quantization
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..setup import TrainedModel, load_run, load_runs
+from ..setup import TrainedModel, build_meta_model, load_run, load_runs
 from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from . import gguf
 from .engines import TransformersEngine
@@ -194,16 +194,18 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     transformers maps a checkpoint's files if it is stored in the dtype asked for, and copies them otherwise. A large
     base that is stored in another dtype is first written in the run's dtype beside `out`, and deleted afterwards.
     """
-    dtype, stored = get_trained_dtype(run), None
+    dtype, stored, small = get_trained_dtype(run), None, False
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
         config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
             stored = dtype_name(config.dtype or torch.float32)
-    if stored in (None, dtype) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
+            small = _is_small(build_meta_model(config, None, torch.float32))
+    if small or stored in (None, dtype):
         yield load_run(run, dtype=dtype, device="cpu")
         return
+    loaded = load_run(run, dtype=stored, device="cpu")
     trained: Any = pick_dtype(str(dtype))
     weights, place = MergedWeights(loaded.model, adapters=()), out.resolve()
     with translate_os_errors(place, 2 * weights.count() * trained.itemsize):
