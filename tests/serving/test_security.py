@@ -135,9 +135,11 @@ def test_no_path_reaches_the_file_system(server):
 
 def test_more_requests_than_may_wait(server):
     client = make_client(server)
-    streams = [
-        client.chat.completions.create(**{**ASK, "max_tokens": 470}, stream=True, temperature=0) for _ in range(2)
-    ]
+    streams = []
+    for count in ("running", "waiting"):
+        ask = {**ASK, "max_tokens": 470}
+        streams.append(client.chat.completions.create(**ask, stream=True, temperature=0))
+        wait_until(lambda count=count: server.batching.count()[count] == 1)
     status, answer = send(server, "POST", CHAT, ASK)
     assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
     for stream in streams:
