@@ -3,17 +3,21 @@
 import json
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_run import distance, recipe_of
 
 import slimtune.planning.this_machine as this_machine
+from slimtune.data.collator import Collator
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpus import Gpu
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
 from slimtune.planning.this_machine import detect_gpu
+from slimtune.training.memory_probe import pick_longest_micro_batch
 from slimtune.training.train import train
 from slimtune.utils.device import peak_memory, reset_peak_memory
 
@@ -53,6 +57,16 @@ def test_run_is_planned_probed_and_recorded(settings, whole_run):
     assert ("the plan is off" in log) != probe["as_planned"]
     assert distance(result["run"], whole_run["run"]) == 0
     assert result["train_loss"] == whole_run["train_loss"]
+
+
+def test_probed_rows_fill_one_micro_batch():
+    """The longest rows alone would be divided into micro-batches of 60 tokens, which steps of other rows exceed."""
+    rows = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate([60] * 4 + [25] * 8)]
+    data = type("Rows", (list,), {"lengths": np.array([len(r["input_ids"]) for r in rows])})(rows)
+    loop = SimpleNamespace(train=data, collator=Collator(0, max_tokens=100), rows_per_step=4)
+    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60, 25]
+    loop.collator = Collator(0)
+    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60] * 4
 
 
 def test_refused_plan_loads_nothing(settings, monkeypatch):

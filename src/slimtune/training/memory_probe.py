@@ -15,6 +15,9 @@ from ..utils.device import peak_memory, reset_peak_memory
 from ..utils.formatting import format_bytes
 from .loop import TrainingLoop
 
+CANDIDATES = 64
+"""Shorter rows that may fill the longest micro-batch, evenly spread over the data."""
+
 
 def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_start: int) -> dict[str, Any]:
     """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
@@ -23,11 +26,7 @@ def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_s
     process had resident at the start of the run beyond Python and its libraries (a notebook's other model) is no part
     of the run.
     """
-    collator, limit = loop.collator, loop.collator.max_tokens
-    lengths = loop.train.lengths
-    if collator.share_prefix:
-        lengths = np.array([*map(count_packed_tokens, loop.train.example_lengths)])
-    rows = [loop.train[i] for i in np.argsort(lengths, kind="stable")[-loop.rows_per_step :]]
+    rows, limit = pick_longest_micro_batch(loop), loop.collator.max_tokens
     tokens, used = loop.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step", rows, lambda: probe_memory(loop, rows), lambda: None
     )
@@ -36,13 +35,31 @@ def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_s
     low, high = planned_bytes_range(plan, loop.device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
-    low = low - plan["parts"]["optimizer"] if collator.max_tokens == limit else 0
+    low = low - plan["parts"]["optimizer"] if loop.collator.max_tokens == limit else 0
     line = f"the longest micro-batch, {tokens} tokens, takes {format_bytes(used)}; {format_bytes(low)} to "
     line += f"{format_bytes(high)} were planned"
     # The run may use memory again that others have freed, so that less is counted than it takes.
     as_planned = used <= high and (low <= used or others > 0)
     loop.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
     return {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
+
+
+def pick_longest_micro_batch(loop: TrainingLoop) -> list[Example]:
+    """Return rows, no more than a step has, that fill one micro-batch.
+
+    The longest rows together may be divided into micro-batches of half the limit, which other rows of a step exceed.
+    So rows are added, the longest first, while one micro-batch holds all.
+    """
+    lengths = loop.train.lengths
+    if loop.collator.share_prefix:
+        lengths = np.array([*map(count_packed_tokens, loop.train.example_lengths)])
+    order = np.argsort(-lengths, kind="stable")
+    longest, others = order[: loop.rows_per_step], order[loop.rows_per_step :]
+    rows: list[Example] = []
+    for i in (*longest, *others[:: max(1, len(others) // CANDIDATES)]):
+        if len(rows) < loop.rows_per_step and len(loop.collator.group_rows([*rows, loop.train[i]])) == 1:
+            rows.append(loop.train[i])
+    return rows
 
 
 def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]:
