@@ -116,7 +116,7 @@ def test_real_steps_and_random_files(monkeypatch):
     fit, steps = bench.measure_training(bench.Clock(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
     assert len(steps) == 4
     assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
-    monkeypatch.setattr(bench, "DECODED", ((256, 1, 512), (256, 2, 1024), (512, 1, 512)))
+    monkeypatch.setattr(bench, "DECODED", ((256, 1), (256, 2), (512, 1)))
     serving = bench.measure_llama_cpp(torch.device("cpu"))
     assert set(serving.prompt_flops) == set(bench.PRECISIONS)
 

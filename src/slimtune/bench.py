@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from . import __version__
 from .adapters.model import get_peft_model
 from .attention.register import packed_attention
 from .data.collator import Collator, Example
+from .data.parallel import exit_with_parent
 from .errors import ModelError, install_command
 from .export.engines import LlamaCppEngine, is_llama_cpp_installed
 from .export.gguf import import_gguf
@@ -54,8 +56,8 @@ ROWS = {
 }
 """Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
-DECODED = ((2048, 4, 16384), (1024, 12, 32768), (512, 32, 49152))
-"""Width, layers and vocabulary of the Llamas that write text."""
+DECODED = ((2048, 2), (1024, 6), (512, 32))
+"""Width and layers of the Llamas that write text: unlike enough to tell the time of a byte from that of a layer."""
 SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
 """Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
 PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
@@ -120,12 +122,14 @@ def measure_machine(device: str = "auto") -> Measured:
     def llama_cpp() -> None:
         # A process of its own, as a server is: beside torch's threads, OpenMP lets those of llama.cpp sleep at each
         # barrier, and decoding is a third slower.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_parent) as process:
             result = process.submit(measure_llama_cpp, picked)
         try:
             found["serving"]["llama.cpp"] = result.result()
         except ModelError as error:
             skipped["llama.cpp"] = f"{error.message}{'; ' * bool(error.hint)}{error.hint}"
+        except BrokenProcessPool:
+            skipped["llama.cpp"] = "its process died, for want of memory or by a fault of the installed xllamacpp"
 
     for work in track_progress([products, bandwidth, training, transformers, llama_cpp], "measurements"):
         with torch.random.fork_rng(devices=[]):
@@ -173,12 +177,12 @@ def measure_bandwidth(clock: Clock) -> float:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def make_config(width: int, layers: int, vocabulary: int = VOCABULARY) -> LlamaConfig:
+def make_config(width: int, layers: int) -> LlamaConfig:
     """Return the config of a small Llama."""
     return LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
         num_key_value_heads=max(1, width // 256),  # a CPU's attention takes as long as its queries: four a key is usual
-        intermediate_size=3 * width, vocab_size=vocabulary, max_position_embeddings=4096,
+        intermediate_size=3 * width, vocab_size=VOCABULARY, max_position_embeddings=4096,
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
 
@@ -235,8 +239,8 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = str(dtype).removeprefix("torch.").replace("bfloat16", "BF16").replace("float32", "F32")
     works, runs, operations = [], [], []
-    for width, layers, vocabulary in DECODED:
-        config = make_config(width, layers, vocabulary)
+    for width, layers in DECODED:
+        config = make_config(width, layers)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device).eval()
         model.generation_config.eos_token_id = None
 
@@ -273,9 +277,9 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     runs, decoded = [], []
     prompts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
-        for precision, (width, layers, vocabulary) in itertools.product(PRECISIONS, DECODED):
+        for precision, (width, layers) in itertools.product(PRECISIONS, DECODED):
             file = Path(folder) / "model.gguf"
-            config = make_config(width, layers, vocabulary)
+            config = make_config(width, layers)
             read, weights = write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed

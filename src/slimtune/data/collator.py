@@ -141,6 +141,13 @@ class Collator:
             groups[-1].append(i)
         return groups
 
+    def count_tokens(self, examples: Sequence[Example]) -> int:
+        """Return the tokens of one micro-batch of examples, padding included."""
+        rows = [ids for example in examples for ids, _ in split_rows(example)]
+        if self.packing:
+            return len(pack_sequences(rows, share_prefix=self.share_prefix).tokens)
+        return len(rows) * max(map(len, rows))
+
     def make_micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Return the micro-batches of one optimizer step."""
         return [self([examples[i] for i in group]) for group in self.group_rows(examples)]

@@ -57,14 +57,18 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
-    Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def _exit_with_parent() -> None:
-    """Exit when the parent is killed; without this a worker waits for its queue forever."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+def exit_with_parent() -> None:
+    """Let this process exit when its parent is killed; without this a worker waits for its queue forever."""
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _call(batch: Any) -> Any:

@@ -194,15 +194,14 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     transformers maps a checkpoint's files if it is stored in the dtype asked for, and copies them otherwise. A large
     base that is stored in another dtype is first written in the run's dtype beside `out`, and deleted afterwards.
     """
-    dtype, stored, small = get_trained_dtype(run), None, False
+    dtype, stored = get_trained_dtype(run), None
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
         config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
             stored = dtype_name(config.dtype or torch.float32)
-            small = _is_small(build_meta_model(config, None, torch.float32))
-    if small or stored in (None, dtype):
+    if stored in (None, dtype) or _is_small(build_meta_model(config, None, torch.float32)):
         yield load_run(run, dtype=dtype, device="cpu")
         return
     loaded = load_run(run, dtype=stored, device="cpu")

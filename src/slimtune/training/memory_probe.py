@@ -1,5 +1,7 @@
 """Run the longest micro-batch once before training, and compare the memory it takes with the plan."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +16,6 @@ from ..train_step.loss import forward_backward, move_to_device
 from ..utils.device import peak_memory, reset_peak_memory
 from ..utils.formatting import format_bytes
 from .loop import TrainingLoop
-
-CANDIDATES = 64
-"""Shorter rows that may fill the longest micro-batch, evenly spread over the data."""
 
 
 def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_start: int) -> dict[str, Any]:
@@ -48,18 +47,30 @@ def pick_longest_micro_batch(loop: TrainingLoop) -> list[Example]:
     """Return rows, no more than a step has, that fill one micro-batch.
 
     The longest rows together may be divided into micro-batches of half the limit, which other rows of a step exceed.
-    So rows are added, the longest first, while one micro-batch holds all.
+    So rows are added, the longest first, while one micro-batch holds all. Few sets are tried, because rows are sorted:
+    the first one that fits is searched by halves, and how many of those behind it fit, too.
     """
-    lengths = loop.train.lengths
-    if loop.collator.share_prefix:
+    collator, lengths = loop.collator, loop.train.lengths
+    if collator.share_prefix:
         lengths = np.array([*map(count_packed_tokens, loop.train.example_lengths)])
-    order = np.argsort(-lengths, kind="stable")
-    longest, others = order[: loop.rows_per_step], order[loop.rows_per_step :]
-    rows: list[Example] = []
-    for i in (*longest, *others[:: max(1, len(others) // CANDIDATES)]):
-        if len(rows) < loop.rows_per_step and len(loop.collator.group_rows([*rows, loop.train[i]])) == 1:
-            rows.append(loop.train[i])
-    return rows
+    order = np.argsort(-lengths, kind="stable").tolist()
+    most = min(filter(None, (loop.rows_per_step, collator.max_rows, len(order))))
+    limit = collator.max_tokens or math.inf
+
+    def fits(numbers: list[int]) -> bool:
+        return len(numbers) == 1 or collator.count_tokens([loop.train[i] for i in numbers]) <= limit
+
+    chosen: list[int] = []
+    at = 0
+    while len(chosen) < most:
+        at = bisect_left(range(len(order)), True, lo=at, key=lambda i: fits([*chosen, order[i]]))
+        if at == len(order):
+            break
+        ends = range(at + 1, min(at + most - len(chosen), len(order)) + 1)
+        run = bisect_left(ends, True, key=lambda end: not fits([*chosen, *order[at:end]]))
+        chosen += order[at : at + run]
+        at += run
+    return [loop.train[i] for i in chosen]
 
 
 def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from .files import write_atomic
 from .linear_layers import layer_sizes
 
 ROWS = 64
-"""Number of rows that give a good sample."""
+"""Rows that LoftQ takes its inputs from."""
 MAX_INPUTS = 1024
 """Inputs kept for a layer: tokens drawn evenly from all rows."""
 BATCH_TOKENS = 1024
