@@ -95,8 +95,9 @@ def compare_decoding(folder: Path) -> list[dict[str, Any]]:
         if precision == "F32":
             cached *= 2
         speed = estimate_serving_speed(
-            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, layers=layers, precision=precision
-        )
+            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, layers=layers,
+            vocab_size=model.config.vocab_size, precision=precision,
+        )  # fmt: skip
         assert speed is not None, "bench measured no such engine"
         return speed.decode._asdict()
 

@@ -56,9 +56,10 @@ def predict(point: dict[str, Any]) -> Range:
     gpu = find_gpu(point["card"])
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
+    text = model.config.get_text_config()
     speed = estimate_serving_speed(
-        gpu, engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights,
-        layers=model.config.get_text_config().num_hidden_layers,
+        gpu, engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights, layers=text.num_hidden_layers,
+        vocab_size=text.vocab_size,
     )  # fmt: skip
     if speed is None:
         raise ValueError(f"no fit for {point['card']} and {point['engine']}")

@@ -1,6 +1,7 @@
 """Measuring this machine: the fits, the stored file, and the predictions that follow from it."""
 
 import csv
+import itertools
 import json
 import os
 from collections import Counter
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from slimtune import bench
 from slimtune.errors import RunError, UsageError
@@ -27,7 +29,7 @@ FOUND = Measured(
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
     training=TrainingFit(1.5, 0.5, 2.0, 1e-5, NARROW),
     serving={
-        "llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e-10, 1e-4, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)
+        "llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e-10, 1e-4, 1e-8, 0.0, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)
     },
     steps=[{"width": 512}], skipped={},
 )  # fmt: skip
@@ -49,13 +51,15 @@ def test_fit_finds_the_factors_and_none_below_zero():
 
 
 def test_fit_of_decoding():
-    shapes = [(1e8, 2, 1e5), (1e8, 2, 1e6), (4e7, 12, 5e5), (2e7, 30, 1e6), (2e7, 30, 9e6)]
-    runs = [(p, *shape) for p in ("F16", "Q8_0") for shape in shapes]
     speeds = {"F16": 1e10, "Q8_0": 8e9}
-    seconds = [size / speeds[p] + cached / 3e9 + layers * 1e-4 + 2e-3 for p, size, layers, cached in runs]
+    shapes = [(1e8, 2, 9000, 1e5), (1e8, 2, 300, 1e6), (4e7, 12, 5000, 5e5), (2e7, 30, 300, 1e6), (2e7, 30, 800, 9e6)]
+    runs, seconds = [], []
+    for (precision, speed), (size, layers, vocab_size, cached) in itertools.product(speeds.items(), shapes):
+        runs.append((precision, size, LlamaConfig(num_hidden_layers=layers, vocab_size=vocab_size), cached))
+        seconds.append(size / speed + cached / 3e9 + layers * 1e-4 + vocab_size * 1e-8 + 2e-3)
     fit = bench.fit_serving(("F16", "Q8_0"), runs, seconds, {})
-    assert fit.bytes_per_second == pytest.approx({"F16": 1e10, "Q8_0": 8e9})
-    assert (fit.layer_s, fit.token_s, 1 / fit.cached_byte_s) == pytest.approx((1e-4, 2e-3, 3e9))
+    assert fit.bytes_per_second == pytest.approx(speeds)
+    assert (fit.layer_s, fit.logit_s, fit.token_s, 1 / fit.cached_byte_s) == pytest.approx((1e-4, 1e-8, 2e-3, 3e9))
     assert fit.spread == (1 / 1.1, 1.1)
 
 
@@ -98,9 +102,9 @@ def test_training_speed_follows_the_fit(stored):
 
 
 def test_serving_speed_follows_the_fit(stored):
-    job = {"read_bytes": 1e8, "cache_bytes": 1e7, "weights": 1e8, "layers": 10}
+    job = {"read_bytes": 1e8, "cache_bytes": 1e7, "weights": 1e8, "layers": 10, "vocab_size": 50000}
     speed = estimate_serving_speed(measured_gpu(), "ollama", **job)
-    assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3))
+    assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3 + 5e-4))
     assert speed.prefill.low == pytest.approx(0.9 * 1e11 / 2e8)
     assert speed.evidence == "measured here, 2026-11-26"
     near = estimate_serving_speed(measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
@@ -116,7 +120,7 @@ def test_real_steps_and_random_files(monkeypatch):
     fit, steps = bench.measure_training(bench.Clock(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
     assert len(steps) == 4
     assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
-    monkeypatch.setattr(bench, "DECODED", ((256, 1), (256, 2), (512, 1)))
+    monkeypatch.setattr(bench, "DECODED", ((256, 1, 300), (256, 2, 900), (512, 1, 300)))
     serving = bench.measure_llama_cpp(torch.device("cpu"))
     assert set(serving.prompt_flops) == set(bench.PRECISIONS)
 

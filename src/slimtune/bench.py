@@ -50,14 +50,15 @@ from .utils.progress import track_progress
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
 """Width and layers of the Llamas that are trained."""
 ROWS = {
-    "cpu": ((64,), (128, 128), (96,) * 8, (512, 512), (1024,)),
+    "cpu": ((128,), (256,), (96,) * 8, (512, 512), (1024,)),
     "cuda": ((256,), (256,) * 4, (512,) * 8, (2048,) * 2, (4096,)),
     "mps": ((128,), (256,) * 2, (512,) * 2, (1024,)),
 }
 """Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
-DECODED = ((2048, 2), (1024, 6), (512, 32))
-"""Width and layers of the Llamas that write text: unlike enough to tell the time of a byte from that of a layer."""
+DECODED = ((2048, 2, 16384), (1024, 6, 8192), (1024, 6, 65536), (512, 32, 16384))
+"""Width, layers and vocabulary of the Llamas that write text: unlike enough to tell apart the times of a byte, a layer and
+an entry of the vocabulary."""
 SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
 """Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
 PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
@@ -177,12 +178,12 @@ def measure_bandwidth(clock: Clock) -> float:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def make_config(width: int, layers: int) -> LlamaConfig:
+def make_config(width: int, layers: int, vocab_size: int = VOCABULARY) -> LlamaConfig:
     """Return the config of a small Llama."""
     return LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
         num_key_value_heads=max(1, width // 256),  # a CPU's attention takes as long as its queries: four a key is usual
-        intermediate_size=3 * width, vocab_size=VOCABULARY, max_position_embeddings=4096,
+        intermediate_size=3 * width, vocab_size=vocab_size, max_position_embeddings=4096,
         tie_word_embeddings=False, pad_token_id=0, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
 
@@ -239,8 +240,8 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = str(dtype).removeprefix("torch.").replace("bfloat16", "BF16").replace("float32", "F32")
     works, runs, operations = [], [], []
-    for width, layers in DECODED:
-        config = make_config(width, layers)
+    for shape in DECODED:
+        config = make_config(*shape)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device).eval()
         model.generation_config.eos_token_id = None
 
@@ -252,7 +253,7 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
         read = sum(p.nbytes for p in model.parameters() if p is not embedding)
         for length in (PROMPT, SHORT_PROMPT):
             works += [partial(generate, length, 1), partial(generate, length, 1 + NEW_TOKENS)]
-            runs.append((name, float(read), float(layers), cached_bytes(config, length, embedding.element_size())))
+            runs.append((name, float(read), config, cached_bytes(config, length, embedding.element_size())))
         operations.append(2.0 * PROMPT * (read / embedding.element_size() - embedding.numel()))
     with torch.no_grad():
         seconds = clock.medians(works)
@@ -277,9 +278,10 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     runs, decoded = [], []
     prompts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
-        for precision, (width, layers) in itertools.product(PRECISIONS, DECODED):
+        # Twice: the speed of a machine changes within a minute, and must not decide one shape.
+        for precision, shape in 2 * list(itertools.product(PRECISIONS, DECODED)):
             file = Path(folder) / "model.gguf"
-            config = make_config(width, layers)
+            config = make_config(*shape)
             read, weights = write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
@@ -289,9 +291,9 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
             )  # fmt: skip
             for length in (PROMPT, SHORT_PROMPT):
                 engine.measure_seconds(length, NEW_TOKENS)
-                rounds = [engine.measure_seconds(length, NEW_TOKENS) for _ in range(3)]
+                rounds = [engine.measure_seconds(length, NEW_TOKENS) for _ in range(2)]
                 prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-                runs.append((precision, float(read), float(layers), cached_bytes(config, length, 2)))
+                runs.append((precision, float(read), config, cached_bytes(config, length, 2)))
                 decoded.append(token_s)
                 prompts.setdefault(precision, 2 * weights / prompt_s)
             engine.close()
@@ -308,20 +310,20 @@ def cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> floa
 
 def fit_serving(
     precisions: Sequence[str],
-    runs: Sequence[tuple[str, float, float, float]],
+    runs: Sequence[tuple[str, float, LlamaConfig, float]],
     seconds: Sequence[float],
     prompts: dict[str, float],
 ) -> ServingFit:
-    """Fit the seconds of a token to runs of (precision, bytes, layers, cached bytes)."""
+    """Fit the seconds of a token to runs of (precision, bytes, config, cached bytes)."""
     features = [
-        [*(size * (precision == p) for p in precisions), cached, layers, 1.0]
-        for precision, size, layers, cached in runs
+        [*(size * (precision == p) for p in precisions), cached, config.num_hidden_layers, config.vocab_size, 1.0]
+        for precision, size, config, cached in runs
     ]
-    *inverse, cached_byte_s, layer_s, token_s = factors = fit_nonnegative(features, seconds)
+    *inverse, cached_byte_s, layer_s, logit_s, token_s = factors = fit_nonnegative(features, seconds)
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
-    return ServingFit(speeds, cached_byte_s, layer_s, token_s, prompts, spread)
+    return ServingFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
 
 
 def write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

@@ -188,13 +188,13 @@ def test_reading_unknown_values_is_an_error(read):
         read(torch.empty(3) + torch.arange(3))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_attention_grows_with_the_square_of_a_row(device):
-    """By segment on a CPU, by one kernel on a GPU: the same work, halved where rows are half as long."""
+@pytest.mark.parametrize(("device", "computed"), [("cpu", 1.0), ("cuda", 0.5)])
+def test_attention_grows_with_the_square_of_a_row(device, computed):
+    """By segment on a CPU, which computes a whole row of up to 512 tokens, by one kernel on a GPU, which computes half."""
     long, short = (
         trace_memory(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
         for rows in ((512,), (256, 256))
     )
     heads_times_size, layers = 64, 2
-    assert long[FP32] == pytest.approx(layers * 14 * heads_times_size * 512**2 / 2, rel=0.01)
+    assert long[FP32] == pytest.approx(layers * 14 * heads_times_size * 512**2 * computed, rel=0.01)
     assert short[FP32] == pytest.approx(long[FP32] / 2, rel=0.01)

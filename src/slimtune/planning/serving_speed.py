@@ -75,8 +75,8 @@ def hardware_kind(gpu: Gpu) -> str:
 
 
 def estimate_serving_speed(
-    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, sequences: int = 1,
-    precision: str = "Q4_K_M",
+    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, vocab_size: int,
+    sequences: int = 1, precision: str = "Q4_K_M",
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
@@ -87,6 +87,7 @@ def estimate_serving_speed(
         cache_bytes: of keys and values that it reads, of one request.
         weights: in matrices that a token is multiplied with.
         layers: of the model.
+        vocab_size: entries of its vocabulary, which count where the machine was measured.
         sequences: requests decoded together.
         precision: of the weights, by which a measurement of this machine is chosen.
     """
@@ -95,7 +96,7 @@ def estimate_serving_speed(
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
         seconds = read_bytes / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
-        seconds += layers * fit.layer_s + fit.token_s
+        seconds += layers * fit.layer_s + vocab_size * fit.logit_s + fit.token_s
         return ServingSpeed(
             Range(*(end / seconds for end in fit.spread)),
             Range(*(end / prompt_seconds for end in fit.spread)),
