@@ -57,8 +57,8 @@ ROWS = {
 """Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
 DECODED = ((2048, 2, 16384), (1024, 6, 8192), (1024, 6, 65536), (512, 32, 16384))
-"""Width, layers and vocabulary of the Llamas that write text: unlike enough to tell apart the times of a byte, a layer and
-an entry of the vocabulary."""
+"""Width, layers and vocabulary of the Llamas that write text: unlike enough to tell apart the times of a byte, a layer
+and an entry of the vocabulary."""
 SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
 """Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
 PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
@@ -102,7 +102,7 @@ class Clock:
 
 
 def measure_machine(device: str = "auto") -> Measured:
-    """Measure this machine; `device` is as for `pick_device`. It takes one to two minutes, and 2 GB of memory."""
+    """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes, and 2 GB of memory."""
     picked = pick_device(device)
     gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), Clock(picked)
     found: dict[str, Any] = {}
@@ -316,13 +316,18 @@ def fit_serving(
 ) -> ServingFit:
     """Fit the seconds of a token to runs of (precision, bytes, config, cached bytes)."""
     features = [
-        [*(size * (precision == p) for p in precisions), cached, config.num_hidden_layers, config.vocab_size, 1.0]
+        [
+            *(n * (precision == p) for n in (size, config.num_hidden_layers) for p in precisions),
+            *(cached, config.vocab_size, 1.0),
+        ]
         for precision, size, config, cached in runs
     ]
-    *inverse, cached_byte_s, layer_s, logit_s, token_s = factors = fit_nonnegative(features, seconds)
+    *by_precision, cached_byte_s, logit_s, token_s = factors = fit_nonnegative(features, seconds)
+    inverse, layers = by_precision[: len(precisions)], by_precision[len(precisions) :]
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
+    layer_s = dict(zip(precisions, layers, strict=True))
     return ServingFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
 
 

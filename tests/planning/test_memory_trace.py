@@ -190,7 +190,7 @@ def test_reading_unknown_values_is_an_error(read):
 
 @pytest.mark.parametrize(("device", "computed"), [("cpu", 1.0), ("cuda", 0.5)])
 def test_attention_grows_with_the_square_of_a_row(device, computed):
-    """By segment on a CPU, which computes a whole row of up to 512 tokens, by one kernel on a GPU, which computes half."""
+    """A CPU computes every pair of a row of up to 512 tokens, a GPU's kernel those that attend."""
     long, short = (
         trace_memory(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
         for rows in ((512,), (256, 256))

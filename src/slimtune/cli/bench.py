@@ -31,7 +31,8 @@ def bench(
     """Measure this machine, so that plan, choose and gpus know its speed.
 
     Matrix products, memory, short training steps, decoding in transformers and, if xllamacpp and gguf are installed, in
-    llama.cpp: one to two minutes. Let nothing else run meanwhile. The result is a JSON file in the user's data folder.
+    llama.cpp: two to three minutes. Let nothing else run meanwhile. The result is a JSON file in the user's data
+    folder.
     """
     from ..planning.measured import load_machine_measurement, measured_file, save_measured
 

@@ -9,8 +9,11 @@ The first sum is over the operators that multiply, the second over the others, t
 attention, whose operations grow with the square of a row's length. `n` counts the operators that multiply: a layer
 calls as many for any rows, and the others around them share their overhead (counting all of them made rows with a
 shared prefix, which takes many small copies, 20 % too slow). A decoded token takes
-`bytes / speed of the precision + cached bytes · seconds of one + layers · seconds of a layer + vocabulary · seconds of an
-entry + seconds of a token`. It imports no torch.
+
+    seconds = bytes / speed + layers · seconds of a layer            both of the precision
+              + cached bytes · seconds of one + vocabulary · seconds of an entry + seconds of a token
+
+It imports no torch.
 """
 
 import contextlib
@@ -53,7 +56,7 @@ class ServingFit:
 
     bytes_per_second: dict[str, float]  # decoding, of the weights
     cached_byte_s: float  # seconds of each byte of cached keys and values, which attention reads more slowly
-    layer_s: float  # seconds that each layer takes beside its bytes
+    layer_s: dict[str, float]  # seconds that each layer takes beside its bytes, by precision
     logit_s: float  # seconds of each entry of the vocabulary, as the next token is chosen
     token_s: float  # seconds of each token beside that: the engine's own work
     prompt_flops: dict[str, float]  # operations a second as a prompt is read

@@ -96,7 +96,7 @@ def estimate_serving_speed(
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
         seconds = read_bytes / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
-        seconds += layers * fit.layer_s + vocab_size * fit.logit_s + fit.token_s
+        seconds += layers * fit.layer_s[nearest] + vocab_size * fit.logit_s + fit.token_s
         return ServingSpeed(
             Range(*(end / seconds for end in fit.spread)),
             Range(*(end / prompt_seconds for end in fit.spread)),
