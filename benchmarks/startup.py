@@ -72,6 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plans, run = Path(folder, "plans"), Path(folder, "run")
         env = {**os.environ, "OMP_NUM_THREADS": "1", "SLIMTUNE_TRACES": str(plans), "HF_HUB_OFFLINE": "1"}
+        env["SLIMTUNE_BENCH"] = str(Path(folder, "bench.json"))  # none: a measured machine plans speed, too
         env.pop("PYTHONDONTWRITEBYTECODE", None)  # without its bytecode, Python compiles 3,000 modules at each start
         for name in args.names or CASES:
             limit, code, arguments = CASES[name]

@@ -126,23 +126,31 @@ class MemoryModel:
 
 
 def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
-    """Fit the formula of a job; its `lengths` are ignored, and its model on meta is only read."""
+    """Fit the formula of a job, whose model on meta is only read.
+
+    If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
+    """
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
+    own = tokens <= job.micro_batch_tokens <= 2 * tokens
+    tokens = job.micro_batch_tokens if own else tokens
     longest = max_positions(job.base_config) or 2 * tokens
     attention = original_attention(model.config._attn_implementation)
     by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
     columns: list[int] = [0, 1]
-    shapes: list[tuple[int, ...]] = [_split_row(tokens, longest), _split_row(2 * tokens, longest)]
+    shapes = [job.lengths if own else _split_row(tokens, longest), _split_row(2 * tokens, longest)]
     if job.device == "cuda" and job.packing:
         columns.append(2)
         shapes.append(_split_row(tokens + tokens // 2, longest))
     if by_row:
         columns.append(3)
         shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
-    traces = [extrapolate_layers(replace(job, lengths=lengths), backward_only=True) for lengths in shapes]
+    traces = [
+        extrapolate_layers(replace(job, lengths=lengths), backward_only=lengths is not job.lengths)
+        for lengths in shapes
+    ]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]
     coefficients = {}
-    for phase in traces[0].phases:
+    for phase in traces[1].phases:  # without those of the optimizer and the evaluation
         solution = np.zeros(4)
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution
