@@ -78,15 +78,18 @@ def dense_attention(layout, window, q, k, v):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @settings(max_examples=40)
-@given(layout=layouts(), window=windows)
-def test_attention_by_segment(implementation, layout, window):
+@given(layout=layouts(), window=windows, part=st.sampled_from((3, 128)), threads=st.sampled_from((1, 8)))
+def test_attention_by_segment(implementation, layout, window, part, threads):
+    """Also split into parts of 3 tokens, and with more threads than there are heads of the keys."""
     inputs = random_inputs(layout)
     # transformers' eager softmax is in fp32.
     tolerance = {"rtol": 1e-11, "atol": 1e-12} if implementation == "sdpa" else {"rtol": 1e-5, "atol": 1e-5}
-    out, expected = attend(implementation, layout, window, *inputs), dense_attention(layout, window, *inputs)
-    torch.testing.assert_close(out, expected, **tolerance)
+    expected = dense_attention(layout, window, *inputs)
     weights = torch.randn(expected.shape, dtype=torch.float64)
-    grads, expected_grads = (torch.autograd.grad((y * weights).sum(), inputs) for y in (out, expected))
+    with patch.object(packed_attention, "PART", part), patch("torch.get_num_threads", return_value=threads):
+        out = attend(implementation, layout, window, *inputs)
+        grads, expected_grads = (torch.autograd.grad((y * weights).sum(), inputs) for y in (out, expected))
+    torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(grads, expected_grads, **tolerance)
 
 

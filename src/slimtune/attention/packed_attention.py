@@ -34,6 +34,9 @@ from torch.autograd.function import once_differentiable
 from ..utils.device import add_simulated_attention, device_type, is_simulated
 from .packed_layout import PackedLayout
 
+PART, MAX_SPLIT_TOKENS = 128, 2048
+"""On a CPU segments of up to 2,048 tokens are split into parts of 128: torch's kernel leaves out what is above the
+diagonal in blocks of 512 keys, so it computes all pairs of a shorter row. The masks of a longer one would be large."""
 BLOCK = 128
 MIN_FLEX_TOKENS = 256
 """Below this length attention by segment is as fast and compiles nothing."""
@@ -59,7 +62,7 @@ class Segment(NamedTuple):
 
     start: int  # index of its first query
     length: int  # number of queries
-    key_ranges: tuple[tuple[int, int], ...]  # the keys it attends to, as (first, count); the last is the segment itself
+    key_ranges: tuple[tuple[int, int], ...]  # the keys it attends to, as (first, count); it is the end of the last
     mask: Tensor | None  # what is added to the scores (1, 1, queries, keys); None: causal, only with a single range
 
 
@@ -77,20 +80,29 @@ def attend_by_segment(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     segments = layout.compute_once(
-        ("segments", window, dtype), lambda: list_segments(layout, window, dtype, query.device)
+        ("segments", window, dtype),
+        lambda: list_segments(layout.split_segments(PART, MAX_SPLIT_TOKENS), window, dtype, query.device),
     )
     return _SegmentAttention.apply(query, key, value, segments, scale)
 
 
 def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Segment]:
-    """Return the segments of a layout in the order of the queries, with masks in `dtype`."""
+    """Return the segments of a layout in the order of the queries, with masks in `dtype`.
+
+    Ranges of keys that follow one another are joined: a single range is a view, several are copied.
+    """
     firsts = [layout.prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
-    prefix = ((0, layout.prefix_keys),) if layout.prefix_keys else ()
     segments = []
     for i, n in enumerate(layout.lengths):
-        key_ranges = (*prefix, *((firsts[a], layout.lengths[a]) for a in layout.ancestors(i)))
+        key_ranges = [(0, layout.prefix_keys)]
+        for a in layout.ancestors(i):
+            first, count = key_ranges[-1]
+            if first + count == firsts[a]:
+                key_ranges[-1] = (first, count + layout.lengths[a])
+            else:
+                key_ranges.append((firsts[a], layout.lengths[a]))
         mask = layout.segment_bias(i, window, dtype, device)
-        segments.append(Segment(firsts[i] - layout.prefix_keys, n, key_ranges, mask))
+        segments.append(Segment(firsts[i] - layout.prefix_keys, n, tuple(r for r in key_ranges if r[1]), mask))
     return segments
 
 
@@ -120,18 +132,25 @@ class _SegmentAttention(torch.autograd.Function):
         g, o = (_to_fp32(t).transpose(1, 2) for t in (grad, out))
         q, k, v = (_to_fp32(t) for t in (query, key, value))
         # Keys that several segments attend to get a sum of gradients, accumulated in fp32.
-        shared_keys = k.shape[2] != q.shape[2] or any(len(s.key_ranges) > 1 for s in ctx.segments)
+        shared_keys = sum(n for s in ctx.segments for _, n in s.key_ranges) > k.shape[2]
         grad_q = torch.empty_like(query)
         if shared_keys:
             grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         else:
             grad_k, grad_v = torch.empty_like(key), torch.empty_like(value)
+        # The backward kernel gives each thread whole heads of the keys: with fewer heads than threads some would idle.
+        repeats = q.shape[1] // k.shape[1] if k.shape[1] < torch.get_num_threads() else 1
         for s in ctx.segments:
             span = slice(s.start, s.start + s.length)
+            keys, values = _gather_ranges(k, s), _gather_ranges(v, s)
+            if repeats > 1:
+                keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
             grad_q[:, :, span], *grads_kv = _flash_backward(
-                g[:, :, span], q[:, :, span], _gather_ranges(k, s), _gather_ranges(v, s), o[:, :, span],
+                g[:, :, span], q[:, :, span], keys, values, o[:, :, span],
                 logsumexp[:, :, span], 0.0, s.mask is None, attn_mask=s.mask, scale=ctx.scale,
             )  # fmt: skip
+            if repeats > 1:
+                grads_kv = [t.unflatten(1, (-1, repeats)).sum(2) for t in grads_kv]
             for total, found in zip((grad_k, grad_v), grads_kv, strict=True):
                 parts = found.split([n for _, n in s.key_ranges], dim=2)
                 for (first, n), part in zip(s.key_ranges, parts, strict=True):

@@ -84,6 +84,23 @@ class PackedLayout:
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _cache={})
 
+    def split_segments(self, tokens: int, longest: int) -> Self:
+        """Return a layout with the same attention, whose segments of up to `longest` tokens have at most `tokens`.
+
+        Each part of a segment is the child of the part before it.
+        """
+        lengths: list[int] = []
+        parents: list[int] = []
+        last: list[int] = []  # by segment: its last part
+        for n, parent in zip(self.lengths, self.parents, strict=True):
+            above = last[parent] if parent >= 0 else -1
+            for start in range(0, n, tokens if n <= longest else n):
+                lengths.append(min(tokens, n - start) if n <= longest else n)
+                parents.append(above)
+                above = len(lengths) - 1
+            last.append(above)
+        return replace(self, lengths=tuple(lengths), parents=tuple(parents), _cache={})
+
     def compute_once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """Return the value of `key`, which `make` computes the first time."""
         if key not in self._cache:

@@ -89,7 +89,8 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
 def _describe_environment() -> dict[str, Any]:
     files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
     state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
-    return {"versions": versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
+    cpu = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    return {"versions": versions(), "cpu": cpu, "files": _hash_json(state)}
 
 
 def _hash_json(values: Any) -> str:
