@@ -26,7 +26,8 @@ def test_proper_run_is_improved(proper):
     assert found["tuned_accuracy"] > 0.95 > 0.5 > found["base_accuracy"]
     assert found["prompt_dependence"]["tuned_ci95"][0] > 0.1 > found["prompt_dependence"]["base"]
     assert found["improved"]
-    assert found["verdict"] == {"passed": True, "reasons": []}
+    assert found["verdict"]["passed"]
+    assert not found["verdict"]["reasons"]
 
 
 @pytest.mark.slow
@@ -63,6 +64,22 @@ LOST = {"base": 0.13, "tuned": 0.05, "tuned_ci95": [0.03, 0.08], "change_ci95": 
 OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False}
 
 
+PASSES = {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": KEPT, "forgetting": None, "different_rows": 20}
+
+
+@pytest.mark.parametrize(
+    ("figures", "warning"),
+    [
+        ({}, ""),
+        ({"different_rows": 19}, "over only 19 rows: under about 20 the intervals are too narrow"),
+        ({"different_rows": 6, "generations": None}, "are too narrow; read some answers: --generate 5"),
+        ({"different_rows": 6, "forgetting": OVER}, ""),
+    ],
+)
+def test_warning_of_few_rows(figures, warning):
+    assert make_pass_verdict({**PASSES, **figures}, [])["warning"].endswith(warning)
+
+
 @pytest.mark.parametrize(
     ("figures", "reasons"),
     [
@@ -77,7 +94,7 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
     ],
 )
 def test_reasons(figures, reasons):
-    result = {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": KEPT, "forgetting": None, **figures}
+    result = {**PASSES, **figures}
     verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons_not_passed(result))
     assert verdict["passed"] is (not reasons)
     for reason, expected in zip(verdict["reasons"], reasons, strict=True):

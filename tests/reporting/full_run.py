@@ -92,7 +92,8 @@ def make_evaluation(path: Path, text: str, generations: int = 6) -> dict[str, An
              "checks": {"length": {"base": 31, "tuned": 44}, f"ended {text}": {"base": False, "tuned": True}}}
             for i in range(generations)],
         "generation_summary": {"length": {"base": 31.0, "tuned": 44.0}, "ended": {"base": 0.0, "tuned": 1.0}},
-        "verdict": {"passed": True, "reasons": [f"the loss reduction is above 0 {text}"]},
+        "verdict": {"passed": True, "reasons": [f"the loss reduction is above 0 {text}"],
+                    "warning": f"over only 6 rows {text}"},
     }  # fmt: skip
 
 

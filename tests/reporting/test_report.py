@@ -183,6 +183,7 @@ def test_the_page_begins_with_the_verdict(full_page):
     head = full_page.text[full_page.text.index("slimtune run") : full_page.text.index("Samples")]
     assert "passed loss 4.52 → 3.73 nats per token, on 93 test rows" in head
     assert "the loss reduction is above 0" in head
+    assert "over only 6 rows" in head
     assert next(a["id"] for a in full_page.all("section")) == "samples"
 
 

@@ -13,8 +13,6 @@ from .common import WARNING, Device, Json, NegativeResult, Run, console, error_c
 from .inputs import require_rows, require_run
 
 MODELS = ("base", "tuned")
-FEW_EVAL_ROWS = 20
-"""Rows below which a bootstrap interval is too narrow."""
 MAX_MISTAKES = 8
 """Lines in place of a confusion table that is too wide; --json and the report have the whole table."""
 
@@ -193,17 +191,7 @@ def _print_result(result: Mapping[str, Any]) -> None:
         screen.print(table("task", "metric", *MODELS, rows=rows))
     verdict = result["verdict"]
     text = "the tuned model is better" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
-    screen.print(f"verdict: {text}{_warn_of_few_rows(result)}")
-
-
-def _warn_of_few_rows(result: Mapping[str, Any]) -> str:
-    """Return what a good verdict over few rows does not prove, and what shows it; "" if the rows are enough."""
-    different = result.get("different_rows", result["rows"])
-    if not result["verdict"]["passed"] or different >= FEW_EVAL_ROWS:
-        return ""
-    # A classifier writes no answers.
-    answers = "" if result.get("generations", []) is not None else "; read some answers: --generate 5"
-    return f", but over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{answers}"
+    screen.print(f"verdict: {text}{', but ' * bool(verdict['warning'])}{verdict['warning']}")
 
 
 def describe_win_rate(won: Mapping[str, Any]) -> str:
@@ -248,7 +236,7 @@ def _print_classes(result: Mapping[str, Any]) -> None:
         screen.print(f"{left_out} rows are also training rows, and were left out")
     verdict = result["verdict"]
     text = "the model is better than its baseline" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
-    screen.print(f"verdict: {text}{_warn_of_few_rows(result)}")
+    screen.print(f"verdict: {text}{', but ' * bool(verdict['warning'])}{verdict['warning']}")
 
 
 def _print_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:

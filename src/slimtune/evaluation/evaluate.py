@@ -55,6 +55,8 @@ EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
     Reward: RewardEvaluation,
 }
 """The evaluation of each objective and of its subclasses."""
+FEW_EVAL_ROWS = 20
+"""Rows below which a bootstrap interval is too narrow."""
 SPLITS = ("test", "validation")
 
 
@@ -232,7 +234,10 @@ def list_missing_rows(result: Mapping[str, Any]) -> list[str]:
 
 
 def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
-    """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result; `reasons` say why it is not improved."""
+    """Return whether a whole result passes; `reasons` say why it is not improved.
+
+    Returns `{"passed": bool, "reasons": [sentence, …], "warning": what a pass over few rows does not prove}`.
+    """
     reasons, forgetting, answers = list(reasons), result.get("forgetting"), result.get("generations")
     if forgetting is not None and not forgetting["within"]:
         low, high = forgetting["change_ci95"]
@@ -242,7 +247,12 @@ def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict
         )
     if answers and not any(answer["tuned"].strip() for answer in answers):
         reasons.append(f"all {len(answers)} answers of the tuned model are empty")
-    return {"passed": not reasons, "reasons": reasons}
+    warning, different = "", result["different_rows"]
+    if not reasons and different < FEW_EVAL_ROWS:
+        # A classifier writes no answers.
+        advice = "" if result.get("generations", []) is not None else "; read some answers: --generate 5"
+        warning = f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}"
+    return {"passed": not reasons, "reasons": reasons, "warning": warning}
 
 
 def load_unseen_rows(
