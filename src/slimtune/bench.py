@@ -102,7 +102,7 @@ class Clock:
 
 
 def measure_machine(device: str = "auto") -> Measured:
-    """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes, and 2 GB of memory."""
+    """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes and 2 to 3 GB."""
     picked = pick_device(device)
     gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), Clock(picked)
     found: dict[str, Any] = {}
@@ -276,7 +276,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     if device.type != "cpu" and not has_gpu:
         raise ModelError("the installed xllamacpp computes on the CPU alone", "a build for this GPU")
     runs, decoded = [], []
-    prompts: dict[str, float] = {}
+    prompts: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
         # Twice: the speed of a machine changes within a minute, and must not decide one shape.
         for precision, shape in 2 * list(itertools.product(PRECISIONS, DECODED)):
@@ -295,10 +295,11 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
                 prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
                 runs.append((precision, float(read), config, cached_bytes(config, length, 2)))
                 decoded.append(token_s)
-                prompts.setdefault(precision, 2 * weights / prompt_s)
+                if (shape, length) == (DECODED[0], PROMPT):
+                    prompts[precision].append(2 * weights / prompt_s)
             engine.close()
             file.unlink()
-    return fit_serving(PRECISIONS, runs, decoded, prompts)
+    return fit_serving(PRECISIONS, runs, decoded, {p: statistics.median(speeds) for p, speeds in prompts.items()})
 
 
 def cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> float:

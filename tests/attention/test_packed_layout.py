@@ -25,11 +25,11 @@ def test_segment_masks(layout, window):
     """Each segment's mask over the keys of its path is a part of the dense one, which has nothing else."""
     dense = dense_mask(layout, window)
     assert layout.count_pairs(window) == dense.sum()
-    for i, segment in enumerate(packed_attention.list_segments(layout, window, torch.float32, CPU)):
+    for segment in packed_attention.list_segments(layout, window, torch.float32, CPU):
         rows = dense[segment.start : segment.start + segment.length]
         columns = [k for first, n in segment.key_ranges for k in range(first, first + n)]
         assert rows.sum() == rows[:, columns].sum()
-        mask = layout.segment_bias(i, window, torch.float32, CPU)
+        mask = segment.mask
         if mask is None:
             assert torch.equal(rows[:, columns], torch.ones(segment.length, segment.length, dtype=torch.bool).tril())
         else:

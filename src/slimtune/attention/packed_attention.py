@@ -21,6 +21,7 @@ attention runs segment by segment.
 
 import functools
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from .packed_layout import PackedLayout
 
 PART, MAX_SPLIT_TOKENS = 128, 2048
 """On a CPU segments of up to 2,048 tokens are split into parts of 128: torch's kernel leaves out what is above the
-diagonal in blocks of 512 keys, so it computes all pairs of a shorter row. The masks of a longer one would be large."""
+diagonal in blocks of 512 keys, so it computes all pairs of a shorter row. Of a longer row it leaves out most."""
 BLOCK = 128
 MIN_FLEX_TOKENS = 256
 """Below this length attention by segment is as fast and compiles nothing."""
@@ -62,7 +63,7 @@ class Segment(NamedTuple):
 
     start: int  # index of its first query
     length: int  # number of queries
-    key_ranges: tuple[tuple[int, int], ...]  # the keys it attends to, as (first, count); it is the end of the last
+    key_ranges: tuple[tuple[int, int], ...]  # the keys it attends to, as (first, count), its own last
     mask: Tensor | None  # what is added to the scores (1, 1, queries, keys); None: causal, only with a single range
 
 
@@ -79,9 +80,9 @@ def attend_by_segment(
         scale: factor on the scores; None: 1 / √size.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    segments = layout.compute_once(
-        ("segments", window, dtype),
-        lambda: list_segments(layout.split_segments(PART, MAX_SPLIT_TOKENS), window, dtype, query.device),
+    parts = layout.compute_once(("parts",), lambda: layout.split_segments(PART, MAX_SPLIT_TOKENS))
+    segments = parts.compute_once(
+        ("segments", window, dtype), lambda: list_segments(parts, window, dtype, query.device)
     )
     return _SegmentAttention.apply(query, key, value, segments, scale)
 
@@ -89,9 +90,19 @@ def attend_by_segment(
 def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Segment]:
     """Return the segments of a layout in the order of the queries, with masks in `dtype`.
 
-    Ranges of keys that follow one another are joined: a single range is a view, several are copied.
+    Ranges of keys that follow one another are joined: a single range is a view, several are copied. Masks of parts are
+    views of one mask, zeros and a triangle, however long rows are.
     """
-    firsts = [layout.prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    starts = [layout.prefix_keys + n for n in layout.starts()]
+    most = max([MAX_SPLIT_TOKENS, *starts])
+
+    def make_mask() -> Tensor:
+        hidden = torch.ones(PART, PART, dtype=torch.bool, device=device).triu(1)
+        mask = torch.zeros(1, 1, PART, most + PART, dtype=dtype, device=device)
+        mask[..., most:].masked_fill_(hidden, torch.finfo(dtype).min)
+        return mask
+
+    firsts = [layout.prefix_keys, *(layout.prefix_keys + n for n in itertools.accumulate(layout.lengths))]
     segments = []
     for i, n in enumerate(layout.lengths):
         key_ranges = [(0, layout.prefix_keys)]
@@ -101,7 +112,11 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
                 key_ranges[-1] = (first, count + layout.lengths[a])
             else:
                 key_ranges.append((firsts[a], layout.lengths[a]))
-        mask = layout.segment_bias(i, window, dtype, device)
+        if n <= PART and starts[i] and (window is None or window >= starts[i] + n):
+            mask = layout.compute_once(("mask", dtype, device), make_mask)
+            mask = mask[..., :n, most - starts[i] : most + n]
+        else:
+            mask = layout.segment_bias(i, window, dtype, device)
         segments.append(Segment(firsts[i] - layout.prefix_keys, n, tuple(r for r in key_ranges if r[1]), mask))
     return segments
 
@@ -132,7 +147,7 @@ class _SegmentAttention(torch.autograd.Function):
         g, o = (_to_fp32(t).transpose(1, 2) for t in (grad, out))
         q, k, v = (_to_fp32(t) for t in (query, key, value))
         # Keys that several segments attend to get a sum of gradients, accumulated in fp32.
-        shared_keys = sum(n for s in ctx.segments for _, n in s.key_ranges) > k.shape[2]
+        shared_keys = sum(n for s in ctx.segments for _, n in s.key_ranges) != k.shape[2]
         grad_q = torch.empty_like(query)
         if shared_keys:
             grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)

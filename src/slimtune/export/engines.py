@@ -193,7 +193,7 @@ class LlamaCppEngine:
     def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of a prompt's tokens and of a generated one, as the server measures them.
 
-        `new_tokens` is at least 2: the first one is chosen as the prompt ends, before the server's clock starts.
+        `new_tokens` is 2 or more: the first one is chosen as the prompt ends, before the server's clock starts.
         """
         timings = self._complete([7] * prompt_tokens, n_predict=new_tokens, ignore_eos=True)["timings"]
         steps = timings["predicted_n"] - 1

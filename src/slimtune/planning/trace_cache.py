@@ -68,7 +68,8 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
     others = {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.name not in ("base_config", "method")}
     implementations = [getattr(config, f"_{what}_implementation", None) for what in ("attn", "experts")]
     key = {"classes": classes, "config": config.to_dict(), "implementations": implementations, "method": vars(method),
-           "job": others, "options": options, "environment": _describe_environment()}  # fmt: skip
+           "job": others, "options": options, "environment": _describe_environment(),
+           "threads": torch.get_num_threads() if job.device == "cpu" else 0}  # fmt: skip
 
     def to_plain(value: Any) -> Any:
         if isinstance(value, set | frozenset):
@@ -89,8 +90,7 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
 def _describe_environment() -> dict[str, Any]:
     files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
     state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
-    cpu = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    return {"versions": versions(), "cpu": cpu, "files": _hash_json(state)}
+    return {"versions": versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
 
 
 def _hash_json(values: Any) -> str:
