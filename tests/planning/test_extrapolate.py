@@ -57,6 +57,18 @@ def test_formula_of_tiles_and_offloading(lengths):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("supervised", [1.0, 0.4])
+def test_formula_of_a_vocabulary_whose_chunks_are_long(supervised):
+    """A GPU's chunk of 49,152 logits has 682 rows: 1,024 tokens fill no second one, and say nothing of more tokens."""
+    job = make_job(depth=2, lengths=(600,), supervised=supervised)
+    job.base_config.get_text_config().vocab_size = 49152
+    formula = fit_memory_model(job, job.build_model()).correct((600,), trace_memory(job))
+    for lengths in ((5000,), (9000, 9000)):
+        trace = trace_memory(replace(job, lengths=lengths), backward_only=True)
+        assert formula.peak(lengths) == pytest.approx(trace.peak, rel=0.01)
+
+
+@pytest.mark.slow
 def test_one_very_long_row_is_not_padded():
     job = make_job(gradient_checkpointing=True, depth=3)
     formula = fit_memory_model(job, job.build_model())

@@ -7,9 +7,10 @@ Layers are alike, and so are tokens, so what a phase of the step takes beside th
 F is T padded to a power of two, which matters where flex attention runs (not for one very long row). S matters where
 attention keeps its scores. The coefficients follow from traces at as many lengths as there are features. The formula is
 exact up to the rounding of allocations and, on a CPU, 1 MB for the mask of rows of 128 to 2,048 tokens. Below the size
-of an MLP tile it is an upper bound.
+of an MLP tile, and of a chunk of logits, it is an upper bound.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,9 @@ from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import layout_unsupported_reason, original_attention
 from ..data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
 from ..errors import UsageError
+from ..kernels.cross_entropy import rows_at_once
 from ..models.base_config import max_positions
+from ..utils.device import simulate_device
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob
@@ -31,6 +34,8 @@ from .trace_cache import keep_trace
 
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
+MOST_TOKENS = 1 << 14
+"""Most tokens that it is fitted to for the sake of a chunk of logits."""
 
 
 def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
@@ -106,16 +111,21 @@ class MemoryModel:
         state: bytes that are always allocated.
         coefficients: for each phase the factors of the features `[1, T, F, S]`.
         corrections: for each phase the bytes that a trace took more than the formula gives.
+        corrected_tokens: of that trace. More tokens may fill an MLP tile or a chunk of logits that this trace did not,
+            so that they take no fewer bytes than the formula gives.
     """
 
     state: int
     coefficients: dict[str, np.ndarray]
     corrections: dict[str, float] = field(default_factory=dict)
+    corrected_tokens: int = 0
 
     def peak(self, lengths: Sequence[ExampleLength]) -> int:
         """Return the highest number of bytes in a micro-batch of examples of these lengths."""
         features = _features(lengths)
-        above = (float(c @ features) + self.corrections.get(phase, 0.0) for phase, c in self.coefficients.items())
+        least = 0.0 if features[1] > self.corrected_tokens else -np.inf
+        shifts = {phase: max(least, shift) for phase, shift in self.corrections.items()}
+        above = (float(c @ features) + shifts.get(phase, 0.0) for phase, c in self.coefficients.items())
         return self.state + int(max(0.0, *above))
 
     def correct(self, lengths: Sequence[ExampleLength], trace: StepTrace) -> Self:
@@ -123,7 +133,7 @@ class MemoryModel:
         features = _features(lengths)
         above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
         shifts = {phase: above[phase] - float(c @ features) for phase, c in self.coefficients.items()}
-        return replace(self, state=trace.state_bytes, corrections=shifts)
+        return replace(self, state=trace.state_bytes, corrections=shifts, corrected_tokens=int(features[1]))
 
 
 def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
@@ -131,7 +141,13 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
 
     If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
     """
-    tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
+    # At least two MLP tiles, and two chunks of logits: as a third one is computed, nothing is left of the first.
+    with simulate_device(job.device):
+        chunk = rows_at_once(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
+    two_chunks = math.ceil(2 * chunk / job.supervised)
+    tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))
+    if two_chunks <= MOST_TOKENS:  # a small vocabulary's chunk is longer than most micro-batches
+        tokens = max(tokens, two_chunks)
     # Padded rows of unequal lengths would not follow the formula, which counts no padding.
     own = job.packing and tokens <= job.micro_batch_tokens <= 2 * tokens
     tokens = job.micro_batch_tokens if own else tokens
