@@ -44,7 +44,8 @@ def draw(found: dict[str, list[int]], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4))
     for method, memory in found.items():
         axes.plot(range(1, len(memory) + 1), [m / 2**20 for m in memory], label=method)
-    axes.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, None))
+    top = 1.15 * max(map(max, found.values())) / 2**20
+    axes.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, top))
     axes.legend()
     figure.savefig(file, dpi=120)
 
