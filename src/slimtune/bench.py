@@ -319,7 +319,9 @@ def fit_serving(
     features = [
         [
             *(n * (precision == p) for n in (size, config.num_hidden_layers) for p in precisions),
-            *(cached, config.vocab_size, 1.0),
+            cached,
+            config.vocab_size,
+            1.0,
         ]
         for precision, size, config, cached in runs
     ]

@@ -95,14 +95,7 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
     """
     starts = [layout.prefix_keys + n for n in layout.starts()]
     most = max([MAX_SPLIT_TOKENS, *starts])
-
-    def make_mask() -> Tensor:
-        hidden = torch.ones(PART, PART, dtype=torch.bool, device=device).triu(1)
-        mask = torch.zeros(1, 1, PART, most + PART, dtype=dtype, device=device)
-        mask[..., most:].masked_fill_(hidden, torch.finfo(dtype).min)
-        return mask
-
-    firsts = [layout.prefix_keys, *(layout.prefix_keys + n for n in itertools.accumulate(layout.lengths))]
+    firsts = list(itertools.accumulate(layout.lengths, initial=layout.prefix_keys))
     segments = []
     for i, n in enumerate(layout.lengths):
         key_ranges = [(0, layout.prefix_keys)]
@@ -113,12 +106,20 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
             else:
                 key_ranges.append((firsts[a], layout.lengths[a]))
         if n <= PART and starts[i] and (window is None or window >= starts[i] + n):
-            mask = layout.compute_once(("mask", dtype, device), make_mask)
+            mask = layout.compute_once(("part mask", dtype, device), lambda: _make_part_mask(most, dtype, device))
             mask = mask[..., :n, most - starts[i] : most + n]
         else:
             mask = layout.segment_bias(i, window, dtype, device)
         segments.append(Segment(firsts[i] - layout.prefix_keys, n, tuple(r for r in key_ranges if r[1]), mask))
     return segments
+
+
+def _make_part_mask(above: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the mask of a part of a causal row `(1, 1, PART, above + PART)`, which has `above` keys before its own."""
+    hidden = torch.ones(PART, PART, dtype=torch.bool, device=device).triu(1)
+    mask = torch.zeros(1, 1, PART, above + PART, dtype=dtype, device=device)
+    mask[..., above:].masked_fill_(hidden, torch.finfo(dtype).min)
+    return mask
 
 
 class _SegmentAttention(torch.autograd.Function):

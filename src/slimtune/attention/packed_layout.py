@@ -93,9 +93,9 @@ class PackedLayout:
         parents: list[int] = []
         last: list[int] = []  # by segment: its last part
         for n, parent in zip(self.lengths, self.parents, strict=True):
-            above = last[parent] if parent >= 0 else -1
-            for start in range(0, n, tokens if n <= longest else n):
-                lengths.append(min(tokens, n - start) if n <= longest else n)
+            above, size = last[parent] if parent >= 0 else -1, tokens if n <= longest else n
+            for start in range(0, n, size):
+                lengths.append(min(size, n - start))
                 parents.append(above)
                 above = len(lengths) - 1
             last.append(above)

@@ -189,9 +189,14 @@ def _print_result(result: Mapping[str, Any]) -> None:
         ]
         screen.print()
         screen.print(table("task", "metric", *MODELS, rows=rows))
-    verdict = result["verdict"]
-    text = "the tuned model is better" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
-    screen.print(f"verdict: {text}{', but ' * bool(verdict['warning'])}{verdict['warning']}")
+    screen.print(_describe_verdict(result["verdict"], "the tuned model is better"))
+
+
+def _describe_verdict(verdict: Mapping[str, Any], better: str) -> str:
+    """Return the last line: what is `better` if the verdict is passed, else the reasons why it is not."""
+    if not verdict["passed"]:
+        return f"verdict: no: {'; '.join(verdict['reasons'])}"
+    return f"verdict: {better}" + (f", but {verdict['warning']}" if verdict["warning"] else "")
 
 
 def describe_win_rate(won: Mapping[str, Any]) -> str:
@@ -234,9 +239,7 @@ def _print_classes(result: Mapping[str, Any]) -> None:
             _print_confusion([c["name"] for c in result["classes"]], result["confusion"])
     if left_out := result["training_rows"]:
         screen.print(f"{left_out} rows are also training rows, and were left out")
-    verdict = result["verdict"]
-    text = "the model is better than its baseline" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
-    screen.print(f"verdict: {text}{', but ' * bool(verdict['warning'])}{verdict['warning']}")
+    screen.print(_describe_verdict(result["verdict"], "the model is better than its baseline"))
 
 
 def _print_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:

@@ -249,8 +249,8 @@ def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict
         reasons.append(f"all {len(answers)} answers of the tuned model are empty")
     warning, different = "", result["different_rows"]
     if not reasons and different < FEW_EVAL_ROWS:
-        # A classifier writes no answers.
-        advice = "" if result.get("generations", []) is not None else "; read some answers: --generate 5"
+        unread = "generations" in result and answers is None  # a classifier writes none
+        advice = "; read some answers: --generate 5" if unread else ""
         warning = f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}"
     return {"passed": not reasons, "reasons": reasons, "warning": warning}
 
