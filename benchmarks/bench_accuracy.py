@@ -2,10 +2,12 @@
 
     python benchmarks/bench_accuracy.py [--rounds 3] [--json FILE]
 
-Each round measures the machine anew (`slimtune bench`), trains SmolLM2-135M (`slimtune train`) on short rows (The
-Devil's Dictionary) and on long ones (eight of them as one conversation), and decodes with it in llama.cpp, in three
-precisions, and in transformers. A ratio is the middle of the predicted range over what the run took; the medians over
-the rounds count. Nothing else must run meanwhile. All processes have the same number of threads.
+Real runs train SmolLM2-135M (`slimtune train`) on short rows (The Devil's Dictionary) and on long ones (eight of them
+as one conversation), and decode with it in llama.cpp, in three precisions, and in transformers. A round measures the
+machine anew (`slimtune bench`) between two such sets of runs, and the next round shares the second. A ratio is the
+middle of the predicted range over the geometric mean of the two runs around the measurement: a machine whose speed
+drifts within minutes (15 % here) is not counted as an error of the prediction. The medians over the rounds count.
+Nothing else must run meanwhile. All processes have the same number of threads.
 
 Exit code 1: a median is off by more than 10 %.
 """
@@ -26,6 +28,7 @@ from typing import Any
 ROWS = Path(__file__).parents[1] / "examples/devils-dictionary/train.jsonl"
 BASE, MOST = "smollm2-135m", 0.10
 PROMPT, NEW_TOKENS = 64, 96
+LLAMA_CPP_PRECISIONS = ("Q4_1", "Q8_0", "F16")
 
 
 def run_slimtune(*words: object) -> dict[str, Any]:
@@ -55,12 +58,34 @@ def middle(band: dict[str, float]) -> float:
     return (band["low"] * band["high"]) ** 0.5
 
 
-def compare_training(name: str, rows: Path, out: Path) -> dict[str, Any]:
-    """Return predicted and real tokens a second of a training run."""
-    settings = ["--data", rows, "--max-seq-len", 1024, "--set", "data.validation_fraction=0"]
-    plan = run_slimtune("plan", BASE, *settings)
-    real = run_slimtune("train", "--model", BASE, *settings, "--out", out, "--epochs", 1)
-    return {"what": f"training, {name}", "predicted": plan["tokens_per_second"], "real": real["tokens_per_second"]}
+def training_settings(rows: Path) -> list[object]:
+    return ["--data", rows, "--max-seq-len", 1024, "--set", "data.validation_fraction=0"]
+
+
+def predict(rows: dict[str, Path], folder: Path) -> dict[str, dict[str, float]]:
+    """Return the predicted range of tokens a second of each run."""
+    plans = {name: run_slimtune("plan", BASE, *training_settings(file)) for name, file in rows.items()}
+    training = {f"training, {name}": plan["tokens_per_second"] for name, plan in plans.items()}
+    return training | run_itself("--predict-decoding")
+
+
+def measure_real(rows: dict[str, Path], folder: Path) -> dict[str, float]:
+    """Return the real tokens a second of each run."""
+    found = {}
+    for name, file in rows.items():
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            words = ["--model", BASE, *training_settings(file), "--out", f"{out}/run", "--epochs", 1]
+            found[f"training, {name}"] = run_slimtune("train", *words)["tokens_per_second"]
+    return found | run_itself("--measure-decoding", folder)
+
+
+def run_itself(*words: object) -> dict[str, Any]:
+    """Run a part of this script in a process of its own, as each run is; return what it prints."""
+    command = [sys.executable, __file__, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_llama_cpp(file: Path, threads: int) -> float:
@@ -73,46 +98,58 @@ def time_llama_cpp(file: Path, threads: int) -> float:
     return 1 / statistics.median(seconds)
 
 
-def compare_decoding(folder: Path) -> list[dict[str, Any]]:
-    """Return predicted and real tokens a second of decoding, by engine and precision."""
-    import torch
-
+def decoding_files(folder: Path) -> dict[str, Path]:
+    """Return the GGUF files of the base by precision; those that are not there are written."""
     from slimtune.export.gguf import write_gguf_from_template
     from slimtune.models.loader import load_base
     from slimtune.models.registry import resolve_model
+
+    template = Path(resolve_model(BASE).path)
+    files = {"Q4_1": template}
+    for precision in ("Q8_0", "F16"):
+        files[precision] = file = folder / f"{precision}.gguf"
+        if not file.exists():
+            write_gguf_from_template(template, load_base(BASE, dtype="float32").model, file, precision.lower())
+            os.sync()  # else the system writes it to the disk while decoding is timed
+    return files
+
+
+def predict_decoding() -> dict[str, dict[str, float]]:
+    """Return the predicted range of tokens a second of decoding, by engine and precision."""
+    from slimtune.models.loader import load_base
     from slimtune.planning.serving import active_weights, cache_bytes
     from slimtune.planning.serving_speed import estimate_serving_speed
     from slimtune.planning.this_machine import detect_gpu
 
-    gpu, base, found = detect_gpu(), load_base(BASE), []
-    model: Any = base.model.eval()
-    layers, template = model.config.num_hidden_layers, Path(resolve_model(BASE).path)
-
-    def predict(engine: str, precision: str) -> dict[str, float]:
+    gpu, found = detect_gpu(), {}
+    model: Any = load_base(BASE).model
+    for engine, precision in [*(("llama.cpp", p) for p in LLAMA_CPP_PRECISIONS), ("transformers", name_dtype(model))]:
         read, weights = active_weights(model, "F16" if precision == "BF16" else precision)
-        context = PROMPT + NEW_TOKENS / 2
-        cached = cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * context
+        cached = cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * (PROMPT + NEW_TOKENS / 2)
         if precision == "F32":
             cached *= 2
         speed = estimate_serving_speed(
-            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, layers=layers,
-            vocab_size=model.config.vocab_size, precision=precision,
+            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, precision=precision,
+            layers=model.config.num_hidden_layers, vocab_size=model.config.vocab_size,
         )  # fmt: skip
         assert speed is not None, "bench measured no such engine"
-        return speed.decode._asdict()
+        found[f"decoding, {engine} {precision}"] = speed.decode._asdict()
+    return found
 
-    for precision in ("Q4_1", "Q8_0", "F16"):
-        file = template
-        if precision != "Q4_1":
-            file = folder / f"{precision}.gguf"
-            if not file.exists():
-                write_gguf_from_template(template, load_base(BASE, dtype="float32").model, file, precision.lower())
-                os.sync()  # else the system writes it to the disk while decoding is timed
+
+def measure_decoding(folder: Path) -> dict[str, float]:
+    """Return the real tokens a second of decoding, by engine and precision."""
+    import torch
+
+    from slimtune.models.loader import load_base
+
+    found = {}
+    files = decoding_files(folder)
+    for precision in LLAMA_CPP_PRECISIONS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # without torch's threads
-            real = process.submit(time_llama_cpp, file, torch.get_num_threads()).result()
-        what = f"decoding, llama.cpp {precision}"
-        found.append({"what": what, "predicted": predict("llama.cpp", precision), "real": real})
-    precision = "BF16" if model.dtype is torch.bfloat16 else "F32"
+            real = process.submit(time_llama_cpp, files[precision], torch.get_num_threads()).result()
+        found[f"decoding, llama.cpp {precision}"] = real
+    model: Any = load_base(BASE).model.eval()
     prompt = torch.ones(1, PROMPT, dtype=torch.long, device=model.device)
     model.generation_config.eos_token_id = None
     settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
@@ -124,19 +161,26 @@ def compare_decoding(folder: Path) -> list[dict[str, Any]]:
                 model.generate(prompt, max_new_tokens=new, **settings)
                 taken.append(time.perf_counter() - start)
     first, whole = (statistics.median(taken[1:]) for taken in times)
-    what = f"decoding, transformers {precision}"
-    found.append({"what": what, "predicted": predict("transformers", precision), "real": NEW_TOKENS / (whole - first)})
+    found[f"decoding, transformers {name_dtype(model)}"] = NEW_TOKENS / (whole - first)
     return found
+
+
+def name_dtype(model: Any) -> str:
+    return {"torch.bfloat16": "BF16", "torch.float32": "F32"}[str(model.dtype)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    parser.add_argument("--decoding", type=Path, help=argparse.SUPPRESS)  # a process of its own, as each run is
+    parser.add_argument("--predict-decoding", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure-decoding", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.decoding is not None:
-        print(json.dumps(compare_decoding(args.decoding)))
+    if args.predict_decoding:
+        print(json.dumps(predict_decoding()))
+        return
+    if args.measure_decoding is not None:
+        print(json.dumps(measure_decoding(args.measure_decoding)))
         return
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -144,19 +188,18 @@ def main() -> None:
         os.environ["SLIMTUNE_BENCH"] = str(folder / "bench.json")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         rows = write_rows(folder)
+        before = measure_real(rows, folder)
         for number in range(args.rounds):
             measured = run_slimtune("bench")
-            results = [compare_training(n, file, folder / f"{file.stem}-{number}") for n, file in rows.items()]
-            command = [sys.executable, __file__, "--decoding", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"decoding failed:\n{done.stderr[-3000:]}")
-            results += json.loads(done.stdout.splitlines()[-1])
-            for r in results:
-                ratio = middle(r["predicted"]) / r["real"]
-                found.append({**r, "round": number + 1, "ratio": ratio, "threads": measured["threads"]})
-                figures = f"predicted {middle(r['predicted']):7.1f}, real {r['real']:7.1f} tokens/s"
-                print(f"round {number + 1}  {r['what']:28} {figures}, ratio {ratio:.3f}", flush=True)
+            predictions, after = predict(rows, folder), measure_real(rows, folder)
+            for what, predicted in predictions.items():
+                real = (before[what] * after[what]) ** 0.5
+                ratio = middle(predicted) / real
+                line = {"what": what, "predicted": predicted, "before": before[what], "after": after[what]}
+                found.append({**line, "round": number + 1, "ratio": ratio, "threads": measured["threads"]})
+                figures = f"predicted {middle(predicted):7.1f}, real {before[what]:7.1f}, {after[what]:7.1f} tokens/s"
+                print(f"round {number + 1}  {what:28} {figures}, ratio {ratio:.3f}", flush=True)
+            before = after
     print("\n| run | predicted / real, median | rounds |\n| --- | ---: | --- |")
     worst = 0.0
     for what in dict.fromkeys(r["what"] for r in found):

@@ -15,11 +15,15 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
+ROWS_PER_FILE = 16
+"""Rows of 128 tokens in a file of the set `persuasion`, about."""
 JARGON, AUSTEN = "usr/share/dictd/jargon.dict.dz", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 
 
@@ -47,6 +51,25 @@ def write_jargon(file: Path, folder: Path) -> dict[str, str]:
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return {name: f"{folder}/{name}.jsonl" for name in splits}
+
+
+def take_rows(data: dict[str, Any], rows: int, folder: Path) -> dict[str, Any]:
+    """Return a `data` section of which the first rows alone train, written to `folder`; the others are test rows, too.
+
+    Of raw text they are the first files with about as many rows of 128 tokens.
+    """
+    train, test = (Path(data[name]) for name in ("train", "test"))
+    if train.is_file():
+        lines, held_out = (file.read_text(encoding="utf-8").splitlines() for file in (train, test))
+        for name, some in (("train", lines[:rows]), ("test", held_out + lines[rows:])):
+            (folder / f"{name}.jsonl").write_text("\n".join(some) + "\n", encoding="utf-8")
+        return {**data, "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    files, count = sorted(train.iterdir()), rows // ROWS_PER_FILE
+    for name, copied in (("train", files[:count]), ("test", [*test.iterdir(), *files[count:]])):
+        (folder / name).mkdir()
+        for file in copied:
+            shutil.copy(file, folder / name)
+    return {**data, "train": str(folder / "train"), "test": str(folder / "test")}
 
 
 def main() -> None:

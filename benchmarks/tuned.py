@@ -10,17 +10,16 @@ recipe, and `slimtune eval` of both on the test rows. The difference is default 
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from make_data_sets import take_rows
+
 from slimtune.evaluation.statistics import format_interval, paired_bootstrap
 
 OVER = ("train.learning_rate=log:3e-4..1e-2", "train.epochs=3,5,8,12", "method.r=8,16,32")
-ROWS_PER_FILE = 16
-"""Rows of 128 tokens in a file of the set `persuasion`, about."""
 
 
 def run_slimtune(*words: object) -> None:
@@ -29,18 +28,8 @@ def run_slimtune(*words: object) -> None:
 
 
 def write_recipe(data_set: Path, folder: Path, args: argparse.Namespace) -> Path:
-    """Write the default recipe for a data set, of at most `--rows` training rows."""
-    data = json.loads((data_set / "data.json").read_text())
-    if Path(data["train"]).is_file():
-        lines = Path(data["train"]).read_text(encoding="utf-8").splitlines()[: args.rows]
-        data["train"] = str(folder.absolute() / "train.jsonl")
-        Path(data["train"]).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        files = sorted(Path(data["train"]).iterdir())[: args.rows // ROWS_PER_FILE]
-        data["train"] = str(folder.absolute() / "train")
-        Path(data["train"]).mkdir()
-        for file in files:
-            shutil.copy(file, data["train"])
+    """Write the default recipe for a data set, of at most `--rows` training rows; the others are test rows."""
+    data = take_rows(json.loads((data_set / "data.json").read_text()), args.rows, folder.absolute())
     recipe = {"model": args.model, "data": data, "method": {"name": "lora"}}
     file = folder / "recipe.yaml"
     file.write_text(json.dumps({**recipe, "output_dir": str(folder / "default")}), encoding="utf-8")

@@ -201,11 +201,12 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Return a tensor's key in PEFT's file; `key` is the usual one, `base_model.model.<site>.<name>`."""
         return key
 
-    def default_learning_rate(self, steps: int, hidden_size: int) -> float:
+    def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
         """Return the learning rate of a run that has none.
 
         Args:
             steps: optimizer steps of the run.
+            epochs: how often a row comes, at least 1.
             hidden_size: width of the base's hidden states.
         """
         return self.learning_rate

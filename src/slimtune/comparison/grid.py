@@ -178,7 +178,8 @@ def build_grid(
     hidden_size = read_hidden_size(recipe)
 
     def with_rate(candidate: Candidate) -> Candidate:
-        filled = grid.build_recipe(candidate, recipe.train.seed, output_dir).resolve_learning_rate(steps, hidden_size)
+        built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
+        filled = built.resolve_learning_rate(steps, len(lengths), hidden_size)
         return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)
 
     return dataclasses.replace(
