@@ -170,7 +170,7 @@ class TrainSettings(Section):
     max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1, le=10**9)
     learning_rate: Literal["auto"] | Annotated[Number, Field(gt=0, allow_inf_nan=False)] = setting(
         "auto",
-        "highest learning rate; auto: the method's own, for LoRA by the run's length, its rank and the base's width",
+        "highest learning rate; auto: the method's own, for LoRA by steps, epochs, rank and the base's width",
         flag="--lr",
         union_mode="left_to_right",
     )

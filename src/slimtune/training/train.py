@@ -210,8 +210,8 @@ def _train(
             logger.say(f"continuing from {init_adapter}, with its settings of the method")
         describe_run(logger, recipe, base, model, data)
         if not has_own_rate:
-            default = f"the default of {recipe.method.name} for {steps} steps on this base; --lr sets another"
-            logger.say(f"learning rate: {settings.learning_rate:g}, {default}")
+            default = f"the default of {recipe.method.name} for {steps} steps over {len(data.train)} rows on this base"
+            logger.say(f"learning rate: {settings.learning_rate:g}, {default}; --lr sets another")
         longest = max(map(max, map(count_row_tokens, lengths)))
         collator = setup.build_collator(recipe, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:

@@ -195,7 +195,7 @@ class LoraConfig(PatternedConfig):
     def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
         """Return the learning rate of a run that has none; arguments as in the base class.
 
-            2e-4 · √(665 / steps) / epochs · √(32 / (s · r)) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
+            2e-4 · √(665 / steps) / epochs^¾ · √(32 / (s · r)) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
 
         Short runs and low ranks need a higher rate, rows that come again a lower one, else the adapter learns them by
         heart (docs/methods/lora.md has the measurements), and narrow bases a higher one (Schulman and others 2025,
@@ -204,7 +204,7 @@ class LoraConfig(PatternedConfig):
         if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
             return self.learning_rate
         scale = self.lora_alpha * (math.sqrt(self.r) if self.use_rslora else 1)  # s · r
-        factor = math.sqrt(665 / steps * 32 / scale) / epochs * (2048 / hidden_size) ** 0.78
+        factor = math.sqrt(665 / steps * 32 / scale) / epochs**0.75 * (2048 / hidden_size) ** 0.78
         return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
 
     def check_model(self, model: nn.Module) -> None:
