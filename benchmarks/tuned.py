@@ -1,7 +1,7 @@
 """A run with tuned settings beside the default recipe, on test rows that neither the search nor the training saw.
 
     python benchmarks/make_data_sets.py --out SETS
-    python benchmarks/tuned.py SETS --out FOLDER [--rows 96] [--trials 12] [--over PATH=RANGE …]
+    python benchmarks/tuned.py SETS --out FOLDER [--method lora] [--rows 96] [--trials 12] [--over PATH=RANGE …]
 
 For each data set: `slimtune train` with the defaults, `slimtune tune` of the same recipe, `slimtune train` of the best
 recipe, and `slimtune eval` of both on the test rows. The difference is default minus tuned, in nats a token, with its
@@ -30,7 +30,7 @@ def run_slimtune(*words: object) -> None:
 def write_recipe(data_set: Path, folder: Path, args: argparse.Namespace) -> Path:
     """Write the default recipe for a data set, of at most `--rows` training rows; the others are test rows."""
     data = take_rows(json.loads((data_set / "data.json").read_text()), args.rows, folder.absolute())
-    recipe = {"model": args.model, "data": data, "method": {"name": "lora"}}
+    recipe = {"model": args.model, "data": data, "method": {"name": args.method}}
     file = folder / "recipe.yaml"
     file.write_text(json.dumps({**recipe, "output_dir": str(folder / "default")}), encoding="utf-8")
     return file
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("sets", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--method", default="lora")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--at-once", type=int, default=4, help="trials that train together")
