@@ -88,7 +88,8 @@ def test_each_method_has_a_learning_rate():
 )
 def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_size, rate):
     def taken(**recipe):
-        return make_recipe(**recipe).resolve_learning_rate(steps, rows=8 * steps, hidden_size=hidden_size).train.learning_rate
+        resolved = make_recipe(**recipe).resolve_learning_rate(steps, rows=8 * steps, hidden_size=hidden_size)
+        return resolved.train.learning_rate
 
     assert taken() == rate
     assert 2e-4 <= taken(method={"rank": 64}) <= rate <= taken(method={"rank": 4}) <= 5e-3
