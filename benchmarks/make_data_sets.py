@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ROWS_PER_FILE = 16
 """Rows of 128 tokens in a file of the set `persuasion`, about."""
+MOST_TEST_ROWS = 400
 JARGON, AUSTEN = "usr/share/dictd/jargon.dict.dz", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 
 
@@ -54,14 +55,15 @@ def write_jargon(file: Path, folder: Path) -> dict[str, str]:
 
 
 def take_rows(data: dict[str, Any], rows: int, folder: Path) -> dict[str, Any]:
-    """Return a `data` section of which the first rows alone train, written to `folder`; the others are test rows, too.
+    """Return a `data` section of which the first rows alone train, written to `folder`.
 
-    Of raw text they are the first files with about as many rows of 128 tokens.
+    The others are test rows, too, of which there are at most 400. Of raw text the first files train, with about as many
+    rows of 128 tokens.
     """
     train, test = (Path(data[name]) for name in ("train", "test"))
     if train.is_file():
         lines, held_out = (file.read_text(encoding="utf-8").splitlines() for file in (train, test))
-        for name, some in (("train", lines[:rows]), ("test", held_out + lines[rows:])):
+        for name, some in (("train", lines[:rows]), ("test", (held_out + lines[rows:])[:MOST_TEST_ROWS])):
             (folder / f"{name}.jsonl").write_text("\n".join(some) + "\n", encoding="utf-8")
         return {**data, "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
     files, count = sorted(train.iterdir()), rows // ROWS_PER_FILE

@@ -22,9 +22,9 @@ from slimtune.evaluation.statistics import format_interval, paired_bootstrap
 OVER = ("train.learning_rate=log:3e-4..1e-2", "train.epochs=3,5,8,12", "method.r=8,16,32")
 
 
-def run_slimtune(*words: object) -> None:
+def run_slimtune(*words: object, check: bool = True) -> None:
     """Run a command; its errors are shown."""
-    subprocess.run([sys.executable, "-m", "slimtune", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "slimtune", *map(str, words)], check=check, stdout=subprocess.DEVNULL)
 
 
 def write_recipe(data_set: Path, folder: Path, args: argparse.Namespace) -> Path:
@@ -42,7 +42,8 @@ def measure_run(run: Path, recipe: Path) -> list[dict[str, Any]]:
     if not scores.is_file():
         if not (run / "result.json").is_file():
             run_slimtune("train", recipe, "--out", run, *(["--resume"] if run.exists() else []))
-        run_slimtune("eval", run, "--split", "test", "--generate", 0)
+        # Its exit code is 1 if the run forgot much general text, too.
+        run_slimtune("eval", run, "--split", "test", "--generate", 0, check=False)
     return json.loads(scores.read_text())
 
 
