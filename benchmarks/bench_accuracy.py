@@ -62,7 +62,7 @@ def training_settings(rows: Path) -> list[object]:
     return ["--data", rows, "--max-seq-len", 1024, "--set", "data.validation_fraction=0"]
 
 
-def predict(rows: dict[str, Path], folder: Path) -> dict[str, dict[str, float]]:
+def predict(rows: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of each run."""
     plans = {name: run_slimtune("plan", BASE, *training_settings(file)) for name, file in rows.items()}
     training = {f"training, {name}": plan["tokens_per_second"] for name, plan in plans.items()}
@@ -191,7 +191,7 @@ def main() -> None:
         before = measure_real(rows, folder)
         for number in range(args.rounds):
             measured = run_slimtune("bench")
-            predictions, after = predict(rows, folder), measure_real(rows, folder)
+            predictions, after = predict(rows), measure_real(rows, folder)
             for what, predicted in predictions.items():
                 real = (before[what] * after[what]) ** 0.5
                 ratio = middle(predicted) / real

@@ -69,17 +69,19 @@ def run_rates(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_table(runs: list[dict[str, Any]]) -> str:
-    """Return the losses as Markdown, the lowest of a row in bold; of a run that repeats rows, the loss it keeps."""
+    """Return the losses as Markdown, the lowest of a row in bold, and in parentheses a lower one that a run keeps."""
     rates = sorted({r["rate"] for r in runs})
     lines = [
         "| data | method | training rows | steps |" + "".join(f" {rate:g} |" for rate in rates),
         "|---|---|---|---|" + "---|" * len(rates),
     ]
     for key in dict.fromkeys(map(run_key, runs)):
-        losses = {r["rate"]: r["kept" if r.get("rows") else "loss"] for r in runs if run_key(r) == key and "loss" in r}
-        cells = [f"{losses[r]:.3f}" if r in losses else "" for r in rates]
-        best = f"{min(losses.values(), default=0):.3f}"
-        cells = [f"**{c}**" if c == best else c for c in cells]
+        found = {r["rate"]: (r["loss"], r.get("kept", r["loss"])) for r in runs if run_key(r) == key and "loss" in r}
+        best = f"{min((loss for loss, _ in found.values()), default=0):.3f}"
+        cells = []
+        for loss, kept in (found.get(rate, (None, None)) for rate in rates):
+            cell = "" if loss is None else f"{loss:.3f}"
+            cells.append((f"**{cell}**" if cell == best else cell) + (f" ({kept:.3f})" if kept != loss else ""))
         lines.append("| " + " | ".join([*(str(k or "all") for k in key), *cells]) + " |")
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ def test_short_names_and_alpha_from_the_rank(method, r, alpha):
 
 def test_each_method_has_a_learning_rate():
     def rate(**recipe):
-        return make_recipe(**recipe).resolve_learning_rate(steps=12, rows=96, hidden_size=576).train.learning_rate
+        return make_recipe(**recipe).resolve_learning_rate(rows=96, hidden_size=576).train.learning_rate
 
     assert rate(method="prompt_tuning") == 3e-2
     assert rate(method="prompt_tuning", task="dpo") == 3e-3
@@ -88,8 +88,8 @@ def test_each_method_has_a_learning_rate():
 )
 def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_size, rate):
     def taken(**recipe):
-        resolved = make_recipe(**recipe).resolve_learning_rate(steps, rows=8 * steps, hidden_size=hidden_size)
-        return resolved.train.learning_rate
+        one_epoch = make_recipe(train={"epochs": 1}, **recipe)
+        return one_epoch.resolve_learning_rate(rows=8 * steps, hidden_size=hidden_size).train.learning_rate
 
     assert taken() == rate
     assert 2e-4 <= taken(method={"rank": 64}) <= rate <= taken(method={"rank": 4}) <= 5e-3
@@ -99,7 +99,8 @@ def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_si
 
 def test_rows_that_come_again_lower_the_rate_of_lora():
     def taken(rows):
-        return make_recipe().resolve_learning_rate(steps=36, rows=rows, hidden_size=576).train.learning_rate
+        recipe = make_recipe(train={"max_steps": 36})
+        return recipe.resolve_learning_rate(rows=rows, hidden_size=576).train.learning_rate
 
     assert (taken(288), taken(96), taken(24), taken(1000)) == (2.3e-3, 1e-3, 3.6e-4, 2.3e-3)
 

@@ -175,7 +175,7 @@ def test_settings_of_dpo_are_checked(make):
     with pytest.raises(UsageError, match=r"data\.format: got 'chat', and task is dpo"):
         make("dpo", "run", data={"format": "chat"})
     recipe = make("dpo", "run", learning_rate="auto")
-    assert recipe.resolve_learning_rate(steps=8, rows=32, hidden_size=64).train.learning_rate == 2e-5
+    assert recipe.resolve_learning_rate(rows=32, hidden_size=64).train.learning_rate == 2e-5
 
 
 @pytest.mark.slow

@@ -174,20 +174,18 @@ def build_grid(
         message = "there are no validation rows to search learning rates on"
         raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
-    steps = _count_steps_for_tokens(recipe, lengths, tokens)
+    grid = dataclasses.replace(grid, steps=_count_steps_for_tokens(recipe, lengths, tokens), lengths=lengths)
     hidden_size = read_hidden_size(recipe)
 
     def with_rate(candidate: Candidate) -> Candidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
-        filled = built.resolve_learning_rate(steps, len(lengths), hidden_size)
+        filled = built.resolve_learning_rate(len(lengths), hidden_size)
         return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)
 
     return dataclasses.replace(
         grid,
         candidates=tuple(with_rate(c) for c in candidates if c.label not in excluded),
         excluded=excluded,
-        steps=steps,
-        lengths=lengths,
         example_lengths=tuple(rows.train.example_lengths),
         digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
     )

@@ -107,8 +107,7 @@ def tune(
         steps = trial.train.count_steps(len(rows.train))
         return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
 
-    steps = recipe.train.count_steps(len(rows.train))
-    filled = recipe.resolve_learning_rate(steps, len(rows.train), read_hidden_size(recipe))
+    filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:

@@ -83,11 +83,10 @@ class Recipe(Section):
         """Return the objective, an `Objective`."""
         return objective_class(self.task.name)(**self.task.settings)
 
-    def resolve_learning_rate(self, steps: int, rows: int, hidden_size: int) -> Self:
+    def resolve_learning_rate(self, rows: int, hidden_size: int) -> Self:
         """Return the recipe with a number for its learning rate.
 
         Args:
-            steps: optimizer steps of the run.
             rows: training rows.
             hidden_size: width of the base's hidden states.
         """
@@ -97,6 +96,7 @@ class Recipe(Section):
         rate = method.learning_rate * objective.learning_rate_factor
         # How the best rate depends on the run was measured with the loss of tokens alone.
         if objective.task_type == "CAUSAL_LM" and objective.learning_rate_factor == 1:
+            steps = self.train.count_steps(rows)
             epochs = max(1.0, steps * self.train.rows_per_step / max(rows, 1))
             rate = method.default_learning_rate(steps, epochs, hidden_size)
         return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": float(f"{rate:.2g}")})})

@@ -186,7 +186,7 @@ def _train(
     base, model = distributed.run_on_all_ranks(load_model, in_turns=shard)
     loading_peak = peak_memory(device)
     steps, has_own_rate = recipe.train.count_steps(len(data.train)), recipe.train.learning_rate != "auto"
-    recipe = recipe.resolve_learning_rate(steps, len(data.train), get_hidden_size(base.model.config))
+    recipe = recipe.resolve_learning_rate(len(data.train), get_hidden_size(base.model.config))
     if os.path.isabs(base.source.spec):
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": base.source.spec})})
     settings = recipe.train
