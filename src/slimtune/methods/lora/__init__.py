@@ -195,7 +195,7 @@ class LoraConfig(PatternedConfig):
     def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
         """Return the learning rate of a run that has none; arguments as in the base class.
 
-            2e-4 · √(665 / steps) / epochs^¾ · √(32 / (s · r)) · (2048 / hidden_size)^0.78,   between 2e-4 and 5e-3
+            2e-4 · √(665 / steps) / epochs^0.75 · √(32 / (s · r)) · (2048 / hidden_size)^0.78, between 2e-4 and 5e-3
 
         Short runs and low ranks need a higher rate, rows that come again a lower one, else the adapter learns them by
         heart (docs/methods/lora.md has the measurements), and narrow bases a higher one (Schulman and others 2025,
