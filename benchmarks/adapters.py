@@ -21,7 +21,7 @@ import peft
 import torch
 
 import slimtune
-from slimtune.models.loader import load_base
+from slimtune.core.models.loader import load_base
 
 SETTINGS = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "inference_mode": True,
             "init_lora_weights": False}  # fmt: skip

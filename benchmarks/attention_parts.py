@@ -13,15 +13,15 @@ from unittest.mock import patch
 
 import torch
 
-from slimtune.adapters.model import get_peft_model
-from slimtune.attention.packed_layout import PackedLayout
-from slimtune.bench import Clock, take_step
+from slimtune.core.adapters.peft_model import get_peft_model
+from slimtune.core.attention.packed_layout import PackedLayout
+from slimtune.core.foundation.device import disable_malloc_trim
+from slimtune.core.models.loader import load_base
+from slimtune.core.training.loss import make_collator
+from slimtune.core.training.memory_savings import apply_memory_savings
+from slimtune.core.training.optimizer import build_optimizer
+from slimtune.hardware.speed_benchmark import Clock, take_step
 from slimtune.methods.lora import LoraConfig
-from slimtune.models.loader import load_base
-from slimtune.train_step.loss import make_collator
-from slimtune.train_step.memory_savings import apply_memory_savings
-from slimtune.train_step.optimizer import build_optimizer
-from slimtune.utils.device import disable_malloc_trim
 
 ROWS = ((96,) * 8, (256,) * 4, (512,) * 2, (730,), (1024,), (2048,))
 """Tokens of the rows of a step."""

@@ -90,7 +90,7 @@ def run_itself(*words: object) -> dict[str, Any]:
 
 def time_llama_cpp(file: Path, threads: int) -> float:
     """Return the tokens a second that llama.cpp decodes."""
-    from slimtune.export.engines import LlamaCppEngine
+    from slimtune.generation.inference_engines import LlamaCppEngine
 
     engine = LlamaCppEngine(file, max_tokens=512, threads=threads, cache="f16")
     seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
@@ -100,9 +100,9 @@ def time_llama_cpp(file: Path, threads: int) -> float:
 
 def decoding_files(folder: Path) -> dict[str, Path]:
     """Return the GGUF files of the base by precision; those that are not there are written."""
+    from slimtune.core.models.loader import load_base
+    from slimtune.core.models.model_source import resolve_model
     from slimtune.export.gguf import write_gguf_from_template
-    from slimtune.models.loader import load_base
-    from slimtune.models.registry import resolve_model
 
     template = Path(resolve_model(BASE).path)
     files = {"Q4_1": template}
@@ -116,8 +116,8 @@ def decoding_files(folder: Path) -> dict[str, Path]:
 
 def predict_decoding() -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of decoding, by engine and precision."""
-    from slimtune.models.loader import load_base
-    from slimtune.planning.serving import active_weights, cache_bytes
+    from slimtune.core.models.loader import load_base
+    from slimtune.planning.serving_memory import active_weights, cache_bytes
     from slimtune.planning.serving_speed import estimate_serving_speed
     from slimtune.planning.this_machine import detect_gpu
 
@@ -141,7 +141,7 @@ def measure_decoding(folder: Path) -> dict[str, float]:
     """Return the real tokens a second of decoding, by engine and precision."""
     import torch
 
-    from slimtune.models.loader import load_base
+    from slimtune.core.models.loader import load_base
 
     found = {}
     files = decoding_files(folder)

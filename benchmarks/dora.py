@@ -67,7 +67,7 @@ def base_of(args):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**WIDTHS, num_hidden_layers=args.random)
         return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    from slimtune.models.loader import load_base
+    from slimtune.core.models.loader import load_base
 
     return load_base(args.model, dtype="bfloat16").model
 

@@ -81,16 +81,16 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     import torch
 
     import slimtune
-    from slimtune.attention.register import packed_attention
-    from slimtune.data.example_lengths import count_row_tokens
-    from slimtune.data.formats import Row
-    from slimtune.data.tokenize import tokenize_dataset
-    from slimtune.models.loader import load_base
-    from slimtune.objectives import objective_class
-    from slimtune.peft_compat import skip_registration
-    from slimtune.train_step.loss import auto_micro_batch_tokens, forward_backward, make_collator, score_row_logps
-    from slimtune.train_step.memory_savings import apply_memory_savings
-    from slimtune.utils.device import disable_malloc_trim
+    from slimtune.compat.peft_registration import skip_registration
+    from slimtune.core.attention.attention_functions import packed_attention
+    from slimtune.core.config.objective_registry import objective_class
+    from slimtune.core.data.example_lengths import count_row_tokens
+    from slimtune.core.data.tokenize import tokenize_dataset
+    from slimtune.core.foundation.device import disable_malloc_trim
+    from slimtune.core.models.loader import load_base
+    from slimtune.core.training.loss import auto_micro_batch_tokens, forward_backward, make_collator, score_row_logps
+    from slimtune.core.training.memory_savings import apply_memory_savings
+    from slimtune.extras.row_formats import Row
 
     skip_registration()
     base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
@@ -196,7 +196,7 @@ def run_trl(spec: dict[str, Any], turns: Turns) -> None:
 
 def in_turns(specs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
     """Run the ways round by round; return the medians of each."""
-    from slimtune.utils.cpu import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
+    from slimtune.core.foundation.cpu import CPU_SETTINGS  # a peer's own Python, which runs this file, has no slimtune
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     workers: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def answer(worker: Any, spec: Path) -> dict[str, Any]:
 def save_base(model: str, dtype: str, folder: Path) -> None:
     """Save the base as a Hugging Face folder, in a process that ends."""
     code = (
-        "import sys\nfrom slimtune.models.loader import load_base\n"
+        "import sys\nfrom slimtune.core.models.loader import load_base\n"
         "base = load_base(sys.argv[1], dtype=sys.argv[2], device='cpu')\n"
         "for key in ('quantization_config', 'is_quantized', 'hf_quantizer'):\n"
         "    for owner in (base.model.config, base.model):\n"

@@ -10,11 +10,11 @@ train.forgetting_budget measures it. With that setting `train` prints it for eac
 import argparse
 from typing import Any
 
-from slimtune.adapters.strength import AdapterStrength
-from slimtune.data.general_text import BUILT_IN_TEXT, numbers_by_kind, read_general_text
-from slimtune.setup import build_collator, load_datasets, load_run
-from slimtune.train_step.loss import score_supervised_rows
-from slimtune.training.forgetting import choose_general_rows, worst_change
+from slimtune.core.adapters.adapter_strength import AdapterStrength
+from slimtune.core.data.general_text import BUILT_IN_TEXT, numbers_by_kind, read_general_text
+from slimtune.core.training.forgetting_budget import choose_general_rows, worst_change
+from slimtune.core.training.loss import score_supervised_rows
+from slimtune.core.training.setup import build_collator, load_datasets, load_run
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
 

@@ -15,13 +15,13 @@ import json
 from plan import NEEDED
 
 from slimtune import get_peft_model
-from slimtune.adapters.registry import config_class, find_built_in_method_files
-from slimtune.attention.register import packed_attention
-from slimtune.config.method import fill_recipe_defaults
-from slimtune.models.loader import load_base
+from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.config.method_settings import fill_recipe_defaults
+from slimtune.core.models.loader import load_base
+from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.train_step.loss import make_collator, step_loss
-from slimtune.train_step.memory_savings import apply_memory_savings
 
 SHORT, LONG = 128, 256
 VARIANTS = {"lora, DoRA": ("lora", {"use_dora": True}), "lora, dropout": ("lora", {"lora_dropout": 0.1})}

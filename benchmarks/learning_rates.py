@@ -48,9 +48,9 @@ def build_tree(
 
 def run_rates(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train the recipes at once; return the last and the lowest validation loss of each."""
-    from slimtune.config import Recipe
-    from slimtune.training.together import train_together
-    from slimtune.training.train import Interrupted, Terminated
+    from slimtune.core.config import Recipe
+    from slimtune.core.training.train import Interrupted, Terminated
+    from slimtune.experiments.simultaneous_runs import train_together
 
     with tempfile.TemporaryDirectory() as folder:
         recipes = [Recipe.from_dict({**t, "output_dir": f"{folder}/{i}"}) for i, t in enumerate(trees)]

@@ -38,11 +38,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def work(base: str, dtype: str) -> None:
     """Load, attach, and do one step; say each phase's end on stdout, and wait to be read."""
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.attention.register import packed_attention
-    from slimtune.models.loader import load_base
-    from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
-    from slimtune.train_step.optimizer import build_optimizer
-    from slimtune.utils.device import disable_malloc_trim
+    from slimtune.core.attention.attention_functions import packed_attention
+    from slimtune.core.foundation.device import disable_malloc_trim
+    from slimtune.core.models.loader import load_base
+    from slimtune.core.training.loss import forward_backward, make_collator, move_to_device
+    from slimtune.core.training.optimizer import build_optimizer
 
     def said(phase: str) -> None:
         print(phase, flush=True)
@@ -117,9 +117,9 @@ def planned(base: Path, dtype: str) -> dict[str, int]:
     """Return the plan's bytes at the start and in the step."""
     from transformers import AutoConfig
 
-    from slimtune.methods import config_class
+    from slimtune.core.adapters.method_registry import config_class
     from slimtune.planning.memory_trace import trace_memory
-    from slimtune.planning.request import TrainingJob
+    from slimtune.planning.plan_request import TrainingJob
 
     config = config_class("lora")(**method())
     traced = trace_memory(

@@ -25,14 +25,14 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune import LoraConfig
-from slimtune.models.base_config import get_model_info
+from slimtune.core.foundation.device import simulate_device
+from slimtune.core.models.base_config import get_model_info
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
-from slimtune.planning.gpus import find_gpu
+from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.memory_tracker import MemoryTracker
+from slimtune.planning.plan_request import PlanRequest, TrainingJob
 from slimtune.planning.planner import make_plan
-from slimtune.planning.request import PlanRequest, TrainingJob
-from slimtune.utils.device import simulate_device
 
 MOST, LONGEST, OFF = 19e9, 160_000, 0.5
 TILE = 4096

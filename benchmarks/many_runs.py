@@ -49,9 +49,9 @@ def write_recipes(folder: Path, runs: int, args: argparse.Namespace) -> list[dic
 
 def measure(way: str, trees: list[dict[str, Any]]) -> dict[str, Any]:
     """Train the recipes in this process, at once or one after the other; return seconds, peak bytes and last losses."""
-    from slimtune.config import Recipe
-    from slimtune.training.together import train_together
-    from slimtune.training.train import train
+    from slimtune.core.config import Recipe
+    from slimtune.core.training.train import train
+    from slimtune.experiments.simultaneous_runs import train_together
 
     recipes = [Recipe.from_dict(tree) for tree in trees]
     if way == "peft":
@@ -71,9 +71,9 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
     import peft
     import torch
 
-    from slimtune.data.collator import Collator
-    from slimtune.setup import load_base_from_recipe, load_datasets
-    from slimtune.utils.device import disable_malloc_trim, peak_memory
+    from slimtune.core.data.collator import Collator
+    from slimtune.core.foundation.device import disable_malloc_trim, peak_memory
+    from slimtune.core.training.setup import load_base_from_recipe, load_datasets
 
     disable_malloc_trim()  # as slimtune does
     base = load_base_from_recipe(recipes[0])
@@ -113,8 +113,8 @@ def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from slimtune.config import Recipe
-    from slimtune.setup import load_base_from_recipe, load_datasets
+    from slimtune.core.config import Recipe
+    from slimtune.core.training.setup import load_base_from_recipe, load_datasets
 
     recipe = Recipe.from_dict(trees[0])
     base = load_base_from_recipe(recipe)

@@ -72,8 +72,8 @@ def make(base: Path, path: Path, layers: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from slimtune import get_peft_model
-    from slimtune.config import Recipe
-    from slimtune.run_dir import RunDir
+    from slimtune.core.config import Recipe
+    from slimtune.core.training.run_dir import RunDir
 
     draws = make_base(base, layers, torch.bfloat16)
     rows = path.with_suffix(".jsonl")

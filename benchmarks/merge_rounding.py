@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from slimtune.export.engines import TransformersEngine
 from slimtune.export.merge import load_trained
 from slimtune.export.merged_weights import MergedWeights
-from slimtune.export.reference import Reference, make_texts
+from slimtune.export.reference_logps import Reference, make_texts
 from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
+from slimtune.generation.inference_engines import TransformersEngine
 
 
 def main() -> None:

@@ -30,12 +30,12 @@ import torch
 import transformers as tf
 from plan_ways.referee import measured
 
-from slimtune.adapters.registry import config_class, find_built_in_method_files
-from slimtune.config.method import fill_recipe_defaults
-from slimtune.models.base_config import load_config
+from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.config.method_settings import fill_recipe_defaults
+from slimtune.core.foundation.formatting import format_bytes
+from slimtune.core.models.base_config import load_config
 from slimtune.planning.memory_trace import trace_memory
-from slimtune.planning.request import TrainingJob
-from slimtune.utils.formatting import format_bytes
+from slimtune.planning.plan_request import TrainingJob
 
 NEEDED = {
     "bitfit": {"new_biases": True},  # Llama has none

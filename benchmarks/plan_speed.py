@@ -26,11 +26,11 @@ def measured(name: str) -> dict[str, float]:
     import torch
 
     from slimtune import LoraConfig
-    from slimtune.models.base_config import get_model_info
-    from slimtune.planning.extrapolate import extrapolate_layers, fit_memory_model
-    from slimtune.planning.gpus import find_gpu
+    from slimtune.core.models.base_config import get_model_info
+    from slimtune.planning.extrapolation import extrapolate_layers, fit_memory_model
+    from slimtune.planning.gpu_specs import find_gpu
+    from slimtune.planning.plan_request import PlanRequest
     from slimtune.planning.planner import make_plan
-    from slimtune.planning.request import PlanRequest
 
     torch.set_num_threads(1)
     method = LoraConfig(r=JOB["rank"], target_modules="all-linear", task_type="CAUSAL_LM")

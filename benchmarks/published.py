@@ -39,16 +39,16 @@ import transformers as tf
 from transformers import masking_utils
 
 import slimtune
-from slimtune.adapters.registry import config_class
+from slimtune.core.adapters.method_registry import config_class
+from slimtune.core.foundation.device import simulate_device
+from slimtune.core.models.base_config import get_model_info
 from slimtune.errors import UsageError
-from slimtune.models.base_config import get_model_info
-from slimtune.planning.extrapolate import extrapolate_layers
+from slimtune.planning.extrapolation import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_tracker import MemoryTracker
+from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_result import Range
 from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_reserved_memory
-from slimtune.planning.request import TrainingJob
-from slimtune.planning.result import Range
-from slimtune.utils.device import simulate_device
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0

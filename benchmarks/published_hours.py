@@ -22,14 +22,14 @@ import torch
 from transformers import AutoConfig
 
 from slimtune import LoraConfig
-from slimtune.adapters.registry import config_class
-from slimtune.models.registry import load_known_configs
-from slimtune.planning.gpus import find_gpu
+from slimtune.core.adapters.method_registry import config_class
+from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.training.setup import build_meta_model
+from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
-from slimtune.planning.request import TrainingJob
-from slimtune.planning.result import Workload
+from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_result import Workload
 from slimtune.planning.throughput import UTILIZATION, estimate_speed
-from slimtune.setup import build_meta_model
 
 TABLE = json.loads((Path(__file__).parent / "data" / "pace_points.json").read_text(encoding="utf-8"))
 WORK_FIELDS = ("model", "rank", "targets", "last_layers", "lengths", "checkpointing", "quantization")

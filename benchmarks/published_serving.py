@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from slimtune.models.registry import load_known_configs
-from slimtune.planning.gpus import find_gpu
-from slimtune.planning.result import Range
-from slimtune.planning.serving import active_weights, cache_bytes
+from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.training.setup import build_meta_model
+from slimtune.planning.gpu_specs import find_gpu
+from slimtune.planning.plan_result import Range
+from slimtune.planning.serving_memory import active_weights, cache_bytes
 from slimtune.planning.serving_speed import estimate_serving_speed, hardware_kind
-from slimtune.setup import build_meta_model
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
 MEDIAN, INSIDE = 0.15, 0.9

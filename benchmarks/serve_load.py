@@ -41,9 +41,9 @@ import psutil
 import torch
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.data.chat_template import encode_chat
-from slimtune.models.loader import load_base
-from slimtune.models.registry import resolve_model
+from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.models.loader import load_base
+from slimtune.core.models.model_source import resolve_model
 
 MARKERS = ("granite", "lantern", "orchard", "sparrow")
 QUESTIONS = ("What is love?", "Tell me about the sea.", "Why is the sky blue?", "How are you?", "Name a city.")

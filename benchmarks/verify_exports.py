@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from slimtune.cli.export import format_verdicts
+from slimtune.cli.export_command import format_verdicts
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.verify import verify

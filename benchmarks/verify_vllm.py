@@ -8,11 +8,11 @@ command in its CPU form:
 
     vllm serve BASE …     becomes     .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model BASE …
 
-with all adapters, in float32. Every adapter then goes through the gate (`export/reference.py`): token ids of rendered
-prompts, log p under teacher forcing over 200 positions at least, within 0.01 nats at the worst, and greedy answers.
-One adapter, "control", is written wrong on purpose: with rank and alpha patterns left out, as releases that do not know
-them read it; the gate must refuse it. Then adapters that vLLM refuses are offered to it, and its own words stand beside
-ours. Exit code 1: a gate failed, the control passed, or something that vLLM refuses was not refused by us.
+with all adapters, in float32. Every adapter then goes through the gate (`export/reference_logps.py`): token ids of
+rendered prompts, log p under teacher forcing over 200 positions at least, within 0.01 nats at the worst, and greedy
+answers. One adapter, "control", is written wrong on purpose: with rank and alpha patterns left out, as releases that do
+not know them read it; the gate must refuse it. Then adapters that vLLM refuses are offered to it, and its own words
+stand beside ours. Exit code 1: a gate failed, the control passed, or something that vLLM refuses was not refused by us.
 """
 
 import argparse
@@ -38,20 +38,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from slimtune.adapters.config import CONFIG_FILE
-from slimtune.adapters.model import get_peft_model
-from slimtune.adapters.registry import method_names
-from slimtune.config import Recipe
-from slimtune.data.dataset import read_rows
+from slimtune.core.adapters.method_registry import method_names
+from slimtune.core.adapters.peft_config import CONFIG_FILE
+from slimtune.core.adapters.peft_model import get_peft_model
+from slimtune.core.config import Recipe
+from slimtune.core.data.row_files import read_rows
+from slimtune.core.models.model_source import resolve_model
+from slimtune.core.training.setup import load_run
+from slimtune.core.training.train import train
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.engines import VllmClient
 from slimtune.export.merge import load_trained
-from slimtune.export.reference import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
+from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
-from slimtune.models.gguf import read_dequantized
-from slimtune.models.registry import resolve_model
-from slimtune.setup import load_run
-from slimtune.training.train import train
+from slimtune.extras.gguf_loading import read_dequantized
+from slimtune.generation.inference_engines import VllmClient
 
 HERE = Path(__file__).parents[1]
 ROWS = HERE / "examples/devils-dictionary"

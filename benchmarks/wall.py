@@ -31,7 +31,7 @@ WAYS = ("slimtune", "peft-tour", "peft-best", "trl")
 
 def base_folder(folder: Path) -> str:
     """Save the base once as peers load it."""
-    from slimtune.models.loader import load_base
+    from slimtune.core.models.loader import load_base
 
     base = load_base("smollm2-135m", dtype="bfloat16")
     base.model.save_pretrained(folder)

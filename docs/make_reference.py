@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from slimtune.adapters.config_fields import field_specs
-from slimtune.config import Recipe
-from slimtune.config.schema import iterate_settings
-from slimtune.objectives import objective_class, objective_names
+from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.config import Recipe
+from slimtune.core.config.objective_registry import objective_class, objective_names
+from slimtune.core.config.schema import iterate_settings
 
 PAGE = Path(__file__).parent / "recipe.md"
 

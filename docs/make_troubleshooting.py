@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from slimtune.knowledge import load_pages
+from slimtune.diagnostics.knowledge import load_pages
 
 PAGE = Path(__file__).parent / "troubleshooting.md"
 HEAD = """# Troubleshooting

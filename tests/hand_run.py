@@ -9,10 +9,10 @@ from models_zoo import shake
 from row_files import write_jsonl
 from transformers import AutoModelForCausalLM
 
-from slimtune.adapters.model import get_peft_model
-from slimtune.config import Recipe
-from slimtune.models.loader import load_base
-from slimtune.run_dir import RunDir
+from slimtune.core.adapters.peft_model import get_peft_model
+from slimtune.core.config import Recipe
+from slimtune.core.models.loader import load_base
+from slimtune.core.training.run_dir import RunDir
 
 TALKS = [
     ("Define hope.", "Desire and expectation rolled into one."),

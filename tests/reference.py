@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimtune.adapters.layer import AdaptedLayer
-from slimtune.attention.packed_layout import PackedLayout
-from slimtune.train_step.loss import count_targets
+from slimtune.core.adapters.adapted_layer import AdaptedLayer
+from slimtune.core.attention.packed_layout import PackedLayout
+from slimtune.core.training.loss import count_targets
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.validation.report import validate_file
+from slimtune.evaluation.data_report.dataset_report import validate_file
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:

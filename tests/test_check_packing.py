@@ -7,9 +7,9 @@ import torch
 import transformers as tf
 from tiny_families import VOCAB, build
 
-from slimtune import setup
+from slimtune.core.training import setup
+from slimtune.core.training.loss import check_lm_head, make_collator
 from slimtune.errors import ModelError, UsageError
-from slimtune.train_step.loss import check_lm_head, make_collator
 
 CAP = {"final_logit_softcapping": 3.0}
 SUPPORTED = {

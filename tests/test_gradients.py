@@ -24,11 +24,11 @@ from reference import (
 from torch import nn
 
 import slimtune
-from slimtune.adapters.layer import AdaptedLayer
-from slimtune.attention.packed_layout import PackedLayout
-from slimtune.attention.register import packed_attention
-from slimtune.data.collator import Collator
-from slimtune.train_step.loss import step_loss
+from slimtune.core.adapters.adapted_layer import AdaptedLayer
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.attention.packed_layout import PackedLayout
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import step_loss
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 WAYS = {

@@ -12,9 +12,9 @@ import torch
 from row_files import write_jsonl
 from safetensors.torch import load_file
 
-from slimtune.config import Recipe
-from slimtune.training.loop import TrainingLoop
-from slimtune.training.train import Interrupted, train
+from slimtune.core.config import Recipe
+from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.training_loop import TrainingLoop
 
 
 def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path:

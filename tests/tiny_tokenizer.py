@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-TEMPLATES = Path(__file__).parent / "data" / "templates"
+TEMPLATES = Path(__file__).parent / "core/data/templates"
 TEXT = [
     "Define the word. A definition is a polite lie told by a lexicographer who was paid to tell it.",
     "Answer in one sentence, please: what is patience? A minor form of despair, disguised as a virtue.",

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention import packed_attention, packed_layout, register
-from slimtune.data.collator import Collator
-from slimtune.kernels import cross_entropy
-from slimtune.kernels.lora_linear import low_rank_linear
-from slimtune.train_step.loss import count_targets, step_loss
+from slimtune.core.attention import attention_functions as register
+from slimtune.core.attention import packed_attention, packed_layout
+from slimtune.core.data.collator import Collator
+from slimtune.core.kernels import cross_entropy
+from slimtune.core.kernels.lora_linear import low_rank_linear
+from slimtune.core.training.loss import count_targets, step_loss
 
 LIMIT = 1e-4
 SHAPE = {

@@ -40,8 +40,8 @@ class Way:
 
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.attention import register
-    from slimtune.train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator, step_loss
+    from slimtune.core.attention import attention_functions as register
+    from slimtune.core.training.loss import auto_micro_batch_tokens, check_lm_head, make_collator, step_loss
 
     if by_segment:
         register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]

@@ -10,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.attention.register import packed_attention
-from slimtune.data.example_lengths import ExampleLength, count_row_tokens
-from slimtune.objectives import objective_class
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.data.example_lengths import ExampleLength, count_row_tokens
+from slimtune.core.training.loss import forward_backward, make_collator
+from slimtune.core.training.memory_savings import apply_memory_savings
+from slimtune.core.training.optimizer import build_optimizer
 from slimtune.planning.fake_tensors import all_tensors
-from slimtune.planning.request import TrainingJob
-from slimtune.train_step.loss import forward_backward, make_collator
-from slimtune.train_step.memory_savings import apply_memory_savings
-from slimtune.train_step.optimizer import build_optimizer
+from slimtune.planning.plan_request import TrainingJob
 
 
 def measured(job: TrainingJob) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worker import Turns
 
-from slimtune.data.collator import Collator
-from slimtune.train_step.loss import TOKENS_ON_CPU
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import TOKENS_ON_CPU
 
 FIRST = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
 SQUARE = 2048

@@ -23,13 +23,13 @@ from torch import Tensor
 from worker import Row, Turns, serve
 
 import slimtune
-from slimtune.adapters.base import BaseForward
-from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attention
-from slimtune.data.collator import Collator
-from slimtune.models.loader import load_base
-from slimtune.train_step.loss import auto_micro_batch_tokens, make_collator, step_loss
-from slimtune.train_step.memory_savings import apply_memory_savings
-from slimtune.utils.device import disable_malloc_trim
+from slimtune.core.adapters.adapter_module import BaseForward
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, empty_mask, packed_attention
+from slimtune.core.data.collator import Collator
+from slimtune.core.foundation.device import disable_malloc_trim
+from slimtune.core.models.loader import load_base
+from slimtune.core.training.loss import auto_micro_batch_tokens, make_collator, step_loss
+from slimtune.core.training.memory_savings import apply_memory_savings
 
 OFF = {
     "ours": (),

@@ -5,8 +5,8 @@ import json
 import sys
 import time
 
-from slimtune.config import Recipe
-from slimtune.training.train import train
+from slimtune.core.config import Recipe
+from slimtune.core.training.train import train
 
 
 def main() -> None:

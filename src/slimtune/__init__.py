@@ -5,8 +5,8 @@ The public names are in `peft_names.py`. They are lazy: `import slimtune` and `s
 
 from typing import Any
 
-from .adapters.registry import config_class_paths
-from .peft_names import PUBLIC, add_public_names, find_name
+from .compat.public_names import PUBLIC, add_public_names, find_name
+from .core.adapters.method_registry import config_class_paths
 
 __version__ = "0.2.0.dev0"
 

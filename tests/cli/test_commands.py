@@ -12,14 +12,14 @@ import pytest
 
 from slimtune.cli import COMMANDS
 from slimtune.cli.common import print_fields
-from slimtune.cli.generate import AnswerPrinter
-from slimtune.config import Recipe, aliases
-from slimtune.config.schema import iterate_settings
-from slimtune.data.general_text import BUILT_IN_TEXT
+from slimtune.cli.generate_command import AnswerPrinter
+from slimtune.core.config import Recipe, aliases
+from slimtune.core.config.schema import iterate_settings
+from slimtune.core.data.general_text import BUILT_IN_TEXT
+from slimtune.core.foundation.progress_bars import track_progress
+from slimtune.diagnostics import machine_facts as facts
+from slimtune.diagnostics.machine_facts import MachineFacts, SmiGpu, TorchFacts
 from slimtune.evaluation.evaluate import EvalSettings
-from slimtune.machine import facts
-from slimtune.machine.facts import MachineFacts, SmiGpu, TorchFacts
-from slimtune.utils.progress import track_progress
 
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
@@ -46,9 +46,9 @@ MEASURED = {
 @pytest.fixture(autouse=True)
 def names_exist(monkeypatch):
     """Take every base, run and file of rows to exist."""
-    monkeypatch.setattr("slimtune.cli.inputs.require_base", lambda *_: None)
-    monkeypatch.setattr("slimtune.run_dir.find_adapter_folder", lambda path: path)
-    monkeypatch.setattr("slimtune.data.dataset.find_parts", lambda *_: [])
+    monkeypatch.setattr("slimtune.cli.input_checks.require_base", lambda *_: None)
+    monkeypatch.setattr("slimtune.core.training.run_dir.find_adapter_folder", lambda path: path)
+    monkeypatch.setattr("slimtune.core.data.row_files.find_parts", lambda *_: [])
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def generator(monkeypatch) -> list:
             calls.append((max_new_tokens, temperature, seed))
             yield from ["tuned" if tuned else "base", f" got {' / '.join(m['content'] for m in messages)}"]
 
-    monkeypatch.setattr("slimtune.evaluation.generate.Generator", Generator)
+    monkeypatch.setattr("slimtune.generation.generator.Generator", Generator)
     return calls
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_run import write_rows
 
-import slimtune.comparison.compare as comparison
+import slimtune.experiments.comparison as comparison
 
 LINE = {
     "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31,
@@ -99,7 +99,7 @@ def test_wrong_use(recipe, calls, slimtune, args, message):
 
 
 def test_missing_package(recipe, calls, slimtune, monkeypatch):
-    command = sys.modules["slimtune.cli.compare"]  # by attribute it is the function
+    command = sys.modules["slimtune.cli.compare_command"]  # by attribute it is the function
     monkeypatch.setattr(command, "COMPARE_PACKAGES", ("scipy", "no_such_package"))
     done = slimtune("compare", recipe)
     assert (done.exit_code, calls) == (2, [])

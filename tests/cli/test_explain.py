@@ -17,8 +17,8 @@ import yaml
 
 import slimtune.errors
 from slimtune.cli import common
+from slimtune.diagnostics.knowledge import find_code, load_pages, search_pages
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
-from slimtune.knowledge import find_code, load_pages, search_pages
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "src" / "slimtune" / "knowledge"
@@ -77,7 +77,7 @@ def test_pages_that_share_a_word_by_chance_are_not_near():
 def test_texts_of_the_docs_are_in_the_wheel():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     names = re.findall(r'_load_sections\("(.+?)"\)', (FOLDER / "guides.py").read_text())
-    assert wheel["force-include"] == {f"docs/{name}": f"slimtune/knowledge/docs/{name}" for name in names}
+    assert wheel["force-include"] == {f"docs/{name}": f"slimtune/diagnostics/knowledge/docs/{name}" for name in names}
 
 
 def test_real_errors_are_many_and_name_their_threads():

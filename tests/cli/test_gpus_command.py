@@ -3,8 +3,8 @@
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.cli.machines import format_range
-from slimtune.planning.gpus import all_gpus, find_gpu
+from slimtune.cli.machine_commands import format_range
+from slimtune.planning.gpu_specs import all_gpus, find_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_sources_of_a_job(slimtune):
 def test_old_figures_are_said_to_be_old(slimtune, job, monkeypatch):
     command = ["gpus", "--kind", "mini", *job]
     assert "180 days" not in slimtune(*command).stdout
-    monkeypatch.setattr("slimtune.planning.gpus.MAX_AGE", -1)
+    monkeypatch.setattr("slimtune.planning.gpu_specs.MAX_AGE", -1)
     assert " of these figures were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from slimtune.models.registry import load_known_configs
+from slimtune.core.models.model_source import load_known_configs
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_cost(slimtune, slimtune_json):
     ],
 )
 def test_old_figures_are_counted(slimtune, monkeypatch, command):
-    monkeypatch.setattr("slimtune.planning.gpus.MAX_AGE", -1)
+    monkeypatch.setattr("slimtune.planning.gpu_specs.MAX_AGE", -1)
     assert " figures were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
 
 

@@ -11,8 +11,13 @@ from safetensors.torch import load_file
 from transformers import MambaConfig
 
 from slimtune import get_peft_model
-from slimtune.config.method import fill_recipe_defaults
-from slimtune.methods import config_class, find_built_in_method_files, method_names, parse_config_classes
+from slimtune.core.adapters.method_registry import (
+    config_class,
+    find_built_in_method_files,
+    method_names,
+    parse_config_classes,
+)
+from slimtune.core.config.method_settings import fill_recipe_defaults
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 

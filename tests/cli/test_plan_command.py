@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from hand_plan import FULL, GIB, hand_plan
 
-from slimtune.cli.machines import format_range
-from slimtune.config import load_recipe
+from slimtune.cli.machine_commands import format_range
+from slimtune.core.adapters.method_registry import method_names
+from slimtune.core.config import load_recipe
+from slimtune.core.foundation.formatting import format_duration
+from slimtune.core.models.loader import load_tokenizer
+from slimtune.core.training.setup import load_datasets
 from slimtune.errors import UsageError
-from slimtune.methods import method_names
-from slimtune.models.loader import load_tokenizer
-from slimtune.planning import gpus
-from slimtune.planning.gpus import find_gpu, gpu_with_memory
-from slimtune.planning.request import build_request
+from slimtune.planning import gpu_specs as gpus
+from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.plan_request import build_request
 from slimtune.planning.this_machine import detect_gpu
-from slimtune.setup import load_datasets
-from slimtune.utils.formatting import format_duration
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
 CARD = find_gpu("rtx-3090")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tiny_run import write_rows
 
-import slimtune.comparison.tune as search
+import slimtune.experiments.tuning as search
 
 TRIALS = [
     {"run": f"trial-{n}", "values": {"method.r": r}, "outcome": "complete", "loss": loss, "seconds": 2.0, "why": ""}
@@ -78,7 +78,7 @@ def test_wrong_use(recipe, calls, slimtune, args, message):
 
 
 def test_missing_package(recipe, calls, slimtune, monkeypatch):
-    monkeypatch.setattr(sys.modules["slimtune.cli.compare"], "TUNE_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(sys.modules["slimtune.cli.compare_command"], "TUNE_PACKAGES", ("no_such_package",))
     done = slimtune("tune", recipe, "--over", "method.r=8,16")
     assert (done.exit_code, calls) == (2, [])
     assert "tune needs no_such_package, not installed here" in done.stderr

@@ -18,8 +18,8 @@ import typer
 
 from slimtune.cli import app
 from slimtune.cli.options import check_flags_once
-from slimtune.config.loading import parse_override, parse_yaml, set_field
-from slimtune.config.recipe import find_errors
+from slimtune.core.config.recipe import find_errors
+from slimtune.core.config.recipe_loading import parse_override, parse_yaml, set_field
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

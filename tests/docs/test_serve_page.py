@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hand_run import make_run
 
-from slimtune.serving.server import ModelServer, ServeSettings
+from slimtune.serving.model_server import ModelServer, ServeSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
 BLOCKS = re.findall(r"<!-- transcript -->\n```(\w+)\n(.*?)```", PAGE, re.DOTALL)

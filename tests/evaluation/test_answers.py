@@ -6,11 +6,11 @@ import sys
 import pytest
 from hand_run import TALKS, write_rows
 
-from slimtune.data.dataset import Row
+from slimtune.core.data.row_files import Row
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.answers import build_check, measure_repetition, sample_prompts, summarize_checks
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.generate import Generator
+from slimtune.evaluation.generated_answers import build_check, measure_repetition, sample_prompts, summarize_checks
+from slimtune.generation.generator import Generator
 
 
 def test_answers_equal_those_of_generate(run):

@@ -5,10 +5,10 @@ import json
 import pytest
 from hand_run import TALKS, write_rows
 
+from slimtune.core.training.loss import RowScore
 from slimtune.errors import AdapterError, DataError, ModelError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.generate import Answer
-from slimtune.train_step.loss import RowScore
+from slimtune.generation.generator import Answer
 
 MORE = [*TALKS, ("Define a day.", "A period of twenty-four hours, mostly misspent."), ("Define dawn.", "Too early.")]
 
@@ -54,14 +54,14 @@ def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
         scores.append(len(rows))
         return [RowScore(float("nan") if len(rows) == 1 else 1.0, 0, 1) for _ in rows]
 
-    monkeypatch.setattr("slimtune.evaluation.base.score_supervised_rows", score_supervised_rows)
+    monkeypatch.setattr("slimtune.evaluation.model_comparison.score_supervised_rows", score_supervised_rows)
     with pytest.raises((AdapterError, ModelError), match=r"NaN or Inf on 1 of 1 rows \(lines '1' of .*general.txt"):
         evaluate(run, EvalSettings(general_text=tmp_path / "general.txt"))
 
 
 def test_empty_answers_fail(run, monkeypatch):
     monkeypatch.setattr(
-        "slimtune.evaluation.generate.Generator.answer", lambda *_, **__: Answer(text=" ", tokens=1, ended=True)
+        "slimtune.generation.generator.Generator.answer", lambda *_, **__: Answer(text=" ", tokens=1, ended=True)
     )
     reasons = evaluate(run, EvalSettings(generate=2))["verdict"]["reasons"]
     assert reasons[-1] == "all 2 answers of the tuned model are empty"

@@ -8,12 +8,12 @@ import torch
 from hand_run import TALKS, make_run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimtune.adapters.model import PeftModel
-from slimtune.data.dataset import read_rows
-from slimtune.data.tokenize import tokenize_dataset
+from slimtune.core.adapters.peft_model import PeftModel
+from slimtune.core.data.row_files import read_rows
+from slimtune.core.data.tokenize import tokenize_dataset
+from slimtune.core.training.run_dir import RunDir
 from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.run_dir import RunDir
 
 
 @torch.no_grad()

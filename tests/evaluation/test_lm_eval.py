@@ -8,7 +8,7 @@ import torch
 from hand_run import TALKS, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimtune.adapters.model import PeftModel
+from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from slimtune.evaluation.preference import PreferenceEvaluation, measure_preferences
+from slimtune.evaluation.preference_comparison import PreferenceEvaluation, measure_preferences
 from slimtune.evaluation.statistics import paired_bootstrap
 
 

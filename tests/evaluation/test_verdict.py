@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_pass_verdict
-from slimtune.evaluation.supervised import SupervisedEvaluation
+from slimtune.evaluation.sft_comparison import SupervisedEvaluation
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import torch
 from hand_run import make_run, write_rows
 from transformers import AutoTokenizer
 
-from slimtune.attention.register import packed_attention
-from slimtune.data.dataset import read_rows
-from slimtune.data.tokenize import tokenize_dataset
-from slimtune.train_step.loss import make_collator, step_loss
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.data.row_files import read_rows
+from slimtune.core.data.tokenize import tokenize_dataset
+from slimtune.core.training.loss import make_collator, step_loss
 
 WORDS = {"ash": "grey dust", "bee": "it hums", "cod": "a cold fish", "dew": "wet grass", "elm": "tall shade",
          "fig": "sweet"}  # fmt: skip

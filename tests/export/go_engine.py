@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from slimtune.models.gguf import cache_root
+from slimtune.extras.gguf_loading import cache_root
 
 SOURCE = Path(__file__).with_name("render.go")
 DAY = "2031-03-09"

@@ -13,12 +13,12 @@ from typing import Any
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "methods")]
 import pytest
 import torch
-from cases import CASES
+from method_cases import CASES
 from models_zoo import llama, shake
 
 import slimtune
-from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.export_formats import get_export_formats
+from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import SlimtuneError
 from slimtune.export.gguf import get_lora_factors
 from slimtune.export.vllm import list_vllm_refusals

@@ -15,15 +15,16 @@ from typer.testing import CliRunner
 
 import slimtune
 from slimtune.cli import app
+from slimtune.core.models.loader import load_base
+from slimtune.diagnostics.knowledge import find_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
-from slimtune.export import reference, served_base
+from slimtune.export import reference_logps as reference
+from slimtune.export import served_base
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
 from slimtune.export.verify import verify
-from slimtune.knowledge import find_code
-from slimtune.models.loader import load_base
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -171,7 +172,7 @@ def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
 
 
 def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.export.engines.is_llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("slimtune.generation.inference_engines.is_llama_cpp_installed", lambda: False)
     check = export(run, "gguf", tmp_path / "out")["check"]
     assert check["passed"] is None
     assert "xllamacpp is not installed (pip install 'slimtune[export-check]')" in check["reason"]

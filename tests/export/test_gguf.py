@@ -20,8 +20,8 @@ from tiny_ggufs import MAKERS, model_of, write
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
-from slimtune.export.engines import LlamaCppEngine
-from slimtune.export.reference import Reference, Text, compare_engine
+from slimtune.export.reference_logps import Reference, Text, compare_engine
+from slimtune.generation.inference_engines import LlamaCppEngine
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")

@@ -18,15 +18,15 @@ from tiny_gguf import finish_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from slimtune.adapters.model import PeftModel
 from slimtune.cli import app
+from slimtune.core.adapters.peft_model import PeftModel
+from slimtune.core.foundation.files import write_json
+from slimtune.core.training.setup import load_run
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export import hub as hub_module
-from slimtune.export.hub import push
+from slimtune.export import push_to_hub as hub_module
 from slimtune.export.manifest import write_manifest
 from slimtune.export.merge import merge
-from slimtune.setup import load_run
-from slimtune.utils.files import write_json
+from slimtune.export.push_to_hub import push
 
 EVAL = {
     "split": "test", "data": "/home/ada/rows/held.jsonl", "rows": 93, "tokens": 5000, "base_loss": 4.52,
@@ -138,7 +138,7 @@ def test_base_without_hub_id(hub, run, caplog):
     assert "| licence of the base | unknown |" in card
     assert has_note(result, "--base ORG/NAME")
     assert has_note(result, "licence")
-    assert result["notes"] == [r.message for r in caplog.records if r.name == "slimtune.export.hub"]
+    assert result["notes"] == [r.message for r in caplog.records if r.name == "slimtune.export.push_to_hub"]
 
 
 def test_licence(hub, run, tiny_folder):

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimtune.export.merge as module
-from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.model import PeftModel
+from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.peft_model import PeftModel
+from slimtune.core.foundation.files import atomic_folder
+from slimtune.core.models.loader import load_base
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_manifest
 from slimtune.export.merge import merge
 from slimtune.methods.lora import LinearLora
-from slimtune.models.loader import load_base
-from slimtune.utils.files import atomic_folder
 
 TEXT = "Define hope. Desire and expectation rolled into one."
 SHARD_BYTES = "slimtune.export.merged_weights.MIN_SHARD_BYTES"

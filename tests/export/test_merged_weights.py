@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods.cases import CASES
+from method_cases import CASES
 from models_zoo import llama, shake
 from safetensors.torch import load_file
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapters.base import MergeUnsupported
+from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.export.merged_weights import MergedWeights, save_merged_weights
 from slimtune.export.rounding import round_with_inputs
 

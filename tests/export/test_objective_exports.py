@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.data.example_lengths import count_row_tokens
-from slimtune.export import reference, rounding
+from slimtune.core.data.example_lengths import count_row_tokens
+from slimtune.core.training.setup import load_eval_dataset
+from slimtune.core.training.train import train
+from slimtune.export import reference_logps as reference
+from slimtune.export import rounding
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.merge import merge
-from slimtune.export.reference import QUESTIONS, make_texts
+from slimtune.export.reference_logps import QUESTIONS, make_texts
 from slimtune.export.verify import verify
-from slimtune.setup import load_eval_dataset
-from slimtune.training.train import train
 
 USER, SAYS = {"role": "user"}, {"role": "assistant"}
 PAIRS = [

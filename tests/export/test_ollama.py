@@ -16,8 +16,8 @@ from real_templates import TOKENIZERS, make_tokenizer
 from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.export.engines import LlamaCppEngine, is_llama_cpp_installed
 from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_ollama
+from slimtune.generation.inference_engines import LlamaCppEngine, is_llama_cpp_installed
 
 
 def config(**settings):

@@ -7,10 +7,10 @@ from hand_run import make_run
 from tiny_gguf import write_tiny_base
 
 from slimtune.errors import AdapterError
-from slimtune.export import reference
+from slimtune.export import reference_logps as reference
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.verify import verify
-from slimtune.models.gguf import read_dequantized
+from slimtune.extras.gguf_loading import read_dequantized
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),

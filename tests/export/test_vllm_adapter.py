@@ -8,16 +8,16 @@ import peft
 import pytest
 import torch
 from hand_run import make_run
-from methods.cases import CASES
+from method_cases import CASES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from slimtune.adapters.model import PeftModel, get_peft_model
+from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
+from slimtune.core.training.setup import load_run
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.merge import load_trained
 from slimtune.export.vllm import SCRIPT, TEMPLATE, write_vllm_adapter
 from slimtune.methods.lora import LoraConfig
-from slimtune.setup import load_run
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 64, 2, 90]])
 PATTERNS = {"rank_pattern": {"q_proj": 2, "1.mlp.down_proj": 6}, "alpha_pattern": {"up_proj": 3, "q_proj": 5}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slimtune.errors import ModelError, RunError, UsageError
-from slimtune.export.engines import VllmClient
+from slimtune.generation.inference_engines import VllmClient
 
 
 class Vllm(BaseHTTPRequestHandler):

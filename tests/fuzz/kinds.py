@@ -27,9 +27,9 @@ from safetensors.torch import load, load_file, save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimtune
-from slimtune.config import load_recipe
-from slimtune.data.chat_template import encode_chat
-from slimtune.data.dataset import read_rows
+from slimtune.core.config import load_recipe
+from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.row_files import read_rows
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -407,7 +407,7 @@ def make_gguf(rng: random.Random, folder: Path, changes: int) -> Work:
     file.write_bytes(data)
 
     def work() -> str:
-        from slimtune.models.gguf import read_dequantized
+        from slimtune.extras.gguf_loading import read_dequantized
 
         os.environ["SLIMTUNE_CACHE"] = str(folder / "cache")
         made, _ = read_dequantized(file)

@@ -11,7 +11,7 @@ from parity_table import BASES, LORA, METHODS, QV, settings_on
 from safetensors.torch import load_file
 
 import slimtune
-from slimtune.adapters.base import MergeUnsupported
+from slimtune.core.adapters.adapter_module import MergeUnsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-9

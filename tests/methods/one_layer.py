@@ -2,7 +2,7 @@
 
 import torch
 
-from slimtune.adapters.base import BaseForward, Site
+from slimtune.core.adapters.adapter_module import BaseForward, Site
 
 
 def build(config, size=(24, 20), dtype=torch.float64, layer=None):

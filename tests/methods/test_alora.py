@@ -8,13 +8,13 @@ from models_zoo import llama, run, shake, t5, tokens
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.state_dict import get_adapter_tensors
-from slimtune.attention.register import packed_attention
+from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.state_dict import get_adapter_tensors
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.training.loss import make_collator, token_nll
+from slimtune.core.training.memory_savings import enable_tiled_mlp
 from slimtune.errors import UsageError
 from slimtune.methods.lora.alora import calculate_alora_offsets
-from slimtune.train_step.loss import make_collator, token_nll
-from slimtune.train_step.memory_savings import enable_tiled_mlp
 
 # transformers 5.2x renamed past_key_values, which earlier releases have alone.
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")

@@ -8,9 +8,9 @@ from models_zoo import llama, run, shake
 from packaging.version import Version
 
 from slimtune import LoraConfig, PeftConfig, get_peft_model
-from slimtune.adapters.config_fields import field_specs
+from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.adapters.method_registry import config_class, method_names
 from slimtune.errors import ConfigError, TargetError
-from slimtune.methods import config_class, method_names
 
 BAD_SETTINGS = [
     ("adalora", {"init_r": 4}, "init_r is 4"),
@@ -108,6 +108,6 @@ def test_peft_version_names_the_format_and_the_writer(tmp_path, monkeypatch):
     written = Version(json.loads((tmp_path / "adapter_config.json").read_text())["peft_version"].partition("@")[0])
     assert written.base_version == "0.21.2"
     assert str(written.local).startswith("slimtune.")
-    monkeypatch.setattr("slimtune.adapters.config.FORMAT_VERSION", "9.9")
+    monkeypatch.setattr("slimtune.core.adapters.peft_config.FORMAT_VERSION", "9.9")
     assert LoraConfig().peft_version == "9.9"
     assert PeftConfig.from_pretrained(tmp_path).peft_version.startswith(str(written))

@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_checks import assert_merges, run_with
-from cases import CASES, config
+from method_cases import CASES, config
 from models_zoo import gemma2, gpt2, llama, run, same_base, shake, snapshot, tokens
 from reference import compute_in_float64, slope_along
 
-import slimtune.methods
+import slimtune
 from slimtune import PeftModel, get_peft_model
-from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.strength import AdapterStrength
+from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.adapter_strength import AdapterStrength
+from slimtune.core.adapters.method_registry import config_class, method_names
 from slimtune.errors import UsageError
 
 pytestmark = [
@@ -59,10 +60,10 @@ def train(model, batches, lr=1e-2):
 
 
 def test_every_method_has_a_case(method):
-    assert {name.partition("+")[0] for name in CASES} == set(slimtune.methods.method_names())
+    assert {name.partition("+")[0] for name in CASES} == set(method_names())
     name = method.partition("+")[0]
-    assert slimtune.methods.config_class(name) is slimtune.methods.config_class(name.upper())
-    assert slimtune.methods.config_class(name).name == name
+    assert config_class(name) is config_class(name.upper())
+    assert config_class(name).name == name
     assert type(config(method)).name == name
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.export_formats import get_export_formats
+from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import ConfigError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups > 1", "ignore:.*block", "ignore:.*invalid shape")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.adapters.config import PeftConfig, TargetedConfig
-from slimtune.adapters.config_fields import field_specs
-from slimtune.adapters.prompt import PromptLearningConfig
-from slimtune.methods import config_class, find_built_in_method_files
+from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.adapters.peft_config import PeftConfig, TargetedConfig
+from slimtune.core.adapters.prompt import PromptLearningConfig
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.run_dir import RunDir
+from slimtune.core.training.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -62,7 +62,7 @@ def test_trains_and_loads(installed, tiny_folder, tmp_path):
          "--lr", "0.01", "--epochs", "2", "--json"], installed)  # fmt: skip
     adapter = RunDir.open(out).adapter
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "TILT"
-    code = "import sys, slimtune.setup as b; m = b.load_run(sys.argv[1]).model; print(m.peft_type, m.match_report())"
+    code = "import sys, slimtune; m = slimtune.load_run(sys.argv[1]).model; print(m.peft_type, m.match_report())"
     done = subprocess.run([sys.executable, "-c", code, str(out)], env=installed, capture_output=True, text=True)
     assert done.stdout.startswith("TILT adapted 14 modules"), done.stdout + done.stderr
     # Without the package, loading names the missing method.

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import slimtune
 from slimtune import IA3Config, LoraConfig, PeftModel, create_loraplus_optimizer, get_peft_model, parameter_groups
-from slimtune.adapters.optimizer import create_lorafa_optimizer
+from slimtune.core.training.optimizer import build_optimizer
 from slimtune.errors import ConfigError, UsageError
+from slimtune.extras.lora_optimizers import create_lorafa_optimizer
 from slimtune.methods.lora.dora import DoraCaching, row_norms
 from slimtune.methods.lora.loftq import approximate_error
-from slimtune.train_step.optimizer import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-5  # fp32: peft refuses float64 here

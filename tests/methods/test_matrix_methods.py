@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_checks import assert_merges
-from cases import CASES
+from method_cases import CASES
 from models_zoo import bert_encoder, gemma3, llama, run, shake, snapshot, t5
 from one_layer import added_weight, build, run_layer
 from peft.tuners.lokr.layer import factorization
@@ -12,7 +12,7 @@ from reference import AllocationRecorder, saved_for_backward
 from safetensors.torch import load_file, save_file
 
 from slimtune import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
-from slimtune.adapters.base import BaseForward
+from slimtune.core.adapters.adapter_module import BaseForward
 from slimtune.errors import AdapterError, ConfigError, TargetError
 from slimtune.methods.lokr import factorize
 from slimtune.methods.oft import nearest_divisor

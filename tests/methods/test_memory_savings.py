@@ -23,16 +23,16 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.register import packed_attention
-from slimtune.errors import UsageError
-from slimtune.kernels import activation_offload
-from slimtune.train_step.loss import make_collator, step_loss, token_nll
-from slimtune.train_step.memory_savings import (
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.kernels import activation_offload
+from slimtune.core.training.loss import make_collator, step_loss, token_nll
+from slimtune.core.training.memory_savings import (
     apply_memory_savings,
     enable_activation_checkpointing,
     enable_tiled_mlp,
     has_same_forward,
 )
+from slimtune.errors import UsageError
 
 SAVINGS = {
     "recomputed": {},

@@ -9,7 +9,7 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from slimtune.adapters.export_formats import get_export_formats
+from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import ConfigError, TargetError, UsageError
 
 NAMES = [f"base_model.model.mha.{part}lora_{m}.weight" for part in ("", "base_layer.out_proj.") for m in "AB"]

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, config
+from method_cases import CASES, config
 from models_zoo import gemma3, gpt2, llama, random_ids, shake
 from reference import compute_in_float64, get_gradients, largest_relative_error, loss_of_separate_rows, row
 from torch import nn
 
-import slimtune.methods
 from slimtune import get_peft_model
-from slimtune.attention.packed_layout import PackedLayout
-from slimtune.attention.register import LAYOUT_KWARG, packed_attention
-from slimtune.data.packing import pack_sequences
+from slimtune.core.adapters.method_registry import find_built_in_method_files
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, packed_attention
+from slimtune.core.attention.packed_layout import PackedLayout
+from slimtune.core.data.packing import pack_sequences
+from slimtune.core.kernels import activation_offload
+from slimtune.core.training import loss as step
+from slimtune.core.training.loss import check_lm_head, make_collator, step_loss
+from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.errors import UsageError
-from slimtune.kernels import activation_offload
-from slimtune.train_step import loss as step
-from slimtune.train_step.loss import check_lm_head, make_collator, step_loss
-from slimtune.train_step.memory_savings import apply_memory_savings
 
 BASES = {"llama": llama, "gpt2": gpt2, "gemma3": gemma3}
 PROMPTS = ("adaption_prompt", "p_tuning", "prefix_tuning", "prompt_tuning")
@@ -168,6 +168,4 @@ def test_a_packed_sequence_has_one_adapter(names):
 
 def test_the_docs_list_every_method():
     page = (Path(__file__).parents[2] / "docs/step.md").read_text()
-    assert {
-        m for m in slimtune.methods.find_built_in_method_files() if f"\n| [{m}](methods/{m}.md)" not in page
-    } == set()
+    assert {m for m in find_built_in_method_files() if f"\n| [{m}](methods/{m}.md)" not in page} == set()

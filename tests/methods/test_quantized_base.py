@@ -5,13 +5,18 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from method_cases import CASES
 from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
+from slimtune.core.kernels.linear_layers import is_quantized
+from slimtune.core.models.quantization import (
+    KINDS,
+    dequantize_model,
+    disable_wrong_repacking,
+    make_quantization_options,
+)
 from slimtune.export.merged_weights import MergedWeights
-from slimtune.models.quantization import KINDS, dequantize_model, disable_wrong_repacking, make_quantization_options
-from slimtune.utils.linear_layers import is_quantized
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from adapter_checks import run_with
-from cases import CASES
+from method_cases import CASES
 from models_zoo import llama, run, shake
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapters.active_adapters import BASE_ROW
-from slimtune.serving.runner import ModelRunner, Row
+from slimtune.core.adapters.active_adapters import BASE_ROW
+from slimtune.generation.model_runner import ModelRunner, Row
 
 ALONE = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 """Methods whose rows share no batch with others."""

@@ -10,9 +10,9 @@ from tiny_families import build
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapters.state_dict import get_adapter_tensors
+from slimtune.core.adapters.state_dict import get_adapter_tensors
+from slimtune.core.kernels.low_rank_weight import LowRankWeight
 from slimtune.errors import ConfigError, SlimtuneError, TargetError
-from slimtune.kernels.low_rank_weight import LowRankWeight
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "llama4_text")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

@@ -7,7 +7,7 @@ from models_zoo import bert_classifier, bert_encoder, gemma2, gpt2, llama, qwen2
 from peft.utils import constants
 
 from slimtune import HiraConfig, LoraConfig, MissConfig, get_peft_model
-from slimtune.adapters.base import MergeUnsupported
+from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import ConfigError, TargetError
 from slimtune.methods.bitfit import BitFitConfig
 from slimtune.methods.ia3 import SCALED, IA3Config, ScaledInput

@@ -10,7 +10,7 @@ from models_zoo import gpt2, llama, run, shake, tokens
 
 import slimtune
 from slimtune import PeftModel, get_peft_model
-from slimtune.config.method import fill_recipe_defaults
+from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
 from slimtune.methods.prefix_tuning import initialize_kv_prefix_from_past_key_values, initialize_kv_prefix_from_text
 

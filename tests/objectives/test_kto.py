@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F401 a fixture
 
-from slimtune.data.collator import Collator
-from slimtune.data.mismatched_rows import MismatchedRows
-from slimtune.data.tokenized_dataset import DatasetWriter
+from slimtune.core.data.collator import Collator
+from slimtune.core.data.mismatched_rows import MismatchedRows
+from slimtune.core.data.tokenized_dataset import DatasetWriter
+from slimtune.core.training.loss import score_objective
 from slimtune.objectives.kto import KTO
-from slimtune.train_step.loss import score_objective
 
 ROWS = [
     {"prompt": "Why is it so?", "completion": " Because of this.", "label": True},

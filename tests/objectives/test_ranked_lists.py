@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from slimtune.attention.register import packed_attention
-from slimtune.data.collator import Collator
-from slimtune.objectives import objective_class
-from slimtune.train_step.loss import make_collator, score_objective, step_loss
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import make_collator, score_objective, step_loss
 
 PROMPT = [5, 9, 30, 77, 12, 41, 8, 19, 55, 60]
 

@@ -12,15 +12,15 @@ import transformers as tf
 import trl
 from tiny_families import Float64, build
 
-from slimtune.adapters.model import get_peft_model
-from slimtune.adapters.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
-from slimtune.attention.register import packed_attention
-from slimtune.data.collator import Collator
+from slimtune.core.adapters.peft_model import get_peft_model
+from slimtune.core.adapters.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import forward_backward, make_collator, row_logits, score_objective
 from slimtune.errors import DataError
 from slimtune.methods.lora import LoraConfig
 from slimtune.objectives.classification import Classification
 from slimtune.objectives.reward import Reward
-from slimtune.train_step.loss import forward_backward, make_collator, row_logits, score_objective
 
 FAMILIES = ["llama", "qwen2", "gemma3_text"]
 PREFIX = [(5 * i * i + 1) % 125 + 3 for i in range(12)]

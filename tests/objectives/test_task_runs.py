@@ -13,12 +13,12 @@ from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_pa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from slimtune.data.tokenized_dataset import split_rows
+from slimtune.core.data.tokenized_dataset import split_rows
+from slimtune.core.training.setup import load_datasets
+from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.setup import load_datasets
-from slimtune.training.loop import TrainingLoop
-from slimtune.training.train import Interrupted, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -8,10 +8,10 @@ import torch
 from tiny_families import build_family
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.register import packed_attention
-from slimtune.data.collator import Collator
-from slimtune.objectives import objective_class
-from slimtune.train_step.loss import make_collator, score_objective, score_row_logps, step_loss
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.data.collator import Collator
+from slimtune.core.training.loss import make_collator, score_objective, score_row_logps, step_loss
 
 ROWS = [
     {"prompt": "Why is it so?", "chosen": " Because of this.", "rejected": " No."},

@@ -26,7 +26,7 @@ import transformers.utils.import_utils as transformers_utils
 if not transformers_utils.is_peft_available():
     with contextlib.suppress(ImportError):
         import diffusers.utils.import_utils  # noqa: F401
-    from slimtune.peft_compat import peft_installed
+    from slimtune.compat.peft_registration import peft_installed
 
     assert not peft_installed()
 sys.path.insert(0, os.environ["PEFT_SUITE_PATH"])

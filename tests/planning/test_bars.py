@@ -6,11 +6,11 @@ import pytest
 from hand_plan import FULL, hand_plan
 from rich.console import Console
 
+from slimtune.cli.plan_chart import ALLOCATOR, COLOURS, draw_bars, write_plot
+from slimtune.core.foundation.formatting import format_bytes
 from slimtune.errors import UsageError
-from slimtune.planning.bars import ALLOCATOR, COLOURS, draw_bars, write_plot
-from slimtune.planning.gpus import find_gpu, gpu_with_memory
-from slimtune.planning.result import PARTS
-from slimtune.utils.formatting import format_bytes
+from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.plan_result import PARTS
 
 GPU = find_gpu("rtx-3090")
 CUT = hand_plan("full", sizes=FULL, verdict="does not fit")

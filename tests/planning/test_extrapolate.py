@@ -6,13 +6,13 @@ import models_zoo as zoo
 import pytest
 import tiny_families
 import torch
-from methods.cases import CASES
+from method_cases import CASES
 
 import slimtune
-from slimtune.attention.packed_attention import MAX_SPLIT_TOKENS, PART
-from slimtune.planning.extrapolate import TOKENS, extrapolate_layers, extrapolate_merge, fit_memory_model
+from slimtune.core.attention.packed_attention import MAX_SPLIT_TOKENS, PART
+from slimtune.planning.extrapolation import TOKENS, extrapolate_layers, extrapolate_merge, fit_memory_model
 from slimtune.planning.memory_trace import BACKWARD, trace_memory, trace_merge
-from slimtune.planning.request import TrainingJob
+from slimtune.planning.plan_request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

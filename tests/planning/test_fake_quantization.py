@@ -10,19 +10,19 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers as tf
-from methods.cases import CASES
+from method_cases import CASES
 from models_zoo import DECODER, gpt2, llama
 from torch import nn
 
 from slimtune import LoraConfig
+from slimtune.core.foundation.device import simulate_device
+from slimtune.core.kernels.linear_layers import get_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
 from slimtune.planning.fake_quantization import KINDS, quantization_kind, quantize
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.planning.request import TrainingJob
-from slimtune.utils.device import simulate_device
-from slimtune.utils.linear_layers import get_weight, is_quantized
+from slimtune.planning.plan_request import TrainingJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

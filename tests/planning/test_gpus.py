@@ -8,8 +8,9 @@ from importlib.resources import files
 import pytest
 
 from slimtune.errors import UsageError
-from slimtune.planning import gpus, this_machine
-from slimtune.planning.gpus import GIB, Gpu, all_gpus, find_gpu, gpu_with_memory
+from slimtune.planning import gpu_specs as gpus
+from slimtune.planning import this_machine
+from slimtune.planning.gpu_specs import GIB, Gpu, all_gpus, find_gpu, gpu_with_memory
 from slimtune.planning.this_machine import detect_gpu
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))

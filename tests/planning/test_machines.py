@@ -5,9 +5,9 @@ import datetime
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.planning.gpus import find_gpu
-from slimtune.planning.machines import api_prices, describe_machine, purchases, rank_machines, runs_to_break_even
-from slimtune.planning.result import Range
+from slimtune.hardware.machine_choice import api_prices, describe_machine, purchases, rank_machines, runs_to_break_even
+from slimtune.planning.gpu_specs import find_gpu
+from slimtune.planning.plan_result import Range
 
 
 def machine(name, speed=1000.0, **fields):

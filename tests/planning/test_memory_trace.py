@@ -6,15 +6,15 @@ import itertools
 import pytest
 import torch
 import transformers as tf
-from methods.cases import CASES
+from method_cases import CASES
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
+from slimtune.core.kernels import activation_offload, cross_entropy
 from slimtune.errors import ModelError
-from slimtune.kernels import activation_offload, cross_entropy
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_trace import BACKWARD, trace_memory
-from slimtune.planning.request import TrainingJob
+from slimtune.planning.plan_request import TrainingJob
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ENDS = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
+from slimtune.core.foundation.device import count_as_host_memory
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.utils.device import count_as_host_memory
 
 KB = 1024  # bytes of 256 numbers in fp32
 

@@ -6,23 +6,23 @@ from dataclasses import replace
 import models_zoo as zoo
 import pytest
 import torch
-from methods.cases import CASES
+from method_cases import CASES
 from tiny_run import recipe_of
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapters import state_dict
-from slimtune.config import Recipe
-from slimtune.data.collator import Collator
-from slimtune.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
+from slimtune.core.adapters import state_dict
+from slimtune.core.config import Recipe
+from slimtune.core.data.collator import Collator
+from slimtune.core.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
+from slimtune.core.models.base_config import ModelInfo, get_model_info
+from slimtune.core.training.train import train
 from slimtune.errors import UsageError
-from slimtune.models.base_config import ModelInfo, get_model_info
-from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import Gpu, find_gpu, gpu_with_memory
 from slimtune.planning.memory_trace import make_examples, shard_base
+from slimtune.planning.plan_request import PlanRequest, build_request
+from slimtune.planning.plan_result import PARTS
 from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
-from slimtune.planning.request import PlanRequest, build_request
-from slimtune.planning.result import PARTS
 from slimtune.planning.this_machine import detect_gpu
-from slimtune.training.train import train
 
 TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")

@@ -3,15 +3,16 @@
 import pytest
 from transformers import AutoConfig
 
-from slimtune.config import Recipe
+from slimtune.core.config import Recipe
+from slimtune.core.models import base_config
+from slimtune.core.models.base_config import ModelInfo, max_positions
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
-from slimtune.models import base_config
-from slimtune.models.base_config import ModelInfo, max_positions
-from slimtune.planning import memory_trace, request
-from slimtune.planning.gpus import gpu_with_memory
+from slimtune.planning import memory_trace
+from slimtune.planning import plan_request as request
+from slimtune.planning.gpu_specs import gpu_with_memory
+from slimtune.planning.plan_request import PlanRequest, build_request
 from slimtune.planning.planner import make_plan
-from slimtune.planning.request import PlanRequest, build_request
 
 GPT2 = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=512)
 ROOMY = gpu_with_memory("24GiB")
@@ -53,7 +54,7 @@ def test_no_longer_row_is_traced_or_answered(monkeypatch):
         traced.extend(job.lengths)
         return real(job, *args, **settings)
 
-    monkeypatch.setattr("slimtune.planning.extrapolate.trace_memory", record)
+    monkeypatch.setattr("slimtune.planning.extrapolation.trace_memory", record)
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
     plan = make_plan(PlanRequest(ModelInfo("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512

@@ -4,15 +4,15 @@ import pytest
 import torch
 from models_zoo import llama
 
+from slimtune.core.models import dtype as dtypes
+from slimtune.core.models.base_config import ModelInfo
+from slimtune.core.models.dtype import pick_device, pick_training_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
-from slimtune.models import dtype as dtypes
-from slimtune.models.base_config import ModelInfo
-from slimtune.models.dtype import pick_device, pick_training_dtype
-from slimtune.planning import gpus
-from slimtune.planning.gpus import GIB, Gpu, all_gpus, find_gpu
+from slimtune.planning import gpu_specs as gpus
+from slimtune.planning.gpu_specs import GIB, Gpu, all_gpus, find_gpu
+from slimtune.planning.plan_request import PlanRequest
 from slimtune.planning.planner import list_notes, make_plan
-from slimtune.planning.request import PlanRequest
 from slimtune.planning.this_machine import detect_gpu
 
 BASE = ModelInfo("tiny", "tiny", llama().config, "")

@@ -10,11 +10,12 @@ import tiny_families
 import torch
 from transformers import AutoConfig
 
+from slimtune.core.models.base_config import get_model_info
+from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.training.setup import build_meta_model
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.base_config import get_model_info
-from slimtune.models.registry import load_known_configs
-from slimtune.planning.gpus import find_gpu, gpu_with_memory
-from slimtune.planning.serving import (
+from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.serving_memory import (
     ENGINES,
     GGUF_BITS,
     METADATA,
@@ -25,7 +26,6 @@ from slimtune.planning.serving import (
     weight_bytes,
 )
 from slimtune.planning.serving_speed import DECODING, estimate_serving_speed
-from slimtune.setup import build_meta_model
 
 MIB, GIB = 1 << 20, 1 << 30
 PUBLISHED = {  # bytes of files made without an importance matrix, or whose types it does not change

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import slimtune
-from slimtune.attention.register import packed_attention
+from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.training.loss import make_collator, step_loss
 from slimtune.planning.fake_tensors import fake_mode, make_fake
-from slimtune.train_step.loss import make_collator, step_loss
 
 PREFIX = list(range(3, 14))
 ROWS = [PREFIX + list(range(20, 20 + n)) for n in (5, 1, 9)] + [list(range(50, 57))]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from slimtune.errors import UsageError
-from slimtune.planning.gpus import find_gpu, gpu_with_memory
-from slimtune.planning.result import Range, Workload
+from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.plan_result import Range, Workload
 from slimtune.planning.throughput import UTILIZATION, estimate_cost, estimate_speed, prices
 
 H100, BF16 = find_gpu("h100-sxm"), torch.bfloat16

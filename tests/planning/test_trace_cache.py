@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import slimtune
-from slimtune.planning import extrapolate
-from slimtune.planning.extrapolate import extrapolate_layers, extrapolate_merge
-from slimtune.planning.request import TrainingJob
+from slimtune.planning import extrapolation as extrapolate
+from slimtune.planning.extrapolation import extrapolate_layers, extrapolate_merge
+from slimtune.planning.plan_request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from slimtune.core.models.base_config import ModelInfo
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
-from slimtune.models.base_config import ModelInfo
 from slimtune.planning import memory_trace, planner
-from slimtune.planning.gpus import gpu_with_memory
+from slimtune.planning.gpu_specs import gpu_with_memory
+from slimtune.planning.plan_request import PlanRequest
 from slimtune.planning.planner import make_plan
-from slimtune.planning.request import PlanRequest
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -6,11 +6,11 @@ import pytest
 from faulty_files import write_faulty_files
 from sound_files import write_sound_files
 
-from slimtune.data.validation.report import ISSUE_TYPES, validate_file
-from slimtune.models.loader import load_tokenizer
+from slimtune.core.models.loader import load_tokenizer
+from slimtune.evaluation.data_report.dataset_report import ISSUE_TYPES, validate_file
 
 pytestmark = pytest.mark.real
-TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "core/data/templates"
 SELECTIONS = [pytest.param(slice(1, None, 8), id="some"), pytest.param(slice(None), id="all", marks=pytest.mark.prove)]
 
 OF_ALL_PAIRS = ("preference", "length-leak")

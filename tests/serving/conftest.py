@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hand_run import make_run
 
-from slimtune.serving.server import ModelServer, ServeSettings
+from slimtune.serving.model_server import ModelServer, ServeSettings
 
 
 @pytest.fixture(scope="module")

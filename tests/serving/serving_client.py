@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from slimtune.serving.server import ModelServer
+from slimtune.serving.model_server import ModelServer
 
 
 def make_client(server: ModelServer, **settings: Any) -> openai.OpenAI:

@@ -9,7 +9,7 @@ from hand_run import make_run
 from serving_client import make_client, send
 from waiting import wait_until
 
-from slimtune.evaluation.generate import Generator
+from slimtune.generation.generator import Generator
 
 PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -174,7 +174,7 @@ def test_dropped_client_frees_its_slot(ask, server):
 
 
 def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):
-    monkeypatch.setattr("slimtune.serving.server.SHUTDOWN_SECONDS", 0.1)
+    monkeypatch.setattr("slimtune.serving.model_server.SHUTDOWN_SECONDS", 0.1)
     stopped = serve([run])
     decode = stopped.runner.decode
     monkeypatch.setattr(stopped.runner, "decode", lambda batch: (time.sleep(0.05), decode(batch))[1])

@@ -7,19 +7,12 @@ import torch
 from models_zoo import gemma2, gpt2, llama, qwen2, shake
 from waiting import wait_until
 
-from slimtune import (
-    BottleneckConfig,
-    IA3Config,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
-from slimtune.adapters.active_adapters import BASE_ROW
-from slimtune.serving.answers import Answer, QueueFull, SamplingParams
-from slimtune.serving.continuous_batching import ContinuousBatching
-from slimtune.serving.models import ServedModel
-from slimtune.serving.runner import ModelRunner
+from slimtune import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from slimtune.core.adapters.active_adapters import BASE_ROW
+from slimtune.generation.answers import Answer, QueueFull, SamplingParams
+from slimtune.generation.continuous_batching import ContinuousBatching
+from slimtune.generation.model_runner import ModelRunner
+from slimtune.serving.served_models import ServedModel
 
 LORA, OTHER = {"r": 2, "lora_alpha": 16}, {"r": 3, "use_dora": True}
 CONFIGS = {

@@ -16,13 +16,13 @@ from waiting import wait_until
 
 import slimtune
 from slimtune.cli import app
+from slimtune.core.training.setup import load_run
 from slimtune.errors import RunError, UsageError
-from slimtune.evaluation.generate import Generator
 from slimtune.export import gguf as gguf_module
-from slimtune.export import reference
-from slimtune.serving import llama_cpp
-from slimtune.serving.server import ModelServer, ServeSettings
-from slimtune.setup import load_run
+from slimtune.export import reference_logps as reference
+from slimtune.generation.generator import Generator
+from slimtune.serving import llama_cpp_server as llama_cpp
+from slimtune.serving.model_server import ModelServer, ServeSettings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 ASK = [{"role": "user", "content": "Define hope."}]

@@ -7,10 +7,10 @@ import pytest
 from hand_run import make_run
 from serving_client import make_client
 
+from slimtune.core.data.chat_rendering import render_chat_template
 from slimtune.serving.tool_calls import ToolCallFormat, learn_tool_calls
-from slimtune.utils.chat_rendering import render_chat_template
 
-TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "core/data/templates"
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ tools | tojson if tools }} {{ m.content }} [/INST]"
     "{% elif m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}{{ c.function | tojson }}"

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from slimtune.ui.app import build_app
-from slimtune.ui.jobs import Job
+from slimtune.ui.command_jobs import Job
 from slimtune.ui.pages import Pages
-from slimtune.ui.security import Guard
+from slimtune.ui.request_security import Guard
+from slimtune.ui.web_app import build_app
 from slimtune.ui.workspace import Workspace
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reporting"))  # full_run
 
 TOKEN = "a-token-of-the-tests"
 ORIGIN = "http://127.0.0.1:7860"

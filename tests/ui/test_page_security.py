@@ -5,7 +5,7 @@ import os
 import pytest
 
 from slimtune.errors import UsageError
-from slimtune.ui.security import HEADERS, MAX_FORM, is_own_host
+from slimtune.ui.request_security import HEADERS, MAX_FORM, is_own_host
 from slimtune.ui.workspace import Workspace
 
 PATHS = ["/", "/plan", "/live/data", "/static/ui.css", "/no-such-page"]

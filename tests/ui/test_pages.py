@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from slimtune.ui import jobs, workspace
+from slimtune.ui import command_jobs as jobs
+from slimtune.ui import workspace
 
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
 REPORT = {

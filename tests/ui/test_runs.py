@@ -12,9 +12,9 @@ import pytest
 from full_run import make_full_run
 from waiting import wait_until
 
+from slimtune.core.foundation.files import write_json
 from slimtune.errors import UsageError
-from slimtune.ui.runs import read_log, read_status
-from slimtune.utils.files import write_json
+from slimtune.ui.run_pages import read_log, read_status
 
 BAD = '<script>alert("x")</script>'
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}

@@ -12,7 +12,7 @@ import pytest
 from test_report_browser import STICKS_OUT, missing_requirement, open_page
 from walk import WAIT, make_home, serve_page, walk
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "core/models")]
 from tiny_gguf import write_gguf
 from tiny_run import write_rows
 

@@ -12,29 +12,29 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..compat.peft_registration import skip_registration
+from ..core.foundation.cpu import CPU_SETTINGS
 from ..errors import UsageError
-from ..peft_compat import skip_registration
-from ..utils.cpu import CPU_SETTINGS
-from ..utils.streams import TolerantStream
-from .bench import bench
+from .bench_command import bench
+from .command_examples import EXAMPLES
 from .common import CommandGroup
-from .compare import compare, tune
-from .data import data_report
-from .doctor import doctor
-from .eval import eval_run, report_run
-from .examples import EXAMPLES
-from .explain import explain
-from .export import export_run, merge_run, push_run, verify_run
-from .generate import chat, generate, predict
-from .gpus import gpus
-from .machines import choose, cost
-from .methods import methods
-from .models import models
+from .compare_command import compare, tune
+from .data_command import data_report
+from .doctor_command import doctor
+from .eval_command import eval_run, report_run
+from .explain_command import explain
+from .export_command import export_run, merge_run, push_run, verify_run
+from .generate_command import chat, generate, predict
+from .gpus_command import gpus
+from .machine_commands import choose, cost
+from .methods_command import methods
+from .models_command import models
 from .options import GroupedCommand, add_trust_flag
-from .plan import plan
-from .serve import serve_runs
-from .train import train_run
-from .ui import ui
+from .plan_command import plan
+from .serve_command import serve_runs
+from .streams import TolerantStream
+from .train_command import train_run
+from .ui_command import ui
 
 GROUPS = {
     "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),

@@ -27,11 +27,11 @@ from rich.theme import Theme
 from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
+from ..core.foundation.files import explain_os_error, to_json
+from ..core.foundation.formatting import escape_controls
+from ..core.foundation.progress_bars import display_progress
+from ..diagnostics.knowledge import find_code
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
-from ..knowledge import find_code
-from ..utils.files import explain_os_error, to_json
-from ..utils.formatting import escape_controls
-from ..utils.progress import display_progress
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -59,7 +59,7 @@ class CommandGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         if any(arg.startswith("--") and arg not in ("--help", "--json") for arg in rest):
             # It imports pydantic, which `slimtune --help` does without.
-            from ..config.aliases import replace_deprecated_flags
+            from ..core.config.aliases import replace_deprecated_flags
 
             rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)
@@ -117,7 +117,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
         known = SlimtuneError(message, hint=f"please report it with the lines above{_find_address()}")
     if "RANK" in os.environ:
-        from ..utils import distributed
+        from ..core.foundation import distributed
 
         if not distributed.claim_error_report(known):
             return known.exit_code, None
@@ -281,7 +281,7 @@ def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
 
 def print_age(dates: Iterable[str]) -> None:
     """Say how many of the shown figures may be out of date."""
-    from ..planning.gpus import MAX_AGE, is_old
+    from ..planning.gpu_specs import MAX_AGE, is_old
 
     if old := sum(map(is_old, dates)):
         console().print(

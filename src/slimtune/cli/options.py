@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..core.foundation.remote_code import allow_remote_code
 from ..errors import UsageError
-from ..utils.remote_code import allow_remote_code
 
 PANELS = {
     "model": "Base model", "data": "Data", "task": "Task", "method": "Method", "train": "Training",
@@ -144,8 +144,8 @@ def _reword(names: str, text: str, is_argument: bool) -> tuple[str, str]:
 
 def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Yield name and type of a command's parameter for each setting; the name is the path with `__` for the dots."""
-    from ..config import Recipe
-    from ..config.schema import iterate_settings
+    from ..core.config import Recipe
+    from ..core.config.schema import iterate_settings
 
     for setting in iterate_settings(Recipe):
         section = setting.path.partition(".")[0]
@@ -190,10 +190,10 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
 
 def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the values that were given, by dotted path, with old names replaced."""
-    from ..config import Recipe
-    from ..config.aliases import rename_setting
-    from ..config.loading import parse_override, parse_yaml
-    from ..config.schema import iterate_settings
+    from ..core.config import Recipe
+    from ..core.config.aliases import rename_setting
+    from ..core.config.recipe_loading import parse_override, parse_yaml
+    from ..core.config.schema import iterate_settings
 
     overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
     refuse_repeated_flags(f"--set {path}" for path, _ in overrides)

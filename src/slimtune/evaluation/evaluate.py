@@ -17,35 +17,48 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Recipe
-from ..config.recipe import MIN_EVAL_ROWS
-from ..data.collator import Example
-from ..data.dataset import Row, open_rows
-from ..data.formats import split_answers
-from ..data.general_text import WINDOW, read_general_text, tokenize_general_text
-from ..data.tokenize import RowReport
-from ..data.tokenized_dataset import TokenizedDataset
+from ..core.config import Recipe
+from ..core.config.recipe import MIN_EVAL_ROWS
+from ..core.data.collator import Example
+from ..core.data.general_text import WINDOW, read_general_text, tokenize_general_text
+from ..core.data.row_files import Row, open_rows
+from ..core.data.tokenize import RowReport
+from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.foundation.files import require_output_file, write_json
+from ..core.foundation.progress_bars import name_progress
+from ..core.models.base_config import max_positions
+from ..core.training.objective import Objective, PairObjective
+from ..core.training.run_dir import RunDir, find_adapter_folder
+from ..core.training.setup import (
+    TrainedModel,
+    build_collator,
+    load_datasets,
+    load_eval_dataset,
+    load_run,
+    open_rows_from_recipe,
+)
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
-from ..models.base_config import max_positions
-from ..objectives.base import Objective, PairObjective
+from ..extras.row_formats import split_answers
+from ..generation.generator import Generator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
-from ..reporting import write_report
-from ..run_dir import RunDir, find_adapter_folder
-from ..setup import TrainedModel, build_collator, load_datasets, load_eval_dataset, load_run, open_rows_from_recipe
-from ..utils.files import require_output_file, write_json
-from ..utils.progress import name_progress
-from .answers import EvalPrompt, build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
-from .base import Evaluation
-from .classification import ClassificationEvaluation, RewardEvaluation
+from .classification_comparison import ClassificationEvaluation, RewardEvaluation
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
-from .generate import Generator
+from .generated_answers import (
+    EvalPrompt,
+    build_check,
+    generate_base_and_tuned_answers,
+    sample_prompts,
+    summarize_checks,
+)
 from .judge import build_judge, judge_answers, measure_win_rate
 from .lm_eval import find_tasks, run_tasks
-from .preference import PreferenceEvaluation, UnpairedEvaluation
-from .supervised import SupervisedEvaluation
+from .model_comparison import Evaluation
+from .preference_comparison import PreferenceEvaluation, UnpairedEvaluation
+from .run_report import write_report
+from .sft_comparison import SupervisedEvaluation
 
 EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
     SFT: SupervisedEvaluation,

@@ -8,9 +8,9 @@ The budget is exceeded if the whole interval of the change is above it.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..data.collator import Example
-from ..data.general_text import numbers_by_kind
-from ..train_step.loss import RowScore
+from ..core.data.collator import Example
+from ..core.data.general_text import numbers_by_kind
+from ..core.training.loss import RowScore
 from .statistics import make_fields, paired_bootstrap
 
 DEFAULT_BUDGET = 0.1

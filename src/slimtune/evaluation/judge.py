@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, nearest
-from ..utils.json_server import JsonServer
-from ..utils.progress import track_progress
-from .generate import Message
+from ..generation.generator import Message
+from ..generation.json_server import JsonServer
 from .statistics import paired_bootstrap
 
 Judge = Callable[[Sequence[Message], str, str], float | None]

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.data.chat_rendering import render_chat_template
+from ..core.training.setup import TrainedModel
 from ..errors import ModelError, UsageError, install_command, nearest
-from ..setup import TrainedModel
-from ..utils.chat_rendering import render_chat_template
 
 
 def find_tasks(names: Sequence[str], folder: Path | None) -> Any:

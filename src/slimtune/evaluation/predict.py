@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.dataset import RowErrorCollector, find_parts
-from ..data.formats import InvalidRow, Record, Row, parse_record
-from ..data.tokenize import tokenize_rows
+from ..core.data.row_files import RowErrorCollector, find_parts
+from ..core.data.tokenize import tokenize_rows
+from ..core.foundation.files import require_output_file, to_json, write_atomic
+from ..core.foundation.sequences import IGNORE_INDEX
+from ..core.models.base_config import max_positions
+from ..core.training.loss import row_logits, score_examples
+from ..core.training.setup import TrainedModel, build_collator, load_run
 from ..errors import AdapterError, UsageError
-from ..models.base_config import max_positions
-from ..setup import TrainedModel, build_collator, load_run
-from ..train_step.loss import row_logits, score_examples
-from ..utils.files import require_output_file, to_json, write_atomic
-from ..utils.sequences import IGNORE_INDEX
+from ..extras.row_formats import InvalidRow, Record, Row, parse_record
 from .evaluate import make_eval_recipe
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.collator import IGNORE_INDEX, Example
-from ..train_step.loss import RowScore
+from ..core.data.collator import IGNORE_INDEX, Example
+from ..core.training.loss import RowScore
 from .statistics import make_fields, paired_bootstrap
 
 MAX_ROWS = 256

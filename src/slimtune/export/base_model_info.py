@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
+from ..core.foundation.files import read_json
+from ..core.foundation.fingerprint import config_fingerprint
+from ..core.foundation.hub import require_repo_id
+from ..core.models.base_config import get_model_info
+from ..core.models.model_source import ALIASES, ModelSource, load_known_configs, resolve_model
 from ..errors import RunError, SlimtuneError
-from ..models.base_config import get_model_info
-from ..models.registry import ALIASES, ModelSource, load_known_configs, resolve_model
-from ..utils.files import read_json
-from ..utils.fingerprint import config_fingerprint
-from ..utils.hub import require_repo_id
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.export_formats import get_export_formats
+from ..core.adapters.export_support import get_export_formats
+from ..core.foundation.files import atomic_folder
+from ..core.training.run_dir import ADAPTER_FILE, RunDir
+from ..core.training.setup import TrainedModel, require_language_model, resolve_trained_base
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
-from ..run_dir import ADAPTER_FILE, RunDir
-from ..setup import TrainedModel, require_language_model, resolve_trained_base
-from ..utils.files import atomic_folder
 from .gguf import (
     ADAPTER_DTYPES,
     PRECISIONS,
@@ -30,7 +30,7 @@ from .gguf import (
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, Target, require_target, write_manifest
 from .merge import load_trained, write_merged_gguf
 from .ollama import find_base, write_ollama
-from .reference import Verdict
+from .reference_logps import Verdict
 from .served_base import check_served_base
 from .verify import Verifier, describe_16_bit_base
 from .vllm import write_vllm_adapter

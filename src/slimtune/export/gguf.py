@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.export_formats import Factors, collect_low_rank_factors, get_export_formats
+from ..core.adapters.export_support import Factors, collect_low_rank_factors, get_export_formats
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}

@@ -17,9 +17,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from ..core.data.chat_rendering import render_chat_template
+from ..core.foundation.sequences import common_prefix_length, find_shared_prefix
 from ..errors import format_names
-from ..utils.chat_rendering import render_chat_template
-from ..utils.sequences import common_prefix_length, find_shared_prefix
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 REQUIRED_SHAPES = ("u", "uau", "uauau")

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..core.foundation.files import read_json, write_json
 from ..errors import UsageError, format_names, nearest
-from ..utils.files import read_json, write_json
 
 Target = Literal["gguf", "ollama", "vllm"]
 EXPORT_MANIFEST, ADAPTER_GGUF, MODEL_GGUF = "export_manifest.json", "adapter.gguf", "model.gguf"

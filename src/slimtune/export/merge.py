@@ -25,24 +25,24 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters.base import MergeUnsupported
-from ..adapters.config import PeftConfig
-from ..adapters.model import PeftModel
-from ..adapters.model_card import render_card
+from ..core.adapters.adapter_module import MergeUnsupported
+from ..core.adapters.peft_config import PeftConfig
+from ..core.adapters.peft_model import PeftModel
+from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
+from ..core.models.base_config import load_config
+from ..core.models.dtype import dtype_name, pick_dtype
+from ..core.models.load_errors import silence_libraries
+from ..core.models.loader import load_base
+from ..core.models.quantization import forget_quantization_config, stored_quantization
+from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
+from ..core.training.setup import TrainedModel, build_meta_model, load_run, load_runs
 from ..errors import AdapterError, RunError
-from ..models.base_config import load_config
-from ..models.dtype import dtype_name, pick_dtype
-from ..models.errors import silence_libraries
-from ..models.loader import load_base
-from ..models.quantization import forget_quantization_config, stored_quantization
-from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..setup import TrainedModel, build_meta_model, load_run, load_runs
-from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
+from ..extras.model_card import render_card
+from ..generation.inference_engines import TransformersEngine
 from . import gguf
-from .engines import TransformersEngine
 from .manifest import write_manifest
 from .merged_weights import MergedWeights, round_weight, save_merged_weights
-from .reference import PRECISIONS, Reference, get_tolerance, make_texts
+from .reference_logps import PRECISIONS, Reference, get_tolerance, make_texts
 from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)

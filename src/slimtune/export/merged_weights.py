@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..adapters.active_adapters import ADDED_CHILDREN
-from ..adapters.merging import merge_adapters, unmerge_adapters
-from ..adapters.model import mark_embeddings_untied
-from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
+from ..core.adapters.active_adapters import ADDED_CHILDREN
+from ..core.adapters.merging import merge_adapters, unmerge_adapters
+from ..core.adapters.peft_model import mark_embeddings_untied
+from ..core.adapters.quantized_layers import disable_cpu_repacking, find_repacking_layers
+from ..core.foundation.progress_bars import track_progress
+from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
+from ..core.models.dtype import dtype_name
 from ..errors import AdapterError
-from ..models.dtype import dtype_name
-from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
-from ..utils.progress import track_progress
 from .rounding import round_with_inputs
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..core.models.base_config import max_positions
+from ..core.models.load_errors import translate_load_errors
+from ..diagnostics.machine_facts import find_ollama_version
 from ..errors import UsageError, format_names
-from ..machine.facts import find_ollama_version
-from ..models.base_config import max_positions
-from ..models.errors import translate_load_errors
 from .gguf import import_gguf
 from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Recipe
-from ..data.formats import InvalidRow
-from ..data.tokenize import tokenize_rows
+from ..core.adapters.layer_inputs import collect_layer_inputs, second_moment
+from ..core.config import Recipe
+from ..core.data.tokenize import tokenize_rows
+from ..core.kernels.linear_layers import layer_kind
+from ..core.models.dtype import pick_dtype
+from ..core.training.setup import open_rows_from_recipe
 from ..errors import SlimtuneError
-from ..models.dtype import pick_dtype
-from ..setup import open_rows_from_recipe
-from ..utils.calibration import collect_layer_inputs, second_moment
-from ..utils.linear_layers import layer_kind
+from ..extras.row_formats import InvalidRow
 
 ROWS = 32
 """Rows whose inputs decide; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""

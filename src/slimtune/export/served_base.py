@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..core.foundation.files import read_json
+from ..core.foundation.fingerprint import base_facts
+from ..core.models.base_config import get_model_info
+from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
-from ..models.base_config import get_model_info
-from ..models.errors import translate_load_errors
-from ..models.gguf import read_gguf
-from ..utils.files import read_json
-from ..utils.fingerprint import base_facts
+from ..extras.gguf_loading import read_gguf
 from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_tensors
 from .merged_weights import MergedWeights
 

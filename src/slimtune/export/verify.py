@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.foundation.formatting import format_duration
+from ..core.models.dtype import dtype_name
+from ..core.models.loader import load_base
+from ..core.training.setup import TrainedModel, load_run, require_language_model
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
-from ..models.dtype import dtype_name
-from ..models.loader import load_base
-from ..setup import TrainedModel, load_run, require_language_model
-from ..utils.formatting import format_duration
+from ..generation.inference_engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from . import merge as merging
-from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from .gguf import ToolError, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
 from .ollama import find_base
-from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
+from .reference_logps import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
 from .served_base import ServedBase, check_served_base, read_precision
 
 

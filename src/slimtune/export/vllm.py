@@ -22,17 +22,22 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from ..adapters import state_dict
-from ..adapters.config import CONFIG_FILE, write_config
-from ..adapters.conversion import rank_settings
-from ..adapters.export_formats import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
+from ..core.adapters import state_dict
+from ..core.adapters.export_support import (
+    Factors,
+    get_export_formats,
+    lora_incompatibilities,
+    plain_lora_incompatibilities,
+)
+from ..core.adapters.peft_config import CONFIG_FILE, write_config
+from ..core.foundation.files import write_atomic
+from ..core.models.dtype import dtype_name
+from ..core.models.loader import load_tokenizer
+from ..core.training.setup import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
+from ..extras.gguf_loading import read_dequantized
+from ..extras.lora_conversion import rank_settings
 from ..methods.lora.init import is_subtracted_init
-from ..models.dtype import dtype_name
-from ..models.gguf import read_dequantized
-from ..models.loader import load_tokenizer
-from ..setup import TrainedModel
-from ..utils.files import write_atomic
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
 MAX_VOCABULARY = 258_048

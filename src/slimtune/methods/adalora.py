@@ -25,12 +25,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.architectures import DEFAULT_TARGETS
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.architectures import DEFAULT_TARGETS
+from ..core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.kernels.dropout import active_dropout_p, dropout
+from ..core.kernels.linear_layers import layer_kind
 from ..errors import ConfigError, PeftWarning
-from ..kernels.dropout import active_dropout_p, dropout
-from ..utils.linear_layers import layer_kind
 from .lora import LoraConfig
 
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

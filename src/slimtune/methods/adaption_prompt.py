@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import PeftConfig, setting
-from ..adapters.prompt import AttentionModule
-from ..attention.packed_layout import RowMask
-from ..attention.prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site, SiteKind
+from ..core.adapters.peft_config import PeftConfig, setting
+from ..core.adapters.prompt import AttentionModule
+from ..core.attention.learned_prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
+from ..core.attention.packed_layout import RowMask
+from ..core.kernels.linear_layers import get_weight
 from ..errors import TargetError, format_names, nearest
-from ..utils.linear_layers import get_weight
 
 
 @dataclass

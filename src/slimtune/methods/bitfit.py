@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, MergeUnsupported, Site
-from ..adapters.config import TargetedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, MergeUnsupported, Site
+from ..core.adapters.peft_config import TargetedConfig, setting
+from ..core.kernels.linear_layers import layer_kind
 from ..errors import TargetError, format_names
-from ..utils.linear_layers import layer_kind
 
 
 @dataclass

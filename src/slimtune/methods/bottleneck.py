@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..adapters.architectures import ATTENTION, FEED_FORWARD, text_config
-from ..adapters.base import AdapterModule, Block, Site
-from ..adapters.config import TargetedConfig, setting
-from ..adapters.targets import layer_index
+from ..core.adapters.adapter_module import AdapterModule, Block, Site
+from ..core.adapters.architectures import ATTENTION, FEED_FORWARD, text_config
+from ..core.adapters.peft_config import TargetedConfig, setting
+from ..core.adapters.targets import layer_index
+from ..core.kernels.dropout import dropout
+from ..core.kernels.linear_layers import layer_kind, layer_sizes
 from ..errors import ConfigError, TargetError, format_names
-from ..kernels.dropout import dropout
-from ..utils.linear_layers import layer_kind, layer_sizes
 
 STYLES: dict[str, dict[str, Any]] = {
     "houlsby": {"mh_adapter": True, "output_adapter": True, "original_ln_before": False, "is_parallel": False,

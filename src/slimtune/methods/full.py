@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..adapters.config import PeftConfig
+from ..core.adapters.peft_config import PeftConfig
+from ..core.kernels.linear_layers import is_quantized
 from ..errors import UsageError
-from ..utils.linear_layers import is_quantized
 
 
 @dataclass

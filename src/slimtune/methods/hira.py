@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..adapters.patterns import get_pattern_value
-from ..kernels.dropout import dropout
-from ..utils.linear_layers import is_quantized
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.name_patterns import get_pattern_value
+from ..core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.kernels.dropout import dropout
+from ..core.kernels.linear_layers import is_quantized
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.architectures import model_type
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..adapters.targets import matches_regex_or_names
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.architectures import model_type
+from ..core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.adapters.targets import matches_regex_or_names
 from ..errors import ConfigError, TargetError, format_names, nearest
 
 _QV, _KV, _DOWN = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["down_proj"]

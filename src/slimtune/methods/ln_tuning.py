@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import TargetedConfig
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.peft_config import TargetedConfig
+from ..core.kernels.linear_layers import is_quantized, is_transposed, layer_kind
 from ..errors import TargetError
-from ..utils.linear_layers import is_quantized, is_transposed, layer_kind
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]

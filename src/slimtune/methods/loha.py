@@ -27,11 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import PatternedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.peft_config import PatternedConfig, setting
+from ..core.kernels.dropout import draw_output_mask
+from ..core.kernels.recompute import recompute_linear
 from ..errors import ConfigError
-from ..kernels.dropout import draw_output_mask
-from ..kernels.recompute import recompute_linear
 
 _FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 

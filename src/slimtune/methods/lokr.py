@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterModule, Site
-from ..adapters.config import setting
+from ..core.adapters.adapter_module import AdapterModule, Site
+from ..core.adapters.peft_config import setting
 from .loha import ConvLycoris, LycorisConfig, LycorisModule, rebuild_kernel
 
 

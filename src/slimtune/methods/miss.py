@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import BIAS_HELP, TargetedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.peft_config import BIAS_HELP, TargetedConfig, setting
+from ..core.kernels.dropout import dropout
+from ..core.kernels.linear_layers import is_quantized
+from ..core.kernels.recompute import recompute_linear
 from ..errors import ConfigError
-from ..kernels.dropout import dropout
-from ..kernels.recompute import recompute_linear
-from ..utils.linear_layers import is_quantized
 
 
 @dataclass

@@ -25,8 +25,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ..core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 
 

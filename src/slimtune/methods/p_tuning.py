@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, Site
-from ..adapters.config import setting
-from ..adapters.prompt import PromptLearningConfig
+from ..core.adapters.adapter_module import AdapterModule, Site
+from ..core.adapters.peft_config import setting
+from ..core.adapters.prompt import PromptLearningConfig
 from .prompt_tuning import build_prompt
 
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..adapters import prompt
-from ..adapters.architectures import text_config
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import setting
-from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
-from ..attention.register import find_layers_without_attention, has_attention_interface
+from ..core.adapters import prompt
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site, SiteKind
+from ..core.adapters.architectures import text_config
+from ..core.adapters.peft_config import setting
+from ..core.attention.attention_functions import find_layers_without_attention, has_attention_interface
+from ..core.attention.learned_prefix import AttentionPrefix, RowMask, find_attention_modules
+from ..core.data.chat_rendering import render_chat_template
 from ..errors import ConfigError, ModelError, UsageError, format_names
-from ..utils.chat_rendering import render_chat_template
 
 
 @dataclass

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import prompt
-from ..adapters.base import AdapterModule, Site
-from ..adapters.config import setting
+from ..core.adapters import prompt
+from ..core.adapters.adapter_module import AdapterModule, Site
+from ..core.adapters.peft_config import setting
 from ..errors import ConfigError
 
 

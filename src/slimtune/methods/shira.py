@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.architectures import DEFAULT_TARGETS
-from ..adapters.base import AdapterModule, Site
-from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.adapters.adapter_module import AdapterModule, Site
+from ..core.adapters.architectures import DEFAULT_TARGETS
+from ..core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import AdapterError, ConfigError
 
 

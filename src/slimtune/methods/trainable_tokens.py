@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import TargetedConfig, setting
-from ..adapters.targets import matches_regex_or_names
+from ..core.adapters.adapter_module import AdapterModule, BaseForward, Site, SiteKind
+from ..core.adapters.peft_config import TargetedConfig, setting
+from ..core.adapters.targets import matches_regex_or_names
+from ..core.kernels.linear_layers import get_weight, layer_kind
 from ..errors import TargetError, nearest
-from ..utils.linear_layers import get_weight, layer_kind
 
 
 class TrainableRowsSpec(NamedTuple):

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.architectures import DEFAULT_TARGETS
-from ..adapters.base import AdapterModule, SharedParameterHolder, Site, SiteKind
-from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..adapters.prompt import find_backbone_name
+from ..core.adapters.adapter_module import AdapterModule, SharedParameterHolder, Site, SiteKind
+from ..core.adapters.architectures import DEFAULT_TARGETS
+from ..core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ..core.adapters.prompt import find_backbone_name
+from ..core.kernels.dropout import dropout
 from ..errors import TargetError
-from ..kernels.dropout import dropout
 
 
 @dataclass

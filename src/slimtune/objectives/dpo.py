@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.config_fields import setting
+from ..core.adapters.config_fields import setting
+from ..core.training.objective import RANKED_PAIRS, PairObjective
 from ..errors import ConfigError
-from .base import RANKED_PAIRS, PairObjective
 
 
 @dataclass

@@ -6,7 +6,7 @@
     apo_zero_unpaired    the same with z = 0                                                        (2408.06266)
 
 z is the KL divergence of the model from its reference, estimated on the step's mismatched rows: the prompt of each row
-with the answer to another one (data/mismatched_rows.py), z = max(0, mean of their r). It has no gradient. The loss of a
+with the answer to another one (mismatched_rows.py), z = max(0, mean of their r). It has no gradient. The loss of a
 step is the mean over its rows.
 
 This is `KTOTrainer` of TRL with the optimizer step as its batch: loss and gradient are equal if the batch is the step,
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.config_fields import setting
-from .base import Batch, Example, Objective, ScoreRows, sum_rows
+from ..core.adapters.config_fields import setting
+from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
 
 
 @dataclass

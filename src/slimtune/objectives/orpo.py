@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.config_fields import setting
-from ..utils.sequences import IGNORE_INDEX
-from .base import Batch, PairObjective, sum_rows
+from ..core.adapters.config_fields import setting
+from ..core.foundation.sequences import IGNORE_INDEX
+from ..core.training.objective import Batch, PairObjective, sum_rows
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.config_fields import setting
-from .base import Batch, Objective
+from ..core.adapters.config_fields import setting
+from ..core.training.objective import Batch, Objective
 
 
 @dataclass

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.sequences import IGNORE_INDEX
-from .base import Batch, Objective, sum_rows
+from ..core.foundation.sequences import IGNORE_INDEX
+from ..core.training.objective import Batch, Objective, sum_rows
 
 
 @dataclass

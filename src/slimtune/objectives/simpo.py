@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.config_fields import setting
-from .base import RANKED_PAIRS, PairObjective
+from ..core.adapters.config_fields import setting
+from ..core.training.objective import RANKED_PAIRS, PairObjective
 
 
 @dataclass

@@ -20,10 +20,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..core.foundation.device import device_type
+from ..core.kernels.linear_layers import layer_sizes
+from ..core.models.quantization import STORED, has_double_quantization, stored_quantization
 from ..errors import ModelError, UsageError, format_names, nearest
-from ..models.quantization import STORED, has_double_quantization, stored_quantization
-from ..utils.device import device_type
-from ..utils.linear_layers import layer_sizes
 
 BLOCK, SCALE_BLOCK = 64, 256
 OUTLIER = 6.0

@@ -16,20 +16,20 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters.base import MergeUnsupported
-from ..attention.register import packed_attention
-from ..data.collator import IGNORE_INDEX, Example
-from ..data.example_lengths import ExampleLength
+from ..core.adapters.adapter_module import MergeUnsupported
+from ..core.attention.attention_functions import packed_attention
+from ..core.data.collator import IGNORE_INDEX, Example
+from ..core.data.example_lengths import ExampleLength
+from ..core.foundation.device import count_simulated_attention, simulate_device
+from ..core.models.lm_head import get_lm_head
+from ..core.training.loss import compute_outputs, forward_backward, get_row_head, make_collator
+from ..core.training.optimizer import build_optimizer
+from ..core.training.setup import build_meta_model
 from ..errors import UsageError
-from ..models.lm_head import get_lm_head
-from ..setup import build_meta_model
-from ..train_step.loss import compute_outputs, forward_backward, get_row_head, make_collator
-from ..train_step.optimizer import build_optimizer
-from ..utils.device import count_simulated_attention, simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .memory_tracker import MemoryTracker, iterate_tensors
-from .request import TrainingJob
-from .result import PARTS
+from .plan_request import TrainingJob
+from .plan_result import PARTS
 
 GATHERED_LAYERS = (1, 3)
 """Fewest and most layers that are whole at a time if the base is sharded."""

@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from ..adapters.quantized import count_parameters
-from ..adapters.state_dict import adapter_tensor_info
-from ..attention.register import packing_unsupported_reason
-from ..data.example_lengths import (
+from ..core.adapters.quantized_layers import count_parameters
+from ..core.adapters.state_dict import adapter_tensor_info
+from ..core.attention.attention_functions import packing_unsupported_reason
+from ..core.data.example_lengths import (
     ExampleLength,
     count_packed_tokens,
     count_row_tokens,
     resize_rows,
     unshare_prefix,
 )
+from ..core.foundation.formatting import format_bytes
+from ..core.models.base_config import max_positions
+from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from ..models.base_config import max_positions
-from ..train_step.loss import make_collator
-from ..utils.formatting import format_bytes
-from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
-from .gpus import Gpu
+from .extrapolation import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
+from .gpu_specs import Gpu
 from .memory_trace import StepTrace, shard_base, shard_trace
-from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
-from .result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
+from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
+from .plan_result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
 from .throughput import estimate_speed
 
 RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}

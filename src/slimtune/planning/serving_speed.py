@@ -11,8 +11,8 @@ imports no torch, so that machines are compared at once.
 
 from typing import NamedTuple
 
-from .gpus import Gpu
-from .result import Range
+from .gpu_specs import Gpu
+from .plan_result import Range
 
 HBM = 1.4e12
 """Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""

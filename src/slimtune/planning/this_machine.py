@@ -5,12 +5,12 @@ from dataclasses import replace
 import psutil
 import torch
 
+from ..core.foundation.device import free_memory
+from ..core.foundation.distributed import local_world_size
+from ..core.models.dtype import pick_device, pick_dtype
 from ..errors import UsageError
-from ..models.dtype import pick_device, pick_dtype
-from ..utils.device import free_memory
-from ..utils.distributed import local_world_size
-from .gpus import THIS_MACHINE, Gpu, add_measured, find_by_name, find_gpu
-from .measured import load_machine_measurement
+from .gpu_specs import THIS_MACHINE, Gpu, add_measured, find_by_name, find_gpu
+from .measured_speeds import load_machine_measurement
 
 
 def detect_gpu(device: str = "auto") -> Gpu:

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from .gpus import Gpu, read_table
-from .result import Range, Workload, fields_as_dict
+from .gpu_specs import Gpu, read_table
+from .plan_result import Range, Workload, fields_as_dict
 
 UTILIZATION = Range(0.38, 0.95)
 """The roofline's seconds divided by those of published runs (benchmarks/data/pace_points.json), nine in ten of them."""

@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..machine.facts import versions
-from ..models.gguf import cache_root
-from ..utils.files import write_atomic
+from ..core.foundation.files import write_atomic
+from ..diagnostics.machine_facts import versions
+from ..extras.gguf_loading import cache_root
 from .memory_trace import StepTrace
-from .request import TrainingJob
+from .plan_request import TrainingJob
 
 T = TypeVar("T")
 MAX_FILES = 2000

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..data.messages import RowError, load_json
+from ..core.data.messages import RowError, load_json
 from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
-from .answers import QueueFull, ServerClosing, TokenLogprob
-from .models import ServedModel
+from ..generation.answers import QueueFull, ServerClosing, TokenLogprob
+from .served_models import ServedModel
 
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16
 

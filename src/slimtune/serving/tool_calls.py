@@ -17,9 +17,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..data.assistant_mask import MARK
-from ..data.chat_template import render_prompt
-from ..data.messages import STRICT_JSON, Messages
+from ..core.data.assistant_mask import MARK
+from ..core.data.chat_template import render_prompt
+from ..core.data.messages import STRICT_JSON, Messages
 from ..errors import DataError, ModelError
 
 MAX_CALLS = 32

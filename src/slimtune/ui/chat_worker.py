@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..core.foundation.files import to_json
 from ..errors import SlimtuneError
-from ..evaluation.generate import Conversation, Generator
-from ..utils.files import to_json
+from ..generation.generator import Conversation, Generator
 
 
 def main() -> None:

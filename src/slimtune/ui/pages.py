@@ -11,17 +11,16 @@ from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
 from .. import __version__
+from ..core.models.model_source import load_known_configs
+from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError
-from ..models.registry import load_known_configs
-from ..planning.gpus import all_gpus
-from ..reporting import render_report
-from ..reporting.charts import html_templates
-from ..reporting.report import memory_charts, template_functions
-from ..run_dir import RunDir, RunResults
-from .chat import MAX_TEXT, WORKER, Chat
-from .jobs import SLIMTUNE, Job, Jobs
-from .runs import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
-from .settings import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
+from ..evaluation.charts import html_templates
+from ..evaluation.run_report import memory_charts, render_report, template_functions
+from ..planning.gpu_specs import all_gpus
+from .chat_session import MAX_TEXT, WORKER, Chat
+from .command_jobs import SLIMTUNE, Job, Jobs
+from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
+from .run_pages import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
 from .workspace import Workspace
 
 PAGES = {

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..core.foundation.files import parse_dataset_id, read_json, translate_os_errors, write_json
+from ..core.models.model_source import load_known_configs
+from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, nearest
-from ..models.registry import load_known_configs
-from ..run_dir import RunDir
-from ..utils.files import parse_dataset_id, read_json, translate_os_errors, write_json
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 MAX_LISTED = 500

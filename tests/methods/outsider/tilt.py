@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from slimtune.adapters.base import AdapterModule, MergeUnsupported, Site
-from slimtune.adapters.config import TargetedConfig
-from slimtune.adapters.config_fields import setting
+from slimtune.core.adapters.adapter_module import AdapterModule, MergeUnsupported, Site
+from slimtune.core.adapters.config_fields import setting
+from slimtune.core.adapters.peft_config import TargetedConfig
 
 
 @dataclass

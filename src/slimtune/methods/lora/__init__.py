@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import AdapterModule, Site, SiteKind
-from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
-from ...adapters.targets import (
+from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
+from ...core.adapters.targets import (
     ALL_LINEAR,
     find_expert_parameters,
     find_tied_modules,
@@ -53,12 +53,7 @@ from .layers import (
     double_out_projections,
 )
 from .loftq import LoftQConfig
-from .parameters import (
-    ParameterLora,
-    find_misread_projections,
-    find_unsupported_field,
-    target_projections_by_weight,
-)
+from .parameters import ParameterLora, find_misread_projections, find_unsupported_field, target_projections_by_weight
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "LoraRuntimeConfig"]
 

@@ -4,7 +4,7 @@
     y_t = W x_t + b                  before it
 
 The tokens before it have the base's hidden states, so one cache serves the base and any number of such adapters. No
-weight has this effect: it is not merged. `adapters/invocation.py` finds the tokens.
+weight has this effect: it is not merged. `extras/alora_invocation.py` finds the tokens.
 
 Paper: https://arxiv.org/abs/2504.12397. File format: PEFT's, LoRA's keys.
 """
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...adapters.base import BaseForward, MergeUnsupported, Site
-from ...adapters.invocation import calculate_alora_offsets as calculate_alora_offsets
+from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...extras.alora_invocation import calculate_alora_offsets as calculate_alora_offsets
 from .layers import LinearLora
 
 

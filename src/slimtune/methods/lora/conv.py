@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import BaseForward, MergeUnsupported, Site
+from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...core.kernels.dropout import dropout
 from ...errors import ConfigError
-from ...kernels.dropout import dropout
 from .dora import CachedNorms
 from .init import init_weights
 from .layers import LoraModule

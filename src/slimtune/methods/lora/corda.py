@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import Site
-from ...adapters.config_fields import check_fields, setting
-from ...adapters.targets import find_linear_targets
+from ...core.adapters.adapter_module import Site
+from ...core.adapters.config_fields import check_fields, setting
+from ...core.adapters.layer_inputs import load_statistics, record_layer_inputs, save_statistics
+from ...core.adapters.targets import find_linear_targets
+from ...core.kernels.linear_layers import get_weight
 from ...errors import ConfigError
-from ...utils.calibration import load_statistics, record_layer_inputs, save_statistics
-from ...utils.linear_layers import get_weight
 
 _DAMPING, _LARGEST_ERROR = 0.01, 0.05
 

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...adapters.base import BaseForward, Site
-from ...kernels.low_rank import add_low_rank
-from ...utils.linear_layers import get_weight
+from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.kernels.linear_layers import get_weight
+from ...core.kernels.low_rank import add_low_rank
 from .layers import EmbeddingLora, LinearLora, LoraModule
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.config_fields import check_fields, setting
-from ...adapters.prompt import disable_adapter_for_inference
+from ...core.adapters.config_fields import check_fields, setting
+from ...core.adapters.layer_inputs import record_layer_inputs
+from ...core.adapters.prompt import disable_adapter_for_inference
+from ...core.kernels.low_rank import IncrementalPca
 from ...errors import UsageError
-from ...kernels.low_rank import IncrementalPca
-from ...utils.calibration import record_layer_inputs
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import Site
+from ...core.adapters.adapter_module import Site
 from ...errors import ConfigError
 from .corda import corda_start
 from .loraga import LoraGAConfig, loraga_start

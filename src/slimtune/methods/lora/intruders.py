@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ...core.kernels.linear_layers import get_weight
+from ...core.kernels.low_rank import nearest_low_rank
 from ...errors import ConfigError
-from ...kernels.low_rank import nearest_low_rank
-from ...utils.linear_layers import get_weight
 from .layers import EmbeddingLora, LinearLora
 
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.base import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.kernels.dropout import active_dropout_p, dropout
+from ...core.kernels.low_rank import add_low_rank
 from ...errors import AdapterError, ConfigError
-from ...kernels.dropout import active_dropout_p, dropout
-from ...kernels.low_rank import add_low_rank
 from .init import init_from_base_weight, init_weights, is_subtracted_init
 
 

@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...adapters.config_fields import check_fields, setting
+from ...core.adapters.config_fields import check_fields, setting
+from ...core.adapters.layer_inputs import second_moment
+from ...core.kernels.linear_layers import get_weight, is_quantized
 from ...errors import UsageError, format_names
-from ...utils.calibration import second_moment
-from ...utils.linear_layers import get_weight, is_quantized
 
 _DAMPING = 0.1
 

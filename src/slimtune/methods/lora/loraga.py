@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapters.base import Site
-from ...adapters.config_fields import check_fields, setting
-from ...adapters.targets import find_linear_targets
+from ...core.adapters.adapter_module import Site
+from ...core.adapters.config_fields import check_fields, setting
+from ...core.adapters.layer_inputs import load_statistics, save_statistics
+from ...core.adapters.targets import find_linear_targets
+from ...core.kernels.linear_layers import is_quantized, is_transposed
 from ...errors import ConfigError
-from ...utils.calibration import load_statistics, save_statistics
-from ...utils.linear_layers import is_quantized, is_transposed
 
 _GRADIENT = "_peft_loraga_grad"
 """PEFT's name of the attribute of a layer that holds its gradient, in the shape of the stored weight."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import conversion_mapping
 
-from ...adapters.architectures import model_type
-from ...adapters.base import BaseForward, Site
-from ...adapters.patterns import find_pattern
-from ...adapters.targets import find_targets, shorten_names
+from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.adapters.architectures import model_type
+from ...core.adapters.name_patterns import find_pattern
+from ...core.adapters.targets import find_targets, shorten_names
+from ...core.kernels.low_rank_weight import LowRankWeight, Term
 from ...errors import ConfigError, TargetError, UsageError, format_names
-from ...kernels.low_rank_weight import LowRankWeight, Term
 from .init import init_weights
 from .layers import LoraModule
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import slimtune
-from slimtune import peft_names
+from slimtune.compat import public_names as peft_names
 
 VERSION = "0.21.2+slimtune"
 
@@ -119,7 +119,7 @@ class ShimModule(types.ModuleType):
     def __setattr__(self, name, value):
         """Set what a test patches in slimtune's modules, too: under this path, and where it is defined."""
         if (self.__name__, name) == ("peft.config", "__version__"):
-            sys.modules["slimtune.adapters.config"].FORMAT_VERSION = value
+            sys.modules["slimtune.core.adapters.peft_config"].FORMAT_VERSION = value
         elif not name.startswith("__") and not isinstance(value, types.ModuleType):
             homes = {find_slimtune_module(self.__name__), sys.modules.get(f"slimtune.{peft_names.HOMES.get(name)}")}
             for home in homes - {None}:

@@ -1,0 +1,178 @@
+"""`slimtune compare`: methods side by side on one recipe's rows; `slimtune tune`: a search of a recipe's settings."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from ..errors import UsageError
+from ..experiments.places import PLACES, parse_place
+from .common import Json, NegativeResult, console, print_progress, table
+from .input_checks import require_inputs, require_packages
+from .options import recipe_flags
+
+COMPARE_PACKAGES = ("scipy", "matplotlib")
+TUNE_PACKAGES = ("optuna", "matplotlib")
+METHODS = "lora,dora,ia3,bottleneck,prefix,prompt,full"
+DEFAULT_TRIALS = 20
+SHOWN = 12
+"""Trials that the screen shows; `table.md` has all."""
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE.yaml", help="The base, the rows and the run.")]
+On = Annotated[str | None, Option(metavar="WHERE", help=f"Train runs at the same time: {PLACES}.")]
+Force = Annotated[bool, Option("--force", help="Train on faulty data.")]
+Plot = Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")]
+
+
+@recipe_flags()
+def compare(
+    settings: dict[str, Any],
+    recipe: RecipeFile,
+    methods: Annotated[
+        str | None,
+        Option(help=f"Methods, as lora,ia3,full; or all (`slimtune methods`). Default: {METHODS}.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None, Option(help="Instead of methods: objectives on preference pairs, as dpo,ipo,simpo,orpo,sft.")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, help="Runs of each method: the recipe's seed and those after it.")] = 3,
+    tokens: Annotated[int | None, Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")] = None,
+    tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
+    trials: Annotated[int, Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
+    at_once: Annotated[int, Option(min=1, help="Seeds of a method that train at once, on one base in memory.")] = 1,
+    on: On = None,
+    out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
+    force: Force = False,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> Any:
+    """Train methods or tasks on the same rows with the same budget, and compare them.
+
+    --set changes a setting of the recipe (train.batch_size=4), of one method (dora.r=8) or of one task (dpo.beta=0.5).
+    If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
+    """
+    require_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
+    if methods is not None and tasks is not None:
+        raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
+    from ..core.config.recipe_loading import expand_short_sections, read_recipe_tree, set_field
+    from ..evaluation.charts import require_figure_path
+    from ..experiments.candidates import build_candidates, require_candidates, split_settings
+
+    place = None if on is None else parse_place(on)
+    if plot is not None:
+        plot = require_figure_path(plot)
+    names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
+    recipe_settings, method_settings = split_settings(settings.items())
+    tree = read_recipe_tree(recipe.expanduser())
+    require_candidates(names, method_settings, tasks=tasks is not None)
+    require_inputs(recipe, {"output_dir": "unused", **recipe_settings})
+    from ..experiments import comparison as comparison
+    from ..experiments.run_grid import build_grid
+
+    for path, value in recipe_settings.items():
+        set_field(tree, path, value)
+    tree = expand_short_sections(tree)
+    if tasks is not None and isinstance(data := tree.get("data"), dict):
+        data.setdefault("format", "preference")
+    if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
+        raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
+    candidates = build_candidates(names, tree, method_settings, tasks=tasks is not None)
+    if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
+        reason = "each method has its own default, or --tune searches it"
+        print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
+    folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
+    how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
+    how["at_once"] = at_once
+    grid = build_grid(tree, candidates, output_dir=folder.expanduser(), **how)
+    result = comparison.compare(grid, print_progress, plot=plot, place=place)
+    if not as_json:
+        _print_comparison(result)
+    return NegativeResult(result) if result["failed"] or not result["methods"] else result
+
+
+def _print_comparison(result: Mapping[str, Any]) -> None:
+    from ..experiments.comparison_report import describe_comparison_setup, format_terminal_row, list_columns, list_notes
+
+    screen = console()
+    screen.print(describe_comparison_setup(result))
+    rows = map(format_terminal_row, result["methods"])
+    columns = list_columns(result["methods"], terminal=True)
+    methods = table(*columns, left=[len(columns) - 1], rows=rows)
+    methods.padding = (0, 1, 0, 0)
+    if result["methods"]:
+        screen.print(methods)
+    for note in list_notes(result):
+        screen.print(note)
+    screen.print(f"\n{result['advice']}", style="bold")
+    screen.print(f"files in {result['output_dir']}: compare.json, table.md, compare.svg")
+
+
+@recipe_flags()
+def tune(
+    settings: dict[str, Any],
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str],
+        Option(metavar="PATH=RANGE", help="A setting to search: log:1e-5..1e-2, 0..0.2 or 8,16,32. Repeatable."),
+    ],
+    trials: Annotated[
+        int | None, Option(min=1, help=f"Trials at most. Default: {DEFAULT_TRIALS}, or no limit with --minutes.")
+    ] = None,
+    minutes: Annotated[float | None, Option(min=0, help="Minutes after which the search ends.")] = None,
+    at_once: Annotated[int, Option(min=1, help="Trials that train at once, on one base in memory.")] = 1,
+    on: On = None,
+    out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -tune.")] = None,
+    force: Force = False,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> Any:
+    """Search settings of a recipe for the lowest loss on its validation rows.
+
+    Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
+    If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
+    """
+    from ..core.config.field_errors import raise_errors
+    from ..core.config.recipe import apply_settings, find_errors
+    from ..core.config.recipe_loading import read_recipe_tree
+    from ..evaluation.charts import require_figure_path
+    from ..experiments.search_space import check_ranges, parse_ranges
+
+    ranges = parse_ranges(over)
+    require_packages("tune", "compare", TUNE_PACKAGES)
+    place = None if on is None else parse_place(on)
+    if plot is not None:
+        plot = require_figure_path(plot)
+    require_inputs(recipe, {"output_dir": "unused", **settings})
+    tree = {"output_dir": "runs/run", **apply_settings(read_recipe_tree(recipe.expanduser()), settings)}
+    raise_errors(find_errors(tree), str(recipe))
+    # Names and values that need no torch come first: a wrong one is answered at once.
+    check_ranges(ranges, lambda values: raise_errors(find_errors(apply_settings(tree, values)), "--over"))
+    folder = out if out is not None else Path(f"{tree['output_dir']}-tune")
+
+    from ..experiments.tuning import tune as search
+
+    limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
+    how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot, "place": place}
+    how["at_once"] = at_once
+    result = search(tree, ranges, folder.expanduser(), print_progress, **how)
+    if not as_json:
+        _print_search(result)
+    return result
+
+
+def _print_search(result: Mapping[str, Any]) -> None:
+    from ..experiments.tuning import describe_search, format_trials, list_search_notes, trial_columns
+
+    screen = console()
+    screen.print(describe_search(result))
+    rows = format_trials(result)
+    losses = [math.inf if t["loss"] is None else t["loss"] for t in result["trials"]]
+    by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
+    screen.print(table(*trial_columns(result), rows=by_loss[:SHOWN]))
+    if len(rows) > SHOWN:
+        screen.print(f"… and {len(rows) - SHOWN} more in table.md")
+    for note in list_search_notes(result):
+        screen.print(note)
+    screen.print(f"files in {result['output_dir']}: best.yaml, tune.json, table.md, tune.svg")
+    screen.print(f"next: slimtune train {result['best_recipe']}", soft_wrap=True)

@@ -1,0 +1,126 @@
+"""`slimtune data`: a report on training rows before any training."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.text import Text
+from typer import Argument, Option
+
+from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.formatting import escape_controls
+from ..errors import DataError
+from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
+from .input_checks import ROW_SETTINGS, require_base, require_rows
+from .options import recipe_flags
+
+STYLES = {
+    "error": ERROR, "errors": ERROR, "warning": WARNING, "warnings": WARNING, "not checked": WARNING,
+    "ok": f"bold {GOOD}",
+}  # fmt: skip
+BAR_WIDTH = 40
+SAMPLE_CHARACTERS = 480
+"""Characters of a sample on the screen, so that three samples leave room for the verdict; --json has more."""
+FEW_ROWS = 100
+"""Fewer answers get a note; docs/learn/data_that_works.md has the numbers to begin with."""
+REPORT_SETTINGS = (
+    "model.name", "model.revision", "model.trust_remote_code", "data.validation", *ROW_SETTINGS,
+    "train.batch_size",
+)  # fmt: skip
+"""The settings that change the report."""
+
+
+@recipe_flags(*REPORT_SETTINGS)
+def data_report(
+    file: Annotated[str, Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
+    settings: dict[str, Any],
+    html: Annotated[Path | None, Option(help="Write the report as an HTML page to this file.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Treat warnings as errors.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """Report on rows before any training.
+
+    Lengths, what contributes to the loss, and rows that are invalid, duplicated or broken. Exit code 1 if training
+    would refuse them. Without --model, only rows and columns are counted.
+    """
+    if html is not None:
+        html = require_output_file(html.expanduser())
+    for rows in (file, settings.get("data.validation")):
+        require_rows(rows, settings.get("data.format"))
+    if "model.name" in settings:
+        require_base(str(settings["model.name"]))
+    from ..core.config import load_recipe
+    from ..core.config.objective_registry import objective_class, objective_names
+    from ..evaluation.data_report.dataset_report import validate_file
+
+    unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
+    if named := settings.get("data.format"):  # a recipe refuses formats that its task does not take
+        unused["task.name"] = next((t for t in objective_names() if objective_class(t).takes_format(named)), "sft")
+    recipe = load_recipe(None, {**unused, **settings})
+    data, tokenizer, model = recipe.data, None, None
+    if "model.name" in settings or "model" in settings:
+        from ..core.training.setup import load_tokenizer_from_recipe
+
+        tokenizer, model = load_tokenizer_from_recipe(recipe), recipe.model.name
+    report = validate_file(
+        file,
+        tokenizer,
+        model=model,
+        format=data.format,
+        columns=data.columns,
+        ignore_columns=data.ignore_columns,
+        train_on=data.train_on,
+        max_seq_len=data.max_seq_len,
+        on_overlong=data.on_overlong,
+        rows_per_step=recipe.train.rows_per_step,
+        validation=data.validation,
+    )
+    if html is not None:
+        from ..evaluation.run_report import render_data_report
+
+        write_atomic(html, render_data_report(report))
+        print_progress(f"page: {html}")
+    if not as_json:
+        _print_report(report)
+    good = report["verdict"] == "ok" or (report["verdict"] != "errors" and not strict)
+    return report if good else NegativeResult(report)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
+    from ..evaluation.data_report.dataset_report import format_issue, format_verdict, report_facts
+
+    screen = console()
+    reader = f" for {report['model']}" if report["model"] is not None else ""
+    rows = "rows of an unknown format" if report["format"] == "unknown" else f"{report['format']} rows"
+    screen.print(f"{report['file']}: {rows}{reader}")
+    best = ", its best answer," if report["pairs"] is not None else ","
+    for sample in report["samples"]:
+        marks = "; supervised text is marked" * any(piece["supervised"] for piece in sample["pieces"])
+        screen.print(Text(f"\nline {sample['line']}{best} as the model reads it{marks}", "dim"))
+        text, left = Text(), SAMPLE_CHARACTERS
+        for piece in sample["pieces"]:
+            marked = piece["supervised"] and not screen.is_terminal
+            shown = escape_controls(piece["text"][:left]) + "…" * (0 < left < len(piece["text"]))
+            left = max(0, left - len(piece["text"]))
+            if shown:
+                text.append(f"⟦{shown}⟧" if marked else shown, f"{GOOD} underline" * piece["supervised"])
+        screen.print(text)
+    screen.print()
+    print_fields(report_facts(report))
+    histogram = report["lengths"]["histogram"]
+    most = max((bar["rows"] for bar in histogram), default=0)
+    for bar in histogram:
+        lengths = f"{bar['from']}–{bar['to']}"
+        screen.print(f"{lengths:>11} {'█' * -(-BAR_WIDTH * bar['rows'] // most)} {bar['rows'] or ''}")
+    for issue in report["issues"]:
+        severity = issue["severity"]
+        what = escape_controls(format_issue(issue))
+        screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + what)
+        if issue["hint"]:
+            screen.print(f"  hint: {issue['hint']}", soft_wrap=True)  # it may be a command to copy
+    is_few = report["rows"] < FEW_ROWS and report["verdict"] != "errors"
+    if is_few and report["format"] in ("chat", "instruction", "sharegpt", "prompt-completion"):
+        screen.print(f"\nnote: {report['rows']} rows are few; 100 to 500 are a start for a tone, more for a domain")
+    more = f"; more: slimtune explain {DataError.code}" if report["verdict"] == "errors" else ""
+    screen.print(Text(f"\n{format_verdict(report)}{more}", STYLES[report["verdict"]]))

@@ -1,0 +1,230 @@
+"""`slimtune generate` and `slimtune chat`: answers of the tuned model, or of base and tuned model side by side.
+
+`slimtune predict`: classes of new texts by a trained classifier, or rewards by a reward model.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.cells import cell_len
+from rich.text import Text
+from typer import Argument, Option
+
+from ..core.foundation.formatting import escape_controls
+from ..errors import DataError, UsageError, nearest
+from .common import Device, Json, Run, console, error_console, show_progress, table
+from .input_checks import require_rows, require_run
+
+MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
+SideBySide = Annotated[bool, Option("--side-by-side", help="Show the base's answer, too.")]
+System = Annotated[str | None, Option(help="System message.")]
+NAMES = ("/new", "/help", "/exit")
+COMMANDS = "/new starts over, /help shows this, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"
+PARTS = re.compile(rf"\n| *[{_WIDE}]| *[^ \n{_WIDE}]+| +")
+"""A line end, or a word with the spaces before it; a line may break beside every East Asian character."""
+Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    side_by_side: SideBySide = False,
+    system: System = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Answer one prompt."""
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    (turn,) = _converse(run, prompt, system, side_by_side, how, device, as_json)
+    del turn["user"]
+    return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
+
+
+def chat(
+    run: Run,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    side_by_side: SideBySide = False,
+    system: System = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Hold a conversation, one line at a time.
+
+    /new starts over, /help lists the commands, /exit or the end of the input (Ctrl-D) leaves, and Ctrl-C stops an
+    answer. A line that begins with // is sent with one slash.
+    """
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    turns = _converse(run, None, system, side_by_side, how, device, as_json)
+    return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
+
+
+def predict(
+    run: Run,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="A text.", show_default=False)] = None,
+    data: Annotated[Path | None, Option(help="Rows with a text or messages, in place of TEXT.")] = None,
+    out: Annotated[Path | None, Option(help="File for the rows of --data with their predictions, JSONL.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Predict the classes or rewards of new texts."""
+    if (text is None) == (data is None) or (data is None) != (out is None):
+        raise UsageError(
+            "predict takes a text, or --data and --out",
+            hint=f"slimtune predict {run} --data new.jsonl --out predicted.jsonl",
+        )
+    require_run(run)
+    require_rows(data)
+    from ..core.training.setup import load_run
+    from ..evaluation.predict import parse_input, predict, predict_file
+    from ..extras.row_formats import InvalidRow
+
+    if data is not None and out is not None:
+        with show_progress():
+            result = predict_file(run, data, out, device=device)
+        if not as_json:
+            counts = result["classes"]
+            rows = (
+                [("mean reward", f"{result['mean_reward']:.4f}")]
+                if counts is None
+                else [(k, str(n)) for k, n in counts.items()]
+            )
+            console().print(table(f"{result['rows']} rows in {out}", "", rows=rows))
+        return result
+    row = parse_input({"text": text})
+    if isinstance(row, InvalidRow):
+        raise DataError(f"the text {row.cause}", "a text")
+    (result,) = predict(load_run(run, device=device), [row])
+    if not as_json:
+        shares = result.get("probabilities") or {"reward": result["reward"]}
+        ordered = sorted(shares.items(), key=lambda item: -item[1])
+        console().print(table("", "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
+    return {"run": str(run), "text": text, **result}
+
+
+def _converse(
+    run: Path,
+    prompt: str | None,
+    system: str | None,
+    side_by_side: bool,
+    how: dict[str, Any],
+    device: str | None,
+    as_json: bool,
+) -> list[dict[str, str]]:
+    """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
+    require_run(run)
+    from ..generation.generator import Conversation, Generator
+
+    generator = Generator.open(run, device=device)
+    screen = console(stderr=as_json)
+    models = ("base", "tuned") if side_by_side else ("tuned",)
+    turns: list[dict[str, str]] = []
+    conversation = Conversation(generator, system)
+    if prompt is None:
+        _print_note(f"{generator.description}\n{COMMANDS}")
+    is_dialog = prompt is None and sys.stdin.isatty()
+    for line in [prompt] if prompt is not None else _read_lines():
+        if line is None:
+            conversation = Conversation(generator, system)
+            continue
+        turn = {"user": line}
+        for model in models:
+            label = f"{model}: " if side_by_side else ""
+            screen.print(label, style="bold", end="")
+            printer = AnswerPrinter(screen.file, len(label))
+            turn[model], problem = "", ""
+            try:
+                with contextlib.closing(conversation.stream(line, model, **how)) as pieces:
+                    for piece in pieces:
+                        turn[model] += piece
+                        printer.write(piece)
+            except (KeyboardInterrupt, UsageError) as error:
+                if prompt is not None or (isinstance(error, UsageError) and not is_dialog):
+                    raise
+                problem = str(error) or "(stopped)"
+            printer.close()
+            screen.print()
+            if problem:
+                _print_note(problem)
+            elif not turn[model].strip():
+                _print_note("(an empty answer: the model ended its turn at once)")
+            if problem:
+                break
+        turns.append(turn)
+    return turns
+
+
+def _read_lines() -> Iterator[str | None]:
+    """Yield the lines of the user that are not blank, None for /new; other commands are answered here."""
+    interrupted = False
+    while True:
+        try:
+            if sys.stdin.isatty():
+                error_console().print("you: ", style="bold", end="")
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if interrupted or not sys.stdin.isatty():
+                raise
+            interrupted = True
+            _print_note("\n/exit or Ctrl-D leaves, and so does Ctrl-C once more")
+            continue
+        interrupted, text = False, line.strip()
+        if not line or text in ("/exit", "/quit"):
+            return
+        if text == "/help":
+            _print_note(COMMANDS)
+        elif re.fullmatch(r"/[a-z]\w*", text) and text != "/new":
+            _print_note(f"there is no command {text}{nearest(text, NAMES)}\n{COMMANDS}")
+        elif text:
+            yield None if text == "/new" else text.removeprefix("/") if text.startswith("//") else text
+
+
+def _print_note(text: str) -> None:
+    error_console().print(Text(text, style="dim"))
+
+
+class AnswerPrinter:
+    """Prints pieces of text as they come; on a terminal no word breaks at its edge, and no escape sequence passes.
+
+    A word is printed when it is complete. In a pipe the text stays as it is.
+    """
+
+    def __init__(self, file: Any, column: int = 0, width: int | None = None) -> None:
+        self.file, self.column, self.pending = file, column, ""
+        self.width = width or (console().width if file.isatty() else None)
+
+    def write(self, piece: str) -> None:
+        if self.width is None:
+            self.file.write(piece)
+        else:
+            self.pending += escape_controls(piece.replace("\t", "    "))
+            *complete, self.pending = PARTS.findall(self.pending) or [""]
+            for part in complete:
+                self._write_part(part)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Print the last word."""
+        if self.pending:
+            self._write_part(self.pending)
+        self.pending = ""
+        self.file.flush()
+
+    def _write_part(self, part: str) -> None:
+        """Print a word with the spaces before it, or a line end."""
+        word = part.lstrip(" ")
+        if part != "\n" and self.column and self.column + cell_len(part) > (self.width or 0):
+            self.file.write("\n")
+            self.column, part = 0, word
+        self.file.write(part)
+        self.column = 0 if part == "\n" else self.column + cell_len(part)

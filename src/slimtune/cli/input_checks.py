@@ -1,0 +1,103 @@
+"""Checks of the names and files that a command gets, before torch is imported, which takes seconds."""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import SlimtuneError, UsageError, install_command
+
+ROW_SETTINGS = (
+    "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
+    "data.chat_template",
+)  # fmt: skip
+"""The settings that say how rows are read: commands that read rows have the same flags for them."""
+PACKAGES = {"multipart": "python-multipart"}
+"""Packages that have another name than their module."""
+
+
+def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
+    """Raise UsageError unless what a command imports is installed; nothing is imported.
+
+    Args:
+        command: its name.
+        extra: the extra of slimtune that brings the packages.
+        modules: what it imports of them.
+    """
+    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+        message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
+        raise UsageError(message, hint=install_command(extra))
+
+
+def require_inputs(
+    recipe: Path | None, settings: Mapping[str, Any], *, weights: bool = True, rows: bool = True
+) -> None:
+    """Raise unless base and rows of a recipe exist; settings that are wrong are named in the same message.
+
+    Args:
+        recipe: its file; None: `settings` have everything.
+        settings: overrides by dotted path.
+        weights: whether the base is loaded; a plan needs only its config.
+        rows: whether rows are read.
+    """
+    from ..core.config.field_errors import FieldError, raise_errors
+    from ..core.config.recipe import find_errors, find_missing_files
+    from ..core.config.recipe_loading import read_recipe_tree, resolve_paths, set_field
+
+    tree = read_recipe_tree(recipe.expanduser()) if recipe is not None else {}
+    for path, value in settings.items():
+        set_field(tree, path, value)
+    resolve_paths(tree)
+    data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
+    missing = find_missing_files(data) if rows else []
+    wrong_base = None
+    try:
+        if isinstance(name := model.get("name"), str) and name:
+            require_base(name, weights)
+    except SlimtuneError as error:
+        wrong_base = error
+    if missing or wrong_base is not None:
+        errors = [*find_errors(tree), *missing]
+        if wrong_base is not None and not errors:
+            raise wrong_base
+        if wrong_base is not None:
+            errors.append(FieldError("model.name", wrong_base.message, wrong_base.expected))
+        raise_errors(errors, str(recipe) if recipe is not None else "the flags")
+
+
+def require_base(name: str, weights: bool = True) -> None:
+    """Raise unless something has a base's name; with `weights`, unless it can have them."""
+    from ..core.models.model_source import find_known, resolve_model
+
+    if weights or not (os.path.exists(Path(name).expanduser()) or find_known(name)):
+        resolve_model(name)
+
+
+def require_run(path: Path) -> None:
+    """Raise unless there is a run, or an adapter folder, with an adapter whose base has not gone."""
+    from ..core.config.recipe_loading import read_recipe_tree
+    from ..core.foundation.files import read_json
+    from ..core.training.run_dir import RunDir, find_adapter_folder
+
+    if find_adapter_folder(path) != path:
+        model = read_recipe_tree(RunDir(path).recipe_file).get("model")
+        name = model.get("name") if isinstance(model, Mapping) else None
+    else:
+        file = path / "adapter_config.json"
+        name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    if isinstance(name, str) and name:
+        require_base(name)
+
+
+def require_rows(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
+    """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
+    from ..core.config.recipe_loading import read_recipe_tree
+    from ..core.data.row_files import find_parts
+    from ..core.training.run_dir import RunDir
+
+    if path is not None:
+        if run is not None and (recipe := RunDir(run).recipe_file).is_file():
+            data = read_recipe_tree(recipe).get("data")
+            format = data.get("format") if isinstance(data, Mapping) else None
+        find_parts(Path(path), format)

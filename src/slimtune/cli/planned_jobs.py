@@ -1,0 +1,216 @@
+"""The runs that `slimtune plan` and `slimtune gpus --for` plan: a base or a recipe, and flags.
+
+Each is the recipe that would train it, so that `slimtune train` runs what was planned, defaults included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typer import Argument
+
+from ..errors import SlimtuneError, UsageError
+from .common import print_progress
+from .input_checks import ROW_SETTINGS, require_inputs
+
+if TYPE_CHECKING:
+    from ..core.config import Recipe
+    from ..core.data.example_lengths import ExampleLength, RowContent
+    from ..core.models.base_config import ModelInfo
+    from ..planning.gpu_specs import Gpu
+    from ..planning.plan_result import Plan
+
+JOB_SETTINGS = (
+    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", *ROW_SETTINGS,
+    "task.name", "method.name", "train.epochs", "train.max_steps", "train.batch_size",
+    "train.gradient_accumulation_steps",
+    "train.max_tokens_per_micro_batch", "train.packing", "train.optimizer", "train.gradient_checkpointing",
+    "train.offload_activations", "train.mlp_tile_size", "train.fsdp",
+)  # fmt: skip
+"""The settings with a flag: those that change a plan. `--set` takes all."""
+
+JOB = Argument(
+    metavar="MODEL|RECIPE.yaml",
+    help="A base (alias, Hub id, folder or GGUF file), or a recipe; flags override it.",
+    show_default=False,
+)
+
+
+@dataclass(frozen=True)
+class RunsToPlan:
+    """The runs to plan, one for each method."""
+
+    recipes: dict[str, Recipe]  # by the method's name
+    errors: dict[str, SlimtuneError]  # why there is no recipe, by the method's name
+    model: ModelInfo
+    has_rows: bool  # whether training rows were given
+    lengths: list[ExampleLength]  # of every training example; empty if no rows were read
+    content: RowContent  # of the training examples, if rows were read
+    tokens: int | None  # of a whole run; None if no rows were read
+
+
+def find_recipe(job: str | None) -> Path | None:
+    """Return the recipe that an argument names: its file, or the run folder that it is in; None if it names a base."""
+    if job is None or job.endswith((".yaml", ".yml")):
+        return Path(job) if job is not None else None
+    file = Path(job, "recipe.yaml")
+    return file if os.path.isfile(file) else None
+
+
+def require_job(job: str, settings: Mapping[str, Any]) -> None:
+    """Raise for names and files that do not exist, before torch is imported; arguments as for `load_runs_to_plan`."""
+    recipe = find_recipe(job)
+    methods = _list_methods(recipe, settings)
+    base = {"model.name": job, "data.train": "rows.jsonl", "output_dir": "runs/planned"} if recipe is None else {}
+    has_rows = recipe is not None or "data.train" in settings
+    several = len(methods) > 1  # each gets the settings that it has
+    given = {p: v for p, v in settings.items() if not p.startswith("method" if several else "method.name")}
+    chosen = {} if methods[0] == _list_methods(recipe, {})[0] else {"method": {"name": methods[0]}}
+    require_inputs(recipe, {**base, **chosen, **given, "method.name": methods[0]}, weights=False, rows=has_rows)
+
+
+def load_run_to_plan(
+    job: str, settings: Mapping[str, Any], message: str = "several methods are given", hint: str = "--method lora"
+) -> RunsToPlan:
+    """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
+    require_job(job, settings)
+    jobs = load_runs_to_plan(job, settings)
+    if len(jobs.recipes) > 1 or jobs.errors:
+        raise UsageError(message, "one run", hint)
+    return jobs
+
+
+def load_runs_to_plan(
+    model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned"
+) -> RunsToPlan:
+    """Return the runs that an argument and flags describe.
+
+    Args:
+        model_or_recipe: a base, or a recipe's file.
+        settings: overrides by dotted path; `method.name` may name several methods, or "all".
+        output_dir: the run folder of a base's recipe.
+    """
+    from ..core.config import load_recipe
+    from ..core.config.method_settings import accepted_names
+    from ..core.data.example_lengths import ALL_SUPERVISED, count_row_tokens
+    from ..core.models.base_config import get_model_info
+
+    path = find_recipe(model_or_recipe)
+    methods = _list_methods(path, settings)
+    own_method = _list_methods(path, {})[0]
+    settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
+
+    # A plan needs no rows and no run folder, but a complete recipe does.
+    base = (
+        {}
+        if path is not None
+        else {"model.name": model_or_recipe, "data.train": "rows.jsonl", "output_dir": output_dir}
+    )
+    accepted = {method: set(accepted_names(method)) for method in methods}
+    recipes: dict[str, Recipe] = {}
+    errors: dict[str, SlimtuneError] = {}
+    for method in methods:
+        # A setting goes to the methods that have it; one that none has goes to all, whose errors name it.
+        others = set().union(*accepted.values()) - accepted[method]
+        own = {p: v for p, v in settings.items() if not (p.startswith("method.") and p.split(".")[1] in others)}
+        chosen = {} if method == own_method else {"method": {"name": method}}  # a file's settings are its own method's
+        try:
+            recipes[method] = load_recipe(path, {**base, **chosen, "method.name": method, **own})
+        except UsageError as e:
+            errors[method] = e
+    if not recipes:
+        raise errors[methods[0]]
+
+    recipe = next(iter(recipes.values()))
+    has_rows = path is not None or "data.train" in settings
+    if has_rows:
+        recipe.require_files()
+    m, t = recipe.model, recipe.train
+    model = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+    lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
+    epochs = t.epochs
+    if t.max_steps is not None:
+        epochs = t.max_steps * t.rows_per_step / max(len(lengths), 1)
+    tokens = sum(n for length in lengths for n in count_row_tokens(length))
+    return RunsToPlan(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
+
+
+def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
+    """Return the methods that flags name, or else the recipe; they exist."""
+    from ..core.adapters.method_registry import method_names, require_method
+    from ..core.config.recipe_loading import read_recipe_tree
+
+    section = (read_recipe_tree(recipe) if recipe is not None else {}).get("method")
+    own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
+    text = str(settings.get("method.name", settings.get("method", own_method)))
+    named = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not named:
+        raise UsageError("--method names none", "methods as lora,ia3, or all")
+    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
+    return list(dict.fromkeys(map(require_method, expanded)))
+
+
+def make_plans(
+    jobs: RunsToPlan, gpu: Gpu, *, advise: bool = True, processes: int = 1
+) -> tuple[list[Plan], dict[str, SlimtuneError]]:
+    """Return the plan of every run on a GPU, for one of `processes` that train together, and why others have none.
+
+    Changes that save memory are only looked for if there is a single run and `advise` is true.
+    """
+    from ..planning.plan_request import build_request
+    from ..planning.planner import make_plan
+
+    plans: list[Plan] = []
+    errors = dict(jobs.errors)
+    for method, recipe in jobs.recipes.items():
+        request = build_request(recipe, gpu, jobs.lengths, processes, jobs.content)
+        print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
+        try:
+            plans.append(make_plan(request, advise=advise and len(jobs.recipes) == 1))
+        except SlimtuneError as e:
+            errors[method] = e
+    if not plans:
+        raise next(errors[method] for method in jobs.recipes)
+    return plans, errors
+
+
+def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength], RowContent]:
+    """Return the lengths and the content of the training examples.
+
+    There are none if the tokenizer is not on this disk: nothing is downloaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from ..core.data.example_lengths import ALL_SUPERVISED
+    from ..core.models.model_source import resolve_model
+    from ..core.training.setup import load_datasets, load_tokenizer_from_recipe
+    from ..evaluation.data_report.dataset_report import format_verdict
+
+    try:
+        source = resolve_model(model.spec)
+        on_disk = source.kind != "hub" or isinstance(try_to_load_from_cache(source.path, "tokenizer_config.json"), str)
+    except SlimtuneError:
+        on_disk = False  # only a config.json
+    if not on_disk:
+        taken = f"every row is taken to have {recipe.data.max_seq_len} tokens"
+        print_progress(f"rows are not read, the tokenizer of {model.spec} is not on this disk: {taken}")
+        return [], ALL_SUPERVISED
+    # A plan knows more names of bases than training does: `spec` is where the weights are.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
+    datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
+    print_progress(f"rows: {datasets.train_report.text()}")
+    for report in datasets.data_reports.values():
+        if report is not None and report["verdict"] == "errors":
+            why = f"{format_verdict(report)} (slimtune data shows them)"
+            print_progress(f"training will refuse {report['file']}: {why}")
+    return datasets.train.example_lengths, datasets.train.content
+
+
+def plan_key(gpu: Gpu, jobs: RunsToPlan) -> tuple[str, bool]:
+    """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
+    (recipe,) = jobs.recipes.values()
+    return gpu.device, gpu.bf16 or recipe.model.dtype != "auto"

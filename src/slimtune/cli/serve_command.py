@@ -1,0 +1,99 @@
+"""`slimtune serve`: an OpenAI-compatible server for runs and their base."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from ..core.foundation.formatting import format_bytes
+from ..errors import UsageError, format_names, nearest
+from .common import WARNING, Device, Json, console, error_console, print_progress, show_progress
+from .export_command import print_verdicts
+from .input_checks import require_packages, require_run
+
+ENGINES = ("torch", "llama.cpp", "vllm")
+
+
+def serve_runs(
+    runs: Annotated[
+        list[str],
+        Argument(metavar="RUN", help="Runs or adapter folders of one base; NAME=RUN names one.", show_default=False),
+    ],
+    host: Annotated[
+        str, Option(help="Address to listen at; any but this machine's own needs --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, Option(help="Key that clients must send.", envvar="SLIMTUNE_API_KEY", show_default=False)
+    ] = None,
+    max_batch: Annotated[int, Option(min=1, help="Most answers at the same time.")] = 16,
+    max_waiting: Annotated[int, Option(min=1, help="Most answers that wait.")] = 256,
+    max_length: Annotated[int, Option(min=2, help="Most tokens of a prompt and its answer together.")] = 4096,
+    timeout: Annotated[float, Option(min=1, help="Seconds until an answer that is not finished ends.")] = 600,
+    device: Device = None,
+    engine: Annotated[str, Option(help="What computes the answers: torch, llama.cpp.")] = "torch",
+    precision: Annotated[
+        str | None,
+        Option(help="llama.cpp: f32, f16, bf16, q8_0, Q4_K_M …; by default that of a base's GGUF, or f16."),
+    ] = None,
+    no_verify: Annotated[
+        bool, Option("--no-verify", help="llama.cpp: do not compare it with the adapters at the start.")
+    ] = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Serve runs and their base to OpenAI's clients."""
+    _require_engine(engine, runs)
+    if engine == "torch" and (precision is not None or no_verify):
+        raise UsageError("--precision and --no-verify have no effect with --engine torch", hint="leave them out")
+    require_packages("serve", "serve", ("starlette", "uvicorn"))
+    if engine == "llama.cpp":
+        require_packages("serve --engine llama.cpp", "export-check", ("xllamacpp", "gguf"))
+    from ..serving.served_models import name_runs
+
+    for path in name_runs(runs).values():
+        require_run(path)
+    from ..serving.model_server import ModelServer, ServeSettings
+
+    served: Any = engine
+    settings = ServeSettings(
+        host=host, port=port, api_key=api_key, device=device, max_batch=max_batch, max_waiting=max_waiting,
+        max_length=max_length, timeout=timeout, engine=served, precision=precision, verify=not no_verify,
+    )  # fmt: skip
+    with show_progress():
+        server = ModelServer(runs, settings, print_progress)
+    screen = console(stderr=as_json)
+    if server.checks and not as_json:
+        print_verdicts([asdict(check) for check in server.checks])
+    if engine == "llama.cpp":
+        not_proven = [f"{c.engine}: {c.reason}" for c in server.checks if c.passed is None]
+        for reason in not_proven or ["the check was left out (--no-verify)"] * no_verify:
+            error_console().print(f"NOT PROVEN: {reason}", style=f"bold {WARNING}")
+    screen.print(f"serving at {server.url}", style="bold")
+    for model in server.models:
+        notes = ["the base"] if model.parent is None else []
+        notes += ["shares no batch with others"] if model in server.unshared else []
+        screen.print(f"  {model.name}" + (f"  ({', '.join(notes)})" if notes else ""))
+    longest = max(model.max_length for model in server.models)
+    cache = "at most " if engine == "torch" else ""
+    screen.print(
+        f"{max_batch} answers at the same time, of {longest:,} tokens with their prompts: "
+        f"{cache}{format_bytes(server.cache_bytes)} of keys and values"
+    )
+    screen.print("Ctrl-C ends it")
+    result = server.run()
+    if not as_json:
+        screen.print(f"ended after {result['answers']} answers with {result['tokens']:,} tokens")
+    return {**result, "engine": engine, "checks": [asdict(check) for check in server.checks]}
+
+
+def _require_engine(engine: str, runs: Sequence[str]) -> None:
+    """Raise UsageError unless slimtune serves with an engine; for vLLM it says which commands do."""
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}", format_names(ENGINES[:2]))
+    if engine == "vllm":
+        names = (shlex.quote(run.partition("=")[2] or run) for run in runs)
+        exports = "; ".join(f"slimtune export {name} --to vllm --out FOLDER" for name in names)
+        hint = f"{exports}; each prints the command that starts vLLM with the adapter"
+        raise UsageError("vLLM is a server of its own, which slimtune does not start", "torch or llama.cpp", hint)

@@ -1,0 +1,145 @@
+"""`slimtune train`: train an adapter as a recipe, flags, or both say."""
+
+import logging
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Exit, Option
+
+from ..core.foundation.formatting import format_bytes, format_count, format_duration
+from ..errors import ModelError, RunError, UsageError
+from .common import WARNING, Json, console, error_console, print_fields, print_progress
+from .input_checks import require_inputs
+from .options import recipe_flags
+from .planned_jobs import JOB, find_recipe
+
+
+@recipe_flags("model", "data", "task", "method", "train", "output_dir")
+def train_run(
+    settings: dict[str, Any],
+    job: Annotated[str | None, JOB] = None,
+    force: Annotated[
+        bool, Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")
+    ] = False,
+    gpu: Annotated[
+        str | None, Option(metavar="TEXT", help="The GPU that was planned for; an error if this machine has another.")
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
+    init_adapter: Annotated[
+        Path | None, Option("--init-adapter", metavar="ADAPTER", help="Start from this adapter's weights.")
+    ] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Train an adapter on your rows.
+
+    RECIPE.yaml has the settings, or flags alone do (a base, --data and --out are needed), or both: flags override.
+    """
+    if resume and init_adapter is not None:
+        expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
+        raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
+    if os.environ.get("RANK", "0") != "0":  # with several processes only the first one reports
+        from transformers.utils.logging import disable_progress_bar
+
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+        disable_progress_bar()
+    from ..core.config import load_recipe
+    from ..core.training.run_dir import RunDir, find_adapter_folder
+    from ..planning.gpu_specs import find_gpu
+
+    recipe = find_recipe(job)
+    if job is not None and recipe is None:
+        if "model.name" in settings:
+            raise UsageError(f"{job!r} and --model are both given", "one base, or a recipe and --model to override its")
+        settings["model.name"] = job
+    if resume and recipe is None and "model.name" not in settings and "output_dir" in settings:
+        recipe = Path(str(settings["output_dir"])) / "recipe.yaml"
+    if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
+        settings.setdefault("output_dir", str(recipe.parent))  # the run is where its own recipe is
+    require_inputs(recipe, settings)
+    if init_adapter is not None:
+        find_adapter_folder(init_adapter)
+    if gpu is not None:
+        find_gpu(gpu)
+    loaded = load_recipe(recipe, settings)
+    if not resume:
+        RunDir.require_free(loaded.output_dir)  # before the base is loaded
+
+    from ..core.foundation import distributed
+    from ..core.training.train import train
+    from ..planning.this_machine import require_gpu
+
+    if gpu is not None:
+        require_gpu(gpu, loaded.model.device)
+
+    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_planner(force), force=force)
+    if not distributed.is_main_process():
+        raise Exit
+    if not as_json:
+        _print_result(result, loaded)
+    return dict(result)
+
+
+def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
+    """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
+
+    def plan_run(recipe: Any, lengths: Any, content: Any) -> dict[str, Any] | None:
+        from ..core.foundation import distributed
+        from ..planning.plan_request import build_request
+        from ..planning.planner import make_plan
+        from ..planning.this_machine import detect_gpu
+
+        try:
+            request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content)
+            plan = make_plan(request, advise=not force)
+        except ModelError as e:
+            text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
+            error_console().print(text, style=WARNING)
+            return None
+        print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
+        if plan.verdict == "does not fit" and not force:
+            advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
+            raise RunError(f"this run does not fit: {plan.reason}", advice, "change it so, or --force to try anyway")
+        return plan.to_dict()
+
+    return plan_run
+
+
+def _describe_forgetting(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    reduced = f"; strength reduced to {found['strength']:.3f}" if found["strength"] < 1 else ""
+    return f"{found['change']:.4f} nats per token of general text (budget {found['budget']:g}{reduced})"
+
+
+def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
+    def loss(name: str, of: str) -> str:
+        return "not measured" if result.get(name) is None else f"{result[name]:.4f} ({of})"
+
+    percent = 100 * result["trainable_params"] / max(result["total_params"], 1)
+    seconds = [(name, result.get(f"{name}_seconds") or 0.0) for name in ("load", "prepare")]
+    skipped = f" ({n} skipped: NaN or Inf)" if (n := result["skipped_steps"]) else ""
+    print_fields([
+        ("steps", f"{result['steps']}{skipped}"),
+        ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
+        ("training loss", loss("train_loss", "mean over the last tenth of the steps")),
+        ("validation loss", loss("validation_loss", f"step {result['best_step']}, whose adapter is kept")),
+        *([("forgetting", text)] if (text := _describe_forgetting(result.get("forgetting"))) else []),
+        ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),
+        ("adapter", format_bytes(result["adapter_bytes"])),
+        ("peak memory", format_bytes(result["peak_bytes"])),
+        *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
+    ])  # fmt: skip
+    from ..core.config.recipe import MIN_EVAL_ROWS
+
+    run, split, held_out = shlex.quote(result["run"]), recipe.eval_split(), result.get("held_out_rows")
+    if held_out is not None and held_out < MIN_EVAL_ROWS:
+        split = None
+    rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]
+    console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
+    chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
+    console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

@@ -1,0 +1,187 @@
+"""PEFT's names and the modules that its users import them from.
+
+`slimtune.X` is a name of `PUBLIC`. `slimtune.tuners.lora.layer`, `slimtune.utils.other` and PEFT's other paths are
+modules without a file: each one gives every name of `PUBLIC` and `INNER`, because PEFT moves names between its modules
+from release to release. All names are lazy: nothing here imports torch.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import nearest
+
+PUBLIC = {
+    "compat.auto_models": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    ),
+    "core.adapters.peft_config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
+    "extras.lora_conversion": ("convert_to_lora", "save_as_lora"),
+    "extras.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+    "core.adapters.peft_model": (
+        "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification", "find_modules_without_gradient", "get_peft_model",
+    ),
+    "extras.lora_optimizers": ("create_loraplus_optimizer", "parameter_groups"),
+    "core.adapters.prompt": ("PromptLearningConfig",),
+    "core.adapters.quantized_layers": ("prepare_model_for_kbit_training",),
+    "core.adapters.state_dict": (
+        "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ),
+    "compat.adapter_status": ("get_layer_status", "get_model_status"),
+    "compat.tuner_models": (
+        "AdaLoraModel", "AdaptionPromptModel", "HiraModel", "IA3Model", "LNTuningModel", "LoHaModel", "LoKrModel",
+        "LoraModel", "MissModel", "OFTModel", "ShiraModel", "TrainableTokensModel", "VeraModel",
+        "inject_adapter_in_model",
+    ),
+    "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
+    "compat.helpers": ("find_kappa_target_modules",),
+    "compat.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
+    ),
+    "methods.lora": ("LoraRuntimeConfig",),
+    "methods.lora.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "methods.lora.loraga": ("LoraGAConfig", "preprocess_loraga"),
+    "methods.lora.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderReparameterizationType"),
+    "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
+    "methods.prompt_tuning": ("PromptTuningInit",),
+    "core.training.setup": ("load_run",),
+    "compat.utility_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
+}  # fmt: skip
+INNER = {
+    "core.adapters.peft_config": ("_get_commit_hash",),
+    "extras.alora_invocation": ("calculate_alora_offsets",),
+    "extras.lora_optimizers": ("create_lorafa_optimizer",),
+    "compat.tuner_layers": (
+        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend",
+        "BufferDict", "HiraLayer", "IA3Layer", "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer",
+        "MissLayer", "ModulesToSaveWrapper", "OFTLayer", "ParamWrapper", "ShiraLayer", "TrainableTokensLayer",
+        "TrainableTokensWrapper", "VeraLayer",
+    ),
+    "compat.adapter_status": ("TunerLayerStatus", "TunerModelStatus"),
+    "core.adapters.targets": (
+        "_find_minimal_target_modules", "_get_module_names_tied_with_embedding", "_maybe_include_all_linear_layers",
+        "check_target_module_exists", "inspect_matched_modules",
+    ),
+    "compat.tuner_models": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
+    "compat.mapping": (
+        "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "PEFT_TYPE_TO_PREFIX_MAPPING", "SAFETENSORS_WEIGHTS_NAME",
+        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
+    ),
+    "compat.helpers": (
+        "KappaTuneSelector", "check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale",
+        "update_forward_signature", "update_generate_signature", "update_signature",
+    ),
+    "compat.import_utils": (
+        "is_aqlm_available", "is_bnb_4bit_available", "is_bnb_available", "is_diffusers_available", "is_eetq_available",
+        "is_gptqmodel_available", "is_hqq_available", "is_optimum_available", "is_te_available", "is_torchao_available",
+        "is_torchao_ge_v0_18_0", "is_transformers_ge_v5", "is_transformers_ge_v5_1_0", "is_transformers_ge_v5_4_0",
+        "is_transformers_ge_v5_6_0", "is_transformers_ge_v5_13_0", "is_transformers_ge_v5_17_0", "is_xpu_available",
+    ),
+    "methods.lora.alora": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
+    "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
+    "methods.lora.dora": ("DoraCaching",),
+    "methods.lora.intruders": ("reduce_intruder_dimension",),
+    "compat.utility_functions": (
+        "DUMMY_MODEL_CONFIG", "MIN_TARGET_MODULES_FOR_OPTIMIZATION", "WEIGHTS_NAME",
+        "_get_submodules", "id_tensor_storage", "infer_device", "init_empty_weights", "skip_init_on_device",
+        "transpose",
+    ),
+}  # fmt: skip
+HOMES = {name: home for table in (PUBLIC, INNER) for home, names in table.items() for name in names}
+_LAYER_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "MultiheadAttention")
+_TUNERS = (
+    "adalora", "adaption_prompt", "hira", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "p_tuning",
+    "prefix_tuning", "prompt_tuning", "shira", "trainable_tokens", "vera",
+)  # fmt: skip
+_TUNER_PARTS = (
+    "bnb", "config", "conversion", "corda", "dora", "eva", "intruders", "layer", "loraga", "model", "variants",
+)  # fmt: skip
+MODULES = {
+    "auto", "config", "functional", "helpers", "import_utils", "mapping", "mapping_func", "mixed_model", "optimizers",
+    "optimizers.lorafa", "optimizers.loraplus", "peft_model", "tuners", "tuners._buffer_dict", "tuners.lycoris_utils",
+    "tuners.mixed", "tuners.tuners_utils", "utils", "utils.constants", "utils.error",
+    "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils",
+    "utils.other", "utils.peft_types", "utils.quantization_utils", "utils.save_and_load", "utils.warning",
+    *(f"tuners.{tuner}" for tuner in _TUNERS),
+    *(f"tuners.{tuner}.{part}" for tuner in _TUNERS for part in _TUNER_PARTS),
+}  # fmt: skip
+"""PEFT's modules. None has a file under its name here."""
+
+
+def add_public_names(names: dict[str, str]) -> None:
+    """Add names with their modules, such as the config classes of the methods."""
+    HOMES.update(names)
+
+
+def find_name(module: str, name: str) -> Any:
+    """Return `slimtune.a.b.name`, where `module` is `slimtune.a.b`.
+
+    Raises:
+        AttributeError: there is no such name; it gives the nearest one.
+    """
+    package = __name__.partition(".")[0]
+    inner = module.removeprefix(package).lstrip(".")
+    path = f"{inner}.{name}".lstrip(".")
+    if path in MODULES:
+        return importlib.import_module(f"{package}.{path}")
+    tuner = inner.split(".")[1:2]
+    if inner.startswith("tuners.") and name in _LAYER_TYPES:
+        return importlib.import_module(f"{package}.compat.mapping").find_layer_class(tuner[0], name)
+    if HOMES.get(name, inner) == inner:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, HOMES)}")
+    return getattr(importlib.import_module(f"{package}.{HOMES[name]}"), name)
+
+
+def make_getattr(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that gives PEFT's names."""
+    return lambda name: find_name(module, name)
+
+
+class _NamesModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return find_name(self.__name__, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted(HOMES)
+
+
+class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        package, _, inner = fullname.partition(".")
+        if package != __name__.partition(".")[0]:
+            return None
+        if inner in MODULES:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        parent, _, name = inner.rpartition(".")
+        if parent in {"", *MODULES} and name[0] != "_":
+            # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
+            names = [*HOMES, *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent)]
+            where = f"{package}.{parent}".rstrip(".")
+            raise ImportError(f"cannot import name {name!r} from {where!r}{nearest(name, names)}", name=fullname)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _NamesModule(spec.name, "PEFT's names, under the path of one of PEFT's modules.")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+sys.meta_path.append(_ModuleFinder())  # last: a module with a file is imported from it

@@ -1,0 +1,360 @@
+"""The adapted layer: one class for every kind of base module and every method.
+
+**Class swap.** Attaching an adapter changes the class of a module, not the module. `q_proj` stays the same object with
+the same parameters under the same names; its class becomes a subclass of its old class, created here, whose forward
+runs the active adapter modules around the old forward. (PyTorch does the same in `parametrize` and FSDP2.) Removing
+the last adapter sets the old class again. Therefore tied heads, references to `q_proj`, `q_proj.weight`, checkpoints of
+the base and `isinstance(q_proj, nn.Linear)` keep working, and the base comes back bit for bit.
+
+In addition to its own parameters, an adapted module contains, by adapter name:
+
+    `adapters.<name>`          the method's adapter module
+    `modules_to_save.<name>`   the adapter's own copy of some of the module's parameters (also of biases)
+
+The subclass turns each parameter (`weight`, `bias`) and stored buffer into a property: it returns the active adapter's
+trained copy if there is one, else the base's own. A weight that PyTorch reads without calling the module (those of
+nn.MultiheadAttention) contains the updates of the active adapters. All adapted modules of a model share one
+`ActiveAdapters`, so switching adapters costs the same no matter how many are loaded.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compat.tuner_layers import PeftNames
+from ...errors import MixedBatchError, TargetError
+from ..attention.learned_prefix import make_prefix_config_view
+from ..kernels.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
+from ..kernels.lora_linear import add_low_rank_rows
+from .active_adapters import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, ActiveAdapters, AdaptedModule
+from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
+from .architectures import text_config
+from .generated_classes import PickledByRecipe
+
+
+def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
+    """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
+    module = model.get_submodule(name)
+    if layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
+        in_features, out_features = layer_sizes(module)
+        weight: Any = module._parameters[parameter_names(module)[0]]
+    else:
+        in_features = out_features = getattr(text_config(model), "hidden_size", 0)
+        weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
+    device = weight.device if device is None else torch.device(device)
+    loading = loading or device.type == "meta"  # meta tensors have no values to initialise from
+    return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
+
+
+class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
+    """Mixed into the class of an adapted module; see the top of this file."""
+
+    def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the base module's forward `base` with the active adapter modules around it."""
+        active = self.active_state
+        if self.original_parameters is not None or not (active.names or active.row_adapters):
+            return base(*args, **kwargs)
+        if layer_kind(self) == "weight":
+            return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
+        if layer_kind(self) is not None and not args:
+            args = (kwargs.pop(next(iter(kwargs))),)
+        if active.packed_runs is not None:
+            return active.packed_runs.run_layer(self, base, args[0])
+        if active.row_adapters is not None:
+            return self._run_mixed_rows(base, args, kwargs)
+        adapters: Any = self._modules["adapters"]
+        names = [n for n in active.names if n in adapters]
+        modules: list[Any] = [adapters[n] for n in names]
+        if not modules:
+            return base(*args, **kwargs)
+
+        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+            for i, (name, module) in enumerate(zip(names, modules, strict=True)):
+                tokens = self._find_changed_tokens(name, module, args)
+                run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]), **tokens)
+            return run
+
+        return self._run_nested(nest, base, args, kwargs)
+
+    def _run_nested(self, nest: Callable[[Any], Any], base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run nested adapter modules; for an embedding that returns `scale · W[x]` they see the unscaled `W[x]`."""
+        module: Any = self
+        scale = getattr(self, "embed_scale", None) if isinstance(self, nn.Embedding) else None
+        if scale is None:
+            return nest(base)(*args, **kwargs)
+        rows = nn.functional.embedding(args[0], module.weight)
+        adapted = nest(lambda x: nn.functional.embedding(x, module.weight))(*args)
+        return base(*args, **kwargs) + (adapted - rows) * scale
+
+    def _run_mixed_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        cached = self.active_state.get_cached_factors(self, x)
+        if cached is not None:
+            return add_low_rank_rows(base(*args, **kwargs), x, *cached)
+        masks = self.active_state.get_row_masks(x.shape[0], x.device)
+        copies = self.trained_copies
+        # A module that has nothing but children has a copy without tensors.
+        own = {n: [*copies[n].parameters(), *copies[n].buffers()] for n in masks if n in copies}
+        with_copies = {n: rows for n, rows in masks.items() if own.get(n)}
+        modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
+        plain_base = base
+        if with_copies:
+            base = partial(self._run_trained_copies, plain_base, with_copies)
+        if not modules:
+            return base(*args, **kwargs)
+        inner = (m for module in modules.values() if module.training for m in module.modules())
+        drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
+        if layer_kind(self) == "linear" and not with_copies and not drops_inputs:
+            factors = {n: m.low_rank_factors() for n, m in modules.items()}
+            if all(f is not None for f in factors.values()):
+                stacked = self.active_state.stack_row_factors(self, x, factors)
+                return add_low_rank_rows(base(*args, **kwargs), x, *stacked)
+
+        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+            plain = BaseForward(self, plain_base if run is base else run)
+            for name, module in modules.items():
+                tokens = self._find_changed_tokens(name, module, args)
+                run = partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name], **tokens)
+            return run
+
+        return self._run_nested(nest, base, args, kwargs)
+
+    def _find_changed_tokens(self, adapter: str, module: Any, args: tuple) -> dict[str, Tensor]:
+        if not module.takes_tokens:
+            return {}
+        return {"tokens": self.active_state.get_token_indices(adapter, args[0], module.site_name)}
+
+    def _run_rows(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._use_copies(name):
+            return module.forward_batch_rows(*args, **kwargs)
+
+    def _run_trained_copies(self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kw: Any) -> Any:
+        with self._use_copies(None):
+            y = base(x, **kw)
+        if not isinstance(y, Tensor):
+            # PEFT's words come first.
+            supported = "the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d"
+            message = f"Mixed batching is only supported for {supported}, and others whose output is one tensor"
+            raise MixedBatchError(f"{message}, not for a {type(self).__name__}")
+        for name, rows in masks.items():
+            with self._use_copies(name):
+                y = y.index_put((rows,), base(x[rows], **kw))
+        return y
+
+    @contextmanager
+    def _use_copies(self, adapter: str | None) -> Iterator[None]:
+        """Inside the `with`, the module's parameters are this adapter's trained copies, where it has any."""
+        before, self.__dict__["current_copy"] = self.current_copy, adapter
+        try:
+            yield
+        finally:
+            self.__dict__["current_copy"] = before
+
+    def __delattr__(self, name: str) -> None:
+        # FSDP1 deletes a parameter before it sets a view of its flat parameter in its place, and in a forward pass it
+        # puts the view among the parameters, too.
+        plain = self.__dict__.pop(f"_plain_{name}", None)
+        if plain is None or name in self._parameters:
+            super().__delattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Parameters that a merge replaced must follow the model to another device or dtype.
+        self.active_state.clear_stacked_factors()
+        for parameter in (self.original_parameters or {}).values():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
+
+
+# --- adding and removing adapters -----------------------------------------------------------------------------------
+
+
+def make_adapted(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayer:
+    """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged.
+
+    As in PEFT, layers that different methods adapt first have different classes.
+    """
+    if isinstance(module, AdaptedLayer):
+        return module
+    base: Any = type(module)
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
+        raise TargetError(message, hint="attach the adapter before the forward is replaced")
+    if not can_have_adapters(module):
+        message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
+        raise TargetError(message, hint="name the modules inside it")
+    names = (*module._parameters, *stored_buffer_names(module))
+    _set_class(module, _make_adapted_class(base, names, "config" in vars(module), method))
+    assert isinstance(module, AdaptedLayer)
+    module._modules["adapters"] = nn.ModuleDict()
+    # Bypasses nn.Module.__setattr__, which would register parameters.
+    module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
+    return module
+
+
+def can_have_adapters(module: nn.Module) -> bool:
+    """Return whether a module can have the children of an adapted module: a list of modules runs all it has."""
+    has_children = hasattr(type(module), "adapters") or {*ADDED_CHILDREN} & {*vars(module), *module._modules}
+    is_list = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return isinstance(module, AdaptedLayer) or not (is_list or has_children)
+
+
+def restore_base_class(module: AdaptedLayer) -> None:
+    """Set the module's own class again and drop all adapters; merged weights stay merged."""
+    for name in ADDED_CHILDREN:
+        module._modules.pop(name, None)
+    for name in (*ADAPTED_ATTRIBUTES, "_prefix_config"):
+        module.__dict__.pop(name, None)
+    _set_class(module, type(module).__bases__[1])
+
+
+def copy_parameters(
+    module: AdaptedLayer, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
+) -> None:
+    """Give an adapter its own copy of the module's parameters and buffers `names`; parameters are trainable.
+
+    With `autocast`, copies of 16-bit parameters are fp32. `tied` holds the adapter's copies so far, by `id` of the
+    base's parameter: parameters that are tied in the base share one. None: each copy is separate.
+    """
+    copies = nn.Module()
+    copies._parameters.update({n: None for n, p in module._parameters.items() if p is None})
+    for name in names:
+        own = module._buffers if name in module._buffers else module._parameters
+        base = (module.original_parameters or {}).get(name, own[name])
+        assert base is not None
+        if own is module._buffers:
+            copies.register_buffer(name, base.detach().clone())
+            continue
+        if base.is_meta and getattr(module, "_hf_hook", None) is not None:
+            message = f"the {name} of a {type(module).__name__} is offloaded, so it cannot be copied for training"
+            raise TargetError(message, hint="leave it out of modules_to_save, or keep it on a device in the device_map")
+        copy = None if tied is None else tied.get(id(base))
+        if copy is None:
+            copy = nn.Parameter(base.detach().to(_trained_dtype(base.dtype, autocast), copy=True))
+        if tied is not None:
+            tied[id(base)] = copy
+        copies.register_parameter(name, copy)
+    # Not set as an attribute: a whole model has PeftModel's `modules_to_save`.
+    table: Any = module._modules.setdefault("modules_to_save", nn.ModuleDict())
+    table[adapter] = copies
+
+
+def remove_adapter(module: AdaptedLayer, adapter: str) -> None:
+    """Drop one adapter; without any adapter left, the module gets its own class back."""
+    for table in (module.adapters, module.trained_copies):
+        if adapter in table:
+            del table[adapter]
+    if not module.adapters and not module.trained_copies:
+        restore_base_class(module)
+
+
+def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
+    """Rename one adapter."""
+    for table in (module.adapters, module.trained_copies):
+        if old in table:
+            table[new] = table.pop(old)
+
+
+# --- the adapted class ----------------------------------------------------------------------------------------------
+
+
+def _trained_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        # accelerate's hooks (device_map, offload) saved the bound forward of the old class.
+        module.__dict__["_old_forward"] = cls.forward.__get__(module)
+
+
+@cache
+def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool, method: str) -> type[AdaptedLayer]:
+    """Return the adapted subclass of `base`; it has the name and the forward signature of `base`."""
+
+    # transformers reads the signature to find out which dataset columns a model takes.
+    @wraps(base.forward)
+    def forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+        if "active_state" not in vars(self):  # a hook kept this forward after the adapters were removed
+            return base.forward(self, *args, **kwargs)
+        return self.run_adapted(partial(base.forward, self), *args, **kwargs)
+
+    def get_config(self: AdaptedLayer) -> Any:
+        takes_prefix = any(m.uses_attention_prefix for m in self.adapters.values())
+        return make_prefix_config_view(self) if takes_prefix else vars(self)["config"]
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}
+    if has_config:
+        body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
+    body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
+    body["_recipe"] = (_make_adapted_class, base, parameters, has_config, method)
+    return type(base.__name__, (AdaptedLayer, base), body)
+
+
+def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
+    """Return a weight that is read without a call of the module, with the updates of the active adapters."""
+    active, adapters = layer.active_state, layer.adapters
+    if any(name in adapters for name in active.row_adapters or ()):
+        message = "lora.MultiheadAttention does not support mixed adapter batches"
+        raise MixedBatchError(message, hint="set_adapter, and batches that use one adapter")
+    modules: list[Any] = [adapters[n] for n in active.names if n in adapters and active.row_adapters is None]
+    merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
+    for module in modules:
+        merged, _ = module.merge_into(merged, None)
+    return merged.to(weight.dtype)
+
+
+_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp._init_utils")
+
+
+def _is_called_by_fsdp1() -> bool:
+    """Return whether FSDP1 reads a parameter property."""
+    # A variable with a frame would be a cycle, which keeps the tensors of each call until the next garbage collection.
+    get_frame: Any = inspect.currentframe
+    return get_frame().f_back.f_back.f_globals["__name__"] in _FSDP1
+
+
+def _make_parameter_property(base: type, name: str) -> property:
+    plain_tensor = f"_plain_{name}"
+    is_read = issubclass(base, ReadWeight) and name in ("in_proj_weight", "weight")
+
+    def get_value(self: AdaptedLayer) -> Any:
+        if name in self._parameters:
+            own: Any = self._parameters[name]
+        elif name in self._buffers:
+            own = self._buffers[name]
+        elif plain_tensor in vars(self):
+            own = vars(self)[plain_tensor]
+        else:
+            raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
+        if self.original_parameters is not None or own is None:
+            return own
+        # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
+        if (self.trained_copies or is_read) and not torch.compiler.is_compiling() and _is_called_by_fsdp1():
+            return own
+        value = own
+        if self.trained_copies:
+            adapter: Any = self.current_copy
+            if adapter is None and self.active_state.row_adapters is None:
+                adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
+            copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
+            # The module computes in the base's dtype, whatever the dtype of the copy.
+            value = own if copy is None else copy.to(own.dtype)
+        return _merge_active(self, value) if is_read else value
+
+    def set_value(self: AdaptedLayer, value: Any) -> None:
+        # DataParallel and FSDP replace parameters by plain tensors.
+        self.__dict__[plain_tensor] = value
+
+    return property(get_value, set_value)

@@ -1,0 +1,58 @@
+"""An adapter's strength: one number, 0 for the base and 1 for the adapter as it was trained.
+
+    θ(s) = θ₀ + s (θ − θ₀)
+
+θ are the tensors that carry a module's change, and θ₀ their values at which the module changes nothing: zero for LoRA's
+B, one for the factors of (IA)³, the base's own rows and weights where copies of them train. LoRA's change is s times
+what it was. The tensors themselves change, so a file and a merge contain the weaker adapter without knowing of it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UsageError
+from .adapted_layer import get_site
+
+
+class AdapterStrength:
+    """Sets the strength of one adapter of a model; keeps a copy of its tensors as they are now.
+
+    Args:
+        model: the adapted model.
+        adapter_name: the adapter.
+
+    Raises:
+        UsageError: a method's modules have no such tensors, as prompt tuning's.
+    """
+
+    def __init__(self, model: Any, adapter_name: str) -> None:
+        self.tensors = [(t, t.detach().clone(), neutral) for t, neutral in find_neutral_values(model, adapter_name)]
+
+    @torch.no_grad()
+    def set(self, strength: float) -> None:
+        """Give the adapter this strength, 0 to 1; 1 restores its tensors bit for bit."""
+        for tensor, trained, neutral in self.tensors:
+            if isinstance(neutral, Tensor):
+                neutral = neutral.to(trained)
+            tensor.copy_(trained if strength == 1 else neutral + strength * (trained - neutral))
+
+
+def find_neutral_values(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
+    """Return the tensors θ of an adapter, each once, and their θ₀; arguments and errors as for `AdapterStrength`."""
+    kinds = model.match_report(adapter_name).kinds
+    found: dict[int, tuple[Tensor, Any]] = {}
+    with model.disable_adapter(), torch.no_grad():  # modules read the base's own weights
+        for name, module in model.adapter_modules(adapter_name).items():
+            values = module.neutral_values(get_site(name, kinds[name], model))
+            if values is None:
+                message = f"the method {module.method} has no strength that can be reduced"
+                raise UsageError(message, "a method whose change has a size, such as lora")
+            tensors = dict([*module.named_parameters(), *module.named_buffers()])
+            found |= {id(tensors[n]): (tensors[n], value) for n, value in values.items()}
+        for adapted in model.adapted_layers(adapter_name).values():
+            if adapter_name in adapted.trained_copies:
+                for n, copy in adapted.trained_copies[adapter_name].named_parameters():
+                    found[id(copy)] = copy, adapted._parameters[n]
+    return list(found.values())

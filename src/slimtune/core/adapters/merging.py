@@ -1,0 +1,92 @@
+"""Merging: adapters are added to a layer's own parameters, and `unmerge_adapters` puts the original ones back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.linear_layers import is_quantized, is_transposed, parameter_names
+from .active_adapters import AdaptedModule
+from .adapter_module import MergeUnsupported
+
+
+def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *, check: bool = False) -> None:
+    """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
+
+    If other adapters are merged already, all are merged into the original parameters.
+
+    Raises:
+        MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
+    """
+    adapters = [*module.merged_names, *(a for a in adapters if a not in module.merged_names)]
+    unmerge_adapters(module)
+    merged: dict[str, Tensor] = {}
+    owner = next((a for a in adapters if a in module.trained_copies), None)
+    if owner is not None:
+        merged = {n: p.detach() for n, p in module.trained_copies[owner].state_dict(keep_vars=True).items()}
+    modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    with torch.no_grad():
+        for adapter_module in modules:
+            for n in adapter_module.adapted_parameters:
+                parameter: Any = merged.get(n, module._parameters[n])
+                parameter = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+                merged[n] = adapter_module.merge_into_parameter(n, parameter)
+    modules = [m for m in modules if not m.adapted_parameters]
+    if modules and is_quantized(module):
+        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
+    weight_name, bias_name = parameter_names(module)
+    weight, bias = (merged.get(n, module._parameters.get(n)) for n in (weight_name, bias_name))
+    transposed = is_transposed(module)
+    if modules and weight is not None:
+        # Compute in fp32 or wider, and round once below.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
+        weight = weight.t() if transposed else weight.flatten(1) if weight.dim() > 2 else weight
+    start = weight, bias
+    with torch.no_grad():
+        for adapter_module in modules:
+            weight, bias = adapter_module.merge_into(weight, bias)
+    if weight is not start[0] and weight is not None:
+        stored: Any = module._parameters[weight_name]
+        merged[weight_name] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
+    if bias is not start[1] and bias is not None:
+        merged[bias_name] = bias
+    replaced: dict[str, Any] = {n: {**module._parameters, **module._buffers}[n] for n in merged}
+    for n, tensor in merged.items():
+        base = replaced[n]
+        if base is None:
+            lora = any(hasattr(m, "lora_B") for m in modules)
+            what = "LoRA with `lora_bias=True`" if lora else "an adapter with a bias"  # PEFT's words
+            raise MergeUnsupported(f"Impossible to merge {what} because the base layer has no bias: {name}")
+        if check and not torch.isfinite(tensor).all():
+            # PEFT's words, which scripts look for, come first.
+            broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
+            raise MergeUnsupported(f"{broken}: {name}.{n} contains NaN or Inf after merging")
+    for n, tensor in merged.items():  # only now that nothing can fail any more
+        if n in module._buffers:
+            module._buffers[n] = tensor.clone()
+            continue
+        # A new parameter object: modules tied to this one keep the old one.
+        module._parameters[n] = nn.Parameter(tensor.to(replaced[n].dtype, copy=True), requires_grad=False)
+    module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
+
+
+def tie_equal_parameters(modules: Iterable[AdaptedModule]) -> None:
+    """Let merged parameters share memory again that were one parameter before and are equal now."""
+    first: dict[int, Any] = {}
+    for module in modules:
+        for name, original in (module.original_parameters or {}).items():
+            merged: Any = module._parameters.get(name)
+            is_parameter = original is not None and merged is not None  # not a buffer
+            shared = first.setdefault(id(original), merged) if is_parameter else merged
+            if shared is not merged and torch.equal(shared, merged):
+                module._parameters[name] = shared
+
+
+def unmerge_adapters(module: AdaptedModule) -> None:
+    """Put the original parameters back, bit for bit."""
+    if module.original_parameters is not None:
+        for n, tensor in module.original_parameters.items():
+            (module._buffers if n in module._buffers else module._parameters)[n] = tensor
+        module.__dict__.update(original_parameters=None, merged_names=())

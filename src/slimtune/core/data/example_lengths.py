@@ -1,0 +1,61 @@
+"""How many tokens an example has: what a plan needs to know of the rows.
+
+    a row of n tokens                                              n
+    a prompt of p tokens with answers of a, b and c tokens         (p, a, b, c)
+    rows of a, b and c tokens that do not begin alike              (0, a, b, c)
+
+A model that shares prefixes (packing.py) computes a prompt once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..foundation.sequences import common_prefix_length
+
+Tokens = Sequence[int]
+ExampleLength = int | tuple[int, ...]
+MIN_SHARED_TOKENS = 8
+"""Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
+
+
+class RowContent(NamedTuple):
+    """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
+
+    shared_prefix: int = 0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
+    supervised: float = 1.0  # share of all tokens that have a loss
+
+
+ALL_SUPERVISED = RowContent()
+
+
+def measure_example(rows: Sequence[Tokens]) -> ExampleLength:
+    """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
+    if len(rows) == 1:
+        return len(rows[0])
+    shared = min(common_prefix_length(rows[0], row) for row in rows[1:])
+    prefix = shared if shared >= MIN_SHARED_TOKENS else 0
+    return (prefix, *(len(row) - prefix for row in rows))
+
+
+def count_packed_tokens(length: ExampleLength) -> int:
+    """Return the tokens of an example in a packed sequence, those of a prompt once."""
+    return length if isinstance(length, int) else sum(length)
+
+
+def count_row_tokens(length: ExampleLength) -> list[int]:
+    """Return the tokens of each row of an example."""
+    return [length] if isinstance(length, int) else [length[0] + n for n in length[1:]]
+
+
+def unshare_prefix(length: ExampleLength) -> ExampleLength:
+    """Return the length of an example with rows as long that share nothing."""
+    return length if isinstance(length, int) else (0, *count_row_tokens(length))
+
+
+def resize_rows(length: ExampleLength, resize: Callable[[int], int]) -> ExampleLength:
+    """Return the length of an example whose rows have `resize(tokens)` tokens, and its prompt or what fits of it."""
+    if isinstance(length, int):
+        return resize(length)
+    tokens = [*map(resize, count_row_tokens(length))]
+    prefix = max(0, min(length[0], *(n - 1 for n in tokens)))
+    return (prefix, *(n - prefix for n in tokens))

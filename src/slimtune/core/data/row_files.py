@@ -1,0 +1,343 @@
+"""Opening a data set: a file, a folder of files or a dataset of the Hub, as rows with their file and line.
+
+.jsonl .ndjson   one JSON object a line                .csv .tsv   a header, then one record a row
+.json            an array of objects, or as .jsonl     .parquet    one record a row
+.txt .md         paragraphs between blank lines; the whole file with the format "document", which .md must be given
+a folder         such files of one kind, in the order of their names
+a folder saved by `datasets`, or the id of a dataset   org/name[/config][:split]; the split is train by default
+
+A wrong path is a usage error, wrong contents are a data error. Up to ten invalid rows are reported at once, so that
+nobody repairs a file one run at a time.
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError, UsageError, format_names, nearest
+from ...extras.row_formats import (
+    FORMATS,
+    ColumnChoice,
+    InvalidRow,
+    Row,
+    check_format,
+    detect_format,
+    explain_loss,
+    parse_record,
+)
+from ...extras.row_readers import (
+    READERS,
+    SUFFIX_HINTS,
+    TEXT_HINT,
+    TEXT_SUFFIXES,
+    Located,
+    read_document,
+    read_hf_dataset,
+    shorten,
+)
+from ..foundation.files import parse_dataset_id
+
+__all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
+
+MAX_ERRORS = 10  # invalid rows that one error message names
+DETECTION_ROWS = 20  # records from which a format is recognized
+CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that a row may have in a column without having the column
+MAX_COLUMN_SETS = 1000  # sets of columns, and unused columns, that are remembered
+SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
+          "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
+Part = tuple[str | None, Callable[[], Iterator[Located]]]
+"""One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
+
+
+class RowErrorCollector:
+    """Collects the errors of one file; `check` raises them as one error."""
+
+    def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
+        self.path, self.expected, self.hint = Path(path), expected, hint
+        self.messages: list[str] = []
+
+    def add(self, line: int, cause: str, file: str | None = None, hint: str = "") -> None:
+        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
+        self.hint = hint or self.hint
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many errors as one message names."""
+        return len(self.messages) >= MAX_ERRORS
+
+    def check(self) -> None:
+        """Raise DataError if there is any error."""
+        if self.messages:
+            rest = [f"(the first {MAX_ERRORS} errors; the rest was not checked)"] if self.full else []
+            raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
+
+
+@dataclass
+class UnusedColumn:
+    """A column that the format of a file does not use, and the rows that have a value in it."""
+
+    name: str
+    loss: str  # how the rows change without it; empty: it is metadata
+    rows: int = 0
+    line: int = 0  # the first of them
+    file: str | None = None
+
+
+class RowFile:
+    """The rows of a file, a folder or a dataset; made by `open_rows`.
+
+    Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
+    `format` is a name of `FORMATS`, or "unknown" if no record can be read. Its properties are known after an iteration.
+    """
+
+    def __init__(self, path: Path, format: str, choice: ColumnChoice, parts: list[Part], given: bool) -> None:
+        self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
+        self.ignored_columns = sorted(choice.ignored)
+        self._has_text = Path(parts[0][0] or path).suffix.lower() in TEXT_SUFFIXES
+        self._used: dict[str, None] = {}
+        self._unused: dict[str, UnusedColumn] = {}
+
+    def __iter__(self) -> Iterator[Row | InvalidRow]:
+        used: dict[str, None] = {}
+        unused: dict[str, UnusedColumn] = {}
+        self._used, self._unused = used, unused
+        unused_of: dict[tuple[str, ...], list[UnusedColumn]] = {}  # most records have the same columns
+        for number, (file, read) in enumerate(self._parts, 1):
+            for found in read():
+                if isinstance(found, InvalidRow):
+                    yield dataclasses.replace(found, file=file)
+                    continue
+                line, record = found
+                if self.rows_are_text_files:
+                    line = number
+                if (columns := unused_of.get(present := tuple(record))) is None:
+                    names = self._choice.find_unused(present, self.format)
+                    for name in names:
+                        loss = explain_loss(name, self.format, self._given)
+                        if loss or len(unused) < MAX_COLUMN_SETS:
+                            unused.setdefault(name, UnusedColumn(name, loss, 0, line, file))
+                    used |= dict.fromkeys(c for c in present if c not in names)
+                    columns = [unused[name] for name in names if name in unused]
+                    if len(unused_of) < MAX_COLUMN_SETS:
+                        unused_of[present] = columns
+                for column in columns:
+                    if record[column.name] not in EMPTY:
+                        if not column.rows:
+                            column.line, column.file = line, file
+                        column.rows += 1
+                yield parse_record(self._choice.apply(record), self.format, line, file)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are used."""
+        return [column for column in self._used if column not in self._choice.ignored]
+
+    @property
+    def missing_ignored_columns(self) -> list[str]:
+        """The columns that are to be left out and that no row has."""
+        return [name for name in self.ignored_columns if "." not in name and name not in self._used]
+
+    @property
+    def unused_columns(self) -> list[UnusedColumn]:
+        """The columns that are not used and have a value in some row."""
+        return [column for column in self._unused.values() if column.rows]
+
+    @property
+    def lossy_columns(self) -> list[UnusedColumn]:
+        """The unused columns without which rows mean something else."""
+        return [column for column in self.unused_columns if column.loss]
+
+    @property
+    def has_paragraphs(self) -> bool:
+        """Whether the rows are the paragraphs of text files."""
+        return self._has_text and self.format != "document"
+
+    @property
+    def rows_are_text_files(self) -> bool:
+        """Whether each row is a whole text file; its line is the number of the file in its folder, from 1."""
+        return self._has_text and self.format == "document"
+
+    def find_file(self, line: int) -> str:
+        """Return the name of the file in a folder that is the row with this line; empty: it is not a whole file."""
+        return self._parts[line - 1][0] or "" if self.rows_are_text_files else ""
+
+    def check_columns(self) -> None:
+        """Raise DataError for unused columns without which rows mean something else; after an iteration."""
+        if columns := self.lossy_columns:
+            known = FORMATS[self.format]
+            expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
+            problem = f"rows have a column that is not used and changes what they mean: {describe_losses(columns)}"
+            raise DataError(f"{self.path}: {problem}", expected, column_hint(columns))
+
+    def require_valid_rows(self) -> Iterator[Row]:
+        """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
+        errors = self.create_error_collector()
+        for row in self:
+            if isinstance(row, Row):
+                yield row
+            else:
+                errors.add(row.line, row.cause, row.file, row.hint)
+            if errors.full:
+                break
+        errors.check()
+        self.check_columns()
+
+    def create_error_collector(self) -> RowErrorCollector:
+        """Return an empty collection of errors that says what the rows should look like."""
+        if self.format in ("chat", "unknown"):
+            return RowErrorCollector(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
+        expected = f"rows of the format {self.format}: {FORMATS[self.format]}"
+        return RowErrorCollector(self.path, expected, "repair or remove these rows")
+
+
+def describe_losses(columns: Collection[UnusedColumn]) -> str:
+    """Return how rows change without columns: `'label': rows that it rates low would be …`."""
+    losses = dict.fromkeys(column.loss for column in columns)
+    return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)
+
+
+def column_hint(columns: Collection[UnusedColumn]) -> str:
+    """Return what to do about unused columns without which rows mean something else."""
+    names = [column.name for column in columns]
+    flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
+    is_label = any(column.name.casefold() in ("label", "labels") for column in columns)
+    uses = {
+        "it is the class of each row": "--format classification (--task classification in training)",
+        "it says whether the answer is good": "--format unpaired-preference (--task kto in training)",
+    }
+    use = "".join(f"if {meaning}: {flags}; " for meaning, flags in uses.items()) * is_label
+    return f"{use}use it by another --format or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
+
+
+def open_rows(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
+) -> RowFile:
+    """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
+
+    `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
+    did not have them; `messages.key` leaves a key out of messages.
+
+    Raises:
+        UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
+        DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
+    """
+    path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
+    check_format(format, choice.columns)
+    parts = find_parts(path, format)
+    if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
+        hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
+        raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
+    formats: dict[str, str | None] = {}
+    empty = True
+    for file, read in parts:
+        valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
+        if records := list(itertools.islice(valid, DETECTION_ROWS)):
+            formats.setdefault(detect_format(path / file if file else path, records, choice, format), file)
+        empty = empty and not records and not any(True for _ in read())
+    if empty:
+        raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
+    if len(formats) > 1:
+        (one, first), (other, second) = list(formats.items())[:2]
+        problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
+        raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
+    return RowFile(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
+
+
+def read_rows(path: str | Path, **options: Any) -> list[Row]:
+    """Return all rows of a data set; arguments and errors: `open_rows` and `RowFile.require_valid_rows`."""
+    return list(open_rows(path, **options).require_valid_rows())
+
+
+def find_parts(path: Path, format: str | None = None) -> list[Part]:
+    """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
+    if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
+        return [(None, _make_reader(path, format))]
+    if os.path.isdir(path):
+        return _find_folder_parts(path, format)
+    if (dataset := parse_dataset_id(path)) is not None:
+        return [(None, partial(_read_hub_dataset, *dataset))]
+    expected = f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id"
+    if os.path.exists(path):
+        raise UsageError(f"{path} is a pipe or a device, which cannot be read twice", expected, "write it to a file")
+    has_folder = os.path.isdir(path.parent)
+    names = sorted(p.name for p in path.parent.iterdir()) if has_folder else []
+    missing_folder = "" if has_folder else f" (there is no folder {path.parent} either)"
+    raise UsageError(f"no such file: {path}{missing_folder}{nearest(path.name, names)}", expected)
+
+
+def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        hint = f"name it: {path / (splits or ['train'])[0]}"
+        raise UsageError(f"{path} contains the splits {format_names(splits)}", "one of them", hint)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [(None, partial(_read_saved_dataset, path))]
+    found = path.rglob("*") if format == "document" else path.iterdir()
+    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = sorted(p for p in visible if p.suffix.lower() in READERS)
+    whole = format == "document" and all(f.suffix.lower() in TEXT_SUFFIXES for f in files)
+    if not whole:  # a README beside the rows is none of them
+        files = [f for f in files if f.suffix.lower() != ".md"] or files
+    names = format_names(f.name for f in files)
+    if special := [f.name for f in files if not f.is_file()]:
+        problem = f"{path} contains {format_names(special)}, which can be read as no file"
+        raise UsageError(problem, "regular files of rows", "remove it: a folder, a pipe or a broken link")
+    if not files:
+        contents = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise UsageError(f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(READERS))
+    if len({f.suffix.lower() for f in files}) > 1 and not whole:
+        hint = "name one of its files, or move the others to another folder"
+        raise UsageError(f"{path} contains several kinds of files: {names}", "files of one kind", hint)
+    first_words = {re.split(r"[-_.\d]", f.stem.lower())[0] for f in files}
+    if len({SPLITS[word] for word in first_words if word in SPLITS}) > 1 and not whole:
+        hint = f"name one of its files: {files[-1]}"
+        raise UsageError(f"{path} contains several splits: {names}", "training rows apart from test rows", hint)
+    return [(str(f.relative_to(path)), _make_reader(f, format)) for f in files]
+
+
+def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Located]]:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
+        hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
+        raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", hint)
+    reader = read_document if format == "document" and suffix in TEXT_SUFFIXES else READERS[suffix]
+
+    def read() -> Iterator[Located]:
+        try:
+            if path.stat().st_size:  # an empty file is not opened: those of /proc wait for ever
+                yield from reader(path)
+        except OSError as error:
+            problem = f"{path} cannot be read: {error.strerror or error}"
+            raise UsageError(problem, hint="check its permissions") from error
+
+    return read
+
+
+def _read_saved_dataset(path: Path) -> Iterator[Located]:
+    from datasets import load_from_disk  # importing it takes seconds, and most data sets are files
+
+    return read_hf_dataset(load_from_disk(str(path)))
+
+
+def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Located]:
+    from datasets import load_dataset
+
+    try:
+        return read_hf_dataset(load_dataset(name, config, split=split))
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten(str(error), 300)}"
+        expected = "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split"
+        raise UsageError(problem, expected, "check the name and the connection") from error

@@ -1,0 +1,121 @@
+"""Low-rank matrices: products, nearest approximation, weighted sums of weight changes, incremental PCA."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """`A (r, in)` and `B (out, r)` near a change ΔW, with ‖ΔW − B A‖² and ‖ΔW‖²."""
+
+    A: Tensor
+    B: Tensor
+    squared_error: float
+    squared_norm: float
+
+
+@torch.no_grad()
+def nearest_low_rank(
+    change: Tensor | tuple[Tensor, Tensor], rank: float, clamp: float | None = None, driver: str | None = None
+) -> LowRank:
+    """Return the nearest pair of a given rank to a weight change, by SVD.
+
+    Args:
+        change: ΔW `(out, in)`; or `A (k, in), B (out, k)` with ΔW = B A, which is not computed then.
+        rank: int: the rank, limited by the shape; or float in (0, 1]: the fraction of ‖ΔW‖² to keep.
+        clamp: quantile of the pair's values above which they are clamped; None: no clamping.
+        driver: cuSOLVER method on CUDA.
+    """
+    if isinstance(change, Tensor):
+        U, S, V = torch.linalg.svd(change, full_matrices=False, driver=driver)
+    else:
+        (Qb, Rb), (Qa, Ra) = torch.linalg.qr(change[1]), torch.linalg.qr(change[0].t())
+        U, S, V = torch.linalg.svd(Rb @ Ra.t(), full_matrices=False, driver=driver)
+        U, V = Qb @ U, V @ Qa.t()
+    energy = S.double().square().cumsum(0)
+    total = float(energy[-1])
+    wanted = int(torch.searchsorted(energy, rank * total)) + 1 if isinstance(rank, float) else rank
+    r = min(int(wanted), U.shape[0], V.shape[1])
+    A, B = V[:r], U[:, :r] * S[:r]
+    if clamp is not None:
+        limit = torch.quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
+        A, B = A.clamp(-limit, limit), B.clamp(-limit, limit)
+    if A.shape[0] < r:  # the product had a lower rank than `rank`
+        A, B = F.pad(A, (0, 0, 0, r - A.shape[0])), F.pad(B, (0, r - B.shape[1]))
+    return LowRank(A, B, float(S[r:].double().square().sum()), total)
+
+
+def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
+    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
+
+
+def weighted_sum(
+    parts: Sequence[Tensor], weights: Sequence[float], kind: str = "linear", density: float = 1, sign_by: str = "total"
+) -> Tensor:
+    """Return `Σ w_i p_i`, optionally of pruned matrices; see `extras/lora_conversion.py`.
+
+    Args:
+        parts: matrices of one shape.
+        weights: one coefficient per matrix.
+        kind: "linear": no pruning. "magnitude_prune" keeps the largest values of each matrix, "dare_linear" random
+            ones, which it scales up. "ties" and "dare_ties" then average the values that have the elected sign.
+        density: fraction in (0, 1] of the values to keep.
+        sign_by: elected sign: the sign of the sum ("total") or the most frequent one ("frequency").
+    """
+    if kind.startswith("dare") and density < 1:
+        parts = [p * torch.bernoulli(torch.full_like(p, density)) / density for p in parts]
+    elif kind in ("ties", "magnitude_prune"):
+        parts = [_keep_largest(p, density) for p in parts]
+    stack = torch.stack(list(parts))
+    weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, 1, 1)
+    if not kind.endswith("ties"):
+        return weighted.sum(0)
+    signs = stack.sign()
+    elected = torch.where((stack if sign_by == "total" else signs).sum(0) >= 0, 1, -1)
+    agree = signs == elected
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _keep_largest(part: Tensor, density: float) -> Tensor:
+    mask = torch.zeros_like(part).view(-1)
+    mask[part.abs().reshape(-1).topk(int(density * part.numel())).indices] = 1
+    return part * mask.view_as(part)
+
+
+class IncrementalPca:
+    """Principal components of rows that arrive in batches (Ross et al. 2008; as PEFT and scikit-learn)."""
+
+    def __init__(self, n_components: int) -> None:
+        self.n_components, self.count = n_components, 0
+        self.components: Tensor | None = None
+        self.singular_values = self.explained_variance_ratio = self.mean = self.variance = torch.empty(0)
+
+    def partial_fit(self, rows: Tensor) -> Tensor:
+        """Update with `rows (n, in)`; return the cosine of each component with its previous value (0 at first)."""
+        n, k = rows.shape[0], self.n_components
+        if n < k:
+            return torch.zeros(k)
+        before, mean = self.components, rows.double().mean(0)
+        variance = rows.double().var(0, correction=0)
+        total = self.count + n
+        # Like PEFT: the first batch in fp32, later ones in float64; the random vectors of the SVD depend on the dtype.
+        X = (rows - mean).float()
+        if before is not None:
+            X = rows - rows.mean(0)
+            shift = self.mean - mean
+            X = torch.vstack([self.singular_values[:, None] * before, X, (self.count / total * n) ** 0.5 * shift[None]])
+            variance = (self.variance * self.count + variance * n + shift**2 * self.count * n / total) / total
+            mean = (self.mean * self.count + mean * n) / total
+        with torch.random.fork_rng():
+            torch.manual_seed(42)
+            _, S, V = torch.svd_lowrank(X, q=2 * k, niter=4)
+        V = V.t()
+        V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
+        self.components, self.singular_values = V[:k], S[:k]
+        self.explained_variance_ratio = S[:k] ** 2 / (variance * total).sum()
+        self.mean, self.variance, self.count = mean, variance, total
+        return torch.zeros(k) if before is None else torch.cosine_similarity(self.components, before)

@@ -1,0 +1,190 @@
+"""The config of a base, without its weights: of a base on this disk, of the Hub, or as the package knows it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ...errors import ModelError, UsageError, format_names, nearest
+from ...extras.gguf_loading import find_dequantized, open_gguf, read_dequantized
+from ..foundation.remote_code import remote_code_allowed
+from .load_errors import remote_code_error, translate_load_errors
+from .model_source import (
+    ModelSource,
+    find_known,
+    load_known_configs,
+    read_known_config,
+    resolve_model,
+    unknown_base_error,
+)
+
+SIZE_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+)  # fmt: skip
+"""Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
+_CONFIG_HINT = "take config.json from the base's folder, where its weights are"
+_LIMITS = dict(zip(SIZE_FIELDS, (2**20, 2000, 2**16, 2**16, 2**22, 2**24), strict=True))
+"""Most of each; a config with more is damaged, and the model of its size could not be built even without weights."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A base without weights."""
+
+    name: str  # in reports
+    spec: str  # what loads it
+    config: PreTrainedConfig
+    source: str  # where the config is from
+
+
+class OpenModel(NamedTuple):
+    """A base that is ready to be loaded."""
+
+    source: ModelSource
+    location: str  # the folder or Hub id for `from_pretrained`
+    options: dict[str, Any]  # arguments of every `from_pretrained`
+    config: PreTrainedConfig
+    prepare_seconds: float  # spent on dequantizing a GGUF file
+
+
+def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> OpenModel:
+    """Find a base and load its config; a GGUF file is dequantized into the cache.
+
+    Raises:
+        UsageError: nothing has that name, it has code that is not trusted, or a base on this disk gets a revision.
+        ModelError: the base cannot be found, reached or read.
+        RunError: the disk or the memory is full.
+    """
+    source, seconds = resolve_model(spec), 0.0
+    trust_remote_code |= remote_code_allowed()
+    location = source.path
+    if revision and source.kind != "hub":
+        expected = "a revision only with a Hub id"
+        raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
+    if source.kind == "gguf":
+        folder, seconds = read_dequantized(source.path)
+        location = str(folder)
+    hub_options = {"revision": revision} if revision else {}
+    # trust_remote_code is always given: without it transformers asks on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **hub_options}
+    with translate_load_errors(spec):
+        raw, _ = PreTrainedConfig.get_config_dict(location, **hub_options)
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+            raise remote_code_error(spec)
+        config = AutoConfig.from_pretrained(location, **options)
+    check_config(config, spec)
+    return OpenModel(source, location, options, config, seconds)
+
+
+def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config of a base that can be loaded; as `open_model`."""
+    return open_model(spec, trust_remote_code=trust_remote_code, revision=revision).config
+
+
+def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
+    """Return the config of a base; for a base in `known/` nothing is downloaded.
+
+    Args:
+        spec: an alias or Hub id in `known/`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
+        trust_remote_code: run the base's own Python code.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: nothing has that name; the nearest is given.
+        ModelError: the config cannot be read, or lacks what decides the model's size.
+    """
+    spec = str(spec).strip()
+    path = Path(spec).expanduser()
+    file = path / "config.json" if os.path.isdir(path) else path
+    trust_remote_code |= remote_code_allowed()
+    if file.suffix == ".json" and os.path.isfile(file):
+        return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
+    if os.path.isfile(path) and path.suffix.lower() == ".gguf":
+        if (folder := find_dequantized(path)) is not None:  # parsing the file takes seconds
+            return ModelInfo(path.stem, spec, _read_config(folder / "config.json", False), str(path))
+        open_gguf(path)
+        with translate_load_errors(spec):
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        return ModelInfo(path.stem, spec, config, str(path))
+    if (known := find_known(spec)) is not None:
+        loads = known.alias if known.has_package and "/" not in spec else known.hub_id
+        config, source = AutoConfig.for_model(**read_known_config(known)), load_known_configs()[known.alias]["source"]
+        return ModelInfo(spec.split("/")[-1], loads, config, source)
+    if "/" not in spec:
+        raise unknown_base_error(spec)
+    model = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)
+    return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
+
+
+def get_hidden_size(config: PreTrainedConfig) -> int:
+    """Return the width of the hidden states; 2048 if the config has no known name for it."""
+    text: Any = config.get_text_config()
+    names = ("hidden_size", "d_model", "n_embd")
+    return next((n for name in names if isinstance(n := getattr(text, name, None), int)), 2048)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a base has; None if it names no limit."""
+    text: Any = config.get_text_config()
+    # MPT's name for it is its own.
+    return next(
+        (n for f in ("max_position_embeddings", "max_seq_len") if isinstance(n := getattr(text, f, None), int)), None
+    )
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    location = str(path.parent if path.name == "config.json" else path)
+    hint = _CONFIG_HINT
+    with translate_load_errors(str(path), "config"):
+        raw, _ = PreTrainedConfig.get_config_dict(location)
+        kind = str(raw.get("model_type") or "")
+        if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
+            raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
+        if kind not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
+            raise remote_code_error(str(path))
+        if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
+            problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
+            raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: PreTrainedConfig, spec: str) -> None:
+    """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is not a config."""
+    try:
+        text = config.get_text_config()
+        values = {name: getattr(text, name, None) for name in (*SIZE_FIELDS, "hidden_act")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the config of {spec!r} is damaged: its text_config is no config", hint=_CONFIG_HINT
+        ) from error
+    activation = values.pop("hidden_act")
+    if not isinstance(text, PreTrainedConfig) or (isinstance(activation, str) and activation not in ACT2FN):
+        known = f"hidden_act is {activation[:80]!r}{nearest(activation[:80], ACT2FN)}" if activation else "text_config"
+        raise ModelError(f"the config of {spec!r} has what transformers does not know: {known}", hint=_CONFIG_HINT)
+    longest = vars(text).get("max_position_embeddings")
+    if isinstance(longest, int) and longest < 1:
+        raise ModelError(f"the config of {spec!r} has max_position_embeddings = {longest!r}", hint=_CONFIG_HINT)
+    for name, value in values.items():
+        for one in value if isinstance(value, list | tuple) else [value]:  # some have a number for each layer
+            if one is None or (isinstance(one, int) and 0 <= one <= _LIMITS[name]):
+                continue
+            raise ModelError(
+                f"the config of {spec!r} has {name} = {one!r:.80}", f"a number up to {_LIMITS[name]:,}", _CONFIG_HINT
+            )
+
+
+def _missing_fields(raw: dict[str, Any], cls: Any) -> list[str]:
+    if "text_config" in raw:  # the text model's own config class fills what is left out on purpose
+        return []
+    own_names, defaults = getattr(cls, "attribute_map", {}), cls()
+    derived = {f for f in SIZE_FIELDS if isinstance(getattr(cls, f, None), property)}
+    fields = [f for f in SIZE_FIELDS if f not in derived and isinstance(getattr(defaults, f, None), int)]
+    if getattr(defaults, "num_key_value_heads", None) == getattr(defaults, "num_attention_heads", None):
+        fields = [f for f in fields if f != "num_key_value_heads"]  # if missing, there are as many as heads
+    return [own_names.get(f, f) for f in fields if f not in raw and own_names.get(f, f) not in raw]

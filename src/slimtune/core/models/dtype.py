@@ -1,0 +1,121 @@
+"""Which device a model runs on and which dtype its frozen weights have, for training and planning.
+
+"auto" is bfloat16 if the hardware multiplies it (AVX-512 BF16 or AMX, a GPU with bf16): it is faster then, and half as
+large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32. On a Mac it is bfloat16 from macOS
+14 on, whatever the chip: a GPU of an M1 or M2 emulates it.
+
+What training and planning must agree about is here (`pick_training_dtype`) and in `gpu_support.py` alone.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from ...errors import UsageError, format_names, nearest
+from .gpu_support import NO_XPU
+
+DTYPES = {
+    **dict.fromkeys(("float32", "fp32"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "fp16"), torch.float16),
+    **dict.fromkeys(("float64", "fp64"), torch.float64),
+}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def pick_device(requested: str | torch.device = "auto") -> torch.device:
+    """Return the device for "auto" (a GPU if there is one), "cpu", "mps", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: the name is unknown, or this machine has no such device.
+    """
+    name = str(requested).strip().lower()
+    mps, gpus = torch.backends.mps.is_available(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        if not gpus and not mps and torch.xpu.is_available():
+            warnings.warn(f"{NO_XPU}; the CPU trains", stacklevel=2)
+        return torch.device("cuda" if gpus else "mps" if mps else "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "xpu":
+        raise UsageError(NO_XPU, "an NVIDIA or AMD GPU, a Mac or a CPU", "use --device cpu")
+    if kind not in DEVICES[1:] or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
+    if kind == "mps" and not mps:
+        raise UsageError("the device is 'mps', and torch finds no Apple GPU", hint="use --device auto")
+    if kind == "cuda" and int(index or 0) >= gpus:
+        hint = "use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)"
+        raise UsageError(f"the device is {name!r}, and torch {torch.__version__} finds {gpus} CUDA devices", hint=hint)
+    return torch.device(name)
+
+
+def pick_dtype(
+    requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
+) -> torch.dtype:
+    """Return the dtype for a name or for "auto".
+
+    Args:
+        requested: a dtype, its name, or "auto".
+        device: the device of this machine that "auto" asks about.
+        has_bf16: the answer for a device of another machine; None: ask `device`.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    if isinstance(requested, torch.dtype):
+        return requested
+    name = dtype_name(str(requested).strip().lower())
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        names = ["auto", *DTYPES]
+        raise UsageError(f"unknown dtype {requested!r}{nearest(name, names)}", format_names(names))
+    if has_bf16 is None:
+        has_bf16 = _multiplies_bf16(torch.device(device))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return a dtype's name without its library: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def pick_training_dtype(
+    requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
+) -> torch.dtype:
+    """Return the dtype of the base's weights in training; arguments as for `pick_dtype`.
+
+    Raises:
+        UsageError: the name is unknown, or the dtype is float16.
+    """
+    dtype = pick_dtype(requested, device, has_bf16=has_bf16)
+    if dtype == torch.float16:
+        message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
+        raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
+    return dtype
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Return whether a device of this machine multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        # By default torch also says yes for GPUs that emulate it.
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    if device.type != "cpu":
+        return False
+    flags = read_cpu_flags()
+    if flags is None:  # torch knows from 2.10 on; before, float32 is right everywhere
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+        flags = [name for name, value in get_capabilities().items() if value is True]
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def read_cpu_flags() -> list[str] | None:
+    """Return the instruction sets that Linux names for this machine's CPU; None on other systems."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])

@@ -1,0 +1,137 @@
+"""Bases quantized by bitsandbytes, and in which quantization a checkpoint is stored.
+
+    nf4    4 bits per value, a scale per 64 values, the scales in 8 bits (double quantization): 4.13 bits
+    int8   8 bits per value, a scale per row
+
+Only linear layers are quantized: the head, what is tied to it, embeddings and norms keep the base's dtype, in which
+every layer computes.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+from ...errors import ModelError, UsageError, format_names, install_command, nearest
+from ..kernels.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
+from .dtype import dtype_name
+
+KINDS = ("nf4", "int8")
+"""Quantizations in which a base can be loaded."""
+STORED = (*KINDS, "fp4")
+"""Quantizations in which bitsandbytes can store a checkpoint."""
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        message = f"{what} needs the package bitsandbytes, which is not installed"
+        raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"))
+
+
+def stored_quantization(config: PreTrainedConfig) -> str | None:
+    """Return a checkpoint's quantization: "nf4", "fp4", "int8" or the name of another method; None if it has none."""
+    settings = _get_settings(config)
+    if not settings or settings.get("load_in_8bit"):
+        return "int8" if settings else None
+    if settings.get("load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "fp4"))
+    method = settings.get("quant_method")
+    return str(getattr(method, "value", method))  # the enum of transformers, or the text of a config.json
+
+
+def has_double_quantization(config: PreTrainedConfig) -> bool:
+    """Return whether the scales of a 4-bit checkpoint are quantized, too."""
+    return bool(_get_settings(config).get("bnb_4bit_use_double_quant"))
+
+
+def make_quantization_options(
+    config: PreTrainedConfig, kind: str | None, dtype: torch.dtype, device: torch.device, spec: str
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
+
+    A checkpoint that bitsandbytes quantized is loaded as it is stored, but computes in `dtype`, which is written into
+    `config`. Checkpoints of other libraries are left to transformers.
+
+    Args:
+        config: the base's config.
+        kind: "nf4", "int8", or None: as the checkpoint is stored.
+        dtype: of what is not quantized, and of every product.
+        device: where the base is loaded to.
+        spec: name of the base, for messages.
+    """
+    stored = stored_quantization(config)
+    if kind not in (None, stored, *KINDS):
+        raise UsageError(f"quantization is {kind!r}{nearest(str(kind), KINDS)}", f"{format_names(KINDS)}, or nothing")
+    if stored is not None and kind not in (None, stored):
+        raise UsageError(
+            f"the checkpoint {spec!r} is stored in {stored}, and {kind} was asked for",
+            f"{stored}, or nothing: a quantized checkpoint is loaded as it is",
+            "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
+        )
+    used = stored or kind
+    if used not in STORED:
+        return used, {}
+    if dtype not in _COMPUTE_DTYPES:
+        names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
+        raise UsageError(f"a base in {used} cannot compute in {dtype_name(dtype)}", names)
+    require_bitsandbytes(f"a base in {used}")
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if stored is None and used == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif stored is None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=used,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif used != "int8":
+        stored_settings: Any = config.quantization_config
+        stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)
+    return used, options
+
+
+def disable_wrong_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a way that would be wrong or fail.
+
+    On CPUs with AVX-512 BF16, bitsandbytes repacks a layer's weight for a faster kernel when the layer first runs in
+    evaluation mode. That rounds to bf16 whatever the layer computes in, and fails if a row is not a whole number of
+    blocks or the number of rows is not a multiple of 32.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            whole = layer.in_features % layer.weight.quant_state.blocksize == 0 and layer.out_features % 32 == 0
+            layer.support_avx512bf16_for_cpu = whole and layer.compute_dtype == torch.bfloat16
+
+
+def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
+    """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
+    for name, module in list(model.named_modules()):
+        if layer_kind(module) != "linear" or not is_quantized(module):
+            continue
+        plain = nn.Linear(*layer_sizes(module), bias=False, device="meta")
+        plain.weight = nn.Parameter(get_weight(module).to(dtype), requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        model.set_submodule(name, plain.train(module.training))
+    forget_quantization_config(model)
+    return model
+
+
+def forget_quantization_config(model: Any) -> None:
+    """Remove what transformers noted about a base's quantization; its layers stay as they are."""
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
+
+
+def _get_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, Mapping) else settings.to_dict()

@@ -1,0 +1,334 @@
+"""The training step's loss: −log p of supervised tokens, each row computed as if it were alone in the batch.
+
+    loss of a step = Σ over micro-batches of `objective.loss`(−log p of each supervised token, counts of the whole step)
+
+So a step's gradient does not depend on how its rows are divided into micro-batches. Training, validation, evaluation
+and planning all run these functions; the objective (`objectives/`) is cross-entropy unless another one is given.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from ...errors import ModelError
+from ...objectives.sft import SFT
+from ..attention.attention_functions import (
+    LAYOUT_KWARG,
+    empty_mask,
+    layout_unsupported_reason,
+    packed_attention,
+    packing_unsupported_reason,
+)
+from ..data.collator import IGNORE_INDEX, Collator, Example
+from ..foundation.device import free_memory
+from ..foundation.progress_bars import track_progress
+from ..kernels.cross_entropy import nll_and_accuracy
+from ..kernels.dropout import preserve_rng_state
+from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
+from .objective import Objective, sum_rows
+
+TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
+"""Tokens in a micro-batch above which more tokens compute hardly faster (2,048 on a CPU: 4 %)."""
+PROBE_TOKENS = 64
+EVAL_ROWS = 4096
+"""Rows that are divided into micro-batches together in evaluation."""
+CROSS_ENTROPY = SFT()
+
+
+def make_collator(
+    model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any
+) -> Collator:
+    """Return the collator that packs rows if that is known to be exact for this model; `sizes` are its limits."""
+    # A token of a shared prefix may be changed in one row and not in another.
+    share_prefix = share_prefix and not any(getattr(m, "takes_tokens", False) for m in model.modules())
+    packing = packing and not packing_unsupported_reason(model)
+    layout = packing and not layout_unsupported_reason(model)
+    if get_row_head(model) is not None:
+        own = model.config.get_text_config().pad_token_id
+        sizes["pooling_pad_id"] = -1 if own is None else own
+        pad_token_id = pad_token_id if own is None else own
+    return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
+
+
+def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device."""
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    if device.type == "mps":  # Metal has no float64
+        tensors = {k: v.float() if v.dtype == torch.float64 else v for k, v in tensors.items()}
+    return batch | {k: v.to(device) for k, v in tensors.items()}
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
+
+    If the batch has a `layout`, call this inside `packed_attention(model)`, and leave that after the backward pass.
+    """
+    head, h = _head_and_inputs(model, batch)
+    if head is None:
+        logits = h.to(torch.promote_types(h.dtype, torch.float32))
+        return F.cross_entropy(logits, batch["targets"], reduction="none")
+    return head.target_nll(h, batch["targets"])
+
+
+def token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return `token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
+    head, h = _head_and_inputs(model, batch)
+    if head is None:
+        return nll_and_accuracy(h, lambda logits: logits, batch["targets"], h.shape[-1])
+    return head.nll_and_accuracy(h, batch["targets"])
+
+
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the model's call."""
+    # With a cache, transformers would let packed rows attend to each other, without a warning.
+    inputs: dict[str, Any] = {"use_cache": False}
+    inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
+    if "layout" in batch:
+        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
+    return inputs
+
+
+def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, Tensor]:
+    """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
+    inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
+    head = get_lm_head(model)
+    if head is None:
+        return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["hidden_index"])
+    return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
+
+
+def row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the logits of a sequence classifier for each row of a collated batch, `(R, classes)` in fp32 or wider.
+
+    They are those that transformers pools: of the last token of a row that is no padding.
+    """
+    logits: list[Tensor] = []
+    hook = get_row_head(model).register_forward_hook(lambda module, args, output: logits.append(output))
+    try:
+        model(**_model_inputs(batch))
+    finally:
+        hook.remove()
+    chosen = logits[0].flatten(0, 1).index_select(0, batch["row_ends"])
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def get_row_head(model: Any) -> Any:
+    """Return the head of a sequence classifier; None for other models."""
+    return getattr(model, "score", None) if get_lm_head(model) is None else None
+
+
+def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return what an objective's loss gets for a batch: `row_logits` of a sequence classifier, else `token_nll`."""
+    return row_logits(model, batch) if "row_ends" in batch else token_nll(model, batch)
+
+
+def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective = CROSS_ENTROPY) -> Tensor:
+    """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
+    values = compute_outputs(model, batch)
+    return objective.loss(values, batch, max(1, len(batch["targets"])) if num_items is None else num_items)
+
+
+def forward_backward(
+    model: Any,
+    micro_batches: Sequence[dict[str, Any]],
+    *,
+    objective: Objective = CROSS_ENTROPY,
+    num_items: Any = None,
+    weights: Sequence[float] | None = None,
+    regularize: bool = True,
+) -> Tensor:
+    """Run the forward and backward passes of one optimizer step; return the step's loss, detached.
+
+    Args:
+        model: the model in training mode; gradients are added to those it has.
+        micro_batches: the step's batches, on the model's device.
+        objective: what is minimized.
+        num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
+        weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
+        regularize: add the method's regularization loss, which one process of a run does.
+    """
+    if num_items is None:
+        num_items = max(1, sum(len(b["targets"]) for b in micro_batches))
+    total = torch.zeros((), device=micro_batches[0]["targets"].device)
+    for number, batch in enumerate(micro_batches):
+        loss = step_loss(model, batch, num_items, objective)
+        if weights is not None and weights[number] != 1:
+            loss = loss * weights[number]
+        if number == 0 and regularize and hasattr(model, "regularization_loss"):
+            penalty = model.regularization_loss()
+            loss = loss if penalty is None else loss + penalty
+            del penalty
+        loss.backward()
+        total += loss.detach()
+        # Free this micro-batch before the next one is computed: functions of its graph keep the attention masks, too.
+        del loss
+        if "layout" in batch:
+            batch["layout"].clear_cache()
+    return total
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class RowScore(NamedTuple):
+    """One row: summed −log p of its supervised tokens, how many are the model's likeliest token, and their number."""
+
+    nats: float
+    hits: int
+    tokens: int
+
+
+def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
+    """Return the score of each row, in the order given; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        values = torch.stack([v.double() for v in token_nll_and_accuracy(model, batch)])
+        rows = values.split(batch["row_targets"], dim=1)
+        return torch.stack([torch.stack([*row.sum(1), row.new_tensor(row.shape[1])]) for row in rows])
+
+    scores = score_examples(model, examples, collator, measure)
+    return [RowScore(scores[i][0], int(scores[i][1]), int(scores[i][2])) for i in range(len(examples))]
+
+
+def score_objective(
+    model: Any, examples: Sequence[Example], collator: Collator, objective: Objective, **options: Any
+) -> dict[int, list[float]]:
+    """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        return objective.score(compute_outputs(model, batch), batch)
+
+    return score_examples(model, examples, collator, measure, **options)
+
+
+def score_row_logps(
+    model: Any, examples: Sequence[Example], collator: Collator, **options: Any
+) -> dict[int, list[float]]:
+    """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Sequence[Tensor]:
+        return (-sum_rows(token_nll(model, batch).double(), batch)).split(batch["example_rows"])
+
+    return score_examples(model, examples, collator, measure, **options)
+
+
+@torch.no_grad()
+def score_examples(
+    model: Any,
+    examples: Sequence[Example],
+    collator: Collator,
+    measure: Callable[[dict[str, Any]], Tensor | Sequence[Tensor]],
+    *,
+    group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
+) -> dict[int, list[float]]:
+    """Return the measures of each example, by its number, computed in evaluation mode.
+
+    Args:
+        model: the model.
+        examples: tokenized examples, each with a supervised token.
+        collator: makes the micro-batches.
+        measure: returns the measures of each example of a micro-batch [N, M].
+        group_rows: divides examples into micro-batches, and may leave some to other processes; None: the collator does.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
+    model.eval()
+    try:
+        with packed_attention(model):
+            for start in range(0, len(examples), EVAL_ROWS):
+                some = examples[start : start + EVAL_ROWS]
+                for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
+                    batch = move_to_device(collator([some[i] for i in group]), device)
+                    measured |= zip((start + i for i in group), measure(batch), strict=True)
+    finally:
+        model.train(was_training)
+    return {i: values.tolist() for i, values in measured.items()}
+
+
+def count_targets(example: Example) -> int:
+    """Return how many of a row's tokens are supervised; the first token has nothing to be predicted from."""
+    return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
+
+
+# --- what a model supports and needs ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_lm_head(model: Any) -> None:
+    """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
+
+    A head may do more to its logits than its config says: transformers does not tell.
+
+    Raises:
+        ModelError: the loss would be wrong; the hint says what to change.
+    """
+    head = get_lm_head(model)
+    if head is None:
+        return
+    device, was_training = next(model.parameters()).device, model.training
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[(5 * i * i + 1) % vocabulary for i in range(24)]], device=device)
+    states: list[Tensor] = []
+    hook = head.module.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    finally:
+        hook.remove()
+        model.train(was_training)
+    own = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+    ours = head.target_nll(states[-1][0, -24:-1], ids[0, 1:])
+    error = ((ours - own).abs().mean() / own.std().clamp_min(1e-12)).item()
+    if error > (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+        raise ModelError(
+            f"the loss of a {type(model).__name__} differs from the model's own (by {100 * error:.2g} % of its spread):"
+            " its head does more to its logits than its config says",
+            "a head that multiplies, adds a bias, scales and soft-caps",
+            "train it with transformers' Trainer, which uses the model's own loss",
+        )
+
+
+def auto_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:
+    """Return how many tokens to put into a micro-batch: enough to compute fast, if half of the free memory holds them.
+
+    The bytes per token are measured in real forward passes of short rows, apart from what a pass takes whatever its
+    length (learned positions, factors in the base's dtype). The longest row must fit in any case.
+    """
+    device = next(model.parameters()).device
+    enough = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
+    if isinstance(model, FSDPModule):  # a trial pass would count gathered weights, too; the plan knows better
+        return max(longest, enough)
+    half, whole = (measure_activation_bytes(model, collator, n) for n in (PROBE_TOKENS // 2, PROBE_TOKENS))
+    per_token = max(1.0, (whole - half) / (PROBE_TOKENS - PROBE_TOKENS // 2))
+    available = free_memory(device) / 2 - max(0.0, whole - PROBE_TOKENS * per_token)
+    return int(max(longest, min(enough, available / per_token)))
+
+
+def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE_TOKENS) -> int:
+    """Return the bytes that the backward pass of a row of `tokens` tokens keeps, without parameters and buffers."""
+    device, was_training = next(model.parameters()).device, model.training
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    vocabulary = model.config.get_text_config().vocab_size
+    row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
+    batch = move_to_device(collator([{"input_ids": row, "labels": row}]), device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
+    with preserve_rng_state(device), packed_attention(model), hooks:
+        loss = step_loss(model.train(), batch)
+    del loss
+    model.train(was_training)
+    return sum(saved.values())

@@ -1,0 +1,46 @@
+"""NaN and Inf: weights of a base, and rows of a step, that contain or give them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data.collator import Collator, Example
+from ..data.tokenize import format_lines
+from ..kernels.linear_layers import is_finite, list_quantization_scales
+from .loss import score_objective
+from .objective import Objective
+
+EVENT = "non-finite"
+"""Value of `event` in the lines of metrics.jsonl about a loss or gradient of NaN or Inf."""
+
+
+def find_nonfinite_weights(model: Any) -> list[str]:
+    """Return the names of a model's weights, or of quantized ones the scales, that contain NaN or Inf."""
+    found = []
+    for name, weight in model.named_parameters():
+        scales = list_quantization_scales(weight)
+        plain = [weight] if not scales and weight.is_floating_point() and weight.itemsize > 1 else []
+        if not all(map(is_finite, (*scales, *plain))):
+            found.append(name)
+    return found
+
+
+def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator, objective: Objective) -> list[int]:
+    """Return the lines of the rows whose own loss is NaN or Inf; each row is computed alone."""
+    alone = {"group_rows": lambda some: [[i] for i in range(len(some))]}
+    return nonfinite_lines(rows, score_objective(model, rows, collator, objective, **alone))
+
+
+def nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float]]) -> list[int]:
+    """Return the lines of the rows with a score of NaN or Inf."""
+    return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
+
+
+def describe_nonfinite(what: str, value: float, lines: Sequence[int], rows: Sequence[Example], name: str) -> str:
+    """Say that something is NaN or Inf, and which of the rows have such a loss, or that none has."""
+    is_value = f"{what} is {'NaN' if math.isnan(value) else 'Inf'}"
+    every = sorted(row["line"] for row in rows)
+    if not lines:
+        return f"{is_value}: each row alone has a finite loss; the {name} rows are those of {format_lines(every)}"
+    share = "every row" if len(lines) == len(every) else f"{len(lines)} of {len(every)} rows"
+    return f"{is_value}: the loss of {share} is NaN or Inf ({format_lines(list(lines))} of the {name} rows)"

@@ -1,0 +1,319 @@
+"""The folder of one run: the names of its files, and how they are written and read.
+
+    recipe.yaml     the resolved recipe              train.log          log messages of the training
+    plan.json       the plan and the memory probe    report.html        everything on one page
+    data.json       `slimtune data` on its rows      result.json        what `slimtune train --json` printed
+    adapter/        the best adapter                 eval-<name>.json   what `slimtune eval --json` printed
+    checkpoints/    to resume from                   scores-<name>.json losses of each evaluated row
+    metrics.jsonl   one JSON object per line         tensorboard/       event files, with train.report_to
+    reference.safetensors   log-probabilities of the rows before training, for objectives that need them
+
+Files are written under a temporary name and then renamed, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from ...errors import RunError, UsageError, format_names, nearest
+from ..config import Recipe, load_recipe
+from ..foundation.files import (
+    parse_json,
+    read_json,
+    require_regular,
+    require_writable,
+    to_json,
+    translate_os_errors,
+    write_atomic,
+    write_json,
+)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "config.json"
+"""The base's config with the names of the classes, beside the adapter of a classifier."""
+LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
+WRITTEN_FILES = (
+    "recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html",
+    "reference.safetensors", WRITER_FILE,
+)  # fmt: skip
+"""Files of a run folder that are written under a temporary name first, `.<name>.<random>`."""
+RENAMED_KEYS = {
+    "gain": "loss_reduction", "gain_ci95": "loss_reduction_ci95", "better": "improved", "quant": "quantization",
+    "prompt_use": "prompt_dependence", "ships": "export_formats", "adapted": "target_summary",
+    "rows_read": "data_report", "out_of_memory": "oom_events",
+}  # fmt: skip
+"""Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file of a run folder has a temporary name; what a user has hidden there is called otherwise."""
+    return any(name.startswith(f".{written}.") for written in WRITTEN_FILES)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
+
+    name: str
+    values: Mapping[str, Any]
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in the run folder."""
+        return f"eval-{self.name}.json"
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What the files of a run contain. A part whose file does not exist is empty.
+
+    Evaluations on test rows come first, on validation rows last, the newest of the others first. `errors` has one
+    message for each file that cannot be read.
+    """
+
+    recipe: Recipe | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    probe: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def held_out(self) -> Evaluation | None:
+        """The first complete evaluation on rows that were not trained on."""
+        answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
+        classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
+        data = self.recipe.data if self.recipe is not None else None
+        for e in self.evaluations:
+            # Rows split off the training file carry its name, although they were not trained on.
+            split = e.values.get("split")
+            split_off = split in ("validation", "test") and getattr(data, split) is None
+            seen = data is not None and e.values.get("data") == str(data.train) and not split_off
+            needed, interval = classes if "baseline_accuracy" in e.values else answers
+            complete = all(isinstance(e.values.get(name), int | float) for name in (*needed, "rows"))
+            if complete and isinstance(e.values.get(interval), list) and not seen:
+                return e
+        return None
+
+
+class _Entry:
+    """Attribute of RunDir: the path of a file or folder in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDir, owner: type) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run."""
+
+    path: Path
+
+    recipe_file = _Entry("recipe.yaml")
+    plan_file = _Entry("plan.json")
+    data_file = _Entry("data.json")
+    metrics_file = _Entry("metrics.jsonl")
+    log_file = _Entry("train.log")
+    result_file = _Entry("result.json")
+    report_file = _Entry("report.html")
+    adapter = _Entry("adapter")
+    checkpoints = _Entry("checkpoints")
+    tensorboard = _Entry("tensorboard")
+    reference_file = _Entry("reference.safetensors")
+
+    def evaluation_file(self, evaluation: str) -> Path:
+        """Return the file of an evaluation: "test", "validation", or "data-" and the name of the evaluated file."""
+        return self.path / f"eval-{evaluation}.json"
+
+    def scores_file(self, evaluation: str) -> Path:
+        """Return the file with the losses of each row of an evaluation."""
+        return self.path / f"scores-{evaluation}.json"
+
+    @classmethod
+    def create(cls, path: str | Path, recipe: Recipe, write_files: Callable[[Self], None] = lambda _: None) -> Self:
+        """Create a run folder, which must not have files yet, and write the recipe into it.
+
+        `write_files(run)` writes what belongs to the start, before the recipe: a folder with a recipe can be resumed.
+        """
+        run = cls.require_free(path)
+        with translate_os_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        write_files(run)
+        write_atomic(run.recipe_file, recipe.to_yaml())
+        return run
+
+    @classmethod
+    def require_free(cls, path: str | Path) -> Self:
+        """Return the run folder that can be created at `path`, where nothing exists yet; writes nothing."""
+        run = cls(Path(path))
+        if run.path.exists() and not run.path.is_dir():
+            raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
+        # A start that was killed leaves temporary files and the lock.
+        names = sorted(p.name for p in run.path.iterdir()) if run.path.is_dir() else []
+        if names := [n for n in names if n not in (LOCK_FILE, WRITER_FILE) and not is_temporary(n)]:
+            is_run = run.recipe_file.name in names
+            raise UsageError(
+                f"{run.path} already contains {'another run' if is_run else 'files'}: {format_names(names)}",
+                "a folder that is empty or does not exist yet",
+                f"{'continue that run with --resume, or ' if is_run else ''}give another --out",
+            )
+        require_writable(run.path)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, require_adapter: bool = True) -> Self:
+        """Return the run folder at `path`; raise if there is none, or if it has no adapter yet and must have one."""
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if run.path.parent.is_dir() else []
+            raise UsageError(f"there is no run folder {str(run.path)!r}{nearest(run.path.name, siblings)}")
+        if not run.recipe_file.is_file():
+            names = format_names(sorted(p.name for p in run.path.iterdir()))
+            message = f"{run.path} is not a run folder: it contains {names or 'nothing'}"
+            raise UsageError(message, "a folder with recipe.yaml")
+        file = run.adapter / ADAPTER_FILE
+        if require_adapter and not file.is_file():
+            message = f"the run in {run.path} has no adapter yet"
+            raise RunError(message, str(file), f"finish it: {run.resume_command()}")
+        return run
+
+    def resume_command(self) -> str:
+        """Return the command that continues the run's training, as a shell takes it."""
+        return f"slimtune train {shlex.quote(str(self.recipe_file))} --resume"
+
+    def load_recipe(self) -> Recipe:
+        """Return the recipe of the run, with `output_dir` set to where the folder is now."""
+        return load_recipe(self.recipe_file, {"output_dir": str(self.path)})
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
+        line = to_json(values).encode() + b"\n"
+        with translate_os_errors(self.metrics_file, len(line)):
+            require_regular(self.metrics_file, follow_links=False)
+            with open(self.metrics_file, "ab+") as f:
+                if f.seek(0, os.SEEK_END):
+                    f.seek(-1, os.SEEK_END)
+                    if f.read(1) != b"\n":
+                        f.truncate(self.metrics_file.read_bytes().rfind(b"\n") + 1)
+                f.write(line)
+
+    def load_metrics(self, errors: list[str] | None = None) -> list[dict[str, Any]]:
+        """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored.
+
+        A damaged line is a RunError; with `errors`, it is left out and named there.
+        """
+        metrics = []
+        content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
+        lines = content.decode("utf-8", "replace").split("\n")[:-1]  # a text may contain other ends of lines
+        for number, line in enumerate(lines, 1):
+            try:
+                values, damage = parse_json(line), "it is no JSON object"
+            except ValueError as e:
+                values, damage = None, str(e)
+            if isinstance(values, dict):
+                metrics.append(values)
+                continue
+            message = f"{self.metrics_file}, line {number}: {damage}: {line[:80]!r}"
+            if errors is None:
+                raise RunError(message, "one JSON object per line", "delete the line")
+            errors.append(message)
+        return metrics
+
+    def load_results(self, strict: bool = True) -> RunResults:
+        """Read all results of the run; unless `strict`, a damaged file is left out and named in `errors`."""
+        errors: list[str] = []
+
+        def load_json(file: Path, *parts: str) -> dict[str, Any]:
+            try:
+                values = read_json(file, RENAMED_KEYS) if os.path.lexists(file) else {}
+                if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
+                    raise RunError(
+                        f"{file} is damaged: {wrong[0]} is no JSON object", "a JSON object", "delete the file"
+                    )
+                return values
+            except RunError as e:
+                if strict:
+                    raise
+                errors.append(e.message)
+                return {}
+
+        def position(file: Path) -> tuple[int, float, str]:
+            return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.lstat().st_mtime, file.name
+
+        plan = load_json(self.plan_file, "plan", "probe")
+        evaluations = [
+            Evaluation(file.stem.removeprefix("eval-"), values)
+            for file in sorted(self.path.glob("eval-*.json"), key=position)
+            if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
+        ]
+        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
+            errors.append(f"{self.metrics_file} is damaged: it is no file")
+        return RunResults(
+            recipe=self.load_recipe(),
+            result=load_json(self.result_file),
+            plan=plan.get("plan") or {},
+            probe=plan.get("probe") or {},
+            data=load_json(self.data_file),
+            metrics=self.load_metrics(None if strict else errors),
+            evaluations=evaluations,
+            errors=errors,
+        )
+
+
+class RunLock:
+    """One writer per run folder, which must exist: a lock that the operating system releases when the process ends.
+
+    `.lock` is locked, and stays: whoever deleted it could let two processes lock two files of that name. `.writer.json`
+    says which process has the lock.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self._writer = run, run.path / WRITER_FILE
+        self._lock = FileLock(run.path / LOCK_FILE)
+
+    def acquire(self) -> None:
+        """Take the lock; raise UsageError, which names the process, if another one has it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"{self._describe_writer()} is training in {self.run.path}",
+                "one process that writes a run folder",
+                "wait until it has ended, or stop it with Ctrl-C or SIGTERM, which write a checkpoint; then --resume",
+            ) from None
+        started = datetime.now().astimezone().isoformat(" ", "seconds")
+        write_json(self._writer, {"process": os.getpid(), "host": socket.gethostname(), "started": started})
+
+    def release(self) -> None:
+        """Give the lock back, if this object has it."""
+        if self._lock.is_locked:
+            self._writer.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _describe_writer(self) -> str:
+        try:
+            writer: dict[str, Any] = read_json(self._writer)
+        except RunError:
+            return "another process"
+        return f"process {writer.get('process')} on {writer.get('host')} (since {writer.get('started')})"
+
+
+def find_adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder of a run folder; an adapter folder is returned as it is."""
+    path = Path(path)
+    is_adapter = any((path / name).is_file() for name in (ADAPTER_FILE, "adapter_config.json"))
+    return path if is_adapter else RunDir.open(path).adapter

@@ -1,0 +1,82 @@
+"""What every evaluation is made of: rows, the model that scores them with its adapter and without it, and intervals.
+
+Each kind of objective has its evaluation, a subclass in a file of its own; `evaluate.py` chooses it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..core.data.class_labels import Classes
+from ..core.data.collator import Collator, Example
+from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.foundation.progress_bars import name_progress
+from ..core.training.loss import RowScore, score_supervised_rows
+from ..core.training.objective import Objective
+from ..errors import AdapterError, ModelError, format_names
+from .statistics import PairedEstimate, paired_bootstrap
+
+RowFigures = list[dict[str, Any]]
+"""The figures of each row that `scores-<split>.json` keeps."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of one kind of objective."""
+
+    model: Any
+    examples: TokenizedDataset
+    collator: Collator
+    objective: Objective
+    classes: Classes | None  # of a sequence classifier
+    place: object  # that the rows are from, for messages
+    draws: int  # of the bootstrap
+    seed: int  # of the draws and of the shuffled prompts
+    prompt_test: bool  # whether answers must depend on their prompts
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        """Return the result, with `rows` and `different_rows`, and the figures of each row."""
+        raise NotImplementedError
+
+    @staticmethod
+    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
+        """Return why a result does not show that the tuned model is better, one sentence each; empty if it does."""
+        raise NotImplementedError
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """The number of the group of equal rows that each row is in, int64 [N]."""
+        return self.examples.documents.groups()
+
+    def compare(self, first: Any, second: Any, sizes: Any = None) -> PairedEstimate:
+        """Compare two values of each row [N], per `sizes` [N] (None: per row), by `paired_bootstrap`.
+
+        Rows that are equal are drawn together: drawn apart they would make the intervals too narrow.
+        """
+        sizes = np.ones(len(self.groups)) if sizes is None else sizes
+        sums: Any = [np.bincount(self.groups, values).tolist() for values in (first, second, sizes)]
+        return paired_bootstrap(*sums, draws=self.draws, seed=self.seed)
+
+    def score_both(self, rows: Sequence[Example], place: object = None) -> tuple[list[RowScore], list[RowScore]]:
+        """Return the scores of rows by the base and by the tuned model.
+
+        Raises:
+            AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `place`.
+        """
+        with name_progress("tuned model"):
+            tuned = score_supervised_rows(self.model, rows, self.collator)
+        with self.model.disable_adapter(), name_progress("base"):
+            base = score_supervised_rows(self.model, rows, self.collator)
+        for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
+            if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:
+                raise error(
+                    f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
+                    f"(lines {format_names(lines)} of {place or self.place})",
+                    "finite losses",
+                    "evaluate in float32, or take an older checkpoint",
+                )
+        return base, tuned

@@ -1,0 +1,322 @@
+"""report.html: one run on one page, made only from the files in its folder, so it can be written again at any time.
+
+The page is one HTML file without network, scripts or fonts. The template escapes every text of the run, and a path is
+shown relative to the working directory or by its name alone.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .. import __version__
+from ..core.config import Recipe
+from ..core.config.recipe import MIN_EVAL_ROWS
+from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.formatting import format_bytes, format_count, format_duration
+from ..core.training.run_dir import RunDir, RunResults
+from .charts import (
+    Estimate,
+    Series,
+    histogram,
+    html_templates,
+    interval_chart,
+    is_interval,
+    is_number,
+    line_chart,
+    stacked_bar,
+)
+
+
+def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one.
+
+    Returns its path and what is damaged in the run's files, one sentence each.
+    """
+    file = run.report_file if out is None else require_output_file(out.expanduser())
+    damage: list[str] = []
+    write_atomic(file, render_report(run, damage))
+    return file, damage
+
+
+def render_report(run: RunDir, damage: list[str] | None = None) -> str:
+    """Return the page of a run as HTML; `damage` gets a sentence for each damaged file or part.
+
+    Where a file is missing, the page names the command that creates it.
+    """
+    errors = [] if damage is None else damage
+    r = run.load_results(strict=False)
+    assert r.recipe is not None
+    errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
+    recipe, folder = r.recipe, _display_path(run.path)
+    eval_options = ["--data", "HELD_OUT.jsonl"]
+    held_out = r.result.get("held_out_rows")
+    if not isinstance(held_out, int) or held_out >= MIN_EVAL_ROWS:
+        eval_options = {"test": [], "validation": ["--split", "validation"], None: eval_options}[recipe.eval_split()]
+    settings = recipe.method.settings.items()
+    recipe_text = re.sub(  # with absolute paths shortened
+        r"(?m)^((?:[ -]*|[ \w-]*[\w]: )['\"]?)(/[^\n]*?)(['\"]?)$",
+        lambda found: found[1] + _display_path(found[2]) + found[3],
+        recipe.to_yaml(),
+    )
+    return _render_page(
+        name=run.path.resolve().name,
+        folder=folder,
+        recipe_file=f"{folder}/{run.recipe_file.name}",
+        eval_options=eval_options,
+        model=_display_path(recipe.model.name),
+        method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
+        task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items() if v is not None)]),
+        recipe=recipe,
+        writes_text=recipe.objective().task_type == "CAUSAL_LM",
+        recipe_text=recipe_text,
+        results=r,
+        errors=errors,
+        held_out=r.held_out,
+        shares_prefix=recipe.train.packing is not False and recipe.train.share_prefix,
+        memory_charts=memory_charts,
+        plan_rows=_plan_rows,
+        training_charts=training_charts,
+    )
+
+
+def render_data_report(report: Mapping[str, Any]) -> str:
+    """Return what `slimtune data --json` prints as a page of its own."""
+    return _render_page(name=_display_path(report["file"]), report=report, shares_prefix=True)
+
+
+def _render_page(errors: list[str] | None = None, **values: Any) -> str:
+    errors = [] if errors is None else errors
+
+    def guard(source: str, caller: Callable[[], Markup]) -> Markup:
+        """Return a part of the page, or a note if the values in `source` are of other kinds than slimtune writes."""
+        try:
+            return caller()
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as e:
+            damage = f"{source} is damaged: its values are not of the kind that slimtune writes"
+            errors.append(f"{damage} ({e})")
+            return Markup('<p class="missing">not shown: {}</p>').format(damage)
+
+    style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
+    page = html_templates().get_template("report.html.j2")
+    return page.render(**values, errors=errors, guard=guard, style=style, version=__version__, **template_functions())
+
+
+def template_functions() -> dict[str, Any]:
+    """Return the functions that the templates call, by their names there."""
+    return {
+        "fixed": fixed,
+        "signed": signed,
+        "percent": percent,
+        "whole": whole,
+        "figure": figure,
+        "bytes": size,
+        "count": count,
+        "duration": duration,
+        "range_text": _range_text,
+        "display_path": _display_path,
+        "command": lambda *words: shlex.join(["slimtune", *words]),
+        "quote": shlex.quote,
+        "length_histogram": _length_histogram,
+        "forgetting_chart": _forgetting_chart,
+        "evaluation_charts": _evaluation_charts,
+        "check_value": _check_value,
+        "boolean_checks": _boolean_checks,
+    }
+
+
+# --- values as text --------------------------------------------------------------------------------------------------
+
+
+def _of_number(to_text: Callable[..., str]) -> Callable[..., str]:
+    """Return the function that gives a dash for everything but finite numbers."""
+    return lambda value, *options: to_text(value, *options) if is_number(value) else "–"
+
+
+fixed = _of_number(lambda x, digits=3: f"{x:.{digits}f}".replace("-", "−"))
+signed = _of_number(lambda x, digits=3: f"{x:+.{digits}f}".replace("-", "−"))
+percent = _of_number(lambda x, digits=1: f"{100 * x:.{digits}f} %")
+whole = _of_number(lambda x: f"{round(x):,}")
+figure = _of_number(lambda x: f"{x:.4g}")
+size = _of_number(format_bytes)
+count = _of_number(format_count)
+duration = _of_number(format_duration)
+
+
+def _range(low: Any, high: Any, to_text: Callable[[Any], str]) -> str:
+    return " to ".join(dict.fromkeys((to_text(low), to_text(high))))
+
+
+def _range_text(interval: Any, digits: int) -> str:
+    """Return an interval as text; "" where it is unknown."""
+    return _range(interval[0], interval[1], lambda x: fixed(x, digits)) if is_interval(interval) else ""
+
+
+def _display_path(path: str | Path) -> str:
+    """Return a path relative to the working directory, or only its name where it is outside."""
+    if not Path(path).is_absolute():
+        return str(path)
+    place, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else place.name
+
+
+# --- plan, data, training, evaluation --------------------------------------------------------------------------------
+
+
+def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
+    """Return the lowest and highest planned peak and the measured one: of the process, on a GPU of its tensors."""
+    need = r.plan.get("need_bytes") or {}
+    if str(r.result.get("device", "")).startswith("cuda"):
+        need = dict.fromkeys(("low", "high"), r.plan.get("allocated_bytes"))
+    return need.get("low"), need.get("high"), r.result.get("peak_bytes")
+
+
+def memory_charts(r: RunResults) -> list[Markup]:
+    """Return charts of the planned memory, with what a run measured, if it did."""
+    low, high, peak = _peaks(r)
+    parts = r.plan.get("parts") or {}
+    bars = [stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
+    usable = (r.plan.get("usable_bytes") or {}).get("low")
+    if is_number(usable) and usable and is_number(high):
+        title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
+        note = f"at most {percent(high / usable)} of {format_bytes(usable)} is planned"
+        bars.append(stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
+    return [bar for bar in bars if bar]
+
+
+def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
+    """Return what was planned and measured: name, planned, measured, and whether they agree (None: unknown)."""
+
+    def agrees(value: Any, low: Any, high: Any) -> bool | None:
+        return low <= value <= high if all(map(is_number, (value, low, high))) else None
+
+    plan, result, probe, (low, high, peak) = r.plan, r.result, r.probe, _peaks(r)
+    rows = [("peak memory", _range(low, high, size), size(peak), agrees(peak, low, high) if low != high else None)]
+    if probe:
+        name = f"longest micro-batch, {whole(probe.get('tokens'))} tokens"
+        planned = _range(probe.get("low"), probe.get("high"), size)
+        rows.append((name, planned, size(probe.get("bytes")), probe.get("as_planned")))
+    rows.append(
+        ("parameters trained", whole(plan.get("trainable_params")), whole(result.get("trainable_params")), None)
+    )
+    rows.append(("adapter file", size(plan.get("adapter_bytes")), size(result.get("adapter_bytes")), None))
+    speed: Any = plan.get("tokens_per_second") or {}
+    slow, fast = speed.get("low"), speed.get("high")
+    tokens, measured = result.get("trained_tokens"), result.get("tokens_per_second")
+    planned = _range(slow, fast, whole) if speed else "unknown"
+    rows.append(("tokens/s", planned, whole(measured), agrees(measured, slow, fast)))
+    known = all(is_number(x) and x > 0 for x in (slow, fast)) and is_number(tokens)
+    planned = _range(tokens / fast, tokens / slow, format_duration) if known else "unknown"
+    rows.append(("time of the training steps", planned, duration(result.get("train_seconds")), None))
+    return rows
+
+
+def _length_histogram(report: Mapping[str, Any]) -> Markup:
+    lengths = report.get("lengths") or {}
+    quantiles = {"median": "median", "90 % up to": "p90", "longest": "max"}
+    note = "tokens: " + ", ".join(f"{name} {whole(lengths.get(key))}" for name, key in quantiles.items())
+    return histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
+
+
+def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
+    """Return charts of the losses, which may be empty, and of what else was logged."""
+
+    def series(name: str, key: str, color: str = "one", unit: float = 1.0, **style: bool) -> Series:
+        points = [(m["step"], m[key] / unit) for m in r.metrics if "step" in m and is_number(m.get(key))]
+        return Series(name, color, points, **style)
+
+    training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
+    validation = dataclasses.replace(validation, markers=True)
+    # The base's loss on the same validation rows is where the curve of the validation begins.
+    measured = next((e.values for e in r.evaluations if e.name == "validation"), {})
+    start = measured.get("base_loss")
+    if validation.points and is_number(start) and recipe.task.name == "sft":
+        validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
+        mark: tuple[Any, str] = (start, f"untrained base {fixed(start)}")
+    else:  # the loss of step 1 is computed before the first update
+        first = next((loss for step, loss in training.points if step == 1), None)
+        mark = (first, f"before training {fixed(first)}")
+    others = [
+        ("Speed", "trained tokens/s", "tokens_per_second", 1.0),
+        ("Memory", "GiB in use", "memory_bytes", 2.0**30),
+        ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate", 1.0),
+        ("Gradient norm", "before clipping", "grad_norm", 1.0),
+    ]
+    lines = [line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others]
+    if (budget := recipe.train.forgetting_budget) is not None:
+        curve = series("forgetting", "forgetting", "two", markers=True)
+        curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
+        unit = "nats per token of general text; above 0 is forgetting"
+        lines.append(line_chart("Forgetting", unit, [curve], mark=(budget, f"budget {budget:g}")))
+    unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
+    losses = line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
+    return [losses, *filter(None, lines)]
+
+
+def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Markup]]:
+    """Return title, unit, chart of base and tuned model, and chart of the change, for each measure."""
+    if "baseline" in v:  # a head on rows, which the base does not have
+        heads = [
+            ("Accuracy", "% of the rows", "accuracy", 1, 100, [(100 * v["baseline_accuracy"], str(v["baseline"]))]),
+            ("Macro-F1", "mean over the classes", "macro_f1", 3, 1, []),
+            ("Margin", "reward of the chosen answer above the rejected one's", "margin", 3, 1, [(0.0, "")]),
+        ]
+        charts = [(title, unit, interval_chart([_estimate("model", "two", v, key, fixed, digits, factor)], marks))
+                  for title, unit, key, digits, factor, marks in heads]  # fmt: skip
+        return [(*chart, Markup()) for chart in charts if chart[2]]
+    dependence, pairs = v.get("prompt_dependence") or {}, v.get("preference") or {}
+    unpaired = v.get("unpaired_preference") or {}
+    measures = [
+        ("Preference", "% of pairs whose chosen answer is likelier", pairs, "{}_accuracy", "accuracy_gain", 1, 100),
+        ("Preference margin", "nats per pair, higher is better", pairs, "{}_margin", "margin_gain", 2, 1),
+        ("Good answers likelier", "AUC of log p, 0.5 is chance", unpaired, "{}_auc", "auc_gain", 3, 1),
+        ("The same per token", "AUC of log p per token", unpaired, "{}_token_auc", "token_auc_gain", 3, 1),
+        ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),
+        ("Perplexity", "lower is better", v, "{}_perplexity", "", 2, 1),
+        ("Accuracy", "% of tokens predicted, higher is better", v, "{}_accuracy", "accuracy_gain", 1, 100),
+        ("Prompt dependence", "nats per token lost with another row's prompt", dependence, "{}", "change", 3, 1),
+    ]
+    found = []
+    for title, unit, values, key, change_key, digits, factor in measures:
+        both = [
+            _estimate(label, color, values, key.format(label), fixed, digits, factor)
+            for label, color in (("base", "one"), ("tuned", "two"))
+        ]
+        change = [_estimate("change", "two", values, change_key, signed, digits, factor)] if change_key else []
+        if chart := interval_chart(both):
+            found.append((title, unit, chart, interval_chart(change, [(0.0, "")])))
+    return found
+
+
+def _estimate(
+    label: str, color: str, values: Mapping[str, Any], key: str, to_text: Callable[..., str], digits: int, factor: float
+) -> Estimate:
+    value, interval = values.get(key), values.get(f"{key}_ci95")
+    value = value * factor if is_number(value) else None
+    interval = [x * factor for x in interval] if is_interval(interval) else None
+    text = to_text(value, digits) + (f" ({_range_text(interval, digits)})" if interval else "")
+    return Estimate(label, color, value, interval, text)
+
+
+def _boolean_checks(answers: list[Mapping[str, Any]]) -> set[str]:
+    """Return the names of the checks of answers that are true or false."""
+    return {name for a in answers for name, c in (a.get("checks") or {}).items() if isinstance(c.get("tuned"), bool)}
+
+
+def _check_value(name: str, value: Any, shares: Collection[str] = ()) -> str:
+    """Return the value of a check of answers as text: a share in per cent."""
+    return percent(value, 0) if name in shares or name == "repetition" else figure(value)
+
+
+def _forgetting_chart(f: Mapping[str, Any]) -> Markup:
+    marks = [(0.0, "")]
+    if is_number(f.get("budget")):
+        marks.append((f["budget"], f"budget {fixed(f['budget'], 2)}"))
+    return interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)

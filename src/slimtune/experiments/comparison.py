@@ -1,0 +1,206 @@
+"""Compare fine-tuning methods or objectives: plan each run, search learning rates if asked, train, measure, report.
+
+Finished runs are kept. The same command resumes a comparison that was killed: finished runs stand, an interrupted run
+resumes from its checkpoint, a failed run is tried again.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..core.foundation.files import read_json, write_atomic, write_json
+from ..core.foundation.formatting import format_bytes, format_duration
+from ..core.foundation.remote_code import remote_code_allowed
+from ..core.training.run_dir import RENAMED_KEYS
+from ..errors import RunError, SlimtuneError, UsageError
+from ..planning.plan_request import build_request
+from ..planning.planner import make_plan
+from ..planning.this_machine import detect_gpu
+from .candidates import Candidate
+from .comparison_chart import draw_comparison
+from .comparison_folder import check_settings, claim_folder
+from .comparison_report import compare_pairs, format_markdown, recommend_method, summarize_candidates
+from .executors import Executor, Place
+from .places import open_executor
+from .run_grid import Grid
+from .run_worker import Launch, launch_worker
+
+Log = Callable[[str], None]
+
+
+def compare(
+    grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None, place: Place | None = None
+) -> dict[str, Any]:
+    """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
+
+    After Ctrl-C finished runs stand, and those that trained have a checkpoint.
+
+    Args:
+        grid: what is compared.
+        log: shows a line of progress.
+        plot: an additional file for the chart (`.svg` or `.png`).
+        place: where runs train at the same time (`--on`); None: here, one after another.
+    """
+    start = time.perf_counter()
+    # Before planning; the folder is only made when something can run in it.
+    check_settings(grid.output_dir, grid.settings(), "comparison")
+    with open_executor(place, grid.output_dir) as executor:
+        fitting, left_out = _plan_candidates(grid, executor, log)
+        if not fitting:
+            raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one method that fits")
+        with claim_folder(grid.output_dir, grid.settings(), "comparison"):
+            (grid.output_dir / "cells").mkdir(exist_ok=True)
+            grid = dataclasses.replace(grid, candidates=tuple(fitting))
+            grid, searched, failed = _search_learning_rates(grid, executor, log)
+            failed += _run_cells(grid, executor, log)
+            seconds = round(time.perf_counter() - start, 3)
+            how = {"searched": searched, "left_out": left_out, "failed": failed, "seconds": seconds}
+            result = {**_build_result(grid), "on": place.text if place else None, **how}
+            write_json(grid.output_dir / "compare.json", result)
+            write_atomic(grid.output_dir / "table.md", format_markdown(result))
+            if result["methods"]:
+                for file in filter(None, (grid.output_dir / "compare.svg", plot)):
+                    draw_comparison(result, file)
+    return result
+
+
+def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Candidate], list[dict[str, str]]]:
+    """Return the candidates that fit this machine and why the others are left out; no weight is loaded.
+
+    Those that do not fit are kept if they may train on another machine.
+    """
+    fitting = []
+    left_out = [{"method": label, "why": why} for label, why in grid.excluded.items()]
+    for candidate in grid.candidates:
+        if all(grid.is_done(candidate, seed) for seed in grid.seeds):
+            fitting.append(candidate)
+            continue
+        recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
+        request = build_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
+        try:
+            plan = make_plan(request, advise=False)
+            verdict, reason = str(plan.verdict), plan.reason
+            if verdict == "does not fit" and executor.is_remote:
+                verdict = "does not fit this machine, but may fit where it trains"
+            beside = executor.runs_per_device
+            if beside > 1 and verdict != "does not fit" and beside * plan.need.low > plan.usable_bytes.high:
+                need, usable = format_bytes(round(beside * plan.need.low)), format_bytes(round(plan.usable_bytes.high))
+                log(f"{candidate.label}: {beside} runs at the same time need {need} of {usable}; give a lower --on")
+        except UsageError as e:  # its targets match nothing in the base
+            if not candidate.from_all:
+                raise
+            verdict, reason = "does not fit", " ".join(e.message.split())
+        except SlimtuneError as e:
+            verdict, reason = "cannot be planned", e.message
+        if verdict == "does not fit":
+            left_out.append({"method": candidate.label, "why": reason})
+        else:
+            log(f"plan: {candidate.label} {verdict.replace('tight', 'may fit')} ({reason})")
+            fitting.append(candidate)
+    for entry in left_out:
+        log(f"{entry['method']} is left out: {entry['why']}")
+    return fitting, left_out
+
+
+def _search_learning_rates(
+    grid: Grid, executor: Executor, log: Log
+) -> tuple[Grid, dict[str, Any], list[dict[str, Any]]]:
+    """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
+    if not grid.trials:
+        return grid, {}, []
+    from .tuning import search_learning_rate  # optuna is optional
+
+    candidates, searched, failed = [], {}, []
+    # Candidates are searched at the same time; the trials of each follow one another, so they are the same everywhere.
+    searches = [partial(search_learning_rate, grid, candidate, log, executor) for candidate in grid.candidates]
+    for candidate, search in zip(grid.candidates, executor.call_all(searches), strict=True):
+        if isinstance(search, RunError):
+            log(f"{candidate.label}: {search.message}")
+            failed.append({"method": candidate.label, "seed": None, "why": search.message})
+            continue
+        searched[candidate.label] = search
+        candidates.append(dataclasses.replace(candidate, learning_rate=search["rate"], rate_source="tuned"))
+    return dataclasses.replace(grid, candidates=tuple(candidates)), searched, failed
+
+
+def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[dict[str, Any]]:
+    """Run every cell that is not done and return those that failed."""
+    failed = []
+    # All candidates of a seed (of `at_once` seeds) come first, so that early results can be compared.
+    chunks = [grid.seeds[i : i + grid.at_once] for i in range(0, len(grid.seeds), grid.at_once)]
+    groups = [[(candidate, seed) for seed in seeds] for seeds in chunks for candidate in grid.candidates]
+    total = len(grid.seeds) * len(grid.candidates)
+    started: dict[Path, dict[Path, tuple[str, Candidate, int]]] = {}  # the cells of a group, by its first recipe
+
+    def start_groups() -> Iterator[tuple[Path, Launch]]:
+        number = 0
+        for group in groups:
+            files: dict[Path, tuple[str, Candidate, int]] = {}
+            for candidate, seed in group:
+                number += 1
+                name = f"[{number}/{total}] {candidate.label}, seed {seed}"
+                run = grid.run_dir(candidate, seed)
+                if grid.is_done(candidate, seed):
+                    log(f"{name}: already done")
+                    continue
+                log(f"{name}: {'resuming' if run.path.is_dir() else 'starting'}")
+                recipe_file = run.path.with_name(f"{run.path.name}.yaml").absolute()
+                write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
+                files[recipe_file] = name, candidate, seed
+            if files:
+                first, trust = next(iter(files)), remote_code_allowed()
+                started[first] = files
+                yield first, partial(launch_worker, [*files], force=grid.force, trust_remote_code=trust)
+
+    for first, worker in executor.run(start_groups()):
+        files = started[first]
+        for recipe_file, (name, candidate, seed) in files.items():
+            run = grid.run_dir(candidate, seed)
+            why, result, measured = worker.failed.get(str(recipe_file), worker.error), {}, {}
+            try:
+                if not why or (len(files) > 1 and grid.is_done(candidate, seed)):
+                    names = run.result_file, run.evaluation_file("test")
+                    executor.wait_for_files(names)
+                    why, (result, measured) = "", (read_json(f, RENAMED_KEYS) for f in names)
+            except RunError as e:
+                why = e.message
+            if why:
+                log(f"{name}: failed: {why}")
+                failed.append({"method": candidate.label, "seed": seed, "why": why})
+                continue
+            memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
+            costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
+            costs += f" for {len(files)} runs at once" if len(files) > 1 else ""
+            costs += f", killed and restarted {worker.restarts}×" if worker.restarts else ""
+            preference = measured.get("preference") or {}
+            gain = f", accuracy gain {preference['accuracy_gain']:.4f}" if preference else ""
+            log(f"{name}: loss reduction {measured['loss_reduction']:.4f}{gain} ({costs})")
+    order = [(candidate.label, seed) for group in groups for candidate, seed in group]
+    return sorted(failed, key=lambda f: order.index((f["method"], f["seed"])))
+
+
+def _build_result(grid: Grid) -> dict[str, Any]:
+    summaries = summarize_candidates(grid)
+    pairs = compare_pairs(summaries)
+    methods = [summary.fields for summary in summaries]
+    first = methods[0] if methods else {}
+    model = grid.tree["model"]
+    return {
+        "output_dir": str(grid.output_dir),
+        "model": model if isinstance(model, str) else model["name"],
+        "dtype": first.get("dtype"),
+        "device": first.get("device"),
+        "tokens": grid.tokens,
+        "steps": grid.steps,
+        "seeds": list(grid.seeds),
+        "at_once": grid.at_once,
+        "rows": len(summaries[0].row_lines) if summaries else 0,
+        "test_tokens": sum(summaries[0].row_tokens) if summaries else 0,
+        "base_loss": first.get("base_loss"),
+        "methods": methods,
+        "pairs": pairs,
+        "advice": recommend_method(methods, pairs),
+    }

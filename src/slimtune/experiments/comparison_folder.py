@@ -1,0 +1,74 @@
+"""The folder of a comparison or a search: it records what it holds, so that only the same command continues in it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..core.foundation.files import parse_json, read_json, require_writable, to_json, write_json
+from ..errors import UsageError, format_names
+
+SETTINGS_FILE = "settings.json"
+COMMANDS = {"comparison": "compare", "search": "tune"}
+"""What a folder holds, and the command that works in it."""
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
+
+    Args:
+        folder: of the work.
+        settings: what determines its results. Those of single `methods` may be added later, so only those that both
+            have must agree; the others are kept.
+        what: a key of `COMMANDS`, for messages.
+    """
+    other = "give another --out"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file", "a folder", other)
+    require_writable(folder)
+    current: dict[str, Any] = parse_json(to_json(settings))
+    if not (folder / SETTINGS_FILE).is_file():
+        if content := sorted(p.name for p in folder.glob("*") if p.name != ".lock"):
+            message = f"{folder} contains {format_names(content)}, which belongs to no {what}"
+            raise UsageError(message, f"an empty or new folder, or the folder of a {what} to resume", other)
+        return current
+    recorded = read_json(folder / SETTINGS_FILE)
+    methods, added = recorded.get("methods", {}), current.get("methods", {})
+    shared = methods.keys() & added.keys()
+    before, now = ({**s, "methods": {k: s.get("methods", {})[k] for k in shared}} for s in (recorded, current))
+    if differences := _list_differences(before, now):
+        message = f"{folder} holds another {what}: {'; '.join(differences[:8])}"
+        more = "; methods and seeds may be added" if added else ""
+        raise UsageError(message, f"the command that started it{more}", other)
+    return {**current, "methods": {**methods, **added}} if methods else current
+
+
+@contextmanager
+def claim_folder(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Lock a folder while the block runs, after checking it as above and writing the settings into it.
+
+    Raises:
+        UsageError: another process works in the folder.
+    """
+    check_settings(folder, settings, what)  # before the folder is made
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            write_json(folder / SETTINGS_FILE, check_settings(folder, settings, what))
+            yield
+    except Timeout:
+        raise UsageError(f"another slimtune {COMMANDS[what]} works in {folder}", "one at a time") from None
+
+
+def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:
+    """Return what differs between two trees, each as `train.batch_size: 8 before, 4 now`."""
+    if not (isinstance(recorded, Mapping) and isinstance(current, Mapping)):
+        return [] if recorded == current else [f"{path}: {recorded!r} before, {current!r} now"]
+    # A recipe field that was not recorded is new in this version; the recorded run used its default.
+    keys = list(recorded) if path in ("model", "data", "train") else list(dict.fromkeys([*recorded, *current]))
+    differences: list[str] = []
+    for key in keys:
+        differences += _list_differences(recorded.get(key), current.get(key), f"{path}.{key}" if path else key)
+    return differences

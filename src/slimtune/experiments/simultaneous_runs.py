@@ -1,0 +1,207 @@
+"""Several runs in one process, on one base: each as if it ran alone.
+
+The runs take turns. Each is trained by the same code as alone (train.py), with its own folder, optimizer, schedule,
+evaluations, checkpoints and random numbers; only the gradients of a step are computed for all runs at once, in packed
+sequences that hold the rows of several runs (packed_run_losses.py). Where that is not known to be exact, each
+run computes its own, and the base is still in memory once.
+
+    run 1  data ─▶ adapter ─▶ ┐                ┌ clip ─▶ optimizer ─▶ log, evaluate, save ─▶ ┐
+    run 2  data ─▶ adapter ─▶ ┴ forward/backward ┴ clip ─▶ optimizer ─▶ log, evaluate, save ─▶ ┴ next step …
+"""
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.config import Recipe
+from ..core.data.class_labels import Classes
+from ..core.foundation import distributed
+from ..core.foundation.device import release_cached_memory
+from ..core.kernels.dropout import get_rng_states, set_rng_states
+from ..core.models.loader import Base
+from ..core.training import setup
+from ..core.training.loss import move_to_device
+from ..core.training.train import Interrupted, TrainingSteps, start_training, train
+from ..core.training.training_loop import TrainingLoop
+from ..errors import SlimtuneError, UsageError, is_out_of_memory
+from .packed_run_adapters import packing_runs_unsupported_reason, share_parameters
+from .packed_run_losses import forward_backward_runs
+
+
+class RunStopped(SlimtuneError):
+    """How a run ended that its caller no longer wanted."""
+
+
+class RunInTurn:
+    """One of several runs: its generator, its random numbers while others have their turn, and how it ended."""
+
+    def __init__(self, recipe: Recipe, steps: TrainingSteps) -> None:
+        self.recipe, self.steps = recipe, steps
+        self.loop: TrainingLoop | None = None
+        self.rows: Sequence[Any] = ()  # of the next step; empty once it has ended
+        self.outcome: dict[str, Any] | SlimtuneError | Interrupted | None = None
+        self._rng: Any = None
+
+    def run_to_next_step(self) -> None:
+        """Go on to the next point where the run gives up its turn: its loop, then the rows of each step."""
+        if self._rng is not None:
+            set_rng_states(self._rng[0])
+            np.random.set_state(self._rng[1])
+            random.setstate(self._rng[2])
+        self.rows = ()
+        try:
+            value = next(self.steps)
+            if isinstance(value, TrainingLoop):
+                self.loop, value.together = value, True
+            else:
+                self.rows = value
+        except StopIteration as done:
+            self.outcome = done.value
+        except (SlimtuneError, Interrupted) as error:
+            self.outcome = error
+        device = torch.device("cpu") if self.loop is None else self.loop.device
+        self._rng = get_rng_states(device), np.random.get_state(), random.getstate()
+
+    def stop(self) -> None:
+        """End the run without a checkpoint."""
+        self.steps.close()
+        self.rows, self.outcome = (), RunStopped("the run was stopped")
+
+
+def train_together(
+    recipes: Sequence[Recipe],
+    *,
+    resume: Sequence[bool] = (),
+    force: bool = False,
+    should_stop: Callable[[Recipe], bool] = lambda _: False,
+) -> list[dict[str, Any] | SlimtuneError]:
+    """Train recipes with one base at the same time; return for each what `train` returns, or the error that ended it.
+
+    A run that fails does not end the others. After Ctrl-C every run has a checkpoint.
+
+    Args:
+        recipes: their `model` and `data.chat_template` are the same.
+        resume: for each whether to continue it from its newest checkpoint; empty: none.
+        force: train on data even if its validation finds faults.
+        should_stop: called for each run before each of its steps; True ends this run, with the error `RunStopped`.
+
+    Raises:
+        UsageError: the bases differ, or there are several processes.
+        Interrupted: Ctrl-C.
+    """
+    if distributed.world_size() > 1:
+        raise UsageError("several runs at once train in one process", "no torchrun")
+    if len({(str(r.model), str(r.data.chat_template)) for r in recipes}) > 1:
+        raise UsageError("runs at once have different bases", "the same model and data.chat_template in all")
+    if len(recipes) == 1:
+        try:
+            return [train(recipes[0], resume=any(resume), force=force)]
+        except SlimtuneError as error:
+            return [error]
+    load_base = _share_base()
+    runs = [
+        RunInTurn(recipe, start_training(recipe, resume=again, force=force, load_base=load_base))
+        for recipe, again in zip(recipes, resume or [False] * len(recipes), strict=True)
+    ]
+    for run in runs:
+        run.run_to_next_step()
+    alive = [run for run in runs if run.loop is not None]
+    loops = [run.loop for run in alive if run.loop is not None]
+    reason = find_reason_against_packing(loops) if loops else ""
+    if reason and len(loops) > 1:
+        loops[0].logger.say(f"the gradients of {len(loops)} runs are computed one after the other: {reason}")
+    with loops[0].stop_on_signals() if loops else nullcontext():
+        for run in alive:
+            run.run_to_next_step()
+        while waiting := [run for run in alive if run.rows]:
+            for run in waiting:
+                if should_stop(run.recipe):
+                    run.stop()
+            waiting = [run for run in waiting if run.rows]
+            if len(waiting) > 1 and not reason:
+                reason = compute_gradients_together(waiting)
+            for run in waiting:
+                run.run_to_next_step()
+                if any(loop.stop_requested for loop in loops):  # every run ends after its step
+                    for loop in loops:
+                        loop.stop_requested, loop.stop_signal = True, loops[0].stop_signal
+    outcomes: list[Any] = [run.outcome for run in runs]
+    if interrupted := next((o for o in outcomes if isinstance(o, Interrupted)), None):
+        raise interrupted
+    return outcomes
+
+
+def find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
+    """Return why the gradients of these runs cannot be computed together exactly, "" if they can."""
+    for loop in loops:
+        if not loop.collator.layout:
+            return "the base cannot run packed rows with a layout"
+        if loop.objective.task_type != "CAUSAL_LM":
+            return "the objective of a run needs more than the loss of tokens"
+        for name in ("compile", "mlp_tile_size", "gradient_checkpointing"):
+            if getattr(loop.settings, name):
+                return f"train.{name} is {getattr(loop.settings, name)}"
+        if loop.recovery.checkpointing:
+            return "activations are checkpointed since memory ran out"
+    return packing_runs_unsupported_reason([loop.model for loop in loops])
+
+
+def compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
+    """Compute and clip the gradients of the next step of each run, for its loop to take.
+
+    Returns why the runs must compute their own from now on, "" if they need not: memory ran out, or a layer of the base
+    does not get every token. Then nothing is left of the try.
+    """
+    loops = [run.loop for run in runs if run.loop is not None]
+    started, started_cpu = time.perf_counter(), time.process_time()
+    reason = ""
+    try:
+        prepared = [
+            loop.objective.prepare_step(run.rows, loop.score_rows) for run, loop in zip(runs, loops, strict=True)
+        ]
+        parts = [loop.sharder(rows) for rows, loop in zip(prepared, loops, strict=True)]
+        losses = forward_backward_runs(
+            [loop.model for loop in loops],
+            [[move_to_device(batch, loops[0].device) for batch in part["micro_batches"]] for part in parts],
+            [loop.objective for loop in loops],
+            [loop.objective.count_items(rows) for rows, loop in zip(prepared, loops, strict=True)],
+            max(loop.collator.max_tokens or 0 for loop in loops),
+        )
+    except SlimtuneError as error:
+        reason = error.message
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = "memory ran out"
+    if reason:
+        for loop in loops:
+            loop.model.zero_grad()
+        release_cached_memory(loops[0].device)
+        loops[0].logger.say(f"the runs compute their gradients one after the other from now on: {reason}")
+        return reason
+    for loop, part, loss in zip(loops, parts, losses, strict=True):
+        loop.computed = loss, loop.clip_gradients(), part["tokens"], part["targets"]
+        # The loop counts the rest of its step itself.
+        loop.state.train_seconds += (time.perf_counter() - started) / len(loops)
+        loop.state.train_cpu_seconds += (time.process_time() - started_cpu) / len(loops)
+    return ""
+
+
+def _share_base() -> Callable[[Recipe, Classes | None], Base]:
+    """Return a function that loads the base of the first recipe and gives each run a copy with the same parameters."""
+    loaded: list[Base] = []
+
+    def load_base(recipe: Recipe, classes: Classes | None = None) -> Base:
+        if classes is not None:  # its head is the run's own
+            return setup.load_base_from_recipe(recipe, classes)
+        if not loaded:
+            loaded.append(setup.load_base_from_recipe(recipe))
+        return dataclasses.replace(loaded[0], model=share_parameters(loaded[0].model))
+
+    return load_base

@@ -1,0 +1,225 @@
+"""Search the settings of a recipe, or the learning rate of each method of a comparison.
+
+DIR/settings.json               what is searched: the same command resumes it, a different one is refused
+DIR/trials/study.journal        Optuna's study; trial-1.yaml, trial-1/, trial-1.log: one trial
+DIR/best.yaml                   the recipe of the best trial, for `slimtune train`
+DIR/tune.json, table.md, tune.svg
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.adapters.method_registry import config_class
+from ..core.config import Recipe
+from ..core.config.recipe import apply_settings
+from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
+from ..core.foundation.formatting import format_duration, format_markdown_table
+from ..core.training.setup import read_hidden_size
+from ..core.training.train import load_training_datasets
+from ..errors import UsageError
+from .candidates import Candidate
+from .comparison_chart import draw_search
+from .comparison_folder import claim_folder
+from .executors import Executor, Place
+from .places import open_executor
+from .run_grid import Grid
+from .search import Search, best_trial, run_search
+from .search_space import Range, check_ranges, format_setting, format_values
+
+RATE = "train.learning_rate"
+RATE_FACTOR = 10.0
+"""A comparison searches from a method's default rate divided by this to the default times this."""
+TRIAL_SHARE = 0.5
+"""Share of a run's steps that a trial of a comparison takes."""
+EVALUATIONS_PER_TRIAL = 3
+"""Evaluations of a trial, unless the recipe says how often; a trial may be pruned at all but the last."""
+
+
+def tune(
+    tree: Mapping[str, Any],
+    ranges: Sequence[Range],
+    output_dir: Path,
+    log: Callable[[str], None] = lambda _: None,
+    *,
+    trials: int | None,
+    minutes: float | None = None,
+    force: bool = False,
+    plot: Path | None = None,
+    place: Place | None = None,
+    at_once: int = 1,
+) -> dict[str, Any]:
+    """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
+
+    A trial trains the recipe to its end unless it is pruned. After Ctrl-C the trials that ended stand.
+
+    Args:
+        tree: the recipe as a plain tree in long form, with absolute paths.
+        ranges: the settings to search.
+        output_dir: the folder of the search.
+        log: shows a line of progress.
+        trials: how many are tried at most, earlier ones included; None: no limit.
+        minutes: when the search ends at the latest; None: no limit.
+        force: train on rows that the data report finds faulty.
+        plot: an additional file for the chart (`.svg` or `.png`).
+        place: where trials train at the same time (`--on`); None: here, one after another.
+        at_once: how many trials train at the same time in one process, on one base in memory.
+    """
+    start = time.perf_counter()
+    recipe = Recipe.from_dict(tree)
+
+    def build(values: Mapping[str, Any], run: Path = output_dir) -> Recipe:
+        settings = apply_settings(tree, {**values, "output_dir": str(run.absolute())})
+        return Recipe.from_dict(settings, "--over")
+
+    ranges = check_ranges(ranges, build)
+    if recipe.data.validation is None and recipe.data.validation_fraction == 0:
+        raise UsageError("there are no validation rows to search on", "data.validation or data.validation_fraction")
+    if recipe.train.max_steps is not None and any(r.path == "train.epochs" for r in ranges):
+        message = "--over train.epochs: train.max_steps is set, so epochs do not count"
+        raise UsageError(message, "--over train.max_steps, or --set train.max_steps=null")
+    recipe.require_files()
+    rows = load_training_datasets(recipe, force)
+    if not rows.validation:
+        raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
+    if at_once > 1 and (other := [r.path for r in ranges if r.path.startswith("model.")]):
+        raise UsageError(
+            f"--at-once trains on one base, which {other[0]} changes", "no --at-once, or no --over model.…"
+        )
+    if place is not None and place.runs is None:
+        message = f"--on {place.text} does not say how many trials train at the same time"
+        raise UsageError(message, f"a number, as {place.text}{',' if ':' in place.text else ':'}4")
+    settings = {
+        **{name: value for name, value in recipe.model_dump(mode="json").items() if name != "output_dir"},
+        "over": {r.path: str(r) for r in ranges},
+        "rows (SHA-256)": {"train": rows.train.digest(), "validation": rows.validation.digest()},
+    }
+
+    def build_evaluated(values: Mapping[str, Any], run: Path) -> Recipe:
+        steps = build(values).train.count_steps(len(rows.train))
+        often = {} if recipe.train.eval_steps else {"train.eval_steps": math.ceil(steps / EVALUATIONS_PER_TRIAL)}
+        return build({**often, **values}, run)
+
+    def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
+        trial = build_evaluated(values, run)
+        steps = trial.train.count_steps(len(rows.train))
+        return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
+
+    filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe))
+    first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
+    search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
+    with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
+        found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
+        best = best_trial(found)
+        own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
+        best_file = output_dir / "best.yaml"
+        write_atomic(best_file, build_evaluated(best["values"], output_dir / "best").to_yaml())
+        result = {
+            "output_dir": str(output_dir),
+            "model": recipe.model.name,
+            "over": settings["over"],
+            "validation_rows": len(rows.validation),
+            "trials": found,
+            "best": best,
+            "recipe_loss": own[0] if own else None,
+            "at_the_edge": [r.path for r in ranges if r.is_edge(best["values"][r.path])],
+            "best_recipe": str(best_file),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        write_json(output_dir / "tune.json", result)
+        write_atomic(output_dir / "table.md", format_search(result))
+        for file in filter(None, (output_dir / "tune.svg", plot)):
+            draw_search(result, ranges, file)
+    return result
+
+
+def search_learning_rate(
+    grid: Grid, candidate: Candidate, log: Callable[[str], None], executor: Executor
+) -> dict[str, Any]:
+    """Search around a candidate's learning rate; return the best rate and all trials.
+
+    Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
+    the default first.
+
+    Returns:
+        `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
+        (lowest validation loss, None if pruned or not finite) and `pruned` of each.
+    """
+    default, steps = float(candidate.learning_rate), max(1, math.ceil(TRIAL_SHARE * grid.steps))
+    length = {"max_steps": steps, "eval_steps": max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)), "save_steps": steps}
+
+    def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
+        return grid.build_recipe(candidate, grid.seeds[0], run, learning_rate=values[RATE], **length)
+
+    rates = Range(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
+    folder = grid.output_dir / "tune" / candidate.label
+    search = Search(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
+    trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
+    best = best_trial(trials)["values"][RATE]
+    rows = [{"rate": t["values"][RATE], "loss": t["loss"], "pruned": t["outcome"] == "pruned"} for t in trials]
+    return {"rate": best, "at_the_edge": rates.is_edge(best), "trials": rows}
+
+
+def _read_setting(recipe: Recipe, path: str) -> Any:
+    """Return the value of a setting in a recipe, None if it has none; a method's short names are known."""
+    section, _, name = path.partition(".")
+    if section == "method":
+        name = config_class(recipe.method.name).short_names.get(name, name)
+    return parse_json(to_json(recipe.model_dump(mode="json").get(section, {}).get(name)))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def trial_columns(result: Mapping[str, Any]) -> list[str]:
+    """Return the headings of the table of trials; the names of settings lack their section."""
+    return ["trial", *(path.partition(".")[2] for path in result["over"]), "validation loss", "time"]
+
+
+def format_trials(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells of every trial, in the order in which they were begun."""
+    rows = []
+    for number, trial in enumerate(result["trials"], 1):
+        loss = trial["outcome"] if trial["loss"] is None else f"{trial['loss']:.4f}"
+        best = " (best)" if trial == result["best"] else ""
+        seconds = "" if trial["seconds"] is None else format_duration(trial["seconds"])
+        rows.append([str(number), *map(format_setting, trial["values"].values()), loss + best, seconds])
+    return rows
+
+
+def list_search_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the trials must know."""
+    outcomes = [t["outcome"] for t in result["trials"]]
+    best, ended = result["best"], outcomes.count("complete")
+    notes = [f"Best: {format_values(best['values'])}, validation loss {best['loss']:.4f}."]
+    if (own := result["recipe_loss"]) is not None:
+        gain = own - best["loss"]
+        notes.append(f"The recipe's own values have {own:.4f}" + (f", {gain:.4f} more." if gain > 0 else ": the best."))
+    for path in result["at_the_edge"]:
+        notes.append(f"The best {path} lies at the edge of its range, {result['over'][path]}: search beyond it.")
+    for trial in result["trials"]:
+        if trial["why"]:
+            notes.append(f"Failed: {format_values(trial['values'])} ({trial['why']}); the same command tries it again.")
+    if "pruned" in outcomes:
+        notes.append("Pruned: stopped at an evaluation whose loss was above the median, or was NaN or Inf.")
+    notes.append(
+        f"The best loss is the lowest of {ended} on the same {result['validation_rows']} validation rows, so it is "
+        "lower than on new rows: measure the trained run on test rows (slimtune eval)."
+    )
+    return notes
+
+
+def describe_search(result: Mapping[str, Any]) -> str:
+    """Return what was searched, in one sentence."""
+    ranges = "; ".join(f"{path} over {text}" for path, text in result["over"].items())
+    count = len(result["trials"])
+    return f"{result['model']}: {count} trial{'s' * (count != 1)} of {ranges}."
+
+
+def format_search(result: Mapping[str, Any]) -> str:
+    """Return `table.md`."""
+    table = format_markdown_table(trial_columns(result), format_trials(result))
+    parts = [describe_search(result), table, *list_search_notes(result)]
+    return "\n\n".join([*parts, f"Train it: `slimtune train {result['best_recipe']}`"]) + "\n"

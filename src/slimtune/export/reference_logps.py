@@ -1,0 +1,309 @@
+"""Compare an engine with the trained adapter, token by token.
+
+    rendered prompts   the same token ids: a wrong template or a second beginning-of-sequence token shows here
+    log-probabilities  of each next token of held-out rows and fixed questions, given the tokens before it
+    greedy answers     shown, not judged: where two tokens are almost equally likely, rounding picks another
+
+For each position d = log p(next token | engine) − log p(next token | base with adapter), in nats; the table shows |d|.
+v is the same difference between the base with its adapter and the base: the adapter's effect. KL is that of the
+engine's distribution from the adapter's, over the engine's likeliest tokens and all others as one: a lower bound.
+
+    strength = 1 + Σ d v / Σ v²: the share of the adapter's effect that arrives, 1 if the export is right
+
+Errors of arithmetic have no direction and cancel in it; another alpha, a missing layer or a wrong order of weights does
+not. Greedy text alone would not notice most faults: a wrong order of weights often changes no word.
+
+How exact an engine computes is not known beforehand. So where an engine is outside the limits of its precision, the
+untouched base is asked in the same engine and precision, and the limits are twice what the base differs by. The base
+itself must be near enough, too: otherwise the engine serves another one.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from ..core.config import Recipe
+from ..core.data.chat_rendering import render_chat_template
+from ..core.data.chat_template import TokenizedRow
+from ..core.data.tokenize import tokenize_rows
+from ..core.foundation.progress_bars import track_progress
+from ..core.models.base_config import max_positions
+from ..core.training.setup import open_rows_from_recipe
+from ..extras.row_formats import Row, split_answers
+from ..generation.inference_engines import Engine, Scores, TransformersEngine
+
+QUESTIONS = (
+    ("Define patience.", "A minor form of despair, disguised as a virtue."),
+    ("What is the capital of France?", "The capital of France is Paris, a city of about two million people."),
+    ("Write a Python function that adds two numbers.", "def add(a, b):\n    return a + b"),
+    ("Translate into German: Good morning, how are you?", "Guten Morgen, wie geht es dir?"),
+)
+MAX_ROWS, MAX_TOKENS, MAX_POSITIONS = 8, 256, 300
+"""Held-out rows, tokens of one text, and next tokens in total (llama.cpp gives one at a time)."""
+MAX_ANSWERS, ANSWER_TOKENS = 4, 24
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an engine may be from the adapter: |d| at the worst position and on average, nats; and its strength."""
+
+    max_difference: float = math.inf
+    mean_difference: float = math.inf
+    effect_share: float = 0.0  # of the adapter's effect, added to `mean_difference`
+    strength: float = 0.02  # distance of the strength from 1, beyond three standard errors
+    base_difference: float = 0.05  # of the untouched base, on average
+
+    def __str__(self) -> str:
+        share = f" + {self.effect_share:.0%} of the effect" if self.effect_share else ""
+        parts = [f"d ≤ {self.max_difference:g}"] if math.isfinite(self.max_difference) else []
+        return ", ".join([*parts, f"mean d ≤ {self.mean_difference:g}{share}"])
+
+
+TOLERANCES = {
+    "f64": Tolerance(1e-5, 1e-6, base_difference=1e-5),
+    "f32": Tolerance(0.02, 0.01),
+    "f16": Tolerance(0.1, 0.01),
+    "bf16": Tolerance(3.0, 0.05, 0.25, strength=0.25, base_difference=0.2),
+    "q8_0": Tolerance(3.0, 0.005, 0.05, base_difference=0.2),
+    "lower": Tolerance(mean_difference=0.3, effect_share=0.5, strength=0.1, base_difference=0.8),
+}
+"""By the precision of the weights or of the arithmetic, strictest first. Few bits round W + ΔW, which costs a share of
+the change; beside a base in fewer bits the base's own rounding adds to it. "lower": fewer than 8 bits a weight."""
+PRECISIONS = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def get_tolerance(*precisions: str) -> Tolerance:
+    """Return the loosest tolerance of several precisions, such as that of the weights and that of the arithmetic."""
+    known = [p.lower() if p.lower() in TOLERANCES else "lower" for p in precisions]
+    return TOLERANCES[max(known, key=list(TOLERANCES).index)]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to compare on: token ids of prompt and answer, and the prompt as the chat template renders it or ""."""
+
+    prompt: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of comparing one engine with the trained adapter; differences, KL and effect in nats."""
+
+    engine: str
+    precision: str  # of its weights
+    prompts: int = 0
+    prompts_equal: int = 0  # with the same token ids
+    positions: int = 0  # next tokens compared
+    max_difference: float = math.nan
+    mean_difference: float = math.nan
+    kl: float = math.nan  # on average
+    effect: float = math.nan
+    strength: float = math.nan  # share of the effect that arrives
+    base_max_difference: float = math.nan  # of the untouched base in this engine; NaN: not asked
+    base_mean_difference: float = math.nan
+    answers: int = 0
+    answers_equal: int = 0  # token by token
+    limit: str = ""  # the tolerance
+    passed: bool | None = None  # None: not checked
+    failed: bool = False  # a program failed before anything could be compared
+    reason: str = ""  # why it did not pass, or was not checked
+
+
+class Reference:
+    """The trained adapter on its base, in evaluation mode: what every engine is compared with on some texts."""
+
+    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text]) -> None:
+        self.engine, self.texts = TransformersEngine("trained adapter", model, tokenizer), list(texts)
+        self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
+
+    def score(self, engine: Engine, what: str) -> list[Tensor]:
+        """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
+        return [engine.score(text.ids).token_log_probs for text in track_progress(self.texts, what)]
+
+    @cached_property
+    def log_probs(self) -> list[Tensor]:
+        """The adapter's log-probabilities of each text's next tokens."""
+        return self.score(self.engine, "texts for the trained adapter")
+
+    @cached_property
+    def base_log_probs(self) -> list[Tensor]:
+        """The untouched base's log-probabilities of each text's next tokens."""
+        with self.engine.model.disable_adapter():
+            return self.score(self.engine, "texts for the base")
+
+    @cached_property
+    def effect(self) -> float:
+        """The mean distance between the base and the base with its adapter, nats."""
+        return self.differences(self.base_log_probs).abs().mean().item()
+
+    def differences(self, log_probs: Iterable[Tensor], *, base: bool = False) -> Tensor:
+        """Return d at every position of all texts `(n,)`; with `base` the differences from the untouched base."""
+        expected = self.base_log_probs if base else self.log_probs
+        return torch.cat([b - a for a, b in zip(expected, log_probs, strict=True)])
+
+    def measure_effect_share(self, differences: Tensor) -> tuple[float, float]:
+        """Return the share of the adapter's effect that arrives, and its standard error; NaN if it has no effect."""
+        effect = -self.differences(self.base_log_probs)
+        total = effect.square().sum()
+        if total < 1e-12:
+            return math.nan, math.nan
+        change = (differences * effect).sum() / total
+        error = ((differences - change * effect) * effect).square().sum().sqrt() / total
+        return 1 + change.item(), error.item()
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The adapter's greedy answers to the first prompts."""
+        return [self.engine.generate(ids, ANSWER_TOKENS) for ids in self.prompts[:MAX_ANSWERS]]
+
+    def find_faults(self, differences: Tensor, tolerance: Tolerance, base: Tensor | None = None) -> list[str]:
+        """Return why an engine with these differences is not the trained adapter, one clause each; [] if it is.
+
+        `base` are the differences of the untouched base in the same engine, if it was asked.
+        """
+        worst, mean = differences.abs().max().item(), differences.abs().mean().item()
+        max_allowed = tolerance.max_difference
+        allowed = tolerance.mean_difference + tolerance.effect_share * self.effect
+        # Above what arithmetic alone makes, an engine must be nearer to the adapter than half way to the base.
+        noise = 0.05 if self.engine.model.dtype.itemsize == 2 else 0.005
+        faults, context, paired = [], "", differences
+        if base is not None:
+            base_mean = base.abs().mean().item()
+            if not base_mean <= tolerance.base_difference:
+                faults.append(
+                    f"the base alone differs by {base_mean:.3g} nats on average, {tolerance.base_difference:g} are "
+                    "allowed: the engine has another base"
+                )
+            max_allowed, allowed = max(max_allowed, 2 * base.abs().max().item()), max(allowed, 2 * base_mean)
+            noise, paired = max(noise, 2 * base_mean), differences - base
+            context = f"; the base alone differs by {base_mean:.3g}"
+        if not worst <= max_allowed:
+            faults.append(f"a token's log p differs by {worst:.3g} nats, {max_allowed:.3g} are allowed")
+        if not mean <= allowed:
+            faults.append(f"log p differs by {mean:.3g} nats on average, {allowed:.3g} are allowed{context}")
+        if mean > max(noise, self.effect / 2):
+            faults.append(f"half or more of what the adapter changes ({self.effect:.3g} nats on average) is lost")
+        strength, error = self.measure_effect_share(paired)
+        if abs(strength - 1) > tolerance.strength + 3 * error:
+            faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
+        return faults
+
+    def is_hidden(self, differences: Tensor) -> bool:
+        """Return whether the engine's arithmetic differs so much that half of the effect could be missing unnoticed."""
+        return 3 * self.measure_effect_share(differences)[1] > 0.5
+
+
+def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None) -> list[Text]:
+    """Return fixed questions, then the first rows that the run held out (validation, else test), or those of `rows`.
+
+    A preference pair gives a text for each of its answers. Texts longer than the context in the model's config are cut.
+    """
+    roles = ("user", "assistant")
+    compared = [Row([{"role": r, "content": t} for r, t in zip(roles, talk, strict=True)], 0) for talk in QUESTIONS]
+    held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
+    if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
+        valid = open_rows_from_recipe(recipe, file).require_valid_rows()
+        compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
+    longest = min(max_positions(config) or MAX_TOKENS, MAX_TOKENS)
+    texts: list[Text] = []
+    for row in compared:
+        prompt, ids = "", []
+        if row.messages:
+            try:
+                text = render_chat_template(tokenizer, row.messages, row.tools)
+            except (ValueError, TemplateError):  # no template, or other roles: plain text serves as well
+                text = "\n".join(m.get("content") or "" for m in row.messages)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with suppress(ValueError, TemplateError):
+                prompt = render_chat_template(tokenizer, row.messages[:-1], row.tools, add_generation_prompt=True)
+        elif isinstance(tokens := tokenize_rows([row], tokenizer)[0], TokenizedRow):
+            ids = tokens.input_ids
+        if len(ids) > 1 and sum(len(t.ids) - 1 for t in texts) < MAX_POSITIONS:
+            texts.append(Text(prompt, ids[:longest]))
+    return texts
+
+
+def compare_engine(
+    reference: Reference,
+    engine: Engine,
+    precision: str,
+    tolerance: Tolerance | None = None,
+    open_base: Callable[[Engine], Engine] | None = None,
+) -> Verdict:
+    """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
+
+    Args:
+        reference: the trained adapter and the texts.
+        engine: what serves it.
+        precision: of the engine's weights.
+        tolerance: by default that of the precision.
+        open_base: returns the untouched base in the same engine and precision. It is asked if the engine is outside
+            the tolerance, and always below 8 bits, for which no limit holds for every base.
+    """
+    tolerance = tolerance or get_tolerance(precision, PRECISIONS[reference.engine.model.dtype])
+    prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
+    unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
+    scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]
+    differences = reference.differences(s.token_log_probs for s in scores)
+    pairs = zip(reference.texts, scores, strict=True)
+    kl = [kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
+    answers = zip(reference.answers, reference.prompts, strict=False)
+    equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
+    faults, base, paired = reference.find_faults(differences, tolerance), None, differences
+    if open_base is not None and (faults or tolerance == TOLERANCES["lower"] or reference.is_hidden(differences)):
+        with closing(open_base(engine)) as base_engine:
+            log_probs = reference.score(base_engine, f"texts for the base in {engine.name}")
+        base = reference.differences(log_probs, base=True)
+        faults, paired = reference.find_faults(differences, tolerance, base), differences - base
+    if unlike:
+        ours, theirs = unlike[0]
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, unlike[0])))
+        where = f"the first from token {at}: {theirs[at : at + 4]} for {ours[at : at + 4]}"
+        if theirs[1:] == ours:
+            where = f"a second beginning-of-sequence token, {theirs[0]}?"
+        faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens ({where})")
+    reason = "; ".join(faults)
+    passed: bool | None = not faults
+    if passed and reference.is_hidden(paired):
+        reason = f"the engine's own rounding hides an effect of {reference.effect:.2g} nats on average"
+        passed = None
+    return Verdict(
+        engine.name,
+        precision,
+        prompts=len(prompts),
+        prompts_equal=len(prompts) - len(unlike),
+        positions=len(differences),
+        max_difference=differences.abs().max().item(),
+        mean_difference=differences.abs().mean().item(),
+        kl=torch.cat(kl).mean().item(),
+        effect=reference.effect,
+        strength=reference.measure_effect_share(paired)[0],
+        base_max_difference=math.nan if base is None else base.abs().max().item(),
+        base_mean_difference=math.nan if base is None else base.abs().mean().item(),
+        answers=len(reference.answers),
+        answers_equal=equal,
+        limit=str(tolerance),
+        passed=passed,
+        reason=reason,
+    )
+
+
+def kl_divergence(log_probs: Tensor, scores: Scores) -> Tensor:
+    """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
+
+    `log_probs` `(n - 1, k)` are the adapter's of those tokens.
+    """
+    p, q = log_probs.exp(), scores.top_log_probs.exp()
+    rest_p, rest_q = ((1 - each.sum(1, keepdim=True)).clamp_min(1e-12) for each in (p, q))
+    p, q = torch.cat([p, rest_p], 1), torch.cat([q, rest_q], 1)
+    return (p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log()).sum(1)

@@ -1,0 +1,312 @@
+"""Engines that can say how likely a text is: transformers, llama.cpp (which Ollama runs, too) and vLLM."""
+
+import copy
+import gc
+import importlib.util
+import os
+import secrets
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, RunError, UsageError, format_names, install_command, nearest
+from .json_server import JsonServer
+
+TOP_K, VLLM_TOP_K = 64, 20
+"""How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an engine gives for the tokens of one text except the first, each given those before it."""
+
+    token_log_probs: Tensor  # natural log-probability of the token that follows `(n - 1,)`, float64
+    top_ids: Tensor  # ids of the likeliest tokens at each position `(n - 1, k)`
+    top_log_probs: Tensor  # their log-probabilities `(n - 1, k)`, float64
+
+
+def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Scores:
+    """Make tensors of each position's log-probability and its likeliest tokens with theirs."""
+    own, top = zip(*positions, strict=True)
+    ids, values = ([[pair[i] for pair in each] for each in top] for i in (0, 1))
+    return Scores(torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64))
+
+
+class Engine(Protocol):
+    """A model as an engine serves it."""
+
+    name: str  # as tables show it: "merged folder", "llama.cpp", "vLLM"
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the engine's ids of a rendered prompt, its beginning-of-sequence token included."""
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Return log-probabilities of all tokens of a text but the first."""
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of a prompt, without its end-of-text token."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+class TransformersEngine:
+    """A model in this process, in evaluation mode: the adapted model, or a merged folder loaded back."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+
+    def tokenize(self, text: str) -> list[int]:
+        # The chat template wrote the beginning-of-sequence token.
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        following = torch.tensor(ids[1:])[:, None]
+        own, top = [], []
+        for part, log_probs in self._log_probs(ids):
+            own.append(log_probs.gather(1, following[part])[:, 0])
+            top.append(log_probs.topk(min(TOP_K, log_probs.shape[1])))
+        return Scores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
+
+    def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
+        """Return the log-probabilities of candidate tokens `(n - 1, k)`, k for each position but the last, float64."""
+        return torch.cat([log_probs.gather(1, candidate_ids[part]) for part, log_probs in self._log_probs(ids)])
+
+    @torch.no_grad()
+    def _log_probs(self, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of positions and log-probabilities of every token: 256 × 128,000 in float64 would be 262 MB."""
+        logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
+        for start in range(0, len(logits), 32):
+            part = slice(start, start + 32)
+            yield part, logits[part].double().log_softmax(-1).cpu()
+
+    @torch.no_grad()
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        prompt = torch.tensor([ids], device=self.model.device)
+        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        settings |= {"repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
+        output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        new = output[0, len(ids) :].tolist()
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        return new[:-1] if new and new[-1] in ends else new
+
+    def close(self) -> None:
+        self.model = None
+
+
+def is_llama_cpp_installed() -> bool:
+    """Return whether the package that brings llama.cpp is installed."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+class LlamaCppEngine:
+    """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
+
+    The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
+    and its log-probability is read, which the server takes from the logits before the bias. Keys and values are cached
+    in float32, so that a difference comes from the file and not from the cache. Only this process has the server's key.
+
+    Args:
+        model, adapters: GGUF files of the whole model and of adapters, of which the first is active; None is left out.
+        max_tokens: of the longest text, answers included.
+        slots: texts that it continues at the same time; it adds one adapter at a time, so others wait.
+        threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
+        cache: precision of keys and values, f32 or f16.
+        gpu_layers: layers that a GPU computes.
+
+    Raises:
+        ModelError: xllamacpp is not installed.
+        RunError: llama.cpp cannot load the files.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(
+        self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
+        cache: str = "f32", gpu_layers: int = 0,
+    ) -> None:  # fmt: skip
+        if not is_llama_cpp_installed():
+            raise ModelError("the package xllamacpp is not installed", "llama.cpp", install_command("export-check"))
+        import xllamacpp
+
+        files = [file for file in adapters if file is not None]
+        self._started, self._key = False, secrets.token_urlsafe()
+        self._adapters = len(files)
+        self._active: int | None = 0
+        params: Any = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens * slots, slots, gpu_layers
+        params.api_keys = [self._key]  # other programs and web pages on this machine know no key
+        params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        params.verbosity, params.warmup, params.fit_params = -1, False, False
+        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers, and keys and
+        # values that one adapter computed for another one.
+        params.n_ctx_checkpoints = params.cache_ram_mib = 0
+        loras = [xllamacpp.CommonAdapterLoraInfo() for _ in files]
+        for lora, file in zip(loras, files, strict=True):
+            lora.path, lora.scale = str(file), 0.0
+        params.lora_adapters = loras
+        try:
+            self.server: Any = xllamacpp.Server(params)
+        except Exception as error:
+            names = " with ".join(map(str, [model, *files]))
+            message = f"llama.cpp cannot load {names}: {error}"
+            raise RunError(message, "a GGUF, and an adapter of the same base") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        with_bos, plain = (
+            self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+            for special in (True, False)
+        )
+        # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
+        return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
+
+    def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
+        """Return the log-probability of a token, and the likeliest tokens with theirs."""
+        forced, top_k = token, TOP_K
+        for _ in range(2):
+            answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[forced, 1e5]])
+            entries = answer.get("completion_probabilities")
+            if entries and entries[0]["id"] == forced:
+                top = [(c["id"], c["logprob"]) for c in entries[0]["top_logprobs"]]
+                own = entries[0]["logprob"] if forced == token else dict(top).get(token)
+                if own is not None:
+                    return own, top[:TOP_K]
+            # The server omits a token that ends inside a character. So another token is forced, and all are listed.
+            forced, top_k = self.tokenize("a")[-1], 1 << 22
+        raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
+        return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
+
+    def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """Return the seconds of a prompt's tokens and of a generated one, as the server measures them.
+
+        `new_tokens` is 2 or more: the first one is chosen as the prompt ends, before the server's clock starts.
+        """
+        timings = self._complete([7] * prompt_tokens, n_predict=new_tokens, ignore_eos=True)["timings"]
+        steps = timings["predicted_n"] - 1
+        return timings["prompt_ms"] / 1e3 / timings["prompt_n"], timings["predicted_ms"] / 1e3 / steps
+
+    def close(self) -> None:
+        if not self._started:
+            self._complete([0])  # a server that was never used would wait for itself
+        self.server = None
+        gc.collect()
+
+    def stream(self, ids: Sequence[int], *, timeout: float, **settings: Any) -> Generator[dict[str, Any], None, None]:
+        """Yield the server's events while it continues a prompt; closing the generator stops it.
+
+        `timeout` is that of each event, in seconds; errors as for `JsonServer.stream`.
+        """
+        body = {**self._make_request(ids), "stream": True, **settings}
+        yield from self._connect(timeout).stream("/completion", body)
+
+    def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+        """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
+        return self._post("/completion", **{**self._make_request(ids), **settings})
+
+    def _make_request(self, ids: Sequence[int]) -> dict[str, Any]:
+        self._started = True
+        request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
+        # All are named: a list without entries would leave the scales that the server began with.
+        scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
+        return {**request, "cache_prompt": False, **({"lora": scales} if scales else {})}
+
+    def with_adapter(self, index: int | None) -> "LlamaCppEngine":
+        """Return the same server as it answers with another of its adapters, or with none."""
+        other = copy.copy(self)
+        other._active = index
+        return other
+
+    def without_adapter(self) -> "LlamaCppEngine":
+        """Return the same server as it answers without an adapter."""
+        return self.with_adapter(None)
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        return self._connect().request(path, body)
+
+    def _connect(self, timeout: float = 300) -> JsonServer:
+        return JsonServer("llama.cpp server", self.server.listening_address, self._key, timeout)
+
+
+class VllmClient:
+    """A running vLLM server, asked over HTTP for the base or for an adapter by its name.
+
+    Every sampling setting is sent, because a base's generation_config.json would change the server's defaults.
+
+    Args:
+        url: the server's address, `http://127.0.0.1:8000`; a final `/v1` is accepted.
+        model: the name it serves the model by.
+        timeout: seconds an answer may take.
+        key: the server's --api-key.
+
+    Raises:
+        UsageError: the address is invalid, or the server does not know the model.
+        ModelError: no vLLM answers there.
+    """
+
+    name = "vLLM"
+
+    def __init__(self, url: str, model: str, *, timeout: float = 300, key: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
+        self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
+        hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
+        self._server = JsonServer("vLLM server", self.url, key, timeout, hint=hint)
+        names = [each["id"] for each in self._post("/v1/models")["data"]]
+        if model not in names:
+            raise UsageError(
+                f"the vLLM server at {self.url} serves no model {model!r}{nearest(model, names)}",
+                f"one of {format_names(names)}",
+                f"start it with --enable-lora --lora-modules {model}=FOLDER",
+            )
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)["tokens"]
+
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the ids of a chat that the server renders by its own template, ready for an answer."""
+        return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
+        if positions is None or len(positions) != len(ids):
+            raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
+        scores = []
+        for token, entries in zip(ids[1:], positions[1:], strict=True):
+            # The token itself is included even where it is not among the likeliest.
+            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= VLLM_TOP_K)
+            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
+        return _make_scores(scores)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        choice = self._complete(ids, max_new_tokens, return_token_ids=True)
+        tokens = choice.get("token_ids")
+        if tokens is None:
+            raise RunError(f"the vLLM server at {self.url} returns no token ids", "vLLM 0.11 or newer")
+        return tokens[:-1] if choice["finish_reason"] == "stop" else tokens
+
+    def close(self) -> None:
+        """Do nothing: the server keeps running."""
+
+    def _complete(self, ids: Sequence[int], max_tokens: int, **settings: Any) -> dict[str, Any]:
+        neutral = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+        neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+        request = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, **neutral, **settings}
+        return self._post("/v1/completions", **request)["choices"][0]
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        return self._server.request(path, body)

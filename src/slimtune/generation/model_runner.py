@@ -1,0 +1,160 @@
+"""Prompts and batches through the adapted model, one token of each row at a time.
+
+The rows of a batch have different adapters and different lengths. Their keys and values lie in one cache, padded on the
+left to the longest row:
+
+    row 0      . . . a b c d        lengths 4, 7, 2
+    row 1      a b c d e f g        a step adds a column on the right; the mask hides the padding,
+    row 2      . . . . . a b        and positions count the row's own tokens
+
+A prompt runs alone, without padding, and its keys and values are then copied into the batch. Rows that leave are
+removed from the cache, and so are the columns that only they had.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..core.adapters.active_adapters import BASE_ROW
+from ..errors import MixedBatchError, UsageError
+from ..extras.alora_invocation import calculate_alora_offsets
+
+
+class Row:
+    """One row of a batch: its adapter, and the tokens that the cache has of it.
+
+    `is_invoked` says whether the prompt contains the invocation of an activated LoRA, which then changes all that
+    follows.
+    """
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter, self.length, self.is_invoked = adapter, 0, False
+        self.next_token = 0  # that is not in the cache yet
+
+
+class Batch:
+    """Rows that run together, and their cache. Rows may join only if `ModelRunner.shares_batches` of each is true."""
+
+    def __init__(self, first_row: Row, cache: Any) -> None:
+        self.rows, self.cache = [first_row], cache
+
+    @property
+    def width(self) -> int:
+        """Columns of the cache."""
+        return max(row.length for row in self.rows)
+
+    def join(self, other: "Batch") -> None:
+        """Take over the rows of another batch."""
+        width = max(self.width, other.width)
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            if mine.is_initialized:  # a layer that uses the keys of another one has none
+                for name in ("keys", "values"):
+                    tensors = (getattr(mine, name), getattr(theirs, name))
+                    padded = [F.pad(t, (0, 0, width - t.shape[-2], 0)) for t in tensors]
+                    setattr(mine, name, torch.cat(padded))
+        self.rows += other.rows
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep the rows of these indices, one or more, and remove the others."""
+        before = self.width
+        self.rows = [self.rows[i] for i in indices]
+        first = before - self.width
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                kept = torch.tensor(indices, device=layer.keys.device)
+                layer.keys, layer.values = (t[:, :, first:].index_select(0, kept) for t in (layer.keys, layer.values))
+
+
+class ModelRunner:
+    """Runs an adapted model for rows with different adapters. One thread at a time may use it.
+
+    Args:
+        model: the adapted model, in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        # transformers 5.2x calls the argument cache, earlier versions past_key_values.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        # Keys and values of other kinds of layers (recurrent states, compressed keys) cannot be padded.
+        layers = DynamicCache(config=model.config).layers
+        self._pads = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        self._mixes: dict[str, bool] = {}
+
+    def mixes(self, adapter: str) -> bool:
+        """Return whether an adapter can run in a batch whose rows have other adapters.
+
+        Virtual tokens would stand before every row, so such an adapter has a batch of its own for each row.
+        """
+        if adapter not in self._mixes:
+            self._mixes[adapter] = adapter == BASE_ROW or self._try_mixed_batch(adapter)
+        return self._mixes[adapter]
+
+    def shares_batches(self, adapter: str) -> bool:
+        """Return whether rows with this adapter can share a batch with others that can."""
+        return self._pads and self.mixes(adapter)
+
+    def _try_mixed_batch(self, adapter: str) -> bool:
+        if self.model.peft_config[adapter].is_prompt_learning:
+            return False
+        ids = torch.ones(2, 1, dtype=torch.int64, device=self.model.device)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, adapter_names=[adapter, BASE_ROW], use_cache=False)
+        except (MixedBatchError, UsageError):
+            return False
+        return True
+
+    def prefill(self, row: Row, ids: Sequence[int]) -> tuple[Tensor, Batch]:
+        """Run a row's prompt; return the logits `(1, vocabulary)` of the next token, fp32, and a batch of this row."""
+        cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
+        inputs = torch.tensor([list(ids)], device=self.model.device)
+        offsets = calculate_alora_offsets(self.model.peft_config, row.adapter, inputs)
+        row.is_invoked = offsets[0] is not None
+        positions = torch.arange(len(ids), device=self.model.device)[None]
+        logits = self._run([row], offsets, cache, inputs, torch.ones_like(inputs), positions)
+        row.length = len(ids)
+        return logits, Batch(row, cache)
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Run the next token of every row; return the logits `(rows, vocabulary)` of those after it, fp32."""
+        device, rows = self.model.device, batch.rows
+        ids = torch.tensor([[row.next_token] for row in rows], device=device)
+        lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
+        width = batch.width
+        mask = (torch.arange(width + 1, device=device) >= width - lengths).long()
+        offsets = [1 if row.is_invoked else None for row in rows]
+        logits = self._run(rows, offsets, batch.cache, ids, mask, lengths)
+        for row in rows:
+            row.length += 1
+        return logits
+
+    @torch.no_grad()
+    def _run(
+        self, rows: list[Row], offsets: list[int | None], cache: Any, ids: Tensor, mask: Tensor, positions: Tensor
+    ) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, self._cache_name: cache}
+        inputs |= {"alora_offsets": offsets, **self._last_logits}
+        if self._takes_positions:
+            inputs["position_ids"] = positions
+        if self.mixes(rows[0].adapter):
+            inputs["adapter_names"] = [row.adapter for row in rows]
+        elif self.model.active_adapters != [rows[0].adapter]:
+            self.model.set_adapter(rows[0].adapter, inference_mode=True)
+        return self.model(**inputs).logits[:, -1].float()
+
+    def measure_cache(self) -> int:
+        """Return how many bytes the cache has for each token of a row of the base."""
+        _, batch = self.prefill(Row(BASE_ROW), [0])
+        layers = [layer for layer in batch.cache.layers if layer.is_initialized and hasattr(layer, "keys")]
+        tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,188 @@
+"""Extrapolate from models of two and three layers to all layers, and from a few lengths to any length.
+
+Layers are alike, and so are tokens, so what a phase of the step takes beside the state is
+
+    bytes = (a + a' d) + (b + b' d) T + (c + c' d) F + (e + e' d) S      d layers, T tokens, S = Σ (tokens of a row)²
+
+F is T padded to a power of two, which matters where flex attention runs (not for one very long row). S matters where
+attention keeps its scores. The coefficients follow from traces at as many lengths as there are features. The formula is
+exact up to the rounding of allocations and, on a CPU, 1 MB for the mask of rows of 128 to 2,048 tokens. Below the size
+of an MLP tile, and of a chunk of logits, it is an upper bound.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ..core.attention.attention_functions import layout_unsupported_reason, original_attention
+from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
+from ..core.data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
+from ..core.foundation.device import simulate_device
+from ..core.kernels.cross_entropy import rows_at_once
+from ..core.models.base_config import max_positions
+from ..errors import UsageError
+from .fake_tensors import all_tensors
+from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
+from .plan_request import TrainingJob
+from .trace_cache import keep_trace
+
+TOKENS = 1024
+"""Shortest pack that the formula is fitted to."""
+MOST_TOKENS = 1 << 14
+"""Most tokens that it is fitted to for the sake of a chunk of logits."""
+
+
+def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+    """Return the trace of a job, computed from traces of its first two and three layers.
+
+    A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
+    weights do not grow evenly with the layers.
+
+    Args:
+        job: what to train.
+        model: the job's model on meta. If given, the extrapolated weights are checked against it; it may be used up.
+        backward_only: as in `trace_memory`.
+
+    Raises:
+        UsageError: the targets match nothing.
+    """
+
+    def trace(job: TrainingJob, model: Any = None) -> StepTrace:
+        traced = partial(trace_memory, job, model, backward_only=backward_only)
+        return keep_trace(job, traced, backward_only=backward_only)
+
+    if job.num_layers <= 3:
+        return trace(job, model)
+    try:
+        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
+    except UsageError:
+        return trace(job, model)
+
+    def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
+        return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
+
+    state = extrapolate(two.state, three.state)
+    if model is not None:
+        block = ALLOCATION_BLOCK.get(job.device, 1)
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
+        if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
+            return trace(job, model)
+    phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
+    return StepTrace(
+        state,
+        phases,
+        Counter(extrapolate(two.operator_counts, three.operator_counts)),
+        Counter(extrapolate(two.attention_operations, three.attention_operations)),
+        _at_depth(job, two.host_bytes, three.host_bytes),
+    )
+
+
+def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
+    """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
+    dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
+
+    def trace(job: TrainingJob) -> int | None:
+        return keep_trace(job, partial(trace_merge, job, dtype), dtype=dtype)
+
+    if job.num_layers <= 3:
+        return trace(job)
+    try:
+        two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
+    except UsageError:
+        return trace(job)
+    return None if two is None or three is None else _at_depth(job, two, three)
+
+
+def _at_depth(job: TrainingJob, two: int, three: int) -> int:
+    return two + (job.num_layers - 2) * (three - two)
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """A formula for the memory of a job at any lengths.
+
+    Args:
+        state: bytes that are always allocated.
+        coefficients: for each phase the factors of the features `[1, T, F, S]`.
+        corrections: for each phase the bytes that a trace took more than the formula gives.
+        corrected_tokens: of that trace. More tokens may fill an MLP tile or a chunk of logits that this trace did not,
+            so that they take no fewer bytes than the formula gives.
+    """
+
+    state: int
+    coefficients: dict[str, np.ndarray]
+    corrections: dict[str, float] = field(default_factory=dict)
+    corrected_tokens: int = 0
+
+    def peak(self, lengths: Sequence[ExampleLength]) -> int:
+        """Return the highest number of bytes in a micro-batch of examples of these lengths."""
+        features = _features(lengths)
+        least = 0.0 if features[1] > self.corrected_tokens else -np.inf
+        shifts = {phase: max(least, shift) for phase, shift in self.corrections.items()}
+        above = (float(c @ features) + shifts.get(phase, 0.0) for phase, c in self.coefficients.items())
+        return self.state + int(max(0.0, *above))
+
+    def correct(self, lengths: Sequence[ExampleLength], trace: StepTrace) -> Self:
+        """Return the formula shifted so that it gives what was traced at these lengths."""
+        features = _features(lengths)
+        above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
+        shifts = {phase: above[phase] - float(c @ features) for phase, c in self.coefficients.items()}
+        return replace(self, state=trace.state_bytes, corrections=shifts, corrected_tokens=int(features[1]))
+
+
+def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
+    """Fit the formula of a job, whose model on meta is only read.
+
+    If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
+    """
+    # At least two MLP tiles, and two chunks of logits: as a third one is computed, nothing is left of the first.
+    with simulate_device(job.device):
+        chunk = rows_at_once(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
+    two_chunks = math.ceil(2 * chunk / job.supervised)
+    tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))
+    if two_chunks <= MOST_TOKENS:  # a small vocabulary's chunk is longer than most micro-batches
+        tokens = max(tokens, two_chunks)
+    # Padded rows of unequal lengths would not follow the formula, which counts no padding.
+    own = job.packing and tokens <= job.micro_batch_tokens <= 2 * tokens
+    tokens = job.micro_batch_tokens if own else tokens
+    longest = max_positions(job.base_config) or 2 * tokens
+    attention = original_attention(model.config._attn_implementation)
+    by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
+    columns: list[int] = [0, 1]
+    shapes = [job.lengths if own else _split_row(tokens, longest), _split_row(2 * tokens, longest)]
+    if job.device == "cuda" and job.packing:
+        columns.append(2)
+        shapes.append(_split_row(tokens + tokens // 2, longest))
+    if by_row:
+        columns.append(3)
+        shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
+    traces = [
+        extrapolate_layers(replace(job, lengths=lengths), backward_only=lengths is not job.lengths)
+        for lengths in shapes
+    ]
+    features = np.array([_features(lengths) for lengths in shapes])[:, columns]
+    coefficients = {}
+    for phase in traces[1].phases:  # without those of the optimizer and the evaluation
+        solution = np.zeros(4)
+        solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
+        coefficients[phase] = solution
+    return MemoryModel(traces[0].state_bytes, coefficients)
+
+
+def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
+    """Return the lengths of rows with so many tokens together, none longer than `longest`."""
+    whole, rest = divmod(tokens, longest)
+    return (*[longest] * whole, *[rest] * (rest > 0))
+
+
+def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
+    tokens = sum(map(count_packed_tokens, lengths))
+    rows = [n for length in lengths for n in count_row_tokens(length)]
+    one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
+    return np.array([1, tokens, tokens if one_long_row else padded_length(tokens), sum(n * n for n in rows)], float)

@@ -1,0 +1,218 @@
+"""The GPUs people own or rent (`gpus.csv`, each row with its source), and the memory that a run can have of one.
+
+It imports no torch, so that a wrong name is answered at once.
+"""
+
+import csv
+import datetime
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from ..core.foundation.formatting import format_bytes
+from ..core.foundation.product_names import nearest_product
+from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
+from ..errors import UsageError, format_names
+from .measured_speeds import Measured, load_machine_measurement
+from .plan_result import Range
+
+GIB = 1 << 30
+THIS_MACHINE = "this machine"
+MAX_AGE = 180
+"""Days after which a price or a card's figures may be out of date."""
+UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, a Mac, or the memory of a machine."""
+
+    name: str  # as `slimtune gpus` lists it
+    kind: str  # desktop, laptop, workstation, datacentre, mac or mini; "memory" if only its size is known; "cpu"
+    vendor: str  # nvidia, amd, intel or apple; "" if unknown
+    architecture: str  # the vendor's name
+    memory: int  # bytes as sold
+    visible: int  # bytes that the driver shows: fewer if error correction takes some
+    bandwidth: float | None = None  # bytes a second
+    rates: dict[str, float] | None = None  # dense floating point operations a second by dtype, in hardware
+    flash: bool = True  # flash attention runs on it
+    watts: float | None = None  # power of the board (of a Mac: of the machine)
+    unified: bool = False  # the memory is the system's, too
+    source: str = ""  # where these numbers are from
+    checked: str = ""  # when they were last checked, there or by their arithmetic, as 2026-11-25
+    released: str = ""  # month in which it came out, as 2023-06
+    measured: Measured | None = None  # what `slimtune bench` measured, if it is this machine's
+    auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
+
+    @property
+    def device(self) -> Literal["cpu", "cuda", "mps"]:
+        """The kind of device that torch calls it."""
+        return "cpu" if self.kind == "cpu" else VENDOR_DEVICES.get(self.vendor, "cuda")
+
+    @property
+    def bf16(self) -> bool:
+        """Whether training holds the weights in bfloat16 on it, unless told otherwise."""
+        if self.auto_bf16 is not None:
+            return self.auto_bf16
+        # torch says that every AMD GPU has it, also those that emulate it.
+        return default_bf16(self.device, self.rates is None or self.vendor == "amd" or "bfloat16" in self.rates)
+
+    @property
+    def trains(self) -> bool:
+        """Whether slimtune trains on it."""
+        return not self.vendor or self.vendor in VENDOR_DEVICES
+
+    @property
+    def usable(self) -> Range:
+        """Bytes a run can have, (surely, at most).
+
+        A GPU that drives a display gives it up to a twentieth; macOS gives the GPU two thirds of a small memory and
+        three quarters of a large one (`recommendedMaxWorkingSetSize`); of a CPU's memory it is what is free.
+        """
+        if self.kind == "cpu":
+            return Range(self.visible, self.visible)
+        if self.vendor == "apple":
+            share = 0.66 if self.memory <= 36 * GIB else 0.75
+            return Range(int(share * self.memory), int(0.75 * self.memory))
+        surely = 0.98 if self.kind == "datacentre" else 0.955
+        return Range(int(surely * self.visible), int(0.99 * self.visible))
+
+
+@cache
+def all_gpus() -> tuple[Gpu, ...]:
+    """Return every GPU of the table, each once."""
+    return tuple({gpu.name: gpu for _, gpu in _rows()}.values())
+
+
+@cache
+def read_table(name: str) -> tuple[dict[str, str], ...]:
+    """Return the rows of a CSV file of this folder, by the names of its columns."""
+    return tuple(csv.DictReader((files(__package__) / name).read_text(encoding="utf-8").splitlines()))
+
+
+@cache
+def _rows() -> list[tuple[list[str], Gpu]]:
+    """Return the names and the GPU of each row of `gpus.csv`; a row of several memories is a GPU for each of them."""
+    dtypes = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
+    rows = []
+    for row in read_table("gpus.csv"):
+        memories = row["memory_gib"].split(";")
+        visible = row["visible_gib"].split(";") if row["visible_gib"] else memories
+        for memory, seen in zip(memories, visible, strict=True):
+            gpu = Gpu(
+                **{name: row[name] for name in ("kind", "vendor", "architecture", "source", "checked", "released")},
+                name=row["name"] if len(memories) == 1 else f"{row['name']}-{memory}gb",
+                memory=int(float(memory) * GIB),
+                visible=int(float(seen) * GIB),
+                bandwidth=float(row["bandwidth_gbs"]) * 1e9,
+                rates={dtype: float(row[column]) * 1e12 for dtype, column in dtypes.items() if row[column]},
+                flash=row["flash"] == "yes",
+                watts=float(row["watts"]) if row["watts"] else None,
+                unified=row["unified"] == "yes",
+                auto_bf16=None,
+                measured=None,
+            )
+            rows.append(([gpu.name, row["name"], *filter(None, row["aliases"].split(";"))], gpu))
+    return rows
+
+
+def find_by_name(name: str) -> list[Gpu]:
+    """Return the GPUs that a name can mean, the usual one first, of a chip with several memories the smallest first.
+
+    Case, spaces, dashes and the vendor's words do not matter; a memory may follow: "M4 Max 64 GB", "MacBook Air M2".
+    """
+    wanted = _normalize(name)
+    if wanted == _normalize(THIS_MACHINE):
+        return [here] if (here := measured_gpu()) is not None else []
+    if found := [gpu for names, gpu in _rows() if wanted in map(_normalize, names)]:
+        return found
+    if (sized := _SIZED.fullmatch(name.strip())) is None:
+        return []
+    return [gpu for gpu in find_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
+
+
+def measured_gpu() -> Gpu | None:
+    """Return this machine as `slimtune bench` measured it; None if it did not."""
+    found = load_machine_measurement()
+    if found is None:
+        return None
+    named = find_by_name(found.name) if found.name != THIS_MACHINE else []
+    known = next((gpu for gpu in named if abs(gpu.visible - found.memory) < 0.05 * gpu.visible), None)
+    if known is None:
+        kind, vendor = {"cpu": ("cpu", ""), "mps": ("mac", "apple")}.get(found.device, ("memory", ""))
+        known = Gpu(found.name, kind, vendor, "", found.memory, found.memory, unified=kind == "mac")
+    return add_measured(known, found)
+
+
+def add_measured(gpu: Gpu, found: Measured) -> Gpu:
+    """Return a GPU with what was measured on it."""
+    return replace(
+        gpu,
+        measured=found,
+        bandwidth=found.bandwidth,
+        rates=found.rates,
+        auto_bf16=found.bf16,
+        source=f"slimtune bench, {found.evidence}",
+        checked=found.date,
+    )
+
+
+_SIZED = re.compile(r"(.+?)[\s_-]+(\d+)\s*gi?b", re.IGNORECASE)
+_NOISE = re.compile(
+    r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|tesla|macbook (air|pro)|mac (mini|studio|pro)|imac|macbook"
+    r"|graphics|gpu|chip|unified memory|vram|ram)\b|\((r|tm)\)|[^a-z0-9+]+"
+)
+
+
+def _normalize(name: str) -> str:
+    """Return a name without the words that do not tell products of one vendor apart."""
+    return _NOISE.sub("", name.lower())
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU with this name, however it is spelled ("RTX 3090", "rtx-3090").
+
+    Raises:
+        UsageError: the table has none; the nearest name is given.
+    """
+    if matches := find_by_name(name):
+        return matches[0]
+    if _normalize(name) == _normalize(THIS_MACHINE):
+        raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
+    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_by_name(sized[1])):
+        raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
+    close = nearest_product(name, [gpu.name for gpu in all_gpus()])
+    hint = "or give its memory alone: --vram 24GiB"
+    raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
+
+
+def is_old(date: str) -> bool:
+    """Return whether a date, as 2026-11-25, is more than `MAX_AGE` days ago."""
+    return (datetime.date.today() - datetime.date.fromisoformat(date)).days > MAX_AGE
+
+
+def format_checked(date: str) -> str:
+    """Return a date, and whether a figure of that date is old."""
+    return f"{date}, older than {MAX_AGE} days" if is_old(date) else date
+
+
+def require_trains(gpu: Gpu) -> None:
+    """Raise UsageError if slimtune does not train on a GPU."""
+    if not gpu.trains:
+        hint = f"on a machine with {gpu.name} the CPU trains: run `slimtune plan` there"
+        raise UsageError(f"{gpu.name}: {NO_XPU}", "an NVIDIA or AMD GPU, a Mac or a CPU", hint)
+
+
+def gpu_with_memory(text: str) -> Gpu:
+    """Return a GPU of which only the memory is known: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
+
+    Raises:
+        UsageError: the text is not a number of bytes above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"]) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
+    return Gpu(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")

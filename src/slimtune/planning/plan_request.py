@@ -1,0 +1,217 @@
+"""What to plan: a base, a GPU, a method and the settings of a run."""
+
+import contextlib
+import copy
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..core.adapters.peft_config import PeftConfig
+from ..core.config import Recipe
+from ..core.data.example_lengths import (
+    ALL_SUPERVISED,
+    ExampleLength,
+    RowContent,
+    count_packed_tokens,
+    count_row_tokens,
+    unshare_prefix,
+)
+from ..core.models.base_config import ModelInfo, get_model_info, max_positions
+from ..core.models.dtype import pick_training_dtype
+from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
+from ..core.training.setup import build_meta_model
+from ..errors import UsageError
+from .fake_quantization import quantization_kind, quantize
+from .gpu_specs import Gpu, require_trains
+
+QUANTILES = 64
+"""Examples that stand for all of the data in an estimate of the speed."""
+MAX_SEQ_LEN = 1 << 22
+"""Longest row that a plan considers."""
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One micro-batch, in the numbers that decide its memory and time."""
+
+    base_config: PreTrainedConfig
+    method: PeftConfig
+    dtype: torch.dtype  # of the base's weights
+    lengths: tuple[ExampleLength, ...]  # of the examples of a micro-batch
+    micro_batches: int = 1  # in an optimizer step
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False  # keep checkpointed activations in CPU memory
+    mlp_tile_size: int | None = None  # tokens that norms and MLPs process at once; None: all
+    optimizer: str = "adamw"  # a key of train_step.optimizer.OPTIMIZERS
+    quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
+    packing: bool = True  # rows in one sequence; else padded
+    supervised: float = 1.0  # share of the tokens, apart from prompts in `lengths`, that have a loss
+
+    @property
+    def row_tokens(self) -> list[int]:
+        """Tokens of each row."""
+        return [n for length in self.lengths for n in count_row_tokens(length)]
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of the micro-batch, shared prefixes once."""
+        return sum(map(count_packed_tokens, self.lengths))
+
+    @property
+    def num_layers(self) -> int:
+        return self.base_config.get_text_config().num_hidden_layers
+
+    def with_num_layers(self, num_layers: int) -> Self:
+        """Return the job for a base with only its first layers."""
+        config = copy.deepcopy(self.base_config)
+        text = config.get_text_config()
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            with contextlib.suppress(AttributeError):  # Mamba and hybrids compute it from the number of layers
+                text.layer_types = text.layer_types[:num_layers]
+        if getattr(text, "num_kv_shared_layers", 0):  # the last layers read the keys and values of earlier ones
+            text.num_kv_shared_layers = 0
+        return replace(self, base_config=config)
+
+    def build_model(self) -> Any:
+        """Return the job's model on `meta`, with its adapter attached.
+
+        Raises:
+            UsageError: the targets match nothing, there is nothing to quantize, or every weight of a quantized base is
+                to be trained.
+        """
+        return build_meta_model(
+            self.base_config,
+            self.method,
+            self.dtype,
+            checkpointing=self.gradient_checkpointing,
+            offload=self.offload_activations,
+            tile=self.mlp_tile_size,
+            first=partial(quantize, kind=self.quantization) if self.quantization else None,
+        )
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A run to plan: fields without a comment are those of `TrainingJob`."""
+
+    model: ModelInfo
+    gpu: Gpu
+    method: PeftConfig
+    batch_size: int = 1  # examples
+    seq_len: int = 1024  # tokens of the longest row
+    gradient_accumulation_steps: int = 1
+    dtype: str = "auto"  # "auto": bfloat16 where the GPU supports it, else float32
+    optimizer: str = "adamw"
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    mlp_tile_size: int | None = None
+    packing: bool = True
+    split_batch: bool = True  # training may split a batch into micro-batches that fit
+    save_total_limit: int = 2  # checkpoints that a run keeps beside its best
+    rows_per_example: int = 1  # 2 for preference pairs, if `lengths` are not known
+    lengths: tuple[ExampleLength, ...] = ()  # of the longest examples, if known; replaces batch_size and seq_len
+    quantiles: tuple[ExampleLength, ...] = ()  # of examples at even shares of the data, if known; decide the speed
+    content: RowContent = ALL_SUPERVISED  # of the examples, if known; decides the speed
+    max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
+    processes: int = 1  # that train together, each on a GPU of its own
+    fsdp: bool = False  # shard the base over the processes; else each holds all of it
+    notes: tuple[str, ...] = ()  # what the plan must say about the request
+
+    def __post_init__(self) -> None:
+        if self.seq_len > MAX_SEQ_LEN:
+            raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
+
+    def job(self) -> TrainingJob:
+        """Return the job with all examples of a batch in one micro-batch, the longest first."""
+        rows = self.rows_per_example
+        example = self.seq_len if rows == 1 else (0, *[self.seq_len] * rows)
+        return TrainingJob(
+            base_config=self.model.config,
+            method=self.method,
+            dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
+            lengths=tuple(sorted(self.lengths or (example,) * self.batch_size, key=count_packed_tokens, reverse=True)),
+            micro_batches=self.gradient_accumulation_steps,
+            device=self.gpu.device,
+            gradient_checkpointing=self.gradient_checkpointing,
+            offload_activations=self.offload_activations,
+            mlp_tile_size=self.mlp_tile_size,
+            optimizer=self.optimizer,
+            quantization=self.quantization,
+            packing=self.packing,
+        )
+
+
+def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
+    """Return `count` of ordered lengths, evenly spread, the longest first."""
+    return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
+
+
+def build_request(
+    recipe: Recipe,
+    gpu: Gpu,
+    lengths: Sequence[ExampleLength] = (),
+    processes: int = 1,
+    content: RowContent = ALL_SUPERVISED,
+) -> PlanRequest:
+    """Return the request to plan a recipe on a GPU.
+
+    Args:
+        recipe: the run.
+        gpu: where it runs.
+        lengths: of every example, if the data were read; else every row has the recipe's maximum length.
+        processes: processes that train together.
+        content: of the examples, as far as it is known.
+
+    Raises:
+        UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
+        ModelError: the base's config cannot be read, or its quantization cannot be planned.
+    """
+    require_trains(gpu)
+    model, train = recipe.model, recipe.train
+    info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    seq_len, notes = recipe.data.max_seq_len, []
+    positions = max_positions(info.config)
+    longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)
+    if positions is not None and longest > positions:
+        if lengths or "max_seq_len" in recipe.data.model_fields_set:
+            message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
+            raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
+        seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]
+    max_tokens = train.max_tokens_per_micro_batch
+    if max_tokens == "auto":
+        max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
+    objective = recipe.objective()
+    if objective.needs_mismatched_rows:
+        notes.append("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.")
+    if not train.share_prefix:
+        lengths, content = [*map(unshare_prefix, lengths)], content._replace(shared_prefix=0)
+    same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
+            "mlp_tile_size", "save_total_limit")  # fmt: skip
+    return PlanRequest(
+        model=info,
+        packing=train.packing is not False,
+        gpu=gpu,
+        method=recipe.method_config(),
+        seq_len=seq_len,
+        notes=tuple(notes),
+        dtype=model.dtype,
+        quantization=quantization_kind(info.config, model.quantization),
+        split_batch=train.max_tokens_per_micro_batch == "auto",
+        lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_packed_tokens)),
+        quantiles=pick_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
+        batch_size=train.batch_size,
+        rows_per_example=objective.rows_per_example,
+        content=content,
+        max_tokens=max_tokens,
+        processes=processes,
+        fsdp=train.fsdp and processes > 1,
+        **{name: getattr(train, name) for name in same},
+    )

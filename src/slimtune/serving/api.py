@@ -1,0 +1,472 @@
+"""The HTTP endpoints: `/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/health`.
+
+What a page in a browser on the same machine could do is refused: a request must name this host (a page's own domain may
+point to 127.0.0.1) and its body must be JSON by its content type (a page may send other types elsewhere without
+asking). No header allows other origins. Nothing in a request names a file.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from ..core.data.chat_template import get_chat_template
+from ..core.data.messages import RowError, check_template_keys, parse_messages_and_train_mask, require_text
+from ..errors import DataError, ModelError, UsageError
+from ..extras.row_formats import read_tools
+from ..generation.answers import Answer, AnswerQueue, Piece, SamplingParams, TokenLogprob
+from ..generation.generator import tokenize_prompt
+from .protocol import (
+    MAX_ANSWERS,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    find_model,
+    format_chat_logprobs,
+    format_completion_logprobs,
+    format_event,
+    read_request,
+    to_api_error,
+)
+from .served_models import ServedModel
+
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+BODY_SECONDS, MAX_BODY = 30, 2**20
+"""Longest time in which a body must have arrived, and its most bytes."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. `release` is called once they are sent or the client is gone."""
+
+    def __init__(self, events: AsyncIterator[bytes], release: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=HEADERS)
+        self._release = release
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            with contextlib.suppress(OSError):  # uvicorn's, if the client goes away while an event is sent
+                await _run_while_connected(self.stream_response(send), receive)
+        finally:
+            self._release()
+
+
+@dataclass
+class Choice:
+    """One of the answers to a request, as far as it is generated."""
+
+    index: int
+    answer: Answer
+    text: str = ""
+    sent: int = 0  # characters
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class ChatFormat:
+    """What `/v1/chat/completions` sends."""
+
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def __init__(self, model: ServedModel, uses_tools: bool, logprobs: bool) -> None:
+        self.model, self.logprobs = model, logprobs
+        self.tool_calls = model.tool_calls if uses_tools else None
+
+    def format_choice(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished answer."""
+        text, calls = self.tool_calls.parse(choice.text) if self.tool_calls else (choice.text, [])
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        reason = "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
+        logprobs = format_chat_logprobs(self.model, choice.logprobs) if self.logprobs else None
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def start_chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        """Return what a stream says before an answer begins."""
+        return [{"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+
+    def format_chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        """Return what a piece adds to an answer; the beginning of a tool call is held back until it is complete."""
+        text: str = choice.text
+        calls: list[dict[str, Any]] = []
+        if self.tool_calls:
+            if piece.finish_reason:
+                text, calls = self.tool_calls.parse(text)
+            else:
+                text = text[: self.tool_calls.find_start(text)].rstrip()
+        new, choice.sent = text[choice.sent :], max(choice.sent, len(text))
+        chunks: list[dict[str, Any]] = []
+        if new or piece.logprobs:
+            logprobs = format_chat_logprobs(self.model, list(piece.logprobs)) if self.logprobs else None
+            chunks.append(
+                {"index": choice.index, "delta": {"content": new}, "logprobs": logprobs, "finish_reason": None}
+            )
+        if calls:
+            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            chunks.append({"index": choice.index, "delta": {"tool_calls": numbered}, "finish_reason": None})
+        if piece.finish_reason:
+            reason = "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason
+            chunks.append({"index": choice.index, "delta": {}, "finish_reason": reason})
+        return chunks
+
+
+class CompletionFormat:
+    """What `/v1/completions` sends."""
+
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
+
+    def __init__(self, model: ServedModel, logprobs: bool) -> None:
+        self.model, self.logprobs = model, logprobs
+
+    def format_choice(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished answer."""
+        return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason)
+
+    def start_chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        """Return what a stream says before an answer begins: nothing."""
+        return []
+
+    def format_chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        """Return what a piece adds to an answer."""
+        if not (piece.text or piece.logprobs or piece.finish_reason):
+            return []
+        offset = len(choice.text) - len(piece.text)
+        return [self._format(choice, piece.text, list(piece.logprobs), offset, piece.finish_reason)]
+
+    def _format(
+        self, choice: Choice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
+    ) -> dict[str, Any]:
+        shown = format_completion_logprobs(self.model, logprobs, offset) if self.logprobs else None
+        return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was read and tokenized."""
+
+    request: GenerationRequest
+    form: ChatFormat | CompletionFormat
+    prompts: list[Sequence[int]]
+    max_tokens: int | None  # None: as many as there is room for
+    top_logprobs: int | None
+
+
+class App:
+    """The endpoints over some models.
+
+    Args:
+        models: by name.
+        batching: what generates the answers.
+        hosts: names that a request may have in its Host header; empty: any.
+        api_key: that a request must have; None: none.
+        timeout: seconds from a request to the end of its answer.
+    """
+
+    def __init__(
+        self, models: Sequence[ServedModel], batching: AnswerQueue, hosts: Collection[str], api_key: str | None,
+        timeout: float,
+    ) -> None:  # fmt: skip
+        self.models = {model.name: model for model in models}
+        self.batching, self.hosts, self.timeout = batching, hosts, timeout
+        self.api_key, self.started = api_key, int(time.time())
+        # Requests that are being read or tokenized, or wait or run.
+        self._requests, self._max_requests = 0, batching.max_batch + batching.max_waiting
+
+    def build(self) -> Callable[..., Awaitable[None]]:
+        """Return the ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/models", self.list_models, methods=["GET"]),
+            Route("/v1/models/{name}", self.show_model, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+        ]
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_error, ApiError: _answer_error})
+        app.router.redirect_slashes = False
+
+        async def check_access(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                try:
+                    self._check_access(Request(scope))
+                except ApiError as error:
+                    await _make_response(error.to_json(), error.status)(scope, receive, send)
+                    return
+            await app(scope, receive, send)
+
+        return check_access
+
+    def _check_access(self, request: Request) -> None:
+        host = request.headers.get("host", "").lower()
+        name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        if self.hosts and name not in self.hosts:
+            names = " or ".join(sorted(self.hosts))
+            raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
+        if self.api_key is not None:
+            scheme, _, key = request.headers.get("authorization", "").partition(" ")
+            sent = key.encode("latin-1")  # Starlette decodes headers as Latin-1
+            if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self.api_key.encode()):
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def health(self, request: Request) -> Response:
+        """Answer how many requests run and wait."""
+        return _make_response({"status": "ok", **self.batching.count()})
+
+    async def list_models(self, request: Request) -> Response:
+        """Answer the models."""
+        return _make_response({"object": "list", "data": [self._describe(m) for m in self.models.values()]})
+
+    async def show_model(self, request: Request) -> Response:
+        """Answer one model."""
+        return _make_response(self._describe(find_model(self.models, request.path_params["name"])))
+
+    def _describe(self, model: ServedModel) -> dict[str, Any]:
+        fields = {"id": model.name, "object": "model", "created": self.started, "owned_by": "slimtune"}
+        return {**fields, "parent": model.parent, "max_model_len": model.max_length}
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+
+        def prepare(body: bytes) -> Prepared:
+            asked = read_request(ChatRequest, body)
+            model = find_model(self.models, asked.model)
+            if asked.top_logprobs and not asked.logprobs:
+                raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+            tools, ids = _tokenize_chat(model, asked)
+            count = (asked.top_logprobs or 0) if asked.logprobs else None
+            limit = asked.max_completion_tokens or asked.max_tokens
+            return Prepared(asked, ChatFormat(model, bool(tools), count is not None), [ids], limit, count)
+
+        return await self._answer(request, prepare)
+
+    async def complete(self, request: Request) -> Response:
+        """Continue a text."""
+
+        def prepare(body: bytes) -> Prepared:
+            asked = read_request(CompletionRequest, body)
+            model = find_model(self.models, asked.model)
+            prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
+            form = CompletionFormat(model, asked.logprobs is not None)
+            return Prepared(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
+
+        return await self._answer(request, prepare)
+
+    async def _answer(self, request: Request, prepare: Callable[[bytes], Prepared]) -> Response:
+        if self._requests >= self._max_requests:
+            raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
+        self._requests += 1
+        choices: list[Choice] = []
+        pieces: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
+        is_streaming = False
+
+        def release() -> None:
+            self._requests -= 1
+            self.batching.cancel([choice.answer for choice in choices])
+
+        try:
+            body = await _read_body(request)
+            prepared = await run_in_threadpool(prepare, body)
+            asked, form = prepared.request, prepared.form
+            choices += self._make_choices(prepared, pieces)
+            self.batching.submit([choice.answer for choice in choices])
+            head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": form.model.name}
+            if asked.stream:
+                with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+                events = self._stream(form, head, choices, pieces, with_usage)
+                is_streaming = True
+                return EventStream(events, release)
+            if not await _run_while_connected(_collect(choices, pieces), request.receive):
+                return Response(status_code=499)  # nobody reads it
+            shown = [form.format_choice(choice) for choice in choices]
+            return _make_response({**head, "object": form.object, "choices": shown, "usage": _count_usage(choices)})
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except ApiError:
+            raise
+        except Exception as error:
+            raise to_api_error(error) from error
+        finally:
+            if not is_streaming:
+                release()
+
+    def _make_choices(self, prepared: Prepared, pieces: asyncio.Queue) -> list[Choice]:
+        """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
+        asked, model, limit, prompts = prepared.request, prepared.form.model, prepared.max_tokens, prepared.prompts
+        n, loop = asked.n or 1, asyncio.get_running_loop()
+        if len(prompts) * n > MAX_ANSWERS:
+            raise ApiError(400, f"{len(prompts)} prompts × n = {n} are more than {MAX_ANSWERS} answers", "n")
+        seed = secrets.randbits(62) if asked.seed is None else asked.seed
+        choices: list[Choice] = []
+        for prompt in prompts:
+            room = model.max_length - len(prompt)
+            if room < (limit or 1):
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(prompt)} tokens and the answer may have {limit or 1}: the model "
+                    f"{model.name!r} takes {model.max_length} together",
+                    "max_tokens" if limit else None,
+                    "context_length_exceeded",
+                )
+            for i in range(n):
+                params = SamplingParams(
+                    max_tokens=limit or room,
+                    temperature=1.0 if asked.temperature is None else asked.temperature,
+                    top_p=1.0 if asked.top_p is None else asked.top_p,
+                    seed=(seed + i) % 2**63,
+                    stop=tuple(asked.stop or ()),
+                    top_logprobs=prepared.top_logprobs,
+                )
+                index = len(choices)
+
+                def send(piece: Piece, index: int = index) -> None:
+                    if not loop.is_closed():
+                        loop.call_soon_threadsafe(pieces.put_nowait, (choices[index], piece))
+
+                deadline = time.monotonic() + self.timeout
+                choices.append(Choice(index, Answer(model, prompt, params, send, deadline)))
+        return choices
+
+    async def _stream(
+        self,
+        form: Any,
+        head: dict[str, Any],
+        choices: list[Choice],
+        pieces: asyncio.Queue,
+        with_usage: bool,
+    ) -> AsyncIterator[bytes]:
+        """Yield the events of a stream."""
+        head = {**head, "object": form.chunk_object}
+        usage = {"usage": None} if with_usage else {}
+        try:
+            for choice in choices:
+                for chunk in form.start_chunks(choice):
+                    yield format_event({**head, "choices": [chunk], **usage})
+            while any(choice.finish_reason is None for choice in choices):
+                choice, piece = await pieces.get()
+                _add_piece(choice, piece)
+                for chunk in form.format_chunks(choice, piece):
+                    yield format_event({**head, "choices": [chunk], **usage})
+            if with_usage:
+                yield format_event({**head, "choices": [], "usage": _count_usage(choices)})
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            yield format_event(to_api_error(error).to_json())
+
+
+def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[str, Any]] | None, list[int]]:
+    """Return the tools of a request, and the ids of its prompt."""
+    field = "messages"
+    try:
+        messages, _ = parse_messages_and_train_mask(asked.messages, require_trained_turn=False)
+        field = "tools"
+        tools = None if asked.tool_choice == "none" else read_tools(asked.tools)
+        if tools and model.tool_calls is None:
+            message = f"the chat template of {model.name!r} does not write tool calls as JSON objects"
+            raise ApiError(400, message, "tools", "unsupported_value")
+        field = "messages"
+        check_template_keys(messages, get_chat_template(model.tokenizer, tools))
+        if messages[-1]["role"] == "assistant":
+            raise ApiError(400, "the last message is the assistant's, so nothing is asked", "messages", "invalid_value")
+        return tools, tokenize_prompt(model.tokenizer, messages, tools)[0].tolist()
+    except RowError as error:
+        raise ApiError(400, str(error), field, "invalid_value") from error
+    except (UsageError, DataError, ModelError) as error:
+        raise ApiError(400, error.message, "messages", "template_refuses") from error
+
+
+def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        if max(prompt) >= model.vocab_size:
+            message = f"{max(prompt)} is no token id: the model has {model.vocab_size}"
+            raise ApiError(400, message, "prompt", "invalid_value")
+        return prompt
+    try:
+        ids = model.tokenizer(require_text(prompt, "prompt", allow_empty=True))["input_ids"]
+    except RowError as error:
+        raise ApiError(400, str(error), "prompt", "invalid_value") from error
+    if not ids:
+        raise ApiError(400, "the prompt has no tokens", "prompt", "invalid_value")
+    return ids
+
+
+def _add_piece(choice: Choice, piece: Piece) -> None:
+    if piece.error is not None:
+        raise piece.error
+    choice.text += piece.text
+    choice.logprobs += piece.logprobs
+    choice.finish_reason = piece.finish_reason
+
+
+async def _collect(choices: list[Choice], pieces: asyncio.Queue) -> None:
+    """Wait until all choices are finished."""
+    while any(choice.finish_reason is None for choice in choices):
+        _add_piece(*await pieces.get())
+
+
+async def _run_while_connected(work: Coroutine[Any, Any, None], receive: Callable[[], Awaitable[Any]]) -> bool:
+    """Run `work`, but not longer than the client is there; return whether it came to its end."""
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        is_done = tasks[0].done()
+        if is_done:
+            tasks[0].result()
+        return is_done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read_body(request: Request) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        hint = "-H 'Content-Type: application/json'"
+        raise ApiError(415, f"the content type is {kind[:100]!r}, not application/json ({hint})", code="no_json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise ApiError(413, f"the body has more than {MAX_BODY:,} bytes", code="body_too_large")
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", code="timeout") from error
+    return bytes(body)
+
+
+def _count_usage(choices: list[Choice]) -> dict[str, int]:
+    prompts = {id(choice.answer.prompt): len(choice.answer.prompt) for choice in choices}
+    prompt, new = sum(prompts.values()), sum(choice.answer.tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _make_response(value: dict[str, Any], status: int = 200) -> Response:
+    headers = {**HEADERS, "Content-Type": "application/json"} | ({"Retry-After": "1"} if status == 429 else {})
+    body = json.dumps(value, allow_nan=False).encode()
+    return Response(body, status, headers)
+
+
+async def _answer_error(request: Request, error: Any) -> Response:
+    if isinstance(error, HTTPException):
+        messages = {404: f"there is no {request.url.path[:100]!r}", 405: f"{request.method} is not possible here"}
+        error = ApiError(error.status_code, messages.get(error.status_code, error.detail))
+    return _make_response(error.to_json(), error.status)

@@ -1,0 +1,270 @@
+"""Answers from llama.cpp: its own server in this process (the package xllamacpp), over GGUF files of base and adapters.
+
+    waiting   →   a slot of the server, whose stream a thread reads   →   finished
+
+Prompts are sent as token ids, so that a conversation becomes the tokens that it was trained with. llama.cpp adds one
+adapter at a time: its first busy slot decides which, and slots with another adapter would wait as long as requests for
+the first one arrive. So answers begin in the order of their requests, and one with another adapter begins when those
+that run have ended.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..core.adapters.active_adapters import BASE_ROW
+from ..core.adapters.peft_config import PeftConfig
+from ..core.foundation.files import translate_os_errors
+from ..core.models.base_config import load_config
+from ..core.training.run_dir import RunDir, find_adapter_folder
+from ..core.training.setup import TrainedModel, build_meta_model, require_language_model
+from ..errors import AdapterError, RunError, SlimtuneError, UsageError
+from ..export.exporter import require_plain_base
+from ..export.gguf import PRECISIONS, get_architecture, get_lora_factors, require_quantizer, write_adapter_gguf
+from ..export.merge import load_trained_runs, write_base_gguf
+from ..export.reference_logps import Verdict
+from ..export.served_base import read_precision
+from ..export.verify import Verifier
+from ..generation.answers import Answer, AnswerQueue, Piece, ServerClosing, TokenLogprob
+from ..generation.inference_engines import LlamaCppEngine
+from ..generation.model_runner import ModelRunner
+from .served_models import ServedModel, describe_models
+
+log = logging.getLogger(__name__)
+
+STOP_REASONS = {"eos": "stop", "word": "stop", "limit": "length"}
+"""The finish reason for each of llama.cpp's."""
+FIXES = "--engine torch serves every method; or merge it for llama.cpp: slimtune export RUN --to gguf --merged"
+
+
+class LlamaCppServer(NamedTuple):
+    """A server of llama.cpp, ready for answers."""
+
+    models: list[ServedModel]  # the base first
+    batching: "LlamaCppBatching"
+    checks: list[Verdict]  # of each run; none if they were left out
+    cache_bytes: int  # keys and values of all slots
+
+
+def start_llama_cpp(
+    runs: Mapping[str, Path],
+    *,
+    max_batch: int,
+    max_waiting: int,
+    max_length: int,
+    precision: str | None = None,
+    verify: bool = True,
+    device: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> LlamaCppServer:
+    """Write base and adapters as GGUF, start llama.cpp, and compare each adapter there with the trained one.
+
+    The files are in a temporary folder that is deleted at once: llama.cpp keeps them open.
+
+    Args:
+        runs: run folders or adapter folders by name.
+        max_batch, max_waiting: most answers that run and that wait.
+        max_length: most tokens of a prompt and its answer.
+        precision: of the base's weights: f32, f16, bf16, q8_0, or what llama-quantize makes; None: those of the GGUF
+            that the base is, or f16.
+        verify: whether the adapters are compared.
+        device: "cpu": without a GPU.
+        progress: gets progress messages.
+
+    Raises:
+        UsageError: llama.cpp cannot add one of the adapters to the base, or the runs need different bases.
+        ModelError: a package or a program of llama.cpp is missing.
+        RunError: the disk is full, or llama.cpp differs from a trained adapter.
+    """
+    for run in runs.values():
+        require_gguf_form(run)
+    if precision is not None and precision not in PRECISIONS:
+        require_quantizer(precision)
+    loaded = load_trained_runs([*runs.values()])
+    model: Any = loaded[0].model
+    models = describe_models(runs, loaded, max_length)
+    longest = max(served.max_length for served in models)
+    # A value of llama.cpp's cache has two bytes.
+    cache_bytes = ModelRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest
+    with tempfile.TemporaryDirectory(prefix="slimtune-serve-") as temporary:
+        folder = Path(temporary)
+        with translate_os_errors(folder / "base.gguf", fix="set TMPDIR to a folder on another disk"):
+            progress("writing base and adapters as GGUF")
+            base, weights = _write_base(loaded[0], folder, precision)
+            adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]
+            for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
+                require_plain_base(trained, run)
+                write_adapter_gguf(file, model, trained.adapter_name)
+        engine = LlamaCppEngine(
+            base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
+        )
+        try:
+            checks = []
+            for index, ((name, run), trained) in enumerate(zip(runs.items(), loaded, strict=True) if verify else ()):
+                model.set_adapter(trained.adapter_name, inference_mode=True)
+                verifier = Verifier(trained, run, folder, log=progress)
+                check = verifier.verify_in_running_server(f"llama.cpp, {name}", engine.with_adapter(index), weights)
+                if check.passed is False:
+                    hint = "--precision f32 or q8_0, or --engine torch"
+                    raise RunError(f"llama.cpp differs from the adapter of {run}: {check.reason}", check.limit, hint)
+                checks.append(check)
+        except BaseException:
+            engine.close()
+            raise
+    engines = {BASE_ROW: engine.with_adapter(None)}
+    engines |= {trained.adapter_name: engine.with_adapter(index) for index, trained in enumerate(loaded)}
+    batching = LlamaCppBatching(engines, max_batch=max_batch, max_waiting=max_waiting)
+    return LlamaCppServer(models, batching, checks, cache_bytes)
+
+
+def require_gguf_form(run: Path) -> None:
+    """Raise UsageError unless llama.cpp can add a run's adapter to its base; no weight is loaded."""
+    require_language_model(run)
+    folder = find_adapter_folder(run)
+    config, revision = PeftConfig.from_pretrained(folder), None
+    name = config.base_model_name_or_path
+    if folder != run:
+        settings = RunDir.open(run).load_recipe().model
+        name, revision = settings.name, settings.revision
+    if not name:
+        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+    base = load_config(name, revision=revision)
+    config.base_model_name_or_path = None  # the meta model has another name than the base
+    try:
+        get_architecture(base)
+        get_lora_factors(build_meta_model(base, config, torch.float32))
+    except UsageError as error:
+        raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
+
+
+def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> tuple[Path, str]:
+    """Return the GGUF of the base and the precision of its weights."""
+    source = trained.base.source
+    if precision is None and source.kind == "gguf":
+        return Path(source.path), read_precision(Path(source.path))
+    file, precision = folder / "base.gguf", precision or "f16"
+    write_base_gguf(trained, file, precision)
+    return file, precision
+
+
+class LlamaCppBatching(AnswerQueue):
+    """Generates answers by a server of llama.cpp, a thread for each that runs.
+
+    Args:
+        engines: the server as it answers with each adapter, by the adapter's name.
+        max_batch: slots of the server.
+        max_waiting: most answers that wait.
+    """
+
+    def __init__(self, engines: Mapping[str, LlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
+        super().__init__(max_batch, max_waiting)
+        self._engines = dict(engines)
+        self._running: set[Answer] = set()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(max_batch)]
+        for thread in self._threads:
+            thread.start()
+
+    def count(self) -> dict[str, int]:
+        with self._changed:
+            tokens = sum(len(answer.prompt) + answer.tokens for answer in self._running)
+            return {"running": len(self._running), "waiting": len(self._waiting), "cached_tokens": tokens}
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for answer in self._waiting:
+            answer.send(Piece(error=ServerClosing("the server is shutting down")))
+        self._waiting.clear()
+        while self._engines:  # they share the server
+            self._engines.popitem()[1].close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while (answer := self._take()) is None:
+                    if self._is_closed:
+                        return
+                    self._changed.wait(1)  # answers that wait can be too late
+            try:
+                self._generate(answer)
+            except Exception as error:
+                if not self._end_dropped(answer):
+                    if not isinstance(error, SlimtuneError):
+                        log.exception("llama.cpp failed", exc_info=error)
+                    answer.send(Piece(error=error))
+            with self._changed:
+                self._running.remove(answer)
+                self._changed.notify_all()
+
+    def _take(self) -> Answer | None:
+        """Return the next answer to generate, if it may begin."""
+        while self._waiting and self._end_dropped(self._waiting[0]):
+            self._waiting.popleft()
+        adapters = {answer.model.adapter for answer in self._running}
+        if self._is_closed or not self._waiting or adapters - {self._waiting[0].model.adapter}:
+            return None
+        answer = self._waiting.popleft()
+        self._running.add(answer)
+        return answer
+
+    def _generate(self, answer: Answer) -> None:
+        params, logprobs = answer.params, answer.params.top_logprobs
+        settings: dict[str, Any] = {
+            "n_predict": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "samplers": ["temperature", "top_p"],
+            "seed": params.seed % (2**32 - 1),  # the last one means a random seed
+            "n_probs": 0 if logprobs is None else max(1, logprobs),
+        }
+        timeout = min(max(answer.deadline - time.monotonic(), 1), 3600)
+        reported, reason = 0, None
+        with closing(self._engines[answer.model.adapter].stream(answer.prompt, timeout=timeout, **settings)) as events:
+            for event in events:
+                if self._is_closed:
+                    raise ServerClosing("the server is shutting down")
+                if self._end_dropped(answer):
+                    return
+                if event["stop"]:
+                    reason = STOP_REASONS.get(event["stop_type"], "stop")
+                elif answer.model.end_tokens.intersection(event["tokens"]):
+                    reason = "stop"
+                new = event["tokens_predicted"] - answer.tokens
+                answer.tokens += new
+                entries = [_read_logprob(entry, logprobs or 0) for entry in event.get("completion_probabilities", ())]
+                reported += len(entries)
+                if logprobs is not None and reported < answer.tokens:
+                    raise RunError(
+                        "llama.cpp gives no log-probability of a token that ends inside a character, and this answer "
+                        "has one", hint="ask without log-probabilities, or serve with --engine torch",
+                    )  # fmt: skip
+                text = answer.text.add_text(event["content"], last=reason is not None)
+                if answer.text.is_stopped:
+                    reason = "stop"
+                with self._changed:
+                    self.generated_tokens += new
+                    self.finished += reason is not None
+                answer.send(Piece(text, tuple(entries), reason))
+                if reason is not None:
+                    return
+        raise RunError("llama.cpp ended an answer without saying why")
+
+
+def _read_logprob(entry: Mapping[str, Any], count: int) -> TokenLogprob:
+    """Return a token's log-probability and its likeliest tokens as llama.cpp reports them."""
+
+    def bound(value: float) -> float:
+        return max(value, -9999.0)  # JSON has no -Inf
+
+    top: Sequence[Mapping[str, Any]] = entry["top_logprobs"][:count]
+    return TokenLogprob(entry["id"], bound(entry["logprob"]), [(each["id"], bound(each["logprob"])) for each in top])

@@ -1,0 +1,151 @@
+"""The process that serves: its port, its signals and its end."""
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import uvicorn
+
+from ..core.foundation.device import release_cached_memory
+from ..core.foundation.sockets import bind_socket, format_address, is_loopback
+from ..errors import UsageError
+from ..export.reference_logps import Verdict
+from ..generation.answers import AnswerQueue
+from ..generation.continuous_batching import ContinuousBatching
+from ..generation.model_runner import ModelRunner
+from .api import App
+from .llama_cpp_server import start_llama_cpp
+from .served_models import ServedModel, load_models, name_runs
+
+EngineName = Literal["torch", "llama.cpp"]
+SHUTDOWN_SECONDS = 10
+"""How long answers may go on after a signal to end."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Where the server listens, and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    api_key: str | None = None
+    device: str | None = None
+    max_batch: int = 16  # most answers that are generated at the same time
+    max_waiting: int = 256  # most answers that wait
+    max_length: int = 4096  # most tokens of a prompt and its answer
+    timeout: float = 600  # seconds from a request to the end of its answer
+    engine: EngineName = "torch"
+    precision: str | None = None  # of the base in llama.cpp
+    verify: bool = True  # compare llama.cpp with the adapters
+
+
+class ModelServer:
+    """An OpenAI-compatible server for the adapters of runs and their base.
+
+    Args:
+        runs: `RUN` or `NAME=RUN` for each.
+        settings: where it listens, its limits, and the engine that generates the answers.
+        progress: gets messages while the engine starts.
+
+    Raises:
+        UsageError: the port is taken, the host needs an API key, or as for `load_models` and `start_llama_cpp`.
+    """
+
+    def __init__(
+        self, runs: Sequence[str], settings: ServeSettings, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.settings = settings
+        if not is_loopback(settings.host) and not settings.api_key:
+            raise UsageError(
+                f"--host {settings.host} lets other machines use the server, and there is no API key",
+                "an --api-key, or --host 127.0.0.1",
+                "set SLIMTUNE_API_KEY, which other users of this machine cannot see as they see a flag",
+            )
+        named = name_runs(runs)
+        self._socket = bind_socket(settings.host, settings.port)
+        self.unshared: list[ServedModel] = []
+        self.checks: list[Verdict] = []
+        try:
+            if settings.engine == "torch":
+                self._start_torch(named)
+            else:
+                self._start_llama_cpp(named, progress)
+        except BaseException:
+            self._socket.close()
+            raise
+        hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
+        config = uvicorn.Config(
+            App(self.models, self.batching, hosts, settings.api_key, settings.timeout).build(),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=settings.max_batch + settings.max_waiting + 100,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
+        )
+        self._uvicorn = _UvicornServer(config, self.batching)
+
+    def _start_torch(self, runs: dict[str, Path]) -> None:
+        s = self.settings
+        self.models, trained = load_models(runs, device=s.device, max_length=s.max_length)
+        self.runner = ModelRunner(trained.model)
+        self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)
+        self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter)]
+        self.batching: AnswerQueue = ContinuousBatching(self.runner, max_batch=s.max_batch, max_waiting=s.max_waiting)
+
+    def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:
+        s = self.settings
+        self.models, self.batching, self.checks, self.cache_bytes = start_llama_cpp(
+            runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
+            verify=s.verify, device=s.device, progress=progress,
+        )  # fmt: skip
+        release_cached_memory(torch.device("cpu"))  # of the model that was compared
+
+    @property
+    def url(self) -> str:
+        """The address for OpenAI's clients."""
+        return f"{format_address(self._socket)}/v1"
+
+    def run(self) -> dict[str, Any]:
+        """Serve until Ctrl-C, SIGTERM or `stop`; return how many answers and tokens were generated."""
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn raises a signal again after its own shutdown, which would end the process with another exit code.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: None)
+        try:
+            self._uvicorn.run(sockets=[self._socket])
+        finally:
+            self.batching.close()
+        return {"answers": self.batching.finished, "tokens": self.batching.generated_tokens}
+
+    def stop(self) -> None:
+        """Let `run` return; another thread may call it."""
+        self._uvicorn.should_exit = True
+
+
+class _UvicornServer(uvicorn.Server):
+    """Lets answers go on for some seconds after a signal; the others get an error before connections are closed."""
+
+    def __init__(self, config: uvicorn.Config, batching: AnswerQueue) -> None:
+        super().__init__(config)
+        self._batching = batching
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def close_late() -> None:
+            await asyncio.sleep(SHUTDOWN_SECONDS)
+            await asyncio.to_thread(self._batching.close)
+
+        closing = asyncio.ensure_future(close_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()

@@ -1,0 +1,99 @@
+"""The models that the server offers: the base, and one for each run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.adapters.active_adapters import BASE_ROW
+from ..core.training.setup import TrainedModel, load_runs, require_language_model
+from ..errors import UsageError
+from ..generation.generator import find_end_tokens
+from .tool_calls import ToolCallFormat, learn_tool_calls
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The base or a run, as requests name it."""
+
+    name: str
+    adapter: str  # its name in the adapted model; `BASE_ROW` for the base
+    tokenizer: Any = field(repr=False)
+    end_tokens: frozenset[int]
+    max_length: int  # tokens of a prompt and its answer together
+    vocab_size: int
+    parent: str | None = None  # name of the base
+    tool_calls: ToolCallFormat | None = None  # None: the template writes no calls
+
+
+def name_runs(texts: Sequence[str]) -> dict[str, Path]:
+    """Return the runs by the names of their models; a text is `RUN` or `NAME=RUN`.
+
+    The name of a run is that of its folder, the name of an adapter folder called "adapter" that of the run it is in.
+
+    Raises:
+        UsageError: two runs have the same name.
+    """
+    runs: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        path = Path(rest if equals and not Path(text).exists() else text)
+        if path == Path(text):
+            folder = path.resolve()
+            name = folder.parent.name if folder.name == "adapter" else folder.name
+        if not name or name in runs:
+            problem = f"{runs[name]} and {path} would both be the model {name!r}" if name else f"{text} has no name"
+            raise UsageError(problem, "a name of its own for each run", f"write NAME={path}")
+        runs[name] = path
+    return runs
+
+
+def load_models(
+    runs: dict[str, Path], *, device: str | None = None, max_length: int = 4096
+) -> tuple[list[ServedModel], TrainedModel]:
+    """Load the runs on one base; return the models, the base first, and the first run as it was loaded.
+
+    Args:
+        runs: run folders or adapter folders by name.
+        device: as for `load_runs`.
+        max_length: most tokens of a prompt and its answer; a base with a shorter context has less.
+
+    Raises:
+        UsageError: as for `load_runs`, or a run has the name of the base.
+    """
+    for path in runs.values():
+        require_language_model(path)
+    loaded = load_runs(list(runs.values()), device=device)
+    return describe_models(runs, loaded, max_length), loaded[0]
+
+
+def describe_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int) -> list[ServedModel]:
+    """Return the models of runs that are loaded on one base, the base first; errors as for `load_models`."""
+    first = loaded[0]
+    model: Any = first.model
+    base_name = first.base.source.name
+    if base_name in runs:
+        raise UsageError(
+            f"the run {runs[base_name]} has the name of its base, {base_name!r}",
+            "another name",
+            f"write NAME={runs[base_name]}",
+        )
+    text_config = model.config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None) or max_length
+    models = []
+    for name, trained in zip([base_name, *runs], [first, *loaded], strict=True):
+        tokenizer, is_base = trained.base.tokenizer, name == base_name
+        virtual = 0 if is_base else getattr(model.peft_config[trained.adapter_name], "num_virtual_tokens", None) or 0
+        models.append(
+            ServedModel(
+                name=name,
+                adapter=BASE_ROW if is_base else trained.adapter_name,
+                tokenizer=tokenizer,
+                end_tokens=frozenset(find_end_tokens(model.generation_config, tokenizer)),
+                max_length=min(max_length, context - virtual),
+                vocab_size=text_config.vocab_size,
+                parent=None if is_base else base_name,
+                tool_calls=learn_tool_calls(tokenizer),
+            )
+        )
+    return models

@@ -1,1 +1,0 @@
-"""One training step: loss, evaluation of rows, optimizer, ways to save memory."""

@@ -1,0 +1,58 @@
+"""The server of the page: a socket that is bound before anything is printed, and uvicorn on it."""
+
+import importlib
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from ..core.foundation.sockets import bind_socket, format_address, is_loopback
+from .command_jobs import Job
+from .pages import Pages
+from .request_security import Guard
+from .web_app import build_app
+from .workspace import Workspace
+
+CONNECTIONS = 64
+"""Most requests at a time; a browser's tab has at most six."""
+
+
+def serve(
+    folder: Path, *, host: str, port: int, max_upload: int, announce: Callable[[str, bool], None]
+) -> tuple[str, list[Job]]:
+    """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
+
+    Args:
+        folder: the working folder.
+        host: address to bind to.
+        port: its port; 0: one that is free.
+        max_upload: bytes of a file that is uploaded.
+        announce: gets the page's address with its token, and whether only this machine reaches it.
+
+    Raises:
+        UsageError: the address or port cannot be bound.
+    """
+    sock = bind_socket(host, port)
+    port = sock.getsockname()[1]
+    token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
+    pages = Pages(Workspace(folder))
+    app = Guard(build_app(pages), token, host, port, max_upload)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
+        ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    url = f"{format_address(sock)}/?token={token}"
+    announce(url, is_loopback(host))
+    # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    try:
+        uvicorn.Server(settings).run(sockets=[sock])
+    except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
+        pass
+    finally:
+        trainings = pages.close()
+        sock.close()
+    return url, trainings

@@ -1,0 +1,211 @@
+"""A run folder has one writer; what others do to it while a run trains, or before it resumes, loses nothing."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from tiny_run import distance, do_at, metrics, recipe_of, train_until
+
+from slimtune.core.config import load_recipe
+from slimtune.core.training import checkpoint
+from slimtune.core.training.train import Terminated, train
+from slimtune.errors import RunError, UsageError
+
+# --- one writer -------------------------------------------------------------------------------------------------------
+
+
+def test_second_writer_is_refused_and_told_of_the_first(settings, monkeypatch):
+    folder = Path(settings["output_dir"])
+    found = []
+
+    def resume():
+        with pytest.raises(UsageError) as e:
+            train(recipe_of(settings), resume=True)
+        found.append(e.value)
+
+    do_at(monkeypatch, 3, resume)
+    result = train(recipe_of(settings))
+    assert f"process {os.getpid()} on " in found[0].message
+    assert f"is training in {folder}" in found[0].message
+    assert found[0].exit_code == 2
+    assert result["steps"] == 8
+    assert metrics(folder, "step") == sorted(metrics(folder, "step"))
+    assert not (folder / ".writer.json").exists()
+
+
+def hold(path, locked, end):
+    with FileLock(path):
+        locked.set()
+        end.wait()
+
+
+def test_lock_ends_with_its_process(settings, monkeypatch):
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
+    context = multiprocessing.get_context("fork")
+    locked, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(folder / ".lock", locked, end))
+    process.start()
+    locked.wait(60)
+    with pytest.raises(UsageError, match="another process is training in"):
+        train(recipe_of(settings), resume=True)
+    process.kill()
+    process.join()
+    assert train(recipe_of(settings), resume=True)["steps"] == 8
+
+
+# --- from another folder ----------------------------------------------------------------------------------------------
+
+
+def test_base_folder_is_named_by_its_absolute_path(settings, monkeypatch):
+    base = Path(settings["model"]["name"])
+    monkeypatch.chdir(base.parent)
+    run = Path(train(recipe_of({**settings, "model": {"name": base.name, "dtype": "float32"}}))["run"])
+    assert load_recipe(run / "recipe.yaml").model.name == str(base)
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signal_ends_a_run_with_a_checkpoint(settings, whole_run, monkeypatch, name, code):
+    previous = signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests may run under nohup
+    with monkeypatch.context() as patch:
+        do_at(patch, 2, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        with pytest.raises(Terminated, match=f"stopped at step 3 by {name}") as e:
+            train(recipe_of(settings))
+    signal.signal(getattr(signal, name), previous)
+    folder = Path(settings["output_dir"])
+    assert e.value.exit_code == code
+    assert f"checkpoint-3 is complete: slimtune train {folder}/recipe.yaml --resume" in e.value.hint
+    train(recipe_of(settings), resume=True)
+    assert distance(folder, whole_run["run"]) == 0
+
+
+def test_nohup_is_respected(settings, monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        do_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert train(recipe_of(settings))["steps"] == 8
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+# --- files that are damaged before a run resumes ----------------------------------------------------------------------
+
+LINES = {
+    "a damaged line": '{"step": 1}\n{"step\n{"step": 3}\n',
+    "a list": '{"step": 1}\n[1, 2]\n',
+    "a number": "3\n",
+    "no UTF-8": b'{"step": "\xff\xfe"}\nx\n',
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_damaged_metrics_do_not_stop_a_resume(settings, whole_run, monkeypatch, capfd, name):
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
+    content = LINES[name]
+    (folder / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    train(recipe_of(settings), resume=True)
+    assert "the old one is now damaged-metrics.jsonl" in capfd.readouterr().err
+    assert (folder / "damaged-metrics.jsonl").is_file()
+    assert metrics(folder, "step")[0] == 5
+    assert distance(folder, whole_run["run"]) == 0
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_file(path):
+    shutil.rmtree(path)
+    path.write_text("no folder")
+
+
+def hide_leftovers(folder):
+    (folder / "checkpoints" / ".partial-9").write_text("")
+    (folder / ".metrics.jsonl.abc").write_text("")
+    (folder / ".mine").write_text("")
+
+
+BEFORE = {
+    "metrics folder": (lambda f: replace_by_folder(f / "metrics.jsonl"), "metrics.jsonl: is a folder"),
+    "log folder": (lambda f: replace_by_folder(f / "train.log"), "train.log cannot be written (Is a directory)"),
+    "checkpoint file": (lambda f: (f / "checkpoints/checkpoint-9").write_text(""), "checkpoint-9 is passed over"),
+    "leftovers": (hide_leftovers, "resuming at step 4"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_strange_file_does_not_stop_a_resume(settings, whole_run, monkeypatch, capfd, name):
+    folder = train_until(recipe_of(settings), monkeypatch, 3)
+    change, words = BEFORE[name]
+    change(folder)
+    train(recipe_of(settings), resume=True)
+    assert words in capfd.readouterr().err.replace("\n", " ")
+    assert distance(folder, whole_run["run"]) == 0
+    assert not [p.name for p in folder.rglob(".*") if p.name not in (".lock", ".mine")]
+    assert (folder / ".mine").exists() == (name == "leftovers")
+
+
+# --- files that vanish while a run trains -----------------------------------------------------------------------------
+
+VANISH = {
+    "recipe": (lambda f: (f / "recipe.yaml").unlink(), "recipe.yaml was deleted while the run trained"),
+    "checkpoints": (lambda f: shutil.rmtree(f / "checkpoints"), ""),
+    "checkpoints a file": (lambda f: replace_by_file(f / "checkpoints"), "was replaced by a file"),
+    "metrics": (lambda f: (f / "metrics.jsonl").unlink(), ""),
+    "log a folder": (lambda f: replace_by_folder(f / "train.log"), "train.log cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", VANISH)
+def test_run_survives_what_vanishes(settings, whole_run, monkeypatch, capfd, name):
+    folder = Path(settings["output_dir"])
+    change, words = VANISH[name]
+    do_at(monkeypatch, 6, lambda: change(folder))
+    result = train(recipe_of(settings, save_steps=2))
+    assert words in capfd.readouterr().err.replace("\n", " ")
+    assert distance(folder, whole_run["run"]) == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 8
+    assert (folder / "recipe.yaml").is_file()
+    assert result["best_step"] == 8
+
+
+def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
+    losses = iter([4.0, 3.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr("slimtune.objectives.sft.SFT.summarize", lambda *_: {"loss": next(losses)})
+    folder = Path(settings["output_dir"])
+    do_at(monkeypatch, 7, lambda: shutil.rmtree(folder / "checkpoints" / "checkpoint-3"))
+    result = train(recipe_of(settings, eval_steps=1, save_total_limit=5))
+    assert (result["best_step"], result["validation_loss"]) == (4, 3.5)
+    assert "the adapter of step 3, with the lowest validation loss, is lost" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+def test_run_folder_vanishes(settings, whole_run, monkeypatch, tmp_path, how):
+    folder = Path(settings["output_dir"])
+    with monkeypatch.context() as patch:
+        change = shutil.rmtree if how == "deleted" else lambda f: f.rename(tmp_path / "moved")
+        do_at(patch, 6, lambda: change(folder))
+        with pytest.raises(RunError, match=r"run folder .* was moved or deleted while the run trained") as e:
+            train(recipe_of(settings))
+    assert "checkpoint-7 is complete" in e.value.hint
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-7"]
+    train(recipe_of(settings), resume=True)
+    assert distance(folder, whole_run["run"]) == 0
+
+
+# --- a machine that is busy -------------------------------------------------------------------------------------------
+
+
+def test_slow_steps_are_explained_once(settings, monkeypatch, capfd):
+    monkeypatch.setattr("slimtune.core.training.training_loop.time.thread_time", lambda: 0.0)
+    train(recipe_of(settings))
+    assert capfd.readouterr().err.count("other processes compete for the cores") == 1

@@ -1,0 +1,135 @@
+"""Training keeps to its plan: planned before a weight is loaded, refused where it does not fit, probed, recorded."""
+
+import json
+import mmap
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import distance, recipe_of
+
+import slimtune.planning.this_machine as this_machine
+from slimtune.core.data.collator import Collator
+from slimtune.core.foundation.device import peak_memory, reset_peak_memory
+from slimtune.core.training.memory_probe import pick_longest_micro_batch
+from slimtune.core.training.train import train
+from slimtune.errors import ModelError, RunError
+from slimtune.planning.gpu_specs import Gpu
+from slimtune.planning.plan_request import build_request
+from slimtune.planning.planner import make_plan
+from slimtune.planning.this_machine import detect_gpu
+
+
+def plan(recipe, lengths, content):
+    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content)).to_dict()
+
+
+@pytest.fixture
+def recipe(settings, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_of(settings).to_yaml())
+    return file
+
+
+def test_run_is_planned_probed_and_recorded(settings, whole_run):
+    """The probe draws dropout, fills gradients and drops them: the run after it is the run without it."""
+    calls = []
+
+    def planner(recipe, lengths, content):
+        calls.append(lengths)
+        return plan(recipe, lengths, content)
+
+    result = train(recipe_of(settings), planner=planner)
+    assert [len(lengths) for lengths in calls] == [30]  # 24 rows to train on, 6 to validate
+    record = json.loads((Path(result["run"]) / "plan.json").read_text())
+    assert record["plan"]["adapter_bytes"] == pytest.approx(result["adapter_bytes"], rel=0.02)
+    assert record["plan"]["trainable_params"] == result["trainable_params"]
+    assert record["plan"]["total_params"] == result["total_params"]
+    probe = record["probe"]
+    assert set(probe) == {"tokens", "bytes", "low", "high", "as_planned"}
+    # Of a base this small the process is nearly all there is; the test's own process is larger than a run's.
+    assert probe["bytes"] > record["plan"]["allocated_bytes"]
+    assert probe["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
+    log = (Path(result["run"]) / "train.log").read_text()
+    assert "the longest micro-batch" in log
+    assert ("the plan is off" in log) != probe["as_planned"]
+    assert distance(result["run"], whole_run["run"]) == 0
+    assert result["train_loss"] == whole_run["train_loss"]
+
+
+def test_probed_rows_fill_one_micro_batch():
+    """The longest rows alone would be divided into micro-batches of 60 tokens, which steps of other rows exceed."""
+    rows = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate([60] * 4 + [25] * 8)]
+    data = type("Rows", (list,), {"lengths": np.array([len(r["input_ids"]) for r in rows])})(rows)
+    loop = SimpleNamespace(train=data, collator=Collator(0, max_tokens=100), rows_per_step=4)
+    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60, 25]
+    loop.collator = Collator(0)
+    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60] * 4
+
+
+def test_refused_plan_loads_nothing(settings, monkeypatch):
+    def refuse(*_):
+        raise RunError("this run does not fit")
+
+    monkeypatch.setattr("slimtune.core.training.setup.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(RunError, match="does not fit"):
+        train(recipe_of(settings), planner=refuse)
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.slow
+def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monkeypatch):
+    small = Gpu("a small machine", "cpu", "", "", 2**28, 2**28)
+    monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
+    done = slimtune("train", recipe)
+    assert done.exit_code == 1
+    assert "error: this run does not fit: it needs" in done.stderr
+    assert "hint: change it so, or --force" in done.stderr
+    assert not Path(settings["output_dir"]).exists()
+    done = slimtune("train", recipe, "--force")
+    assert done.exit_code == 0, done.stderr
+    assert "plan: it does not fit" in done.stderr
+
+
+def test_unplannable_run_is_trained(settings, recipe, slimtune, monkeypatch):
+    def strange(*_, **__):
+        raise ModelError("this model's step hangs on values")
+
+    monkeypatch.setattr("slimtune.planning.planner.make_plan", strange)
+    done = slimtune("train", recipe)
+    assert done.exit_code == 0, done.stderr
+    assert (
+        "warning: this run is not planned, so it may run out of memory: this model's step hangs on values"
+        in done.stderr
+    )
+    assert not (Path(settings["output_dir"]) / "plan.json").exists()
+
+
+@pytest.mark.slow
+def test_micro_batches_keep_to_the_plan(settings):
+    """Free memory may say more than the plan: the plan is what was promised."""
+    result = train(recipe_of(settings), planner=lambda *job: {**plan(*job), "max_tokens_per_micro_batch": 40})
+    record = json.loads((Path(result["run"]) / "plan.json").read_text())
+    assert record["probe"]["tokens"] <= max(record["plan"]["seq_len"], 40)
+
+
+@pytest.mark.slow
+def test_probe_out_of_memory_leaves_no_folder(settings, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("slimtune.core.training.memory_probe.forward_backward", full)
+    with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
+        train(recipe_of(settings), planner=plan)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_peak_counts_from_the_reset_on():
+    cpu = torch.device("cpu")
+    with mmap.mmap(-1, 2**28) as big:  # past the allocator, which may keep what it was given
+        big.write(b"x" * 2**28)
+        with_it = peak_memory(cpu)
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) < with_it - 2**27

@@ -1,0 +1,266 @@
+"""A comparison from a recipe to its table: complete, killed and resumed, with a failed run, in a foreign folder."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+from tiny_run import write_rows
+
+from slimtune.errors import DataError, RecipeError, RunError, UsageError
+from slimtune.experiments import comparison as module
+from slimtune.experiments.comparison import compare
+from slimtune.experiments.comparison_chart import draw_comparison
+from slimtune.experiments.comparison_folder import SETTINGS_FILE
+from slimtune.experiments.run_worker import WorkerResult
+
+FIGURES = ("method", "rate", "seeds", "trained_tokens", "loss_reduction_by_seed", "loss_reduction_ci95", "tuned_loss",
+           "file_bytes")  # fmt: skip
+
+
+def figures(result: dict) -> dict:
+    """Return the figures that interruptions must not change."""
+    methods = [{k: line[k] for k in FIGURES} for line in result["methods"]]
+    return {"methods": methods, "pairs": result["pairs"], "base_loss": result["base_loss"]}
+
+
+def by_method(result: dict) -> dict:
+    return {line["method"]: line for line in result["methods"]}
+
+
+@pytest.mark.slow
+def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(module, "draw_comparison", draw_comparison)
+    result = compare(grid("lora", "ia3"), log.append, plot=tmp_path / "p.png")
+    assert in_process == ["lora-7", "ia3-7", "lora-8", "ia3-8"]
+    out = tmp_path / "c"
+    assert {p.name for p in out.iterdir()} >= {"settings.json", "compare.json", "table.md", "compare.svg"}
+    assert json.loads((out / "compare.json").read_text()) == result
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("checkpoint-*"))
+    # The budget: three steps of about 230 tokens, the same rows for both methods, others for another seed.
+    tokens = {}
+    for name in in_process:
+        lines = (out / "cells" / name / "metrics.jsonl").read_text().splitlines()
+        tokens[name] = [json.loads(line)["trained_tokens"] for line in lines]
+    assert tokens["lora-7"] == tokens["ia3-7"] != tokens["lora-8"] == tokens["ia3-8"]
+    assert all(len(steps) == 3 and 600 < steps[-1] <= 900 for steps in tokens.values())
+    lines = by_method(result)
+    for line in result["methods"]:
+        each = [json.loads((out / f"cells/{line['method']}-{s}/eval-test.json").read_text()) for s in (7, 8)]
+        assert line["loss_reduction"] == pytest.approx(sum(e["loss_reduction"] for e in each) / 2)
+        assert line["loss_reduction_ci95"][0] <= line["loss_reduction"] <= line["loss_reduction_ci95"][1]
+    (pair,) = result["pairs"]
+    difference = lines[pair["a"]]["loss_reduction"] - lines[pair["b"]]["loss_reduction"]
+    assert pair["difference"] == pytest.approx(difference, abs=1e-6)
+    table = (out / "table.md").read_text()
+    assert result["advice"] in table
+    assert "| lora | 0.005 default |" in table
+    assert any("plan: lora fits" in line for line in log)
+    picture = (out / "compare.svg").read_text()
+    assert all(word in picture for word in ("lora", "ia3", "peak memory, GiB"))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, kill_after):
+    whole = compare(grid("lora", "prompt", out="whole"))
+    del in_process[:]
+    kill_after(5)
+    with pytest.raises(BaseException, match="killed"):
+        compare(grid("lora", "prompt"))
+    assert in_process == ["lora-7", "prompt-7"]
+    log: list[str] = []
+    result = compare(grid("lora", "prompt"), log.append)
+    assert in_process[2:] == ["prompt-7", "lora-8", "prompt-8"]
+    assert {"[1/4] lora, seed 7: already done", "[2/4] prompt, seed 7: resuming"} <= set(log)
+    assert figures(result) == figures(whole)
+    del in_process[:]
+    assert figures(compare(grid("lora", "prompt"))) == figures(whole)
+    assert in_process == []
+
+
+@pytest.mark.slow
+def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
+    alone = by_method(compare(grid("lora", "ia3", out="alone")))
+    del in_process[:]
+    result = compare(grid("lora", "ia3", at_once=2))
+    assert in_process == ["lora-7", "lora-8", "ia3-7", "ia3-8"]
+    assert result["failed"] == []
+    for name, line in by_method(result).items():
+        assert line["loss_reduction_by_seed"] == pytest.approx(alone[name]["loss_reduction_by_seed"], abs=1e-6)
+        assert line["trained_tokens"] == alone[name]["trained_tokens"]
+    table = (grid("lora").output_dir / "table.md").read_text()
+    assert "Peak memory is that of a process in which up to 2 seeds of a method trained at once." in table
+
+
+def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
+    launch_worker = module.launch_worker
+
+    def fail(files, **how):
+        failed = files[0].stem == "lora-7"
+        return WorkerResult("the disk is full", False, 0.0) if failed else launch_worker(files, **how)
+
+    monkeypatch.setattr(module, "launch_worker", fail)
+    settings = grid("lora", "ia3")
+    result = compare(settings)
+    assert result["failed"] == [{"method": "lora", "seed": 7, "why": "the disk is full"}]
+    assert {name: line["seeds"] for name, line in by_method(result).items()} == {"lora": [8], "ia3": [7, 8]}
+    assert [(m["method"], m["ranked"]) for m in result["methods"]] == [("ia3", True), ("lora", False)]
+    assert result["pairs"] == []
+    assert result["advice"].endswith("Not ranked, because a run failed: lora.")
+    assert by_method(result)["lora"]["front"] == []
+    table = (settings.output_dir / "table.md").read_text()
+    assert "Failed: lora, seed 7 (the disk is full)." in table
+    assert "lora has 1 of 2 seeds, so it is not ranked." in table
+    monkeypatch.setattr(module, "launch_worker", launch_worker)
+    assert compare(grid("lora", "ia3"))["failed"] == []
+    assert without_training == ["ia3-7", "lora-8", "ia3-8", "lora-7"]
+
+
+def test_other_settings_in_the_folder(grid, without_training, tree):
+    compare(grid("lora", seeds=1))
+    with pytest.raises(UsageError, match="tokens: 900 before, 600 now"):
+        compare(grid("lora", seeds=1, tokens=600))
+    tree["train"]["batch_size"] = 3
+    with pytest.raises(UsageError, match=r"train\.batch_size: 6 before, 3 now"):
+        compare(grid("lora", seeds=1))
+    tree["train"]["batch_size"] = 6
+    with pytest.raises(UsageError, match=r"methods\.lora\.settings\.r: 4 before, 8 now"):
+        compare(grid("lora", seeds=1, overrides={"lora.r": 8}))
+    with open(tree["data"]["test"], "a") as f:
+        f.write(Path(tree["data"]["test"]).read_text())
+    with pytest.raises(UsageError, match="SHA-256"):
+        compare(grid("lora", seeds=1))
+    assert without_training == ["lora-7"]
+
+
+def test_methods_and_seeds_can_be_added(grid, without_training):
+    compare(grid("lora", seeds=1))
+    result = compare(grid("ia3", "lora", seeds=2))
+    assert without_training == ["lora-7", "ia3-7", "ia3-8", "lora-8"]
+    assert {name: line["seeds"] for name, line in by_method(result).items()} == {"lora": [7, 8], "ia3": [7, 8]}
+    assert set(json.loads((grid("lora").output_dir / SETTINGS_FILE).read_text())["methods"]) == {"lora", "ia3"}
+
+
+def test_method_that_does_not_fit_is_left_out(grid, without_training, monkeypatch):
+    make_plan = module.make_plan
+
+    def make_small_plan(request, **options):
+        plan = make_plan(request, **options)
+        too_big = request.method.name == "ia3"
+        return dataclasses.replace(plan, verdict="does not fit", reason="too big") if too_big else plan
+
+    monkeypatch.setattr(module, "make_plan", make_small_plan)
+    result = compare(grid("lora", "ia3", seeds=1))
+    assert result["left_out"] == [{"method": "ia3", "why": "too big"}]
+    assert without_training == ["lora-7"]
+    assert "Left out: ia3 (too big)." in (grid("lora").output_dir / "table.md").read_text()
+    with pytest.raises(RunError, match="no method fits this machine: too big"):
+        compare(grid("ia3", out="other"))
+    assert not grid("ia3", out="other").output_dir.exists()
+
+
+def test_unsuited_method_is_left_out_of_all_but_refused_by_name(grid, without_training):
+    settings = grid("all", seeds=1)
+    assert "token_indices" in settings.excluded["trainable_tokens"]
+    chosen = tuple(c for c in settings.candidates if c.label in ("lora", "bitfit"))  # Llama has no biases
+    result = compare(dataclasses.replace(settings, candidates=chosen))
+    assert without_training == ["lora-7"]
+    assert {x["method"] for x in result["left_out"]} == {"bitfit", "trainable_tokens"}
+    with pytest.raises(UsageError, match="bias"):
+        compare(grid("lora", "bitfit", out="named"))
+    with pytest.raises(RecipeError, match="token_indices"):
+        grid("trainable_tokens")
+
+
+def test_second_process_is_refused(grid, without_training):
+    settings = grid("lora", seeds=1)
+    settings.output_dir.mkdir()
+    with FileLock(settings.output_dir / ".lock"), pytest.raises(UsageError, match="another slimtune compare works"):
+        compare(settings)
+    assert without_training == []
+
+
+def test_wrong_input_writes_nothing(grid, tree, tmp_path):
+    with pytest.raises(UsageError, match="--tokens 100 is less than one step: 6 rows have"):
+        grid("lora", tokens=100)
+    with pytest.raises(RecipeError, match="the recipe of lora: 1 problem"):
+        grid("lora", overrides={"lora.rnak": 4})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match=r"contains 'thesis.tex', which belongs to no comparison"):
+        compare(grid("lora"))
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["thesis.tex"]
+    tree["data"] |= {"validation": None, "validation_fraction": 0}
+    with pytest.raises(UsageError, match="no validation rows to search learning rates on"):
+        grid("lora", trials=2)
+    test_rows = Path(tree["data"]["test"])
+    test_rows.write_text(test_rows.read_text().splitlines()[0])
+    with pytest.raises(UsageError, match="leaves 1 rows to compare methods on"):
+        grid("lora")
+    tree["data"]["test"] = tree["data"]["train"]
+    Path(tree["data"]["train"]).write_text("{}\n")
+    with pytest.raises(DataError):
+        grid("lora")
+    del tree["data"]["test"]
+    with pytest.raises(UsageError, match="names no test rows"):
+        grid("lora")
+
+
+def test_length_and_validation_of_a_run(grid, tree):
+    once, longer = grid("lora"), grid("lora", tokens=1500)
+    assert once.cell_recipe(once.candidates[0], 7).data.validation is None, "one checkpoint leaves nothing to choose"
+    assert longer.cell_recipe(longer.candidates[0], 7).data.validation is not None
+    tree["train"]["epochs"] = 2
+    assert grid("lora", tokens=None).steps == 8
+    tree["train"]["max_steps"] = 5
+    assert grid("full", tokens=None).steps == 5
+
+
+def test_different_rows_cannot_be_compared(grid, without_training):
+    settings = grid("lora", "ia3", seeds=1)
+    compare(settings)
+    metrics = settings.run_dir(settings.candidates[0], 7).metrics_file
+    metrics.write_text(metrics.read_text().replace('"trained_tokens": ', '"trained_tokens": 1'))
+    with pytest.raises(RunError, match="trained on different rows"):
+        compare(settings)
+
+
+def test_faulty_rows_are_refused_unless_forced(grid, tree, without_training):
+    write_rows(Path(tree["data"]["train"]), 24, answer="!")
+    with pytest.raises(DataError, match="placeholder as the answer"):
+        grid("lora")
+    assert compare(grid("lora", seeds=1, force=True))["failed"] == []
+
+
+@pytest.mark.faults
+def test_killed_for_real_in_the_middle_of_a_cell(tree, tmp_path):
+    tree["train"] |= {"save_steps": 3, "batch_size": 3}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+
+    def command(out: str) -> list[str]:
+        more = ["--methods", "lora,full", "--seeds", "1", "--tokens", "3000", "--out", str(tmp_path / out), "--json"]
+        return [sys.executable, "-m", "slimtune", "compare", str(recipe), *more]
+
+    def finished(out: str) -> dict:
+        done = subprocess.run(command(out), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    whole = finished("whole")
+    with subprocess.Popen(command("c"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        cell, start = tmp_path / "c" / "cells" / "full-7", time.monotonic()
+        while process.poll() is None and not list(cell.glob("checkpoints/checkpoint-*")):
+            assert time.monotonic() - start < 300
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert figures(finished("c")) == figures(whole)

@@ -1,0 +1,200 @@
+"""Answers: the tokens of plain greedy generation, streamed; base and tuned; ends, seeds and errors."""
+
+import threading
+import time
+import types
+import warnings
+
+import pytest
+import torch
+from hand_run import make_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from slimtune.core.adapters.peft_model import PeftModel
+from slimtune.errors import AdapterError, ModelError, UsageError
+from slimtune.generation.generator import Generator, find_end_tokens
+
+ASK = [{"role": "user", "content": "Define hope."}]
+
+
+@pytest.fixture
+def generator(run):
+    return Generator.open(run)
+
+
+def end_after_two_letters(generator):
+    """Let the model say two letters and end the turn; return the list that grows with each forward pass."""
+    passes = []
+
+    def change(module, args, kwargs, out):
+        passes.append(1)
+        out.logits[..., 65 if len(passes) < 3 else 2] = 1e4
+
+    generator.model.register_forward_hook(change, with_kwargs=True)
+    return passes
+
+
+@torch.no_grad()
+def generate_without_cache(model, tokenizer, count):
+    ids = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"]
+    start = ids.shape[1]
+    while ids.shape[1] < start + count and ids[0, -1] != 2:
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_greedy_equals_no_cache(run, generator, tiny_folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    base = generate_without_cache(model, tokenizer, 24)
+    tuned = generate_without_cache(PeftModel.from_pretrained(model, run / "adapter"), tokenizer, 24)
+    assert base != tuned
+    answers = [generator.generate(ASK, max_new_tokens=24, tuned=t) for t in (True, False, True)]
+    assert answers == [tuned, base, tuned]
+
+
+def test_pieces_are_streamed(generator):
+    pieces = list(generator.stream(ASK, max_new_tokens=60))
+    assert len(pieces) > 1
+    assert all(pieces)
+    assert "".join(pieces) == generator.generate(ASK, max_new_tokens=60)
+
+
+def test_seed(generator):
+    before = torch.get_rng_state()
+    one, again, other = (generator.generate(ASK, temperature=1.5, seed=s, max_new_tokens=30) for s in (1, 1, 2))
+    assert one == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_generation_config_is_not_used(run, tmp_path, tiny_folder, caplog):
+    expected = Generator.open(run).generate(ASK, max_new_tokens=20)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.generation_config.update(do_sample=True, temperature=0.3, top_p=0.5, top_k=3, repetition_penalty=9.0)
+    model.save_pretrained(tiny_folder)
+    transformers_logging.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generator = Generator.open(make_run(tmp_path / "other", tiny_folder))
+            assert generator.generate(ASK, max_new_tokens=20) == expected
+            generator.generate(ASK, max_new_tokens=20, temperature=0.7)
+    finally:
+        transformers_logging.disable_propagation()
+    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_answer_ends_at_the_end_of_turn_of_the_template(tmp_path, tiny_folder, tiny_tokenizer):
+    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny_folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tiny_folder)
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
+    assert generator.end_tokens == (0, 1, 2)
+    passes = end_after_two_letters(generator)
+    assert len(generator.generate(ASK, max_new_tokens=50)) == 2
+    assert len(passes) == 3
+
+
+def test_answer_reports_whether_it_ended(generator):
+    passes = end_after_two_letters(generator)
+    ended = generator.answer(ASK, max_new_tokens=9)
+    passes.clear()
+    assert (ended.tokens, ended.ended, len(ended.text)) == (3, True, 2)
+    assert generator.answer(ASK, max_new_tokens=2)[1:] == (2, False)
+
+
+def test_several_end_tokens(tiny_tokenizer):
+    config = types.SimpleNamespace(eos_token_id=[7, 9])
+    assert find_end_tokens(config, tiny_tokenizer()) == (2, 7, 9)
+    assert find_end_tokens(config, tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")) == (2, 7, 9)
+
+
+def test_closing_the_stream_stops_generation(generator):
+    expected = generator.generate(ASK, max_new_tokens=10)
+    passes, letter = [], generator.tokenizer.convert_tokens_to_ids("a")
+
+    def say_a_letter_slowly(module, args, out):
+        passes.append(1)
+        time.sleep(0.01)
+        out.logits[..., letter] = 1e4
+
+    hook = generator.model.register_forward_hook(say_a_letter_slowly)
+    pieces = generator.stream(ASK, tuned=False, max_new_tokens=300)
+    next(pieces)
+    pieces.close()
+    hook.remove()
+    assert len(passes) < 100
+    assert "slimtune-generate" not in [t.name for t in threading.enumerate()]
+    assert generator.generate(ASK, max_new_tokens=10) == expected
+
+
+def test_two_streams_at_once(generator):
+    tuned, base = (generator.generate(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
+    one, other = (generator.stream(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
+    first, second = [next(one)], [next(other)]
+    assert ("".join(first + list(one)), "".join(second + list(other))) == (tuned, base)
+
+
+def test_exception_while_generating(generator):
+    def fail(*_):
+        raise MemoryError("no room for the cache")
+
+    hook = generator.model.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="no room for the cache"):
+        generator.generate(ASK, tuned=False)
+    hook.remove()
+    assert generator.generate(ASK, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("messages", "settings", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([{"role": "user", "content": " \n"}], {}, "the prompt is empty"),
+        (ASK, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (ASK, {"temperature": -1.0}, "temperature is -1.0"),
+        (ASK, {"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_bad_input(generator, messages, settings, message):
+    with pytest.raises(UsageError, match=message):
+        generator.stream(messages, **settings)
+
+
+def test_prompt_without_room(generator):
+    with pytest.raises(UsageError, match="the answer may have 128, the model's context holds 512") as caught:
+        generator.stream([{"role": "user", "content": "x" * 600}])
+    assert "a shorter prompt" in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        generator.stream(ASK, max_new_tokens=500)
+    prompt = 512 - int(caught.value.hint.removeprefix("--max-new-tokens "))
+    assert f"the prompt has {prompt} tokens" in caught.value.message
+
+
+def test_template_rejects_the_messages(tmp_path, tiny_folder, tiny_tokenizer):
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    tokenizer.save_pretrained(tiny_folder)
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
+    with pytest.raises(UsageError, match=r"\(system, user\): System role not supported") as caught:
+        generator.stream([{"role": "system", "content": "Be brief."}, *ASK])
+    assert caught.value.hint == "leave the system message out"
+
+
+def test_no_chat_template(tmp_path, tiny_folder, tiny_tokenizer):
+    (tiny_folder / "chat_template.jinja").unlink(missing_ok=True)
+    tiny_tokenizer(chat_template=None).save_pretrained(tiny_folder)
+    with pytest.raises(ModelError, match="no chat template"):
+        Generator.open(make_run(tmp_path / "run", tiny_folder))
+
+
+@pytest.mark.parametrize("spoiled", ["adapter", "base"])
+def test_nan_is_an_error(tmp_path, tiny_folder, spoiled):
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
+    named = generator.model.named_parameters()
+    next(p for name, p in named if ("lora_" in name) == (spoiled == "adapter")).data.fill_(float("nan"))
+    with pytest.raises(AdapterError if spoiled == "adapter" else ModelError, match="computes NaN or Inf"):
+        generator.generate(ASK, tuned=spoiled == "adapter")
