@@ -1,14 +1,14 @@
 """Parameter-efficient fine-tuning: plan, train, prove, ship.
 
-The public names are in `peft_names.py`. They are lazy: `import slimtune` and `slimtune --help` import no torch.
+The public names are in `compat/public_names.py`. They are lazy: `import slimtune` and `slimtune --help` import no torch.
 """
 
 from typing import Any
 
+from . import parts as parts  # fills the registries of the core before anything reads them
 from .compat.public_names import PUBLIC, add_public_names, find_name
 from .core.adapters.method_registry import config_class_paths
-
-__version__ = "0.2.0.dev0"
+from .core.foundation.version import __version__ as __version__
 
 _CONFIGS = config_class_paths()  # a method's file is its own entry
 add_public_names(_CONFIGS)

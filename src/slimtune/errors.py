@@ -3,7 +3,8 @@
 SlimtuneError            exit code 1: the work failed (faulty data, a wrong adapter, no memory, a full disk)
 └── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
 
-Each class has a code, which `slimtune explain CODE` explains; the command line finds a more precise one by the message.
+Each class has a code, which `slimtune explain CODE` explains; whoever raises one can give a more precise code, and the
+field (a setting's dotted path, a column) that is wrong. No decision is taken from the wording of a message.
 
 What PEFT raises as ValueError, TypeError or NotImplementedError is also of that kind here, so that code written for
 PEFT catches it.
@@ -18,18 +19,36 @@ from typing import Any
 
 
 class SlimtuneError(Exception):
-    """The work failed: `message` says what is wrong, `expected` what would be right, `hint` what to do about it."""
+    """The work failed.
+
+    Attributes:
+        message: what is wrong.
+        expected: what would be right.
+        hint: what to do about it.
+        field: the setting or column that is wrong, "train.epochs"; None: the error is not about one field.
+        code: the page of `slimtune explain`, the class's own by default.
+    """
 
     exit_code = 1
     code = "internal-error"
 
-    def __init__(self, message: str, expected: str = "", hint: str = "") -> None:
-        self.message, self.expected, self.hint = message, expected, hint
+    def __init__(
+        self, message: str, expected: str = "", hint: str = "", *, field: str | None = None, code: str | None = None
+    ) -> None:
+        self.message, self.expected, self.hint, self.field = message, expected, hint, field
+        self.code = code or type(self).code
         lines = (message, expected and f"  expected: {expected}", hint and f"  hint: {hint}")
         super().__init__("\n".join(filter(None, lines)))
 
     def __reduce__(self) -> Any:
-        return type(self), (self.message, self.expected, self.hint)  # Exception would pickle only the joined text
+        # Exception would pickle only the joined text.
+        return _unpickle_error, (type(self), self.message, self.expected, self.hint, self.field, self.code)
+
+
+def _unpickle_error(
+    kind: type[SlimtuneError], message: str, expected: str, hint: str, field: str | None, code: str
+) -> SlimtuneError:
+    return kind(message, expected, hint, field=field, code=code)
 
 
 def install_command(extra: str) -> str:

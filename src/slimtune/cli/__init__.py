@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
 from ..compat.peft_registration import skip_registration
 from ..core.foundation.cpu import CPU_SETTINGS
+from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench
 from .command_examples import EXAMPLES

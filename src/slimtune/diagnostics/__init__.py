@@ -1,1 +1,4 @@
-"""What `slimtune doctor` looks at: the facts of a machine, and the checks that say what is wrong with them."""
+"""What `slimtune doctor` looks at and `slimtune explain` knows.
+
+Imports the core. `machine_facts.py` never judges, `machine_checks.py` never looks; `knowledge/` holds the pages.
+"""

@@ -1,1 +1,4 @@
-"""What a run learned: held-out loss, base against tuned, and answers of either."""
+"""What a run learned: held-out loss, base against tuned, forgetting, answers; the data report and report.html.
+
+Imports the core and generation. Start at `evaluate.py`.
+"""

@@ -16,11 +16,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .. import __version__
 from ..core.config import Recipe
 from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.foundation.files import require_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
+from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
 from .charts import (
     Estimate,

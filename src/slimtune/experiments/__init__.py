@@ -1,1 +1,4 @@
-"""Methods side by side: the same rows, the same budget, fair rates, and what the differences are worth."""
+"""Several runs: compare methods fairly, tune settings, run on clusters, train several adapters on one base at once.
+
+Imports the core, evaluation and planning. Start at `comparison.py`.
+"""

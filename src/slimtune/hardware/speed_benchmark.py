@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from .. import __version__
 from ..core.adapters.peft_model import get_peft_model
 from ..core.attention.attention_functions import packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.device import disable_malloc_trim
 from ..core.foundation.progress_bars import track_progress
+from ..core.foundation.version import __version__
 from ..core.models.dtype import pick_device, pick_dtype
 from ..core.training.loss import forward_backward, make_collator, move_to_device
 from ..core.training.memory_savings import apply_memory_savings

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
-from .. import __version__
+from ..core.foundation.version import __version__
 from ..core.models.model_source import load_known_configs
 from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from ... import __version__
 from ...compat.peft_registration import register_as_peft_subclass
 from ...errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
 from ..foundation.files import read_json, write_atomic
+from ..foundation.version import __version__
 from .adapter_module import AdapterModule, Site, SiteKind
 from .architectures import DEFAULT_TARGETS, model_type
 from .config_fields import check_fields, setting

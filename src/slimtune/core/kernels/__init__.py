@@ -1,1 +1,4 @@
-"""Tensor code: fused linear layers, losses, optimizers, activation memory."""
+"""Tensor code: LoRA linear, cross-entropy, tiled MLP, dropout, activation memory.
+
+Imports `foundation`. Start at `lora_linear.py`; each file names its formula at the top.
+"""

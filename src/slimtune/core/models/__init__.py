@@ -1,1 +1,4 @@
-"""Loading a base: an alias, a GGUF file, a Hugging Face folder or a Hub id."""
+"""Loading a base: an alias, a folder, a Hub id or a file of another format; dtype and quantization.
+
+Imports `adapters` and below. Start at `loader.py`; `base_config.py` answers without weights.
+"""
