@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning: plan, train, prove, ship.
 
-The public names are in `compat/public_names.py`. They are lazy: `import slimtune` and `slimtune --help` import no torch.
+The public names are in `compat/public_names.py`. They are lazy: `import slimtune` imports no torch.
 """
 
 from typing import Any
