@@ -1,0 +1,282 @@
+"""Results as types: a frozen dataclass is what a command prints as JSON, and its JSON Schema is made from it.
+
+Each field has a string below it that says what it is, with its unit; the schema's descriptions are these strings.
+
+    @dataclass(frozen=True)
+    class TrainResult:
+        \"""What `slimtune train --json` prints.\"""
+
+        steps: int
+        \"""Optimizer steps that were taken.\"""
+        validation_loss: float | None
+        \"""The kept adapter's loss on the validation rows, in nats per token; null: there are none.\"""
+
+    to_json_dict(result) ─▶ {"steps": 30, "validation_loss": null} ─▶ from_json_dict(TrainResult, values)
+
+Fields may be plain values, `Literal`s, paths, lists, tuples, mappings with string keys, and such dataclasses, each or
+None. Three kinds are special, by the metadata of `dataclasses.field`: `json_key("rewards/margins")` gives a key that is
+no Python name, `OMIT_NONE` leaves the key out if the value is None, and `INLINE` puts the items of a mapping or the
+fields of a dataclass beside the other keys.
+"""
+
+import ast
+import dataclasses
+import inspect
+import math
+import textwrap
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+OMIT_NONE: Mapping[str, Any] = {"omit_none": True}
+"""Metadata of a field whose key is left out if its value is None."""
+INLINE: Mapping[str, Any] = {"inline": True}
+"""Metadata of a mapping or a dataclass whose keys stand beside those of the other fields."""
+_JSON_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+
+
+def json_key(key: str) -> Mapping[str, Any]:
+    """Return the metadata of a field with this key in JSON."""
+    return {"key": key}
+
+
+def _key(field: Field[Any]) -> str:
+    return str(field.metadata.get("key", field.name))
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+@cache
+def _read_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
+    """Return the fields of a dataclass, and the type of each."""
+    hints = get_type_hints(cls)
+    return tuple((field, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_json_dict(result: Any) -> dict[str, Any]:
+    """Return a result as plain values for JSON, its keys in the order of the fields; NaN and Inf become None."""
+    values: dict[str, Any] = {}
+    cls: Any = type(result)
+    for field, _ in _read_fields(cls):
+        value = _to_plain(getattr(result, field.name))
+        if field.metadata.get("inline"):
+            values |= value or {}
+        elif value is not None or not field.metadata.get("omit_none"):
+            values[_key(field)] = value
+    return values
+
+
+def _to_plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_json_dict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and not isinstance(value, str | int | float):
+        value = value.item()  # a scalar of numpy or torch
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def from_json_dict(cls: type[T], data: Mapping[str, Any], *, strict: bool = True) -> T:
+    """Return the result that `to_json_dict` wrote.
+
+    Args:
+        cls: the result's class.
+        data: the values that were read from JSON.
+        strict: raise for unknown keys; unless strict they are ignored, as another release may have written them, and
+            so is a value of a wrong type if the field has a default or may be None.
+
+    Raises:
+        ValueError: a key is missing whose field has no default and may not be None, or a value has a wrong type; the
+            message starts with the key's path ("versions.torch").
+    """
+    result: T = _read_object(cls, data, strict, "")
+    return result
+
+
+def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path or 'the result'}: it is no JSON object")
+    values: dict[str, Any] = {}
+    left = dict(data)
+    inline = [(f, kind) for f, kind in _read_fields(cls) if f.metadata.get("inline")]
+    for field, kind in _read_fields(cls):
+        if field.metadata.get("inline"):
+            continue
+        where, optional = f"{path}.{_key(field)}".lstrip("."), _has_default(field) or type(None) in get_args(kind)
+        if _key(field) not in left:
+            if not optional or (strict and not _has_default(field) and not field.metadata.get("omit_none")):
+                raise ValueError(f"{where}: it is missing")
+            if not _has_default(field):
+                values[field.name] = None
+            continue
+        try:
+            values[field.name] = _read_value(kind, left.pop(_key(field)), strict, where)
+        except ValueError:
+            if strict or not optional:
+                raise
+            if not _has_default(field):
+                values[field.name] = None
+    for field, kind in inline:  # each takes its keys, a mapping all that are left
+        if is_dataclass(kind):
+            own = {key: left.pop(key) for key in _list_keys(kind) if key in left}
+        else:
+            own, left = left, {}
+        values[field.name] = _read_value(kind, own, strict, path)
+    if left and strict:
+        raise ValueError(f"{f'{path}.{next(iter(left))}'.lstrip('.')}: there is no such key")
+    return cls(**values)
+
+
+def _read_value(kind: Any, value: Any, strict: bool, path: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for member in args:
+            try:
+                return _read_value(member, value, strict, path)
+            except ValueError as error:
+                errors.append(error)
+        raise next((e for e, m in zip(errors, args, strict=True) if m is not type(None)), errors[0])
+    if is_dataclass(kind):
+        return _read_object(kind, value, strict, path)  # type: ignore[arg-type]
+    if origin is Literal:
+        correct = value in args
+    elif _is_mapping(kind):
+        correct = isinstance(value, Mapping)
+        if correct:
+            item = args[1] if args else Any
+            return {key: _read_value(item, v, strict, f"{path}.{key}".lstrip(".")) for key, v in value.items()}
+    elif _is_sequence(kind):
+        correct = isinstance(value, list | tuple)
+        if correct:
+            items = _item_types(kind, len(value), path)
+            read = [
+                _read_value(i, v, strict, f"{path}[{n}]") for n, (i, v) in enumerate(zip(items, value, strict=True))
+            ]
+            return tuple(read) if (origin or kind) is tuple else read
+    elif kind is float:
+        correct = isinstance(value, int | float) and not isinstance(value, bool)
+    elif kind is int:
+        correct = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        correct = isinstance(value, str if kind is Path else kind)
+    if not correct:
+        raise ValueError(f"{path}: it is {value!r}, not {_describe_kind(kind)}")
+    return Path(value) if kind is Path else value
+
+
+def _is_mapping(kind: Any) -> bool:
+    return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Mapping)
+
+
+def _is_sequence(kind: Any) -> bool:
+    return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Sequence) and origin is not str
+
+
+def _item_types(kind: Any, count: int, path: str) -> list[Any]:
+    """Return the type of each item of a sequence with `count` items."""
+    args = get_args(kind) or (Any, ...)
+    if (get_origin(kind) or kind) is not tuple or args[-1] is ...:
+        return [args[0]] * count
+    if len(args) != count:
+        raise ValueError(f"{path}: it has {count} items, not {len(args)}")
+    return list(args)
+
+
+def _describe_kind(kind: Any) -> str:
+    schema = _describe_type(kind)
+    return f"one of {schema['enum']}" if "enum" in schema else f"of the type {schema.get('type', 'any')}"
+
+
+# --- the schema -------------------------------------------------------------------------------------------------------
+
+
+def json_schema(cls: Any) -> dict[str, Any]:
+    """Return the JSON Schema of a result: its fields with their descriptions; those of other results are inside."""
+    required: list[str] = []
+    schema: dict[str, Any] = {"title": cls.__name__, "description": inspect.cleandoc(cls.__doc__ or "")}
+    properties: dict[str, Any] = {}
+    further: Any = False
+    docs = read_field_docs(cls)
+    for field, kind in _read_fields(cls):
+        inner = _describe_type(kind)
+        if field.metadata.get("inline"):
+            properties |= inner.get("properties", {})
+            required += inner.get("required", [])
+            further = further or inner.get("additionalProperties", False)
+            continue
+        properties[_key(field)] = inner | ({"description": docs[field.name]} if field.name in docs else {})
+        if not field.metadata.get("omit_none"):
+            required.append(_key(field))
+    return schema | {
+        "type": "object", "properties": properties, "required": required, "additionalProperties": further
+    }  # fmt: skip
+
+
+def _list_keys(cls: Any) -> list[str]:
+    return [_key(field) for field, _ in _read_fields(cls)]
+
+
+def _describe_type(kind: Any) -> dict[str, Any]:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return {}
+    if kind is type(None):
+        return {"type": "null"}
+    if origin in (Union, types.UnionType):
+        members = [_describe_type(member) for member in args]
+        if all([*member] == ["type"] for member in members):
+            return {"type": [member["type"] for member in members]}
+        return {"anyOf": members}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if is_dataclass(kind):
+        return json_schema(kind)
+    if _is_mapping(kind):
+        return {"type": "object", "additionalProperties": _describe_type(args[1]) if args else True}
+    if _is_sequence(kind):
+        if (origin or kind) is tuple and args and args[-1] is not ...:
+            items = {"prefixItems": [_describe_type(a) for a in args], "minItems": len(args), "maxItems": len(args)}
+        else:
+            items = {"items": _describe_type(args[0] if args else Any)}
+        return {"type": "array", **items}
+    return {"type": _JSON_NAMES[kind]}
+
+
+@cache
+def read_field_docs(cls: Any) -> dict[str, str]:
+    """Return the string that stands below each field of a dataclass, by the field's name; those of its bases, too."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        docs |= _find_docs(base)
+    return docs
+
+
+def _find_docs(cls: type) -> Iterator[tuple[str, str]]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            yield field.target.id, inspect.cleandoc(str(below.value.value))
