@@ -26,7 +26,7 @@ from plan_ways.referee import measured
 
 from slimtune import LoraConfig
 from slimtune.core.foundation.device import simulate_device
-from slimtune.core.models.base_config import get_model_info
+from slimtune.core.models.base_config import load_base_config
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
@@ -44,7 +44,7 @@ def eight() -> bool:
     """Four rows of 2048 tokens in one pass."""
     rows = (2048,) * 4
     job = TrainingJob(
-        get_model_info("llama-3.1-8b").config, LoraConfig(r=16, **ALL), torch.bfloat16, rows, device="cuda"
+        load_base_config("llama-3.1-8b").config, LoraConfig(r=16, **ALL), torch.bfloat16, rows, device="cuda"
     )
     ways = {
         "checkpointed": {},
@@ -84,7 +84,7 @@ def peers(job: TrainingJob) -> int:
 def long() -> bool:
     """The longest row on a card of 24 GiB."""
     request = PlanRequest(
-        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
+        load_base_config("llama-3.1-8b"), find_gpu("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
         quantization="nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=TILE,
     )  # fmt: skip
     longest = make_plan(request, advise=False).max_seq_len // 10_000 * 10_000

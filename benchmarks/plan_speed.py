@@ -26,7 +26,7 @@ def measured(name: str) -> dict[str, float]:
     import torch
 
     from slimtune import LoraConfig
-    from slimtune.core.models.base_config import get_model_info
+    from slimtune.core.models.base_config import load_base_config
     from slimtune.planning.extrapolation import extrapolate_layers, fit_memory_model
     from slimtune.planning.gpu_specs import find_gpu
     from slimtune.planning.plan_request import PlanRequest
@@ -35,7 +35,7 @@ def measured(name: str) -> dict[str, float]:
     torch.set_num_threads(1)
     method = LoraConfig(r=JOB["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     request = PlanRequest(
-        get_model_info(name),
+        load_base_config(name),
         find_gpu("rtx-3090"),
         method,
         seq_len=JOB["seq_len"],
@@ -44,7 +44,7 @@ def measured(name: str) -> dict[str, float]:
     )
     job = request.job()
     model = job.build_model()
-    extrapolate_layers(PlanRequest(get_model_info("smollm2-135m"), find_gpu("rtx-3090"), method).job())  # warm up
+    extrapolate_layers(PlanRequest(load_base_config("smollm2-135m"), find_gpu("rtx-3090"), method).job())  # warm up
     found: dict[str, float] = {}
     for what, run in (
         ("formula", lambda: fit_memory_model(job, model)),

@@ -41,7 +41,7 @@ from transformers import masking_utils
 import slimtune
 from slimtune.core.adapters.method_registry import config_class
 from slimtune.core.foundation.device import simulate_device
-from slimtune.core.models.base_config import get_model_info
+from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import UsageError
 from slimtune.planning.extrapolation import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
@@ -84,7 +84,7 @@ def vramcalc(row: dict[str, Any]) -> int:
     # attention), and what only CUDA's keeps in fp32 (powers, roots, softmax) meets nothing else in this model.
     autocast: Callable[[], Any] = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if amp else nullcontext
     with torch.device("meta"):
-        base = get_model_info(BASES[words[0]]).config
+        base = load_base_config(BASES[words[0]]).config
         model: Any = tf.AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=attention)
         if "lora" in words:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -145,7 +145,7 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
     """Return the range that a plan would give for the bytes reserved for the longest batch."""
     make = EXPERIMENTS[row["method"]]
     with torch.device("meta"):
-        config = get_model_info(row["model"]).config
+        config = load_base_config(row["model"]).config
         model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         if make is not None:
             model = peft.get_peft_model(model, make())
@@ -187,7 +187,7 @@ def job_of(row: dict[str, Any]) -> TrainingJob | None:
     """Return our job for a row of another engine; None if we have no such job, or the base is unknown."""
     name, source, method = row["model"].lower(), row["source"], row["method"]
     try:
-        base = get_model_info(NAMES.get(name, name)).config
+        base = load_base_config(NAMES.get(name, name)).config
     except UsageError:
         return None
     rank, quantization, passes = 32, None, 1

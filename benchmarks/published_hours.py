@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import config_class
-from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.setup import build_meta_model
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
@@ -44,7 +44,7 @@ ONE_TILE = 1 << 20
 def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counter[Any], int]:
     """Return the operators of a published job's micro-batch, and the bytes its optimizer step moves."""
     point = json.loads(point_json)
-    shapes = TABLE["models"].get(point["model"]) or load_known_configs()[point["model"]]["config"]
+    shapes = TABLE["models"].get(point["model"]) or load_known_models()[point["model"]]["config"]
     layers = shapes["num_hidden_layers"]
 
     def trace(depth: int, last: int) -> tuple[Counter[Any], int]:

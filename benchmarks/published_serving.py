@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.setup import build_meta_model
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.plan_result import Range
@@ -40,7 +40,7 @@ MLX_BITS = {"4bit": 4.5, "8bit": 8.5}
 
 @cache
 def model_of(name: str) -> Any:
-    return build_meta_model(AutoConfig.for_model(**load_known_configs()[name]["config"]), None, torch.bfloat16)
+    return build_meta_model(AutoConfig.for_model(**load_known_models()[name]["config"]), None, torch.bfloat16)
 
 
 def predict(point: dict[str, Any]) -> Range:

@@ -6,7 +6,9 @@ here imports torch: a part is imported when it is first asked for (core/foundati
 
 from .core.foundation.registry import register_parts
 
-PARTS: dict[str, dict[str, str]] = {}
+PARTS: dict[str, dict[str, str]] = {
+    "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
+}
 """Registry → name of the part → its dotted path."""
 
 for group, paths in PARTS.items():

@@ -82,9 +82,9 @@ def test_training_gets_the_same_report(tmp_path):
     alone = validate(tmp_path, rows)
     file = open_rows(alone["file"])
     report = DatasetReport(SMOLLM2_TOK, file, max_seq_len=1024)
-    tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, path="x", dataset_report=report)
+    tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, path="x", observer=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
-    assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny"), "seconds": 0}
+    assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny").to_json(), "seconds": 0}
 
 
 @pytest.mark.parametrize(("policy", "severity"), [("drop", "warning"), ("truncate", "warning"), ("error", "error")])
@@ -233,7 +233,7 @@ def test_severity_depends_on_the_share_of_rows(tmp_path, count, severity):
     report = DatasetReport(SMOLLM2_TOK, open_rows(write_jsonl(tmp_path / "a.jsonl", make_rows(1))), max_seq_len=9)
     report.total.rows = 100
     report.add_issue("mojibake", range(1, count + 1))
-    (found,) = report.finish(file="x", model="m")["issues"]
+    (found,) = report.finish(file="x", model="m").to_json()["issues"]
     assert (found["severity"], found["count"]) == (severity, count)
 
 

@@ -276,7 +276,7 @@ def test_an_unknown_name_is_not_proven(run, tmp_path):
 
 def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypatch):
     model = load_base(str(base), dtype="float32", device="cpu").model
-    monkeypatch.setattr(served_base, "get_model_info", lambda name: SimpleNamespace(config=model.config))
+    monkeypatch.setattr(served_base, "load_base_config", lambda name: SimpleNamespace(config=model.config))
     check = to_ollama(run, tmp_path / "out", "tiny")["check"]
     assert (check["passed"], "has the family and size" in check["reason"]) == (None, True)
 

@@ -14,7 +14,7 @@ from slimtune.core.adapters import state_dict
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
-from slimtune.core.models.base_config import ModelInfo, get_model_info
+from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.planning.gpu_specs import Gpu, find_gpu, gpu_with_memory
@@ -24,7 +24,7 @@ from slimtune.planning.plan_result import PARTS
 from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
 from slimtune.planning.this_machine import detect_gpu
 
-TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
+TINY = BaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")
 
 
@@ -40,7 +40,7 @@ def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
 def test_llama_3_1_8b():
     """LoRA fits 24 GiB, NF4 fits 12 GiB, full fine-tuning with fp32 copies needs 146 GB."""
     request = PlanRequest(
-        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
+        load_base_config("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
         gradient_checkpointing=True,
     )  # fmt: skip
     plan = make_plan(request)
@@ -86,7 +86,7 @@ def test_split_batch():
 
 @pytest.mark.slow
 def test_advice():
-    base = ModelInfo("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
+    base = BaseConfig("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
     request = PlanRequest(base, Gpu("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
     plan = make_plan(request)
     assert plan.verdict != "fits"
@@ -218,7 +218,7 @@ LAYER, REST = 2 * 218_112_000, 2 * (2 * 128256 * 4096 + 4096)  # Llama 3.1 8B in
 
 def make_request(processes, fsdp):
     gpu = find_gpu("rtx-3060-12gb")
-    return PlanRequest(get_model_info("llama-3.1-8b"), gpu, lora(16), processes=processes, fsdp=fsdp)
+    return PlanRequest(load_base_config("llama-3.1-8b"), gpu, lora(16), processes=processes, fsdp=fsdp)
 
 
 def test_saved_bytes():

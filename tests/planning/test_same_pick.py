@@ -5,7 +5,7 @@ import torch
 from models_zoo import llama
 
 from slimtune.core.models import dtype as dtypes
-from slimtune.core.models.base_config import ModelInfo
+from slimtune.core.models.base_config import BaseConfig
 from slimtune.core.models.dtype import pick_device, pick_training_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
@@ -15,7 +15,7 @@ from slimtune.planning.plan_request import PlanRequest
 from slimtune.planning.planner import list_notes, make_plan
 from slimtune.planning.this_machine import detect_gpu
 
-BASE = ModelInfo("tiny", "tiny", llama().config, "")
+BASE = BaseConfig("tiny", "tiny", llama().config, "")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 CAPABILITY = {"pascal": 6, "volta": 7, "turing": 7, "ampere": 8, "ada": 8, "hopper": 9, "blackwell": 10,
               "blackwell-thor": 11}  # fmt: skip

@@ -10,8 +10,8 @@ import tiny_families
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.models.base_config import get_model_info
-from slimtune.core.models.model_source import load_known_configs
+from slimtune.core.models.base_config import load_base_config
+from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.setup import build_meta_model
 from slimtune.errors import ModelError, UsageError
 from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
@@ -61,7 +61,7 @@ PUBLISHED = {  # bytes of files made without an importance matrix, or whose type
 
 
 def config(name="llama-3.1-8b"):
-    return AutoConfig.for_model(**load_known_configs()[name]["config"])
+    return AutoConfig.for_model(**load_known_models()[name]["config"])
 
 
 @cache
@@ -255,7 +255,7 @@ def test_every_known_base():
         "qwen3.",
         "glm-4.7-flash",
     )
-    for name in load_known_configs():
+    for name in load_known_models():
         if name.startswith(recurrent):
             with pytest.raises(ModelError, match="cache no keys and values of heads"):
                 plan(name)
@@ -266,7 +266,7 @@ def test_every_known_base():
 
 def test_cache_of_layers_with_other_heads():
     """Gemma 4's full layers have 4 heads of 512, its others 16 of 256; E2B's last 20 layers have no cache."""
-    large, small = (get_model_info(name).config for name in ("gemma-4-31b", "gemma-4-e2b"))
+    large, small = (load_base_config(name).config for name in ("gemma-4-31b", "gemma-4-e2b"))
     window = 1024 + 512  # and the tokens that are computed at once
     assert cache_bytes(large, 4096, "ollama") == 2 * 2 * (10 * 4 * 512 * 4096 + 50 * 16 * 256 * window)
     assert cache_bytes(small, 4096, "ollama") == 2 * 2 * (3 * 512 * 4096 + 12 * 256 * (512 + 512))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.models.base_config import ModelInfo
+from slimtune.core.models.base_config import BaseConfig
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace, planner
@@ -22,7 +22,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, **sizes):
     config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    request = PlanRequest(ModelInfo("tiny", "tiny", config, ""), gpu_with_memory("24GiB"), method, dtype=dtype,
+    request = PlanRequest(BaseConfig("tiny", "tiny", config, ""), gpu_with_memory("24GiB"), method, dtype=dtype,
                           seq_len=seq_len, batch_size=2, packing=packing)  # fmt: skip
     return make_plan(request, advise=False)
 

@@ -147,11 +147,11 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     from ..core.adapters.peft_model import get_peft_model
     from ..core.adapters.state_dict import get_adapter_tensors
     from ..core.config.method_settings import fill_recipe_defaults
-    from ..core.models.base_config import get_model_info
+    from ..core.models.base_config import load_base_config
     from ..core.models.load_errors import translate_load_errors
     from ..errors import SlimtuneError
 
-    info = get_model_info(model, trust_remote_code=trust_remote_code)
+    info = load_base_config(model, trust_remote_code=trust_remote_code)
     sizes: list[dict[str, Any]] = []
     with torch.device("meta"):
         with translate_load_errors(model):

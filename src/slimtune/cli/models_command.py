@@ -19,10 +19,10 @@ def models(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the bases with a short name: size, licence, context, release, and whether a download needs an account."""
-    from ..core.models.model_source import KnownBase, load_known_configs, read_known_config
+    from ..core.models.model_source import KnownBase, load_known_models, read_known_config
     from ..planning.gpu_specs import format_checked
 
-    known = load_known_configs()
+    known = load_known_models()
     wanted = (family or "").lower()
     chosen = {name: facts for name, facts in known.items() if facts["family"] == wanted or name.startswith(wanted)}
     if not chosen:

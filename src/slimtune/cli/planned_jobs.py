@@ -20,7 +20,7 @@ from .input_checks import ROW_SETTINGS, require_inputs
 if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..core.data.example_lengths import ExampleLength, RowContent
-    from ..core.models.base_config import ModelInfo
+    from ..core.models.base_config import BaseConfig
     from ..planning.gpu_specs import Gpu
     from ..planning.plan_result import Plan
 
@@ -46,7 +46,7 @@ class RunsToPlan:
 
     recipes: dict[str, Recipe]  # by the method's name
     errors: dict[str, SlimtuneError]  # why there is no recipe, by the method's name
-    model: ModelInfo
+    model: BaseConfig
     has_rows: bool  # whether training rows were given
     lengths: list[ExampleLength]  # of every training example; empty if no rows were read
     content: RowContent  # of the training examples, if rows were read
@@ -97,7 +97,7 @@ def load_runs_to_plan(
     from ..core.config import load_recipe
     from ..core.config.method_settings import accepted_names
     from ..core.data.example_lengths import ALL_SUPERVISED, count_row_tokens
-    from ..core.models.base_config import get_model_info
+    from ..core.models.base_config import load_base_config
 
     path = find_recipe(model_or_recipe)
     methods = _list_methods(path, settings)
@@ -130,7 +130,7 @@ def load_runs_to_plan(
     if has_rows:
         recipe.require_files()
     m, t = recipe.model, recipe.train
-    model = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+    model = load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
     epochs = t.epochs
     if t.max_steps is not None:
@@ -178,7 +178,7 @@ def make_plans(
     return plans, errors
 
 
-def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength], RowContent]:
+def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength], RowContent]:
     """Return the lengths and the content of the training examples.
 
     There are none if the tokenizer is not on this disk: nothing is downloaded.
@@ -188,7 +188,6 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength]
     from ..core.data.example_lengths import ALL_SUPERVISED
     from ..core.models.model_source import resolve_model
     from ..core.training.setup import load_datasets, load_tokenizer_from_recipe
-    from ..evaluation.data_report.dataset_report import format_verdict
 
     try:
         source = resolve_model(model.spec)
@@ -204,9 +203,9 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> tuple[list[ExampleLength]
     datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
     print_progress(f"rows: {datasets.train_report.text()}")
     for report in datasets.data_reports.values():
-        if report is not None and report["verdict"] == "errors":
-            why = f"{format_verdict(report)} (slimtune data shows them)"
-            print_progress(f"training will refuse {report['file']}: {why}")
+        if report is not None and report.verdict == "errors":
+            why = f"{report.format_verdict()} (slimtune data shows them)"
+            print_progress(f"training will refuse {report.file}: {why}")
     return datasets.train.example_lengths, datasets.train.content
 
 

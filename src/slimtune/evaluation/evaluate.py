@@ -22,7 +22,7 @@ from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
 from ..core.data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..core.data.row_files import Row, open_rows
-from ..core.data.tokenize import RowReport
+from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.files import require_output_file, write_json
 from ..core.foundation.progress_bars import name_progress
@@ -270,7 +270,7 @@ def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict
 
 def load_unseen_rows(
     trained: TrainedModel, recipe: Recipe, file: Path | None, split: str
-) -> tuple[TokenizedDataset, RowReport, int | None]:
+) -> tuple[TokenizedDataset, TokenizationStats, int | None]:
     """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
 
     Without a `file` they are those that training set aside as the `split` "test" or "validation". The last value is

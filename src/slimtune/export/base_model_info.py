@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import config_fingerprint
 from ..core.foundation.hub import require_repo_id
-from ..core.models.base_config import get_model_info
-from ..core.models.model_source import ALIASES, ModelSource, load_known_configs, resolve_model
+from ..core.models.base_config import load_base_config
+from ..core.models.model_source import ALIASES, ModelSource, load_known_models, resolve_model
 from ..errors import RunError, SlimtuneError
 
 log = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ def get_base_model_info(
 
 def _find_hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:
     """Return the Hub id whose name begins the alias's file name, if its config has the fingerprint."""
-    configs = load_known_configs()
+    configs = load_known_models()
     if spec not in ALIASES or spec not in configs:
         return None
     file = Path(source.path).name if source else ALIASES[spec][1]
     hub_id = next((i for i in configs[spec]["hub"] if file.startswith(f"{i.split('/')[1]}.")), None)
-    if hub_id and fingerprint and config_fingerprint(get_model_info(hub_id).config) != fingerprint:
+    if hub_id and fingerprint and config_fingerprint(load_base_config(hub_id).config) != fingerprint:
         return None
     return hub_id
 

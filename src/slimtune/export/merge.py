@@ -29,7 +29,7 @@ from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
-from ..core.models.base_config import load_config
+from ..core.models.base_config import load_checkpoint_config
 from ..core.models.dtype import dtype_name, pick_dtype
 from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
@@ -198,7 +198,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
-        config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+        config = load_checkpoint_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
             stored = dtype_name(config.dtype or torch.float32)
     if stored in (None, dtype) or _is_small(build_meta_model(config, None, torch.float32)):
@@ -227,7 +227,7 @@ def get_trained_dtype(run: Path) -> str | None:
         # "auto" in the recipe may have meant another dtype on the machine that trained.
         return read_json(file).get("dtype") if file.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return dtype_name((load_config(name).dtype if name else None) or torch.float32)
+    return dtype_name((load_checkpoint_config(name).dtype if name else None) or torch.float32)
 
 
 def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:

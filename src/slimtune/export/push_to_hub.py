@@ -24,7 +24,7 @@ from ..core.foundation.files import read_json, to_json
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
 from ..core.kernels.linear_layers import is_finite
-from ..core.models.base_config import load_config
+from ..core.models.base_config import load_checkpoint_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
 from ..core.training.setup import build_meta_model
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
@@ -250,7 +250,7 @@ def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunRe
     elif config.task_type not in (None, "CAUSAL_LM"):
         return [f"the adapter is for {config.task_type}: its file was read, but not loaded into its base"]
     try:
-        base = build_meta_model(load_config(name, **options), None, torch.float32)
+        base = build_meta_model(load_checkpoint_config(name, **options), None, torch.float32)
     except (SlimtuneError, ValueError, OSError) as e:
         return [f"the adapter's file was read, but not loaded into its base, which is missing here: {type(e).__name__}"]
     PeftModel.from_pretrained(base, folder, config=config)

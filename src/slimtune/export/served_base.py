@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import base_facts
-from ..core.models.base_config import get_model_info
+from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
 from ..extras.gguf_loading import read_gguf
@@ -92,7 +92,7 @@ def _check_name(comparison: "Comparison") -> str:
     """Return why a name proves nothing; UsageError if it is known to name another base."""
     name = comparison.name
     try:
-        config = get_model_info(name).config
+        config = load_base_config(name).config
     except SlimtuneError:
         return f"what Ollama serves as {name} is not known here, so its weights were not compared with the base"
     facts, own = (base_facts(c.to_dict()) for c in (config, comparison.loaded.base.model.config))

@@ -405,7 +405,7 @@ def explain_loss(column: str, format: str, given: bool) -> str:
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
-def check_format(format: str | None, columns: Mapping[str, str]) -> None:
+def validate_format_options(format: str | None, columns: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
     if format is not None and format not in FORMATS:
         problem = f"there is no data format {format!r}{nearest(format, FORMATS)}"

@@ -21,7 +21,7 @@ from ..core.data.example_lengths import (
     count_row_tokens,
     unshare_prefix,
 )
-from ..core.models.base_config import ModelInfo, get_model_info, max_positions
+from ..core.models.base_config import BaseConfig, load_base_config, max_positions
 from ..core.models.dtype import pick_training_dtype
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.setup import build_meta_model
@@ -101,7 +101,7 @@ class TrainingJob:
 class PlanRequest:
     """A run to plan: fields without a comment are those of `TrainingJob`."""
 
-    model: ModelInfo
+    model: BaseConfig
     gpu: Gpu
     method: PeftConfig
     batch_size: int = 1  # examples
@@ -176,7 +176,7 @@ def build_request(
     """
     require_trains(gpu)
     model, train = recipe.model, recipe.train
-    info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    info = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
     positions = max_positions(info.config)
     longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)

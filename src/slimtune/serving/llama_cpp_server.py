@@ -22,7 +22,7 @@ import torch
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
-from ..core.models.base_config import load_config
+from ..core.models.base_config import load_checkpoint_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.setup import TrainedModel, build_meta_model, require_language_model
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
@@ -135,7 +135,7 @@ def require_gguf_form(run: Path) -> None:
         name, revision = settings.name, settings.revision
     if not name:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
-    base = load_config(name, revision=revision)
+    base = load_checkpoint_config(name, revision=revision)
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:
         get_architecture(base)

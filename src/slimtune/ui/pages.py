@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
 from ..core.foundation.version import __version__
-from ..core.models.model_source import load_known_configs
+from ..core.models.model_source import load_known_models
 from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import html_templates
@@ -96,7 +96,7 @@ class Pages:
         return self.render(
             "rows.html.j2",
             page="rows",
-            bases=load_known_configs(),
+            bases=load_known_models(),
             files=self.workspace.list_rows(),
             fields=list_fields(ROWS_FIELDS),
             job=self.job_view("data"),

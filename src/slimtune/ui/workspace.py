@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.foundation.files import parse_dataset_id, read_json, translate_os_errors, write_json
-from ..core.models.model_source import load_known_configs
+from ..core.models.model_source import load_known_models
 from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, nearest
 
@@ -69,7 +69,7 @@ class Workspace:
         name = text.strip()
         if not name or name.startswith("-"):
             raise UsageError(f"{name!r} is no base", "an alias, a Hub id, or a file or folder in the working folder")
-        if name in load_known_configs():
+        if name in load_known_models():
             return name
         if os.path.lexists(self.root / name) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\0" in name:
             return self.relative(self.resolve(name))

@@ -64,7 +64,7 @@ def test_batches_are_read_as_they_are_needed():
 
 def test_workers_load_neither_torch_nor_arrow(tmp_path):
     """Each would cost a process 50 to 200 MB."""
-    function = BatchTokenizer(TOK, 99, "drop", "assistant", DatasetReport(TOK, "chat", 99).validate)
+    function = BatchTokenizer(TOK, 99, "drop", "assistant", DatasetReport(TOK, "chat", 99).measure_batch)
     (tmp_path / "function").write_bytes(pickle.dumps(function))
     script = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')); print({'torch', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "function"], capture_output=True, text=True)

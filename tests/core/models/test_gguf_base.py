@@ -16,7 +16,7 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.core.foundation.fingerprint import config_fingerprint
-from slimtune.core.models.base_config import get_model_info, load_config
+from slimtune.core.models.base_config import load_base_config, load_checkpoint_config
 from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.core.models.model_source import resolve_model
 from slimtune.errors import ModelError, RunError
@@ -47,7 +47,7 @@ def write(tmp_path, tiny_llama, tiny_tokenizer):
 
 def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeypatch):
     def describe():
-        config = get_model_info(str(file)).config.to_dict()
+        config = load_base_config(str(file)).config.to_dict()
         written = ("dtype", "transformers_version", "quantization_config", "architectures")
         return {k: v for k, v in config.items() if k not in written and not k.endswith("_name_or_path")}
 
@@ -121,7 +121,7 @@ def test_folder(write):
     assert (folder.stat().st_mode & 0o777, (folder / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
     config = json.loads((folder / "config.json").read_text())
     assert not config.keys() & {"quantization_config", "_model_name_or_path"}
-    assert load_config(str(file)).hidden_size == config["hidden_size"] == 32
+    assert load_checkpoint_config(str(file)).hidden_size == config["hidden_size"] == 32
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("smollm", ["a", "Ġ", "Ġ", "1"]), ("gpt-2", ["a", "Ġ", "Ġ1"])])
@@ -194,7 +194,7 @@ def test_metadata_that_contradict_the_tensors(write, name, value, words):
     file = set_value(write(), name, value)
     assert_refused(file, ModelError, "is damaged", words)
     with pytest.raises(ModelError, match="is damaged"):
-        get_model_info(str(file))
+        load_base_config(str(file))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.ggml.eos_token_id", "llama.attention.layer_norm_rms_epsilon"])

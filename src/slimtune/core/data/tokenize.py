@@ -2,7 +2,7 @@
 
     Row → rendered text with supervised spans → TokenizedRow → kept, truncated or dropped → TokenizedDataset
 
-No row is truncated or dropped without a number in the `RowReport`. The first token of a row is never counted as
+No row is truncated or dropped without a number in the `TokenizationStats`. The first token of a row is never counted as
 supervised, because nothing stands before it to predict it from.
 """
 
@@ -23,6 +23,7 @@ from .chat_template import RenderedText, TokenizedRow
 from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
 from .parallel import parallel_map
 from .row_files import MAX_ERRORS, RowErrorCollector, RowFile
+from .row_observer import RowObserver
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
@@ -38,7 +39,7 @@ PairedRow = tuple[Row, TokenizedRow | InvalidRow]
 
 
 @dataclass
-class RowReport:
+class TokenizationStats:
     """Counts of what happened to the rows of a file."""
 
     max_seq_len: int  # longest row that is kept whole, in tokens
@@ -51,7 +52,7 @@ class RowReport:
     longest: int = 0  # tokens of the longest row, before it is truncated
     missing_eos: int = 0  # kept rows without an end-of-turn token: a model trained on such rows does not learn to stop
 
-    def add(self, other: "RowReport") -> None:
+    def add(self, other: "TokenizationStats") -> None:
         """Add the counts of another part of the file."""
         for name in ("rows", "kept", "dropped", "truncated", "tokens", "supervised_tokens", "missing_eos"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -176,7 +177,7 @@ def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> Token
 class TokenizedBatch:
     """A batch of rows, tokenized, in flat arrays, because Arrow would cost each process that tokenizes 50 MB."""
 
-    report: RowReport
+    report: TokenizationStats
     invalid: list[InvalidRow]
     ids: np.ndarray  # int32 [T]: the tokens of the kept rows, one row after another
     supervised: np.ndarray  # bool [T]
@@ -187,14 +188,14 @@ class TokenizedBatch:
     overlong: list[int]  # lines of the rows that are too long
     unsupervised: list[int]  # lines of the kept rows without a supervised token, nor a label
     labels: list[tuple[str, ...]] | None  # of the kept rows; None: they have none
-    stats: Any  # what `BatchTokenizer.validate` returned
+    stats: Any  # what `BatchTokenizer.measure` returned
 
 
 @dataclass(frozen=True)
 class BatchTokenizer:
     """Turns a batch of rows into a `TokenizedBatch`; it is sent to other processes.
 
-    `validate` computes the statistics of a batch from its rows with their tokens; the other fields are arguments of
+    `measure` computes the statistics of a batch from its rows with their tokens; the other fields are arguments of
     `tokenize_dataset`. `documents`: the rows are documents, which are whole however long they are.
     """
 
@@ -202,7 +203,7 @@ class BatchTokenizer:
     max_seq_len: int
     on_overlong: str
     train_on: str
-    validate: Callable[[Sequence[PairedRow]], Any] | None = None
+    measure: Callable[[Sequence[PairedRow]], Any] | None = None
     documents: bool = False
 
     def __post_init__(self) -> None:
@@ -220,7 +221,10 @@ class BatchTokenizer:
         pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
         end_ids = chat_template.end_of_turn_ids(self.tokenizer)
-        report, limit = RowReport(self.max_seq_len, rows=len(batch)), None if self.documents else self.max_seq_len
+        report, limit = (
+            TokenizationStats(self.max_seq_len, rows=len(batch)),
+            None if self.documents else self.max_seq_len,
+        )
         kept: list[tuple[Row, TokenizedRow]] = []
         overlong: list[int] = []
         for row, tokens in pairs:
@@ -252,7 +256,7 @@ class BatchTokenizer:
             overlong,
             [row.line for row, t in kept if row.labels is None and not all(any(p.supervised[1:]) for p in t.split())],
             [row.label_names for row, _ in kept if row.label_names is not None] or None,
-            None if self.validate is None else self.validate(pairs),
+            None if self.measure is None else self.measure(pairs),
         )
 
 
@@ -265,8 +269,8 @@ def tokenize_dataset(
     train_on: str = "assistant",
     path: str | Path,
     processes: int = 1,
-    dataset_report: Any = None,
-) -> tuple[TokenizedDataset, RowReport]:
+    observer: RowObserver | None = None,
+) -> tuple[TokenizedDataset, TokenizationStats]:
     """Return the tokenized rows in their order, and a report.
 
     Args:
@@ -277,21 +281,21 @@ def tokenize_dataset(
         train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
         path: the file of the rows, for error messages.
         processes: how many tokenize at once; with more than one, a script needs `if __name__ == "__main__":`.
-        dataset_report: a `DatasetReport`; its `validate` runs where a batch is tokenized, `add` gets them in order.
+        observer: measures each batch where it is tokenized, and gets the batches in order, such as a data report.
 
     Raises:
         DataError: rows are invalid, the template refuses some, rows are too long under "error", none is left, or some
             have no supervised token.
         ModelError: no chat template, or one that hides the assistant's turns.
     """
-    validate = None if dataset_report is None else dataset_report.validate
+    measure = None if observer is None else observer.measure_batch
     documents = isinstance(rows, RowFile) and rows.format == "document"
-    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate, documents)
+    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, measure, documents)
     if isinstance(rows, RowFile):
         errors = rows.create_error_collector()
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
-    total, overlong, unsupervised = RowReport(max_seq_len), [], []
+    total, overlong, unsupervised = TokenizationStats(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
             columns = {"row_lengths": batch.row_lengths, "classes": batch.labels, "row_scores": batch.row_scores}
@@ -299,14 +303,14 @@ def tokenize_dataset(
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised
-            if dataset_report is not None:
-                dataset_report.add(batch)
+            if observer is not None:
+                observer.on_batch(batch)
             for row in batch.invalid[: MAX_ERRORS - len(errors.messages)]:
                 errors.add(row.line, row.cause, row.file, row.hint)
             if errors.full:
                 break
         errors.check()
-        if isinstance(rows, RowFile) and dataset_report is None:  # the report has them among its errors
+        if isinstance(rows, RowFile) and observer is None:  # a report has them among its errors
             rows.check_columns()
         dataset = writer.finish()
     _check_lengths(path, total, on_overlong, overlong, unsupervised)
@@ -314,7 +318,7 @@ def tokenize_dataset(
 
 
 def _check_lengths(
-    path: str | Path, total: RowReport, on_overlong: str, overlong: list[int], unsupervised: list[int]
+    path: str | Path, total: TokenizationStats, on_overlong: str, overlong: list[int], unsupervised: list[int]
 ) -> None:
     """Raise DataError if rows are too long under "error", have no supervised token, or are all dropped."""
     limit, longer = total.max_seq_len, f"--max-seq-len {total.longest}, or --set data.on_overlong"

@@ -16,7 +16,7 @@ from .load_errors import remote_code_error, translate_load_errors
 from .model_source import (
     ModelSource,
     find_known,
-    load_known_configs,
+    load_known_models,
     read_known_config,
     resolve_model,
     unknown_base_error,
@@ -32,7 +32,7 @@ _LIMITS = dict(zip(SIZE_FIELDS, (2**20, 2000, 2**16, 2**16, 2**22, 2**24), stric
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class BaseConfig:
     """A base without weights."""
 
     name: str  # in reports
@@ -41,7 +41,7 @@ class ModelInfo:
     source: str  # where the config is from
 
 
-class OpenModel(NamedTuple):
+class PreparedBase(NamedTuple):
     """A base that is ready to be loaded."""
 
     source: ModelSource
@@ -51,7 +51,7 @@ class OpenModel(NamedTuple):
     prepare_seconds: float  # spent on dequantizing a GGUF file
 
 
-def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> OpenModel:
+def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreparedBase:
     """Find a base and load its config; a GGUF file is dequantized into the cache.
 
     Raises:
@@ -77,15 +77,17 @@ def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | No
             raise remote_code_error(spec)
         config = AutoConfig.from_pretrained(location, **options)
     check_config(config, spec)
-    return OpenModel(source, location, options, config, seconds)
+    return PreparedBase(source, location, options, config, seconds)
 
 
-def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """Load the config of a base that can be loaded; as `open_model`."""
-    return open_model(spec, trust_remote_code=trust_remote_code, revision=revision).config
+def load_checkpoint_config(
+    spec: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedConfig:
+    """Load the config of a base that can be loaded; as `prepare_base`."""
+    return prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision).config
 
 
-def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
+def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> BaseConfig:
     """Return the config of a base; for a base in `known/` nothing is downloaded.
 
     Args:
@@ -102,22 +104,22 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     file = path / "config.json" if os.path.isdir(path) else path
     trust_remote_code |= remote_code_allowed()
     if file.suffix == ".json" and os.path.isfile(file):
-        return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
+        return BaseConfig(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
     if os.path.isfile(path) and path.suffix.lower() == ".gguf":
         if (folder := find_dequantized(path)) is not None:  # parsing the file takes seconds
-            return ModelInfo(path.stem, spec, _read_config(folder / "config.json", False), str(path))
+            return BaseConfig(path.stem, spec, _read_config(folder / "config.json", False), str(path))
         open_gguf(path)
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        return ModelInfo(path.stem, spec, config, str(path))
+        return BaseConfig(path.stem, spec, config, str(path))
     if (known := find_known(spec)) is not None:
         loads = known.alias if known.has_package and "/" not in spec else known.hub_id
-        config, source = AutoConfig.for_model(**read_known_config(known)), load_known_configs()[known.alias]["source"]
-        return ModelInfo(spec.split("/")[-1], loads, config, source)
+        config, source = AutoConfig.for_model(**read_known_config(known)), load_known_models()[known.alias]["source"]
+        return BaseConfig(spec.split("/")[-1], loads, config, source)
     if "/" not in spec:
         raise unknown_base_error(spec)
-    model = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)
-    return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
+    model = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
+    return BaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
 
 
 def get_hidden_size(config: PreTrainedConfig) -> int:

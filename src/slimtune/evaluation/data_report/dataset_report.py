@@ -15,7 +15,14 @@ from ...core.data.document_windows import find_cuts
 from ...core.data.packing import pack_sequences
 from ...core.data.parallel import parallel_map
 from ...core.data.row_files import RowFile, column_hint, describe_losses, open_rows
-from ...core.data.tokenize import PARAGRAPH_HINT, BatchTokenizer, RowReport, TokenizedBatch, batch_rows, format_lines
+from ...core.data.tokenize import (
+    PARAGRAPH_HINT,
+    BatchTokenizer,
+    TokenizationStats,
+    TokenizedBatch,
+    batch_rows,
+    format_lines,
+)
 from ...core.foundation.cpu import cpu_count
 from ...core.foundation.formatting import format_count
 from ...core.foundation.sequences import find_shared_prefix
@@ -154,16 +161,18 @@ def validate_file(
                     report.add_labels([row.line], [row.label_names])
                 report.add_invalid([row] if isinstance(row, InvalidRow) else [])
             return report
-        function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate, report.has_documents)
+        function = BatchTokenizer(
+            tokenizer, max_seq_len, on_overlong, train_on, report.measure_batch, report.has_documents
+        )
         for batch in parallel_map(function, batch_rows(rows), processes or cpu_count()):
-            report.add(batch)
+            report.on_batch(batch)
         return report
 
     options: dict[str, Any] = {"format": format, "columns": columns, "ignore_columns": ignore_columns}
     files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     report = validate(files[0])
     other = None if validation is None else (str(validation), validate(files[1], report))
-    return report.finish(file=path, model=model, validation=other)
+    return report.finish(file=path, model=model, validation=other).to_json()
 
 
 @dataclass
@@ -182,10 +191,10 @@ class FoundIssue:
 
 
 class DatasetReport:
-    """Collects tokenized batches with `add`, then makes the report with `to_dict`, once.
+    """Collects tokenized batches with `on_batch`, then makes the report with `finish`, once.
 
-    Arguments are those of `validate_file`; `like` is a report with which this one will be compared. `validate` computes
-    the statistics of a batch, possibly in another process.
+    Arguments are those of `validate_file`; `like` is a report with which this one will be compared. `measure_batch`
+    computes the statistics of a batch, possibly in another process.
     """
 
     def __init__(
@@ -195,10 +204,10 @@ class DatasetReport:
         self.start = time.perf_counter()
         self.tokenizer, self.source, self.on_overlong = tokenizer, source, on_overlong
         self.rows_per_step = rows_per_step
-        self.validate = None if tokenizer is None else BatchValidator(tokenizer, max_seq_len)
-        if self.validate is not None and like is not None and like.validate is not None:
-            self.validate.common_trigrams = like.validate.common_trigrams
-        self.total = RowReport(max_seq_len)
+        self.measure_batch = None if tokenizer is None else BatchValidator(tokenizer, max_seq_len)
+        if self.measure_batch is not None and like is not None and like.measure_batch is not None:
+            self.measure_batch.common_trigrams = like.measure_batch.common_trigrams
+        self.total = TokenizationStats(max_seq_len)
         self.has_documents = source.format == "document"
         self.special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer))  # of a document
         self.issues: dict[str, FoundIssue] = {}
@@ -211,7 +220,7 @@ class DatasetReport:
         self.samples: list[tuple[int, TokenizedRow]] = []
         self._rows, self._signatures = bytearray(), bytearray()
 
-    def add(self, batch: TokenizedBatch) -> None:
+    def on_batch(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
         stats: BatchStats = batch.stats
         self.total.add(batch.report)
@@ -278,8 +287,8 @@ class DatasetReport:
 
     def finish(
         self, *, file: str | Path, model: str | None, validation: "tuple[str, DatasetReport] | None" = None
-    ) -> dict[str, Any]:
-        """Return the report, as JSON takes it; `validation` is path and report of the rows to compare with."""
+    ) -> "DataReport":
+        """Return the report; `validation` is path and report of the rows to compare with."""
         self._add_file_issues()
         self._find_similar_rows()
         self._find_label_issues()
@@ -287,7 +296,7 @@ class DatasetReport:
         if validation is not None:
             self._find_overlap(*validation)
         total, prefix, windows = self.total, self.prefix or [], None
-        if self.has_documents and self.validate is not None:
+        if self.has_documents and self.measure_batch is not None:
             cuts = find_cuts(self.rows["length"], total.max_seq_len, self.special_tokens - 1, vary=True)
             windows = int(cuts[0].sum())
             # A window inside a document begins with tokens that it does not learn.
@@ -302,8 +311,8 @@ class DatasetReport:
         issues = self._list_issues()
         severities = {issue["severity"] for issue in issues}
         source = self.source
-        verdict = "errors" if "error" in severities else "not checked" if self.validate is None else ""
-        return {
+        verdict = "errors" if "error" in severities else "not checked" if self.measure_batch is None else ""
+        values = {
             "file": str(file),
             "format": source.format,
             "model": model,
@@ -336,6 +345,7 @@ class DatasetReport:
             "verdict": verdict or ("warnings" if issues else "ok"),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
+        return DataReport(values)
 
     def _add_file_issues(self) -> None:
         """Find what is wrong with all rows: columns that are not used."""
@@ -504,6 +514,43 @@ class DatasetReport:
                 pieces.append({"text": shown, "supervised": bool(supervised[begin])})
                 begin, left = end, left - len(text)
         return {"line": line, "pieces": pieces}
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was found in the rows of a file (core/data/row_observer.py)."""
+
+    values: dict[str, Any]  # what `slimtune data --json` prints
+
+    @property
+    def file(self) -> str:
+        return str(self.values["file"])
+
+    @property
+    def verdict(self) -> str:
+        return str(self.values["verdict"])
+
+    @property
+    def saved_share(self) -> float:
+        return float(self.values["packing"]["saved_share"])
+
+    def format_verdict(self) -> str:
+        """Return the verdict with the numbers of findings, as one line."""
+        return format_verdict(self.values)
+
+    def summarize(self) -> list[str]:
+        """Return the verdict, columns, notes and findings, for the log of a run."""
+        columns = [f"  columns: {format_columns(self.values)}", *(f"  {note}" for note in self.values["notes"])]
+        issues = [f"  {issue['severity']}: {format_issue(issue)}" for issue in self.values["issues"]]
+        return [self.format_verdict(), "\n".join(columns), *issues]
+
+    def require_no_errors(self) -> None:
+        """Raise DataError with every finding that is an error."""
+        raise_if_invalid(self.values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `slimtune data --json` prints."""
+        return self.values
 
 
 def _estimate_share(hits: int, rows: int) -> tuple[float, float]:
