@@ -1,6 +1,6 @@
 """Write docs/families.md from what the tests found: `python docs/make_families.py`.
 
-`tests/models/test_family_table.py` checks the table's file, and writes it with `--update-families`.
+`tests/core/models/test_family_table.py` checks the table's file, and writes it with `--update-families`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "families.md"
-RESULTS = Path(__file__).parent.parent / "tests" / "models" / "family_table.json"
+RESULTS = Path(__file__).parent.parent / "tests" / "core" / "models" / "family_table.json"
 HEAD = """\
 # Model families
 
 What a LoRA on `all-linear` does on tiny random models of each family, from the results of
-`tests/models/test_family_table.py`:
+`tests/core/models/test_family_table.py`:
 
 - **attach**: the adapter is attached to every linear layer (and to the experts, where there are any).
 - **train**: one step has a finite loss that falls, and every adapted module gets a gradient; the others are named.

@@ -119,9 +119,9 @@ def slimtune_json(slimtune: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of tests/cli/test_screens.py and tests/models/test_family_table.py."""
+    """Add the options of tests/cli/test_screens.py and tests/core/models/test_family_table.py."""
     parser.addoption("--update-screens", action="store_true", help="write the files in tests/cli/screens anew")
-    parser.addoption("--update-families", action="store_true", help="write tests/models/family_table.json anew")
+    parser.addoption("--update-families", action="store_true", help="write tests/core/models/family_table.json anew")
 
 
 @pytest.hookimpl(tryfirst=True)

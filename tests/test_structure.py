@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import slimtune
+from slimtune.core.foundation.registry import Registry
+from slimtune.parts import PARTS
 
 SOURCE = Path(slimtune.__file__).parent
 TREES = {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
@@ -18,11 +20,14 @@ OPTIONAL_PACKAGES = {
     "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "ray", "sacrebleu", "scipy",
     "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
+MOST_CORE_LINES, MOST_ARROWS_OUT = 17_900, 53  # on the way to 15,000 and 0
 SLOW_PACKAGES = {"datasets", "huggingface_hub", "pyarrow", "torch", "transformers"}
 
 
 def folder_of(file: Path) -> str:
-    return file.relative_to(SOURCE).parts[0]
+    """Return "cli", or "core/data" for a file of the core."""
+    parts = file.relative_to(SOURCE).parts
+    return "/".join(parts[:2]) if parts[0] == "core" else parts[0]
 
 
 def imported_modules(node: ast.AST, file: Path) -> list[str]:
@@ -60,6 +65,36 @@ def test_public_names_exist_and_are_sorted():
     assert set(slimtune.__all__) <= set(dir(slimtune))
     with pytest.raises(AttributeError, match="no attribute 'LoraConfi'"):
         slimtune.LoraConfi  # noqa: B018
+
+
+def count_core_lines() -> int:
+    return sum(len(file.read_text().splitlines()) for file in TREES if folder_of(file).startswith("core"))
+
+
+def imports_of_parts() -> list[str]:
+    """Imports by which the core reaches a part around it."""
+    found = []
+    for file, tree in TREES.items():
+        if folder_of(file).partition("/")[0] == "core":
+            for node in ast.walk(tree):
+                modules = imported_modules(node, file)
+                found += [f"{file.relative_to(SOURCE)}: {m}" for m in modules if m.partition(".")[0] == "slimtune"
+                          and m.split(".")[1] not in ("core", "errors")]  # fmt: skip
+    return found
+
+
+def test_core_is_small():
+    assert count_core_lines() <= MOST_CORE_LINES
+
+
+def test_core_imports_no_part():
+    assert len(imports_of_parts()) <= MOST_ARROWS_OUT, "\n".join(imports_of_parts())
+
+
+def test_every_registered_part_exists():
+    for group, paths in PARTS.items():
+        registry: Registry = Registry(group, group)
+        assert all(registry.load(name) is not None for name in paths), group
 
 
 def test_no_pickle():
@@ -115,9 +150,9 @@ def test_no_private_name_of_another_folder():
 
 def test_json_of_files_has_no_nan():
     """Rows are rendered as the model reads them, and hashes and requests are no files."""
-    others = {"data", "fingerprint.py", "engines.py"}
+    others = {"core/data", "extras", "fingerprint.py", "inference_engines.py"}
     for file, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
                 safe = any(k.arg == "allow_nan" for k in node.keywords) or others & {folder_of(file), file.name}
-                assert safe, f"{file}:{node.lineno}: use utils.files.to_json, or allow_nan=False"
+                assert safe, f"{file}:{node.lineno}: use core.foundation.files.to_json, or allow_nan=False"

@@ -191,7 +191,7 @@ def test_no_command_and_version(slimtune):
 
 
 def test_train_from_flags(replace, slimtune, rows_file):
-    calls = replace("training.train", "train", RESULT)
+    calls = replace("core.training.train", "train", RESULT)
     done = slimtune(
         "train", "--model", "m", "--data", rows_file, "--out", "o", "--method", "lora", "--rank", 4, "--alpha", 6,
         "--epochs", 2, "--max-steps", 9, "--lr", "1e-3", "--batch-size", 2, "--max-seq-len", 99, "--seed", 7,
@@ -221,7 +221,7 @@ def test_train_from_flags(replace, slimtune, rows_file):
 
 
 def test_set_overrides_flags_override_the_recipe(replace, slimtune_json, rows_file, tmp_path):
-    calls = replace("training.train", "train", RESULT)
+    calls = replace("core.training.train", "train", RESULT)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\ndata: rows.jsonl\noutput_dir: o\nmethod: {r: 4}\ntrain: {epochs: 5, seed: 1}\n")
     assert slimtune_json("train", recipe, "--rank", 8, "--epochs", 3, "--set", "train.epochs=2") == RESULT
@@ -231,7 +231,7 @@ def test_set_overrides_flags_override_the_recipe(replace, slimtune_json, rows_fi
 
 
 def test_resume_and_init_adapter(replace, slimtune, rows_file, tmp_path):
-    calls = replace("training.train", "train", RESULT)
+    calls = replace("core.training.train", "train", RESULT)
     command = ["train", "--model", "m", "--data", rows_file, "--out", tmp_path]
     other_run = slimtune(*command)
     assert (other_run.exit_code, calls) == (2, []), "the folder is not empty"

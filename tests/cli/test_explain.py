@@ -21,7 +21,7 @@ from slimtune.diagnostics.knowledge import find_code, load_pages, search_pages
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "src" / "slimtune" / "knowledge"
+FOLDER = ROOT / "src" / "slimtune" / "diagnostics" / "knowledge"
 PAGES = load_pages()
 REAL = [json.loads(line) for line in (Path(__file__).parent / "real_errors.jsonl").read_text().splitlines()]
 

@@ -38,11 +38,10 @@ def test_every_name_and_module_exists():
 
 
 def test_modules_are_those_of_peft():
+    from slimtune.config import PeftConfig
     from slimtune.tuners import ia3, lora
     from slimtune.tuners.lora.layer import Linear, LoraLayer
     from slimtune.utils.other import ModulesToSaveWrapper, _get_submodules
-
-    from slimtune.core.config import PeftConfig
 
     model = get_peft_model(llama(), LoraConfig(modules_to_save=["lm_head"], **LORA))
     parent, layer, name = _get_submodules(model, "model.layers.0.self_attn.q_proj")

@@ -81,7 +81,7 @@ except KeyboardInterrupt:
 def test_interrupt_reaches_a_worker_whose_parent_blocks_it():
     code = """
 import time
-from slimtune.experiments import worker
+from slimtune.experiments import run_worker as worker
 worker.run_cells = lambda *_, **__: print("up", flush=True) or time.sleep(60)
 worker.main()
 """

@@ -78,7 +78,7 @@ def _patch_peft_new(peft_model: type) -> None:
         config = kwargs.get("peft_config", args[1] if len(args) > 1 else None)
         if getattr(type(config), "_joined", False):
             # By the package's public name, since this module must not import the modules above it.
-            return import_module(__package__).get_peft_model(*args, **kwargs)
+            return import_module(__package__.partition(".")[0]).get_peft_model(*args, **kwargs)
         return object.__new__(cls)
 
     peft_model.__new__ = staticmethod(new)  # type: ignore[assignment]
