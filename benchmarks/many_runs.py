@@ -73,10 +73,11 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
 
     from slimtune.core.data.collator import Collator
     from slimtune.core.foundation.device import disable_malloc_trim, peak_memory
-    from slimtune.core.training.setup import load_base_from_recipe, load_datasets
+    from slimtune.core.training.base_model import load_base_model
+    from slimtune.core.training.datasets import load_datasets
 
     disable_malloc_trim()  # as slimtune does
-    base = load_base_from_recipe(recipes[0])
+    base = load_base_model(recipes[0].model, recipes[0].data.chat_template)
     rows = list(load_datasets(recipes[0], base.tokenizer).train)
     collator, found = Collator(base.tokenizer.pad_token_id, packing=False), {"seconds": 0.0, "losses": []}
     for recipe in recipes:
@@ -114,10 +115,11 @@ def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from slimtune.core.config import Recipe
-    from slimtune.core.training.setup import load_base_from_recipe, load_datasets
+    from slimtune.core.training.base_model import load_base_model
+    from slimtune.core.training.datasets import load_datasets
 
     recipe = Recipe.from_dict(trees[0])
-    base = load_base_from_recipe(recipe)
+    base = load_base_model(recipe.model, recipe.data.chat_template)
     rows = load_datasets(recipe, base.tokenizer).train
     tokens = round(sum(len(row["input_ids"]) for row in rows) / len(rows) * recipe.train.batch_size)
     head = base.model.get_output_embeddings()

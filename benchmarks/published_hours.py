@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import config_class
 from slimtune.core.models.model_source import load_known_models
-from slimtune.core.training.setup import build_meta_model
+from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.plan_request import TrainingJob

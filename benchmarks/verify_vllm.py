@@ -44,8 +44,8 @@ from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
 from slimtune.core.data.row_files import read_rows
 from slimtune.core.models.model_source import resolve_model
-from slimtune.core.training.setup import load_run
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.merge import load_trained
 from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine

@@ -11,7 +11,7 @@ from slimtune.core.adapters.method_registry import method_names
 from slimtune.core.config import load_recipe
 from slimtune.core.foundation.formatting import format_duration
 from slimtune.core.models.loader import load_tokenizer
-from slimtune.core.training.setup import load_datasets
+from slimtune.core.training.datasets import load_datasets
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory

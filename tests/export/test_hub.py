@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from slimtune.cli import app
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.core.foundation.files import write_json
-from slimtune.core.training.setup import load_run
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import push_to_hub as hub_module
 from slimtune.export.manifest import write_manifest

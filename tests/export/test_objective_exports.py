@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.core.data.example_lengths import count_row_tokens
-from slimtune.core.training.setup import load_eval_dataset
+from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
 from slimtune.export import reference_logps as reference
 from slimtune.export import rounding
@@ -89,7 +89,7 @@ def test_texts_of_thinking_rows_are_those_of_training(tiny_folder, tmp_path):
     tokenizer.chat_template = template
     rows = {"train": write(tmp_path / "t.jsonl", THINKING), "test": write(tmp_path / "h.jsonl", THINKING)}
     recipe = recipe_of(settings(tmp_path, tiny_folder, "sft", **rows))
-    rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.test)
+    rows, _ = load_eval_dataset(recipe.data.test, recipe.data, recipe.objective(), tokenizer)
     found, prompts = texts_of(tokenizer, recipe)
     assert found == [tokenizer.decode(row["input_ids"]) for row in rows]
     assert "<think>They want 0.</think>abc" in found[0]
@@ -102,7 +102,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, 
     found = []
     monkeypatch.setattr(rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
     rounding.collect_rounding_inputs(model, recipe, tokenizer)
-    rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.train)
+    rows, _ = load_eval_dataset(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
     assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_row_tokens(length)]
 
 

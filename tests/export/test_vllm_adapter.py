@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
-from slimtune.core.training.setup import load_run
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.merge import load_trained
 from slimtune.export.vllm import SCRIPT, TEMPLATE, write_vllm_adapter

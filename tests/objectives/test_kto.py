@@ -6,10 +6,9 @@ import torch
 from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F401 a fixture
 
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.mismatched_rows import MismatchedRows
 from slimtune.core.data.tokenized_dataset import DatasetWriter
 from slimtune.core.training.loss import score_objective
-from slimtune.objectives.kto import KTO
+from slimtune.objectives.kto import KTO, MismatchedRows
 
 ROWS = [
     {"prompt": "Why is it so?", "completion": " Because of this.", "label": True},

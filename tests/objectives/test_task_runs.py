@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from slimtune.core.data.tokenized_dataset import split_rows
-from slimtune.core.training.setup import load_datasets
+from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError

@@ -16,7 +16,7 @@ from waiting import wait_until
 
 import slimtune
 from slimtune.cli import app
-from slimtune.core.training.setup import load_run
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
 from slimtune.export import gguf as gguf_module
 from slimtune.export import reference_logps as reference

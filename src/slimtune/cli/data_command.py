@@ -59,9 +59,9 @@ def data_report(
     recipe = load_recipe(None, {**unused, **settings})
     data, tokenizer, model = recipe.data, None, None
     if "model.name" in settings or "model" in settings:
-        from ..core.training.setup import load_tokenizer_from_recipe
+        from ..core.training.base_model import load_base_tokenizer
 
-        tokenizer, model = load_tokenizer_from_recipe(recipe), recipe.model.name
+        tokenizer, model = load_base_tokenizer(recipe.model, recipe.data.chat_template), recipe.model.name
     report = validate_file(
         file,
         tokenizer,

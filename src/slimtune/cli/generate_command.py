@@ -85,7 +85,7 @@ def predict(
         )
     require_run(run)
     require_rows(data)
-    from ..core.training.setup import load_run
+    from ..core.training.trained_model import load_run
     from ..evaluation.predict import parse_input, predict, predict_file
     from ..extras.row_formats import InvalidRow
 

@@ -187,7 +187,8 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
 
     from ..core.data.example_lengths import ALL_SUPERVISED
     from ..core.models.model_source import resolve_model
-    from ..core.training.setup import load_datasets, load_tokenizer_from_recipe
+    from ..core.training.base_model import load_base_tokenizer
+    from ..core.training.datasets import load_datasets
 
     try:
         source = resolve_model(model.spec)
@@ -200,8 +201,8 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
         return [], ALL_SUPERVISED
     # A plan knows more names of bases than training does: `spec` is where the weights are.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
-    datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
-    print_progress(f"rows: {datasets.train_report.text()}")
+    datasets = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
+    print_progress(f"rows: {datasets.train_stats.text()}")
     for report in datasets.data_reports.values():
         if report is not None and report.verdict == "errors":
             why = f"{report.format_verdict()} (slimtune data shows them)"

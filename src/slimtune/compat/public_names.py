@@ -55,7 +55,7 @@ PUBLIC = {
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderReparameterizationType"),
     "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
     "methods.prompt_tuning": ("PromptTuningInit",),
-    "core.training.setup": ("load_run",),
+    "core.training.trained_model": ("load_run",),
     "compat.utility_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
 }  # fmt: skip
 INNER = {

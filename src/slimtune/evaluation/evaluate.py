@@ -27,16 +27,11 @@ from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.files import require_output_file, write_json
 from ..core.foundation.progress_bars import name_progress
 from ..core.models.base_config import max_positions
+from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
+from ..core.training.loss import build_collator
 from ..core.training.objective import Objective, PairObjective
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.setup import (
-    TrainedModel,
-    build_collator,
-    load_datasets,
-    load_eval_dataset,
-    load_run,
-    open_rows_from_recipe,
-)
+from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
 from ..extras.row_formats import split_answers
 from ..generation.generator import Generator
@@ -133,7 +128,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
         own = read_as_pairs(run_dir.load_recipe(), file) if run_dir else None
-        deque(open_rows_from_recipe(own, file).require_valid_rows(), maxlen=0)
+        rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.objective())
+        deque(rows.require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run, device=settings.device)
@@ -209,7 +205,8 @@ def _prepare_prompts(
 ) -> tuple[Generator, list[EvalPrompt]]:
     """Return the held-out prompts and what answers them; raise UsageError if one leaves no room for an answer."""
     generator = Generator(trained)
-    rows = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
+    file = file or recipe.data.train
+    rows = open_rows_for_objective(file, recipe.data, recipe.objective()).require_valid_rows()
     prompts = sample_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
@@ -228,7 +225,7 @@ def _build_evaluation(
     return evaluation_class(
         model,
         examples,
-        build_collator(recipe, model, trained.base.tokenizer, longest),
+        build_collator(recipe.train, model, trained.base.tokenizer, longest),
         objective,
         trained.classes,
         place=place,
@@ -284,7 +281,7 @@ def load_unseen_rows(
     trained_rows: list[int] | None = None
     if file is None:
         datasets = load_datasets(recipe, tokenizer)
-        examples, report = getattr(datasets, split), datasets.train_report
+        examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
             none = f"{getattr(recipe.data, f'{split}_fraction')} of {report.kept} rows is none"
             expected = f"data.{split} in the recipe, or a file"
@@ -292,7 +289,7 @@ def load_unseen_rows(
         learned = set(datasets.train.documents.hashes())
         trained_rows = [i for i, key in enumerate(examples.documents.hashes()) if key in learned]
     else:
-        examples, report = load_eval_dataset(recipe, tokenizer, file, trained.classes)
+        examples, report = load_eval_dataset(file, recipe.data, recipe.objective(), tokenizer, trained.classes)
         if trained.recipe is not None:
             trained_rows = find_rows_trained_on(trained.recipe, recipe, file, examples)
     if trained_rows is None:
@@ -320,7 +317,8 @@ def find_rows_trained_on(
     answers_alone = eval_recipe.data.format in eval_recipe.objective().named_formats
 
     def read(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
-        rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
+        found = open_rows_for_objective(path, recipe.data, recipe.objective())
+        rows = (row for row in found if isinstance(row, Row))
         rows = (split_answers(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.data.chat_rendering import render_chat_template
-from ..core.training.setup import TrainedModel
+from ..core.training.trained_model import TrainedModel
 from ..errors import ModelError, UsageError, install_command, nearest
 
 

@@ -14,8 +14,8 @@ from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.files import require_output_file, to_json, write_atomic
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import max_positions
-from ..core.training.loss import row_logits, score_examples
-from ..core.training.setup import TrainedModel, build_collator, load_run
+from ..core.training.loss import build_collator, row_logits, score_examples
+from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_formats import InvalidRow, Record, Row, parse_record
 from .evaluate import make_eval_recipe
@@ -102,7 +102,7 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
         examples.append({"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), "line": row.line})
     errors.check()
     recipe = trained.recipe or make_eval_recipe(trained, None)
-    collator = build_collator(recipe, model, tokenizer, max(len(e["input_ids"]) for e in examples))
+    collator = build_collator(recipe.train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
     scores = score_examples(model, examples, collator, lambda batch: row_logits(model, batch).double())
     logits = np.array([scores[i] for i in range(len(examples))])
     if not np.isfinite(logits).all():

@@ -22,10 +22,10 @@ from ..core.config.objective_registry import objective_class
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.files import parse_json, read_regular_file
 from ..core.models.dtype import pick_device
+from ..core.training.base_model import load_base_tokenizer, read_hidden_size
+from ..core.training.datasets import load_eval_dataset, load_training_datasets
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
-from ..core.training.setup import load_eval_dataset, load_tokenizer_from_recipe, read_hidden_size
-from ..core.training.train import load_training_datasets
 from ..errors import RecipeError, UsageError
 from .candidates import Candidate
 
@@ -163,8 +163,10 @@ def build_grid(
     if test_file is None and recipe.data.test_fraction == 0:
         expected = "a file of rows, data.test, or a share of the training rows, data.test_fraction"
         raise UsageError("the recipe names no test rows to compare the methods on", expected)
-    tokenizer = load_tokenizer_from_recipe(recipe)
-    test_rows = None if test_file is None else load_eval_dataset(recipe, tokenizer, test_file)[0]
+    tokenizer = load_base_tokenizer(recipe.model, recipe.data.chat_template)
+    test_rows = (
+        None if test_file is None else load_eval_dataset(test_file, recipe.data, recipe.objective(), tokenizer)[0]
+    )
     rows = load_training_datasets(recipe, force)
     test_rows = rows.test if test_rows is None else test_rows
     if len(test_rows) < 2:
@@ -175,7 +177,7 @@ def build_grid(
         raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
     grid = dataclasses.replace(grid, steps=_count_steps_for_tokens(recipe, lengths, tokens), lengths=lengths)
-    hidden_size = read_hidden_size(recipe)
+    hidden_size = read_hidden_size(recipe.model)
 
     def with_rate(candidate: Candidate) -> Candidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)

@@ -14,18 +14,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..core.config import Recipe
+from ..core.config.schema import ModelSettings
 from ..core.data.class_labels import Classes
 from ..core.foundation import distributed
 from ..core.foundation.device import release_cached_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
 from ..core.models.loader import Base
-from ..core.training import setup
+from ..core.training.base_model import LoadBase, load_base_model
 from ..core.training.loss import move_to_device
 from ..core.training.train import Interrupted, TrainingSteps, start_training, train
 from ..core.training.training_loop import TrainingLoop
@@ -193,15 +195,15 @@ def compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
     return ""
 
 
-def _share_base() -> Callable[[Recipe, Classes | None], Base]:
-    """Return a function that loads the base of the first recipe and gives each run a copy with the same parameters."""
+def _share_base() -> LoadBase:
+    """Return a function that loads the base of the first run and gives each run a copy with the same parameters."""
     loaded: list[Base] = []
 
-    def load_base(recipe: Recipe, classes: Classes | None = None) -> Base:
+    def load_base(model: ModelSettings, chat_template: Path | None, classes: Classes | None = None) -> Base:
         if classes is not None:  # its head is the run's own
-            return setup.load_base_from_recipe(recipe, classes)
+            return load_base_model(model, chat_template, classes)
         if not loaded:
-            loaded.append(setup.load_base_from_recipe(recipe))
+            loaded.append(load_base_model(model, chat_template))
         return dataclasses.replace(loaded[0], model=share_parameters(loaded[0].model))
 
     return load_base

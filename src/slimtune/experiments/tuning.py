@@ -17,8 +17,8 @@ from ..core.config import Recipe
 from ..core.config.recipe import apply_settings
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration, format_markdown_table
-from ..core.training.setup import read_hidden_size
-from ..core.training.train import load_training_datasets
+from ..core.training.base_model import read_hidden_size
+from ..core.training.datasets import load_training_datasets
 from ..errors import UsageError
 from .candidates import Candidate
 from .comparison_chart import draw_search
@@ -107,7 +107,7 @@ def tune(
         steps = trial.train.count_steps(len(rows.train))
         return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
 
-    filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe))
+    filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:

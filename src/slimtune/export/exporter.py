@@ -17,7 +17,7 @@ from typing import Any
 from ..core.adapters.export_support import get_export_formats
 from ..core.foundation.files import atomic_folder
 from ..core.training.run_dir import ADAPTER_FILE, RunDir
-from ..core.training.setup import TrainedModel, require_language_model, resolve_trained_base
+from ..core.training.trained_model import TrainedModel, require_causal_lm_run, resolve_trained_base
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from .gguf import (
     ADAPTER_DTYPES,
@@ -108,7 +108,7 @@ def export(
     if require_proof and not verify:
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
-    require_language_model(run)
+    require_causal_lm_run(run)
     if (base := resolve_trained_base(run)).kind != "gguf":
         if options.merged:
             require_converter()

@@ -34,8 +34,9 @@ from ..core.models.dtype import dtype_name, pick_dtype
 from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
 from ..core.models.quantization import forget_quantization_config, stored_quantization
+from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..core.training.setup import TrainedModel, build_meta_model, load_run, load_runs
+from ..core.training.trained_model import TrainedModel, load_run, load_runs
 from ..errors import AdapterError, RunError
 from ..extras.model_card import render_card
 from ..generation.inference_engines import TransformersEngine

@@ -25,8 +25,8 @@ from ..core.foundation.formatting import format_bytes
 from ..core.foundation.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import load_checkpoint_config
+from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..core.training.setup import build_meta_model
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..extras import model_card
 from ..extras.gguf_loading import read_gguf

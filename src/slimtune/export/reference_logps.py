@@ -34,10 +34,11 @@ from torch import Tensor
 from ..core.config import Recipe
 from ..core.data.chat_rendering import render_chat_template
 from ..core.data.chat_template import TokenizedRow
+from ..core.data.row_files import open_rows
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import max_positions
-from ..core.training.setup import open_rows_from_recipe
+from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_formats import Row, split_answers
 from ..generation.inference_engines import Engine, Scores, TransformersEngine
 
@@ -212,7 +213,8 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     compared = [Row([{"role": r, "content": t} for r, t in zip(roles, talk, strict=True)], 0) for talk in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
-        valid = open_rows_from_recipe(recipe, file).require_valid_rows()
+        opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
+        valid = opened.require_valid_rows()
         compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
     longest = min(max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []

@@ -24,7 +24,7 @@ from ..core.config import Recipe
 from ..core.data.tokenize import tokenize_rows
 from ..core.kernels.linear_layers import layer_kind
 from ..core.models.dtype import pick_dtype
-from ..core.training.setup import open_rows_from_recipe
+from ..core.training.datasets import open_rows_for_objective
 from ..errors import SlimtuneError
 from ..extras.row_formats import InvalidRow
 
@@ -79,7 +79,8 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
     rows: list[Any] = []
     with suppress(SlimtuneError):
         if recipe is not None:
-            rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).require_valid_rows(), ROWS))
+            opened = open_rows_for_objective(recipe.data.train, recipe.data, recipe.objective())
+            rows = list(itertools.islice(opened.require_valid_rows(), ROWS))
     tokenized = [r for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
     ids = [part.input_ids for row in tokenized for part in row.split()]
     layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}

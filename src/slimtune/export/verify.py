@@ -19,7 +19,7 @@ from typing import Any
 from ..core.foundation.formatting import format_duration
 from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_base
-from ..core.training.setup import TrainedModel, load_run, require_language_model
+from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..generation.inference_engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from . import merge as merging
@@ -57,7 +57,7 @@ def verify(
     run = manifest.get("run", path)
     if not run.exists() and manifest:
         raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
-    require_language_model(run)
+    require_causal_lm_run(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
         checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]

@@ -33,7 +33,7 @@ from ..core.adapters.peft_config import CONFIG_FILE, write_config
 from ..core.foundation.files import write_atomic
 from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_tokenizer
-from ..core.training.setup import TrainedModel
+from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..extras.gguf_loading import read_dequantized
 from ..extras.lora_conversion import rank_settings

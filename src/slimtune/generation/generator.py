@@ -27,7 +27,7 @@ from transformers import (
 from ..core.data.chat_template import Tools, encode_chat, end_of_turn_ids, get_chat_template, render_prompt
 from ..core.kernels.dropout import preserve_rng_state
 from ..core.models.base_config import max_positions
-from ..core.training.setup import TrainedModel, load_run, require_language_model
+from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from ..errors import AdapterError, DataError, ModelError, UsageError
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Generator:
     @classmethod
     def open(cls, run: Path, device: str | None = None) -> Self:
         """Load a run folder or an adapter folder; device and errors as for `load_run`."""
-        require_language_model(run)
+        require_causal_lm_run(run)
         return cls(load_run(run, device=device))
 
     def stream(

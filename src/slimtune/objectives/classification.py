@@ -7,8 +7,10 @@ Both sums go over the whole optimizer step, so that with equal weights the loss 
 `ForSequenceClassification`. w are `class_weights`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.adapters.config_fields import setting
+from ..core.config.schema import DataSettings
+from ..core.data.class_labels import Classes
+from ..core.data.tokenize import format_lines
+from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.training.datasets import Datasets, open_rows_for_objective
 from ..core.training.objective import Batch, Objective
+from ..errors import DataError, format_names, nearest
+from ..extras.row_formats import Row, sort_labels
 
 
 @dataclass
@@ -35,6 +44,39 @@ class Classification(Objective):
         "weight of each class in the loss: balanced (the rarer, the heavier) or weights by label; null: all are equal",
         ge=0,
     )
+
+    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
+        """Return the rows with the ids and weights of their classes.
+
+        Raises:
+            DataError: there is one class only, a class has no training row, or `class_weights` names no class.
+        """
+        rows = datasets.train
+        classes = find_classes(rows)
+        given = self.class_weights if isinstance(self.class_weights, dict) else {}
+        if unknown := [name for name in given if name not in classes.names]:
+            problem = f"task.class_weights names {format_names(unknown)}, which no training row has"
+            raise DataError(f"{problem}{nearest(unknown[0], classes.names)}", f"one of {format_names(classes.names)}")
+        if data.test is not None and data.test.exists():  # read later, when a class that is missing is too late
+            test = open_rows_for_objective(data.test, data, self)
+            require_known_labels(((r.line, r.labels or ()) for r in test if isinstance(r, Row)), classes, data.test)
+        counts = dict(Counter(name for names in rows.classes for name in names))
+        weights = self.compute_class_weights(counts, len(rows), classes.multi_label)
+        return replace(
+            datasets,
+            classes=classes,
+            train=encode_classes(rows, classes, weights, data.train),
+            validation=encode_classes(datasets.validation, classes, weights, data.validation or data.train),
+            test=encode_classes(datasets.test, classes, weights, data.test or data.train),
+        )
+
+    def prepare_rows(
+        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+    ) -> TokenizedDataset:
+        """Return rows to evaluate with the ids of their classes, if these are given; they all count alike."""
+        if classes is None:
+            return rows
+        return encode_classes(rows, classes, dict.fromkeys(classes.names, 1.0), path)
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> float:
         """Return the summed weights of the labels; of several labels a row the number of rows and classes."""
@@ -83,3 +125,57 @@ def label_losses(values: Tensor, batch: Batch) -> Tensor:
             values, targets, torch.where(labels > 0, weights, 1.0), reduction="none"
         )
     return F.cross_entropy(values, labels, reduction="none") * weights
+
+
+# --- labels as numbers -----------------------------------------------------------------------------------------------
+
+
+def find_classes(train: TokenizedDataset) -> Classes:
+    """Return the classes of training rows; a row without a class, or with several, makes them multi-label.
+
+    Raises:
+        DataError: all rows have the same single class.
+    """
+    rows = train.classes
+    classes = Classes(tuple(sort_labels(n for names in rows for n in names)), any(len(names) != 1 for names in rows))
+    if not classes.multi_label and len(classes.names) < 2:
+        raise DataError(
+            f"every training row has the label {classes.names[0]!r}", "rows of two classes or more", "add other rows"
+        )
+    return classes
+
+
+def encode_classes(
+    rows: TokenizedDataset, classes: Classes, weights: Mapping[str, float], path: object
+) -> TokenizedDataset:
+    """Return rows with `label`, the id of the class, or 0 and 1 for each class, and with `label_weight`.
+
+    Raises:
+        DataError: a row has a label that no class has, or several where each has one; the message names its line.
+    """
+    ids = {name: i for i, name in enumerate(classes.names)}
+    found = rows.classes
+    require_known_labels(zip(rows.lines, found, strict=True), classes, path)
+    values = np.array([weights[name] for name in classes.names])
+    if classes.multi_label:
+        label = np.zeros((len(found), len(ids)), np.int64)
+        for row, names in enumerate(found):
+            label[row, [ids[n] for n in names]] = 1
+        return rows.with_columns(label=label, label_weight=np.broadcast_to(values, label.shape))
+    if several := [line for line, names in zip(rows.lines, found, strict=True) if len(names) != 1]:
+        raise DataError(f"{path}: not one label in {format_lines(several)}", "one label a row, as in the training rows")
+    label = np.array([ids[names[0]] for names in found], np.int64)
+    return rows.with_columns(label=label, label_weight=values[label])
+
+
+def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Classes, path: object) -> None:
+    """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
+    unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
+    if unknown:
+        strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
+        raise DataError(
+            f"{path}: {format_names(strange)} is a label of no training row"
+            f"{nearest(strange[0], classes.names)}: {format_lines(lines)}",
+            f"a label of the training rows: {format_names(classes.names)}",
+            "correct the label, or train on rows of this class: a class seen only here cannot be learned",
+        )

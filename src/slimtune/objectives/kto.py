@@ -6,8 +6,15 @@
     apo_zero_unpaired    the same with z = 0                                                        (2408.06266)
 
 z is the KL divergence of the model from its reference, estimated on the step's mismatched rows: the prompt of each row
-with the answer to another one (mismatched_rows.py), z = max(0, mean of their r). It has no gradient. The loss of a
-step is the mean over its rows.
+with the answer to another one, z = max(0, mean of their r). It has no gradient. The loss of a step is the mean over its
+rows.
+
+    rows of a step       x1 y1   x2 y2   x3 y3        x: prompt, y: everything from the first learned token on
+    mismatched rows      x1 y3   x2 y1   x3 y2
+
+A step has the same rows in every epoch, so that log p of its mismatched rows under the reference is computed once, and
+the answers of the step's mismatched rows are those that the step learns (as in TRL). Rows are assigned to steps at
+random; epochs have the steps in another order.
 
 This is `KTOTrainer` of TRL with the optimizer step as its batch: loss and gradient are equal if the batch is the step,
 the answers are rotated by one place, and nothing is dropped out. TRL estimates z for each micro-batch, so that there it
@@ -15,8 +22,9 @@ depends on `gradient_accumulation_steps`; here all rows of a step have one z, wh
 It is computed in evaluation mode, as TRL's is with its default `disable_dropout`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +32,11 @@ import torch
 from torch import Tensor
 
 from ..core.adapters.config_fields import setting
+from ..core.data.class_labels import Classes
+from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
 from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
+
+_MAX_PLACES = 16
 
 
 @dataclass
@@ -45,7 +57,25 @@ class KTO(Objective):
 
     @property
     def needs_mismatched_rows(self) -> bool:
+        """Whether the loss has the KL divergence of a step."""
         return self.loss_type == "kto"
+
+    def list_plan_notes(self) -> Sequence[str]:
+        if not self.needs_mismatched_rows:
+            return ()
+        return ("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.",)
+
+    def prepare_rows(
+        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+    ) -> TokenizedDataset:
+        """Return rows with `label`: whether the answer is good."""
+        return rows.with_columns(label=np.array([names == [str(True)] for names in rows.classes], bool))
+
+    def prepare_training_rows(
+        self, rows: TokenizedDataset, *, rows_per_step: int, max_seq_len: int, seed: int
+    ) -> TokenizedDataset:
+        """Return rows beside their mismatched ones, if the loss needs these."""
+        return MismatchedRows(rows, rows_per_step, max_seq_len, seed) if self.needs_mismatched_rows else rows
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples without their mismatched rows, and with the `kl` that is estimated on these."""
@@ -96,3 +126,59 @@ def _split_example(example: Example) -> tuple[Example, Example]:
     tokens = {key: example[key] for key in ("input_ids", "labels")}
     own = rest | {key: values[:end] for key, values in tokens.items()}
     return own, {key: values[end:] for key, values in tokens.items()} | {"line": example["line"]}
+
+
+class MismatchedRows(TokenizedDataset):
+    """Rows in the order of their steps; each example is a row and its prompt with the answer of another row.
+
+    The answers of a step are rotated by one place, or by as many as leave the fewest rows with an answer to their own
+    prompt. If a step has one row, the answers of all rows are rotated together.
+
+    Args:
+        rows: tokenized examples of one row each.
+        rows_per_step: rows of an optimizer step.
+        max_seq_len: most tokens of a mismatched row; a longer one is truncated.
+        seed: of the division into steps.
+    """
+
+    def __init__(self, rows: TokenizedDataset, rows_per_step: int, max_seq_len: int, seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(len(rows))
+        vars(self).update(vars(rows.select(order)))  # the same table, its rows in this order
+        self.rows_per_step, self.max_seq_len = rows_per_step, max_seq_len
+        # Of an example no more than the prompt is kept: a hash of integers is the same in every process.
+        examples = map(super().read, range(len(self)))
+        prompts = np.array([hash(tuple(e["input_ids"][: _prompt_length(e)])) for e in examples])
+        size = rows_per_step if rows_per_step > 1 else max(len(rows), 1)
+        self._partners = np.arange(len(rows))
+        for start in range(0, len(rows), size):
+            block = np.arange(start, min(start + size, len(rows)))
+            rotated = [np.roll(block, places) for places in range(1, min(len(block), _MAX_PLACES + 1))]
+            if rotated:
+                same = [(prompts[block] == prompts[other]).sum() for other in rotated]
+                self._partners[block] = rotated[int(np.argmin(same))]
+            elif start:  # the only row of the last step
+                self._partners[block] = start - 1
+
+    def shuffle(self, permute: Callable[[int], Any]) -> list[int]:
+        """Return the order of the examples in an epoch: whole steps are permuted; a smaller one is the last."""
+        whole, size = len(self) // self.rows_per_step, self.rows_per_step
+        steps = (range(step * size, (step + 1) * size) for step in permute(whole).tolist())
+        return [*(i for step in steps for i in step), *range(whole * size, len(self))]
+
+    def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
+        """Return the row and its mismatched row as one example."""
+        own, other = super().read(number), super().read(int(self._partners[number]))
+        answer = slice(_prompt_length(other), None)
+        prompt = own["input_ids"][: _prompt_length(own)]
+        ids = [*prompt, *other["input_ids"][answer]][: self.max_seq_len]
+        labels = [*[IGNORE_INDEX] * len(prompt), *other["labels"][answer]][: self.max_seq_len]
+        return own | {
+            "input_ids": own["input_ids"] + ids,
+            "labels": own["labels"] + labels,
+            "row_lengths": [len(own["input_ids"]), len(ids)],
+        }
+
+
+def _prompt_length(example: Example) -> int:
+    """Return the number of tokens before the first learned one; nothing predicts the first token of all."""
+    return next(t for t, label in enumerate(example["labels"]) if t > 0 and label != IGNORE_INDEX)

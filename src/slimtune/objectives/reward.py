@@ -5,7 +5,7 @@ loss = mean over pairs of −log σ(r(chosen) − r(rejected)) + c · (r(chosen)
 Bradley and Terry, 1952; the centring of rewards: Eisenstein et al., 2023 (arXiv:2312.09244). Names are TRL's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.adapters.config_fields import setting
+from ..core.config.schema import DataSettings
+from ..core.data.class_labels import Classes
+from ..core.training.datasets import Datasets
 from ..core.training.objective import Batch, Objective
 
 
@@ -31,6 +34,10 @@ class Reward(Objective):
     center_rewards_coefficient: float | None = setting(
         None, "weight of the squared sum of a pair's rewards, which keeps their mean near 0 (0.01); null: none", ge=0
     )
+
+    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
+        """Return the rows as they are, for a head with one output."""
+        return replace(datasets, classes=Classes())
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         return self.pair_losses(values).sum() / num_items

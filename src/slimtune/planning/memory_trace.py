@@ -22,9 +22,9 @@ from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.device import count_simulated_attention, simulate_device
 from ..core.models.lm_head import get_lm_head
+from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import compute_outputs, forward_backward, get_row_head, make_collator
 from ..core.training.optimizer import build_optimizer
-from ..core.training.setup import build_meta_model
 from ..errors import UsageError
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .memory_tracker import MemoryTracker, iterate_tensors

@@ -23,8 +23,8 @@ from ..core.data.example_lengths import (
 )
 from ..core.models.base_config import BaseConfig, load_base_config, max_positions
 from ..core.models.dtype import pick_training_dtype
+from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..core.training.setup import build_meta_model
 from ..errors import UsageError
 from .fake_quantization import quantization_kind, quantize
 from .gpu_specs import Gpu, require_trains
@@ -189,8 +189,7 @@ def build_request(
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
     objective = recipe.objective()
-    if objective.needs_mismatched_rows:
-        notes.append("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.")
+    notes += objective.list_plan_notes()
     if not train.share_prefix:
         lengths, content = [*map(unshare_prefix, lengths)], content._replace(shared_prefix=0)
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import max_positions
-from ..core.training.setup import build_meta_model
+from ..core.training.adapted_model import build_meta_model
 from ..errors import ModelError, UsageError, format_names, nearest
 from .gpu_specs import GIB, Gpu
 from .plan_result import Range, Verdict, add_ranges, fields_as_dict

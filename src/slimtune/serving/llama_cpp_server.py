@@ -23,8 +23,9 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
 from ..core.models.base_config import load_checkpoint_config
+from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.setup import TrainedModel, build_meta_model, require_language_model
+from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.exporter import require_plain_base
 from ..export.gguf import PRECISIONS, get_architecture, get_lora_factors, require_quantizer, write_adapter_gguf
@@ -126,7 +127,7 @@ def start_llama_cpp(
 
 def require_gguf_form(run: Path) -> None:
     """Raise UsageError unless llama.cpp can add a run's adapter to its base; no weight is loaded."""
-    require_language_model(run)
+    require_causal_lm_run(run)
     folder = find_adapter_folder(run)
     config, revision = PeftConfig.from_pretrained(folder), None
     name = config.base_model_name_or_path

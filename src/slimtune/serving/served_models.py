@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapters.active_adapters import BASE_ROW
-from ..core.training.setup import TrainedModel, load_runs, require_language_model
+from ..core.training.trained_model import TrainedModel, load_runs, require_causal_lm_run
 from ..errors import UsageError
 from ..generation.generator import find_end_tokens
 from .tool_calls import ToolCallFormat, learn_tool_calls
@@ -62,7 +62,7 @@ def load_models(
         UsageError: as for `load_runs`, or a run has the name of the base.
     """
     for path in runs.values():
-        require_language_model(path)
+        require_causal_lm_run(path)
     loaded = load_runs(list(runs.values()), device=device)
     return describe_models(runs, loaded, max_length), loaded[0]
 

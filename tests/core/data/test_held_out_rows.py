@@ -6,7 +6,7 @@ import torch
 from tiny_run import write_rows
 
 from slimtune.core.config import load_recipe
-from slimtune.core.training.setup import load_datasets
+from slimtune.core.training.datasets import load_datasets
 
 
 @pytest.fixture
@@ -59,5 +59,5 @@ def test_dropped_rows_do_not_shift_the_split(load):
     whole = load(**{"data.test_fraction": 0.3})
     middle = int(np.median(whole.lengths()))
     shorter = load(**{"data.test_fraction": 0.3, "data.max_seq_len": middle})
-    assert 0 < shorter.train_report.kept < 40
+    assert 0 < shorter.train_stats.kept < 40
     assert len(lines(shorter.test) - lines(whole.test)) <= 2

@@ -5,7 +5,6 @@ from row_files import find_issues, write_jsonl
 from tiny_tokenizer import CHATML, SMOLLM2_TOK, make_tokenizer, template_text
 from tokenizers.processors import TemplateProcessing
 
-from slimtune.core.data.class_labels import encode_goodness
 from slimtune.core.data.row_files import open_rows, read_rows
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
@@ -102,7 +101,7 @@ def test_class_of_validation_rows_alone_is_an_error(issues, tmp_path):
 def test_rating_is_read(read, tmp_path, label):
     assert read(rate(0, label), **RATINGS)[0].is_good is (label in (True, "true"))
     rows, _ = tokenize_dataset(open_rows(tmp_path / "a.jsonl", **RATINGS), SMOLLM2_TOK, max_seq_len=99, path="a")
-    assert encode_goodness(rows)[0]["label"] is (label in (True, "true"))
+    assert KTO().prepare_rows(rows)[0]["label"] is (label in (True, "true"))
 
 
 @pytest.mark.parametrize("label", [1, 0, "good", None, "", [True], 0.0])

@@ -9,8 +9,8 @@ import torch
 from row_files import write_jsonl
 from tiny_run import distance, recipe_of, train_in_two_parts
 
-from slimtune.core.training.setup import load_run
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 
 

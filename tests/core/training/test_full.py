@@ -8,8 +8,9 @@ from tiny_run import adapter, distance, recipe_of, train_until
 from transformers import AutoModelForCausalLM
 
 from slimtune import get_peft_model
+from slimtune.core.training.base_model import load_base_tokenizer
+from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.loss import make_collator, step_loss
-from slimtune.core.training.setup import load_datasets, load_tokenizer_from_recipe
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
@@ -25,7 +26,7 @@ def full(settings):
 def test_one_step_equals_adamw_on_the_base(full):
     recipe = recipe_of(full, max_steps=1, batch_size=24, lr_scheduler="constant", warmup_ratio=0, max_grad_norm=0)
     result = train(recipe)
-    tokenizer = load_tokenizer_from_recipe(recipe)
+    tokenizer = load_base_tokenizer(recipe.model, recipe.data.chat_template)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name)
     batch = make_collator(model, tokenizer.pad_token_id, packing=False)(load_datasets(recipe, tokenizer).train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)

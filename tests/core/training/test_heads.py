@@ -7,8 +7,8 @@ import transformers as tf
 from row_files import write_jsonl
 
 from slimtune.core.config import Recipe
-from slimtune.core.training.setup import load_run
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import DataError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.export.exporter import export

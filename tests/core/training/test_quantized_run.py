@@ -17,9 +17,10 @@ from slimtune.core.config import Recipe
 from slimtune.core.kernels.linear_layers import get_weight, is_quantized
 from slimtune.core.models import quantization
 from slimtune.core.models.loader import load_base
+from slimtune.core.training.base_model import load_base_model
 from slimtune.core.training.run_dir import RunDir
-from slimtune.core.training.setup import load_base_from_recipe, load_run
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import ModelError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.export.merge import load_trained, merge
@@ -157,7 +158,7 @@ def test_settings_that_quantization_cannot_serve(settings):
     if find_spec("bitsandbytes"):
         settings["model"]["dtype"] = "float64"
         with pytest.raises(UsageError, match="a base in nf4 cannot compute in float64"):
-            load_base_from_recipe(quantized_recipe(settings, "nf4"))
+            load_base_model(quantized_recipe(settings, "nf4").model, None)
     settings["method"] |= {"init_lora_weights": "loftq"}
     with pytest.raises(RecipeError, match=r"starts from the error of quantization, and model\.quantization is null"):
         Recipe.from_dict(settings)

@@ -12,9 +12,10 @@ from tiny_run import distance, metrics, recipe_of, train_until, write_rows
 from slimtune.core.config import load_recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.training import checkpoint
+from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.loss import score_supervised_rows
-from slimtune.core.training.setup import load_datasets, load_run
 from slimtune.core.training.train import train
+from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
 
 

@@ -27,7 +27,9 @@ def test_tensorboard_reads_the_losses(settings):
 
 
 def test_missing_tracker_is_an_error_before_loading(settings, monkeypatch):
-    monkeypatch.setattr("slimtune.core.training.setup.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(
+        "slimtune.core.training.base_model.load_base", lambda *_, **__: pytest.fail("the base was loaded")
+    )
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in ("wandb", "mlflow") else find(n, *a))
     with pytest.raises(UsageError, match=r"'wandb', 'mlflow'.*not installed") as e:

@@ -8,14 +8,15 @@ from desk import refused
 from row_files import write_jsonl
 
 from slimtune.core.config import load_recipe
-from slimtune.core.training.setup import load_datasets, load_tokenizer_from_recipe
+from slimtune.core.training.base_model import load_base_tokenizer
+from slimtune.core.training.datasets import load_datasets
 
 
 def load_rows(desk, rows, **settings):
     data = str(write_jsonl(desk.folder / "rows.jsonl", rows))
     flags = {"model": str(desk.base), "output_dir": str(desk.out), "data.validation_fraction": 0, "data.train": data}
     recipe = load_recipe(None, {**flags, **{f"data.{k}": v for k, v in settings.items()}})
-    return load_datasets(recipe, load_tokenizer_from_recipe(recipe))
+    return load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
 
 
 FORMATS = {
@@ -29,14 +30,14 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_of_each_format(desk, name):
     rows = load_rows(desk, [FORMATS[name]] * 3)
-    assert (rows.train_report.kept, rows.train_report.missing_eos) == (3, 0)
+    assert (rows.train_stats.kept, rows.train_stats.missing_eos) == (3, 0)
     assert [e["line"] for e in rows.train] == [1, 2, 3]
-    assert 0 < rows.train_report.supervised_tokens < rows.train_report.tokens
+    assert 0 < rows.train_stats.supervised_tokens < rows.train_stats.tokens
 
 
 def test_last_turn_alone(desk):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}] * 3}] * 4
-    every, last = (load_rows(desk, rows, train_on=turns).train_report for turns in ("assistant", "last_assistant"))
+    every, last = (load_rows(desk, rows, train_on=turns).train_stats for turns in ("assistant", "last_assistant"))
     assert every.supervised_tokens == 3 * last.supervised_tokens > 0
 
 

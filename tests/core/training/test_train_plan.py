@@ -73,7 +73,9 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
     def refuse(*_):
         raise RunError("this run does not fit")
 
-    monkeypatch.setattr("slimtune.core.training.setup.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(
+        "slimtune.core.training.base_model.load_base", lambda *_, **__: pytest.fail("the base was loaded")
+    )
     with pytest.raises(RunError, match="does not fit"):
         train(recipe_of(settings), planner=refuse)
     assert not Path(settings["output_dir"]).exists()

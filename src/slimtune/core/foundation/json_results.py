@@ -158,7 +158,7 @@ def _read_value(kind: Any, value: Any, strict: bool, path: str) -> Any:
                 errors.append(error)
         raise next((e for e, m in zip(errors, args, strict=True) if m is not type(None)), errors[0])
     if is_dataclass(kind):
-        return _read_object(kind, value, strict, path)  # type: ignore[arg-type]
+        return _read_object(kind, value, strict, path)
     if origin is Literal:
         correct = value in args
     elif _is_mapping(kind):

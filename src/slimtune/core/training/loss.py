@@ -7,6 +7,7 @@ and planning all run these functions; the objective (`objectives/`) is cross-ent
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ...errors import ModelError
-from ...objectives.sft import SFT
+from ...errors import ModelError, UsageError
 from ..attention.attention_functions import (
     LAYOUT_KWARG,
     empty_mask,
@@ -23,6 +23,8 @@ from ..attention.attention_functions import (
     packed_attention,
     packing_unsupported_reason,
 )
+from ..config.objective_registry import objective_class
+from ..config.schema import TrainSettings
 from ..data.collator import IGNORE_INDEX, Collator, Example
 from ..foundation.device import free_memory
 from ..foundation.progress_bars import track_progress
@@ -36,7 +38,6 @@ TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
 PROBE_TOKENS = 64
 EVAL_ROWS = 4096
 """Rows that are divided into micro-batches together in evaluation."""
-CROSS_ENTROPY = SFT()
 
 
 def make_collator(
@@ -54,12 +55,37 @@ def make_collator(
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
+def build_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest: int) -> Collator:
+    """Return the collator for a run's rows and this model; raise ModelError if the model does not support it."""
+    if settings.packing and (reason := packing_unsupported_reason(model)):
+        raise UsageError(
+            f"train.packing is true, but {reason}", hint="--set train.packing=null packs where it is exact"
+        )
+    collator = make_collator(
+        model,
+        tokenizer.pad_token_id,
+        packing=settings.packing is not False,
+        share_prefix=settings.share_prefix,
+        max_rows=settings.batch_size,
+    )
+    check_lm_head(model)
+    limit = settings.max_tokens_per_micro_batch
+    collator.max_tokens = auto_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
+    return collator
+
+
 def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device."""
     tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     if device.type == "mps":  # Metal has no float64
         tensors = {k: v.float() if v.dtype == torch.float64 else v for k, v in tensors.items()}
     return batch | {k: v.to(device) for k, v in tensors.items()}
+
+
+@cache
+def cross_entropy() -> Objective:
+    """Return the objective of supervised fine-tuning, which is the default everywhere."""
+    return objective_class("sft")()
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -129,17 +155,19 @@ def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
     return row_logits(model, batch) if "row_ends" in batch else token_nll(model, batch)
 
 
-def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective = CROSS_ENTROPY) -> Tensor:
+def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective | None = None) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
     values = compute_outputs(model, batch)
-    return objective.loss(values, batch, max(1, len(batch["targets"])) if num_items is None else num_items)
+    return (objective or cross_entropy()).loss(
+        values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
+    )
 
 
 def forward_backward(
     model: Any,
     micro_batches: Sequence[dict[str, Any]],
     *,
-    objective: Objective = CROSS_ENTROPY,
+    objective: Objective | None = None,
     num_items: Any = None,
     weights: Sequence[float] | None = None,
     regularize: bool = True,
@@ -149,7 +177,7 @@ def forward_backward(
     Args:
         model: the model in training mode; gradients are added to those it has.
         micro_batches: the step's batches, on the model's device.
-        objective: what is minimized.
+        objective: what is minimized; None: cross-entropy.
         num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
         weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
         regularize: add the method's regularization loss, which one process of a run does.

@@ -2,14 +2,21 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapters.config_fields import check_fields
+from ..data.class_labels import Classes
+from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
+
+if TYPE_CHECKING:
+    from ..config.schema import DataSettings
+    from .datasets import Datasets
 
 Batch = Mapping[str, Any]
 """A collated micro-batch (core/data/collator.py)."""
@@ -58,10 +65,42 @@ class Objective:
         """Return whether it takes rows of this format, at least if `data.format` names it."""
         return name in (*cls.formats, *cls.named_formats)
 
-    @property
-    def needs_mismatched_rows(self) -> bool:
-        """Whether training rows need a row with their prompt and another answer (core/data/mismatched_rows.py)."""
-        return False
+    def list_plan_notes(self) -> Sequence[str]:
+        """Return sentences about work that a plan does not count; none, unless overridden."""
+        return ()
+
+    # --- rows: called in this order ---------------------------------------------------------------------------------
+
+    def prepare_datasets(self, datasets: "Datasets", data: "DataSettings") -> "Datasets":
+        """Return a run's rows as they are learned: each part by `prepare_rows`, unless overridden.
+
+        Called once they are split. A sequence classifier sets `classes`, too.
+        """
+        train, validation, test = map(self.prepare_rows, (datasets.train, datasets.validation, datasets.test))
+        return replace(datasets, train=train, validation=validation, test=test)
+
+    def prepare_rows(
+        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+    ) -> TokenizedDataset:
+        """Return rows to learn or to evaluate with the columns that the loss needs: as they are, unless overridden.
+
+        Args:
+            rows: tokenized examples.
+            classes: those of a sequence classifier that is evaluated.
+            path: the file of the rows, for error messages.
+        """
+        return rows
+
+    def prepare_training_rows(
+        self, rows: TokenizedDataset, *, rows_per_step: int, max_seq_len: int, seed: int
+    ) -> TokenizedDataset:
+        """Return training or validation rows as the steps of a run take them: as they are, unless overridden.
+
+        Called before the log-probabilities of the reference are computed.
+        """
+        return rows
+
+    # --- steps ------------------------------------------------------------------------------------------------------
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples of a step as they are trained: as they are, unless overridden.
@@ -144,6 +183,12 @@ class PairObjective(Objective):
             reference: their log p under the reference [P, 2], if the objective needs it.
         """
         raise NotImplementedError
+
+    def prepare_rows(
+        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+    ) -> TokenizedDataset:
+        """Return ranked lists as pairs of their best and worst answer, if the setting `pairs` says so."""
+        return AnswerSubset(rows, (0, -1)) if getattr(self, "pairs", None) == "best-worst" else rows
 
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return the number of pairs."""

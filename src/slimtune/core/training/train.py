@@ -19,7 +19,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from ...diagnostics.machine_facts import versions
-from ...errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
+from ...errors import ModelError, RunError, SlimtuneError, UsageError, format_names
 from ...evaluation.run_report import write_report
 from ..adapters import state_dict as adapter_files
 from ..adapters.adapter_strength import find_neutral_values
@@ -31,9 +31,7 @@ from ..config.recipe import MIN_EVAL_ROWS
 from ..data.collator import Collator, Example
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
-from ..data.mismatched_rows import MismatchedRows
 from ..data.row_observer import DataReport
-from ..data.tokenized_dataset import AnswerSubset
 from ..foundation import distributed
 from ..foundation.device import peak_memory
 from ..foundation.files import to_json, write_atomic, write_json
@@ -41,15 +39,18 @@ from ..foundation.formatting import format_bytes, format_count
 from ..models.base_config import get_hidden_size, max_positions
 from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
-from ..models.quantization import require_bitsandbytes
-from . import checkpoint, setup
+from . import checkpoint
+from .adapted_model import attach_adapter
+from .base_model import LoadBase, load_base_model
+from .datasets import Datasets, load_training_datasets
 from .forgetting_budget import choose_general_rows
+from .loss import build_collator
 from .memory_probe import compare_with_plan, planned_bytes_range
 from .memory_savings import apply_fsdp, compile_layers
 from .nonfinite import find_nonfinite_weights
 from .oom_recovery import EVENT
-from .progress_logger import ProgressLogger, require_trackers, start_trackers
-from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, RunLock, is_temporary
+from .progress_logger import ProgressLogger, start_trackers
+from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, RunLock, find_adapter_folder, is_temporary
 from .training_loop import TrainingLoop
 from .validation_scores import add_reference
 
@@ -123,11 +124,11 @@ def start_training(
     init_adapter: Path | None = None,
     planner: Planner = lambda *_: None,
     force: bool = False,
-    load_base: Callable[..., Base] = setup.load_base_from_recipe,
+    load_base: LoadBase = load_base_model,
 ) -> TrainingSteps:
     """Yield the loop of a run before its first step, then the rows of each step before it is taken; return the result.
 
-    Arguments as for `train`; `load_base` returns the base of a recipe, with a head for its classes.
+    Arguments as for `train`; `load_base` loads the base, with a head for its classes.
     """
     run = RunDir(Path(recipe.output_dir))
     distributed.install_sigterm_watcher(run.resume_command())
@@ -146,7 +147,7 @@ def _train(
     init_adapter: Path | None,
     planner: Planner,
     force: bool,
-    load_base: Callable[..., Base],
+    load_base: LoadBase,
 ) -> TrainingSteps:
     started, resident_at_start = time.perf_counter(), psutil.Process().memory_info().rss
 
@@ -172,11 +173,10 @@ def _train(
 
     def load_model() -> tuple[Base, Any]:
         place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
-        placed = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})
-        base = load_base(placed, data.classes)
+        base = load_base(recipe.model.model_copy(update=place), recipe.data.chat_template, data.classes)
         if not force:
             require_finite_weights(base)
-        model = setup.attach_adapter(base, recipe, init_adapter, data.train)
+        model = attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
             apply_fsdp(model, mesh, device)
             base.device = device
@@ -212,18 +212,18 @@ def _train(
             default = f"the default of {recipe.method.name} for {steps} steps over {len(data.train)} rows on this base"
             logger.say(f"learning rate: {settings.learning_rate:g}, {default}; --lr sets another")
         longest = max(map(max, map(count_row_tokens, lengths)))
-        collator = setup.build_collator(recipe, model, base.tokenizer, longest)
+        collator = build_collator(settings, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
         # The same in every process:
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes_range(plan, device)[1]
         objective = recipe.objective()
-        if objective.needs_mismatched_rows:
-            data.train, data.validation = (
-                MismatchedRows(rows, settings.rows_per_step, recipe.data.max_seq_len, settings.seed)
-                for rows in (data.train, data.validation)
-            )
+        steps_and_seed = {"rows_per_step": settings.rows_per_step, "seed": settings.seed}
+        data.train, data.validation = (
+            objective.prepare_training_rows(rows, max_seq_len=recipe.data.max_seq_len, **steps_and_seed)
+            for rows in (data.train, data.validation)
+        )
         if objective.needs_reference:
             add_reference(run, data, model, collator, logger, disable=init_adapter is None)
         general: list[Example] = []
@@ -312,7 +312,7 @@ def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
 
 def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     """Return the recipe with the method settings of the adapter that training starts from; raise for another method."""
-    folder = setup.find_adapter_folder(adapter)
+    folder = find_adapter_folder(adapter)
     config = PeftConfig.from_pretrained(folder)
     if config.name != recipe.method.name:
         raise UsageError(
@@ -335,25 +335,6 @@ def require_finite_weights(base: Base) -> None:
         )
 
 
-def load_training_datasets(recipe: Recipe, force: bool) -> setup.Datasets:
-    """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
-    if recipe.model.quantization is not None:
-        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
-    if recipe.train.optimizer == "adamw-8bit":
-        require_bitsandbytes("train.optimizer adamw-8bit")
-    require_trackers(recipe.train.report_to)
-    data = setup.load_datasets(recipe, setup.load_tokenizer_from_recipe(recipe))
-    for report in data.data_reports.values():
-        if report is not None and not force:
-            report.require_no_errors()
-    if not data.train:
-        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
-    if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
-        train, validation = (AnswerSubset(rows, (0,)) for rows in (data.train, data.validation))
-        return dataclasses.replace(data, train=train, validation=validation)
-    return data
-
-
 def pick_training_device(name: str) -> torch.device:
     """Return the device of this process: with several processes on GPUs, each has its own."""
     device, gpus = pick_device(name), torch.cuda.device_count()
@@ -369,14 +350,14 @@ def pick_training_device(name: str) -> torch.device:
     return own
 
 
-def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: setup.Datasets) -> None:
+def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: Datasets) -> None:
     """Say what is trained, on which rows, and in how many processes."""
     trained, total = model.get_nb_trainable_parameters()
     quantization = f"{base.quantization}, computing in " if base.quantization else ""
     logger.say(f"base: {base.source.name}, {quantization}{str(base.dtype).removeprefix('torch.')} on {base.device}")
     share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
     logger.say(f"{model.match_report()}; {share}")
-    logger.say(f"rows: {data.train_report.text()}")
+    logger.say(f"rows: {data.train_stats.text()}")
     for split, rows in (("validation", data.validation), ("test", data.test)):
         if getattr(recipe.data, split) is None and getattr(recipe.data, f"{split}_fraction") > 0:
             logger.say(f"{len(rows.documents)} of them set aside for {split}")
@@ -400,13 +381,13 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
 
 
-def count_held_out_rows(recipe: Recipe, data: setup.Datasets) -> int | None:
+def count_held_out_rows(recipe: Recipe, data: Datasets) -> int | None:
     """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
     split = recipe.eval_split()
     return None if split is None or getattr(recipe.data, split) is not None else len(getattr(data, split).documents)
 
 
-def warn_of_few_held_out_rows(recipe: Recipe, data: setup.Datasets) -> str | None:
+def warn_of_few_held_out_rows(recipe: Recipe, data: Datasets) -> str | None:
     """Return why `slimtune eval` will not be able to say whether the run is better, and the flag that helps."""
     count, split = count_held_out_rows(recipe, data), recipe.eval_split()
     if count is None or count >= MIN_EVAL_ROWS:
@@ -460,7 +441,7 @@ def restore_recipe(run: RunDir, recipe: Recipe, logger: ProgressLogger) -> None:
 
 
 def finish_run(
-    recipe: Recipe, base: Base, data: setup.Datasets, loop: TrainingLoop, start_seconds: float, peak: int
+    recipe: Recipe, base: Base, data: Datasets, loop: TrainingLoop, start_seconds: float, peak: int
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
@@ -509,8 +490,8 @@ def finish_run(
         "target_summary": str(model.match_report()),
         "untrained_experts": untrained,
         "data_report": {
-            "train": data.train_report.to_dict(),
-            "validation": data.validation_report.to_dict() if data.validation_report else None,
+            "train": data.train_stats.to_dict(),
+            "validation": data.validation_stats.to_dict() if data.validation_stats else None,
         },
         "export_formats": {
             "base_kind": base.source.kind,

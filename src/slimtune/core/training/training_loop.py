@@ -37,15 +37,15 @@ from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors
 from ..kernels.dropout import preserve_rng_state
 from . import checkpoint, nonfinite
+from .datasets import Datasets
 from .forgetting_budget import reduce_strength_to_budget, worst_change
-from .loss import CROSS_ENTROPY, count_targets, forward_backward, move_to_device, score_objective, score_row_logps
+from .loss import count_targets, cross_entropy, forward_backward, move_to_device, score_objective, score_row_logps
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
 from .oom_recovery import OomRecovery, failure_check
 from .optimizer import build_optimizer
 from .progress_logger import ProgressLogger
 from .run_dir import RunDir
-from .setup import Datasets
 from .thread_count import ThreadCount
 from .validation_scores import build_sharder, score_in_parts
 
@@ -377,9 +377,10 @@ class TrainingLoop:
 
     def measure_general_losses(self) -> dict[str, float]:
         """Return the loss on each kind of general text."""
-        scores, _ = self.measure(self.general_rows, CROSS_ENTROPY)
+        objective = cross_entropy()
+        scores, _ = self.measure(self.general_rows, objective)
         return {
-            kind: CROSS_ENTROPY.summarize(np.array([scores[i] for i in numbers]))["loss"]
+            kind: objective.summarize(np.array([scores[i] for i in numbers]))["loss"]
             for kind, numbers in numbers_by_kind(self.general_rows).items()
         }
 

@@ -22,10 +22,10 @@ from ..data.step_sharding import StepSharder
 from ..data.tokenized_dataset import TokenizedDataset
 from ..foundation import distributed
 from ..foundation.files import translate_os_errors, write_atomic
+from .datasets import Datasets
 from .loss import score_row_logps
 from .oom_recovery import OomRecovery, failure_check
 from .run_dir import RunDir
-from .setup import Datasets
 
 
 def build_sharder(model: Any, collator: Collator) -> StepSharder:

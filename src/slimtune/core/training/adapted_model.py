@@ -1,0 +1,125 @@
+"""A base with the recipe's method attached: with weights, or on the meta device as planning needs it."""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ...errors import UsageError
+from ...methods.lora.loftq import replace_lora_weights_loftq
+from ..adapters.layer_inputs import ROWS, collect_layer_inputs
+from ..adapters.peft_config import PeftConfig
+from ..adapters.peft_model import PeftModel, get_peft_model
+from ..adapters.targets import ALL_LINEAR
+from ..config import Recipe
+from ..data.collator import Example
+from ..data.tokenized_dataset import split_rows
+from ..kernels.linear_layers import is_quantized
+from ..models.load_errors import translate_load_errors
+from ..models.loader import Base, download_weights, get_auto_class
+from .loss import get_row_head
+from .memory_savings import apply_memory_savings
+from .run_dir import find_adapter_folder
+
+
+def attach_adapter(
+    base: Base, recipe: Recipe, init_adapter: Path | None = None, rows: Sequence[Example] = ()
+) -> PeftModel:
+    """Attach the recipe's method to the base, in place, or load an adapter to continue training.
+
+    Args:
+        base: the loaded base.
+        recipe: the method and its settings; `train.seed` seeds the adapter's initial weights.
+        init_adapter: a run or an adapter folder to start from.
+        rows: training rows; "loftq" initializes from the quantization error on them.
+    """
+    torch.manual_seed(recipe.train.seed)
+    head = get_row_head(base.model)
+    if head is not None and base.new_weights:  # as transformers does, here with the run's seed
+        torch.nn.init.normal_(head.weight, std=getattr(base.model.config.get_text_config(), "initializer_range", 0.02))
+    if init_adapter is not None:
+        model = PeftModel.from_pretrained(base.model, find_adapter_folder(init_adapter), is_trainable=True)
+    else:
+        config: Any = recipe.method_config()
+        loftq = getattr(config, "init_lora_weights", None) == "loftq"
+        if loftq:
+            config.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
+        if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
+            config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
+        exclude_other_inputs(base.model, config)
+        model = get_peft_model(base.model, config)
+        if loftq:
+            layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
+            ids = [ids for example in rows[:ROWS] for ids, _ in split_rows(example)]
+            inputs = collect_layer_inputs(base.model.eval(), layers, ids)
+            replace_lora_weights_loftq(
+                model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs
+            )
+    model.peft_config["default"].base_model_name_or_path = base.source.spec  # the Hub id of an alias
+    t = recipe.train
+    if t.offload_activations and base.device.type == "cpu":
+        raise UsageError(
+            "train.offload_activations moves activations to CPU memory, where they are already",
+            "a GPU to train on",
+            "--set train.offload_activations=false",
+        )
+    apply_memory_savings(model, t.gradient_checkpointing, t.offload_activations, t.mlp_tile_size)
+    return model
+
+
+def exclude_other_inputs(model: Any, method: PeftConfig) -> None:
+    """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
+
+    The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.
+    """
+    everything = str(getattr(method, "target_modules", "")).lower() == ALL_LINEAR
+    language = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not everything or getattr(method, "exclude_modules", None) or language in (None, model):
+        return
+    names = {id(m): n for n, m in model.named_modules()}
+    parts = names.get(id(language), "").split(".")
+    path = [".".join(parts[:i]) for i in range(len(parts) + 1)]  # the modules that the language part is in, and itself
+    beside = [n for n, m in model.named_modules() if n not in path and n.rpartition(".")[0] in path[:-1]]
+    if other := [n for n in beside if model.get_submodule(n) is not model.get_output_embeddings()]:
+        method.exclude_modules = "|".join(rf"{re.escape(n)}(\..*)?" for n in other)  # type: ignore[attr-defined]
+
+
+def build_meta_model(
+    config: PreTrainedConfig,
+    method: PeftConfig | None,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    offload: bool = False,
+    tile: int | None = None,
+    first: Callable[[Any], None] | None = None,
+) -> Any:
+    """Return the model that training would have, on the meta device: shapes and dtypes without weights.
+
+    Args:
+        config: the base's config.
+        method: the method's config; None: no adapter, and every weight trains.
+        dtype: dtype of the base's weights.
+        checkpointing, offload, tile: as for `apply_memory_savings`.
+        first: changes the base before the method is attached, such as quantizing it.
+    """
+    config, method = copy.deepcopy((config, method))  # building a model writes into both
+    if getattr(method, "init_lora_weights", None) == "loftq":
+        method.init_lora_weights = True  # type: ignore[union-attr]  # the same tensors without data
+    # A config class from a base's own code: that code is trusted already, or the class would not be here.
+    trusted = type(config).__module__.startswith("transformers_modules")
+    with torch.device("meta"):
+        with translate_load_errors(config.name_or_path or config.model_type):
+            task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
+            model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
+        if first is not None:
+            first(model)
+        if method is not None:
+            exclude_other_inputs(model, method)
+            model = get_peft_model(model, method)
+    apply_memory_savings(model, checkpointing, offload, tile)
+    return model

@@ -1,0 +1,60 @@
+"""The base of a run: loaded as the recipe's `model` section says, with a head for classes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ModelError
+from ..config.schema import ModelSettings
+from ..data.class_labels import Classes
+from ..foundation.device import disable_malloc_trim
+from ..models.base_config import get_hidden_size, load_base_config
+from ..models.loader import Base, load_base, load_tokenizer
+from .loss import get_row_head
+
+LoadBase = Callable[[ModelSettings, Path | None, Classes | None], Base]
+"""Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
+
+
+def load_base_model(model: ModelSettings, chat_template: Path | None, classes: Classes | None = None) -> Base:
+    """Load a base and its tokenizer, with a head for `classes`."""
+    base = load_base(
+        model.name,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+        chat_template=chat_template,
+        quantization=model.quantization,
+        task="CAUSAL_LM" if classes is None else "SEQ_CLS",
+        head=None if classes is None else classes.config,
+    )
+    if classes is not None:
+        require_row_head(base.model)
+    if base.device.type == "cpu":
+        disable_malloc_trim()
+    return base
+
+
+def load_base_tokenizer(model: ModelSettings, chat_template: Path | None) -> Any:
+    """Load the tokenizer of a base, no weights."""
+    return load_tokenizer(
+        model.name, trust_remote_code=model.trust_remote_code, revision=model.revision, chat_template=chat_template
+    )
+
+
+def read_hidden_size(model: ModelSettings) -> int:
+    """Return the width of a base's hidden states by its config, no weights."""
+    config = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision).config
+    return get_hidden_size(config)
+
+
+def require_row_head(model: Any) -> None:
+    """Raise ModelError if a sequence classifier does not read its logits with one linear layer `score`."""
+    if not isinstance(get_row_head(model), torch.nn.Linear):
+        raise ModelError(
+            f"a {type(model).__name__} has no linear head `score` on its last token",
+            "a decoder with transformers' head for classification",
+        )

@@ -1,0 +1,204 @@
+"""The rows of a run: read, tokenized and reported on, and split into training, validation and test rows."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...errors import DataError, format_names
+from ..config import Recipe
+from ..config.objective_registry import objective_class, objective_names
+from ..config.schema import DataSettings
+from ..data.chat_template import adds_bos
+from ..data.class_labels import Classes
+from ..data.document_windows import DocumentWindows
+from ..data.example_lengths import ExampleLength
+from ..data.row_files import RowFile, open_rows
+from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
+from ..data.tokenize import TokenizationStats, tokenize_dataset
+from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
+from ..foundation import distributed
+from ..foundation.cpu import cpu_count
+from ..models.quantization import require_bitsandbytes
+from .base_model import load_base_tokenizer
+from .objective import Objective
+from .progress_logger import require_trackers
+
+
+@dataclass
+class Datasets:
+    """The tokenized rows of a run, how many were kept, and the reports of `slimtune data`, by "train" and "validation".
+
+    Without a validation file, its rows are split from the training rows and have no report; so are the test rows.
+    Documents are cut into windows here, and are split whole.
+    """
+
+    train: TokenizedDataset
+    validation: TokenizedDataset
+    test: TokenizedDataset
+    train_stats: TokenizationStats
+    validation_stats: TokenizationStats | None
+    data_reports: dict[str, DataReport | None]
+    classes: Classes | None = None  # of a sequence classifier
+
+    def lengths(self) -> list[ExampleLength]:
+        """Return the length of each example, training examples first."""
+        return [*self.train.example_lengths, *self.validation.example_lengths]
+
+
+def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowFile:
+    """Open a data set with the format and the columns of the settings, in a format that the objective takes.
+
+    Raises:
+        DataError: the rows have another format; the error names the objectives that take it.
+    """
+    formats = (data.format,) if data.format in objective.named_formats else objective.formats
+    format = data.format or (formats[0] if len(formats) == 1 else None)
+    rows = open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
+    if rows.format not in (*formats, "unknown"):
+        tasks = [name for name in objective_names() if rows.format in objective_class(name).formats]
+        by_name = rows.format in objective.named_formats
+        raise DataError(
+            f"{path} has rows of the format {rows.format}, and the task {objective.name} does not learn from them",
+            f"rows of {format_names(formats)}",
+            " or ".join([f"--task {name}" for name in tasks] + ["--format preference: the chosen answers"] * by_name),
+        )
+    return rows
+
+
+class _ObservedRows(NamedTuple):
+    """The rows of a file, tokenized, and what watched them."""
+
+    file: RowFile
+    dataset: TokenizedDataset
+    stats: TokenizationStats
+    observer: RowObserver
+
+
+def load_training_datasets(recipe: Recipe, force: bool) -> Datasets:
+    """Check that the recipe's packages are there, and load its rows as they are trained on.
+
+    Raises:
+        DataError: there is no row, or the data report found errors, unless `force`.
+    """
+    if recipe.model.quantization is not None:
+        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
+    if recipe.train.optimizer == "adamw-8bit":
+        require_bitsandbytes("train.optimizer adamw-8bit")
+    require_trackers(recipe.train.report_to)
+    data = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
+    for report in data.data_reports.values():
+        if report is not None and not force:
+            report.require_no_errors()
+    if not data.train:
+        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+    if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
+        train, validation = (AnswerSubset(rows, (0,)) for rows in (data.train, data.validation))
+        return dataclasses.replace(data, train=train, validation=validation)
+    return data
+
+
+def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
+    """Read, tokenize and report on the training and validation rows of a recipe, and prepare them for its objective.
+
+    Raises:
+        DataError: rows cannot be read or tokenized, or the objective cannot learn from them.
+    """
+    data, objective, name, seed = recipe.data, recipe.objective(), recipe.model.name, recipe.train.seed
+
+    def read(path: Path, like: RowObserver | None = None) -> _ObservedRows:
+        rows = open_rows_for_objective(path, data, objective)
+        observer = DATA_REPORTS.load("rows")(
+            tokenizer,
+            rows,
+            max_seq_len=data.max_seq_len,
+            on_overlong=data.on_overlong,
+            rows_per_step=recipe.train.rows_per_step,
+            like=like,
+        )
+        return _ObservedRows(rows, *_tokenize(rows, data, tokenizer, observer), observer)
+
+    own = read(data.train)
+    other: _ObservedRows | None = None
+    reports: dict[str, DataReport | None] = {"validation": None}
+    train, test = split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
+    if data.validation is not None:
+        other = read(data.validation, own.observer)
+        validation, compared = other.dataset, (str(data.validation), other.observer)
+        reports = {
+            "train": own.observer.finish(file=data.train, model=name, validation=compared),
+            "validation": other.observer.finish(file=data.validation, model=name),
+        }
+    else:
+        count = round((len(train) + len(test)) * data.validation_fraction)
+        train, validation = split_validation_rows(train, count, seed)
+        reports = {"train": own.observer.finish(file=data.train, model=name), **reports}
+    recipe.method_config().check_rows(train)
+    datasets = Datasets(
+        train=cut_documents(own.file, train, data, tokenizer, seed),
+        validation=cut_documents((other or own).file, validation, data, tokenizer),
+        test=cut_documents(own.file, test, data, tokenizer),
+        train_stats=own.stats,
+        validation_stats=None if other is None else other.stats,
+        data_reports=reports,
+    )
+    return objective.prepare_datasets(datasets, data)
+
+
+def load_eval_dataset(
+    path: Path, data: DataSettings, objective: Objective, tokenizer: Any, classes: Classes | None = None
+) -> tuple[TokenizedDataset, TokenizationStats]:
+    """Read and tokenize rows for evaluation, with a run's length policy; `classes` are those of a classifier."""
+    rows = open_rows_for_objective(path, data, objective)
+    dataset, stats = _tokenize(rows, data, tokenizer)
+    dataset = objective.prepare_rows(dataset, classes, path)
+    return cut_documents(rows, dataset, data, tokenizer), stats
+
+
+def _tokenize(
+    rows: RowFile, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
+) -> tuple[TokenizedDataset, TokenizationStats]:
+    return tokenize_dataset(
+        rows,
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        on_overlong=data.on_overlong,
+        train_on=data.train_on,
+        path=rows.path,
+        processes=max(1, cpu_count() // distributed.local_world_size()),
+        observer=observer,
+    )
+
+
+def cut_documents(
+    rows: RowFile, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
+) -> TokenizedDataset:
+    """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
+    if rows.format != "document":
+        return dataset
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    return DocumentWindows(dataset, data.max_seq_len, bos, seed)
+
+
+def split_test_rows(
+    rows: TokenizedDataset, hashes: np.ndarray, fraction: float
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """Return the rows to train on and those set aside for `slimtune eval`.
+
+    The text of a row decides, by its hash: rows with the same text stay together, and neither the seed nor the base
+    changes which rows are set aside.
+    """
+    count = round(len(rows) * fraction)
+    held_out = hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(rows), bool)
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+
+def split_validation_rows(rows: TokenizedDataset, count: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """Return the rows to train on and `count` rows for validation, drawn by the seed; none if no row would be left."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    held_out = np.zeros(len(rows), bool)
+    held_out[order[: count if count < len(rows) else 0].numpy()] = True
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))

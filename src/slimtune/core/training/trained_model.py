@@ -1,0 +1,178 @@
+"""A trained adapter on its base, loaded from a run folder or from an adapter folder."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import AdapterError, RunError, UsageError, format_names
+from ..adapters.peft_config import PeftConfig
+from ..adapters.peft_model import PeftModel
+from ..adapters.state_dict import read_adapter_file
+from ..config import Recipe
+from ..data.class_labels import Classes
+from ..foundation.files import read_json
+from ..foundation.remote_code import allow_remote_code
+from ..models.dtype import pick_dtype
+from ..models.loader import Base, load_base, load_tokenizer
+from ..models.model_source import ModelSource, resolve_model
+from ..models.quantization import dequantize_model
+from .base_model import load_base_model
+from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
+
+
+@dataclass
+class TrainedModel:
+    """A trained adapter on its base, in evaluation mode; the recipe is None if only an adapter folder was given."""
+
+    model: PeftModel
+    base: Base
+    adapter: Path
+    recipe: Recipe | None
+    classes: Classes | None = None  # of a sequence classifier
+    adapter_name: str = "default"
+
+
+def load_run(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: str | None = None,
+    unpack: bool = False,
+    trust_remote_code: bool = False,
+) -> TrainedModel:
+    """Load a run's adapter, or a bare adapter folder, on its base.
+
+    Args:
+        path: a run folder or an adapter folder.
+        dtype: dtype of the base's weights; None: that of the run (for an adapter folder "auto").
+        device: the device; None: that of the run (for an adapter folder "auto").
+        quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
+        unpack: dequantize the base.
+        trust_remote_code: run the base's own Python code; what the run's recipe says does not count.
+    """
+    with allow_remote_code(trust_remote_code):
+        return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
+
+
+def load_runs(paths: Sequence[str | Path], **how: Any) -> list[TrainedModel]:
+    """Load the adapters of several runs, or of bare adapter folders, on one base.
+
+    All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
+
+    Args:
+        paths: run folders or adapter folders, one or more.
+        how: dtype, device and so on, as for `load_run`; None: as the first run says.
+
+    Raises:
+        UsageError: two of them need different bases, or the same one in another dtype or quantization.
+    """
+    first = load_run(paths[0], **how)
+    others = [_add_adapter(first, Path(path), f"default_{i}") for i, path in enumerate(paths[1:], 1)]
+    return [first, *others]
+
+
+def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
+    folder = find_adapter_folder(path)
+    config = PeftConfig.from_pretrained(folder)
+    recipe = RunDir.open(path).load_recipe() if folder != path else None
+    base = first.base
+    differences: dict[str, tuple[Any, Any]] = {"base": (resolve_trained_base(path).path, base.source.path)}
+    if recipe is not None and first.recipe is not None:
+        one, other = recipe.model, first.recipe.model
+        differences |= {key: (getattr(one, key), getattr(other, key)) for key in ("revision", "quantization")}
+        differences["dtype"] = (pick_dtype(one.dtype, base.device), base.dtype)
+    for key, (own, shared) in differences.items():
+        if own != shared:
+            raise UsageError(
+                f"{path} and {first.adapter} need different models: the {key} of one is {own}, of the other {shared}",
+                "adapters of one base, loaded in one way",
+                "serve the others by a process of their own",
+            )
+    if recipe is not None:
+        _require_trained_base(RunDir(path), base)
+    template: Any = None if recipe is None else recipe.data.chat_template
+    if recipe is None and (file := folder / "chat_template.jinja").is_file():
+        template = file
+    revision = None if recipe is None else recipe.model.revision
+    tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
+    first.model.load_adapter(folder, name, config=config)
+    return TrainedModel(first.model, dataclasses.replace(base, tokenizer=tokenizer), folder, recipe, adapter_name=name)
+
+
+def resolve_trained_base(run: Path) -> ModelSource:
+    """Return where the base of a run or an adapter folder is, without loading it."""
+    if (folder := find_adapter_folder(run)) != run:
+        return resolve_model(RunDir.open(run).load_recipe().model.name)
+    return resolve_model(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
+
+
+def require_causal_lm_run(run: str | Path) -> None:
+    """Raise UsageError if a run trained a classifier or a reward model."""
+    if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":
+        raise UsageError(
+            f"{run} is a classifier or a reward model: it writes no text, and neither llama.cpp (GGUF, Ollama) nor "
+            "vLLM's adapters serve its head",
+            "a run of a language model",
+            "slimtune eval or merge, or HF PEFT over AutoModelForSequenceClassification: docs/classification.md",
+        )
+
+
+def read_class_labels(folder: Path) -> Classes:
+    """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
+    if (folder / CONFIG_FILE).is_file():
+        return Classes.from_config(read_json(folder / CONFIG_FILE))
+    tensors, _ = read_adapter_file(folder)
+    heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
+    if not heads:
+        raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")
+    outputs = heads[0].shape[0]
+    return Classes(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
+
+
+def _require_trained_base(run: RunDir, base: Base) -> None:
+    """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
+    try:
+        result = read_json(run.result_file)
+    except RunError:  # not there, or damaged: other commands say so
+        return
+    trained, dtype = result.get("base_weights"), str(base.dtype).removeprefix("torch.")
+    # Another dtype or quantization rounds the same weights to other values.
+    if not isinstance(trained, dict) or (result.get("dtype"), result.get("quantization")) != (dtype, base.quantization):
+        return
+    if changed := [k for k, v in base.weight_hashes.items() if trained.get(k, v) != v]:
+        raise AdapterError(
+            f"the base {base.source.spec} has changed since {run.path} was trained on it: {format_names(changed, 4)}",
+            "the weights that the adapter was trained on",
+            "put the old base back, or train again",
+        )
+
+
+def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> TrainedModel:
+    folder = find_adapter_folder(path)
+    config = PeftConfig.from_pretrained(folder)
+    given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
+    classes = read_class_labels(folder) if config.task_type == "SEQ_CLS" else None
+    recipe = None
+    if folder != path:
+        recipe = RunDir.open(path).load_recipe()
+        base = load_base_model(recipe.model.model_copy(update=given), recipe.data.chat_template, classes)
+    elif config.base_model_name_or_path:
+        template = folder / "chat_template.jinja"
+        base = load_base(
+            config.base_model_name_or_path,
+            chat_template=template if template.is_file() else None,
+            task="CAUSAL_LM" if classes is None else "SEQ_CLS",
+            head=None if classes is None else classes.config,
+            **given,
+        )
+    else:
+        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+    if recipe is not None:
+        _require_trained_base(RunDir(path), base)
+    if unpack and base.quantization is not None:
+        base.model = dequantize_model(base.model, base.dtype)
+    model = PeftModel.from_pretrained(base.model, folder, config=config)
+    return TrainedModel(model, base, folder, recipe, classes)
