@@ -108,11 +108,11 @@ def test_copied_commands_are_whole(page):
 
 
 def test_questions_are_those_of_the_script():
-    script = runpy.run_path(str(ROOT / "docs" / "make_questions.py"))
+    script = runpy.run_path(str(ROOT / "docs" / "internals" / "make_questions.py"))
     lines = (ROOT / "docs" / "questions.md").read_text().removeprefix(script["HEAD"]).splitlines()
     starts = [script["start_line"](row) for row in script["ROWS"]]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts, (
-        "python docs/make_questions.py"
+        "python docs/internals/make_questions.py"
     )
 
 

@@ -7,5 +7,5 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_page_is_printed_from_the_results():
-    page = runpy.run_path(str(DOCS / "make_families.py"))["make_page"]()
-    assert (DOCS / "families.md").read_text() == page, "run python docs/make_families.py"
+    page = runpy.run_path(str(DOCS / "internals/make_families.py"))["make_page"]()
+    assert (DOCS / "families.md").read_text() == page, "run python docs/internals/make_families.py"

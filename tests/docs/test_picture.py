@@ -11,8 +11,8 @@ PAGE = (ROOT / "docs" / "first_adapter.md").read_text()
 
 
 def test_picture_is_drawn_from_the_tutorial():
-    picture = runpy.run_path(str(ROOT / "docs" / "picture.py"))["make_picture"]()
-    assert (ROOT / "docs" / "first_adapter.svg").read_text() == picture, "run python docs/picture.py"
+    picture = runpy.run_path(str(ROOT / "docs/internals/picture.py"))["make_picture"]()
+    assert (ROOT / "docs" / "first_adapter.svg").read_text() == picture, "run python docs/internals/picture.py"
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -167,5 +167,5 @@ def test_a_packed_sequence_has_one_adapter(names):
 
 
 def test_the_docs_list_every_method():
-    page = (Path(__file__).parents[2] / "docs/step.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/internals/step.md").read_text()
     assert {m for m in find_built_in_method_files() if f"\n| [{m}](methods/{m}.md)" not in page} == set()

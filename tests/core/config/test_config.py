@@ -392,9 +392,9 @@ def test_demo_recipe():
 
 
 def test_reference_in_the_docs_is_current():
-    update_page = runpy.run_path(str(ROOT / "docs/make_reference.py"))["update_page"]
+    update_page = runpy.run_path(str(ROOT / "docs/internals/make_reference.py"))["update_page"]
     page = (ROOT / "docs/recipe.md").read_text()
-    assert update_page(page) == page, "run python docs/make_reference.py"
+    assert update_page(page) == page, "run python docs/internals/make_reference.py"
 
 
 def test_faults_are_named_before_torch_is_imported():

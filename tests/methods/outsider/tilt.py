@@ -1,7 +1,7 @@
 """Tilt: y' = y + g ⊙ y + v, one trained gain and one trained shift per output of a linear layer.
 
 g (out) and v (out) start at zero, so the model starts unchanged. Merged: W' = (1 + g) ⊙ W, b' = (1 + g) ⊙ b + v.
-An example of a method in a package of its own: see docs/methods/adding_a_method.md.
+An example of a method in a package of its own: see docs/internals/adding_a_method.md.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/make_questions.py [WORDS …]`.
+"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/internals/make_questions.py [WORDS …]`.
 
 Each command is run, without a network. `keep` picks the lines of its output that are shown; without one all are. After
 WORDS, such as `plan cost`, only the rows whose command or question has one of them are asked again (all of them take 20
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-PAGE = Path(__file__).parent / "questions.md"
+PAGE = Path(__file__).parents[1] / "questions.md"
 HEAD = """# Questions and their commands
 
 What people ask before, during and after tuning a model; the command or the page that answers; and what the command
-said, shortened, when this page was made (`python docs/make_questions.py`). None of them needs a network.
+said, shortened, when this page was made (`python docs/internals/make_questions.py`). None of them needs a network.
 
 | question | command or page | answer |
 | --- | --- | --- |

@@ -1,11 +1,11 @@
-"""Write docs/troubleshooting.md from the pages of `slimtune explain`: `python docs/make_troubleshooting.py`."""
+"""Write docs/troubleshooting.md from the pages of `slimtune explain`: `python docs/internals/make_troubleshooting.py`."""
 
 import re
 from pathlib import Path
 
 from slimtune.diagnostics.knowledge import load_pages
 
-PAGE = Path(__file__).parent / "troubleshooting.md"
+PAGE = Path(__file__).parents[1] / "troubleshooting.md"
 HEAD = """# Troubleshooting
 
 `slimtune doctor` looks at this machine and says what is wrong. `slimtune explain` finds the page of an error:

@@ -1,4 +1,4 @@
-"""Write docs/families.md from what the tests found: `python docs/make_families.py`.
+"""Write docs/families.md from what the tests found: `python docs/internals/make_families.py`.
 
 `tests/core/models/test_family_table.py` checks the table's file, and writes it with `--update-families`.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-PAGE = Path(__file__).parent / "families.md"
-RESULTS = Path(__file__).parent.parent / "tests" / "core" / "models" / "family_table.json"
+PAGE = Path(__file__).parents[1] / "families.md"
+RESULTS = Path(__file__).parents[2] / "tests" / "core" / "models" / "family_table.json"
 HEAD = """\
 # Model families
 

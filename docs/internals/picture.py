@@ -1,4 +1,4 @@
-"""Draw what docs/first_adapter.md shows of a terminal as the README's picture: `python docs/picture.py`."""
+"""Draw what docs/first_adapter.md shows of a terminal as the README's picture: `python docs/internals/picture.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 STYLES = {
     r"^\$ .*": "bold green",
     r"^(base|tuned):(?= [A-Z])": "bold",

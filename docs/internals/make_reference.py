@@ -1,4 +1,4 @@
-"""Write the tables of settings in docs/recipe.md from the recipe's schema: `python docs/make_reference.py`.
+"""Write the tables of settings in docs/recipe.md from the recipe's schema: `python docs/internals/make_reference.py`.
 
 A table stands between `<!-- settings: SECTION -->` and `<!-- end -->`.
 """
@@ -15,7 +15,7 @@ from slimtune.core.config import Recipe
 from slimtune.core.config.objective_registry import objective_class, objective_names
 from slimtune.core.config.schema import iterate_settings
 
-PAGE = Path(__file__).parent / "recipe.md"
+PAGE = Path(__file__).parents[1] / "recipe.md"
 
 
 def settings_table(section: str) -> str:

@@ -1,10 +1,10 @@
-"""Take the pictures of docs/ui.md: `python docs/ui_pictures.py`; it trains SmolLM2 for a minute, and needs Chromium."""
+"""Take the pictures of docs/ui.md: `python docs/internals/ui_pictures.py`; it trains SmolLM2 for a minute, and needs Chromium."""
 
 import sys
 import tempfile
 from pathlib import Path
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 sys.path[:0] = [str(DOCS.parent / "tests" / name) for name in ("ui", "reporting")]
 
 from test_report_browser import open_page  # noqa: E402
