@@ -1,4 +1,4 @@
-"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/internals/make_questions.py [WORDS …]`.
+"""Write docs/questions.md: questions, their commands, and what these answer: `make_questions.py [WORDS …]`.
 
 Each command is run, without a network. `keep` picks the lines of its output that are shown; without one all are. After
 WORDS, such as `plan cost`, only the rows whose command or question has one of them are asked again (all of them take 20

@@ -1,4 +1,4 @@
-"""Write docs/troubleshooting.md from the pages of `slimtune explain`: `python docs/internals/make_troubleshooting.py`."""
+"""Write docs/troubleshooting.md from the pages of `slimtune explain`: `make_troubleshooting.py`."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Take the pictures of docs/ui.md: `python docs/internals/ui_pictures.py`; it trains SmolLM2 for a minute, and needs Chromium."""
+"""Take the pictures of docs/ui.md: `ui_pictures.py`; it trains SmolLM2 for a minute, and needs Chromium."""
 
 import sys
 import tempfile

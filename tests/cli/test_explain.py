@@ -186,4 +186,4 @@ def test_no_match_names_the_nearest(slimtune):
 
 def test_the_page_in_the_docs_is_current():
     make_page = runpy.run_path(str(ROOT / "docs" / "internals" / "make_troubleshooting.py"))["make_page"]
-    assert (ROOT / "docs" / "troubleshooting.md").read_text() == make_page(), "run python docs/internals/make_troubleshooting.py"
+    assert (ROOT / "docs" / "troubleshooting.md").read_text() == make_page(), "run make_troubleshooting.py"

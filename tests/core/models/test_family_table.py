@@ -1,6 +1,6 @@
 """Every family does what docs/families.md says: attach, train, reload, PEFT's logits, merge, packing, plan and run.
 
-`--update-families` writes what the families do into family_table.json; `python docs/internals/make_families.py` prints the page.
+`--update-families` writes what the families do into family_table.json; `make_families.py` prints the page.
 """
 
 import pytest
