@@ -15,7 +15,7 @@ import json
 from plan import NEEDED
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.attention.attention_functions import packed_attention
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.models.loader import load_base
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    names = args.methods or sorted({*find_built_in_method_files(), *VARIANTS} - {"lora"})
+    names = args.methods or sorted({*METHODS.built_in_names(), *VARIANTS} - {"lora"})
     found = {n: counted(args.model, n) for n in ["lora", *names]}
     for row in found.values():
         row["to_lora"] = round(row["per_token"] / found["lora"]["per_token"], 3)

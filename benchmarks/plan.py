@@ -30,7 +30,7 @@ import torch
 import transformers as tf
 from plan_ways.referee import measured
 
-from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.core.models.base_config import load_checkpoint_config
@@ -58,7 +58,7 @@ BASES: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, DoRA": ("lora", {"use_dora": True}),
-    **{name: (name, NEEDED.get(name, {})) for name in find_built_in_method_files()},
+    **{name: (name, NEEDED.get(name, {})) for name in METHODS.built_in_names()},
 }
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""

@@ -4,9 +4,22 @@
 here imports torch: a part is imported when it is first asked for (core/foundation/registry.py).
 """
 
+from pathlib import Path
+
 from .core.foundation.registry import register_parts
 
+
+def _find_modules(folder: str) -> dict[str, str]:
+    """Return the dotted path of each module and package in a folder of slimtune, by its name, sorted."""
+    files = [
+        f for f in (Path(__file__).parent / folder).iterdir() if f.suffix == ".py" or (f / "__init__.py").is_file()
+    ]
+    return {f.stem: f"{__package__}.{folder}.{f.stem}" for f in sorted(files) if f.stem != "__init__"}
+
+
 PARTS: dict[str, dict[str, str]] = {
+    "slimtune.methods": _find_modules("methods"),
+    "slimtune.objectives": _find_modules("objectives"),
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
 }
 """Registry → name of the part → its dotted path."""

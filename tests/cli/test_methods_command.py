@@ -1,6 +1,5 @@
 """`slimtune methods`: read from config classes, sized on a base that is never loaded; and the index page of methods."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,12 +10,7 @@ from safetensors.torch import load_file
 from transformers import MambaConfig
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import (
-    config_class,
-    find_built_in_method_files,
-    method_names,
-    parse_config_classes,
-)
+from slimtune.core.adapters.method_registry import METHODS, config_class, method_names
 from slimtune.core.config.method_settings import fill_recipe_defaults
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
@@ -45,17 +39,6 @@ def test_every_method_is_described_as_its_class(described):
         assert (formats["merged_model"], formats["ollama_merged"]) == (cls.mergeable, cls.mergeable)
         assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.ships_as_lora, cls.ships_as_lora)
     assert [(m["name"], f["name"]) for m in described.values() for f in m["fields"] if not f["help"]] == []
-
-
-def test_sources_say_what_the_classes_say():
-    """The list of methods and the names of their settings are read without an import."""
-    sources = parse_config_classes()
-    assert list(sources) == list(find_built_in_method_files())
-    for name, source in sources.items():
-        cls = config_class(name)
-        assert set(source.fields) == {field.name for field in dataclasses.fields(cls)}
-        for constant in ("kinds", "mergeable", "ships_as_lora", "short_names", "learning_rate"):
-            assert source.constants[constant] == getattr(cls, constant), name
 
 
 def test_table(slimtune):
@@ -132,6 +115,6 @@ def test_method_that_does_not_fit_the_base(slimtune, slimtune_json, tmp_path):
 
 def test_index_page_has_a_line_for_each_method(described):
     lines = [line for line in (DOCS / "README.md").read_text().splitlines() if line.startswith("- [")]
-    built_in = find_built_in_method_files()
+    built_in = METHODS.built_in_names()
     assert lines == [f"- [{name}]({name}.md): {described[name]['summary']}" for name in built_in]
     assert [name for name in built_in if not (DOCS / f"{name}.md").is_file()] == [], "pages that are missing"

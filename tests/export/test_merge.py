@@ -25,7 +25,7 @@ from slimtune.core.models.loader import load_base
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_manifest
 from slimtune.export.merge import merge
-from slimtune.methods.lora import LinearLora
+from slimtune.methods.lora.layers import LinearLora
 
 TEXT = "Define hope. Desire and expectation rolled into one."
 SHARD_BYTES = "slimtune.export.merged_weights.MIN_SHARD_BYTES"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import slimtune
-from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.training.run_dir import RunResults
 from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.push_to_hub import render_adapter_card
@@ -30,7 +30,7 @@ def config():
     return config_class("lora")(base_model_name_or_path="ada/tiny", task_type="CAUSAL_LM")
 
 
-@pytest.mark.parametrize("name", sorted(find_built_in_method_files()))
+@pytest.mark.parametrize("name", sorted(METHODS.built_in_names()))
 def test_which_methods_peft_has(name):
     assert (name.upper() in peft.PeftType.__members__) == (name not in NOT_IN_PEFT)
 

@@ -1,6 +1,8 @@
 """Settings of every method: what is refused, with the field's name; dropout; fields that differ by layer."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,6 +65,19 @@ def test_bad_settings_are_refused(method, settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config_class(method)(**settings).check_required()
     assert caught.value.exit_code == 2
+
+
+def test_configs_need_no_torch():
+    """A recipe's method is checked before torch, whose import takes seconds."""
+    code = "; ".join([
+        "import sys, slimtune",
+        "from slimtune.core.adapters.method_registry import METHODS, config_class",
+        "print([config_class(name).__name__ for name in METHODS.built_in_names()])",
+        "sys.exit('torch' in sys.modules)",
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "LoraConfig" in done.stdout
 
 
 @pytest.mark.parametrize("method", method_names())

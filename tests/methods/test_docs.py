@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from slimtune.core.adapters.config_fields import field_specs
-from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files
+from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.adapters.peft_config import PeftConfig, TargetedConfig
-from slimtune.core.adapters.prompt import PromptLearningConfig
+from slimtune.core.adapters.prompt_config import PromptLearningConfig
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
@@ -21,7 +21,7 @@ TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
 
 def method_list() -> str:
     lines = []
-    for name in find_built_in_method_files():
+    for name in METHODS.built_in_names():
         summary = (inspect.getdoc(config_class(name)) or "").partition("\n")[0].rstrip(".")
         lines.append(f"- [{name}]({name}.md): {re.sub(r'; PEFT.s [^;]*$', '', summary)}\n")
     return "".join(lines)
@@ -31,7 +31,7 @@ def layer_table() -> str:
     """Which kinds of layers each method that changes layers takes."""
     lines = ["| method | linear | embedding | conv | attention |", "| --- | --- | --- | --- | --- |"]
     kinds = ("linear", "embedding", "conv", "weight")
-    for name in find_built_in_method_files():
+    for name in METHODS.built_in_names():
         cells = ["yes" if kind in config_class(name).kinds else "" for kind in kinds]
         lines += [f"| {name} | {' | '.join(cells)} |"] if any(cells) else []
     return "\n".join(lines) + "\n"
@@ -55,7 +55,7 @@ def test_the_index_lists_every_method():
     assert layer_table() in (DOCS / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", find_built_in_method_files())
+@pytest.mark.parametrize("name", METHODS.built_in_names())
 def test_the_page_has_the_fields(name):
     assert field_table(name) in (DOCS / f"{name}.md").read_text()
 
@@ -64,6 +64,6 @@ if __name__ == "__main__":
     index = DOCS / "README.md"
     text = re.sub(r"(- \[[^\n]*\n)+", lambda _: method_list(), index.read_text())
     index.write_text(re.sub(r"(\|[^\n]*\n)+", lambda _: layer_table(), text))
-    for method in find_built_in_method_files():
+    for method in METHODS.built_in_names():
         page = DOCS / f"{method}.md"
         page.write_text(TABLE.sub(lambda _, method=method: field_table(method), page.read_text()))

@@ -10,7 +10,7 @@ from reference import compute_in_float64, get_gradients, largest_relative_error,
 from torch import nn
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import find_built_in_method_files
+from slimtune.core.adapters.method_registry import METHODS
 from slimtune.core.attention.attention_functions import LAYOUT_KWARG, packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
@@ -168,4 +168,4 @@ def test_a_packed_sequence_has_one_adapter(names):
 
 def test_the_docs_list_every_method():
     page = (Path(__file__).parents[2] / "docs/internals/step.md").read_text()
-    assert {m for m in find_built_in_method_files() if f"\n| [{m}](methods/{m}.md)" not in page} == set()
+    assert {m for m in METHODS.built_in_names() if f"\n| [{m}](methods/{m}.md)" not in page} == set()

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -38,20 +37,14 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..core.adapters.method_registry import config_class, method_names, parse_config_classes, require_method
+    from ..core.adapters.method_registry import config_class, method_names, require_method
 
     names = [require_method(name)] if name is not None else method_names()
     if model is not None:
         require_base(model, weights=False)
 
-    fields = name is not None or as_json
-    built_in = {} if fields else parse_config_classes()  # importing the classes takes seconds
-    described = [
-        _summarize(n, built_in[n].doc, built_in[n].module_doc, built_in[n].constants)
-        if n in built_in
-        else _describe_method(config_class(n))
-        for n in names
-    ]
+    has_fields = name is not None or as_json
+    described = [_describe_method(config_class(n), has_fields) for n in names]
     if model is not None:
         source, sizes = _measure_sizes(map(config_class, names), model, trust_remote_code)
         for method, size in zip(described, sizes, strict=True):
@@ -110,18 +103,19 @@ def _describe_rate(name: str) -> str:
     return f"default learning rate: {cls.learning_rate:g}" + ", more in short runs and for narrow bases" * depends
 
 
-def _describe_method(cls: Any) -> dict[str, Any]:
+def _describe_method(cls: Any, has_fields: bool) -> dict[str, Any]:
+    from ..core.adapters.method_registry import METHODS
     from ..core.config.method_settings import fill_recipe_defaults, method_fields
 
     constants = {n: getattr(cls, n) for n in ("kinds", "learning_rate", "mergeable", "ships_as_lora")}
-    doc, module_doc = inspect.getdoc(cls) or "", sys.modules[cls.__module__].__doc__ or ""
+    doc, module_doc = inspect.getdoc(cls) or "", METHODS.load(cls.name).__doc__ or ""
     short_names = {full: short for short, full in cls.short_names.items()}
     flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
     defaults = fill_recipe_defaults({}, cls)
-    own = vars(cls).get("__annotations__", {})
-    return {
-        **_summarize(cls.name, doc, module_doc, constants),
-        "fields": [
+    own = inspect.get_annotations(cls)
+    described = _summarize(cls.name, doc, module_doc, constants)
+    if has_fields:
+        described["fields"] = [
             {
                 "name": field.name,
                 "expected": field.expected,
@@ -132,8 +126,8 @@ def _describe_method(cls: Any) -> dict[str, Any]:
                 "help": field.help,
             }
             for field in sorted(method_fields(cls).values(), key=lambda field: field.name not in own)
-        ],
-    }
+        ]
+    return described
 
 
 def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) -> tuple[str, list[dict[str, Any]]]:

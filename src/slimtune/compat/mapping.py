@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapters.method_registry import config_class, find_built_in_method_files
+from ..core.adapters.method_registry import METHODS, config_class
 from ..core.adapters.peft_config import CONFIG_FILE as CONFIG_NAME
 from ..core.adapters.peft_config import PeftType, get_peft_config
 from ..core.adapters.state_dict import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
 from ..core.adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..errors import format_names, nearest
-from ..methods.ia3 import SCALED
+from ..methods.ia3.config import SCALED
 from . import tuner_layers as peft_layers
 from . import tuner_models as tuner
 from .tuner_models import inject_adapter_in_model
@@ -30,7 +30,7 @@ __all__ = [
 ]
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {kind: config_class(kind) for kind in PeftType}
 """Config class by method; also found by the plain string."""
-_TUNERS = [c for c in vars(tuner).values() if getattr(c, "method", "") in find_built_in_method_files()]
+_TUNERS = [c for c in vars(tuner).values() if getattr(c, "method", "") in METHODS.built_in_names()]
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = {PeftType(c.method.upper()): c for c in _TUNERS}
 """Class of `peft_model.base_model` by method."""
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = PEFT_TYPE_TO_TUNER_MAPPING

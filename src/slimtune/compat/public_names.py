@@ -11,8 +11,10 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+from ..core.adapters.method_registry import METHODS, config_class
 from ..errors import nearest
 
 PUBLIC = {
@@ -30,7 +32,7 @@ PUBLIC = {
         "PeftModelForTokenClassification", "find_modules_without_gradient", "get_peft_model",
     ),
     "extras.lora_optimizers": ("create_loraplus_optimizer", "parameter_groups"),
-    "core.adapters.prompt": ("PromptLearningConfig",),
+    "core.adapters.prompt_config": ("PromptLearningConfig",),
     "core.adapters.quantized_layers": ("prepare_model_for_kbit_training",),
     "core.adapters.state_dict": (
         "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
@@ -52,9 +54,10 @@ PUBLIC = {
     "methods.lora.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
     "methods.lora.loraga": ("LoraGAConfig", "preprocess_loraga"),
     "methods.lora.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
-    "methods.p_tuning": ("PromptEncoder", "PromptEncoderReparameterizationType"),
-    "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
-    "methods.prompt_tuning": ("PromptTuningInit",),
+    "methods.p_tuning.config": ("PromptEncoderReparameterizationType",),
+    "methods.p_tuning.modules": ("PromptEncoder",),
+    "methods.prefix_tuning.modules": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
+    "methods.prompt_tuning.config": ("PromptTuningInit",),
     "core.training.trained_model": ("load_run",),
     "compat.utility_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
 }  # fmt: skip
@@ -125,9 +128,15 @@ MODULES = {
 """PEFT's modules. None has a file under its name here."""
 
 
-def add_public_names(names: dict[str, str]) -> None:
-    """Add names with their modules, such as the config classes of the methods."""
-    HOMES.update(names)
+@cache
+def find_config_homes() -> dict[str, str]:
+    """Return the module of each built-in method's config class by the class's name; they import no torch."""
+    return {config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
+
+
+def list_public_names() -> list[str]:
+    """Return the names of `slimtune` itself, sorted."""
+    return sorted({name for names in PUBLIC.values() for name in names} | set(find_config_homes()))
 
 
 def find_name(module: str, name: str) -> Any:
@@ -144,9 +153,11 @@ def find_name(module: str, name: str) -> Any:
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.compat.mapping").find_layer_class(tuner[0], name)
-    if HOMES.get(name, inner) == inner:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, HOMES)}")
-    return getattr(importlib.import_module(f"{package}.{HOMES[name]}"), name)
+    home = HOMES.get(name) or (find_config_homes().get(name) if name.endswith("Config") else None)
+    if home is None or home == inner:
+        names = [*HOMES, *find_config_homes()] if name[:1] != "_" else []
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, names)}")
+    return getattr(importlib.import_module(f"{package}.{home}"), name)
 
 
 def make_getattr(module: str) -> Callable[[str], Any]:
@@ -159,7 +170,7 @@ class _NamesModule(types.ModuleType):
         return find_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted(HOMES)
+        return sorted({*HOMES, *find_config_homes()})
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -172,7 +183,11 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         parent, _, name = inner.rpartition(".")
         if parent in {"", *MODULES} and name[0] != "_":
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
-            names = [*HOMES, *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent)]
+            names = [
+                *HOMES,
+                *find_config_homes(),
+                *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
+            ]
             where = f"{package}.{parent}".rstrip(".")
             raise ImportError(f"cannot import name {name!r} from {where!r}{nearest(name, names)}", name=fullname)
         return None

@@ -37,7 +37,7 @@ from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..extras.gguf_loading import read_dequantized
 from ..extras.lora_conversion import rank_settings
-from ..methods.lora.init import is_subtracted_init
+from ..methods.lora.init_configs import is_subtracted_init
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
 MAX_VOCABULARY = 258_048

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..core.adapters.method_registry import find_built_in_method_files
+from ..core.adapters.method_registry import METHODS
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
@@ -83,7 +83,7 @@ def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
         "front": data.to_yaml().rstrip(),
         "config": config,
         "settings": json.dumps(settings, indent=2, sort_keys=True, allow_nan=False, default=str),
-        "peft_supports": config.name in find_built_in_method_files() and config.name not in NOT_IN_PEFT,
+        "peft_supports": config.name in METHODS.built_in_names() and config.name not in NOT_IN_PEFT,
         **values,
     }
     return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")

@@ -10,14 +10,16 @@ tied. A 16-bit weight takes 2 + 4 (copy) + 4 (gradient) + 8 (AdamW) bytes per va
 The file contains every weight whole, under the base's own names.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.adapters.peft_config import PeftConfig
-from ..core.kernels.linear_layers import is_quantized
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass
@@ -30,6 +32,8 @@ class FullConfig(PeftConfig):
     trains_every_weight: ClassVar = True
 
     def check_model(self, model: nn.Module) -> None:
+        from ..core.kernels.linear_layers import is_quantized
+
         quantized = [name for name, module in model.named_modules() if is_quantized(module)]
         if quantized:
             message = f"full fine-tuning would train weights that are quantized, such as {quantized[0]}"

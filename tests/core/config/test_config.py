@@ -12,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from slimtune.core.adapters.config_fields import field_specs
-from slimtune.core.adapters.method_registry import config_class, find_built_in_method_files, parse_config_classes
 from slimtune.core.config import Recipe, aliases, load_recipe
 from slimtune.core.config.recipe_loading import parse_yaml, set_field
 from slimtune.core.config.schema import iterate_settings
@@ -409,18 +407,6 @@ except Exception as e:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True False", done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("method", find_built_in_method_files())
-def test_sources_say_what_the_config_classes_declare(method):
-    specs, source = {s.name: s for s in field_specs(config_class(method))}, parse_config_classes()[method]
-    for name, read in source.fields.items():
-        if read.declared:
-            spec = specs[name]
-            assert (read.type, read.bounds, read.default) == (spec.type, spec.bounds, spec.default), name
-            assert read.choices in ((), spec.choices)
-    assert sum(specs[n].declared and not read.declared for n, read in source.fields.items()) <= 5  # not literals
-    assert {"target_modules", "r"} & source.fields.keys() <= {n for n, f in source.fields.items() if f.declared}
 
 
 def test_task_is_checked_as_a_section():

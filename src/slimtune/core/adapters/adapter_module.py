@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ from ..kernels.linear_layers import get_weight, is_plain_forward, parameter_name
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank
 from .architectures import text_config
+from .peft_config import SiteKind as SiteKind
 
-SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
 WEIGHT_KINDS = frozenset[SiteKind](["linear", "embedding", "conv", "weight"])
 """The kinds of site whose module has a weight matrix."""
 

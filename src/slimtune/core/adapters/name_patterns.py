@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TypeVar
 
-import regex
-
 from ...errors import ConfigError
 
 Value = TypeVar("Value")
@@ -35,6 +33,8 @@ class Pattern:
         self.seconds_left = MAX_SECONDS
         if len(text) > MAX_LENGTH:
             raise ConfigError(f"{self.shown} has {len(text)} characters", f"at most {MAX_LENGTH} characters")
+        import regex  # takes a while, and few configs have a pattern
+
         try:
             re.compile(text)  # PEFT matches with it
             if len(re.findall(r"(?<![\w\].])[+{]", text)) > MAX_REPEATED_GROUPS:

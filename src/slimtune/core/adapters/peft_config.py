@@ -4,6 +4,8 @@ A config is a dataclass with PEFT's field names and defaults, so that existing P
 that PEFT has and this library lacks is ignored at PEFT's default and refused by name at any other value.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -15,25 +17,31 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Any, ClassVar, Self
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ...compat.peft_registration import register_as_peft_subclass
 from ...errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
 from ..foundation.files import read_json, write_atomic
 from ..foundation.version import __version__
-from .adapter_module import AdapterModule, Site, SiteKind
 from .architectures import DEFAULT_TARGETS, model_type
 from .config_fields import check_fields, setting
 from .method_registry import config_class, method_names
 from .name_patterns import check_pattern, get_pattern_value
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .adapter_module import AdapterModule, Site
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
 """`peft_version` of a new config: the release of PEFT whose format its files have, and the library that writes them."""
 BIAS_HELP = "which biases of the base train too: none, all, or only those of adapted layers"
 FAN_IN_FAN_OUT_HELP = "the base stores weights as (in, out); set automatically for Conv1D"
+
+
+SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
+"""Kinds of places in a model where an adapter module can go (`adapter_module.py`)."""
 
 
 class TaskType(StrEnum):
@@ -213,7 +221,7 @@ class PeftConfig(metaclass=_ConfigMeta):
 
     def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]
-    ) -> tuple["PeftConfig", dict[str, dict[str, Tensor]]]:
+    ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
         """Return the config, and the tensors by site, of an equal adapter that stores no start."""
         message = f"{type(self).__name__} has no start that a conversion could take out"
         raise UsageError(message, "a LoRA with init_lora_weights 'pissa', 'olora', 'corda' or 'lora_ga'")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..adapters.config_fields import FieldSpec, field_specs
-from ..adapters.method_registry import config_class, parse_config_classes
+from ..adapters.method_registry import config_class
 from .field_errors import FieldError, unknown_field_error
 from .objective_registry import objective_class
 
@@ -34,34 +34,17 @@ def accepted_names(name: str) -> list[str]:
 
 
 def read_names(name: str) -> dict[str, str]:
-    """Return the full names of a built-in method's fields by their names and short names, without importing it."""
-    source = parse_config_classes().get(name.lower())
-    if source is None or "short_names" not in source.constants:
+    """Return the full names of a method's fields by their names and short names; none for an unknown method."""
+    try:
+        cls = config_class(name)
+    except ConfigError:
         return {}
-    return {**{f: f for f in source.fields if f not in SET_BY_LIBRARY}, **source.constants["short_names"]}
+    return {**{f: f for f in method_fields(cls)}, **cls.short_names}
 
 
 def find_setting_errors(section: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors in a built-in method's settings that its source shows: unknown fields, and values.
-
-    Importing the method imports torch, which takes seconds; only it knows which values contradict each other.
-    """
-    if section.keys() <= {"name"}:
-        return []  # the sources need not be read
-    name = str(section.get("name", "lora")).lower()
-    if not (known := read_names(name)):
-        return []
-    fields, errors = parse_config_classes()[name].fields, []
-    for field, value in section.items():
-        if field == "name":
-            continue
-        if field not in known:
-            errors.append(unknown_field_error(f"method.{field}", known))
-            continue
-        spec = fields[known[field]]
-        if value is not None or not isinstance(spec.default, list | dict):
-            errors += _find_value_errors("method", spec, value)
-    return errors
+    """Return the errors in a method's settings."""
+    return resolve_method(section)[1]
 
 
 def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:

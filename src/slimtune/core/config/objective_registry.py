@@ -1,23 +1,22 @@
 """The registry of objectives: one file in `slimtune/objectives/` is one objective, and the file's name is its name."""
 
-import importlib
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, format_names, nearest
+from ..foundation.registry import Registry
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from ..training.objective import Objective
 
-_OBJECTIVES_FOLDER = Path(__file__).parents[2] / "objectives"
+OBJECTIVES: Registry[Any] = Registry("slimtune.objectives", "task")
+"""The modules of the objectives."""
 
 
 @cache
 def objective_names() -> tuple[str, ...]:
     """Return the names of all objectives, the default first; no objective is imported."""
-    names = {f.stem for f in _OBJECTIVES_FOLDER.glob("*.py")} - {"__init__", "sft"}
-    return ("sft", *sorted(names))
+    return tuple(sorted(OBJECTIVES.names(), key=lambda name: (name != "sft", name)))
 
 
 def require_objective(name: str) -> None:
@@ -30,5 +29,5 @@ def require_objective(name: str) -> None:
 def objective_class(name: str) -> "type[Objective]":
     """Return the class of an objective; raise ConfigError with the nearest name if there is none."""
     require_objective(name)
-    module = importlib.import_module(f"slimtune.objectives.{name}")
+    module = OBJECTIVES.load(name)
     return next(c for c in vars(module).values() if getattr(c, "name", None) == name and isinstance(c, type))

@@ -232,12 +232,7 @@ def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
     # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
     method_name = overrides.get("method.name", overrides.get("method", method.get("name", "lora")))
-    names = read_names(str(method_name))  # its import would take seconds
-    if not names:
-        try:
-            names = config_class(method_name).short_names
-        except ConfigError:
-            return  # Recipe.from_dict reports it with the other errors
+    names = read_names(str(method_name))
     full_name = names.get(name, name)
     for spelling in [full_name, *(short for short, full in names.items() if full == full_name)]:
         method.pop(spelling, None)

@@ -12,7 +12,6 @@ point group of the registry's name.
 import importlib
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from ...errors import ConfigError, format_names, nearest
@@ -28,6 +27,8 @@ def register_parts(group: str, paths: Mapping[str, str]) -> None:
 
 @cache
 def _find_entry_points(group: str) -> dict[str, str]:
+    from importlib.metadata import entry_points  # takes a while
+
     return {e.name: e.value for e in entry_points(group=group)}
 
 
@@ -49,6 +50,10 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """Return the names of all parts; none is imported."""
         return tuple(self.paths())
+
+    def built_in_names(self) -> tuple[str, ...]:
+        """Return the names of the parts that slimtune itself brings; none is imported."""
+        return tuple(_PATHS.get(self.group, {}))
 
     def load(self, name: str) -> T:
         """Import the part with this name and return it.

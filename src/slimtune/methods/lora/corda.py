@@ -10,44 +10,21 @@ see `init.py`.
 Paper: https://arxiv.org/abs/2406.05223.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
-from ...core.adapters.config_fields import check_fields, setting
 from ...core.adapters.layer_inputs import load_statistics, record_layer_inputs, save_statistics
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import get_weight
 from ...errors import ConfigError
+from .init_configs import CordaConfig as CordaConfig
 
 _DAMPING, _LARGEST_ERROR = 0.01, 0.05
-
-
-@dataclass
-class CordaConfig:
-    """Settings of CorDA; PEFT's field names and defaults."""
-
-    cache_file: str | os.PathLike | None = setting(
-        None, "safetensors file of the components of all layers: read if it exists, else written"
-    )
-    covariance_file: str | os.PathLike | None = setting(
-        None, "safetensors file of the inputs' covariances, for any rank: read if it exists, else written"
-    )
-    corda_method: Literal["ipm", "kpm"] = setting("ipm", '"ipm" learns fastest, "kpm" keeps most of what was known')
-    verbose: bool = setting(False, "show the progress of the decompositions")
-    use_float16_for_covariance: bool = setting(False, "half the memory for the covariances, less exact")
-    prune_temporary_fields: bool = setting(True, "do not leave covariances and counts on the layers")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("cache_file", "covariance_file"):
-            if (path := getattr(self, name)) is not None:
-                setattr(self, name, os.fspath(path))
 
 
 @dataclass

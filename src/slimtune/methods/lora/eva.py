@@ -13,32 +13,16 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.adapters.config_fields import check_fields, setting
 from ...core.adapters.layer_inputs import record_layer_inputs
 from ...core.adapters.prompt import disable_adapter_for_inference
 from ...core.kernels.low_rank import IncrementalPca
 from ...errors import UsageError
-
-
-@dataclass
-class EvaConfig:
-    """Settings of EVA; PEFT's field names and defaults."""
-
-    rho: float = setting(2.0, "a layer's largest rank, as a multiple of its own; 1 leaves all ranks as they are", ge=1)
-    tau: float = setting(0.99, "cosine similarity from which a direction has converged", ge=0, le=1)
-    use_label_mask: bool = setting(True, "ignore positions whose label is label_mask_value")
-    label_mask_value: int = setting(-100, "the label that means no label")
-    whiten: bool = setting(False, "divide each direction by the square root of its singular value")
-    adjust_scaling_factors: bool = setting(True, "change alpha with the rank, so that alpha / r stays")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+from .init_configs import EvaConfig as EvaConfig
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ MiCA https://arxiv.org/abs/2604.01694; CorDA and LoRA-GA: in their files; orthog
 """
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -31,20 +30,8 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import Site
 from ...errors import ConfigError
 from .corda import corda_start
-from .loraga import LoraGAConfig, loraga_start
-
-NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "corda", "lora_ga", "loftq")
-_PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
-
-
-def is_valid_init(init: Any) -> bool:
-    """Return whether `init` is a value that init_lora_weights accepts."""
-    return isinstance(init, bool) or init in NAMED_INITS or bool(_PISSA_NITER.fullmatch(init))
-
-
-def is_subtracted_init(init: Any) -> bool:
-    """Return whether A and B start as a part of the base's weight, which has to be subtracted again."""
-    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
+from .init_configs import PISSA_NITER, LoraGAConfig
+from .loraga import loraga_start
 
 
 @torch.no_grad()
@@ -85,7 +72,7 @@ def init_from_base_weight(
     if init == "olora":
         Q, R = torch.linalg.qr(weight)
         return R[:r], Q[:, :r]
-    iterations = _PISSA_NITER.fullmatch(init)
+    iterations = PISSA_NITER.fullmatch(init)
     if iterations:
         U, S, V = torch.svd_lowrank(weight, r, niter=int(iterations[1]))
         Vh = V.t()

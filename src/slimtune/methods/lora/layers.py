@@ -23,7 +23,8 @@ from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.kernels.dropout import active_dropout_p, dropout
 from ...core.kernels.low_rank import add_low_rank
 from ...errors import AdapterError, ConfigError
-from .init import init_from_base_weight, init_weights, is_subtracted_init
+from .init import init_from_base_weight, init_weights
+from .init_configs import is_subtracted_init
 
 
 class LoraModule(AdapterModule):

@@ -12,7 +12,6 @@ The quantized base does not change. Paper: https://arxiv.org/abs/2310.08659.
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.adapters.config_fields import check_fields, setting
 from ...core.adapters.layer_inputs import second_moment
 from ...core.kernels.linear_layers import get_weight, is_quantized
 from ...errors import UsageError, format_names
+from .init_configs import LoftQConfig as LoftQConfig
 
 _DAMPING = 0.1
-
-
-@dataclass
-class LoftQConfig:
-    """PEFT's settings for `init_lora_weights="loftq"`, which quantizes a float base itself.
-
-    Here the base is loaded in NF4 or int8, and then `replace_lora_weights_loftq` initializes the adapter.
-    """
-
-    loftq_bits: int = setting(4, "bits of a weight", ge=2, le=8)
-    loftq_iter: int = setting(1, "how often quantization and approximation alternate", ge=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @torch.no_grad()

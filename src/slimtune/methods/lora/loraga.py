@@ -14,34 +14,21 @@ Paper: https://arxiv.org/abs/2407.05000.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
-from ...core.adapters.config_fields import check_fields, setting
 from ...core.adapters.layer_inputs import load_statistics, save_statistics
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import is_quantized, is_transposed
 from ...errors import ConfigError
+from .init_configs import LoraGAConfig as LoraGAConfig
 
 _GRADIENT = "_peft_loraga_grad"
 """PEFT's name of the attribute of a layer that holds its gradient, in the shape of the stored weight."""
-
-
-@dataclass
-class LoraGAConfig:
-    """Settings of LoRA-GA; PEFT's field names and defaults."""
-
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting("ArB2r", "which components A and B start as")
-    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting("stable", "how the start is scaled")
-    stable_gamma: int = setting(16, 'γ of scale="stable"', gt=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def preprocess_loraga(

@@ -1,0 +1,78 @@
+"""The settings that prompt-learning methods share; `prompt.py` has their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import ModelError, format_names
+from .architectures import text_config
+from .config_fields import setting
+from .peft_config import PeftConfig, SiteKind
+
+if TYPE_CHECKING:
+    from .adapter_module import AdapterModule
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """The fields that prompt-learning methods share; sizes that are not given are taken from the model."""
+
+    mergeable: ClassVar[bool] = False
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("model",)
+    is_prompt_learning: ClassVar[bool] = True
+    short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens"}
+
+    num_virtual_tokens: int | None = setting(None, "number of virtual tokens, typically 10 to 100", ge=1)
+    token_dim: int | None = setting(
+        None, "size of a virtual token: of the embeddings, or of all keys of a layer; None: the model's", ge=1
+    )
+    num_transformer_submodules: int | None = setting(
+        None, "1, or 2 for PEFT's files of an encoder-decoder; None: 2 for task_type SEQ_2_SEQ_LM", ge=1, le=2
+    )
+    num_attention_heads: int | None = setting(None, "number of key heads; None: the model's", ge=1)
+    num_layers: int | None = setting(None, "number of layers; None: the model's", ge=1)
+    modules_to_save: list[str] | None = setting(
+        None, "modules trained in full beside the adapter (a new head) and saved with it"
+    )
+
+    def check_required(self) -> None:
+        self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
+
+    def fill_from_model(self, model: Any) -> None:
+        from .prompt import embedding_width, find_backbones
+
+        found = find_backbones(model)
+        text = text_config(model)
+        seq2seq = self.task_type == "SEQ_2_SEQ_LM"
+        self.num_transformer_submodules = self.num_transformer_submodules or (2 if seq2seq else 1)
+        fits = self.num_transformer_submodules == 1 or found.decoder is not None
+        self.require(fits, "num_transformer_submodules", f"1, since a {type(model).__name__} is no encoder-decoder")
+        self.num_layers = self.num_layers or getattr(text, "num_hidden_layers", None)
+        self.num_attention_heads = self.num_attention_heads or getattr(text, "num_attention_heads", None)
+        self.token_dim = self.token_dim or embedding_width(model.get_submodule(found.reader))
+
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
+        """Return the module that reads the embeddings, and the decoder that attends to its output."""
+        from .prompt import find_backbones
+
+        found = find_backbones(model)
+        return dict.fromkeys([found.reader, *([] if found.decoder is None else [found.decoder])], "model")
+
+    def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:
+        """Raise ModelError if a forward pass of the model did not call the backbone that has the virtual tokens."""
+        from ..attention.learned_prefix import OTHER_METHODS
+        from .prompt import BackboneModule
+
+        missed = [n for n, m in modules.items() if isinstance(m, BackboneModule) and not m.calls]
+        if missed:
+            names = format_names([n or "the model's own" for n in missed])
+            message = f"the model ran without calling the forward of {names}, so its adapter did nothing"
+            raise ModelError(message, "a model that calls its backbone", OTHER_METHODS)
+
+    def file_key(self, key: str) -> str:
+        """Return PEFT's keys: learned tensors without a module name, modules trained in full with a shorter prefix."""
+        learned = re.search(r"\.(prompt_embeddings|prompt_encoder\..+)$", key)
+        return learned[1] if learned else key.replace("base_model.model.", "base_model.", 1)

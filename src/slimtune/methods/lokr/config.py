@@ -1,0 +1,35 @@
+"""LoKr's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ...core.adapters.peft_config import setting
+from ..loha.config import LycorisConfig
+
+if TYPE_CHECKING:
+    from ...core.adapters.adapter_module import AdapterModule, Site
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    """LoKr: a Kronecker product beside frozen layers; PEFT's field names and defaults."""
+
+    name: ClassVar = "lokr"
+    prefix: ClassVar = "lokr_"
+    learning_rate: ClassVar = 3e-3
+
+    decompose_both: bool = setting(False, "make W1 a product too, where r is below half its larger side")
+    decompose_factor: int = setting(-1, "largest size of W1; -1: as near to a square as the layer allows", ge=-1)
+    rank_dropout_scale: bool = setting(False, "rescale the outputs that rank_dropout leaves, so that their mean stays")
+    init_weights: bool | Literal["lycoris"] = setting(True, 'W1 starts at zero; "lycoris": W2; False: none, for tests')
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.decompose_factor != 0, "decompose_factor", "-1, or at least 1")
+
+    def build(self, site: Site) -> AdapterModule:
+        from .modules import ConvLoKr, LinearLoKr
+
+        return (ConvLoKr if site.kind == "conv" else LinearLoKr)(site, self)

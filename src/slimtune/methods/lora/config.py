@@ -1,0 +1,351 @@
+"""LoRA's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
+from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
+from ..trainable_tokens.config import are_unique_token_ids
+from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_init
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ..trainable_tokens.modules import TrainableRowsSpec
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """What concerns one run and is not saved. PEFT's `ephemeral_gpu_offload` only speeds up its own initialization."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(PatternedConfig):
+    """LoRA: low-rank matrices beside frozen layers; PEFT's field names and defaults."""
+
+    name: ClassVar = "lora"
+    prefix: ClassVar = "lora_"
+    alpha_name: ClassVar = "lora_alpha"
+    extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
+    unsupported_peft_fields: ClassVar = {
+        **dict.fromkeys((
+            "megatron_config", "velora_config",
+            "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
+        )),
+        "use_qalora": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
+    }  # fmt: skip
+    kinds: ClassVar = ("linear", "embedding", "conv", "weight")
+    ships_as_lora: ClassVar = True
+    short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
+
+    r: int = setting(8, "rank of the update; typically 4 to 64", ge=1)
+    lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
+    lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
+    target_parameters: list[str] | None = setting(
+        None,
+        "names or dotted suffixes of parameters to adapt, such as those of experts: mlp.experts.gate_up_proj; with "
+        'target_modules=[] nothing else. None: with "all-linear" the experts',
+    )
+    use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
+    init_lora_weights: bool | str = setting(
+        True,
+        'how A and B start. True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa", '
+        '"pissa_niter_N" or "olora": the largest parts of the base weight; "orthogonal": random with B A = 0; "mica": '
+        'fixed B from the smallest parts, zero A; "eva": zero B, A from data; "corda", "lora_ga": parts chosen by data '
+        'or by gradients, see preprocess_corda and preprocess_loraga; "loftq": the error of quantization; '
+        "False: both random, for tests. An embedding starts with zero A and normal B, except with mica and False",
+    )
+    use_dora: bool = setting(False, "also train the length of each row of the adapted weight (DoRA)")
+    lora_bias: bool = setting(False, "give B a trained bias; not with a named init_lora_weights or DoRA")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None,
+        "ids of tokens whose input embeddings train too, or such lists by embedding; tied output heads follow",
+        ge=0,
+    )
+    ensure_weight_tying: bool = setting(
+        False,
+        "adapt or train an output head (or another embedding) that is tied to the input embedding together with it, by "
+        "the same parameters",
+    )
+    alora_invocation_tokens: list[int] | None = setting(
+        None,
+        "token ids; the adapter changes only the tokens from their last occurrence in a row on (activated LoRA)",
+        ge=0,
+    )
+    layer_replication: list[Any] | None = setting(
+        None,
+        "ranges [start, end) of layers to stack, such as [[0, 4], [2, 5]]: replicas share the base's weights and have "
+        "adapters of their own",
+    )
+    eva_config: EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
+    corda_config: CordaConfig | dict | None = setting(None, 'settings of "corda", a CordaConfig; None: its defaults')
+    lora_ga_config: LoraGAConfig | dict | None = setting(None, 'settings of "lora_ga", a LoraGAConfig')
+    loftq_config: LoftQConfig | dict[str, Any] = setting(
+        default_factory=dict, help='record of how a "loftq" adapter was made'
+    )
+    runtime_config: LoraRuntimeConfig = dataclasses.field(default_factory=LoraRuntimeConfig)
+    lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
+    freeze_a: bool = setting(
+        False, "train B alone, so that of a layer's input only A x is kept (LoRA-FA); not for embeddings; slimtune only"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # "OLoRA", as in PEFT
+        init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
+        expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
+        self.require(is_valid_init(init), "init_lora_weights", expected)
+        if init == "orthogonal":
+            for name, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
+                self.require(all(r % 2 == 0 for r in ranks), name, "even with init_lora_weights='orthogonal'")
+        excluded = init == "mica" and (self.use_dora or self.freeze_a)
+        self.require(not excluded, "init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
+        plain = isinstance(init, bool) and not self.use_dora
+        if self.lora_bias and not plain:
+            what = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            raise ConfigError(f"The argument lora_bias=True is not supported with {what}", "lora_bias=False")
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
+        self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
+        for name, init_name, cls in (
+            ("eva_config", "eva", EvaConfig),
+            ("corda_config", "corda", CordaConfig),
+            ("lora_ga_config", "lora_ga", LoraGAConfig),
+        ):
+            settings = getattr(self, name)
+            # PEFT has no default for the settings of LoRA-GA.
+            if isinstance(settings, dict) or (settings is None and init == init_name != "lora_ga"):
+                setattr(self, name, cls(**(settings or {})))
+            elif settings is not None and init != init_name:
+                what = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init_name!r}."
+                warnings.warn(what, stacklevel=4)
+        if self.alora_invocation_tokens is not None:
+            self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
+            self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
+        if self.layer_replication is not None:
+            ranges = [list(pair) if isinstance(pair, list | tuple) else [] for pair in self.layer_replication]
+            valid = bool(ranges) and all(
+                len(pair) == 2 and all(type(i) is int for i in pair) and 0 <= pair[0] < pair[1] for pair in ranges
+            )
+            self.require(valid, "layer_replication", "pairs [start, end) with start below end")
+            self.layer_replication = ranges
+        tokens = self.trainable_token_indices
+        if tokens is not None:
+            lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+            valid = bool(lists) and all(are_unique_token_ids(ids) for ids in lists)
+            self.require(valid, "trainable_token_indices", "token ids, each once")
+
+    def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
+        """Return the learning rate of a run that has none; arguments as in the base class.
+
+            2e-4 · √(665 / steps) / epochs^0.75 · √(32 / (s · r)) · (2048 / hidden_size)^0.78, between 2e-4 and 5e-3
+
+        Short runs and low ranks need a higher rate, rows that come again a lower one, else the adapter learns them by
+        heart (docs/methods/lora.md has the measurements), and narrow bases a higher one (Schulman and others 2025,
+        "LoRA Without Regret"). Starts other than random A and zero B keep 2e-4.
+        """
+        if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+            return self.learning_rate
+        scale = self.lora_alpha * (math.sqrt(self.r) if self.use_rslora else 1)  # s · r
+        factor = math.sqrt(665 / steps * 32 / scale) / epochs**0.75 * (2048 / hidden_size) ** 0.78
+        return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
+
+    def check_model(self, model: nn.Module) -> None:
+        from ...core.adapters.targets import find_tied_modules, matches_regex_or_names
+
+        super().check_model(model)
+        if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
+        if self.ensure_weight_tying and self.trainable_token_indices is not None:
+            tied = find_tied_modules(model)
+            if not tied:
+                what = "ensure_weight_tying=True but the model does not have tied weights"
+                warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
+            tokens = self.trainable_token_indices
+            by_key = tokens.items() if isinstance(tokens, dict) else ()
+            lists = [ids for key, ids in by_key if any(matches_regex_or_names([key], n) for n in tied)]
+            if any(ids != lists[0] for ids in lists):
+                message = "Cannot ensure weight tying when different token indices are specified for tied layers"
+                raise ConfigError(message, "the same ids for all of them, or ensure_weight_tying=False")
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        import torch
+
+        from .alora import calculate_alora_offsets
+
+        if not (invocation := self.alora_invocation_tokens):
+            return
+        ids = (torch.tensor([row["input_ids"]]) for row in rows)
+        lacking = sum(calculate_alora_offsets({"": self}, "", row) == [None] for row in ids)
+        what = f"of {len(rows)} training rows do not contain alora_invocation_tokens {invocation}"
+        if lacking and lacking == len(rows):
+            expected = "the ids of tokens that stand before the answers, such as those that begin the assistant's turn"
+            raise UsageError(f"{lacking} {what}: nothing would train", expected)
+        if lacking:
+            warnings.warn(f"{lacking} {what}: they train nothing", stacklevel=2)
+
+    def fill_from_model(self, model: nn.Module) -> None:
+        from ...core.adapters.targets import (
+            ALL_LINEAR,
+            find_expert_parameters,
+            find_uncalled_layers,
+            list_linear_layers,
+            shorten_names,
+        )
+        from .parameters import find_unsupported_field, target_projections_by_weight
+
+        super().fill_from_model(model)
+        if self.target_modules == ALL_LINEAR and (find_expert_parameters(model) or find_uncalled_layers(model)):
+            # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers
+            # of Mamba mixers that it then refuses.
+            self.target_modules = shorten_names(list_linear_layers(model, self), model)
+            experts = find_expert_parameters(model, self.exclude_modules)
+            if self.target_parameters is None and experts:
+                names, field = shorten_names(experts, model), find_unsupported_field(self)
+                self.target_parameters = [] if field else names
+                if field:
+                    value = f"{field} is {getattr(self, field)!r}, which they do not support"
+                    message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
+                    warnings.warn(message, stacklevel=2)
+        target_projections_by_weight(self, model)
+
+    def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
+        from ...core.adapters.targets import match_parameters
+        from .parameters import find_misread_projections
+
+        parameters: dict[str, SiteKind] = dict.fromkeys(match_parameters(model, self), "parameters")
+        parameters |= dict.fromkeys(parameters.keys() & find_misread_projections(model), "linear")
+        rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
+        if both := [name for name in parameters if name in rows]:
+            message = f"target_parameters and trainable_token_indices both change {format_names(both)}"
+            raise ConfigError(message, "one of them, or two adapters")
+        return parameters | rows
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        from ...core.adapters.targets import find_tied_modules
+        from ..trainable_tokens.modules import build_token_modules
+        from .layers import TiedEmbeddingLora, TiedLinearLora, double_out_projections
+
+        trained = self._find_trainable_rows(sites[0].model) if sites else {}
+        built = build_token_modules([s for s in sites if s.name in trained], trained)
+        tied = find_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
+        for site in sites:
+            if site.name not in built and site.name not in tied[1:]:
+                built[site.name] = self.build(site)
+        for site in (s for s in sites if s.name not in built):
+            shared: Any = built[tied[0]]
+            built[site.name] = (TiedEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(site, self, shared)
+        modules = [built[site.name] for site in sites]
+        double_out_projections(sites, modules)
+        return modules
+
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
+        from ..trainable_tokens.modules import find_trainable_rows
+
+        tokens = self.trainable_token_indices
+        return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())
+
+    def build(self, site: Site) -> AdapterModule:
+        from ...core.adapters.targets import matches_regex_or_names
+        from .alora import LinearALora
+        from .conv import ConvDora, ConvLora
+        from .dora import EmbeddingDora, LinearDora
+        from .layers import AttentionWeightLora, EmbeddingLora, LinearLora
+        from .parameters import ParameterLora
+
+        if self.init_lora_weights == "loftq" and not site.loading:
+            raise ConfigError(
+                "init_lora_weights='loftq' needs the weights before quantization, which the model no longer has",
+                "a base in NF4 or int8 and another initialization",
+                "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
+            )
+        if self.alora_invocation_tokens and site.kind != "linear":
+            raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
+        if site.kind == "parameters":
+            wanted = self.target_parameters or []
+            names = [p for p in site.module._parameters if matches_regex_or_names(wanted, f"{site.name}.{p}")]
+            return ParameterLora(site, self, names)
+        weight = f"{site.name}.weight"
+        name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
+        r, alpha = self.get_rank(name), self.get_alpha(name)
+        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
+            what = f"the targeted layer of type {type(site.module).__name__} has no bias"  # PEFT's words
+            what = f"`lora_bias=True` was passed but {what}, so the adapter cannot be merged: {site.name}"
+            warnings.warn(what, PeftWarning, stacklevel=2)
+        if self.alora_invocation_tokens:
+            return LinearALora(site, self, r, scale)
+        if site.kind == "weight":
+            return AttentionWeightLora(site, self, r, scale)
+        if site.kind == "conv":
+            return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
+        if site.kind != "embedding":
+            return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
+        # Other modules can share A and B of the embedding, but not the lengths of DoRA.
+        for name in ("lora_bias", "freeze_a", *(["use_dora"] if self.ensure_weight_tying else [])):
+            if getattr(self, name):
+                message = f"{name}=True is not supported for Embedding ({site.name})"
+                raise ConfigError(message, "linear layers only", "take it out of target_modules")
+        return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
+
+    def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
+        """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
+        from .eva import max_added_bytes
+
+        return max_added_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
+
+    def convert_to_zero_init(
+        self, adapter_modules: Mapping[str, AdapterModule]
+    ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
+        """Return the plain LoRA of rank 2r that equals this one, which starts as a part of the base's weight."""
+        from .layers import LoraModule
+
+        loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModule)}
+        if not any("start_A" in m.tensors() for m in loras.values()):
+            return super().convert_to_zero_init(adapter_modules)
+        # The scale is alpha / r or alpha / √r, and must stay.
+        factor = math.sqrt(2) if self.use_rslora else 2
+        config = dataclasses.replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
+            alpha_pattern={k: factor * alpha for k, alpha in self.alpha_pattern.items()},
+            corda_config=None,
+            lora_ga_config=None,
+        )
+        tensors = {n: m.tensors() for n, m in adapter_modules.items()}
+        return config, tensors | {n: m.tensors_of_rank(config.get_rank(n)) for n, m in loras.items()}
+
+    def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
+        from .parameters import ParameterLora
+
+        for module in adapter_modules.values():
+            if isinstance(module, ParameterLora):
+                module.note_reached_experts()
+
+    def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
+        from .parameters import ParameterLora
+
+        found = {
+            f"{site}.{part.parameter_name}": (~part.has_gradient).nonzero().flatten().tolist()
+            for site, module in adapter_modules.items()
+            if isinstance(module, ParameterLora)
+            for part in module.each_parameter()
+            if part.stacked
+        }
+        return {name: experts for name, experts in found.items() if experts}

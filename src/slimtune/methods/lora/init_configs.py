@@ -1,0 +1,84 @@
+"""Which values `init_lora_weights` takes, and the settings of those that need some; `init.py` computes the starts."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...core.adapters.config_fields import check_fields, setting
+
+NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "corda", "lora_ga", "loftq")
+PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
+
+
+def is_valid_init(init: Any) -> bool:
+    """Return whether `init` is a value that init_lora_weights accepts."""
+    return isinstance(init, bool) or init in NAMED_INITS or bool(PISSA_NITER.fullmatch(init))
+
+
+def is_subtracted_init(init: Any) -> bool:
+    """Return whether A and B start as a part of the base's weight, which has to be subtracted again."""
+    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
+
+
+@dataclass
+class EvaConfig:
+    """Settings of EVA; PEFT's field names and defaults."""
+
+    rho: float = setting(2.0, "a layer's largest rank, as a multiple of its own; 1 leaves all ranks as they are", ge=1)
+    tau: float = setting(0.99, "cosine similarity from which a direction has converged", ge=0, le=1)
+    use_label_mask: bool = setting(True, "ignore positions whose label is label_mask_value")
+    label_mask_value: int = setting(-100, "the label that means no label")
+    whiten: bool = setting(False, "divide each direction by the square root of its singular value")
+    adjust_scaling_factors: bool = setting(True, "change alpha with the rank, so that alpha / r stays")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class CordaConfig:
+    """Settings of CorDA; PEFT's field names and defaults."""
+
+    cache_file: str | os.PathLike | None = setting(
+        None, "safetensors file of the components of all layers: read if it exists, else written"
+    )
+    covariance_file: str | os.PathLike | None = setting(
+        None, "safetensors file of the inputs' covariances, for any rank: read if it exists, else written"
+    )
+    corda_method: Literal["ipm", "kpm"] = setting("ipm", '"ipm" learns fastest, "kpm" keeps most of what was known')
+    verbose: bool = setting(False, "show the progress of the decompositions")
+    use_float16_for_covariance: bool = setting(False, "half the memory for the covariances, less exact")
+    prune_temporary_fields: bool = setting(True, "do not leave covariances and counts on the layers")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("cache_file", "covariance_file"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.fspath(path))
+
+
+@dataclass
+class LoraGAConfig:
+    """Settings of LoRA-GA; PEFT's field names and defaults."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting("ArB2r", "which components A and B start as")
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting("stable", "how the start is scaled")
+    stable_gamma: int = setting(16, 'γ of scale="stable"', gt=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class LoftQConfig:
+    """PEFT's settings for `init_lora_weights="loftq"`, which quantizes a float base itself.
+
+    Here the base is loaded in NF4 or int8, and then `replace_lora_weights_loftq` initializes the adapter.
+    """
+
+    loftq_bits: int = setting(4, "bits of a weight", ge=2, le=8)
+    loftq_iter: int = setting(1, "how often quantization and approximation alternate", ge=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,0 +1,53 @@
+"""P-tuning's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ...core.adapters.peft_config import setting
+from ...core.adapters.prompt_config import PromptLearningConfig
+
+if TYPE_CHECKING:
+    from ...core.adapters.adapter_module import AdapterModule, Site
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """The kind of the small network (PEFT's names)."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning: learned embeddings from a small network; PEFT's field names and defaults."""
+
+    name: ClassVar = "p_tuning"
+    learning_rate: ClassVar = 3e-3
+    recipe_defaults: ClassVar = {"num_virtual_tokens": 20}
+    short_names: ClassVar = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = setting(
+        "MLP", 'the network: "MLP" (three linear layers) or "LSTM" (bidirectional, then two linear layers)'
+    )
+    encoder_hidden_size: int | None = setting(None, "width of the network; None: the model's hidden size", ge=1)
+    encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1, le=100)
+    encoder_dropout: float = setting(0.0, "probability of dropping an activation between LSTM layers", ge=0, lt=1)
+
+    def check(self) -> None:
+        """Replace the enum by its string, as files store it."""
+        super().check()
+        self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)  # type: ignore[assignment]
+
+    def fill_from_model(self, model: Any) -> None:
+        super().fill_from_model(model)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        from ..prompt_tuning.modules import build_prompt
+        from .modules import PromptEncoder
+
+        return build_prompt(self, sites, PromptEncoder(self, sites[0].init_device))

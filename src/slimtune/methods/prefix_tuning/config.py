@@ -1,0 +1,105 @@
+"""Prefix tuning's settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ...core.adapters.architectures import text_config
+from ...core.adapters.peft_config import setting
+from ...core.adapters.prompt_config import PromptLearningConfig
+from ...errors import ModelError, format_names
+
+if TYPE_CHECKING:
+    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning: learned keys and values in every layer; PEFT's field names and defaults, and a start from text."""
+
+    name: ClassVar = "prefix_tuning"
+    kinds: ClassVar = ("model", "attention")
+    extension_fields: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
+    learning_rate: ClassVar = 1e-2
+    recipe_defaults: ClassVar = {
+        "num_virtual_tokens": 20,
+        "init_weights": lambda g: None if g.get("prefix_projection") or g.get("prefix_tuning_init_text") else "vocab",
+    }
+
+    init_weights: Literal["zero", "vocab"] | None = setting(
+        None, 'start of keys and values. None: normal; "zero"; "vocab" (slimtune only): those of random tokens'
+    )
+    encoder_hidden_size: int | None = setting(None, "width of the projection; None: the size of a layer's keys", ge=1)
+    prefix_projection: bool = setting(False, "train a small network that computes the keys and values")
+    prefix_tuning_init_text: str | None = setting(None, "start as this text's keys and values; slimtune only")
+    tokenizer_name_or_path: str | None = setting(None, "the tokenizer for that text")
+    tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
+
+    def check(self) -> None:
+        super().check()
+        vocab_fits = self.init_weights != "vocab" or not self.prefix_projection
+        self.require(vocab_fits, "init_weights", "None or 'zero' with prefix_projection")
+        if self.prefix_tuning_init_text is not None:
+            alone = not self.prefix_projection and self.init_weights is None
+            self.require(alone, "prefix_tuning_init_text", "None with prefix_projection or init_weights")
+            expected = "a tokenizer, for prefix_tuning_init_text"
+            self.require(bool(self.tokenizer_name_or_path), "tokenizer_name_or_path", expected)
+        options = self.tokenizer_kwargs or {}
+        self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
+
+    def fill_from_model(self, model: Any) -> None:
+        """Fill in the sizes from the model's config; heads and head size are those of the keys."""
+        from ...core.adapters import prompt
+        from .modules import find_key_shape
+
+        found = prompt.find_backbones(model)
+        layers, heads, size = find_key_shape(model, found.decoder or found.reader)
+        self.num_layers = self.num_layers or max(layers, text_config(model).num_hidden_layers if found.decoder else 0)
+        self.num_attention_heads = self.num_attention_heads or heads
+        self.token_dim = self.token_dim or size * heads
+        for name, expected in {"num_attention_heads": heads, "token_dim": size * heads}.items():
+            self.require(getattr(self, name) == expected, name, f"{expected}, as the model's keys")
+        fits = self.num_layers >= layers if found.decoder else self.num_layers == layers
+        self.require(fits, "num_layers", f"{layers}, as the model")
+        if not found.causal:
+            alone = self.init_weights != "vocab" and self.prefix_tuning_init_text is None
+            self.require(alone, "init_weights", "None or 'zero', and no start from text, for a model with an encoder")
+        super().fill_from_model(model)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
+        """Return the backbone, where the prefix is stored, and every attention module that can take its part."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        from ...core.adapters import prompt
+        from ...core.attention.attention_functions import find_layers_without_attention, has_attention_interface
+        from ...core.attention.learned_prefix import find_attention_modules
+
+        found = prompt.find_backbones(model)
+        name = found.decoder or found.reader
+        backbone = model.get_submodule(name)
+        parameters = inspect.signature(type(backbone).forward).parameters
+        if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
+            return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+        if other := find_layers_without_attention(text_config(model)):
+            message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(other)}"
+            raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
+        encodes = not found.causal and found.decoder is None
+        family = model.config.model_type
+        if not prompt.CACHES & set(parameters) or (encodes and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            message = f"a {type(backbone).__name__} takes neither a cache nor learned keys and values"
+            raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
+        return {name: "model"}
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        """Return the prefix at the backbone, and each layer's part of it."""
+        from .modules import CachedPrefix, LayerPrefix, StoredPrefix, make_start
+
+        start = make_start(self, sites[0])
+        if len(sites) == 1:
+            return [CachedPrefix(sites[0], start, self)]
+        stored = StoredPrefix(sites[0], start, self)
+        return [stored, *(LayerPrefix(stored, layer) for layer in range(len(sites) - 1))]

@@ -1,0 +1,72 @@
+"""Trainable tokens's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ...core.adapters.peft_config import TargetedConfig, setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from .modules import TrainableRowsSpec
+
+
+@dataclass
+class TrainableTokensConfig(TargetedConfig):
+    """Trainable tokens: chosen rows of the embedding; PEFT's field names and defaults."""
+
+    name: ClassVar = "trainable_tokens"
+    prefix: ClassVar = "trainable_tokens_"
+    learning_rate: ClassVar = 1e-2
+    extension_fields: ClassVar = frozenset(
+        ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
+    )
+    kinds: ClassVar = ("embedding", "linear")
+    short_names: ClassVar = {"tokens": "token_indices", "targets": "target_modules"}
+
+    target_modules: list[str] | str | None = setting(None, "the embeddings; None: the model's input embedding")
+    token_indices: list[int] = setting(default_factory=list, help="ids of the tokens that train", ge=0)
+    init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
+
+    def check_required(self) -> None:
+        self.require(are_unique_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
+
+    def fill_from_model(self, model: nn.Module) -> None:
+        """Fill in the name of the input embedding, as PEFT does."""
+        from .modules import find_input_embedding_name
+
+        if self.target_modules is None:
+            self.target_modules = find_input_embedding_name(model)
+
+    def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
+        """Return the modules that are tied to the targets."""
+        return {n: rows.kind for n, rows in self._find_trainable_rows(model).items() if not self._is_target(n)}
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        from .modules import build_token_modules
+
+        trained = self._find_trainable_rows(sites[0].model) if sites else {}
+        built = build_token_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
+        return [built[site.name] for site in sites]
+
+    def _is_target(self, name: str) -> bool:
+        from ...core.adapters.targets import matches_regex_or_names
+
+        excluded = self.exclude_modules and matches_regex_or_names(self.exclude_modules, name)
+        return bool(self.target_modules and matches_regex_or_names(self.target_modules, name) and not excluded)
+
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
+        from ...core.kernels.linear_layers import layer_kind
+        from .modules import find_trainable_rows
+
+        tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
+        return find_trainable_rows(model, tokens, self.modules_to_save or ())
+
+
+def are_unique_token_ids(ids: list[int]) -> bool:
+    """Return whether `ids` contains token ids, each once."""
+    return bool(ids) and min(ids) >= 0 and len(set(ids)) == len(ids)
