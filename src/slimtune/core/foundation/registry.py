@@ -12,6 +12,7 @@ point group of the registry's name.
 import importlib
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from ...errors import ConfigError, format_names, nearest
@@ -27,8 +28,6 @@ def register_parts(group: str, paths: Mapping[str, str]) -> None:
 
 @cache
 def _find_entry_points(group: str) -> dict[str, str]:
-    from importlib.metadata import entry_points  # takes a while
-
     return {e.name: e.value for e in entry_points(group=group)}
 
 
