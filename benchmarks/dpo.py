@@ -85,12 +85,12 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     from slimtune.core.attention.attention_functions import packed_attention
     from slimtune.core.config.objective_registry import objective_class
     from slimtune.core.data.example_lengths import count_row_tokens
+    from slimtune.core.data.rows import Row
     from slimtune.core.data.tokenize import tokenize_dataset
     from slimtune.core.foundation.device import disable_malloc_trim
     from slimtune.core.models.loader import load_base
     from slimtune.core.training.loss import auto_micro_batch_tokens, forward_backward, make_collator, score_row_logps
     from slimtune.core.training.memory_savings import apply_memory_savings
-    from slimtune.extras.row_formats import Row
 
     skip_registration()
     base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")

@@ -42,7 +42,6 @@ from slimtune.core.adapters.method_registry import method_names
 from slimtune.core.adapters.peft_config import CONFIG_FILE
 from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
-from slimtune.core.data.row_files import read_rows
 from slimtune.core.models.model_source import resolve_model
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
@@ -51,6 +50,7 @@ from slimtune.export.merge import load_trained
 from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
 from slimtune.extras.gguf_loading import read_dequantized
+from slimtune.extras.row_files import read_rows
 from slimtune.generation.inference_engines import VllmClient
 
 HERE = Path(__file__).parents[1]

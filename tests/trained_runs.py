@@ -7,9 +7,9 @@ from hand_run import make_run, write_rows
 from transformers import AutoTokenizer
 
 from slimtune.core.attention.attention_functions import packed_attention
-from slimtune.core.data.row_files import read_rows
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.extras.row_files import read_rows
 
 WORDS = {"ash": "grey dust", "bee": "it hums", "cod": "a cold fish", "dew": "wet grass", "elm": "tall shade",
          "fig": "sweet"}  # fmt: skip

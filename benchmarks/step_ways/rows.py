@@ -18,9 +18,10 @@ from pathlib import Path
 import transformers
 
 from slimtune.core.data.packing import MIN_SHARED_TOKENS
-from slimtune.core.data.row_files import Row, read_rows
+from slimtune.core.data.rows import Row
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.models.loader import load_base
+from slimtune.extras.row_files import read_rows
 
 FILE = Path(__file__).parents[2] / "examples/devils-dictionary/train.jsonl"
 NO_SYSTEM_TURN = (

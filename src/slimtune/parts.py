@@ -20,6 +20,29 @@ def _find_modules(folder: str) -> dict[str, str]:
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
     "slimtune.objectives": _find_modules("objectives"),
+    "slimtune.row_sources": {"files": "slimtune.extras.row_files:open_rows"},
+    "slimtune.row_readers": {
+        ".jsonl": "slimtune.extras.row_readers:JSONL",
+        ".ndjson": "slimtune.extras.row_readers:JSONL",
+        ".json": "slimtune.extras.row_readers:JSON",
+        ".csv": "slimtune.extras.row_readers:CSV",
+        ".tsv": "slimtune.extras.row_readers:TSV",
+        ".parquet": "slimtune.extras.row_readers:PARQUET",
+        ".txt": "slimtune.extras.row_readers:TEXT",
+        ".md": "slimtune.extras.row_readers:TEXT",
+    },
+    "slimtune.row_formats": {
+        "chat": "slimtune.extras.row_formats.chats:CHAT",
+        "instruction": "slimtune.extras.row_formats.chats:INSTRUCTION",
+        "sharegpt": "slimtune.extras.row_formats.chats:SHAREGPT",
+        "prompt-completion": "slimtune.extras.row_formats.texts:PROMPT_COMPLETION",
+        "text": "slimtune.extras.row_formats.texts:TEXT",
+        "document": "slimtune.extras.row_formats.documents:DOCUMENT",
+        "preference": "slimtune.extras.row_formats.preferences:PREFERENCE",
+        "ranked-preference": "slimtune.extras.row_formats.preferences:RANKED_PREFERENCE",
+        "unpaired-preference": "slimtune.extras.row_formats.preferences:UNPAIRED_PREFERENCE",
+        "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
+    },
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
 }
 """Registry → name of the part → its dotted path."""

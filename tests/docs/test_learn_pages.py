@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slimtune.core.data.row_files import open_rows
+from slimtune.extras.row_files import open_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(page for page in (DOCS / "learn").glob("*.md") if "```python" in page.read_text())

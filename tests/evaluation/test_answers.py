@@ -6,7 +6,7 @@ import sys
 import pytest
 from hand_run import TALKS, write_rows
 
-from slimtune.core.data.row_files import Row
+from slimtune.core.data.rows import Row
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.generated_answers import build_check, measure_repetition, sample_prompts, summarize_checks

@@ -11,7 +11,6 @@ from row_files import write_jsonl
 from tiny_tokenizer import CHATML, GEMMA, GEMMA_TOK, SMOLLM2_TOK, make_tokenizer, template_text
 
 from slimtune.core.data.packing import pack_sequences
-from slimtune.core.data.row_files import open_rows
 from slimtune.core.data.tokenize import BATCH_SIZE, tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.evaluation.data_report import near_duplicates as near
@@ -24,6 +23,7 @@ from slimtune.evaluation.data_report.dataset_report import (
     validate_file,
 )
 from slimtune.evaluation.data_report.text_checks import find_rendered_format, find_text_issues, is_placeholder
+from slimtune.extras.row_files import open_rows
 
 WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon",
          "nest", "owl", "pine", "quill", "rope", "sand", "tent"]  # fmt: skip

@@ -9,11 +9,11 @@ from hand_run import TALKS, make_run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.core.adapters.peft_model import PeftModel
-from slimtune.core.data.row_files import read_rows
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.training.run_dir import RunDir
 from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.extras.row_files import read_rows
 
 
 @torch.no_grad()

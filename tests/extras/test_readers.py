@@ -14,10 +14,11 @@ import pytest
 from pyarrow import parquet
 from row_files import write_jsonl
 
-from slimtune.core.data.row_files import InvalidRow, Row, open_rows, read_rows
+from slimtune.core.data.rows import InvalidRow, Row
 from slimtune.core.foundation.files import parse_dataset_id
 from slimtune.errors import DataError, UsageError
 from slimtune.extras import row_readers as readers
+from slimtune.extras.row_files import open_rows, read_rows
 
 ROWS = [{"instruction": f"Define {i}, please", "output": f"Größe\n{i} 嘘"} for i in range(5)]
 OUTPUTS = [row["output"] for row in ROWS]

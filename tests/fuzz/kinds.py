@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import slimtune
 from slimtune.core.config import load_recipe
 from slimtune.core.data.chat_template import encode_chat
-from slimtune.core.data.row_files import read_rows
+from slimtune.extras.row_files import read_rows
 
 sys.path.append(str(Path(__file__).parents[1]))
 

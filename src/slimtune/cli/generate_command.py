@@ -85,9 +85,9 @@ def predict(
         )
     require_run(run)
     require_rows(data)
+    from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
     from ..evaluation.predict import parse_input, predict, predict_file
-    from ..extras.row_formats import InvalidRow
 
     if data is not None and out is not None:
         with show_progress():

@@ -93,8 +93,8 @@ def require_run(path: Path) -> None:
 def require_rows(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.config.recipe_loading import read_recipe_tree
-    from ..core.data.row_files import find_parts
     from ..core.training.run_dir import RunDir
+    from ..extras.row_files import find_parts
 
     if path is not None:
         if run is not None and (recipe := RunDir(run).recipe_file).is_file():

@@ -21,7 +21,7 @@ from ..core.config import Recipe
 from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
 from ..core.data.general_text import WINDOW, read_general_text, tokenize_general_text
-from ..core.data.row_files import Row, open_rows
+from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.files import require_output_file, write_json
@@ -33,7 +33,7 @@ from ..core.training.objective import Objective, PairObjective
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
-from ..extras.row_formats import split_answers
+from ..extras.row_files import open_rows
 from ..generation.generator import Generator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.data.collator import Example
-from ..core.data.row_files import Row
+from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, install_command, nearest
 from ..generation.generator import Generator, Message

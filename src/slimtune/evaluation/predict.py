@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.data.row_files import RowErrorCollector, find_parts
+from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.files import require_output_file, to_json, write_atomic
 from ..core.foundation.sequences import IGNORE_INDEX
@@ -17,7 +17,8 @@ from ..core.models.base_config import max_positions
 from ..core.training.loss import build_collator, row_logits, score_examples
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
-from ..extras.row_formats import InvalidRow, Record, Row, parse_record
+from ..extras.row_columns import parse_record
+from ..extras.row_files import find_parts
 from .evaluate import make_eval_recipe
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..core.adapters.layer_inputs import collect_layer_inputs, second_moment
 from ..core.config import Recipe
+from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows
 from ..core.kernels.linear_layers import layer_kind
 from ..core.models.dtype import pick_dtype
 from ..core.training.datasets import open_rows_for_objective
 from ..errors import SlimtuneError
-from ..extras.row_formats import InvalidRow
 
 ROWS = 32
 """Rows whose inputs decide; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""

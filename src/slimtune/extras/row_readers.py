@@ -11,17 +11,16 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from ..core.data.messages import STRICT_JSON, RowError, json_type, load_json
+from ..core.data.rows import InvalidRow, Located, RowReader
+from ..core.foundation.formatting import shorten
 from ..errors import DataError, format_names
-from .row_formats import InvalidRow
 
-Located = tuple[int, dict[str, Any]] | InvalidRow
-"""A record with its line or item number, or what is wrong there."""
 JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
 TABLE_BATCH = 4  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records
 MAX_ROW = 10_000_000
@@ -30,12 +29,6 @@ MAX_COLUMNS = 10_000
 _TOO_LONG = f"is longer than {MAX_ROW:,} characters"
 _ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
-
-
-def shorten(value: str, limit: int = 80) -> str:
-    """Return a text, or its first `limit` characters and its length if it is longer."""
-    value = value.strip()
-    return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
 
 
 def _open_text(path: Path, newline: str = "\n") -> IO[str]:
@@ -325,18 +318,9 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
-    ".parquet": read_parquet,
-    ".txt": read_paragraphs,
-    ".md": read_paragraphs,
-}
-TEXT_SUFFIXES = (".txt", ".md")
-"""Files of text: with the format `document` each is read by `read_document`."""
+JSONL, JSON, PARQUET = RowReader(read_jsonl), RowReader(read_json), RowReader(read_parquet)
+CSV, TSV = RowReader(read_csv), RowReader(partial(read_csv, delimiter="\t"))
+TEXT = RowReader(read_paragraphs, read_document)
 SUFFIX_HINTS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "decompress it first: gunzip -k {name} (bunzip2, unxz, unzstd)"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name the file or the folder"),

@@ -21,12 +21,13 @@ from torch import Tensor
 from ..core.adapters.config_fields import setting
 from ..core.config.schema import DataSettings
 from ..core.data.class_labels import Classes
+from ..core.data.rows import Row
 from ..core.data.tokenize import format_lines
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.training.datasets import Datasets, open_rows_for_objective
 from ..core.training.objective import Batch, Objective
 from ..errors import DataError, format_names, nearest
-from ..extras.row_formats import Row, sort_labels
+from ..extras.row_formats.classification import sort_labels
 
 
 @dataclass

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from ..core.data.chat_template import get_chat_template
 from ..core.data.messages import RowError, check_template_keys, parse_messages_and_train_mask, require_text
 from ..errors import DataError, ModelError, UsageError
-from ..extras.row_formats import read_tools
+from ..extras.row_formats.chats import read_tools
 from ..generation.answers import Answer, AnswerQueue, Piece, SamplingParams, TokenLogprob
 from ..generation.generator import tokenize_prompt
 from .protocol import (

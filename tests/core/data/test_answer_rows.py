@@ -6,11 +6,11 @@ import pytest
 from row_files import find_issues, write_jsonl
 from tiny_tokenizer import SMOLLM2_TOK
 
-from slimtune.core.data.row_files import open_rows
+from slimtune.core.data.rows import InvalidRow
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
 from slimtune.evaluation.data_report.dataset_report import report_facts, validate_file
-from slimtune.extras.row_formats import InvalidRow
+from slimtune.extras.row_files import open_rows
 
 BEST_FIRST = (" good", " fair", " bad")
 

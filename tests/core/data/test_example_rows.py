@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.core.data.row_files import read_rows
+from slimtune.extras.row_files import read_rows
 
 FOLDER = Path(__file__).parents[3] / "examples" / "devils-dictionary"
 SPLITS = {split: read_rows(FOLDER / f"{split}.jsonl") for split in ("train", "validation", "test")}

@@ -5,11 +5,11 @@ from row_files import find_issues, write_jsonl
 from tiny_tokenizer import CHATML, SMOLLM2_TOK, make_tokenizer, template_text
 from tokenizers.processors import TemplateProcessing
 
-from slimtune.core.data.row_files import open_rows, read_rows
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
 from slimtune.evaluation.data_report.dataset_report import validate_file
-from slimtune.extras.row_formats import sort_labels
+from slimtune.extras.row_files import open_rows, read_rows
+from slimtune.extras.row_formats.classification import sort_labels
 from slimtune.objectives.kto import KTO
 
 HAM, SPAM = {"text": "See you at noon.", "label": "ham"}, {"text": "You won a prize!", "label": "spam"}

@@ -13,7 +13,7 @@ from tiny_tokenizer import GEMMA_TOK as TOK
 
 from slimtune.core.data import parallel
 from slimtune.core.data.parallel import parallel_map
-from slimtune.core.data.row_files import Row
+from slimtune.core.data.rows import Row
 from slimtune.core.data.tokenize import BatchTokenizer, tokenize_dataset
 from slimtune.errors import ModelError, RunError
 from slimtune.evaluation.data_report.dataset_report import DatasetReport

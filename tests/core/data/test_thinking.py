@@ -10,7 +10,7 @@ from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_t
 from slimtune.core.data.chat_template import TokenizedRow
 from slimtune.core.data.tokenize import tokenize_rows
 from slimtune.evaluation.data_report.dataset_report import report_facts, validate_file
-from slimtune.extras.row_formats import parse_record
+from slimtune.extras.row_columns import parse_record
 
 # SmolLM3's rules in short: it reads no key, keeps every content, and by "/no_think" writes an empty block.
 SMOLLM3 = (

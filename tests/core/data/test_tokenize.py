@@ -7,9 +7,10 @@ from tiny_tokenizer import GEMMA_TOK as TOK
 from tiny_tokenizer import make_tokenizer
 
 from slimtune.core.data.chat_template import encode_chat
-from slimtune.core.data.row_files import Row, open_rows
+from slimtune.core.data.rows import Row
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
+from slimtune.extras.row_files import open_rows
 
 
 def row(answer, line, role="assistant"):

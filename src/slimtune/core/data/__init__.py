@@ -1,4 +1,4 @@
-"""From rows to packed micro-batches: open a file, render by the chat template, mask, tokenize, pack.
+"""From rows to packed micro-batches: render by the chat template, mask, tokenize, pack.
 
-Imports `adapters` and below, not `models`. Start at `row_files.py`, then `tokenize.py`, `packing.py`, `collator.py`.
+Imports `adapters` and below, not `models`. Start at `rows.py`, then `tokenize.py`, `packing.py`, `collator.py`.
 """

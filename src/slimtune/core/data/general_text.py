@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError, UsageError, nearest
-from ...extras.row_formats import InvalidRow
-from ...extras.row_readers import read_document, read_jsonl, shorten
+from ..foundation.formatting import shorten
 from .chat_template import encode_chat
 from .collator import IGNORE_INDEX, Example
-from .row_files import RowErrorCollector
+from .rows import ROW_READERS, InvalidRow, RowErrorCollector
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
@@ -42,7 +41,8 @@ def read_general_text(file: Path) -> list[TextPiece]:
         file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line'
     )
     pieces: list[TextPiece] = []
-    for found in (read_document if file.suffix == ".txt" else read_jsonl)(file):
+    reader = ROW_READERS.load(file.suffix if file.suffix == ".txt" else ".jsonl")
+    for found in (reader.read_document or reader.read)(file):
         if isinstance(found, InvalidRow):
             errors.add(found.line, found.cause)
         elif (piece := _parse_piece(*found)) is not None:

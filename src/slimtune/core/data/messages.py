@@ -33,12 +33,6 @@ MESSAGE_KEYS = {
     "assistant": ("role", "content", "tool_calls", "weight", *REASONING_KEYS),
     "tool": ("role", "content", "name", "tool_call_id", "weight"),
 }
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-    "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
-"""ShareGPT's `from` → role. The value of a `function_call` is JSON text: one call or a list of calls."""
 
 
 class RowError(ValueError):
@@ -207,33 +201,6 @@ def _is_learned(message: dict[str, Any], name: str) -> bool:
     if weight == 1 and role != "assistant":
         raise RowError(f"{name}.weight is 1, but a {role} turn is never learned", "bad-weight")
     return bool(weight)
-
-
-def convert_sharegpt(value: Any) -> Messages:
-    """Return a ShareGPT conversation (`from`, `value`) as messages that are not validated yet.
-
-    Turns that have a role instead of `from` stay as they are.
-    """
-    messages = []
-    for i, turn in enumerate(require_list(value, "conversations")):
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-            messages.append(turn)
-            continue
-        name = f"conversations[{i}]"
-        require_strings(turn, ("from", "value"), name)
-        speaker, message = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
-        if speaker not in SHAREGPT_ROLES:
-            known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
-            raise RowError(f"{name} is from the unknown {speaker!r}{known}", "unknown-role")
-        if speaker == "function_call":
-            calls = parse_json(turn["value"], f"{name}.value", "bad-tool-call")
-            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-        elif message.get("content") is not None:
-            raise RowError(f"{name} has a 'value' and a 'content'", "unknown-key")
-        else:
-            message["content"] = turn["value"]
-        messages.append({"role": SHAREGPT_ROLES[speaker], **message})
-    return messages
 
 
 def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, UsageError, format_names, nearest
-from ...extras.row_formats import InvalidRow, Row, split_answers
 from ..foundation.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
 from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
 from .parallel import parallel_map
-from .row_files import MAX_ERRORS, RowErrorCollector, RowFile
 from .row_observer import RowObserver
+from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_answers
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
@@ -261,7 +260,7 @@ class BatchTokenizer:
 
 
 def tokenize_dataset(
-    rows: RowFile | Iterable[Row],
+    rows: RowSource | Iterable[Row],
     tokenizer: Any,
     *,
     max_seq_len: int,
@@ -274,7 +273,7 @@ def tokenize_dataset(
     """Return the tokenized rows in their order, and a report.
 
     Args:
-        rows: what `open_rows` or `read_rows` return.
+        rows: a source (`ROW_SOURCES`), or rows.
         tokenizer: a fast tokenizer; it has a chat template if rows are conversations.
         max_seq_len: most tokens of a row (≥ 2).
         on_overlong: what happens to longer rows: "error", "drop" or "truncate".
@@ -289,9 +288,9 @@ def tokenize_dataset(
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     measure = None if observer is None else observer.measure_batch
-    documents = isinstance(rows, RowFile) and rows.format == "document"
+    documents = isinstance(rows, RowSource) and rows.cut_windows is not None
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, measure, documents)
-    if isinstance(rows, RowFile):
+    if isinstance(rows, RowSource):
         errors = rows.create_error_collector()
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
@@ -310,8 +309,8 @@ def tokenize_dataset(
             if errors.full:
                 break
         errors.check()
-        if isinstance(rows, RowFile) and observer is None:  # a report has them among its errors
-            rows.check_columns()
+        if isinstance(rows, RowSource) and observer is None:  # a report has them among its errors
+            rows.require_used_columns()
         dataset = writer.finish()
     _check_lengths(path, total, on_overlong, overlong, unsupervised)
     return dataset, total

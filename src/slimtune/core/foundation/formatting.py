@@ -17,6 +17,12 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def shorten(value: str, limit: int = 80) -> str:
+    """Return a text, or its first `limit` characters and its length if it is longer."""
+    value = value.strip()
+    return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
+
+
 def format_bytes(n: float) -> str:
     """Return bytes in binary units: `27262976 -> '26.0 MiB'`."""
     if abs(n) < 1024:

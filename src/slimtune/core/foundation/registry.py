@@ -4,8 +4,8 @@ The core imports no part. `slimtune/parts.py` says which parts there are and whe
 dotted path for each name. A part is imported when it is first asked for. Other packages add parts through an entry
 point group of the registry's name.
 
-    core        ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "row format")
-    parts.py    register_parts("slimtune.row_formats", {"chat": "slimtune.extras.row_formats:CHAT"})
+    core        ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "data format")
+    parts.py    register_parts("slimtune.row_formats", {"chat": "slimtune.extras.row_formats.chats:CHAT"})
     core        ROW_FORMATS.load("chat")
 """
 

@@ -14,10 +14,9 @@ from ..config.objective_registry import objective_class, objective_names
 from ..config.schema import DataSettings
 from ..data.chat_template import adds_bos
 from ..data.class_labels import Classes
-from ..data.document_windows import DocumentWindows
 from ..data.example_lengths import ExampleLength
-from ..data.row_files import RowFile, open_rows
 from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
+from ..data.rows import ROW_SOURCES, RowSource
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
 from ..foundation import distributed
@@ -49,7 +48,7 @@ class Datasets:
         return [*self.train.example_lengths, *self.validation.example_lengths]
 
 
-def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowFile:
+def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowSource:
     """Open a data set with the format and the columns of the settings, in a format that the objective takes.
 
     Raises:
@@ -57,7 +56,8 @@ def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective
     """
     formats = (data.format,) if data.format in objective.named_formats else objective.formats
     format = data.format or (formats[0] if len(formats) == 1 else None)
-    rows = open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
+    options = {"columns": data.columns, "ignore_columns": data.ignore_columns}
+    rows = ROW_SOURCES.load("files")(path, format=format, **options)
     if rows.format not in (*formats, "unknown"):
         tasks = [name for name in objective_names() if rows.format in objective_class(name).formats]
         by_name = rows.format in objective.named_formats
@@ -72,7 +72,7 @@ def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective
 class _ObservedRows(NamedTuple):
     """The rows of a file, tokenized, and what watched them."""
 
-    file: RowFile
+    file: RowSource
     dataset: TokenizedDataset
     stats: TokenizationStats
     observer: RowObserver
@@ -159,7 +159,7 @@ def load_eval_dataset(
 
 
 def _tokenize(
-    rows: RowFile, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
+    rows: RowSource, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     return tokenize_dataset(
         rows,
@@ -174,13 +174,13 @@ def _tokenize(
 
 
 def cut_documents(
-    rows: RowFile, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
+    rows: RowSource, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
-    if rows.format != "document":
+    if (cut_windows := rows.cut_windows) is None:
         return dataset
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-    return DocumentWindows(dataset, data.max_seq_len, bos, seed)
+    return cut_windows(dataset, data.max_seq_len, bos, seed)
 
 
 def split_test_rows(

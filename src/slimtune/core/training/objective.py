@@ -36,7 +36,7 @@ class Objective:
     Attributes:
         name: what `task` in a recipe says; the name of the file.
         summary: what it learns from which rows, in a few words.
-        formats: the formats of rows (extras/row_formats.py) that it takes.
+        formats: the formats of rows (extras/row_formats/) that it takes.
         named_formats: further ones, which it takes only if `data.format` names them.
         rows_per_example: rows of one example, which lie in one micro-batch: 2 for a pair.
         task_type: PEFT's name of the model that is trained, which decides what `loss` and `score` get for each

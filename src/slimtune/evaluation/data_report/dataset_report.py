@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...core.data.chat_template import TokenizedRow, adds_bos
-from ...core.data.document_windows import find_cuts
 from ...core.data.packing import pack_sequences
 from ...core.data.parallel import parallel_map
-from ...core.data.row_files import RowFile, column_hint, describe_losses, open_rows
+from ...core.data.rows import InvalidRow, Row
 from ...core.data.tokenize import (
     PARAGRAPH_HINT,
     BatchTokenizer,
@@ -27,7 +26,9 @@ from ...core.foundation.cpu import cpu_count
 from ...core.foundation.formatting import format_count
 from ...core.foundation.sequences import find_shared_prefix
 from ...errors import DataError, format_names, nearest
-from ...extras.row_formats import InvalidRow, Row, sort_labels
+from ...extras.row_files import RowFile, column_hint, describe_losses, open_rows
+from ...extras.row_formats.classification import sort_labels
+from ...extras.row_formats.documents import find_cuts
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator
 from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
 

@@ -11,11 +11,11 @@ from row_files import write_jsonl
 from tiny_tokenizer import make_tokenizer
 
 from slimtune.core.data.chat_template import adds_bos
-from slimtune.core.data.document_windows import DocumentWindows
-from slimtune.core.data.row_files import open_rows
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.data_report.dataset_report import validate_file
+from slimtune.extras.row_files import open_rows
+from slimtune.extras.row_formats.documents import DocumentWindows
 
 TOK = make_tokenizer(None, ["<s>", "</s>"])
 BOS = TOK.bos_token_id
@@ -149,7 +149,7 @@ def test_plan_is_of_windows(tmp_path, tiny_folder, slimtune_json):
 
 
 def test_chapters_of_a_novel_in_r():
-    make = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "persuasion.py"))
+    make = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "persuasion.py"))
 
     def serialize(lines):
         texts = b"".join(struct.pack(">ii", 9, len(t)) + t.encode() for t in lines)

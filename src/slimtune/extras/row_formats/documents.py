@@ -1,4 +1,4 @@
-"""Windows of documents: parts of at most `max_seq_len` tokens, none of which crosses a document's border.
+"""Documents, and their windows: parts of at most `max_seq_len` tokens, none of which crosses a document's border.
 
     document   [bos] t1 t2 t3 t4 t5 t6 t7 eos         bos: if the tokenizer adds one
     windows    [bos] t1 t2 t3
@@ -17,8 +17,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from ...core.data.rows import RowFormat
+from ...core.data.tokenized_dataset import IGNORE_INDEX, Example, TokenizedDataset
 from ...errors import UsageError
-from .tokenized_dataset import IGNORE_INDEX, Example, TokenizedDataset
+from .texts import read_text
 
 
 class DocumentWindows(TokenizedDataset):
@@ -116,3 +118,6 @@ def find_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool)
     low, high = np.maximum(1, w - room), np.minimum(w, 2 * w - room - 1)
     whole = lengths <= max_seq_len
     return np.where(whole, 1, counts), np.where(whole, predicted, low), np.where(whole, predicted, high)
+
+
+DOCUMENT = RowFormat(("text",), (), read_text, by_name_only=True, cut_windows=DocumentWindows)

@@ -17,36 +17,24 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, UsageError, format_names, nearest
-from ...extras.row_formats import (
-    FORMATS,
+from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowReader, RowSource
+from ..core.foundation.files import parse_dataset_id
+from ..core.foundation.formatting import shorten
+from ..errors import DataError, UsageError, format_names, nearest
+from .row_columns import (
     ColumnChoice,
-    InvalidRow,
-    Row,
     detect_format,
     explain_loss,
+    load_formats,
     parse_record,
     validate_format_options,
 )
-from ...extras.row_readers import (
-    READERS,
-    SUFFIX_HINTS,
-    TEXT_HINT,
-    TEXT_SUFFIXES,
-    Located,
-    read_document,
-    read_hf_dataset,
-    shorten,
-)
-from ..foundation.files import parse_dataset_id
+from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
-__all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
-
-MAX_ERRORS = 10  # invalid rows that one error message names
 DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that a row may have in a column without having the column
@@ -55,29 +43,6 @@ SPLITS = {"train": "train", "training": "train", "valid": "validation", "validat
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
 Part = tuple[str | None, Callable[[], Iterator[Located]]]
 """One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
-
-
-class RowErrorCollector:
-    """Collects the errors of one file; `check` raises them as one error."""
-
-    def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
-        self.path, self.expected, self.hint = Path(path), expected, hint
-        self.messages: list[str] = []
-
-    def add(self, line: int, cause: str, file: str | None = None, hint: str = "") -> None:
-        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
-        self.hint = hint or self.hint
-
-    @property
-    def full(self) -> bool:
-        """Whether there are as many errors as one message names."""
-        return len(self.messages) >= MAX_ERRORS
-
-    def check(self) -> None:
-        """Raise DataError if there is any error."""
-        if self.messages:
-            rest = [f"(the first {MAX_ERRORS} errors; the rest was not checked)"] if self.full else []
-            raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
 
 
 @dataclass
@@ -91,17 +56,17 @@ class UnusedColumn:
     file: str | None = None
 
 
-class RowFile:
+class RowFile(RowSource):
     """The rows of a file, a folder or a dataset; made by `open_rows`.
 
     Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
-    `format` is a name of `FORMATS`, or "unknown" if no record can be read. Its properties are known after an iteration.
+    Its properties are known after an iteration.
     """
 
     def __init__(self, path: Path, format: str, choice: ColumnChoice, parts: list[Part], given: bool) -> None:
         self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
         self.ignored_columns = sorted(choice.ignored)
-        self._has_text = Path(parts[0][0] or path).suffix.lower() in TEXT_SUFFIXES
+        self._has_text = _is_text_file(Path(parts[0][0] or path))
         self._used: dict[str, None] = {}
         self._unused: dict[str, UnusedColumn] = {}
 
@@ -169,32 +134,19 @@ class RowFile:
         """Return the name of the file in a folder that is the row with this line; empty: it is not a whole file."""
         return self._parts[line - 1][0] or "" if self.rows_are_text_files else ""
 
-    def check_columns(self) -> None:
+    def require_used_columns(self) -> None:
         """Raise DataError for unused columns without which rows mean something else; after an iteration."""
         if columns := self.lossy_columns:
-            known = FORMATS[self.format]
+            known = load_formats()[self.format]
             expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
             problem = f"rows have a column that is not used and changes what they mean: {describe_losses(columns)}"
             raise DataError(f"{self.path}: {problem}", expected, column_hint(columns))
-
-    def require_valid_rows(self) -> Iterator[Row]:
-        """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
-        errors = self.create_error_collector()
-        for row in self:
-            if isinstance(row, Row):
-                yield row
-            else:
-                errors.add(row.line, row.cause, row.file, row.hint)
-            if errors.full:
-                break
-        errors.check()
-        self.check_columns()
 
     def create_error_collector(self) -> RowErrorCollector:
         """Return an empty collection of errors that says what the rows should look like."""
         if self.format in ("chat", "unknown"):
             return RowErrorCollector(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
-        expected = f"rows of the format {self.format}: {FORMATS[self.format]}"
+        expected = f"rows of the format {self.format}: {load_formats()[self.format]}"
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
@@ -268,7 +220,7 @@ def find_parts(path: Path, format: str | None = None) -> list[Part]:
         return _find_folder_parts(path, format)
     if (dataset := parse_dataset_id(path)) is not None:
         return [(None, partial(_read_hub_dataset, *dataset))]
-    expected = f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id"
+    expected = f"a file of rows ({', '.join(ROW_READERS.names())}), a folder, or a dataset's id"
     if os.path.exists(path):
         raise UsageError(f"{path} is a pipe or a device, which cannot be read twice", expected, "write it to a file")
     has_folder = os.path.isdir(path.parent)
@@ -286,8 +238,8 @@ def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
         return [(None, partial(_read_saved_dataset, path))]
     found = path.rglob("*") if format == "document" else path.iterdir()
     visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    files = sorted(p for p in visible if p.suffix.lower() in READERS)
-    whole = format == "document" and all(f.suffix.lower() in TEXT_SUFFIXES for f in files)
+    files = sorted(p for p in visible if p.suffix.lower() in ROW_READERS.names())
+    whole = format == "document" and all(map(_is_text_file, files))
     if not whole:  # a README beside the rows is none of them
         files = [f for f in files if f.suffix.lower() != ".md"] or files
     names = format_names(f.name for f in files)
@@ -296,7 +248,9 @@ def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
         raise UsageError(problem, "regular files of rows", "remove it: a folder, a pipe or a broken link")
     if not files:
         contents = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise UsageError(f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(READERS))
+        raise UsageError(
+            f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(ROW_READERS.names())
+        )
     if len({f.suffix.lower() for f in files}) > 1 and not whole:
         hint = "name one of its files, or move the others to another folder"
         raise UsageError(f"{path} contains several kinds of files: {names}", "files of one kind", hint)
@@ -307,18 +261,29 @@ def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
     return [(str(f.relative_to(path)), _make_reader(f, format)) for f in files]
 
 
+@cache
+def _load_readers() -> dict[str, RowReader]:
+    return ROW_READERS.load_all()
+
+
+def _is_text_file(path: Path) -> bool:
+    reader = _load_readers().get(path.suffix.lower())
+    return reader is not None and reader.read_document is not None
+
+
 def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Located]]:
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
+    suffix, readers = path.suffix.lower(), _load_readers()
+    if suffix not in readers:
+        problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, readers)}"
         hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
-        raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", hint)
-    reader = read_document if format == "document" and suffix in TEXT_SUFFIXES else READERS[suffix]
+        raise UsageError(problem, f"a file of rows: {', '.join(readers)}", hint)
+    whole = readers[suffix].read_document if format == "document" else None
+    read_file = whole or readers[suffix].read
 
     def read() -> Iterator[Located]:
         try:
             if path.stat().st_size:  # an empty file is not opened: those of /proc wait for ever
-                yield from reader(path)
+                yield from read_file(path)
         except OSError as error:
             problem = f"{path} cannot be read: {error.strerror or error}"
             raise UsageError(problem, hint="check its permissions") from error

@@ -1,0 +1,204 @@
+"""Rows, and what the core asks of the parts that make them: a format of records, a reader of files, a source of rows.
+
+A format and a reader are one entry of a registry each; `slimtune/parts.py` names them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import DataError
+from ..foundation.registry import Registry
+from ..foundation.sequences import common_prefix_length
+from .messages import Messages
+
+if TYPE_CHECKING:
+    from .tokenized_dataset import TokenizedDataset
+
+Record = Mapping[str, Any]
+Fields = dict[str, Any]  # of a `Row`
+MAX_ERRORS = 10  # invalid rows that one error message names
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a conversation, a text, or a prompt with its answers."""
+
+    messages: Messages  # the conversation, or the prompt of a preference pair; empty for a row of texts
+    line: int  # in the file (JSONL, CSV, text), or the number of the item, from 1
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the assistant may call
+    learned: tuple[bool, ...] | None = None  # for each message whether it is learned; None: every assistant turn is
+    prompt: str | None = None  # the text before the completion; it is not learned
+    completion: str | None = None  # the text that is learned
+    chosen: Messages | str | None = None  # the better answer of a preference pair
+    rejected: Messages | str | None = None
+    answers: tuple[Messages | str, ...] | None = None  # of a ranked list, the best first
+    scores: tuple[float, ...] | None = None  # of the answers, higher is better
+    is_good: bool | None = None  # whether the answer is good, by its label; None: it has no label
+    labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
+    file: str | None = None  # its name, if rows come from several
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of its labels: its classes, or "True" for a good answer, "False" for a bad one; None: no label."""
+        return self.labels if self.is_good is None else (str(self.is_good),)
+
+
+@dataclass(frozen=True)
+class InvalidRow:
+    """A row that cannot be used: what is wrong, and the kind of error in kebab case; `line` and `file` as for `Row`."""
+
+    line: int
+    cause: str
+    code: str
+    file: str | None = None
+    hint: str = ""  # what to do, if it is more than to repair or remove the row
+
+
+def split_answers(row: Row) -> list[Row]:
+    """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
+
+    The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
+    text up to the last space. Only what follows the prompt is learned.
+    """
+    answers = row.answers
+    if row.chosen is not None and row.rejected is not None:
+        answers = (row.chosen, row.rejected)
+    if answers is None:
+        return [row]
+    single = replace(row, chosen=None, rejected=None, answers=None, scores=None)
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    if len(texts) == len(answers) and not row.messages:
+        if row.prompt is not None:
+            return [replace(single, completion=text) for text in texts]
+        shared = common_prefix_length(texts[0], texts[1])
+        shared -= shared > 0 and texts[0][shared - 1] == " "
+        return [replace(single, prompt=text[:shared], completion=text[shared:]) for text in texts]
+    chats: list[Messages] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
+    shared = common_prefix_length(chats[0], chats[1])
+    if row.messages and chats[0][: len(row.messages)] != row.messages:  # otherwise the answers repeat the prompt
+        chats, shared = [[*row.messages, *chat] for chat in chats], len(row.messages)
+    return [
+        replace(
+            single,
+            messages=chat,
+            prompt=None,
+            learned=tuple(i >= shared and m["role"] == "assistant" for i, m in enumerate(chat)),
+        )
+        for chat in chats
+    ]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A format of records: its columns, and the function that turns a record into the fields of a `Row`.
+
+    `read` raises `RowError`. A format that is not `by_name_only` is recognized by its columns.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Record], Fields]
+    either: tuple[str, ...] = ()  # of these optional columns rows have one
+    by_name_only: bool = False  # other formats have the same columns, so that it must be named
+    is_suggested: bool = True  # for a file whose columns have other names
+    note: str = ""  # what such a suggestion says about it
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names that people give to a column
+    partner_columns: tuple[str, ...] = ()  # that belong to its rows, unless it is named
+    cut_windows: "Callable[[TokenizedDataset, int, int | None, int | None], TokenizedDataset] | None" = None
+    """Cuts tokenized rows of any length into windows: rows, most tokens, bos token, seed of the cuts (None: fixed)."""
+
+    def __str__(self) -> str:
+        return ", ".join([*self.required, *([" or ".join(self.either)] if self.either else [])])
+
+    def fits(self, present: Collection[str]) -> bool:
+        """Return whether these columns are those of the format."""
+        return set(self.required) <= set(present) and (not self.either or not set(self.either).isdisjoint(present))
+
+
+Located = tuple[int, dict[str, Any]] | InvalidRow
+"""A record with its line or item number, or what is wrong there."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads files of one suffix, record by record; it goes on after an invalid one. `read` raises OSError, DataError.
+
+    `read_document` reads the whole file as one record with the column `text`; None: files of this kind are no texts.
+    """
+
+    read: Callable[[Path], Iterator[Located]]
+    read_document: Callable[[Path], Iterator[Located]] | None = None
+
+
+class RowErrorCollector:
+    """Collects the errors of one file; `check` raises them as one error."""
+
+    def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
+        self.path, self.expected, self.hint = Path(path), expected, hint
+        self.messages: list[str] = []
+
+    def add(self, line: int, cause: str, file: str | None = None, hint: str = "") -> None:
+        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
+        self.hint = hint or self.hint
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many errors as one message names."""
+        return len(self.messages) >= MAX_ERRORS
+
+    def check(self) -> None:
+        """Raise DataError if there is any error."""
+        if self.messages:
+            rest = [f"(the first {MAX_ERRORS} errors; the rest was not checked)"] if self.full else []
+            raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
+
+
+class RowSource(ABC):
+    """The rows of a data set, in order, from the start in each iteration.
+
+    `format` is a name of `ROW_FORMATS`, or "unknown" if no record can be read.
+    """
+
+    path: Path
+    format: str
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Row | InvalidRow]: ...
+
+    @abstractmethod
+    def create_error_collector(self) -> RowErrorCollector:
+        """Return an empty collection of errors that says what the rows should look like."""
+
+    @abstractmethod
+    def require_used_columns(self) -> None:
+        """Raise DataError for columns without which rows mean something else; after an iteration."""
+
+    def require_valid_rows(self) -> Iterator[Row]:
+        """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
+        errors = self.create_error_collector()
+        for row in self:
+            if isinstance(row, Row):
+                yield row
+            else:
+                errors.add(row.line, row.cause, row.file, row.hint)
+            if errors.full:
+                break
+        errors.check()
+        self.require_used_columns()
+
+    @property
+    def cut_windows(self) -> "Callable[[TokenizedDataset, int, int | None, int | None], TokenizedDataset] | None":
+        """How rows of any length become windows (see `RowFormat`); None: a row is an example."""
+        return ROW_FORMATS.load(self.format).cut_windows if self.format in ROW_FORMATS.names() else None
+
+
+ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "data format")
+ROW_READERS: Registry[RowReader] = Registry("slimtune.row_readers", "kind of file")  # by suffix: ".jsonl"
+ROW_SOURCES: Registry[Callable[..., RowSource]] = Registry("slimtune.row_sources", "source of rows")
+"""Functions that open a data set: `load("files")(path, format=None, columns={}, ignore_columns=())`.
+
+They raise UsageError for a file, a format or a column that does not exist, and DataError for unclear or empty contents.
+"""

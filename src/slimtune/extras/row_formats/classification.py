@@ -1,0 +1,53 @@
+"""Texts and conversations with their classes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ...core.data.messages import RowError, json_type, parse_messages_and_train_mask, require_list, require_text
+from ...core.data.rows import Fields, Record, RowFormat
+from ...errors import format_names
+from .chats import read_tools
+
+
+def _read_classification(record: Record) -> Fields:
+    if ("text" in record) == ("messages" in record):
+        raise RowError("has 'text' and 'messages'" if "text" in record else "has no 'text' or 'messages'", "bad-text")
+    label = record["label"]
+    if isinstance(label, str) and label.lstrip().startswith("["):
+        label = require_list(label, "label")  # as a CSV file has it
+    labels = tuple(parse_label(name) for name in (label if isinstance(label, list) else [label]))
+    if len(set(labels)) < len(labels):
+        raise RowError(f"names a label twice: {format_names(labels)}", "bad-label")
+    fields: Fields = {"messages": [], "labels": labels}
+    if "text" in record:
+        return fields | {"prompt": require_text(record["text"], "'text'")}
+    fields["messages"], _ = parse_messages_and_train_mask(record["messages"], require_trained_turn=False)
+    if not fields["messages"]:
+        raise RowError("'messages' is empty", "empty-content")
+    return fields | {"tools": read_tools(record.get("tools"))}
+
+
+def sort_labels(names: Iterable[str]) -> list[str]:
+    """Return the names of classes, each once, in the order of their ids: sorted, numbers by their value."""
+    unique = set(names)
+    numbers = all(name.isdecimal() for name in unique)
+    return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
+
+
+def parse_label(value: Any) -> str:
+    """Return the name of a class: a text, an integer or a boolean; raise RowError for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with gaps is read as one of floats
+    if isinstance(value, str) and value.strip():
+        return require_text(value, "'label'").strip()
+    if isinstance(value, bool | int):
+        return str(value)
+    raise RowError(f"'label' is {show_cell(value)}: wanted the name or the number of a class", "bad-label")
+
+
+def show_cell(value: Any) -> str:
+    """Return a value as errors show it: its JSON type and its beginning."""
+    return "empty" if value in (None, "", {}) else f"{json_type(value)}: {str(value)[:40]}"
+
+
+CLASSIFICATION = RowFormat(("label",), ("text", "messages", "tools"), _read_classification, by_name_only=True)

@@ -1,0 +1,42 @@
+"""Texts: a prompt with its completion, and a text that is learned whole."""
+
+from ...core.data.messages import RowError, parse_messages_and_train_mask, require_text
+from ...core.data.rows import Fields, Record, RowFormat
+from .chats import chat_fields
+
+
+def read_prompt_completion(record: Record) -> Fields:
+    """Return the fields of a prompt with its completion: two texts, or two lists of messages."""
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        completion = require_text(completion, "'completion'")
+        return {"messages": [], "prompt": require_text(prompt, "'prompt'", allow_empty=True), "completion": completion}
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
+    before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
+    after, learned = parse_messages_and_train_mask(completion, "completion")
+    return chat_fields(record, before + after, (False,) * len(before) + learned)
+
+
+def read_text(record: Record) -> Fields:
+    """Return the fields of a text that is learned whole."""
+    return {"messages": [], "completion": require_text(record["text"], "'text'")}
+
+
+PROMPT_COMPLETION = RowFormat(
+    ("prompt", "completion"),
+    ("tools",),
+    read_prompt_completion,
+    note="texts without a chat template",
+    synonyms={"completion": ("response", "answer", "output", "reply")},
+    partner_columns=("input",),
+)
+TEXT = RowFormat(
+    ("text",),
+    (),
+    read_text,
+    synonyms={"text": ("content", "document", "body")},
+    partner_columns=(
+        "prompt", "question", "instruction", "input", "answer", "response", "output", "completion", "target", "summary",
+    ),
+)  # fmt: skip
