@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from train_results import make_train_result
+
 from slimtune.core.config import Recipe
 from slimtune.core.foundation.files import write_json
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.run_dir import RunDir
 
 GIB = 2**30
@@ -27,21 +30,9 @@ def make_plan() -> dict[str, Any]:
 
 
 def make_result(path: Path, **changes: Any) -> dict[str, Any]:
-    rows = {"rows": 779, "kept": 779, "dropped": 0, "truncated": 0, "tokens": 64700, "supervised_tokens": 36400,
-            "longest": 251, "max_seq_len": 1024, "unended": 0}  # fmt: skip
-    return {
-        "run": str(path), "adapter": str(path / "adapter"), "steps": 40, "best_step": 40, "epochs": 0.41,
-        "stopped_early": False, "rows": 779, "trained_tokens": 26800, "supervised_tokens": 15100,
-        "tokens_per_second": 504.08, "train_seconds": 53.2, "load_seconds": 1.0, "prepare_seconds": 0.0,
-        "start_seconds": 5.0, "train_loss": 3.95, "validation_loss": 3.91, "adapter_bytes": 19593096,
-        "trainable_params": 4884480, "total_params": 139399488, "peak_bytes": 2096062464, "oom_events": 1,
-        "dtype": "bfloat16", "quantization": None, "device": "cpu", "finished": "2026-11-25 15:04:07+00:00",
-        "target_summary": "adapted 210 modules (q_proj × 30); left 2: 'model.embed_tokens', 'lm_head'",
-        "data_report": {"train": rows, "validation": {**rows, "rows": 92, "kept": 92}},
-        "export_formats": {"base_kind": "gguf", "merged": True, "gguf": True, "vllm": True, "as_lora": True},
-        "versions": {"python": "3.11.9", "torch": "2.13.0"},
-        **changes,
-    }  # fmt: skip
+    """Return result.json of a run."""
+    paths = {"run": str(path), "adapter": str(path / "adapter")}
+    return to_json_dict(make_train_result()) | paths | changes
 
 
 def make_data_report(file: str, text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from slimtune.core.config import Recipe
 from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.train_result import TrainResult
 from slimtune.core.training.training_loop import TrainingLoop
 
 
@@ -23,6 +24,22 @@ def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path
         for i in range(start, start + n)
     )
     return write_jsonl(path, rows)
+
+
+def write_settings(home: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> dict[str, Any]:
+    """Write a base and rows; return settings of a recipe: 24 rows, 6 a step, 2 epochs of 4 steps."""
+    tiny_llama().save_pretrained(home / "base")
+    tiny_tokenizer().save_pretrained(home / "base")
+    return {
+        "model": {"name": str(home / "base"), "dtype": "float32"},
+        "data": {
+            "train": str(write_rows(home / "train.jsonl", 24)),
+            "validation": str(write_rows(home / "validation.jsonl", 6, start=100)),
+        },
+        "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
+        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2},
+        "output_dir": str(home / "whole"),
+    }
 
 
 def recipe_of(settings: dict[str, Any], **train: Any) -> Recipe:
@@ -63,7 +80,7 @@ def train_until(
     return Path(recipe.output_dir)
 
 
-def train_in_two_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> dict[str, Any]:
+def train_in_two_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> TrainResult:
     """Train a recipe until Ctrl-C comes after `step` steps, then resume it to its end; return its result."""
     train_until(recipe, monkeypatch, step)
     return train(recipe, resume=True)

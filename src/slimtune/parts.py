@@ -44,6 +44,7 @@ PARTS: dict[str, dict[str, str]] = {
         "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
     },
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
+    "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_report"},
 }
 """Registry → name of the part → its dotted path."""
 

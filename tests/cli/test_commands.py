@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from train_results import make_train_result
 
 from slimtune.cli import COMMANDS
 from slimtune.cli.common import print_fields
@@ -16,16 +17,16 @@ from slimtune.cli.generate_command import AnswerPrinter
 from slimtune.core.config import Recipe, aliases
 from slimtune.core.config.schema import iterate_settings
 from slimtune.core.data.general_text import BUILT_IN_TEXT
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
 from slimtune.diagnostics import machine_facts as facts
 from slimtune.diagnostics.machine_facts import MachineFacts, SmiGpu, TorchFacts
 from slimtune.evaluation.evaluate import EvalSettings
 
-RESULT = {
-    "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
-    "train_loss": 2.0, "validation_loss": 1.5, "adapter_bytes": 2**20, "trainable_params": 10, "total_params": 1000,
-    "best_step": 2, "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0, "skipped_steps": 0,
-}  # fmt: skip
+RESULT = make_train_result(
+    steps=3, trained_tokens=4000, supervised_tokens=2000, tokens_per_second=200.0, train_loss=2.0, validation_loss=1.5,
+    adapter_bytes=2**20, trainable_params=10, total_params=1000, best_step=2, peak_bytes=2**30, prepare_seconds=2.0,
+)  # fmt: skip
 MEASURED = {
     "task": "sft",
     "base_loss": 4.0, "tuned_loss": 3.0, "loss_reduction": 1.0, "loss_reduction_ci95": [0.9, 1.1],
@@ -224,7 +225,7 @@ def test_set_overrides_flags_override_the_recipe(replace, slimtune_json, rows_fi
     calls = replace("core.training.train", "train", RESULT)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\ndata: rows.jsonl\noutput_dir: o\nmethod: {r: 4}\ntrain: {epochs: 5, seed: 1}\n")
-    assert slimtune_json("train", recipe, "--rank", 8, "--epochs", 3, "--set", "train.epochs=2") == RESULT
+    assert slimtune_json("train", recipe, "--rank", 8, "--epochs", 3, "--set", "train.epochs=2") == to_json_dict(RESULT)
     loaded = calls[0][0][0]
     assert (loaded.method_config().r, loaded.train.epochs, loaded.train.seed) == (8, 2.0, 1)
     assert loaded.data.train == rows_file

@@ -237,7 +237,7 @@ def test_trials_at_once_have_the_losses_of_trials_alone(tune_tree, in_process, t
     for trial in result["trials"]:
         recipe = load_recipe(tmp_path / "t" / "trials" / f"{trial['run']}.yaml")
         alone = train(recipe.model_copy(update={"output_dir": tmp_path / "alone" / trial["run"]}))
-        assert trial["loss"] == pytest.approx(alone["validation_loss"], abs=1e-6)
+        assert trial["loss"] == pytest.approx(alone.validation_loss, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -254,4 +254,4 @@ def test_killed_search_resumes_and_trains_its_recipe(tune_tree, in_process, tree
     compared = ("values", "outcome", "loss")
     assert [[t[k] for k in compared] for t in result["trials"]] == [[t[k] for k in compared] for t in whole["trials"]]
     trained = train(load_recipe(result["best_recipe"]))
-    assert trained["validation_loss"] == result["best"]["loss"]
+    assert trained.validation_loss == result["best"]["loss"]

@@ -119,7 +119,7 @@ def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, monkeypatch):
     for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
         monkeypatch.setattr(reference, name, value)
-    run = train(recipe_of(settings(tmp_path, gguf_base, task)))["run"]
+    run = train(recipe_of(settings(tmp_path, gguf_base, task))).run
     assert merge(run, tmp_path / "merged")["strength"] == pytest.approx(1, abs=0.01)
     found = verify(run, threads=1)
     assert found["passed"], found["checks"]

@@ -90,9 +90,9 @@ def make(tmp_path, tiny_folder):
 def test_run_learns_and_resumes_bit_for_bit(make, rows, task, first_loss, beta, reference, monkeypatch):
     whole, again = (make(task, n, rows=rows, method=DROPOUT, max_steps=None, epochs=3) for n in ("whole", "again"))
     result = train(whole)
-    folder = Path(result["run"])
+    folder = Path(result.run)
     assert metrics(folder, "train_loss")[0] == pytest.approx(first_loss, abs=0.1)  # dropout alone makes a difference
-    assert result["validation_loss"] < first_loss - 0.09
+    assert result.validation_loss < first_loss - 0.09
     written = load_file(folder / "reference.safetensors")
     assert {part: values.shape for part, values in written.items()} == reference
     assert np.isnan(written["train"]).any() == (rows == "lists")  # of two answers, or three
@@ -146,8 +146,8 @@ def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
     with pytest.raises(DataError, match="does not learn from them") as refused:
         train(make("sft", "pairs"))
     assert "--format preference" in refused.value.hint
-    run = Path(train(make("sft", "pairs", data={"format": "preference"}))["run"])
-    assert distance(run, train(make("sft", "chats", rows="chats"))["run"]) == 0
+    run = Path(train(make("sft", "pairs", data={"format": "preference"})).run)
+    assert distance(run, train(make("sft", "chats", rows="chats")).run) == 0
     found = evaluate(run, EvalSettings(split="validation", bootstrap=50))
     assert found["preference"]["pairs"] == 6
     margins = [row["tuned_margin"] for row in json.loads((run / "scores-validation.json").read_text())]
@@ -158,14 +158,14 @@ def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
 @pytest.mark.parametrize("task", ["simpo", "orpo"])
 def test_objectives_without_a_reference(make, task):
     result = train(make(task, "run", method=DROPOUT, max_steps=6))
-    assert metrics(result["run"], "rewards/accuracies")[-1] == 1
-    assert not Path(result["run"], "reference.safetensors").exists()
+    assert metrics(result.run, "rewards/accuracies")[-1] == 1
+    assert not Path(result.run, "reference.safetensors").exists()
 
 
 def test_best_against_worst_trains_two_answers_of_a_list(make):
     result = train(make({"name": "dpo", "pairs": "best-worst"}, "run", rows="lists", max_steps=2))
-    assert load_file(Path(result["run"]) / "reference.safetensors")["train"].shape == (18, 2)
-    preference = evaluate(Path(result["run"]), EvalSettings(split="validation"))["preference"]
+    assert load_file(Path(result.run) / "reference.safetensors")["train"].shape == (18, 2)
+    preference = evaluate(Path(result.run), EvalSettings(split="validation"))["preference"]
     assert preference["pairs"] == 6
 
 
@@ -208,9 +208,7 @@ def test_step_that_runs_out_of_memory_is_repeated(make, task, monkeypatch):
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "prefix_tuning"])
 def test_learned_prompts_train_packed_as_padded(make, task, name):
     method = {"name": name, "num_virtual_tokens": 4}
-    runs = [
-        train(make(task, out, method=method, packing=packing))["run"] for out, packing in (("a", None), ("b", False))
-    ]
+    runs = [train(make(task, out, method=method, packing=packing)).run for out, packing in (("a", None), ("b", False))]
     losses, padded = (metrics(run, "train_loss") + metrics(run, "validation_loss") for run in runs)
     assert losses == pytest.approx(padded, abs=1e-5)
     assert distance(*runs) < 1e-4
@@ -222,7 +220,7 @@ def test_learned_prompts_train_packed_as_padded(make, task, name):
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantized_base_learns(make, task, kind):
-    run = train(make(task, "run", quantization=kind))["run"]
+    run = train(make(task, "run", quantization=kind)).run
     losses = metrics(run, "train_loss")
     assert losses[-1] < losses[0] - 0.02
     assert evaluate(Path(run), EvalSettings(split="validation", bootstrap=20))["quantization"] == kind
@@ -230,7 +228,7 @@ def test_quantized_base_learns(make, task, kind):
 
 @pytest.mark.slow
 def test_reference_of_a_continued_adapter_is_what_peft_computes(make, tiny_folder):
-    first = train(make("orpo", "first"))["run"]
+    first = train(make("orpo", "first")).run
     recipe = make("dpo", "second", max_steps=1)
     train(recipe, init_adapter=Path(first))
     assert metrics(recipe.output_dir, "train_loss")[0] == pytest.approx(np.log(2), abs=1e-4)

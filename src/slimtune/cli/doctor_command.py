@@ -43,8 +43,9 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     Looks at GPUs, drivers, torch's build, limits of containers and shells, disks, Ollama and the Hub's token. Then: the
     device and dtype that auto chooses, versions, and what can be installed. Asks nothing of the internet.
     """
+    from ..core.foundation.installed_versions import find_version
     from ..diagnostics.machine_checks import find_faults
-    from ..diagnostics.machine_facts import find_version, gather_facts
+    from ..diagnostics.machine_facts import gather_facts
 
     facts = gather_facts()
     findings = find_faults(facts)
@@ -179,7 +180,7 @@ def _find_missing_packages() -> dict[str, list[str]]:
     """Return the packages that each extra lacks; nothing if slimtune runs from its source."""
     from packaging.requirements import Requirement
 
-    from ..diagnostics.machine_facts import find_version
+    from ..core.foundation.installed_versions import find_version
 
     if find_version("slimtune") is None:
         return {}

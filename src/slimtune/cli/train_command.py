@@ -4,9 +4,8 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
@@ -16,6 +15,11 @@ from .common import WARNING, Json, console, error_console, print_fields, print_p
 from .input_checks import require_inputs
 from .options import recipe_flags
 from .planned_jobs import JOB, find_recipe
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from ..core.training.prepare_run import Planner
+    from ..core.training.prepared_run import MemoryPlan
+    from ..core.training.train_result import ForgettingResult, TrainResult
 
 
 @recipe_flags("model", "data", "task", "method", "train", "output_dir")
@@ -70,6 +74,7 @@ def train_run(
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
 
     from ..core.foundation import distributed
+    from ..core.foundation.json_results import to_json_dict
     from ..core.training.train import train
     from ..planning.this_machine import require_gpu
 
@@ -81,13 +86,13 @@ def train_run(
         raise Exit
     if not as_json:
         _print_result(result, loaded)
-    return dict(result)
+    return to_json_dict(result)
 
 
-def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
+def make_planner(force: bool) -> "Planner":
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
-    def plan_run(recipe: Any, lengths: Any, content: Any) -> dict[str, Any] | None:
+    def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryPlan | None":
         from ..core.foundation import distributed
         from ..planning.plan_request import build_request
         from ..planning.planner import make_plan
@@ -104,42 +109,42 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
         if plan.verdict == "does not fit" and not force:
             advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
             raise RunError(f"this run does not fit: {plan.reason}", advice, "change it so, or --force to try anyway")
-        return plan.to_dict()
+        return plan
 
     return plan_run
 
 
-def _describe_forgetting(found: Mapping[str, Any] | None) -> str:
+def _describe_forgetting(found: "ForgettingResult | None") -> str:
     if found is None:
         return ""
-    reduced = f"; strength reduced to {found['strength']:.3f}" if found["strength"] < 1 else ""
-    return f"{found['change']:.4f} nats per token of general text (budget {found['budget']:g}{reduced})"
+    reduced = f"; strength reduced to {found.strength:.3f}" if found.strength < 1 else ""
+    return f"{found.change:.4f} nats per token of general text (budget {found.budget:g}{reduced})"
 
 
-def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
-    def loss(name: str, of: str) -> str:
-        return "not measured" if result.get(name) is None else f"{result[name]:.4f} ({of})"
+def _print_result(result: "TrainResult", recipe: Any) -> None:
+    def loss(value: float | None, of: str) -> str:
+        return "not measured" if value is None else f"{value:.4f} ({of})"
 
-    percent = 100 * result["trainable_params"] / max(result["total_params"], 1)
-    seconds = [(name, result.get(f"{name}_seconds") or 0.0) for name in ("load", "prepare")]
-    skipped = f" ({n} skipped: NaN or Inf)" if (n := result["skipped_steps"]) else ""
+    percent = 100 * result.trainable_params / max(result.total_params, 1)
+    seconds = [("load", result.load_seconds), ("prepare", result.prepare_seconds)]
+    skipped = f" ({n} skipped: NaN or Inf)" if (n := result.skipped_steps) else ""
     print_fields([
-        ("steps", f"{result['steps']}{skipped}"),
-        ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
-        ("training loss", loss("train_loss", "mean over the last tenth of the steps")),
-        ("validation loss", loss("validation_loss", f"step {result['best_step']}, whose adapter is kept")),
-        *([("forgetting", text)] if (text := _describe_forgetting(result.get("forgetting"))) else []),
-        ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),
-        ("adapter", format_bytes(result["adapter_bytes"])),
-        ("peak memory", format_bytes(result["peak_bytes"])),
+        ("steps", f"{result.steps}{skipped}"),
+        ("trained tokens", f"{format_count(result.trained_tokens)} ({result.tokens_per_second:.0f} /s)"),
+        ("training loss", loss(result.train_loss, "mean over the last tenth of the steps")),
+        ("validation loss", loss(result.validation_loss, f"step {result.best_step}, whose adapter is kept")),
+        *([("forgetting", text)] if (text := _describe_forgetting(result.forgetting)) else []),
+        ("trained parameters", f"{format_count(result.trainable_params)} ({percent:.2f} %)"),
+        ("adapter", format_bytes(result.adapter_bytes)),
+        ("peak memory", format_bytes(result.peak_bytes)),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
     from ..core.config.recipe import MIN_EVAL_ROWS
 
-    run, split, held_out = shlex.quote(result["run"]), recipe.eval_split(), result.get("held_out_rows")
+    run, split, held_out = shlex.quote(result.run), recipe.eval_split(), result.held_out_rows
     if held_out is not None and held_out < MIN_EVAL_ROWS:
         split = None
     rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]
-    console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
+    console().print(f"adapter: {result.run}/adapter; everything on one page: {result.run}/report.html")
     chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
     console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
+from ..core.foundation.installed_versions import find_version
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -28,8 +30,6 @@ except ImportError:  # Windows has none
 VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn", "triton")
 """Packages whose versions are facts."""
-RECORDED = ("slimtune", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "bitsandbytes", "peft")
-"""Packages whose versions are in the records of a run."""
 COMPANIONS = ("torchvision", "torchaudio", "vllm", "xformers")
 """Packages that are compiled for one version of torch, and require it."""
 VARIABLES = (
@@ -226,20 +226,6 @@ def _read(file: Path) -> str:
 
 def _list_names(folder: Path, pattern: str) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.glob(pattern)))
-
-
-def find_version(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of each recorded package, and the kind of machine, by name."""
-    packages = {package: find_version(package) or "not installed" for package in RECORDED}
-    return {"python": platform.python_version(), "machine": f"{platform.machine()}, {platform.system()}", **packages}
 
 
 # --- GPUs and their drivers ------------------------------------------------------------------------------------------

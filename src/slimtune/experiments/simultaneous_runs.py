@@ -12,8 +12,8 @@ run computes its own, and the base is still in memory once.
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ from ..core.foundation.device import release_cached_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
 from ..core.models.loader import Base
 from ..core.training.base_model import LoadBase, load_base_model
+from ..core.training.finish_run import Interrupted, finish
 from ..core.training.loss import move_to_device
-from ..core.training.train import Interrupted, TrainingSteps, start_training, train
-from ..core.training.training_loop import TrainingLoop
+from ..core.training.prepare_run import prepare
+from ..core.training.train import train
+from ..core.training.train_result import TrainResult
+from ..core.training.training_loop import StepGradients, TrainingLoop
 from ..errors import SlimtuneError, UsageError, is_out_of_memory
 from .packed_run_adapters import packing_runs_unsupported_reason, share_parameters
 from .packed_run_losses import forward_backward_runs
@@ -41,39 +44,69 @@ class RunStopped(SlimtuneError):
 
 
 class RunInTurn:
-    """One of several runs: its generator, its random numbers while others have their turn, and how it ended."""
+    """One of several runs: its loop, its random numbers while others have their turn, and how it ended."""
 
-    def __init__(self, recipe: Recipe, steps: TrainingSteps) -> None:
-        self.recipe, self.steps = recipe, steps
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.loop: TrainingLoop | None = None
         self.rows: Sequence[Any] = ()  # of the next step; empty once it has ended
-        self.outcome: dict[str, Any] | SlimtuneError | Interrupted | None = None
+        self.gradients: StepGradients | None = None  # of the next step, if they were computed with other runs'
+        self.outcome: TrainResult | SlimtuneError | Interrupted | None = None
+        self._steps: Iterator[Sequence[Any]] = iter(())
         self._rng: Any = None
 
+    def start(self, resume: bool, force: bool, load_base: LoadBase) -> None:
+        """Prepare the run, in its turn."""
+        with self._turn():
+            prepared = prepare(self.recipe, resume=resume, force=force, load_base=load_base)
+            self.loop = TrainingLoop(prepared, self.take_gradients)
+            self.loop.thread_count = None  # the time of a step says nothing while others have their turn
+            self._steps = self.loop.iterate_steps()
+
     def run_to_next_step(self) -> None:
-        """Go on to the next point where the run gives up its turn: its loop, then the rows of each step."""
+        """Take the step whose rows are known, and read the rows of the next one; finish the run if there is none."""
+        with self._turn():
+            assert self.loop is not None
+            self.rows = next(self._steps, ())
+            if not self.rows:
+                self.outcome = finish(self.loop)
+        if self.outcome is not None:
+            self.release()
+
+    def take_gradients(self, rows: Sequence[Any]) -> StepGradients:
+        """Return the gradients that were computed with other runs', or compute the run's own."""
+        assert self.loop is not None
+        computed, self.gradients = self.gradients, None
+        return self.loop.compute_gradients(rows) if computed is None else computed
+
+    def stop(self) -> None:
+        """End the run without a checkpoint."""
+        self._steps.close()  # type: ignore[attr-defined]
+        self.rows, self.outcome = (), RunStopped("the run was stopped")
+        self.release()
+
+    def release(self) -> None:
+        """Unlock the run folder."""
+        if self.loop is not None:
+            self.loop.prepared.lock.release()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Use the run's own random numbers in the block; an error that ends the run is its outcome."""
         if self._rng is not None:
             set_rng_states(self._rng[0])
             np.random.set_state(self._rng[1])
             random.setstate(self._rng[2])
         self.rows = ()
         try:
-            value = next(self.steps)
-            if isinstance(value, TrainingLoop):
-                self.loop, value.together = value, True
-            else:
-                self.rows = value
-        except StopIteration as done:
-            self.outcome = done.value
+            yield
         except (SlimtuneError, Interrupted) as error:
             self.outcome = error
+        except BaseException:
+            self.release()
+            raise
         device = torch.device("cpu") if self.loop is None else self.loop.device
         self._rng = get_rng_states(device), np.random.get_state(), random.getstate()
-
-    def stop(self) -> None:
-        """End the run without a checkpoint."""
-        self.steps.close()
-        self.rows, self.outcome = (), RunStopped("the run was stopped")
 
 
 def train_together(
@@ -82,7 +115,7 @@ def train_together(
     resume: Sequence[bool] = (),
     force: bool = False,
     should_stop: Callable[[Recipe], bool] = lambda _: False,
-) -> list[dict[str, Any] | SlimtuneError]:
+) -> list[TrainResult | SlimtuneError]:
     """Train recipes with one base at the same time; return for each what `train` returns, or the error that ended it.
 
     A run that fails does not end the others. After Ctrl-C every run has a checkpoint.
@@ -106,13 +139,9 @@ def train_together(
             return [train(recipes[0], resume=any(resume), force=force)]
         except SlimtuneError as error:
             return [error]
-    load_base = _share_base()
-    runs = [
-        RunInTurn(recipe, start_training(recipe, resume=again, force=force, load_base=load_base))
-        for recipe, again in zip(recipes, resume or [False] * len(recipes), strict=True)
-    ]
-    for run in runs:
-        run.run_to_next_step()
+    load_base, runs = _share_base(), [RunInTurn(recipe) for recipe in recipes]
+    for run, again in zip(runs, resume or [False] * len(runs), strict=True):
+        run.start(again, force, load_base)
     alive = [run for run in runs if run.loop is not None]
     loops = [run.loop for run in alive if run.loop is not None]
     reason = find_reason_against_packing(loops) if loops else ""
@@ -165,7 +194,8 @@ def compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
     reason = ""
     try:
         prepared = [
-            loop.objective.prepare_step(run.rows, loop.score_rows) for run, loop in zip(runs, loops, strict=True)
+            loop.objective.prepare_step(run.rows, loop.prepared.score_rows)
+            for run, loop in zip(runs, loops, strict=True)
         ]
         parts = [loop.sharder(rows) for rows, loop in zip(prepared, loops, strict=True)]
         losses = forward_backward_runs(
@@ -187,8 +217,8 @@ def compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
         release_cached_memory(loops[0].device)
         loops[0].logger.say(f"the runs compute their gradients one after the other from now on: {reason}")
         return reason
-    for loop, part, loss in zip(loops, parts, losses, strict=True):
-        loop.computed = loss, loop.clip_gradients(), part["tokens"], part["targets"]
+    for run, loop, part, loss in zip(runs, loops, parts, losses, strict=True):
+        run.gradients = StepGradients(loss, loop.clip_gradients(), part["tokens"], part["targets"])
         # The loop counts the rest of its step itself.
         loop.state.train_seconds += (time.perf_counter() - started) / len(loops)
         loop.state.train_cpu_seconds += (time.process_time() - started_cpu) / len(loops)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapters.config_fields import setting
+from ..core.config.schema import DataSettings, TrainSettings
 from ..core.data.class_labels import Classes
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
 from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
@@ -72,10 +73,12 @@ class KTO(Objective):
         return rows.with_columns(label=np.array([names == [str(True)] for names in rows.classes], bool))
 
     def prepare_training_rows(
-        self, rows: TokenizedDataset, *, rows_per_step: int, max_seq_len: int, seed: int
+        self, rows: TokenizedDataset, settings: TrainSettings, data: DataSettings
     ) -> TokenizedDataset:
         """Return rows beside their mismatched ones, if the loss needs these."""
-        return MismatchedRows(rows, rows_per_step, max_seq_len, seed) if self.needs_mismatched_rows else rows
+        if not self.needs_mismatched_rows:
+            return rows
+        return MismatchedRows(rows, settings.rows_per_step, data.max_seq_len, settings.seed)
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples without their mismatched rows, and with the `kl` that is estimated on these."""

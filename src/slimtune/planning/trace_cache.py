@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..core.foundation.files import write_atomic
-from ..diagnostics.machine_facts import versions
+from ..core.foundation.installed_versions import read_versions
 from ..extras.gguf_loading import cache_root
 from .memory_trace import StepTrace
 from .plan_request import TrainingJob
@@ -90,7 +90,7 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
 def _describe_environment() -> dict[str, Any]:
     files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
     state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
-    return {"versions": versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
+    return {"versions": read_versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
 
 
 def _hash_json(values: Any) -> str:

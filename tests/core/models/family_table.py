@@ -122,7 +122,7 @@ def check_run(name, folder, tokenizer):
     except SlimtuneError as error:
         found["plan"] = f"not planned, and trains without a plan: {one_line(error)}"
     try:
-        found["run"] = "works" if train(recipe)["steps"] == 1 else "stopped"
+        found["run"] = "works" if train(recipe).steps == 1 else "stopped"
     except SlimtuneError as error:
         found["run"] = f"refused: {one_line(error)}"
     return found

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from desk import Desk
-from tiny_run import recipe_of, write_rows
+from tiny_run import recipe_of, write_settings
 
 from slimtune.core.training.train import train
+from slimtune.core.training.train_result import TrainResult
 
 
 @pytest.fixture(scope="session")
@@ -17,19 +18,7 @@ def shared_settings(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]
 ) -> dict[str, Any]:
     """Settings of a recipe: 24 rows, 6 a step, 2 epochs of 4 steps. The files are shared: change only copies."""
-    home = tmp_path_factory.mktemp("training")
-    tiny_llama().save_pretrained(home / "base")
-    tiny_tokenizer().save_pretrained(home / "base")
-    return {
-        "model": {"name": str(home / "base"), "dtype": "float32"},
-        "data": {
-            "train": str(write_rows(home / "train.jsonl", 24)),
-            "validation": str(write_rows(home / "validation.jsonl", 6, start=100)),
-        },
-        "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
-        "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2},
-        "output_dir": str(home / "whole"),
-    }
+    return write_settings(tmp_path_factory.mktemp("training"), tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture
@@ -43,6 +32,6 @@ def desk(tiny_folder: Path, tmp_path: Path, slimtune: Callable[..., Any]) -> Des
 
 
 @pytest.fixture(scope="session")
-def whole_run(shared_settings: dict[str, Any]) -> dict[str, Any]:
+def whole_run(shared_settings: dict[str, Any]) -> TrainResult:
     """Result of a run of these settings from start to end."""
     return train(recipe_of(shared_settings))

@@ -30,8 +30,8 @@ def test_resumed_run_is_bit_for_bit_the_whole_one(documents, tmp_path, monkeypat
     result = train(recipe_of({**documents, "output_dir": str(tmp_path / "whole")}))
     log = (tmp_path / "whole" / "train.log").read_text()
     assert "2 of them set aside for validation" in log
-    assert f"8 documents to train on, cut into {result['rows']} windows of at most 32 tokens" in log
-    assert result["steps"] == 2 * math.ceil(result["rows"] / 20) == 4
+    assert f"8 documents to train on, cut into {result.rows} windows of at most 32 tokens" in log
+    assert result.steps == 2 * math.ceil(result.rows / 20) == 4
     train_in_two_parts(recipe_of(documents), monkeypatch, 2)
     assert distance(documents["output_dir"], tmp_path / "whole") == 0
 
@@ -48,7 +48,7 @@ def sum_nats(model, ids, size):
 
 
 def test_perplexity_is_over_whole_documents(documents, tmp_path):
-    run = Path(train(recipe_of(documents, max_steps=2))["run"])
+    run = Path(train(recipe_of(documents, max_steps=2)).run)
     texts = ["cab " * n for n in (1, 3, 20, 30, 5, 6)]
     found = evaluate(run, EvalSettings(data=write_jsonl(tmp_path / "other.jsonl", ({"text": t} for t in texts))))
     trained = load_run(run)

@@ -12,14 +12,15 @@ from row_files import write_jsonl
 from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimtune.core.adapters.peft_model import PeftModel
+from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
 from slimtune.core.data.general_text import BUILT_IN_TEXT, read_general_text
-from slimtune.core.training import training_loop as loop
+from slimtune.core.training import best_adapter
 from slimtune.core.training.forgetting_budget import TOKENS_OF_A_KIND, choose_general_rows
 from slimtune.core.training.loss import count_targets
 from slimtune.core.training.train import train
 from slimtune.errors import RecipeError, UsageError
 from slimtune.export.merge import merge
+from slimtune.methods.lora import LoraConfig
 
 
 @pytest.fixture(scope="module")
@@ -67,51 +68,53 @@ def measured_forgetting(run, recipe):
 @pytest.mark.slow
 def test_better_one_of_weaker_and_earlier_adapters_is_kept(budgeted, tmp_path, monkeypatch):
     free = train(recipe_of(budgeted))
-    curve = dict(free["forgetting"]["measured"])
-    assert metrics(free["run"], "forgetting") == list(curve.values())
-    assert free["forgetting"]["strength"] == 1.0
+    curve = dict(free.forgetting.measured)
+    assert metrics(free.run, "forgetting") == list(curve.values())
+    assert free.forgetting.strength == 1.0
     budget = (curve[4] + curve[6]) / 2  # it forgets more and more
-    losses = dict(zip(curve, metrics(free["run"], "validation_loss"), strict=True))
+    losses = dict(zip(curve, metrics(free.run, "validation_loss"), strict=True))
     inside = [losses[step] for step, forgetting in curve.items() if forgetting <= budget]
     recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "weaker")}, forgetting_budget=budget)
     weaker = train(recipe)
-    assert weaker["validation_loss"] <= min(inside)
-    assert measured_forgetting(weaker["run"], recipe) == pytest.approx(weaker["forgetting"]["change"], abs=1e-5)
+    assert weaker.validation_loss <= min(inside)
+    assert measured_forgetting(weaker.run, recipe) == pytest.approx(weaker.forgetting.change, abs=1e-5)
     # An adapter without strength is worse than the checkpoints inside.
-    monkeypatch.setattr(loop, "reduce_strength_to_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1])
+    monkeypatch.setattr(
+        best_adapter, "reduce_strength_to_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
+    )
     recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget)
     earlier = train(recipe)
-    assert (earlier["validation_loss"], earlier["forgetting"]["strength"]) == (min(inside), 1.0)
-    assert measured_forgetting(earlier["run"], recipe) == pytest.approx(curve[earlier["best_step"]], abs=1e-5)
+    assert (earlier.validation_loss, earlier.forgetting.strength) == (min(inside), 1.0)
+    assert measured_forgetting(earlier.run, recipe) == pytest.approx(curve[earlier.best_step], abs=1e-5)
 
 
 def test_strength_is_reduced_where_no_checkpoint_is_inside(budgeted, tmp_path):
     recipe = recipe_of(budgeted, forgetting_budget=0.02)
     result = train(recipe)
-    found = result["forgetting"]
-    assert found["before"] > 0.02 >= found["change"] > 0
-    assert 0 < found["strength"] < 1
-    assert measured_forgetting(result["run"], recipe) == pytest.approx(found["change"], abs=1e-5)
-    assert f"its strength is reduced to {found['strength']:.3f}" in (Path(result["run"]) / "train.log").read_text()
-    assert "reduced to" in (Path(result["run"]) / "report.html").read_text()
-    merge(Path(result["run"]), tmp_path / "merged")
+    found = result.forgetting
+    assert found.before > 0.02 >= found.change > 0
+    assert 0 < found.strength < 1
+    assert measured_forgetting(result.run, recipe) == pytest.approx(found.change, abs=1e-5)
+    assert f"its strength is reduced to {found.strength:.3f}" in (Path(result.run) / "train.log").read_text()
+    assert "reduced to" in (Path(result.run) / "report.html").read_text()
+    merge(Path(result.run), tmp_path / "merged")
     ids = torch.arange(40, 90)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
-    tuned = peft.PeftModel.from_pretrained(base, Path(result["run"]) / "adapter").eval()
+    tuned = peft.PeftModel.from_pretrained(base, Path(result.run) / "adapter").eval()
     with torch.no_grad():
         logps = [model(ids).logits.log_softmax(-1) for model in (plain, tuned)]
     assert (logps[0] - logps[1]).abs().max() < 1e-5
-    assert train(recipe, resume=True)["forgetting"] == found
+    assert train(recipe, resume=True).forgetting == found
 
 
 @pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_adapter(budgeted, tmp_path, monkeypatch):
     whole = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "whole")}, forgetting_budget=0.02))
     resumed = train_in_two_parts(recipe_of(budgeted, forgetting_budget=0.02), monkeypatch, 4)
-    assert distance(resumed["run"], whole["run"]) == 0
-    assert resumed["forgetting"] == whole["forgetting"]
-    assert metrics(resumed["run"], "forgetting") == metrics(whole["run"], "forgetting")
+    assert distance(resumed.run, whole.run) == 0
+    assert resumed.forgetting == whole.forgetting
+    assert metrics(resumed.run, "forgetting") == metrics(whole.run, "forgetting")
 
 
 @pytest.mark.slow
@@ -119,8 +122,8 @@ def test_measuring_changes_no_step(budgeted, tmp_path):
     with_budget = train(recipe_of(budgeted))
     del budgeted["data"]["general_text"]
     without = train(recipe_of({**budgeted, "output_dir": str(tmp_path / "without")}, forgetting_budget=None))
-    assert metrics(with_budget["run"], "train_loss") == metrics(without["run"], "train_loss")
-    assert without["forgetting"] is None
+    assert metrics(with_budget.run, "train_loss") == metrics(without.run, "train_loss")
+    assert without.forgetting is None
 
 
 def test_preference_run_without_validation_rows(budgeted, tmp_path):
@@ -129,9 +132,9 @@ def test_preference_run_without_validation_rows(budgeted, tmp_path):
     budgeted["data"] |= {"train": str(rows), "validation": None, "validation_fraction": 0.0}
     recipe = recipe_of({**budgeted, "task": {"name": "dpo"}}, forgetting_budget=1e-3, eval_steps=None)
     result = train(recipe)
-    assert 0 < result["forgetting"]["strength"] < 1
-    assert result["forgetting"]["change"] <= 1e-3 < result["forgetting"]["before"]
-    assert measured_forgetting(result["run"], recipe) == pytest.approx(result["forgetting"]["change"], abs=1e-5)
+    assert 0 < result.forgetting.strength < 1
+    assert result.forgetting.change <= 1e-3 < result.forgetting.before
+    assert measured_forgetting(result.run, recipe) == pytest.approx(result.forgetting.change, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +157,9 @@ def test_method_without_a_strength_is_refused(budgeted):
     assert not Path(budgeted["output_dir"]).exists()
 
 
-def test_built_in_rows_are_few_and_of_every_kind(tiny_tokenizer):
-    rows = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, tiny_tokenizer(), 2048)
+def test_built_in_rows_are_few_and_of_every_kind(tiny_llama, tiny_tokenizer):
+    model = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig())
+    rows = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, tiny_tokenizer(), model)
     tokens = Counter()
     for row in rows:
         tokens[row["kind"]] += count_targets(row)
@@ -173,8 +177,8 @@ def test_the_kind_of_text_that_is_forgotten_most_counts(budgeted, tmp_path, sure
     budgeted["data"]["general_text"] = str(mixed)
     recipe = recipe_of(budgeted, forgetting_budget=0.02)
     result = train(recipe)
-    found = result["forgetting"]
-    assert found["before"] > 0.02 >= found["change"] > 0
-    assert set(found["base_losses"]) == {"sure", "learned"}
+    found = result.forgetting
+    assert found.before > 0.02 >= found.change > 0
+    assert set(found.base_losses) == {"sure", "learned"}
     same = recipe_of({**budgeted, "data": {**budgeted["data"], "general_text": str(sure)}}, forgetting_budget=0.02)
-    assert measured_forgetting(result["run"], same) == pytest.approx(found["change"], abs=1e-5)
+    assert measured_forgetting(result.run, same) == pytest.approx(found.change, abs=1e-5)

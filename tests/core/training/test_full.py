@@ -32,10 +32,10 @@ def test_one_step_equals_adamw_on_the_base(full):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     step_loss(model.train(), batch).backward()
     optimizer.step()
-    expected, trained = dict(model.named_parameters()), adapter(result["run"])
+    expected, trained = dict(model.named_parameters()), adapter(result.run)
     assert trained.keys() == {f"base_model.model.{n}" for n in expected}
     assert all(torch.allclose(trained[f"base_model.model.{n}"], p, atol=2e-5) for n, p in expected.items())
-    assert result["trainable_params"] == sum(p.numel() for p in expected.values())
+    assert result.trainable_params == sum(p.numel() for p in expected.values())
 
 
 def test_bf16_run_keeps_fp32_masters_and_resumes_bit_for_bit(full, tmp_path, monkeypatch):
@@ -43,13 +43,13 @@ def test_bf16_run_keeps_fp32_masters_and_resumes_bit_for_bit(full, tmp_path, mon
     whole = train(recipe_of({**full, "output_dir": str(tmp_path / "whole")}))
     train_until(recipe_of(full, save_steps=2), monkeypatch, 2, RuntimeError)
     resumed = train(recipe_of(full, save_steps=2), resume=True)
-    assert {t.dtype for t in adapter(whole["run"]).values()} == {torch.float32}
-    assert distance(whole["run"], resumed["run"]) == 0
+    assert {t.dtype for t in adapter(whole.run).values()} == {torch.float32}
+    assert distance(whole.run, resumed.run) == 0
 
 
 def test_evaluation_against_its_base(full):
     full["data"]["test"] = full["data"]["validation"]
-    result = evaluate(Path(train(recipe_of(full))["run"]), EvalSettings(split="test", skip_prompt_test=True))
+    result = evaluate(Path(train(recipe_of(full)).run), EvalSettings(split="test", skip_prompt_test=True))
     assert result["loss_reduction"] > 0.01
 
 

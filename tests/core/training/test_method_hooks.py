@@ -19,7 +19,7 @@ def adalora(settings):
 
 def test_run_reaches_the_target_rank_and_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
     adalora["data"] |= {"validation": None, "validation_fraction": 0}
-    whole = train(recipe_of({**adalora, "output_dir": str(tmp_path / "whole")}))["run"]
+    whole = train(recipe_of({**adalora, "output_dir": str(tmp_path / "whole")})).run
     config = json.loads((Path(whole) / "adapter" / "adapter_config.json").read_text())
     assert config["total_step"] == 8
     ranks = {name: sum(kept) for name, kept in config["rank_pattern"].items()}
@@ -42,7 +42,7 @@ def test_regularization_loss_counts_once_per_step(adalora, tmp_path):
     adalora["method"]["orth_reg_weight"] = 7.0
     sizes = {"one": {"batch_size": 6}, "many": {"batch_size": 2, "gradient_accumulation_steps": 3}}
     one, many = (
-        metrics(train(recipe_of({**adalora, "output_dir": str(tmp_path / n)}, max_steps=4, **t))["run"], "train_loss")
+        metrics(train(recipe_of({**adalora, "output_dir": str(tmp_path / n)}, max_steps=4, **t)).run, "train_loss")
         for n, t in sizes.items()
     )
     assert one[0] > 7
@@ -50,7 +50,7 @@ def test_regularization_loss_counts_once_per_step(adalora, tmp_path):
 
 
 def test_other_methods_write_no_method_file(whole_run):
-    newest = checkpoint.list_checkpoints(Path(whole_run["run"]) / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(Path(whole_run.run) / "checkpoints")[-1]
     assert not (newest / checkpoint.METHOD_FILE).exists()
 
 

@@ -82,21 +82,21 @@ def test_skipped_steps_are_counted(settings, monkeypatch, capfd, method):
     with monkeypatch.context() as patch:
         break_steps(patch, {1, 4, 5})
         result = train(recipe_of(settings, on_nonfinite="skip", logging_steps=2, save_steps=1))
-    assert result["skipped_steps"] == 3
-    assert all(torch.isfinite(t).all() for t in adapter(result["run"]).values())
-    assert metrics(result["run"], "event") == ["non-finite"] * 3
-    losses = metrics(result["run"], "train_loss")
+    assert result.skipped_steps == 3
+    assert all(torch.isfinite(t).all() for t in adapter(result.run).values())
+    assert metrics(result.run, "event") == ["non-finite"] * 3
+    losses = metrics(result.run, "train_loss")
     assert len(losses) == 4
     assert all(loss > 5 for loss in losses)  # a mean over the steps that count
     assert "skipped: the loss of step 4 is NaN" in capfd.readouterr().err
-    assert_strict_json(result["run"])
+    assert_strict_json(result.run)
 
 
 def test_skip_can_be_chosen_at_resume(settings, monkeypatch):
     break_steps(monkeypatch, {4})
     with pytest.raises(RunError, match="step 4"):
         train(recipe_of(settings, save_steps=1))
-    assert train(recipe_of(settings, save_steps=1, on_nonfinite="skip"), resume=True)["skipped_steps"] == 1
+    assert train(recipe_of(settings, save_steps=1, on_nonfinite="skip"), resume=True).skipped_steps == 1
 
 
 def test_run_of_skipped_steps_alone_fails(settings, monkeypatch):
@@ -124,8 +124,8 @@ def test_validation_loss_of_nan(settings, monkeypatch, capfd, choice):
         return
     result = train(recipe_of(settings, on_nonfinite="skip"))
     assert message in capfd.readouterr().err.replace("\n", " ")
-    assert result["best_step"] == 8
-    assert math.isfinite(result["validation_loss"])
+    assert result.best_step == 8
+    assert math.isfinite(result.validation_loss)
 
 
 def test_base_with_nan_is_refused_before_training(settings, tmp_path):

@@ -111,7 +111,7 @@ class Run:
         for name in ("train_loss", "validation_loss", "grad_norm"):
             assert metrics(self.out, name) == pytest.approx(metrics(other.out, name), abs=1e-5)
         for name in ("steps", "trained_tokens", "supervised_tokens", "best_step"):
-            assert self.result[name] == other.result[name]
+            assert getattr(self.result, name) == getattr(other.result, name)
         names = [sorted(p.name for p in (run.out / "checkpoints").iterdir()) for run in (self, other)]
         assert names[0] == names[1]
 
@@ -173,7 +173,7 @@ def test_run_recovers(name, plain, undisturbed, tmp_path, monkeypatch, capfd):
     assert fault.raised == 1
     run.assert_same_as(undisturbed)
     (event,) = run.events
-    assert run.result["oom_events"] == 1
+    assert run.result.oom_events == 1
     assert type(fault.kind()).__name__ in event["error"]
     assert "memory ran out in" in capfd.readouterr().err
     last = json.loads((run.out / "checkpoints" / "checkpoint-3" / checkpoint.STATE_FILE).read_text())
@@ -274,12 +274,13 @@ def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatc
     fault = Fault(monkeypatch, KINDS[1])
     fault.at_call(LAYER, "forward", 1, "after")
     fault.arm_at(probe_module, "probe_memory")
-    plan = {
-        "need_bytes": {"low": 1, "high": 1000},
-        "runtime_bytes": {"low": 0, "high": 1000},
-        "parts": {"optimizer": 0},
-        "max_tokens_per_micro_batch": MAX_TOKENS,
-    }
+    plan = SimpleNamespace(
+        need=SimpleNamespace(low=1, high=1000),
+        runtime_bytes=SimpleNamespace(low=0, high=1000),
+        parts={"optimizer": 0},
+        max_tokens_per_micro_batch=MAX_TOKENS,
+        to_dict=dict,
+    )
     run = Run(plain, tmp_path / "run", planner=lambda *_: plan)
     run.assert_same_as(undisturbed)
     (event,) = run.events

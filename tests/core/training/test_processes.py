@@ -151,7 +151,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
     long = {"max_steps": 16, "batch_size": 7, "eval_steps": 4}
     one = train(recipe_of({**settings, "output_dir": str(tmp_path / "one")}, **long))
     half = train(recipe_of({**settings, "output_dir": str(tmp_path / "half")}, **{**long, "save_steps": 4}))
-    cut_back(Path(half["run"]), 8)
+    cut_back(Path(half.run), 8)
     runs = {
         "whole": {"train": long},
         "sharded": {"train": {**long, "fsdp": True, "gradient_checkpointing": True}},
@@ -160,16 +160,16 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
     found = run_checks("runs", {**settings, "output_dir": str(tmp_path), "runs": runs}, tmp_path)["runs"]
     for name in runs:
         run = found[name]["run"]
-        assert distance(one["run"], run) < 1e-4
+        assert distance(one.run, run) < 1e-4
         for value in ("train_loss", "validation_loss"):
-            assert metrics(run, value) == pytest.approx(metrics(one["run"], value), abs=1e-4)
+            assert metrics(run, value) == pytest.approx(metrics(one.run, value), abs=1e-4)
         for value in ("steps", "trained_tokens", "supervised_tokens", "best_step", "trainable_params", "total_params"):
             assert found[name][value] == one[value], value
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
     cut_back(run, checkpoint.checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))
     train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
-    assert distance(one["run"], run) < 1e-4
+    assert distance(one.run, run) < 1e-4
     # The file is whole, and loads here and in PEFT.
     base, ids = settings["model"]["name"], torch.arange(5, 25)[None]
     ours, theirs = (
@@ -198,7 +198,7 @@ def test_two_processes_learn_the_pairs_and_classes_of_one(settings, tmp_path):
     found = run_checks("runs", {**settings, "output_dir": str(tmp_path / "two"), "runs": runs}, tmp_path)["runs"]
     for task, run in runs.items():
         alone = recipe_of({**settings, **run["sections"], "output_dir": str(tmp_path / task)}, **steps)
-        one, two = train(alone)["run"], found[task]["run"]
+        one, two = train(alone).run, found[task]["run"]
         assert distance(one, two) < 1e-4, task
         for value in ("train_loss", "validation_loss", "grad_norm"):
             assert metrics(two, value) == pytest.approx(metrics(one, value), abs=1e-4), (task, value)
@@ -289,8 +289,8 @@ def test_killed_process_ends_the_run_resumably(settings, tmp_path, rank, fsdp):
     assert f"slimtune train {settings['output_dir']}/recipe.yaml --resume" in message
     assert newest_checkpoint(settings) == "checkpoint-10"
     resumed = train(recipe_of(settings), resume=True)
-    assert metrics(resumed["run"], "train_loss") == pytest.approx(metrics(whole["run"], "train_loss"), abs=1e-4)
-    assert distance(whole["run"], resumed["run"]) < 1e-4
+    assert metrics(resumed["run"], "train_loss") == pytest.approx(metrics(whole.run, "train_loss"), abs=1e-4)
+    assert distance(whole.run, resumed["run"]) < 1e-4
 
 
 @pytest.mark.faults

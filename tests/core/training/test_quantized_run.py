@@ -45,13 +45,13 @@ def planned_dtype(recipe):
 def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     recipe = quantized_recipe(settings, kind)
     result = train(recipe, planner=make_planner(False))
-    assert (result["quantization"], result["dtype"], planned_dtype(recipe)) == (kind, "float32", kind)
-    assert result["validation_loss"] < metrics(result["run"], "train_loss")[0]
+    assert (result.quantization, result.dtype, planned_dtype(recipe)) == (kind, "float32", kind)
+    assert result.validation_loss < metrics(result.run, "train_loss")[0]
     layer = load_run(recipe.output_dir).model.model.layers[0].mlp.up_proj
     assert is_quantized(layer)
     measured = evaluate(recipe.output_dir, EvalSettings(split="validation"))
     assert measured["quantization"] == kind
-    assert measured["tuned_loss"] == pytest.approx(result["validation_loss"], rel=1e-3)
+    assert measured["tuned_loss"] == pytest.approx(result.validation_loss, rel=1e-3)
     proof = merge(recipe.output_dir, tmp_path / "merged")
     assert proof["mean_difference"] < 0.1 * proof["effect"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -132,7 +132,7 @@ def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):
         load_base(str(folder), quantization=other)
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
-    assert train(recipe, planner=make_planner(False))["quantization"] == planned_dtype(recipe) == kind
+    assert train(recipe, planner=make_planner(False)).quantization == planned_dtype(recipe) == kind
     assert merge(recipe.output_dir, tmp_path / "merged")["positions"] > 0
 
 

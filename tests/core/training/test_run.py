@@ -11,6 +11,7 @@ from tiny_run import distance, metrics, recipe_of, train_until, write_rows
 
 from slimtune.core.config import load_recipe
 from slimtune.core.data.collator import Collator
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training import checkpoint
 from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.loss import score_supervised_rows
@@ -20,15 +21,15 @@ from slimtune.errors import RunError, UsageError
 
 
 def test_files_and_result(whole_run):
-    folder = Path(whole_run["run"])
-    assert whole_run["steps"] == 8
-    assert whole_run["validation_loss"] < 5.45  # ln 259 = 5.56 is knowing nothing
-    assert whole_run["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    folder = Path(whole_run.run)
+    assert whole_run.steps == 8
+    assert whole_run.validation_loss < 5.45  # ln 259 = 5.56 is knowing nothing
+    assert whole_run.adapter_bytes == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "train.log", "report.html", "result.json",
         "data.json", ".lock",
     }  # fmt: skip
-    assert json.loads((folder / "result.json").read_text()) == whole_run
+    assert json.loads((folder / "result.json").read_text()) == to_json_dict(whole_run)
     assert len(metrics(folder, "train_loss")) == 8
     assert len(metrics(folder, "validation_loss")) == 2
     files = [p for p in folder.rglob("*") if p.is_file()]
@@ -41,15 +42,15 @@ def test_files_and_result(whole_run):
 
 
 def test_result_agrees_with_saved_adapter(whole_run):
-    loaded = load_run(whole_run["run"])
+    loaded = load_run(whole_run.run)
     rows = load_datasets(loaded.recipe, loaded.base.tokenizer)
     # Every row is trained on twice; a row's tokens are counted as they are, without padding.
-    assert whole_run["trained_tokens"] == 2 * sum(len(e["input_ids"]) for e in rows.train)
+    assert whole_run.trained_tokens == 2 * sum(len(e["input_ids"]) for e in rows.train)
     scores = score_supervised_rows(
         loaded.model, rows.validation, Collator(loaded.base.tokenizer.pad_token_id, layout=True)
     )
     mean_loss = sum(s.nats for s in scores) / sum(s.tokens for s in scores)
-    assert mean_loss == pytest.approx(whole_run["validation_loss"], abs=1e-6)
+    assert mean_loss == pytest.approx(whole_run.validation_loss, abs=1e-6)
 
 
 @pytest.fixture
@@ -62,9 +63,9 @@ def contrary(settings, tmp_path):
 
 def test_best_adapter_is_saved(contrary):
     result = train(recipe_of(contrary, epochs=3))
-    assert result["best_step"] < result["steps"]
-    run = Path(result["run"])
-    best = load_file(run / f"checkpoints/checkpoint-{result['best_step']}/adapter_model.safetensors")
+    assert result.best_step < result.steps
+    run = Path(result.run)
+    best = load_file(run / f"checkpoints/checkpoint-{result.best_step}/adapter_model.safetensors")
     saved = load_file(run / "adapter/adapter_model.safetensors")
     assert all(torch.equal(best[k], t) for k, t in saved.items())
 
@@ -72,9 +73,9 @@ def test_best_adapter_is_saved(contrary):
 def test_early_stopping_ends_a_run_for_good(contrary):
     recipe = recipe_of(contrary, early_stopping_patience=2, save_steps=1)
     result = train(recipe)
-    assert result["stopped_early"]
-    assert result["steps"] == result["best_step"] + 2
-    assert train(recipe, resume=True)["steps"] == result["steps"]
+    assert result.stopped_early
+    assert result.steps == result.best_step + 2
+    assert train(recipe, resume=True).steps == result.steps
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_setting_changes_no_step(settings, tmp_path, monkeypatch, changes):
     settings["method"]["lora_dropout"] = 0.0
     plain = train(recipe_of({**settings, "output_dir": str(tmp_path / "plain")}, max_steps=2))
     changed = train(recipe_of(settings, max_steps=2, **changes))
-    assert distance(plain["run"], changed["run"]) < 1e-5
+    assert distance(plain.run, changed.run) < 1e-5
 
 
 def test_interrupted_run_resumes_bit_for_bit(settings, whole_run, monkeypatch, capfd):
@@ -103,7 +104,7 @@ def test_interrupted_run_resumes_bit_for_bit(settings, whole_run, monkeypatch, c
     message = capfd.readouterr().err.replace("\n", "")
     assert f"stopped at step 3; go on with: slimtune train {folder / 'recipe.yaml'} --resume" in message
     train(recipe_of(settings), resume=True)
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
     steps = metrics(folder, "step")
     assert steps == sorted(steps)
 
@@ -121,7 +122,7 @@ def test_damaged_checkpoint_is_passed_over(settings, whole_run, capfd):
     log = capfd.readouterr().err
     assert "checkpoint-8 is passed over: adapter_model.safetensors is damaged" in log
     assert "resuming at step 6" in log
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
     for old in checkpoint.list_checkpoints(folder / "checkpoints"):
         (old / "optimizer.safetensors").unlink()
     with pytest.raises(RunError, match=r"every checkpoint in .* is damaged"):
@@ -132,22 +133,21 @@ def test_finished_run_resumes_to_the_same_result(settings, capfd):
     first = train(recipe_of(settings))
     again = train(recipe_of(settings), resume=True)
     assert "every step is done already" in capfd.readouterr().err
-    assert [again[k] for k in ("steps", "validation_loss", "best_step")] == [
-        first[k] for k in ("steps", "validation_loss", "best_step")
-    ]
+    for name in ("steps", "validation_loss", "best_step"):
+        assert getattr(again, name) == getattr(first, name)
     with pytest.raises(UsageError, match=r"train\.learning_rate: 0.01 then, 0.5 now"):
         train(recipe_of(settings, learning_rate=0.5), resume=True)
 
 
 def test_init_adapter_brings_its_settings_and_resumes(settings, whole_run, tmp_path, monkeypatch):
     settings["method"] = {"name": "lora", "r": 8}
-    whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}), init_adapter=Path(whole_run["run"]))
-    assert whole["validation_loss"] < whole_run["validation_loss"]
+    whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}), init_adapter=Path(whole_run.run))
+    assert whole.validation_loss < whole_run.validation_loss
     assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
     # before the first checkpoint
-    train_until(recipe_of(settings), monkeypatch, 0, KeyboardInterrupt, init_adapter=Path(whole_run["run"]))
+    train_until(recipe_of(settings), monkeypatch, 0, KeyboardInterrupt, init_adapter=Path(whole_run.run))
     train(load_recipe(tmp_path / "run" / "recipe.yaml"), resume=True)
-    assert distance(tmp_path / "run", whole["run"]) == 0
+    assert distance(tmp_path / "run", whole.run) == 0
 
 
 def test_missing_init_adapter_and_float16_write_nothing(settings, tmp_path):
@@ -199,9 +199,9 @@ def test_module_without_a_gradient_is_named(settings, capfd, monkeypatch):
 def test_few_held_out_rows_and_few_steps_are_named_before_training(settings):
     settings["data"] |= {"validation": None}
     result = train(recipe_of(settings))
-    log = (Path(result["run"]) / "train.log").read_text()
+    log = (Path(result.run) / "train.log").read_text()
     few = "warning: 1 held-out row is too few: slimtune eval needs 6 to say whether the tuned model is better"
     assert f"{few}; --validation-fraction 0.25 sets 6 aside" in log
     assert "warning: 8 steps are few, and may change little: more rows, or --epochs 8 for 32" in log
-    assert result["held_out_rows"] == 1
-    assert "--data HELD_OUT.jsonl" in (Path(result["run"]) / "report.html").read_text()
+    assert result.held_out_rows == 1
+    assert "--data HELD_OUT.jsonl" in (Path(result.run) / "report.html").read_text()

@@ -33,7 +33,7 @@ def test_second_writer_is_refused_and_told_of_the_first(settings, monkeypatch):
     assert f"process {os.getpid()} on " in found[0].message
     assert f"is training in {folder}" in found[0].message
     assert found[0].exit_code == 2
-    assert result["steps"] == 8
+    assert result.steps == 8
     assert metrics(folder, "step") == sorted(metrics(folder, "step"))
     assert not (folder / ".writer.json").exists()
 
@@ -55,7 +55,7 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
         train(recipe_of(settings), resume=True)
     process.kill()
     process.join()
-    assert train(recipe_of(settings), resume=True)["steps"] == 8
+    assert train(recipe_of(settings), resume=True).steps == 8
 
 
 # --- from another folder ----------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
 def test_base_folder_is_named_by_its_absolute_path(settings, monkeypatch):
     base = Path(settings["model"]["name"])
     monkeypatch.chdir(base.parent)
-    run = Path(train(recipe_of({**settings, "model": {"name": base.name, "dtype": "float32"}}))["run"])
+    run = Path(train(recipe_of({**settings, "model": {"name": base.name, "dtype": "float32"}})).run)
     assert load_recipe(run / "recipe.yaml").model.name == str(base)
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
@@ -84,14 +84,14 @@ def test_signal_ends_a_run_with_a_checkpoint(settings, whole_run, monkeypatch, n
     assert e.value.exit_code == code
     assert f"checkpoint-3 is complete: slimtune train {folder}/recipe.yaml --resume" in e.value.hint
     train(recipe_of(settings), resume=True)
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
 
 
 def test_nohup_is_respected(settings, monkeypatch):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         do_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
-        assert train(recipe_of(settings))["steps"] == 8
+        assert train(recipe_of(settings)).steps == 8
     finally:
         signal.signal(signal.SIGHUP, previous)
 
@@ -115,7 +115,7 @@ def test_damaged_metrics_do_not_stop_a_resume(settings, whole_run, monkeypatch, 
     assert "the old one is now damaged-metrics.jsonl" in capfd.readouterr().err
     assert (folder / "damaged-metrics.jsonl").is_file()
     assert metrics(folder, "step")[0] == 5
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
 
 
 def replace_by_folder(path):
@@ -149,7 +149,7 @@ def test_strange_file_does_not_stop_a_resume(settings, whole_run, monkeypatch, c
     change(folder)
     train(recipe_of(settings), resume=True)
     assert words in capfd.readouterr().err.replace("\n", " ")
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
     assert not [p.name for p in folder.rglob(".*") if p.name not in (".lock", ".mine")]
     assert (folder / ".mine").exists() == (name == "leftovers")
 
@@ -172,10 +172,10 @@ def test_run_survives_what_vanishes(settings, whole_run, monkeypatch, capfd, nam
     do_at(monkeypatch, 6, lambda: change(folder))
     result = train(recipe_of(settings, save_steps=2))
     assert words in capfd.readouterr().err.replace("\n", " ")
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
     assert json.loads((folder / "result.json").read_text())["steps"] == 8
     assert (folder / "recipe.yaml").is_file()
-    assert result["best_step"] == 8
+    assert result.best_step == 8
 
 
 def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
@@ -184,7 +184,7 @@ def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
     folder = Path(settings["output_dir"])
     do_at(monkeypatch, 7, lambda: shutil.rmtree(folder / "checkpoints" / "checkpoint-3"))
     result = train(recipe_of(settings, eval_steps=1, save_total_limit=5))
-    assert (result["best_step"], result["validation_loss"]) == (4, 3.5)
+    assert (result.best_step, result.validation_loss) == (4, 3.5)
     assert "the adapter of step 3, with the lowest validation loss, is lost" in capfd.readouterr().err
 
 
@@ -199,7 +199,7 @@ def test_run_folder_vanishes(settings, whole_run, monkeypatch, tmp_path, how):
     assert "checkpoint-7 is complete" in e.value.hint
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-7"]
     train(recipe_of(settings), resume=True)
-    assert distance(folder, whole_run["run"]) == 0
+    assert distance(folder, whole_run.run) == 0
 
 
 # --- a machine that is busy -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def test_tensorboard_reads_the_losses(settings):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = Path(train(recipe_of(settings, report_to=["tensorboard"]))["run"])
+    folder = Path(train(recipe_of(settings, report_to=["tensorboard"])).run)
     read = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     read.Reload()
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,9 +1,9 @@
 """Training keeps to its plan: planned before a weight is loaded, refused where it does not fit, probed, recorded."""
 
+import dataclasses
 import json
 import mmap
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from slimtune.planning.this_machine import detect_gpu
 
 
 def plan(recipe, lengths, content):
-    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content)).to_dict()
+    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content))
 
 
 @pytest.fixture
@@ -43,30 +43,29 @@ def test_run_is_planned_probed_and_recorded(settings, whole_run):
 
     result = train(recipe_of(settings), planner=planner)
     assert [len(lengths) for lengths in calls] == [30]  # 24 rows to train on, 6 to validate
-    record = json.loads((Path(result["run"]) / "plan.json").read_text())
-    assert record["plan"]["adapter_bytes"] == pytest.approx(result["adapter_bytes"], rel=0.02)
-    assert record["plan"]["trainable_params"] == result["trainable_params"]
-    assert record["plan"]["total_params"] == result["total_params"]
+    record = json.loads((Path(result.run) / "plan.json").read_text())
+    assert record["plan"]["adapter_bytes"] == pytest.approx(result.adapter_bytes, rel=0.02)
+    assert record["plan"]["trainable_params"] == result.trainable_params
+    assert record["plan"]["total_params"] == result.total_params
     probe = record["probe"]
     assert set(probe) == {"tokens", "bytes", "low", "high", "as_planned"}
     # Of a base this small the process is nearly all there is; the test's own process is larger than a run's.
     assert probe["bytes"] > record["plan"]["allocated_bytes"]
     assert probe["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
-    log = (Path(result["run"]) / "train.log").read_text()
+    log = (Path(result.run) / "train.log").read_text()
     assert "the longest micro-batch" in log
     assert ("the plan is off" in log) != probe["as_planned"]
-    assert distance(result["run"], whole_run["run"]) == 0
-    assert result["train_loss"] == whole_run["train_loss"]
+    assert distance(result.run, whole_run.run) == 0
+    assert result.train_loss == whole_run.train_loss
 
 
 def test_probed_rows_fill_one_micro_batch():
     """The longest rows alone would be divided into micro-batches of 60 tokens, which steps of other rows exceed."""
     rows = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate([60] * 4 + [25] * 8)]
     data = type("Rows", (list,), {"lengths": np.array([len(r["input_ids"]) for r in rows])})(rows)
-    loop = SimpleNamespace(train=data, collator=Collator(0, max_tokens=100), rows_per_step=4)
-    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60, 25]
-    loop.collator = Collator(0)
-    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(loop)] == [60] * 4
+    found = pick_longest_micro_batch(data, Collator(0, max_tokens=100), 4)
+    assert [len(row["input_ids"]) for row in found] == [60, 25]
+    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(data, Collator(0), 4)] == [60] * 4
 
 
 def test_refused_plan_loads_nothing(settings, monkeypatch):
@@ -112,8 +111,10 @@ def test_unplannable_run_is_trained(settings, recipe, slimtune, monkeypatch):
 @pytest.mark.slow
 def test_micro_batches_keep_to_the_plan(settings):
     """Free memory may say more than the plan: the plan is what was promised."""
-    result = train(recipe_of(settings), planner=lambda *job: {**plan(*job), "max_tokens_per_micro_batch": 40})
-    record = json.loads((Path(result["run"]) / "plan.json").read_text())
+    result = train(
+        recipe_of(settings), planner=lambda *job: dataclasses.replace(plan(*job), max_tokens_per_micro_batch=40)
+    )
+    record = json.loads((Path(result.run) / "plan.json").read_text())
     assert record["probe"]["tokens"] <= max(record["plan"]["seq_len"], 40)
 
 

@@ -24,6 +24,7 @@ from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.step_sharding import StepSharder
 from slimtune.core.foundation import distributed
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import forward_backward
 from slimtune.core.training.memory_savings import apply_fsdp, apply_memory_savings, transformer_layers
@@ -136,7 +137,7 @@ def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
         train_settings = {**settings["train"], **more["train"]}
         sections = {**settings, **more.get("sections", {}), "train": train_settings, "output_dir": str(out / name)}
         recipe = Recipe.from_dict(sections)
-        found[name] = train(recipe, resume=more.get("resume", False))
+        found[name] = to_json_dict(train(recipe, resume=more.get("resume", False)))
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedConfig
 
 from ...errors import UsageError
@@ -18,12 +19,50 @@ from ..adapters.targets import ALL_LINEAR
 from ..config import Recipe
 from ..data.collator import Example
 from ..data.tokenized_dataset import split_rows
+from ..foundation import distributed
 from ..kernels.linear_layers import is_quantized
+from ..models.dtype import pick_training_dtype
 from ..models.load_errors import translate_load_errors
 from ..models.loader import Base, download_weights, get_auto_class
+from .base_model import LoadBase, pick_training_device, require_finite_weights
+from .datasets import Datasets
 from .loss import get_row_head
-from .memory_savings import apply_memory_savings
+from .memory_savings import apply_fsdp, apply_memory_savings
 from .run_dir import find_adapter_folder
+
+
+def load_adapted_base(
+    recipe: Recipe, data: Datasets, init_adapter: Path | None, load_base: LoadBase, force: bool
+) -> tuple[Base, PeftModel]:
+    """Load the recipe's base on the device of this process, and attach its adapter; return both.
+
+    A base that is sharded (train.fsdp) is loaded to CPU memory, by one process of a machine at a time.
+
+    Args:
+        recipe: the base, the method and its settings.
+        data: the run's rows; their classes get a head.
+        init_adapter: a run or an adapter folder to start from.
+        load_base: loads the base.
+        force: take a base whose weights contain NaN or Inf.
+    """
+    device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
+    dtype = pick_training_dtype(recipe.model.dtype, device)
+    shard = recipe.train.fsdp and distributed.world_size() > 1
+    mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
+    place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
+    settings = recipe.model.model_copy(update=place)
+
+    def load() -> tuple[Base, PeftModel]:
+        base = load_base(settings, recipe.data.chat_template, data.classes)
+        if not force:
+            require_finite_weights(base)
+        model = attach_adapter(base, recipe, init_adapter, data.train)
+        if mesh is not None:
+            apply_fsdp(model, mesh, device)
+            base.device = device
+        return base, model
+
+    return distributed.run_on_all_ranks(load, in_turns=shard)
 
 
 def attach_adapter(

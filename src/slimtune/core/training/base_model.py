@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 
-from ...errors import ModelError
+from ...errors import ModelError, UsageError, format_names
 from ..config.schema import ModelSettings
 from ..data.class_labels import Classes
+from ..foundation import distributed
 from ..foundation.device import disable_malloc_trim
 from ..models.base_config import get_hidden_size, load_base_config
+from ..models.dtype import pick_device
 from ..models.loader import Base, load_base, load_tokenizer
 from .loss import get_row_head
+from .nonfinite import find_nonfinite_weights
 
 LoadBase = Callable[[ModelSettings, Path | None, Classes | None], Base]
 """Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
@@ -58,3 +61,28 @@ def require_row_head(model: Any) -> None:
             f"a {type(model).__name__} has no linear head `score` on its last token",
             "a decoder with transformers' head for classification",
         )
+
+
+def require_finite_weights(base: Base) -> None:
+    """Raise ModelError if a weight of the base contains NaN or Inf."""
+    if names := find_nonfinite_weights(base.model):
+        raise ModelError(
+            f"{base.source.name} is damaged: {len(names)} of its weights contain NaN or Inf: {format_names(names, 4)}",
+            "finite weights",
+            "download it again, or --force to train on it anyway",
+        )
+
+
+def pick_training_device(name: str) -> torch.device:
+    """Return the device of this process: with several processes on GPUs, each has its own."""
+    device, gpus = pick_device(name), torch.cuda.device_count()
+    if distributed.world_size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None or distributed.local_rank() >= gpus:
+        raise UsageError(
+            f"model.device is {name} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
+            "auto or cuda, where each process takes its own GPU, or cpu",
+            "--set model.device=auto (or cpu), and at most one process per GPU (--nproc-per-node)",
+        )
+    torch.cuda.set_device(own := torch.device(f"cuda:{distributed.local_rank()}"))
+    return own

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from ...errors import RunError, format_names
 from ..foundation.files import atomic_folder, read_json, to_json
+from .run_dir import RunDir
 
 CHECKSUMS_FILE = "checksums.json"
 METHOD_FILE = "method.safetensors"
@@ -60,6 +61,8 @@ class TrainingState:
         general_base_losses: the base's loss on each kind of general text, in nats per token; empty: not measured yet.
         forgetting: `(step, nats per token)` of each evaluation in which it was finite.
         skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
+        unlogged_loss: summed training losses since they were logged; of the last checkpoint.
+        unlogged_steps: how many these are.
     """
 
     max_steps: int
@@ -75,6 +78,8 @@ class TrainingState:
     forgetting_budget: float | None = None
     general_base_losses: dict[str, float] = field(default_factory=dict)
     forgetting: list[tuple[int, float]] = field(default_factory=list)
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,6 +112,10 @@ class TrainingState:
         """Evaluations after the best one."""
         return sum(step > (self.best_step or 0) for step, _ in self.validation_losses)
 
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Return whether the run ends early: the validation loss has not improved for `patience` evaluations."""
+        return self.step < self.max_steps and patience is not None and self.evaluations_since_best >= patience
+
 
 # --- folders of checkpoints -------------------------------------------------------------------------------------------
 
@@ -120,6 +129,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest first."""
     names = re.compile(PREFIX + "[0-9]+")
     return sorted((p for p in root.glob(f"{PREFIX}*") if names.fullmatch(p.name)), key=checkpoint_step)
+
+
+def describe_newest_checkpoint(run: RunDir) -> str:
+    """Name a run's newest checkpoint and the command that continues from it; "" if there is none."""
+    newest = list_checkpoints(run.checkpoints)[-1:]
+    return f"{newest[0].name} is complete: {run.resume_command()}" if newest else ""
 
 
 def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> None:

@@ -15,9 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.adapter_strength import AdapterStrength
+from ..adapters.adapter_strength import AdapterStrength, find_neutral_values
 from ..data.collator import Example
-from ..data.general_text import BUILT_IN_TEXT, WINDOW, TextPiece, numbers_by_kind, tokenize_general_text
+from ..data.general_text import (
+    BUILT_IN_TEXT,
+    WINDOW,
+    TextPiece,
+    numbers_by_kind,
+    read_general_text,
+    tokenize_general_text,
+)
+from ..models.base_config import max_positions
 from .loss import count_targets
 
 GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
@@ -26,18 +34,28 @@ BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
-def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenizer: Any, context: int) -> list[Example]:
+def read_budget_text(budget: float | None, file: Path | None) -> list[TextPiece]:
+    """Return the text to measure forgetting on, from a file or the built-in one; none without a budget."""
+    return [] if budget is None else read_general_text(file or BUILT_IN_TEXT)
+
+
+def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenizer: Any, model: Any) -> list[Example]:
     """Return rows of general text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
 
     Args:
-        pieces: the text.
+        pieces: the text; empty: no row is returned.
         file: where it is from, for errors; None: the built-in text.
         tokenizer: the base's.
-        context: the base's longest row in tokens; a row of general text has half of it at most.
+        model: the adapted model; a row of general text has half of its positions at most.
 
     Raises:
         DataError: the chat template rejects messages, or there is nothing to predict.
+        UsageError: the strength of the model's method cannot be reduced.
     """
+    if not pieces:
+        return []
+    find_neutral_values(model, "default")
+    context = max_positions(model.config) or 4 * WINDOW
     rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
     kinds = numbers_by_kind(rows)
     wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
@@ -48,9 +66,9 @@ def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenize
     return chosen
 
 
-def worst_change(tuned: Mapping[str, float], base: Mapping[str, float]) -> float:
+def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[str, float]) -> float:
     """Return how much the loss of the kind of text that is forgotten most is above the base's; NaN if one is NaN."""
-    return float(np.max([tuned[kind] - base[kind] for kind in base]))
+    return float(np.max([tuned_losses[kind] - base_losses[kind] for kind in base_losses]))
 
 
 def reduce_strength_to_budget(

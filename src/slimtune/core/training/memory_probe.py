@@ -2,63 +2,64 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..attention.attention_functions import packed_attention
-from ..data.collator import Example
+from ..data.collator import Collator, Example
 from ..data.example_lengths import count_packed_tokens
+from ..data.tokenized_dataset import TokenizedDataset
 from ..foundation.device import peak_memory, reset_peak_memory
 from ..foundation.formatting import format_bytes
 from ..kernels.dropout import preserve_rng_state
 from .loss import forward_backward, move_to_device
-from .training_loop import TrainingLoop
+from .prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
 
 
-def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_start: int) -> dict[str, Any]:
+def compare_with_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> dict[str, Any]:
     """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
 
     The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process. What the
     process had resident at the start of the run beyond Python and its libraries (a notebook's other model) is no part
     of the run.
     """
-    rows, limit = pick_longest_micro_batch(loop), loop.collator.max_tokens
-    tokens, used = loop.recovery.run_in_micro_batches(
-        "the longest micro-batch, run before the first step", rows, lambda: probe_memory(loop, rows), lambda: None
+    collator, device, limit = prepared.collator, prepared.device, prepared.collator.max_tokens
+    rows = pick_longest_micro_batch(prepared.data.train, collator, prepared.settings.rows_per_step)
+    tokens, used = prepared.recovery.run_in_micro_batches(
+        "the longest micro-batch, run before the first step", rows, lambda: probe_memory(prepared, rows), lambda: None
     )
-    others = 0 if loop.device.type == "cuda" else max(0, resident_at_start - int(plan["runtime_bytes"]["high"]))
+    others = 0 if device.type == "cuda" else max(0, resident_at_start - int(plan.runtime_bytes.high))
     used -= others
-    low, high = planned_bytes_range(plan, loop.device)
+    low, high = planned_bytes_range(plan, device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
-    low = low - plan["parts"]["optimizer"] if loop.collator.max_tokens == limit else 0
+    low = low - plan.parts["optimizer"] if collator.max_tokens == limit else 0
     line = f"the longest micro-batch, {tokens} tokens, takes {format_bytes(used)}; {format_bytes(low)} to "
     line += f"{format_bytes(high)} were planned"
     # The run may use memory again that others have freed, so that less is counted than it takes.
     as_planned = used <= high and (low <= used or others > 0)
-    loop.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
+    prepared.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
     return {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
 
 
-def pick_longest_micro_batch(loop: TrainingLoop) -> list[Example]:
+def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows_per_step: int) -> list[Example]:
     """Return rows, no more than a step has, that fill one micro-batch.
 
     The longest rows together may be divided into micro-batches of half the limit, which other rows of a step exceed.
     So rows are added, the longest first, while one micro-batch holds all. Few sets are tried, because rows are sorted:
     the first one that fits is searched by halves, and how many of those behind it fit, too.
     """
-    collator, lengths = loop.collator, loop.train.lengths
+    lengths = dataset.lengths
     if collator.share_prefix:
-        lengths = np.array([*map(count_packed_tokens, loop.train.example_lengths)])
+        lengths = np.array([*map(count_packed_tokens, dataset.example_lengths)])
     order = np.argsort(-lengths, kind="stable").tolist()
-    most = min(filter(None, (loop.rows_per_step, collator.max_rows, len(order))))
+    most = min(filter(None, (rows_per_step, collator.max_rows, len(order))))
     limit = collator.max_tokens or math.inf
 
     def fits(numbers: list[int]) -> bool:
-        return len(numbers) == 1 or collator.count_tokens([loop.train[i] for i in numbers]) <= limit
+        return len(numbers) == 1 or collator.count_tokens([dataset[i] for i in numbers]) <= limit
 
     chosen: list[int] = []
     at = 0
@@ -70,36 +71,29 @@ def pick_longest_micro_batch(loop: TrainingLoop) -> list[Example]:
         run = bisect_left(ends, True, key=lambda end: not fits([*chosen, *order[at:end]]))
         chosen += order[at : at + run]
         at += run
-    return [loop.train[i] for i in chosen]
+    return [dataset[i] for i in chosen]
 
 
-def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]:
+def probe_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, int]:
     """Run the longest micro-batch of some rows, forward and backward; return its tokens and the most bytes in use.
 
     Nothing is left of it, even if it runs out of memory: gradients are dropped, random number generators are restored,
     no weight changes.
     """
-    model, was_training = loop.model, loop.model.training
-    rows = loop.objective.prepare_step(rows, loop.score_rows)
-    micro_batch = max(loop.collator.make_micro_batches(rows), key=lambda batch: batch["input_ids"].numel())
+    model, was_training = prepared.model, prepared.model.training
+    rows = prepared.objective.prepare_step(rows, prepared.score_rows)
+    micro_batch = max(prepared.collator.make_micro_batches(rows), key=lambda batch: batch["input_ids"].numel())
     model.train()
-    reset_peak_memory(loop.device)
+    reset_peak_memory(prepared.device)
     try:
-        with preserve_rng_state(loop.device), packed_attention(model):
+        with preserve_rng_state(prepared.device), packed_attention(model):
             forward_backward(
                 model,
-                [move_to_device(micro_batch, loop.device)],
-                objective=loop.objective,
-                num_items=loop.objective.count_items(rows),
+                [move_to_device(micro_batch, prepared.device)],
+                objective=prepared.objective,
+                num_items=prepared.objective.count_items(rows),
             )
     finally:
         model.zero_grad()
         model.train(was_training)
-    return micro_batch["input_ids"].numel(), peak_memory(loop.device, reserved=True)
-
-
-def planned_bytes_range(plan: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
-    """Return the fewest and most planned bytes, as `peak_memory(reserved=True)` counts them."""
-    outside_allocator = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
-    low, high = (int(plan["need_bytes"][end] - outside_allocator[end]) for end in ("low", "high"))
-    return low, high
+    return micro_batch["input_ids"].numel(), peak_memory(prepared.device, reserved=True)

@@ -15,7 +15,7 @@ from ..data.class_labels import Classes
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
 
 if TYPE_CHECKING:
-    from ..config.schema import DataSettings
+    from ..config.schema import DataSettings, TrainSettings
     from .datasets import Datasets
 
 Batch = Mapping[str, Any]
@@ -92,7 +92,7 @@ class Objective:
         return rows
 
     def prepare_training_rows(
-        self, rows: TokenizedDataset, *, rows_per_step: int, max_seq_len: int, seed: int
+        self, rows: TokenizedDataset, settings: "TrainSettings", data: "DataSettings"
     ) -> TokenizedDataset:
         """Return training or validation rows as the steps of a run take them: as they are, unless overridden.
 

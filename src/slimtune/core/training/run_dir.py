@@ -40,6 +40,8 @@ from ..foundation.files import (
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.json"
 """The base's config with the names of the classes, beside the adapter of a classifier."""
+INIT_ADAPTER = "start"
+"""Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
 LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
 WRITTEN_FILES = (
     "recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import distance, metrics, recipe_of
+from tiny_run import distance, metrics, recipe_of, write_settings
 
 from slimtune.core.config import Recipe
 from slimtune.core.training.train import Interrupted, train
@@ -16,6 +16,11 @@ from slimtune.errors import RunError, UsageError
 from slimtune.experiments import simultaneous_runs as together
 from slimtune.experiments.packed_run_adapters import share_parameters
 from slimtune.experiments.simultaneous_runs import train_together
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_llama, tiny_tokenizer):
+    return write_settings(tmp_path / "files", tiny_llama, tiny_tokenizer)
 
 
 @pytest.fixture
@@ -57,9 +62,8 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
             together_values, alone_values = (metrics(tmp_path / n, value) for n in (name, f"{name}-alone"))
             assert together_values == pytest.approx(alone_values, abs=1e-6)
         assert distance(tmp_path / name, tmp_path / f"{name}-alone") < 1e-5
-        assert {k: outcome[k] for k in ("steps", "trained_tokens", "best_step", "rows")} == {
-            k: alone[k] for k in ("steps", "trained_tokens", "best_step", "rows")
-        }
+        for name in ("steps", "trained_tokens", "best_step", "rows"):
+            assert getattr(outcome, name) == getattr(alone, name)
 
 
 def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
@@ -67,9 +71,9 @@ def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
     stopped, kept = train_together(recipes, should_stop=lambda recipe: recipe is recipes[0] and len(packed_steps) == 2)
     assert isinstance(stopped, together.RunStopped)
     assert len(metrics(tmp_path / "a", "train_loss")) == 2
-    assert kept["train_loss"] == pytest.approx(train(make("b-alone", learning_rate=1e-3))["train_loss"], abs=1e-6)
+    assert kept.train_loss == pytest.approx(train(make("b-alone", learning_rate=1e-3)).train_loss, abs=1e-6)
     assert not (tmp_path / "a" / "result.json").exists()
-    assert train(recipes[0], resume=True)["steps"] == kept["steps"], "its folder is free"
+    assert train(recipes[0], resume=True).steps == kept.steps, "its folder is free"
 
 
 @pytest.mark.slow
@@ -86,7 +90,7 @@ def test_one_run_or_dropout_is_bit_for_bit_as_alone(make, packed_steps, tmp_path
 def test_failed_run_does_not_end_the_others(make, tmp_path):
     failed, outcome = train_together([make("failed", learning_rate=1e30), make("b")])
     assert isinstance(failed, RunError)
-    assert outcome["steps"] == 8
+    assert outcome.steps == 8
     train(make("b-alone"))
     assert metrics(tmp_path / "b", "train_loss") == pytest.approx(metrics(tmp_path / "b-alone", "train_loss"), abs=1e-6)
 

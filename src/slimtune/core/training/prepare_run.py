@@ -1,0 +1,159 @@
+"""From a recipe to a run before its first step.
+
+recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ run folder ─▶ collator ─▶ reference ─▶ optimizer ─▶ memory probe
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ...errors import SlimtuneError
+from ..adapters.state_dict import save_adapter
+from ..config import Recipe
+from ..data.collator import Collator
+from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
+from ..foundation import distributed
+from ..foundation.device import peak_memory
+from ..foundation.files import write_json
+from ..models.base_config import get_hidden_size
+from .adapted_model import load_adapted_base
+from .base_model import LoadBase, load_base_model
+from .datasets import Datasets, load_training_datasets
+from .forgetting_budget import choose_general_rows, read_budget_text
+from .loss import build_collator
+from .memory_probe import compare_with_plan
+from .memory_savings import compile_layers
+from .prepared_run import MemoryPlan, PreparedRun
+from .progress_logger import ProgressLogger, start_trackers
+from .resuming import drop_later_metrics, resolve_start, start_or_resume
+from .run_description import describe_default_rate, describe_run, describe_steps
+from .run_dir import INIT_ADAPTER, RunDir, RunLock
+from .validation_scores import add_reference
+
+Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
+"""Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
+
+Raises if the run does not fit.
+"""
+
+
+def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
+    """Plan no run."""
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    init_adapter: Path | None = None,
+    planner: Planner = plan_nothing,
+    force: bool = False,
+    load_base: LoadBase = load_base_model,
+) -> PreparedRun:
+    """Return a run before its first step; the caller must leave it as a context manager, which unlocks its folder.
+
+    Nothing is left of a new run if an error ends this. Arguments and errors as for `train`; `load_base` loads the base.
+    """
+    started, resident = time.perf_counter(), psutil.Process().memory_info().rss
+    run = RunDir(Path(recipe.output_dir))
+    distributed.install_sigterm_watcher(run.resume_command())
+    with release_on_error(RunLock(run)) as lock:
+        recipe, init_adapter = resolve_start(run, recipe, lock, resume, init_adapter)
+        # Data and plan, before a weight is loaded.
+        data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
+        general_text = read_budget_text(recipe.train.forgetting_budget, recipe.data.general_text)
+        lengths = data.lengths()
+        plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
+
+        base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
+        loading_peak = peak_memory(base.device)
+        has_own_rate = recipe.train.learning_rate != "auto"
+        recipe = recipe.resolve_learning_rate(len(data.train), get_hidden_size(base.model.config))
+        if os.path.isabs(base.source.spec):
+            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": base.source.spec})})
+        if not resume:
+            first = model if init_adapter is not None else None
+            distributed.run_on_main(lambda: create_run_dir(run, recipe, lock, data, first))
+
+        logger = ProgressLogger(run, base.device)
+        with remove_unstarted_run(run, logger, keep=resume):
+            logger.trackers = start_trackers(recipe, run)
+            describe_run(logger, recipe, base, model, data, init_adapter)
+            if not has_own_rate:
+                describe_default_rate(logger, recipe, len(data.train))
+            collator = build_collator(recipe.train, model, base.tokenizer, longest := find_longest(lengths))
+            limit_micro_batches(collator, longest, plan)
+            objective, settings = recipe.objective(), recipe.train
+            for split in ("train", "validation"):
+                rows = objective.prepare_training_rows(getattr(data, split), settings, recipe.data)
+                setattr(data, split, rows)
+            if objective.needs_reference:
+                add_reference(run, data, model, collator, logger, disable=init_adapter is None)
+            general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, model)
+            prepared = PreparedRun(
+                recipe, run, lock, logger, data, base, model, objective, collator, plan, general, loading_peak
+            )
+            start_or_resume(prepared, resume)
+            describe_steps(prepared)
+            if settings.compile:
+                logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
+            if plan is not None:
+                probe = compare_with_plan(prepared, plan, resident)
+                if distributed.is_main_process():
+                    write_json(run.plan_file, {"plan": plan.to_dict(), "probe": probe})
+        if resume:
+            distributed.run_on_main(lambda: drop_later_metrics(prepared))
+        prepared.start_seconds = time.perf_counter() - started
+        return prepared
+
+
+@contextmanager
+def release_on_error(lock: RunLock) -> Iterator[RunLock]:
+    """Give the lock back if an error leaves the block."""
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+@contextmanager
+def remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> Iterator[None]:
+    """Close the logger if an error leaves the block, and delete the run folder unless it is to `keep`."""
+    try:
+        yield
+    except SlimtuneError:
+        logger.close()
+        if not keep and distributed.is_main_process():
+            shutil.rmtree(run.path)
+        raise
+
+
+def create_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: Datasets, init_model: Any) -> None:
+    """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
+
+    def write_start(run: RunDir) -> None:
+        lock.acquire()
+        write_json(run.data_file, {name: report and report.to_json() for name, report in data.data_reports.items()})
+        if init_model is not None:
+            save_adapter(init_model, run.path / INIT_ADAPTER, "default")
+
+    RunDir.create(run.path, recipe, write_start)
+
+
+def find_longest(lengths: Sequence[ExampleLength]) -> int:
+    """Return the tokens of the longest row."""
+    return max(map(max, map(count_row_tokens, lengths)))
+
+
+def limit_micro_batches(collator: Collator, longest: int, plan: MemoryPlan | None) -> None:
+    """Set the most tokens of a micro-batch to what the plan allows, the same in every process."""
+    if plan is not None and collator.max_tokens is not None:
+        collator.max_tokens = min(collator.max_tokens, max(longest, plan.max_tokens_per_micro_batch))
+    collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))

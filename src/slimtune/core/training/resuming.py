@@ -1,0 +1,167 @@
+"""Where a run starts: at the beginning, from another adapter, or where its newest checkpoint ends."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import get_scheduler
+
+from ...errors import RunError, UsageError
+from ..adapters import state_dict as adapter_files
+from ..adapters.peft_config import PeftConfig
+from ..config import Recipe
+from ..foundation import distributed
+from ..foundation.files import to_json, write_atomic
+from . import checkpoint
+from .checkpoint import TrainingState
+from .optimizer import build_optimizer
+from .prepared_run import PreparedRun
+from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary
+
+
+def resolve_start(
+    run: RunDir, recipe: Recipe, lock: RunLock, resume: bool, init_adapter: Path | None
+) -> tuple[Recipe, Path | None]:
+    """Return the recipe, and the adapter to start from, that a run trains with.
+
+    When resuming the recipe must be the run's own, and the run folder is locked and cleaned up. An adapter to start
+    from brings its method's settings.
+    """
+    if resume:
+        recipe = distributed.run_on_main(lambda: prepare_resume(run, recipe, lock))
+        if (run.path / INIT_ADAPTER).is_dir():
+            init_adapter = run.path / INIT_ADAPTER
+    return (recipe if init_adapter is None else with_adapter_config(recipe, init_adapter)), init_adapter
+
+
+def prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
+    """Lock a run folder to resume it, after checking the recipe, and delete what a killed run left.
+
+    Returns the recipe with the run's learning rate, if it has none of its own.
+    """
+    RunDir.open(run.path, require_adapter=False)
+    if recipe.train.learning_rate == "auto":
+        rate = run.load_recipe().train.learning_rate
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
+    check_same_recipe(run, recipe)
+    lock.acquire()
+    for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
+        if is_temporary(leftover.name) or leftover.parent == run.checkpoints:
+            checkpoint.remove(leftover)
+    return recipe
+
+
+def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
+    before, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [
+        f"{section}.{name}: {before[section].get(name)!r} then, {now[section].get(name)!r} now"
+        for section in before
+        if section != "output_dir"
+        for name in before[section] | now[section]
+        if before[section].get(name) != now[section].get(name)
+        and (section, name) != ("train", "on_nonfinite")  # changes no step that is done
+    ]
+    if changed:
+        message = f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(changed)}"
+        raise UsageError(message, "the same recipe", f"{run.resume_command()}, or another --out")
+
+
+def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
+    """Return the recipe with the method settings of the adapter that training starts from; raise for another method."""
+    folder = find_adapter_folder(adapter)
+    config = PeftConfig.from_pretrained(folder)
+    if config.name != recipe.method.name:
+        raise UsageError(
+            f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
+            f"an adapter of the method {recipe.method.name}",
+            f"--method {config.name}",
+        )
+    shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
+    settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
+    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+
+
+def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
+    """Seed the random numbers, and build the run's optimizer and schedule.
+
+    When resuming, all of them, the adapter and the state are then those of the newest undamaged checkpoint; without a
+    checkpoint the run starts from the beginning.
+    """
+    settings, run = prepared.settings, prepared.run
+    max_steps = settings.count_steps(len(prepared.data.train))
+    prepared.state = TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)
+    prepared.recovery.save_before_exit = lambda: checkpoint.describe_newest_checkpoint(run)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    newest = None
+    if resume:
+        newest = distributed.run_on_main(
+            lambda: checkpoint.find_newest_checkpoint(run.checkpoints, prepared.logger.say)
+        )
+    if newest is not None:  # before the optimizer is built: loading may replace parameters
+        load_checkpoint_adapter(prepared.model, newest)
+        checkpoint.load_method_state(newest, prepared.model)
+    for config in prepared.model.peft_config.values():
+        config.on_train_begin(max_steps)
+    prepared.optimizer = build_optimizer(
+        prepared.model, settings.optimizer, lr=float(settings.learning_rate), weight_decay=settings.weight_decay
+    )
+    prepared.scheduler = get_scheduler(
+        "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler,
+        prepared.optimizer,
+        num_warmup_steps=math.ceil(settings.warmup_ratio * max_steps),
+        num_training_steps=max_steps,
+    )
+    if newest is not None:
+        restore_state(prepared, newest)
+        if distributed.is_main_process():  # a kill after the last checkpoint was written left the old ones
+            state, keep = prepared.state, settings.save_total_limit
+            checkpoint.delete_old_checkpoints(run.checkpoints, keep, state.best_steps)
+
+
+def load_checkpoint_adapter(model: Any, folder: Path) -> None:
+    """Load the adapter of a checkpoint into the model."""
+    tensors, _ = adapter_files.read_adapter_file(folder)
+    adapter_files.load_adapter_tensors(model, "default", tensors, where=str(folder))
+
+
+def restore_state(prepared: PreparedRun, folder: Path) -> None:
+    """Restore everything but the weights from a checkpoint."""
+    values = json.loads((folder / checkpoint.STATE_FILE).read_text())
+    collator = prepared.collator
+    collator.max_tokens, collator.max_rows = values.pop("max_tokens"), values.pop("max_rows")
+    if values.pop("checkpointing"):
+        prepared.recovery.enable_checkpointing()
+    prepared.scheduler.load_state_dict(values.pop("scheduler"))
+    losses = [(step, loss) for step, loss in values["validation_losses"] if math.isfinite(loss)]
+    forgetting = [(step, change) for step, change in values["forgetting"]]
+    prepared.state = TrainingState(**{**values, "validation_losses": losses, "forgetting": forgetting})
+    prepared.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
+    checkpoint.load_rng_state(folder)
+
+
+def drop_later_metrics(prepared: PreparedRun) -> None:
+    """Say where a run continues, and delete the metrics of steps that will be repeated."""
+    run, state, say = prepared.run, prepared.state, prepared.logger.say
+    if state.step == state.max_steps or state.is_out_of_patience(prepared.settings.early_stopping_patience):
+        say("every step is done already")
+    else:
+        start = "there is no checkpoint yet: starting from the beginning"
+        say(f"resuming at step {state.step}" if state.step else start)
+    file = run.metrics_file
+    try:
+        metrics = run.load_metrics()
+        damage = "is a folder" if file.is_dir() else ""
+    except RunError as e:
+        metrics, damage = [], e.message.removeprefix(f"{file}, ")
+    if damage:  # the log of the steps is not needed to continue them
+        kept = checkpoint.set_aside(file)
+        say(f"{file.name}: {damage}; the log begins again, the old one is now {kept.name}")
+    write_atomic(file, "".join(to_json(m) + "\n" for m in metrics if m.get("step", 0) <= state.step))
