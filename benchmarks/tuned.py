@@ -76,7 +76,7 @@ def main() -> None:
         first, second, difference = paired_bootstrap(*losses, [row["tokens"] for row in default])
         settings = ", ".join(f"{path.partition('.')[2]} {value}" for path, value in best.items())
         figures = f"{first.value:.4f} | {second.value:.4f} | {difference.value:.4f}"
-        print(f"| {data_set.name} | {settings} | {figures} [{format_interval(*difference.interval)}] |", flush=True)
+        print(f"| {data_set.name} | {settings} | {figures} [{format_interval(*difference.ci95)}] |", flush=True)
 
 
 if __name__ == "__main__":

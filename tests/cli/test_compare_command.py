@@ -2,24 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from hand_results import make_comparison, make_method
 from tiny_run import write_rows
 
 import slimtune.experiments.comparison as comparison
+from slimtune.core.foundation.json_results import to_json_dict
+from slimtune.experiments.experiment_results import FailedRun
 
-LINE = {
-    "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31,
-    "file_bytes": 2**20, "time_seconds": 60, "seeds": [7], "rate": 2e-4, "rate_from": "default",
-    "trained_percent": 1.25, "tuned_loss": 4.0, "front": ["size"], "trained_tokens": [1000], "oom_events": 0,
-}  # fmt: skip
-RESULT = {
-    "output_dir": "o", "model": "m", "dtype": "bfloat16", "device": "cpu", "steps": 3, "seeds": [7], "rows": 8,
-    "test_tokens": 92, "base_loss": 4.5, "methods": [LINE], "pairs": [], "left_out": [], "failed": [], "searched": {},
-    "advice": "Take lora.",
-}  # fmt: skip
+METHOD = make_method("lora", 0.5, half=0.1, seeds=[7], front=["size"], trained_tokens=[1000])
+RESULT = make_comparison(METHOD, seeds=[7], rows=8, test_tokens=92)
 
 
 @pytest.fixture
@@ -69,15 +65,15 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
 
 
 def test_json_default_folder_and_search(recipe, calls, slimtune_json, tmp_path):
-    assert slimtune_json("compare", recipe, "--methods", "lora", "--tune", "--trials", 3) == RESULT
+    assert slimtune_json("compare", recipe, "--methods", "lora", "--tune", "--trials", 3) == to_json_dict(RESULT)
     assert (calls[0][0].trials, calls[0][0].output_dir) == (3, tmp_path / "o-compare")
 
 
 def test_failed_run_is_exit_code_1(recipe, slimtune, monkeypatch):
-    failed = [{"method": "lora", "seed": 8, "why": "no memory"}]
-    monkeypatch.setattr(comparison, "compare", lambda *_, **__: {**RESULT, "failed": failed})
+    failed = FailedRun(method="lora", seed=8, why="no memory")
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: replace(RESULT, failed=[failed]))
     done = slimtune("compare", recipe, "--methods", "lora", "--json")
-    assert (done.exit_code, json.loads(done.stdout)["failed"]) == (1, failed)
+    assert (done.exit_code, json.loads(done.stdout)["failed"]) == (1, [to_json_dict(failed)])
     assert "Failed: lora, seed 8 (no memory)." in slimtune("compare", recipe, "--methods", "lora").stdout
 
 

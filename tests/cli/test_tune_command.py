@@ -1,24 +1,25 @@
 """`slimtune tune`: its flags, its refusals and its screen; the search is replaced."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from tiny_run import write_rows
 
 import slimtune.experiments.tuning as search
+from slimtune.core.foundation.json_results import to_json_dict
+from slimtune.experiments.experiment_results import TrialResult, TuneResult
 
 TRIALS = [
-    {"run": f"trial-{n}", "values": {"method.r": r}, "outcome": "complete", "loss": loss, "seconds": 2.0, "why": ""}
+    TrialResult(run=f"trial-{n}", values={"method.r": r}, outcome="complete", loss=loss, seconds=2.0, why="")
     for n, r, loss in ((1, 8, 4.5), (2, 16, 4.25))
 ]
-TRIALS.append(
-    {**TRIALS[0], "run": "trial-3", "values": {"method.r": 32}, "outcome": "failed", "loss": None, "why": "x"}
-)
-RESULT = {
-    "output_dir": "o-tune", "model": "m", "over": {"method.r": "8, 16, 32"}, "validation_rows": 6, "trials": TRIALS,
-    "best": TRIALS[1], "recipe_loss": 4.5, "at_the_edge": [], "best_recipe": "o-tune/best.yaml", "seconds": 5.0,
-}  # fmt: skip
+TRIALS.append(replace(TRIALS[0], run="trial-3", values={"method.r": 32}, outcome="failed", loss=None, why="x"))
+RESULT = TuneResult(
+    output_dir="o-tune", model="m", over={"method.r": "8, 16, 32"}, validation_rows=6, trials=TRIALS, best=TRIALS[1],
+    recipe_loss=4.5, at_the_edge=[], best_recipe="o-tune/best.yaml", seconds=5.0,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
 
 
 def test_json_and_default_trials(recipe, calls, slimtune_json):
-    assert slimtune_json("tune", recipe, "--over", "method.r=8,16") == RESULT
+    assert slimtune_json("tune", recipe, "--over", "method.r=8,16") == to_json_dict(RESULT)
     assert calls[0][1]["trials"] == 20
 
 

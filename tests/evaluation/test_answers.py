@@ -8,6 +8,7 @@ from hand_run import TALKS, write_rows
 
 from slimtune.core.data.rows import Row
 from slimtune.errors import ModelError, UsageError
+from slimtune.evaluation.eval_result import AnswerPair, CheckValues, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.generated_answers import build_check, measure_repetition, sample_prompts, summarize_checks
 from slimtune.generation.generator import Generator
@@ -15,18 +16,18 @@ from slimtune.generation.generator import Generator
 
 def test_answers_equal_those_of_generate(run):
     result = evaluate(run, EvalSettings(generate=3, max_new_tokens=12, checks=["exact", "regex:."]))
-    found = result["generations"]
-    assert [g["line"] for g in found] == [1, 3, 5]
+    found = result.generations
+    assert [g.line for g in found] == [1, 3, 5]
     generator = Generator.open(run)
     for one in found:
-        question, answer = TALKS[one["line"] - 1]
-        assert (one["prompt"], one["reference"]) == ([{"role": "user", "content": question}], answer)
+        question, answer = TALKS[one.line - 1]
+        assert (one.prompt, one.reference) == ([{"role": "user", "content": question}], answer)
         for who in ("base", "tuned"):
-            assert one[who] == generator.generate(one["prompt"], tuned=who == "tuned", max_new_tokens=12)
-        assert set(one["checks"]) == {"tokens", "repetition", "ended", "exact", "regex:."}
-    assert any(g["base"] != g["tuned"] for g in found)
-    assert result["generation_summary"]["tokens"]["base"] == sum(g["checks"]["tokens"]["base"] for g in found) / 3
-    assert json.loads((run / "eval-test.json").read_text())["generations"] == found
+            assert getattr(one, who) == generator.generate(one.prompt, tuned=who == "tuned", max_new_tokens=12)
+        assert set(one.checks) == {"tokens", "repetition", "ended", "exact", "regex:."}
+    assert any(g.base != g.tuned for g in found)
+    assert result.generation_summary["tokens"].base == sum(g.checks["tokens"].base for g in found) / 3
+    assert read_eval_result(json.loads((run / "eval-test.json").read_text())).generations == found
 
 
 def test_prompts_are_spread_over_the_rows():
@@ -39,9 +40,12 @@ def test_prompts_are_spread_over_the_rows():
 
 
 def test_summary():
-    checks = [{"ended": {"base": b, "tuned": True}, "tokens": {"base": 2, "tuned": n}} for b, n in ((1, 1), (0, 4))]
-    summary = {"ended": {"base": 0.5, "tuned": 1.0}, "tokens": {"base": 2.0, "tuned": 2.5}}
-    assert summarize_checks([{"checks": c} for c in checks]) == summary
+    checks = [
+        {"ended": CheckValues(base=b, tuned=True), "tokens": CheckValues(base=2, tuned=n)} for b, n in ((1, 1), (0, 4))
+    ]
+    summary = {"ended": CheckValues(base=0.5, tuned=1.0), "tokens": CheckValues(base=2.0, tuned=2.5)}
+    answers = [AnswerPair(line=1, prompt=[], reference="", base="a", tuned="b", checks=c) for c in checks]
+    assert summarize_checks(answers) == summary
 
 
 def test_prompt_without_room_fails_before_scoring(run, tmp_path):

@@ -19,12 +19,12 @@ def trained_rows(run):
 
 def test_training_rows_are_left_out(run, tmp_path):
     file = write_rows(tmp_path / "mixed.jsonl", MORE)
-    expected = evaluate(run, EvalSettings(data=file))["tuned_loss"]
+    expected = evaluate(run, EvalSettings(data=file)).measures.tuned_loss.value
     lines = trained_rows(run).read_text().splitlines(keepends=True)
     file.write_text(lines[0] + file.read_text() + lines[1])
     found = evaluate(run, EvalSettings(data=file))
-    assert (found["rows"], found["training_rows"]) == (len(MORE), 2)
-    assert found["tuned_loss"] == pytest.approx(expected, abs=1e-6)
+    assert (found.measures.rows, found.training_rows) == (len(MORE), 2)
+    assert found.measures.tuned_loss.value == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_training_file_is_refused(run):
@@ -35,15 +35,15 @@ def test_the_training_file_is_refused(run):
 def test_equal_rows_count_as_one(run, tmp_path):
     once = evaluate(run, EvalSettings(data=write_rows(tmp_path / "once.jsonl", MORE)))
     found = evaluate(run, EvalSettings(data=write_rows(tmp_path / "often.jsonl", MORE * 20)))
-    assert (found["rows"], found["different_rows"]) == (20 * len(MORE), len(MORE))
-    assert found["loss_reduction_ci95"] == pytest.approx(once["loss_reduction_ci95"], abs=1e-5)
+    assert (found.measures.rows, found.measures.different_rows) == (20 * len(MORE), len(MORE))
+    assert found.measures.loss_reduction.ci95 == pytest.approx(once.measures.loss_reduction.ci95, abs=1e-5)
 
 
 @pytest.mark.parametrize(("talks", "words"), [(TALKS[:1] * 50, "1 row is too few"), (TALKS, "5 different rows are")])
 def test_too_few_rows(run, tmp_path, talks, words):
-    verdict = evaluate(run, EvalSettings(data=write_rows(tmp_path / "few.jsonl", talks)))["verdict"]
-    assert not verdict["passed"]
-    assert words in verdict["reasons"][0]
+    verdict = evaluate(run, EvalSettings(data=write_rows(tmp_path / "few.jsonl", talks))).verdict
+    assert not verdict.passed
+    assert words in verdict.reasons[0]
 
 
 def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_empty_answers_fail(run, monkeypatch):
     monkeypatch.setattr(
         "slimtune.generation.generator.Generator.answer", lambda *_, **__: Answer(text=" ", tokens=1, ended=True)
     )
-    reasons = evaluate(run, EvalSettings(generate=2))["verdict"]["reasons"]
+    reasons = evaluate(run, EvalSettings(generate=2)).verdict.reasons
     assert reasons[-1] == "all 2 answers of the tuned model are empty"
 
 
@@ -80,14 +80,18 @@ def test_run_on_answers_is_measured_on_pairs(run, tmp_path):
     nats = {}
     for name, talks in {"chosen": MORE, "rejected": [(question, "abc") for question, _ in MORE]}.items():
         found = evaluate(run, EvalSettings(data=write_rows(tmp_path / f"{name}.jsonl", talks)))
-        nats[name] = {model: found[f"{model}_loss"] * found["tokens"] for model in ("base", "tuned")}
+        nats[name] = {
+            model: getattr(found.measures, f"{model}_loss").value * found.measures.tokens for model in ("base", "tuned")
+        }
     found = evaluate(run, EvalSettings(data=write_pairs("pairs.jsonl", MORE)))
-    assert (found["task"], found["rows"], found["training_rows"]) == ("sft", len(MORE), 0)
+    assert (found.task, found.measures.rows, found.training_rows) == ("sft", len(MORE), 0)
     for model in ("base", "tuned"):
         margin = (nats["rejected"][model] - nats["chosen"][model]) / len(MORE)
-        assert found["preference"][f"{model}_margin"] == pytest.approx(margin, abs=1e-4)
-        assert found[f"{model}_loss"] * found["tokens"] == pytest.approx(nats["chosen"][model], abs=1e-4)
+        assert getattr(found.measures.preference, f"{model}_margin").value == pytest.approx(margin, abs=1e-4)
+        assert getattr(found.measures, f"{model}_loss").value * found.measures.tokens == pytest.approx(
+            nats["chosen"][model], abs=1e-4
+        )
 
     learned = [[m["content"] for m in json.loads(line)["messages"]] for line in trained_rows(run).open()]
     found = evaluate(run, EvalSettings(data=write_pairs("mixed.jsonl", [*MORE, learned[0]])))
-    assert (found["rows"], found["training_rows"]) == (len(MORE), 1)
+    assert (found.measures.rows, found.training_rows) == (len(MORE), 1)

@@ -12,6 +12,8 @@ from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.training.run_dir import RunDir
 from slimtune.errors import AdapterError, UsageError
+from slimtune.evaluation.estimate import Estimate
+from slimtune.evaluation.eval_result import read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.extras.row_files import read_rows
 
@@ -38,52 +40,63 @@ def test_figures_equal_transformers(run, tmp_path, tiny_folder):
     base, base_hits = score_with_transformers(model, examples)
     tuned, tuned_hits = score_with_transformers(PeftModel.from_pretrained(model, run / "adapter"), examples)
     tokens = sum(sum(label != -100 for label in e["labels"][1:]) for e in examples)
-    assert (found["tokens"], found["rows"]) == (tokens, len(TALKS))
-    assert found["base_loss"] == pytest.approx(sum(base) / tokens, abs=1e-5)
-    assert found["tuned_loss"] == pytest.approx(sum(tuned) / tokens, abs=1e-5)
-    assert found["loss_reduction"] == pytest.approx(found["base_loss"] - found["tuned_loss"], abs=1e-12)
-    assert abs(found["loss_reduction"]) > 1e-3
-    assert found["rows_better"] == sum(u < b for u, b in zip(tuned, base, strict=True))
-    assert (found["base_accuracy"], found["tuned_accuracy"]) == (base_hits / tokens, tuned_hits / tokens)
-    assert found["accuracy_gain"] == pytest.approx((tuned_hits - base_hits) / tokens)
-    for who in ("base", "tuned"):
-        assert found[f"{who}_perplexity"] == pytest.approx(math.exp(found[f"{who}_loss"]))
-        assert found[f"{who}_perplexity_ci95"] == pytest.approx([math.exp(x) for x in found[f"{who}_loss_ci95"]])
-    for name in [key.removesuffix("_ci95") for key in found if key.endswith("_ci95")]:
-        assert found[f"{name}_ci95"][0] <= found[name] <= found[f"{name}_ci95"][1]
-    assert (found["dtype"], found["dropped"], found["truncated"]) == ("float32", 0, 0)
-    assert json.loads((run / "eval-test.json").read_text()) == found
+    assert (found.measures.tokens, found.measures.rows) == (tokens, len(TALKS))
+    assert found.measures.base_loss.value == pytest.approx(sum(base) / tokens, abs=1e-5)
+    assert found.measures.tuned_loss.value == pytest.approx(sum(tuned) / tokens, abs=1e-5)
+    assert found.measures.loss_reduction.value == pytest.approx(
+        found.measures.base_loss.value - found.measures.tuned_loss.value, abs=1e-12
+    )
+    assert abs(found.measures.loss_reduction.value) > 1e-3
+    assert found.measures.rows_better == sum(u < b for u, b in zip(tuned, base, strict=True))
+    assert (found.measures.base_accuracy.value, found.measures.tuned_accuracy.value) == (
+        base_hits / tokens,
+        tuned_hits / tokens,
+    )
+    assert found.measures.accuracy_gain.value == pytest.approx((tuned_hits - base_hits) / tokens)
+    m = found.measures
+    for loss, perplexity in ((m.base_loss, m.base_perplexity), (m.tuned_loss, m.tuned_perplexity)):
+        assert perplexity.value == pytest.approx(math.exp(loss.value))
+        assert perplexity.ci95 == pytest.approx(tuple(map(math.exp, loss.ci95)))
+    for estimate in (value for value in vars(m).values() if isinstance(value, Estimate)):
+        assert estimate.low <= estimate.value <= estimate.high
+    assert (found.dtype, found.dropped, found.truncated) == ("float32", 0, 0)
+    assert read_eval_result(json.loads((run / "eval-test.json").read_text())) == found
 
 
 def test_an_adapter_that_changes_nothing(tmp_path, tiny_folder):
     run, text = make_run(tmp_path / "run", tiny_folder, size=0.0), tmp_path / "general.txt"
     text.write_text("A few words of general text.")
     found = evaluate(run, EvalSettings(general_text=text, forgetting_budget=0.0))
-    assert (found["loss_reduction"], found["loss_reduction_ci95"], found["rows_better"]) == (0.0, [0.0, 0.0], 0)
-    assert (found["forgetting"]["change_ci95"], found["forgetting"]["within"]) == ([0.0, 0.0], True)
-    assert not found["verdict"]["passed"]
-    assert "the adapter changes nothing: base and tuned model have the same loss" in found["verdict"]["reasons"]
+    assert (found.measures.loss_reduction.value, found.measures.loss_reduction.ci95, found.measures.rows_better) == (
+        0.0,
+        (0.0, 0.0),
+        0,
+    )
+    assert (found.forgetting.change.ci95, found.forgetting.within) == ((0.0, 0.0), True)
+    assert not found.verdict.passed
+    assert "the adapter changes nothing: base and tuned model have the same loss" in found.verdict.reasons
 
 
 def test_packed_equals_padded(run, tmp_path, tiny_folder):
     packed, padded = evaluate(run), evaluate(make_run(tmp_path / "b", tiny_folder, train={"packing": False}))
     for name in ("base_loss", "tuned_loss"):
-        assert packed[name] == pytest.approx(padded[name], abs=1e-5)
+        first, second = (getattr(found.measures, name).value for found in (packed, padded))
+        assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_adapter_folder_stays_unchanged(run, tmp_path):
-    expected = evaluate(run)["tuned_loss"]
+    expected = evaluate(run).measures.tuned_loss.value
     before = sorted(p.name for p in (run / "adapter").iterdir())
     found = evaluate(run / "adapter", EvalSettings(data=tmp_path / "run-rows.jsonl"))
-    assert found["tuned_loss"] == pytest.approx(expected, abs=0.05)  # the machine's dtype may be bf16
-    assert found["split"] is None
+    assert found.measures.tuned_loss.value == pytest.approx(expected, abs=0.05)  # the machine's dtype may be bf16
+    assert found.split is None
     assert sorted(p.name for p in (run / "adapter").iterdir()) == before
 
 
 def test_result_of_a_file_has_its_own_name(run, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", TALKS[:2])
     found = evaluate(run, EvalSettings(data=other))
-    assert (found["rows"], found["data"]) == (2, str(other))
+    assert (found.measures.rows, found.data) == (2, str(other))
     assert json.loads((run / "eval-data-other.json").read_text())["rows"] == 2
     assert not (run / "eval-test.json").exists()
 
@@ -91,22 +104,22 @@ def test_result_of_a_file_has_its_own_name(run, tmp_path):
 def test_validation_rows_set_aside_by_training(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"validation_fraction": 0.4})
     found = evaluate(run, EvalSettings(split="validation", generate=9, max_new_tokens=2))
-    assert (found["rows"], len(found["generations"])) == (2, 2)
-    assert [g["reference"] for g in found["generations"]] == [TALKS[g["line"] - 1][1] for g in found["generations"]]
+    assert (found.measures.rows, len(found.generations)) == (2, 2)
+    assert [g.reference for g in found.generations] == [TALKS[g.line - 1][1] for g in found.generations]
     assert (run / "eval-validation.json").is_file()
 
 
 def test_test_rows_set_aside_by_training(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"test": None, "test_fraction": 0.4})
     found = evaluate(run)
-    assert (found["rows"], found["split"]) == (2, "test")
+    assert (found.measures.rows, found.split) == (2, "test")
     assert RunDir(run).load_results().held_out.values["rows"] == 2  # they count as rows not trained on
 
 
 def test_overlong_rows_are_counted(tmp_path, tiny_folder):
     found = evaluate(make_run(tmp_path / "run", tiny_folder, data={"max_seq_len": 82}))
-    assert found["dropped"] > 0
-    assert found["rows"] + found["dropped"] == len(TALKS)
+    assert found.dropped > 0
+    assert found.measures.rows + found.dropped == len(TALKS)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_missing_file(tmp_path, tokenize):
 @pytest.mark.parametrize(("budget", "within"), [(0.0, False), (0.24, False), (0.26, True)])
 def test_budget_is_exceeded_by_the_whole_interval(budget, within):
     scores = [[RowScore(nats, 0, 4) for nats in pair] for pair in ((8.0, 4.0), (9.0, 6.0))]
-    found = measure_forgetting([{"kind": "a"}, {"kind": "b"}], lambda rows: scores, budget, draws=500)
-    assert (found["base_loss"], found["tuned_loss"], found["change"]) == (1.5, 1.875, 0.375)
-    assert (found["change_ci95"], found["within"]) == ([0.25, 0.5], within)
+    found = measure_forgetting("text", [{"kind": "a"}, {"kind": "b"}], lambda rows: scores, budget, draws=500)
+    assert (found.base_loss, found.tuned_loss, found.change.value) == (1.5, 1.875, 0.375)
+    assert (found.change.ci95, found.within) == ((0.25, 0.5), within)
 
 
 def score_kinds(rows):
@@ -85,14 +85,14 @@ def score_kinds(rows):
 
 
 def test_figures_by_kind():
-    found = measure_forgetting([{"kind": "a"}, {"kind": "b"}], score_kinds, 0.1, draws=10)
-    assert [found["kinds"][k]["change"] for k in "ab"] == [1.25, 0.5]
+    found = measure_forgetting("text", [{"kind": "a"}, {"kind": "b"}], score_kinds, 0.1, draws=10)
+    assert [found.kinds[k].change.value for k in "ab"] == [1.25, 0.5]
 
 
 def test_change_equals_transformers(run, tmp_path, tiny_folder):
     file = tmp_path / "general.txt"
     file.write_text("Twenty-three letters and a few figures, 0123456789. " * 12)
-    found = evaluate(run, EvalSettings(general_text=file))["forgetting"]
+    found = evaluate(run, EvalSettings(general_text=file)).forgetting
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
     windows = torch.tensor(tokenizer(file.read_text())["input_ids"]).split(WINDOW)
     tokens = sum(len(w) - 1 for w in windows)
@@ -102,6 +102,6 @@ def test_change_equals_transformers(run, tmp_path, tiny_folder):
         return sum(model(w[None], labels=w[None]).loss.item() * (len(w) - 1) for w in windows) / tokens
 
     base, tuned = loss(model), loss(PeftModel.from_pretrained(model, run / "adapter"))
-    assert found["base_loss"] == pytest.approx(base, abs=1e-5)
-    assert found["change"] == pytest.approx(tuned - base, abs=1e-5)
-    assert (found["text"], found["tokens"]) == (str(file), tokens)
+    assert found.base_loss == pytest.approx(base, abs=1e-5)
+    assert found.change.value == pytest.approx(tuned - base, abs=1e-5)
+    assert (found.text, found.tokens) == (str(file), tokens)

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from slimtune.errors import ModelError, UsageError
+from slimtune.evaluation.eval_result import AnswerPair, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.judge import MAX_CHARACTERS, build_judge, judge_answers, measure_win_rate
 
@@ -61,28 +62,27 @@ def server():
 
 
 def judged(judge, pairs):
-    answers = [{"prompt": ASK, "base": base, "tuned": tuned} for base, tuned in pairs]
-    judge_answers(answers, judge)
-    return measure_win_rate("me", answers, draws=200, seed=0)
+    answers = [AnswerPair(line=1, prompt=ASK, reference="", base=b, tuned=t, checks={}) for b, t in pairs]
+    return measure_win_rate("me", judge_answers(answers, judge), draws=200, seed=0)
 
 
 def test_wins_ties_and_lengths_by_hand(judges):
     pairs = [("bad", "a good one"), ("good", "bad"), ("bad", "bad too"), ("bad", "good")]
     found = judged(build_judge(f"{judges}:named"), pairs)
-    assert [found[k] for k in ("prompts", "wins", "losses", "ties", "unclear")] == [4, 2, 1, 1, 0]
-    assert found["win_rate"] == pytest.approx(2.5 / 4)
-    assert found["win_rate_ci95"][0] < 0.5 < found["win_rate_ci95"][1]
-    assert (found["consistent"], found["longer_won"]) == (1, 1)
-    assert (found["base_characters"], found["tuned_characters"]) == (13 / 4, 24 / 4)
+    assert [getattr(found, k) for k in ("prompts", "wins", "losses", "ties", "unclear")] == [4, 2, 1, 1, 0]
+    assert found.win_rate.value == pytest.approx(2.5 / 4)
+    assert found.win_rate.low < 0.5 < found.win_rate.high
+    assert (found.consistent, found.longer_won) == (1, 1)
+    assert (found.base_characters, found.tuned_characters) == (13 / 4, 24 / 4)
 
 
 def test_preference_for_the_first_place_is_a_tie(judges):
     found = judged(build_judge(f"{judges}:first"), [("a", "b")] * 3)
-    assert (found["ties"], found["win_rate"], found["consistent"], found["longer_won"]) == (3, 0.5, 0, None)
+    assert (found.ties, found.win_rate.value, found.consistent, found.longer_won) == (3, 0.5, 0, None)
 
 
 def test_scores_decide(judges):
-    assert judged(build_judge(f"{judges}:longer"), [("a", "bb"), ("a", "bbb")])["win_rate"] == 1
+    assert judged(build_judge(f"{judges}:longer"), [("a", "bb"), ("a", "bbb")]).win_rate.value == 1
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_chat_endpoint_judges_both_orders(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     handler.replies = {"good": "It is finer: [[B]] no, [[A]]", "bad": "B.", "odd": "I cannot say"}
     found = judged(build_judge(url), [("bad", "good"), ("good", "bad"), ("fair", "fair"), ("odd", "good")])
-    assert [found[k] for k in ("wins", "losses", "ties", "unclear")] == [1, 1, 1, 1]
-    assert found["win_rate"] == 0.5
+    assert [getattr(found, k) for k in ("wins", "losses", "ties", "unclear")] == [1, 1, 1, 1]
+    assert found.win_rate.value == 0.5
     path, headers, body = handler.requests[0]
     assert (path, body["model"], body["temperature"]) == ("/v1/chat/completions", "tiny-judge", 0)
     assert headers["Authorization"] == "Bearer secret"
@@ -147,9 +147,9 @@ def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
 
 def test_win_rate_of_a_run(run, judges):
     found = evaluate(run, EvalSettings(generate=3, max_new_tokens=6, judge=f"{judges}:longer"))
-    lengths = [(len(g["base"]), len(g["tuned"])) for g in found["generations"]]
-    assert found["win_rate"]["wins"] == sum(tuned > base for base, tuned in lengths)
-    assert json.loads((run / "eval-test.json").read_text())["win_rate"] == found["win_rate"]
+    lengths = [(len(g.base), len(g.tuned)) for g in found.generations]
+    assert found.win_rate.wins == sum(tuned > base for base, tuned in lengths)
+    assert read_eval_result(json.loads((run / "eval-test.json").read_text())).win_rate == found.win_rate
     assert "the tuned model wins" in (run / "report.html").read_text()
     with pytest.raises(UsageError, match="none are asked for"):
         EvalSettings(judge="judges.py:longer")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.errors import ModelError, UsageError
+from slimtune.evaluation.eval_result import read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 
 needs_harness = pytest.mark.skipif(
@@ -57,14 +58,15 @@ def measure_accuracy(model, tokenizer):
 @needs_harness
 def test_scores_of_base_and_tuned_model(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder, size=0.4)
-    found = evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder))["tasks"]["which_one"]["acc"]
+    found = evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder)).tasks["which_one"]["acc"]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
-    assert found["base"] == pytest.approx(measure_accuracy(model, tokenizer))
+    assert found.base == pytest.approx(measure_accuracy(model, tokenizer))
     tuned = PeftModel.from_pretrained(model, run / "adapter")
-    assert found["tuned"] == pytest.approx(measure_accuracy(tuned, tokenizer))
-    assert found["base_stderr"] > 0
-    assert found["higher_is_better"] is True
-    assert json.loads((run / "eval-test.json").read_text())["tasks"]["which_one"]["acc"] == found
+    assert found.tuned == pytest.approx(measure_accuracy(tuned, tokenizer))
+    assert found.base_stderr > 0
+    assert found.higher_is_better is True
+    kept = read_eval_result(json.loads((run / "eval-test.json").read_text()))
+    assert kept.tasks["which_one"]["acc"] == found
 
 
 @needs_harness

@@ -3,8 +3,10 @@
 from functools import partial
 
 import pytest
+from hand_results import make_sft_result
 
-from slimtune.evaluation.preference_comparison import PreferenceEvaluation, measure_preferences
+from slimtune.evaluation.eval_result import LengthPreferences
+from slimtune.evaluation.preference_comparison import PreferenceComparison, measure_preferences
 from slimtune.evaluation.statistics import paired_bootstrap
 
 
@@ -19,15 +21,15 @@ def test_measures_by_hand():
     base, tuned = [[-4, -6], [-9, -2], [-5, -4]], [[-3, -8], [-6, -3], [-4, -5]]
     compare = partial(paired_bootstrap, draws=200)
     found = measure_preferences(pairs, base, tuned, compare)
-    assert (found["base_accuracy"], found["tuned_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
-    assert (found["base_token_accuracy"], found["tuned_token_accuracy"]) == (0, 1)
-    assert (found["base_margin"], found["tuned_margin"]) == pytest.approx((-2, 1))
-    assert found["margin_gain"] == pytest.approx(3)
-    assert found["pairs_better"] == 3
-    assert found["by_length"]["chosen_longer"] == {"pairs": 1, "base_accuracy": 0, "tuned_accuracy": 0}
-    assert found["by_length"]["chosen_shorter"] == {"pairs": 1, "base_accuracy": 1, "tuned_accuracy": 1}
-    assert not PreferenceEvaluation.list_reasons_not_passed({"preference": found})
+    assert (found.base_accuracy.value, found.tuned_accuracy.value) == pytest.approx((1 / 3, 2 / 3))
+    assert (found.base_token_accuracy.value, found.tuned_token_accuracy.value) == (0, 1)
+    assert (found.base_margin.value, found.tuned_margin.value) == pytest.approx((-2, 1))
+    assert found.margin_gain.value == pytest.approx(3)
+    assert found.pairs_better == 3
+    assert found.by_length["chosen_longer"] == LengthPreferences(pairs=1, base_accuracy=0, tuned_accuracy=0)
+    assert found.by_length["chosen_shorter"] == LengthPreferences(pairs=1, base_accuracy=1, tuned_accuracy=1)
+    assert not PreferenceComparison.list_reasons_not_better(make_sft_result(preference=found).measures)
     same = measure_preferences(pairs, base, base, compare)
-    assert PreferenceEvaluation.list_reasons_not_passed({"preference": same}) == [
+    assert PreferenceComparison.list_reasons_not_better(make_sft_result(preference=same).measures) == [
         "the adapter changes nothing: base and tuned model have the same margins"
     ]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimtune.core.training.loss import RowScore
-from slimtune.evaluation.prompt_dependence import prompt_dependence, shuffle_prompts
+from slimtune.evaluation.prompt_dependence import measure_prompt_dependence, shuffle_prompts
 
 TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 
@@ -43,14 +43,14 @@ def test_seed_and_limit(monkeypatch):
 def test_all_rows_ask_the_same():
     shuffled = shuffle_prompts([row([1, 2], [3]), row([1, 2], [4])])
     assert shuffled == {}
-    assert prompt_dependence(shuffled, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
+    assert measure_prompt_dependence(shuffled, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
 
 
 def test_dependence_in_nats_per_token():
     own = [RowScore(4.0, 0, 2)] * 8
-    found = prompt_dependence(
+    found = measure_prompt_dependence(
         shuffle_prompts([row([i], [9, 9], i) for i in range(8)]), own, own,
         lambda rows: ([RowScore(5.0, 0, 2)] * len(rows), [RowScore(7.0, 0, 2)] * len(rows)),
     )  # fmt: skip
-    assert (found["base"], found["tuned"], found["change"], found["rows"]) == (0.5, 1.5, 1.0, 8)
-    assert found["tuned_ci95"] == [1.5, 1.5]
+    assert (found.base.value, found.tuned.value, found.change.value, found.rows) == (0.5, 1.5, 1.0, 8)
+    assert found.tuned.ci95 == (1.5, 1.5)

@@ -308,7 +308,7 @@ def test_eval_updates_the_page(tiny_folder, tmp_path):
     write_report(run)
     assert "not measured: slimtune eval" in Page(run.report_file.read_text()).section("evaluation")
     result = evaluate(run.path)
-    assert f"{result['base_loss']:.3f}" in Page(run.report_file.read_text()).section("evaluation")
+    assert f"{result.measures.base_loss.value:.3f}" in Page(run.report_file.read_text()).section("evaluation")
 
 
 def test_report_command(tmp_path, capsys):

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimtune.evaluation import statistics
+from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.statistics import (
     bootstrap_auc,
+    compute_perplexity,
     estimate_over_seeds,
     holm_correction,
     mark_pareto_optimal,
@@ -16,6 +18,11 @@ from slimtune.evaluation.statistics import (
 
 ROWS = st.lists(st.tuples(st.floats(0, 500), st.floats(0, 500), st.integers(1, 400)), min_size=1, max_size=30)
 QUICK = settings(max_examples=60, deadline=None)
+
+
+def exact(value: float) -> Estimate:
+    """An estimate without spread."""
+    return Estimate(value, (value, value))
 
 
 def compare(rows):
@@ -36,28 +43,28 @@ def test_estimate_is_inside_its_interval(rows):
 def test_estimates_scale_with_the_unit(rows, unit):
     one, other = compare(rows), compare([(b * unit, u * unit, t) for b, u, t in rows])
     for a, b in zip(one, other, strict=True):
-        assert b == pytest.approx([x * unit for x in a], rel=1e-9, abs=1e-9)
+        assert (b.value, *b.ci95) == pytest.approx([x * unit for x in (a.value, *a.ci95)], rel=1e-9, abs=1e-9)
 
 
 @QUICK
 @given(ROWS)
 def test_swapped_models_swap_the_interval(rows):
     one, other = compare(rows), compare([(u, b, t) for b, u, t in rows])
-    value, low, high = one.difference
-    assert other.difference == pytest.approx((-value, -high, -low), abs=1e-9)
-    assert other.first == pytest.approx(one.second, abs=1e-9)
+    gain, loss = one.difference, other.difference
+    assert (loss.value, *loss.ci95) == pytest.approx((-gain.value, -gain.high, -gain.low), abs=1e-9)
+    assert other.first.ci95 == pytest.approx(one.second.ci95, abs=1e-9)
 
 
 @QUICK
 @given(ROWS)
 def test_same_model_twice_differs_by_zero(rows):
-    assert compare([(b, b, t) for b, _, t in rows]).difference == (0.0, 0.0, 0.0)
+    assert compare([(b, b, t) for b, _, t in rows]).difference == exact(0.0)
 
 
 def test_constant_difference_has_no_spread():
     tokens = np.arange(1, 50)
-    assert paired_bootstrap(tokens * 4.0, tokens * 3.5, tokens).difference == pytest.approx((0.5, 0.5, 0.5))
-    assert paired_bootstrap([12.0], [9.0], [3]).difference == (1.0, 1.0, 1.0)
+    assert paired_bootstrap(tokens * 4.0, tokens * 3.5, tokens).difference.ci95 == pytest.approx((0.5, 0.5))
+    assert paired_bootstrap([12.0], [9.0], [3]).difference == exact(1.0)
 
 
 def test_seed_decides_the_interval():
@@ -94,8 +101,9 @@ def test_bad_rows(rows):
 
 
 def test_perplexity():
-    assert statistics.perplexity(1.0) == pytest.approx(np.e)
-    assert statistics.perplexity(1e4) == float("inf")
+    found = compute_perplexity(Estimate(1.0, (0.0, 2.0)))
+    assert (found.value, *found.ci95) == pytest.approx((np.e, 1, np.e**2))
+    assert compute_perplexity(Estimate(1.0, (0.0, 1e4))) is None, "no float holds it"
 
 
 # --- several seeds ----------------------------------------------------------------------------------------------------
@@ -108,7 +116,7 @@ def test_one_seed_equals_the_bootstrap():
     tuned = base - tokens * rng.normal(0.3, 0.5, 400)
     (found, _), boot = estimate_over_seeds([base - tuned], tokens), paired_bootstrap(base, tuned, tokens).difference
     assert found.value == pytest.approx(boot.value)
-    assert found[1:] == pytest.approx(boot[1:], abs=0.1 * (boot.high - boot.low))
+    assert found.ci95 == pytest.approx(boot.ci95, abs=0.1 * (boot.high - boot.low))
 
 
 @pytest.mark.parametrize(("seed_sd", "row_sd"), [(0.1, 0.1), (0.1, 1.0), (0.02, 1.0)])
@@ -142,7 +150,7 @@ def test_seed_noise_widens_the_interval():
 
 
 def test_no_difference():
-    assert estimate_over_seeds([[0.0] * 5] * 3, [3] * 5) == ((0.0, 0.0, 0.0), 1.0)
+    assert estimate_over_seeds([[0.0] * 5] * 3, [3] * 5) == (exact(0.0), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -177,4 +185,4 @@ def test_auc_counts_pairs():
 
 def test_equal_scores_have_an_auc_of_chance():
     (found,) = bootstrap_auc(np.zeros((1, 12)), np.arange(12) % 2 == 0, np.arange(12), draws=50)
-    assert found == (0.5, 0.5, 0.5)
+    assert found == exact(0.5)

@@ -1,14 +1,18 @@
 """Verdicts on runs that were trained on proper answers, on shuffled answers, and at the cost of other text."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from hand_results import make_sft_result
 from trained_runs import KNOWN, make_talks, shuffle_answers, train_base, train_run
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_pass_verdict
-from slimtune.evaluation.sft_comparison import SupervisedEvaluation
+from slimtune.evaluation.estimate import Estimate
+from slimtune.evaluation.eval_result import Forgetting, PromptDependence
+from slimtune.evaluation.evaluate import EvalSettings, evaluate, judge_eval
+from slimtune.evaluation.sft_comparison import SFTComparison
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +27,25 @@ def proper(base):
 
 def test_proper_run_is_improved(proper):
     found = evaluate(proper)
-    assert found["tuned_accuracy"] > 0.95 > 0.5 > found["base_accuracy"]
-    assert found["prompt_dependence"]["tuned_ci95"][0] > 0.1 > found["prompt_dependence"]["base"]
-    assert found["improved"]
-    assert found["verdict"]["passed"]
-    assert not found["verdict"]["reasons"]
+    assert found.measures.tuned_accuracy.value > 0.95 > 0.5 > found.measures.base_accuracy.value
+    assert found.measures.prompt_dependence.tuned.low > 0.1 > found.measures.prompt_dependence.base.value
+    assert found.improved
+    assert found.verdict.passed
+    assert not found.verdict.reasons
 
 
 @pytest.mark.slow
 def test_style_from_shuffled_answers_is_not_improved(base):
     style = train_run(base.with_name("style"), base, shuffle_answers(make_talks(200)))
     found = evaluate(style)
-    assert found["loss_reduction_ci95"][0] > 0.3
-    assert found["accuracy_gain_ci95"][0] > 0.3
-    assert abs(found["prompt_dependence"]["tuned"]) < 0.01
-    assert not found["improved"]
-    (reason,) = found["verdict"]["reasons"]
+    assert found.measures.loss_reduction.ci95[0] > 0.3
+    assert found.measures.accuracy_gain.ci95[0] > 0.3
+    assert abs(found.measures.prompt_dependence.tuned.value) < 0.01
+    assert not found.improved
+    (reason,) = found.verdict.reasons
     assert "the prompt is not shown to help the tuned model" in reason
     allowed = evaluate(style, EvalSettings(skip_prompt_test=True))
-    assert (allowed["prompt_dependence"], allowed["verdict"]["passed"]) == (None, True)
+    assert (allowed.measures.prompt_dependence, allowed.verdict.passed) == (None, True)
 
 
 def test_forgetting_over_the_budget_fails(proper):
@@ -56,46 +60,58 @@ def test_forgetting_over_the_budget_fails(proper):
     assert not printed["verdict"]["passed"]
     assert "forgot more than its budget of 0.1 nats per token on general text" in printed["verdict"]["reasons"][0]
     assert json.loads((proper / "eval-test.json").read_text()) == printed
-    assert evaluate(proper, EvalSettings(general_text=text, forgetting_budget=20))["verdict"]["passed"]
+    assert evaluate(proper, EvalSettings(general_text=text, forgetting_budget=20)).verdict.passed
 
 
-KEPT = {"base": 0.2, "tuned": 0.2, "tuned_ci95": [0.1, 0.3], "change_ci95": [-0.1, 0.1], "passed": True}
-LOST = {"base": 0.13, "tuned": 0.05, "tuned_ci95": [0.03, 0.08], "change_ci95": [-0.13, -0.04], "passed": False}
-OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False}
+def estimate(low: float, high: float, value: float | None = None) -> Estimate:
+    return Estimate((low + high) / 2 if value is None else value, (low, high))
 
 
-PASSES = {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": KEPT, "forgetting": None, "different_rows": 20}
+def dependence(base: float, tuned: Estimate, change: Estimate, *, passed: bool) -> PromptDependence:
+    return PromptDependence(rows=20, base=estimate(base, base), tuned=tuned, change=change, passed=passed)
+
+
+KEPT = dependence(0.2, estimate(0.1, 0.3), estimate(-0.1, 0.1), passed=True)
+LOST = dependence(0.13, estimate(0.03, 0.08, 0.05), estimate(-0.13, -0.04), passed=False)
+OVER = Forgetting(
+    text="t", tokens=9, base_loss=1.0, tuned_loss=1.3, change=estimate(0.2, 0.4), budget=0.1, within=False, kinds={}
+)
 
 
 @pytest.mark.parametrize(
-    ("figures", "warning"),
+    ("measures", "others", "warning"),
     [
-        ({}, ""),
-        ({"different_rows": 19}, "over only 19 rows: under about 20 the intervals are too narrow"),
-        ({"different_rows": 6, "generations": None}, "are too narrow; read some answers: --generate 5"),
-        ({"different_rows": 6, "forgetting": OVER}, ""),
+        ({}, {"generations": []}, ""),
+        ({"different_rows": 19}, {"generations": []}, "over only 19 rows: under about 20 the intervals are too narrow"),
+        ({"different_rows": 6}, {"generations": None}, "are too narrow; read some answers: --generate 5"),
+        ({"different_rows": 6}, {"forgetting": OVER}, ""),
     ],
 )
-def test_warning_of_few_rows(figures, warning):
-    assert make_pass_verdict({**PASSES, **figures}, [])["warning"].endswith(warning)
+def test_warning_of_few_rows(measures, others, warning):
+    result = replace(make_sft_result(prompt_dependence=KEPT, **measures), **others)
+    assert judge_eval(result, []).warning.endswith(warning)
 
 
 @pytest.mark.parametrize(
-    ("figures", "reasons"),
+    ("measures", "forgetting", "reasons"),
     [
-        ({}, []),
-        ({"prompt_dependence": None}, []),
-        ({"forgetting": {**OVER, "within": True}}, []),
-        ({"loss_reduction_ci95": [0.0, 0.0]}, ["is not shown to be better than the base"]),
-        ({"loss_reduction_ci95": [-0.2, -0.1]}, ["is worse than the base"]),
-        ({"prompt_dependence": LOST}, ["from 0.1300 to 0.0500 nats per token, by 0.0400 to 0.1300"]),
-        ({"prompt_dependence": {**LOST, "change_ci95": [-0.08, -0.08]}}, ["from 0.1300 to 0.0500 nats per token."]),
-        ({"prompt_dependence": LOST, "forgetting": OVER}, ["depends less on its prompts", "between 0.2000 and 0.4000"]),
+        ({}, None, []),
+        ({"prompt_dependence": None}, None, []),
+        ({}, replace(OVER, within=True), []),
+        ({"loss_reduction": estimate(0.0, 0.0), "rows_better": 1}, None, ["is not shown to be better than the base"]),
+        ({"loss_reduction": estimate(-0.2, -0.1)}, None, ["is worse than the base"]),
+        ({"prompt_dependence": LOST}, None, ["from 0.1300 to 0.0500 nats per token, by 0.0400 to 0.1300"]),
+        (
+            {"prompt_dependence": replace(LOST, change=estimate(-0.08, -0.08))},
+            None,
+            ["from 0.1300 to 0.0500 nats per token."],
+        ),
+        ({"prompt_dependence": LOST}, OVER, ["depends less on its prompts", "between 0.2000 and 0.4000"]),
     ],
 )
-def test_reasons(figures, reasons):
-    result = {**PASSES, **figures}
-    verdict = make_pass_verdict(result, SupervisedEvaluation.list_reasons_not_passed(result))
-    assert verdict["passed"] is (not reasons)
-    for reason, expected in zip(verdict["reasons"], reasons, strict=True):
+def test_reasons(measures, forgetting, reasons):
+    result = replace(make_sft_result(**{"prompt_dependence": KEPT, **measures}), forgetting=forgetting)
+    verdict = judge_eval(result, SFTComparison.list_reasons_not_better(result.measures))
+    assert verdict.passed is (not reasons)
+    for reason, expected in zip(verdict.reasons, reasons, strict=True):
         assert expected in f"{reason}."

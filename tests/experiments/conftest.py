@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hand_results import make_sft_result
 from row_files import write_jsonl
 from tiny_run import write_rows
 
 from slimtune.core.config import load_recipe
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.run_dir import RunDir
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import SlimtuneError
+from slimtune.evaluation.estimate import Estimate
 from slimtune.experiments import comparison as compare
 from slimtune.experiments import run_worker as worker
 from slimtune.experiments.candidates import build_candidates
@@ -96,10 +99,11 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
             "peak_bytes": 1 << 30, "train_seconds": 2.0, "train_cpu_seconds": 3.0, "tokens_per_second": 345.0,
             "dtype": "float32", "device": "cpu",
         }  # fmt: skip
-        measured = {"base_loss": base, "tuned_loss": tuned, "loss_reduction": base - tuned}
+        losses = {"base_loss": base, "tuned_loss": tuned, "loss_reduction": base - tuned}
+        measured = make_sft_result(**{name: Estimate(loss, (loss, loss)) for name, loss in losses.items()})
         metrics = [{"train_loss": 1.0, "trained_tokens": 230 * n + recipe.train.seed} for n in (1, 2, 3)]
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "eval-test.json").write_text(json.dumps(measured))
+        (folder / "eval-test.json").write_text(json.dumps(to_json_dict(measured)))
         write_jsonl(folder / "metrics.jsonl", metrics)
         RunDir(folder).scores_file("test").write_text(json.dumps(rows))
 

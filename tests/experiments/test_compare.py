@@ -14,25 +14,27 @@ import yaml
 from filelock import FileLock
 from tiny_run import write_rows
 
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.comparison import compare
 from slimtune.experiments.comparison_chart import draw_comparison
 from slimtune.experiments.comparison_folder import SETTINGS_FILE
+from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, FailedRun, LeftOutMethod
 from slimtune.experiments.run_worker import WorkerResult
 
-FIGURES = ("method", "rate", "seeds", "trained_tokens", "loss_reduction_by_seed", "loss_reduction_ci95", "tuned_loss",
+FIGURES = ("method", "rate", "seeds", "trained_tokens", "loss_reduction_by_seed", "loss_reduction", "tuned_loss",
            "file_bytes")  # fmt: skip
 
 
-def figures(result: dict) -> dict:
+def figures(result: CompareResult) -> dict:
     """Return the figures that interruptions must not change."""
-    methods = [{k: line[k] for k in FIGURES} for line in result["methods"]]
-    return {"methods": methods, "pairs": result["pairs"], "base_loss": result["base_loss"]}
+    methods = [{name: getattr(method, name) for name in FIGURES} for method in result.methods]
+    return {"methods": methods, "pairs": result.pairs, "base_loss": result.base_loss}
 
 
-def by_method(result: dict) -> dict:
-    return {line["method"]: line for line in result["methods"]}
+def by_method(result: CompareResult) -> dict[str, ComparedMethod]:
+    return {method.method: method for method in result.methods}
 
 
 @pytest.mark.slow
@@ -43,7 +45,7 @@ def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     assert in_process == ["lora-7", "ia3-7", "lora-8", "ia3-8"]
     out = tmp_path / "c"
     assert {p.name for p in out.iterdir()} >= {"settings.json", "compare.json", "table.md", "compare.svg"}
-    assert json.loads((out / "compare.json").read_text()) == result
+    assert json.loads((out / "compare.json").read_text()) == to_json_dict(result)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("checkpoint-*"))
     # The budget: three steps of about 230 tokens, the same rows for both methods, others for another seed.
@@ -54,15 +56,16 @@ def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     assert tokens["lora-7"] == tokens["ia3-7"] != tokens["lora-8"] == tokens["ia3-8"]
     assert all(len(steps) == 3 and 600 < steps[-1] <= 900 for steps in tokens.values())
     lines = by_method(result)
-    for line in result["methods"]:
-        each = [json.loads((out / f"cells/{line['method']}-{s}/eval-test.json").read_text()) for s in (7, 8)]
-        assert line["loss_reduction"] == pytest.approx(sum(e["loss_reduction"] for e in each) / 2)
-        assert line["loss_reduction_ci95"][0] <= line["loss_reduction"] <= line["loss_reduction_ci95"][1]
-    (pair,) = result["pairs"]
-    difference = lines[pair["a"]]["loss_reduction"] - lines[pair["b"]]["loss_reduction"]
-    assert pair["difference"] == pytest.approx(difference, abs=1e-6)
+    for name, line in lines.items():
+        each = [json.loads((out / f"cells/{name}-{s}/eval-test.json").read_text()) for s in (7, 8)]
+        reduction = line.loss_reduction
+        assert reduction.value == pytest.approx(sum(e["loss_reduction"] for e in each) / 2)
+        assert reduction.low <= reduction.value <= reduction.high
+    (pair,) = result.pairs
+    difference = lines[pair.a].loss_reduction.value - lines[pair.b].loss_reduction.value
+    assert pair.difference == pytest.approx(difference, abs=1e-6)
     table = (out / "table.md").read_text()
-    assert result["advice"] in table
+    assert result.advice in table
     assert "| lora | 0.005 default |" in table
     assert any("plan: lora fits" in line for line in log)
     picture = (out / "compare.svg").read_text()
@@ -93,10 +96,10 @@ def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
     del in_process[:]
     result = compare(grid("lora", "ia3", at_once=2))
     assert in_process == ["lora-7", "lora-8", "ia3-7", "ia3-8"]
-    assert result["failed"] == []
+    assert result.failed == []
     for name, line in by_method(result).items():
-        assert line["loss_reduction_by_seed"] == pytest.approx(alone[name]["loss_reduction_by_seed"], abs=1e-6)
-        assert line["trained_tokens"] == alone[name]["trained_tokens"]
+        assert line.loss_reduction_by_seed == pytest.approx(alone[name].loss_reduction_by_seed, abs=1e-6)
+        assert line.trained_tokens == alone[name].trained_tokens
     table = (grid("lora").output_dir / "table.md").read_text()
     assert "Peak memory is that of a process in which up to 2 seeds of a method trained at once." in table
 
@@ -111,17 +114,17 @@ def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypa
     monkeypatch.setattr(module, "launch_worker", fail)
     settings = grid("lora", "ia3")
     result = compare(settings)
-    assert result["failed"] == [{"method": "lora", "seed": 7, "why": "the disk is full"}]
-    assert {name: line["seeds"] for name, line in by_method(result).items()} == {"lora": [8], "ia3": [7, 8]}
-    assert [(m["method"], m["ranked"]) for m in result["methods"]] == [("ia3", True), ("lora", False)]
-    assert result["pairs"] == []
-    assert result["advice"].endswith("Not ranked, because a run failed: lora.")
-    assert by_method(result)["lora"]["front"] == []
+    assert result.failed == [FailedRun(method="lora", seed=7, why="the disk is full")]
+    assert {name: line.seeds for name, line in by_method(result).items()} == {"lora": [8], "ia3": [7, 8]}
+    assert [(m.method, m.ranked) for m in result.methods] == [("ia3", True), ("lora", False)]
+    assert result.pairs == []
+    assert result.advice.endswith("Not ranked, because a run failed: lora.")
+    assert by_method(result)["lora"].front == []
     table = (settings.output_dir / "table.md").read_text()
     assert "Failed: lora, seed 7 (the disk is full)." in table
     assert "lora has 1 of 2 seeds, so it is not ranked." in table
     monkeypatch.setattr(module, "launch_worker", launch_worker)
-    assert compare(grid("lora", "ia3"))["failed"] == []
+    assert compare(grid("lora", "ia3")).failed == []
     assert without_training == ["ia3-7", "lora-8", "ia3-8", "lora-7"]
 
 
@@ -146,7 +149,7 @@ def test_methods_and_seeds_can_be_added(grid, without_training):
     compare(grid("lora", seeds=1))
     result = compare(grid("ia3", "lora", seeds=2))
     assert without_training == ["lora-7", "ia3-7", "ia3-8", "lora-8"]
-    assert {name: line["seeds"] for name, line in by_method(result).items()} == {"lora": [7, 8], "ia3": [7, 8]}
+    assert {name: line.seeds for name, line in by_method(result).items()} == {"lora": [7, 8], "ia3": [7, 8]}
     assert set(json.loads((grid("lora").output_dir / SETTINGS_FILE).read_text())["methods"]) == {"lora", "ia3"}
 
 
@@ -160,7 +163,7 @@ def test_method_that_does_not_fit_is_left_out(grid, without_training, monkeypatc
 
     monkeypatch.setattr(module, "make_plan", make_small_plan)
     result = compare(grid("lora", "ia3", seeds=1))
-    assert result["left_out"] == [{"method": "ia3", "why": "too big"}]
+    assert result.left_out == [LeftOutMethod(method="ia3", why="too big")]
     assert without_training == ["lora-7"]
     assert "Left out: ia3 (too big)." in (grid("lora").output_dir / "table.md").read_text()
     with pytest.raises(RunError, match="no method fits this machine: too big"):
@@ -174,7 +177,7 @@ def test_unsuited_method_is_left_out_of_all_but_refused_by_name(grid, without_tr
     chosen = tuple(c for c in settings.candidates if c.label in ("lora", "bitfit"))  # Llama has no biases
     result = compare(dataclasses.replace(settings, candidates=chosen))
     assert without_training == ["lora-7"]
-    assert {x["method"] for x in result["left_out"]} == {"bitfit", "trainable_tokens"}
+    assert {x.method for x in result.left_out} == {"bitfit", "trainable_tokens"}
     with pytest.raises(UsageError, match="bias"):
         compare(grid("lora", "bitfit", out="named"))
     with pytest.raises(RecipeError, match="token_indices"):
@@ -238,7 +241,7 @@ def test_faulty_rows_are_refused_unless_forced(grid, tree, without_training):
     write_rows(Path(tree["data"]["train"]), 24, answer="!")
     with pytest.raises(DataError, match="placeholder as the answer"):
         grid("lora")
-    assert compare(grid("lora", seeds=1, force=True))["failed"] == []
+    assert compare(grid("lora", seeds=1, force=True)).failed == []
 
 
 @pytest.mark.faults

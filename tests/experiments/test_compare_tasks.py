@@ -57,24 +57,30 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
     candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, tasks=True)
     grid = build_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
     result = compare(grid)
-    assert result["failed"] == []
-    found = {line["method"]: line for line in result["methods"]}
+    assert result.failed == []
+    found = {line.method: line for line in result.methods}
     assert set(found) == {"dpo", "ipo", "sft"}
     for label, line in found.items():
         runs = [json.loads((tmp_path / f"c/cells/{label}-{s}/eval-test.json").read_text()) for s in (7, 8)]
-        for name in ("accuracy_gain", "margin_gain", "tuned_accuracy"):
-            assert line[name] == pytest.approx(sum(r["preference"][name] for r in runs) / 2), (label, name)
-        assert line["tuned_loss"] == pytest.approx(sum(r["tuned_loss"] for r in runs) / 2)
-        assert line["accuracy_gain_ci95"][0] <= line["accuracy_gain"] <= line["accuracy_gain_ci95"][1]
+        gain = line.preference.accuracy_gain
+        values = {
+            "accuracy_gain": gain.value,
+            "margin_gain": line.preference.margin_gain.value,
+            "tuned_accuracy": line.preference.tuned_accuracy,
+        }
+        for name, value in values.items():
+            assert value == pytest.approx(sum(r["preference"][name] for r in runs) / 2), (label, name)
+        assert line.tuned_loss == pytest.approx(sum(r["tuned_loss"] for r in runs) / 2)
+        assert gain.low <= gain.value <= gain.high
     # Cross-entropy learns the chosen answers alone, and they become likelier.
-    assert found["sft"]["trained_tokens"] < found["dpo"]["trained_tokens"]
-    assert found["sft"]["loss_reduction"] > max(found["dpo"]["loss_reduction"], found["ipo"]["loss_reduction"])
-    assert found["dpo"]["margin_gain_ci95"][0] > 0
-    gains = [line["accuracy_gain"] for line in result["methods"]]
+    assert found["sft"].trained_tokens < found["dpo"].trained_tokens
+    reductions = {label: line.loss_reduction.value for label, line in found.items()}
+    assert reductions["sft"] > max(reductions["dpo"], reductions["ipo"])
+    assert found["dpo"].preference.margin_gain.low > 0
+    gains = [line.gain.value for line in result.methods]
     assert gains == sorted(gains, reverse=True)
-    for pair in result["pairs"]:
-        a, b = (found[pair[side]]["accuracy_gain"] for side in "ab")
-        assert pair["difference"] == pytest.approx(a - b)
+    for pair in result.pairs:
+        assert pair.difference == pytest.approx(found[pair.a].gain.value - found[pair.b].gain.value)
     table = (tmp_path / "c" / "table.md").read_text()
     assert "| task | rate |" in table
     assert "accuracy gain [95 %]" in table

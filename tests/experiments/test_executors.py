@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,9 +147,9 @@ def test_comparison_at_the_same_time_has_the_numbers_of_one_after_another(grid, 
     alone = compare(grid("lora", seeds=6, out="alone"))
     log: list[str] = []
     result = compare(grid("lora", seeds=6), log.append, place=parse_place("local:4"))
-    changed = {"output_dir", "seconds", "on"}
-    assert {k: v for k, v in result.items() if k not in changed} == {k: v for k, v in alone.items() if k not in changed}
-    assert (result["on"], alone["on"]) == ("local:4", None)
+    same = {"output_dir": "", "seconds": 0.0, "on": None}
+    assert replace(result, **same) == replace(alone, **same)
+    assert (result.on, alone.on) == ("local:4", None)
     assert "Runs trained at the same time (local:4)" in (grid("lora").output_dir / "table.md").read_text()
     assert sum("loss reduction" in line for line in log) == 6
 
@@ -162,7 +163,7 @@ def test_method_too_large_for_this_machine_is_tried_on_others(grid, without_trai
     monkeypatch.setattr(comparison, "make_plan", refuse)
     monkeypatch.setattr(LocalExecutor, "is_remote", True)
     log: list[str] = []
-    assert compare(grid("lora", seeds=1), log.append, place=parse_place("local:2"))["left_out"] == []
+    assert compare(grid("lora", seeds=1), log.append, place=parse_place("local:2")).left_out == []
     assert "plan: lora does not fit this machine" in log[0]
 
 
@@ -194,8 +195,8 @@ def flat_losses(monkeypatch):
 def test_search_at_the_same_time_resumes_with_the_same_values(tree, tmp_path, flat_losses):
     def run(out, trials=9):
         ranges = parse_ranges(["train.learning_rate=log:1e-5..1e-2"])
-        found = tune(tree, ranges, tmp_path / out, trials=trials, place=parse_place("local:4"))["trials"]
-        return [(t["values"], t["outcome"], t["loss"]) for t in found]
+        found = tune(tree, ranges, tmp_path / out, trials=trials, place=parse_place("local:4")).trials
+        return [(t.values, t.outcome, t.loss) for t in found]
 
     whole = run("whole")
     assert len(whole) == len({str(t) for t in whole}) == 9
@@ -224,8 +225,8 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     with claim_folder(settings.output_dir, settings.settings(), "comparison"):
         pass  # before its executor makes a folder there
     result = compare(settings, place=parse_place("slurm:time=30"))
-    assert result["failed"] == []
-    assert {m["method"]: m["seeds"] for m in result["methods"]} == {"lora": [7], "ia3": [7]}
+    assert result.failed == []
+    assert {m.method: m.seeds for m in result.methods} == {"lora": [7], "ia3": [7]}
     assert len(list((settings.output_dir / "slurm").glob("*_submitted.pkl"))) == 2
     assert list(settings.output_dir.glob("cells/*.job")) == []
 

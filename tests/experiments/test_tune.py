@@ -9,6 +9,7 @@ import pytest
 from row_files import write_jsonl
 
 from slimtune.core.config import load_recipe
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.train import train
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import search
@@ -52,11 +53,11 @@ def test_finds_a_better_rate_than_the_default(grid, quadratic):
     settings = grid("lora", tokens=2000, trials=8)
     found = search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
     assert quadratic.tried[0] == ("lora", 5e-3)  # the default first
-    assert len(found["trials"]) == len(quadratic.tried) == 8
+    assert len(found.trials) == len(quadratic.tried) == 8
     assert all(5e-4 <= rate <= 5e-2 for _, rate in quadratic.tried)
-    assert abs(math.log10(found["rate"] / 1e-3)) < abs(math.log10(5e-3 / 1e-3))
-    assert any(t["pruned"] for t in found["trials"])
-    assert all((t["loss"] is None) == t["pruned"] for t in found["trials"])
+    assert abs(math.log10(found.rate / 1e-3)) < abs(math.log10(5e-3 / 1e-3))
+    assert any(t.pruned for t in found.trials)
+    assert all((t.loss is None) == t.pruned for t in found.trials)
 
 
 def test_resumes_with_the_same_rates(grid, quadratic):
@@ -77,7 +78,7 @@ def test_resumes_with_the_same_rates(grid, quadratic):
 def test_rate_at_the_edge_is_reported(grid, quadratic):
     quadratic.best = 1.0
     settings = grid("lora", tokens=2000, trials=12)
-    assert search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())["at_the_edge"]
+    assert search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor()).at_the_edge
 
 
 def test_failed_trial_is_an_error(grid, monkeypatch):
@@ -94,10 +95,10 @@ def test_comparison_uses_the_rates_and_no_test_row(grid, in_process):
     assert len(in_process) == 6
     out = grid("lora").output_dir
     assert not list((out / "tune").rglob("eval-test*"))
-    for line in result["methods"]:
-        tried = result["searched"][line["method"]]
-        assert (line["rate"], line["rate_from"]) == (tried["rate"], "tuned")
-        assert line["rate"] == min((t for t in tried["trials"] if t["loss"]), key=lambda t: t["loss"])["rate"]
+    for line in result.methods:
+        tried = result.searched[line.method]
+        assert (line.rate, line.rate_from) == (tried.rate, "tuned")
+        assert line.rate == min((t for t in tried.trials if t.loss), key=lambda t: t.loss).rate
 
 
 @pytest.fixture
@@ -113,20 +114,20 @@ def tune_tree(tree, tmp_path):
 
 def test_best_recipe_of_a_search(tune_tree, quadratic, tmp_path):
     result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", "method.rank=2,4,8", trials=10)
-    assert result["trials"][0]["values"] == {"train.learning_rate": 5e-3, "method.rank": 4}, "the recipe's own first"
-    assert result["best"]["loss"] == min(t["loss"] for t in result["trials"] if t["loss"]) < result["recipe_loss"]
-    best = load_recipe(result["best_recipe"])
-    assert best.train.learning_rate == result["best"]["values"]["train.learning_rate"]
-    assert (best.method.settings["r"], best.train.max_steps) == (result["best"]["values"]["method.rank"], None)
+    assert result.trials[0].values == {"train.learning_rate": 5e-3, "method.rank": 4}, "the recipe's own first"
+    assert result.best.loss == min(t.loss for t in result.trials if t.loss) < result.recipe_loss
+    best = load_recipe(result.best_recipe)
+    assert best.train.learning_rate == result.best.values["train.learning_rate"]
+    assert (best.method.settings["r"], best.train.max_steps) == (result.best.values["method.rank"], None)
     assert best.output_dir == tmp_path / "t" / "best"
     assert {p.name for p in (tmp_path / "t").iterdir()} >= {"tune.json", "table.md", "tune.svg", "settings.json"}
-    assert json.loads((tmp_path / "t" / "tune.json").read_text()) == result
-    assert f"{result['best']['loss']:.4f} (best)" in (tmp_path / "t" / "table.md").read_text()
+    assert json.loads((tmp_path / "t" / "tune.json").read_text()) == to_json_dict(result)
+    assert f"{result.best.loss:.4f} (best)" in (tmp_path / "t" / "table.md").read_text()
 
 
 def test_finite_space_is_tried_once_each(tune_tree, quadratic):
     result, _ = tune_tree("method.r=2,4", "train.batch_size=4..6", trials=50)
-    tried = [tuple(t["values"].values()) for t in result["trials"]]
+    tried = [tuple(t.values.values()) for t in result.trials]
     assert len(tried) == len(set(tried)) == len(quadratic.tried) == 6
     tune_tree("method.r=2,4", "train.batch_size=4..6", trials=50)
     assert len(quadratic.tried) == 6
@@ -139,11 +140,11 @@ def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypa
 
     monkeypatch.setattr(search, "launch_worker", fail_at_8)
     result, log = tune_tree("method.r=4,8", trials=9)
-    assert [(t["outcome"], t["why"]) for t in result["trials"]] == [("complete", ""), ("failed", "no memory")]
+    assert [(t.outcome, t.why) for t in result.trials] == [("complete", ""), ("failed", "no memory")]
     assert "trial 2 of 2: method.r 8: failed: no memory" in log
     monkeypatch.setattr(search, "launch_worker", quadratic)
     again, _ = tune_tree("method.r=4,8", trials=9)
-    assert [t["outcome"] for t in again["trials"]] == ["complete", "complete"]
+    assert [t.outcome for t in again.trials] == ["complete", "complete"]
 
 
 def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
@@ -156,11 +157,11 @@ def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
 
     monkeypatch.setattr(search, "launch_worker", wait)
     result, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3, minutes=0.001)
-    assert len(result["trials"]) == 1
+    assert len(result.trials) == 1
     assert "stopped after 0.001 minutes; the same command continues it" in log[-1]
     monkeypatch.setattr(search, "launch_worker", quadratic)
     again, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3)
-    assert [t["run"] for t in again["trials"]] == ["trial-1", "trial-2", "trial-4"]
+    assert [t.run for t in again.trials] == ["trial-1", "trial-2", "trial-4"]
 
 
 def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadratic, monkeypatch, tmp_path):
@@ -174,11 +175,11 @@ def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadr
     monkeypatch.setattr(search, "launch_worker", launch_and_forget)
     tree["train"]["forgetting_budget"], tree["method"]["r"] = 0.1, 8
     forgetful = None
-    before = tune_tree("method.r=8,6,4,3,2", trials=5)[0]["trials"]
-    forgetful = next(t["run"] for t in before[2:] if t["outcome"] == "complete")
+    before = tune_tree("method.r=8,6,4,3,2", trials=5)[0].trials
+    forgetful = next(t.run for t in before[2:] if t.outcome == "complete")
     shutil.rmtree(tmp_path / "t")
-    after = tune_tree("method.r=8,6,4,3,2", trials=5)[0]["trials"]
-    assert {t["run"]: t["outcome"] for t in after}[forgetful] == "pruned"
+    after = tune_tree("method.r=8,6,4,3,2", trials=5)[0].trials
+    assert {t.run: t.outcome for t in after}[forgetful] == "pruned"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadrati
     monkeypatch.setattr(search, "launch_worker", launch_group)
     result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=12, at_once=3)
     assert list(map(len, groups)) == [3] * 4
-    outcomes = {t["run"]: t["outcome"] for t in result["trials"]}
+    outcomes = {t.run: t.outcome for t in result.trials}
     assert {outcomes[run] for run in groups[0]} == {"complete"}, "nothing to compare the first ones with"
     assert {"complete", "pruned"} in [{outcomes[run] for run in group} for group in groups[1:]]
     with pytest.raises(UsageError, match=r"one base, which model\.dtype changes"):
@@ -233,11 +234,11 @@ def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadrati
 @pytest.mark.slow
 def test_trials_at_once_have_the_losses_of_trials_alone(tune_tree, in_process, tree, tmp_path):
     result, _ = tune_tree("train.learning_rate=log:1e-4..1e-1", "method.r=2,4", trials=3, at_once=3)
-    assert [t["outcome"] for t in result["trials"]] == ["complete"] * 3
-    for trial in result["trials"]:
-        recipe = load_recipe(tmp_path / "t" / "trials" / f"{trial['run']}.yaml")
-        alone = train(recipe.model_copy(update={"output_dir": tmp_path / "alone" / trial["run"]}))
-        assert trial["loss"] == pytest.approx(alone.validation_loss, abs=1e-6)
+    assert [t.outcome for t in result.trials] == ["complete"] * 3
+    for trial in result.trials:
+        recipe = load_recipe(tmp_path / "t" / "trials" / f"{trial.run}.yaml")
+        alone = train(recipe.model_copy(update={"output_dir": tmp_path / "alone" / trial.run}))
+        assert trial.loss == pytest.approx(alone.validation_loss, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -252,6 +253,8 @@ def test_killed_search_resumes_and_trains_its_recipe(tune_tree, in_process, tree
     result, _ = tune_tree(*over, trials=3)
     assert steps_left == [11 - 24], "the killed trial went on from its checkpoint"
     compared = ("values", "outcome", "loss")
-    assert [[t[k] for k in compared] for t in result["trials"]] == [[t[k] for k in compared] for t in whole["trials"]]
-    trained = train(load_recipe(result["best_recipe"]))
-    assert trained.validation_loss == result["best"]["loss"]
+    assert [[getattr(t, k) for k in compared] for t in result.trials] == [
+        [getattr(t, k) for k in compared] for t in whole.trials
+    ]
+    trained = train(load_recipe(result.best_recipe))
+    assert trained.validation_loss == result.best.loss

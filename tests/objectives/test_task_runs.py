@@ -98,24 +98,24 @@ def test_run_learns_and_resumes_bit_for_bit(make, rows, task, first_loss, beta, 
     assert np.isnan(written["train"]).any() == (rows == "lists")  # of two answers, or three
 
     found, page = evaluate(folder, EvalSettings(split="validation")), (folder / "report.html").read_text()
-    assert found["improved"]
+    assert found.improved
     if rows == "rated":
-        measures = found["unpaired_preference"]
-        assert found["rows"] == measures["good"]
-        assert measures["reward_auc"] == 1
+        measures = found.measures.unpaired_preference
+        assert found.measures.rows == measures.good
+        assert measures.reward_auc.value == 1
         assert len(metrics(folder, "kl")) == 3
         assert "Good answers likelier" in page
-        gain = measures["margin"]
+        gain = measures.margin
     else:
-        measures = found["preference"]
-        assert found["prompt_dependence"] is None
-        assert measures["margin_gain_ci95"][0] > 0
+        measures = found.measures.preference
+        assert found.measures.prompt_dependence is None
+        assert measures.margin_gain.low > 0
         assert "Preference margin" in page
         assert "dpo, beta 0.1" in page
-        gain = measures["tuned_margin"] - measures["base_margin"]
+        gain = measures.tuned_margin.value - measures.base_margin.value
         assert metrics(folder, "rewards/accuracies")[-1] > (0.8 if rows == "lists" else 0.99)
         if rows == "pairs":
-            assert found["rows"] == measures["pairs"] == measures["pairs_better"] == 6
+            assert found.measures.rows == measures.pairs == measures.pairs_better == 6
     assert metrics(folder, "rewards/margins")[-1] == pytest.approx(beta * gain, rel=1e-4)  # beta times the log ratios
 
     train_in_two_parts(again, monkeypatch, 5)
@@ -149,9 +149,9 @@ def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
     run = Path(train(make("sft", "pairs", data={"format": "preference"})).run)
     assert distance(run, train(make("sft", "chats", rows="chats")).run) == 0
     found = evaluate(run, EvalSettings(split="validation", bootstrap=50))
-    assert found["preference"]["pairs"] == 6
+    assert found.measures.preference.pairs == 6
     margins = [row["tuned_margin"] for row in json.loads((run / "scores-validation.json").read_text())]
-    assert np.mean(margins) == pytest.approx(found["preference"]["tuned_margin"])
+    assert np.mean(margins) == pytest.approx(found.measures.preference.tuned_margin.value)
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_objectives_without_a_reference(make, task):
 def test_best_against_worst_trains_two_answers_of_a_list(make):
     result = train(make({"name": "dpo", "pairs": "best-worst"}, "run", rows="lists", max_steps=2))
     assert load_file(Path(result.run) / "reference.safetensors")["train"].shape == (18, 2)
-    preference = evaluate(Path(result.run), EvalSettings(split="validation"))["preference"]
-    assert preference["pairs"] == 6
+    preference = evaluate(Path(result.run), EvalSettings(split="validation")).measures.preference
+    assert preference.pairs == 6
 
 
 def test_settings_of_dpo_are_checked(make):
@@ -223,7 +223,7 @@ def test_quantized_base_learns(make, task, kind):
     run = train(make(task, "run", quantization=kind)).run
     losses = metrics(run, "train_loss")
     assert losses[-1] < losses[0] - 0.02
-    assert evaluate(Path(run), EvalSettings(split="validation", bootstrap=20))["quantization"] == kind
+    assert evaluate(Path(run), EvalSettings(split="validation", bootstrap=20)).quantization == kind
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """What every command shares: how results and exceptions become output and an exit code.
 
-A command returns its result as a mapping. With `--json` it is printed as the one JSON object on stdout, and all other
-output goes to stderr; without `--json` the command prints it for people. An exception becomes one message on stderr
-and, with `--json`, the object `{"error": {...}}`.
+A command returns its result as a dataclass or a mapping. With `--json` it is printed as the one JSON object on stdout,
+and all other output goes to stderr; without `--json` the command prints it for people. An exception becomes one message
+on stderr and, with `--json`, the object `{"error": {...}}`.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -104,6 +105,9 @@ class CommandGroup(TyperGroup):
         if isinstance(result, NegativeResult):
             code, result = 1, result.result
         if as_json and result is not None:
+            from ..core.foundation.json_results import to_json_dict
+
+            result = to_json_dict(result) if is_dataclass(result) else result
             stdout.write(to_json(result) + "\n")
             stdout.flush()
         sys.exit(code)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -12,6 +12,9 @@ from ..experiments.places import PLACES, parse_place
 from .common import Json, NegativeResult, console, print_progress, table
 from .input_checks import require_inputs, require_packages
 from .options import recipe_flags
+
+if TYPE_CHECKING:
+    from ..experiments.experiment_results import CompareResult, TuneResult
 
 COMPARE_PACKAGES = ("scipy", "matplotlib")
 TUNE_PACKAGES = ("optuna", "matplotlib")
@@ -88,24 +91,24 @@ def compare(
     result = comparison.compare(grid, print_progress, plot=plot, place=place)
     if not as_json:
         _print_comparison(result)
-    return NegativeResult(result) if result["failed"] or not result["methods"] else result
+    return NegativeResult(result) if result.failed or not result.methods else result
 
 
-def _print_comparison(result: Mapping[str, Any]) -> None:
+def _print_comparison(result: "CompareResult") -> None:
     from ..experiments.comparison_report import describe_comparison_setup, format_terminal_row, list_columns, list_notes
 
     screen = console()
     screen.print(describe_comparison_setup(result))
-    rows = map(format_terminal_row, result["methods"])
-    columns = list_columns(result["methods"], terminal=True)
+    rows = map(format_terminal_row, result.methods)
+    columns = list_columns(result.methods, terminal=True)
     methods = table(*columns, left=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
-    if result["methods"]:
+    if result.methods:
         screen.print(methods)
     for note in list_notes(result):
         screen.print(note)
-    screen.print(f"\n{result['advice']}", style="bold")
-    screen.print(f"files in {result['output_dir']}: compare.json, table.md, compare.svg")
+    screen.print(f"\n{result.advice}", style="bold")
+    screen.print(f"files in {result.output_dir}: compare.json, table.md, compare.svg")
 
 
 @recipe_flags()
@@ -161,18 +164,18 @@ def tune(
     return result
 
 
-def _print_search(result: Mapping[str, Any]) -> None:
+def _print_search(result: "TuneResult") -> None:
     from ..experiments.tuning import describe_search, format_trials, list_search_notes, trial_columns
 
     screen = console()
     screen.print(describe_search(result))
     rows = format_trials(result)
-    losses = [math.inf if t["loss"] is None else t["loss"] for t in result["trials"]]
+    losses = [math.inf if t.loss is None else t.loss for t in result.trials]
     by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
     screen.print(table(*trial_columns(result), rows=by_loss[:SHOWN]))
     if len(rows) > SHOWN:
         screen.print(f"… and {len(rows) - SHOWN} more in table.md")
     for note in list_search_notes(result):
         screen.print(note)
-    screen.print(f"files in {result['output_dir']}: best.yaml, tune.json, table.md, tune.svg")
-    screen.print(f"next: slimtune train {result['best_recipe']}", soft_wrap=True)
+    screen.print(f"files in {result.output_dir}: best.yaml, tune.json, table.md, tune.svg")
+    screen.print(f"next: slimtune train {result.best_recipe}", soft_wrap=True)

@@ -1,10 +1,9 @@
-"""Evaluation of classifiers (accuracy, macro-F1, the confusion table) and of reward models (accuracy on pairs).
+"""Classifiers (accuracy, macro-F1, the confusion table) and reward models (accuracy on pairs) against a baseline.
 
 A new head has learned nothing in the base, so the tuned model is not compared with it: a classifier has to beat the
 most frequent class of the evaluated rows, a reward model chance.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,14 +13,24 @@ from torch import Tensor
 
 from ..core.training.loss import row_logits, score_examples, score_objective
 from ..objectives.classification import label_losses
-from .model_comparison import Evaluation, RowFigures
-from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1, make_fields
+from .eval_result import (
+    BaselineMeasures,
+    ClassificationEvalResult,
+    ClassificationMeasures,
+    ClassScore,
+    RewardEvalResult,
+    RewardMeasures,
+)
+from .model_comparison import ModelComparison, RowFigures
+from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1
 
 
-class ClassificationEvaluation(Evaluation):
+class ClassificationComparison(ModelComparison[ClassificationMeasures]):
     """Compares the predicted classes of rows with `label` (see `Classification`)."""
 
-    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+    result_type = ClassificationEvalResult
+
+    def measure(self) -> tuple[ClassificationMeasures, RowFigures]:
         assert self.classes is not None
         names, multi_label = self.classes.names, self.classes.multi_label
         scores = score_examples(self.model, self.examples, self.collator, partial(score_classes, self.model))
@@ -43,44 +52,45 @@ class ClassificationEvaluation(Evaluation):
         def name_set(row: np.ndarray) -> str:
             return ", ".join(name for name, is_one in zip(names, row, strict=True) if is_one) or "none"
 
-        result = describe_accuracy(self, losses, accuracy, name_set(frequent)) | {
-            **make_fields(macro_f1=f1),
-            "classes": [
-                {
-                    "name": name,
-                    "rows": int(positives[i]),
-                    "precision": hits[i] / chosen[i] if chosen[i] else 0.0,
-                    "recall": hits[i] / positives[i] if positives[i] else 0.0,
-                    "f1": float(compute_f1(hits[i], positives[i], chosen[i])),
-                }
+        measures = ClassificationMeasures(
+            **vars(measure_against_baseline(self, losses, accuracy, name_set(frequent))),
+            macro_f1=f1,
+            classes=[
+                ClassScore(
+                    name=name,
+                    rows=int(positives[i]),
+                    precision=float(hits[i] / chosen[i]) if chosen[i] else 0.0,
+                    recall=float(hits[i] / positives[i]) if positives[i] else 0.0,
+                    f1=float(compute_f1(hits[i], positives[i], chosen[i])),
+                )
                 for i, name in enumerate(names)
             ],
-            # rows: the label; columns: the prediction
-            "confusion": None if multi_label else (actual.T @ predicted).tolist(),
-        }
+            confusion=None if multi_label else (actual.T @ predicted).tolist(),
+        )
         figures = [
             {"line": line, "label": name_set(a), "predicted": name_set(p)}
             for line, a, p in zip(self.examples.lines, actual, predicted, strict=True)
         ]
-        return result, figures
+        return measures, figures
 
     @staticmethod
-    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
-        return list_reasons_not_better(result, f"always answering {result['baseline']!r}")
+    def list_reasons_not_better(measures: ClassificationMeasures) -> list[str]:
+        return _list_reasons_not_above_baseline(measures, f"always answering {measures.baseline!r}")
 
 
-def describe_accuracy(
-    evaluation: Evaluation, losses: np.ndarray, accuracy: PairedEstimate, baseline: str
-) -> dict[str, Any]:
+def measure_against_baseline(
+    comparison: ModelComparison[Any], losses: np.ndarray, accuracy: PairedEstimate, baseline: str
+) -> BaselineMeasures:
     """Return numbers of rows, mean loss, and accuracy beside a baseline's (the second one that was compared)."""
-    return {
-        "rows": len(evaluation.examples),
-        "different_rows": len(np.unique(evaluation.groups)),
-        "loss": float(losses.mean()),
-        **make_fields(accuracy=accuracy.first, accuracy_gain=accuracy.difference),
-        "baseline": baseline,
-        "baseline_accuracy": accuracy.second.value,
-    }
+    return BaselineMeasures(
+        rows=len(comparison.examples),
+        different_rows=len(np.unique(comparison.groups)),
+        loss=float(losses.mean()),
+        accuracy=accuracy.first,
+        accuracy_gain=accuracy.difference,
+        baseline=baseline,
+        baseline_accuracy=accuracy.second.value,
+    )
 
 
 def score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -90,33 +100,36 @@ def score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
     return torch.cat([logits, losses.mean(1, keepdim=True)], dim=1).double()
 
 
-def list_reasons_not_better(result: Mapping[str, Any], baseline: str) -> list[str]:
+def _list_reasons_not_above_baseline(measures: BaselineMeasures, baseline: str) -> list[str]:
     """Return why the accuracy is not better than that of a baseline, one sentence; empty if it is."""
-    low, high = result["accuracy_gain_ci95"]
+    low, high = measures.accuracy_gain.ci95
     if low > 0:
         return []
     return [f"it is not shown to be better than {baseline}: its accuracy is higher by {low:.3f} to {high:.3f}"]
 
 
-class RewardEvaluation(Evaluation):
+class RewardComparison(ModelComparison[RewardMeasures]):
     """Compares the rewards of the two answers of each pair."""
 
-    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+    result_type = RewardEvalResult
+
+    def measure(self) -> tuple[RewardMeasures, RowFigures]:
         scores = score_objective(self.model, self.examples, self.collator, self.objective)
         losses, chosen, rejected = np.array([scores[i] for i in range(len(self.examples))]).T
         accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
         margin = self.compare(chosen, rejected)
-        result = describe_accuracy(self, losses, accuracy, "chance") | {
-            **make_fields(margin=margin.difference),
-            "chosen_reward": margin.first.value,
-            "rejected_reward": margin.second.value,
-        }
+        measures = RewardMeasures(
+            **vars(measure_against_baseline(self, losses, accuracy, "chance")),
+            margin=margin.difference,
+            chosen_reward=margin.first.value,
+            rejected_reward=margin.second.value,
+        )
         figures = [
             {"line": line, "chosen": float(c), "rejected": float(r)}
             for line, c, r in zip(self.examples.lines, chosen, rejected, strict=True)
         ]
-        return result, figures
+        return measures, figures
 
     @staticmethod
-    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
-        return list_reasons_not_better(result, "chance")
+    def list_reasons_not_better(measures: RewardMeasures) -> list[str]:
+        return _list_reasons_not_above_baseline(measures, "chance")

@@ -10,10 +10,10 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.files import require_output_file, write_json
+from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import name_progress
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
@@ -39,7 +40,8 @@ from ..objectives.classification import Classification
 from ..objectives.kto import KTO
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
-from .classification_comparison import ClassificationEvaluation, RewardEvaluation
+from .classification_comparison import ClassificationComparison, RewardComparison
+from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generated_answers import (
     EvalPrompt,
@@ -50,22 +52,23 @@ from .generated_answers import (
 )
 from .judge import build_judge, judge_answers, measure_win_rate
 from .lm_eval import find_tasks, run_tasks
-from .model_comparison import Evaluation
-from .preference_comparison import PreferenceEvaluation, UnpairedEvaluation
+from .model_comparison import ModelComparison
+from .preference_comparison import KTOComparison, PreferenceComparison
 from .run_report import write_report
-from .sft_comparison import SupervisedEvaluation
+from .sft_comparison import SFTComparison
 
-EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
-    SFT: SupervisedEvaluation,
-    PairObjective: PreferenceEvaluation,
-    KTO: UnpairedEvaluation,
-    Classification: ClassificationEvaluation,
-    Reward: RewardEvaluation,
+COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
+    SFT: SFTComparison,
+    PairObjective: PreferenceComparison,
+    KTO: KTOComparison,
+    Classification: ClassificationComparison,
+    Reward: RewardComparison,
 }
-"""The evaluation of each objective and of its subclasses."""
+"""The comparison of each objective and of its subclasses."""
 FEW_EVAL_ROWS = 20
 """Rows below which a bootstrap interval is too narrow."""
 SPLITS = ("test", "validation")
+AnyResult = TypeVar("AnyResult", bound=EvalResult)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class EvalSettings:
             raise UsageError("--judge compares answers, and none are asked for", hint="--generate 50")
 
 
-def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
-    """Compare base and tuned model and return what `slimtune eval --json` prints (docs/eval.md lists the fields).
+def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
+    """Compare base and tuned model and return what `slimtune eval --json` prints.
 
     A run folder keeps the result as `eval-<split>.json` (`eval-data-<name>.json` for a file) whatever the verdict, and
     beside it `scores-<split>.json`: for each row its `line`, its supervised `tokens`, and the loss in nats of `base`
@@ -148,55 +151,55 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         context = max_positions(model.config) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
-    evaluation = _build_evaluation(trained, recipe, examples, longest, file or "the training file", settings)
-    measured, scores = evaluation.measure()
-    result: dict[str, Any] = {
-        "run": str(run),
-        "task": recipe.task.name,
-        "split": None if settings.data is not None else settings.split,
-        "data": str(file or recipe.data.train),
-        "training_rows": training_rows,
-        **measured,
-    }
-    if writes_text:
-        result |= dict.fromkeys(("forgetting", "generations", "generation_summary", "win_rate", "tasks"))
+    comparison = _build_comparison(trained, recipe, examples, longest, file or "the training file", settings)
+    measures, scores = comparison.measure()
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
+    parts: dict[str, Any] = {}
     if general:
-        score_general = functools.partial(evaluation.score_both, place=settings.general_text)
-        result["forgetting"] = {"text": str(settings.general_text)}
+        score_general = functools.partial(comparison.score_both, place=settings.general_text)
+        budget = settings.forgetting_budget
         with name_progress("general text"):
-            result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
-    reasons = [*list_missing_rows(result), *evaluation.list_reasons_not_passed(result)]
-    result |= {
-        "improved": not reasons,
-        "verdict": make_pass_verdict(result, reasons),
-        "dropped": row_report.dropped,
-        "truncated": row_report.truncated,
-        "dtype": str(trained.base.dtype).removeprefix("torch."),
-        "quantization": trained.base.quantization,
-    }
+            parts["forgetting"] = measure_forgetting(
+                str(settings.general_text), general, score_general, budget, **draws
+            )
+    reasons = [*list_missing_rows(measures.different_rows), *comparison.list_reasons_not_better(measures)]
+    result = comparison.result_type(
+        run=str(run),
+        task=recipe.task.name,
+        split=None if settings.data is not None else settings.split,
+        data=str(file or recipe.data.train),
+        training_rows=training_rows,
+        measures=measures,
+        improved=not reasons,
+        verdict=EvalVerdict(passed=False),
+        dropped=row_report.dropped,
+        truncated=row_report.truncated,
+        dtype=str(trained.base.dtype).removeprefix("torch."),
+        quantization=trained.base.quantization,
+        **parts,
+    )
     name = settings.split if settings.data is None else f"data-{settings.data.stem}"
 
-    def save() -> None:
-        result["seconds"] = round(time.perf_counter() - start, 3)
+    def save(result: AnyResult) -> AnyResult:
+        seconds = round(time.perf_counter() - start, 3)
+        result = replace(result, verdict=judge_eval(result, reasons), seconds=seconds)
         if run_dir is not None:
-            write_json(run_dir.evaluation_file(name), result)
+            write_json(run_dir.evaluation_file(name), to_json_dict(result))
             write_json(run_dir.scores_file(name), scores, indent=None)
             write_report(run_dir)
+        return result
 
-    save()  # the figures stay if generation or a task fails
-    if asked is not None:
-        result["generations"] = generate_base_and_tuned_answers(*asked, checks, settings.max_new_tokens)
-        result["generation_summary"] = summarize_checks(result["generations"])
-        result["verdict"] = make_pass_verdict(result, reasons)
-        save()
-    if judge is not None:
-        judge_answers(result["generations"], judge)
-        result["win_rate"] = measure_win_rate(str(settings.judge), result["generations"], **draws)
-        save()
-    if settings.tasks:
-        result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
-        save()
+    result = save(result)  # the figures stay if generation or a task fails
+    if isinstance(result, TextEvalResult):
+        if asked is not None:
+            answers = generate_base_and_tuned_answers(*asked, checks, settings.max_new_tokens)
+            result = save(replace(result, generations=answers, generation_summary=summarize_checks(answers)))
+            if judge is not None:
+                answers = judge_answers(answers, judge)
+                won = measure_win_rate(str(settings.judge), answers, **draws)
+                result = save(replace(result, generations=answers, win_rate=won))
+        if settings.tasks:
+            result = save(replace(result, tasks=run_tasks(trained, settings.tasks, task_manager)))
     return result
 
 
@@ -213,16 +216,16 @@ def _prepare_prompts(
     return generator, prompts
 
 
-def _build_evaluation(
+def _build_comparison(
     trained: TrainedModel, recipe: Recipe, examples: TokenizedDataset, longest: int, place: object,
     settings: EvalSettings,
-) -> Evaluation:  # fmt: skip
-    """Return the evaluation of the run's objective; `longest` are the tokens of the longest row that it scores."""
+) -> ModelComparison[Any]:  # fmt: skip
+    """Return the comparison of the run's objective; `longest` are the tokens of the longest row that it scores."""
     model: Any = trained.model
     objective = recipe.objective()
     kind = PairObjective if recipe.data.format in objective.named_formats else type(objective)
-    evaluation_class = next(EVALUATIONS[c] for c in kind.__mro__ if c in EVALUATIONS)
-    return evaluation_class(
+    comparison_class = next(COMPARISONS[c] for c in kind.__mro__ if c in COMPARISONS)
+    return comparison_class(
         model,
         examples,
         build_collator(recipe.train, model, trained.base.tokenizer, longest),
@@ -235,34 +238,32 @@ def _build_evaluation(
     )
 
 
-def list_missing_rows(result: Mapping[str, Any]) -> list[str]:
+def list_missing_rows(different_rows: int) -> list[str]:
     """Return the reason why so few rows show nothing; empty if there are enough."""
-    different = result["different_rows"]
-    rows = "1 row is" if different == 1 else f"{different} different rows are"
+    rows = "1 row is" if different_rows == 1 else f"{different_rows} different rows are"
     reason = f"{rows} too few to show that the tuned model is better: {MIN_EVAL_ROWS} are the least"
-    return [reason] if different < MIN_EVAL_ROWS else []
+    return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def make_pass_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
-    """Return whether a whole result passes; `reasons` say why it is not improved.
-
-    Returns `{"passed": bool, "reasons": [sentence, …], "warning": what a pass over few rows does not prove}`.
-    """
-    reasons, forgetting, answers = list(reasons), result.get("forgetting"), result.get("generations")
-    if forgetting is not None and not forgetting["within"]:
-        low, high = forgetting["change_ci95"]
-        reasons.append(
-            f"it forgot more than its budget of {forgetting['budget']:g} nats per token on general text: "
-            f"{forgetting['change']:.4f}, between {low:.4f} and {high:.4f}"
-        )
-    if answers and not any(answer["tuned"].strip() for answer in answers):
-        reasons.append(f"all {len(answers)} answers of the tuned model are empty")
-    warning, different = "", result["different_rows"]
+def judge_eval(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
+    """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
+    reasons, unread = list(reasons_not_improved), False
+    if isinstance(result, TextEvalResult):
+        forgetting, answers = result.forgetting, result.generations
+        unread = answers is None
+        if forgetting is not None and not forgetting.within:
+            low, high = forgetting.change.ci95
+            reasons.append(
+                f"it forgot more than its budget of {forgetting.budget:g} nats per token on general text: "
+                f"{forgetting.change.value:.4f}, between {low:.4f} and {high:.4f}"
+            )
+        if answers and not any(answer.tuned.strip() for answer in answers):
+            reasons.append(f"all {len(answers)} answers of the tuned model are empty")
+    warning, different = "", result.measures.different_rows
     if not reasons and different < FEW_EVAL_ROWS:
-        unread = "generations" in result and answers is None  # a classifier writes none
         advice = "; read some answers: --generate 5" if unread else ""
         warning = f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}"
-    return {"passed": not reasons, "reasons": reasons, "warning": warning}
+    return EvalVerdict(passed=not reasons, reasons=reasons, warning=warning)
 
 
 def load_unseen_rows(

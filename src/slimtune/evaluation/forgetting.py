@@ -6,39 +6,41 @@ The budget is exceeded if the whole interval of the change is above it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..core.data.collator import Example
 from ..core.data.general_text import numbers_by_kind
 from ..core.training.loss import RowScore
-from .statistics import make_fields, paired_bootstrap
+from .eval_result import Forgetting, LossChange
+from .statistics import paired_bootstrap
 
 DEFAULT_BUDGET = 0.1
 
 
 def measure_forgetting(
+    text: str,
     examples: Sequence[Example],
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
     budget: float,
     **bootstrap: int,
-) -> dict[str, Any]:
-    """Return `tokens`, `base_loss`, `tuned_loss`, `change`, `change_ci95`, `budget`, `within` and `kinds`.
+) -> Forgetting:
+    """Compare the losses of base and tuned model on the pieces of a general text.
 
-    `score_both` scores rows by base and tuned model, `budget` is in nats per token, `bootstrap` is `draws` and `seed`.
+    `text` names it, `score_both` scores rows by base and tuned model, `budget` is in nats per token, `bootstrap` is
+    `draws` and `seed`.
     """
     base, tuned = score_both(examples)
 
-    def compare(rows: Sequence[int]) -> dict[str, Any]:
+    def compare(rows: Sequence[int]) -> LossChange:
         tokens = [base[i].tokens for i in rows]
         # The bootstrap subtracts its second argument from its first: tuned - base.
         found = paired_bootstrap([tuned[i].nats for i in rows], [base[i].nats for i in rows], tokens, **bootstrap)
-        return {
-            "tokens": sum(tokens),
-            "base_loss": found.second.value,
-            "tuned_loss": found.first.value,
-            **make_fields(change=found.difference),
-        }
+        return LossChange(
+            tokens=sum(tokens),
+            base_loss=found.second.value,
+            tuned_loss=found.first.value,
+            change=found.difference,
+        )
 
-    result = compare(range(len(examples)))
-    by_kind = {kind: compare(numbers) for kind, numbers in numbers_by_kind(examples).items()}
-    return {**result, "budget": budget, "within": result["change_ci95"][0] <= budget, "kinds": by_kind}
+    whole = compare(range(len(examples)))
+    kinds = {kind: compare(numbers) for kind, numbers in numbers_by_kind(examples).items()}
+    return Forgetting(**vars(whole), text=text, budget=budget, within=whole.change.low <= budget, kinds=kinds)

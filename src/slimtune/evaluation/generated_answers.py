@@ -28,6 +28,7 @@ from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, install_command, nearest
 from ..generation.generator import Generator, Message
+from .eval_result import WHO, AnswerPair, CheckValues
 
 Check = Callable[[str, str], bool | float]
 """Maps answer and reference to a measurement."""
@@ -62,28 +63,40 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
 
 def generate_base_and_tuned_answers(
     generator: Generator, prompts: Sequence[EvalPrompt], checks: Mapping[str, Check], max_new_tokens: int
-) -> list[dict[str, Any]]:
-    """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
-    results = []
+) -> list[AnswerPair]:
+    """Return the answers of both models to each prompt, with their checks."""
+    pairs = []
     for prompt in track_progress(prompts, "answers of base and tuned model"):
+        texts: dict[str, str] = {}
         measured: dict[str, dict[str, bool | float]] = {n: {} for n in ("tokens", "repetition", "ended", *checks)}
-        result: dict[str, Any] = {"line": prompt.line, "prompt": prompt.messages, "reference": prompt.reference}
-        for who in ("base", "tuned"):
+        for who in WHO:
             answer = generator.answer(prompt.messages, tuned=who == "tuned", max_new_tokens=max_new_tokens)
-            result[who] = answer.text
+            texts[who] = answer.text
             measured["tokens"][who], measured["ended"][who] = answer.tokens, answer.ended
             measured["repetition"][who] = measure_repetition(answer.text)
             for name, check in checks.items():
                 measured[name][who] = check(answer.text, prompt.reference)
-        results.append({**result, "checks": measured})
-    return results
+        pairs.append(
+            AnswerPair(
+                line=prompt.line,
+                prompt=prompt.messages,
+                reference=prompt.reference,
+                base=texts["base"],
+                tuned=texts["tuned"],
+                checks={name: CheckValues(**values) for name, values in measured.items()},
+            )
+        )
+    return pairs
 
 
-def summarize_checks(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def summarize_checks(answers: Sequence[AnswerPair]) -> dict[str, CheckValues]:
     """Return the mean of each check for base and tuned model; for checks that are true or false, the share."""
     return {
-        name: {who: float(np.mean([a["checks"][name][who] for a in answers])) for who in ("base", "tuned")}
-        for name in answers[0]["checks"]
+        name: CheckValues(
+            base=float(np.mean([a.checks[name].base for a in answers])),
+            tuned=float(np.mean([a.checks[name].tuned for a in answers])),
+        )
+        for name in answers[0].checks
     }
 
 

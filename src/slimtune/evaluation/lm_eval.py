@@ -16,6 +16,7 @@ from typing import Any
 from ..core.data.chat_rendering import render_chat_template
 from ..core.training.trained_model import TrainedModel
 from ..errors import ModelError, UsageError, install_command, nearest
+from .eval_result import WHO, TaskScores
 
 
 def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
@@ -42,8 +43,8 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     return manager
 
 
-def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict[str, Any]:
-    """Return `{task: {metric: {"base", "base_stderr", "tuned", "tuned_stderr", "higher_is_better"}}}`.
+def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict[str, dict[str, TaskScores]]:
+    """Return the scores of base and tuned model by task and metric.
 
     `names` are tasks or groups, and `manager` is what `find_tasks` returned.
 
@@ -56,7 +57,7 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
     tokenizer: Any = copy.copy(trained.base.tokenizer)
     tokenizer.apply_chat_template = functools.partial(_render_chat, trained.base.tokenizer)
     results = {}
-    for who in ("base", "tuned"):
+    for who in WHO:
         with _errors_only(), trained.model.disable_adapter() if who == "base" else contextlib.nullcontext():
             try:
                 results[who] = simple_evaluate(
@@ -73,7 +74,7 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
                     "tasks whose data is on this machine, or a network to fetch it",
                     "--tasks-path FOLDER with tasks on local data (docs/eval.md)",
                 ) from e
-    scores: dict[str, Any] = {}
+    scores: dict[str, dict[str, TaskScores]] = {}
     for task, metrics in results["tuned"]["results"].items():
         higher_is_better = results["tuned"].get("higher_is_better", {}).get(task, {})
         for key, value in metrics.items():
@@ -81,12 +82,12 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
             if not aggregation or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             found: dict[str, Any] = {}
-            for who in ("base", "tuned"):
+            for who in WHO:
                 figures = results[who]["results"][task]
                 error = figures.get(f"{metric}_stderr,{aggregation}")
                 found |= {who: figures[key], f"{who}_stderr": error if isinstance(error, int | float) else None}
-            found["higher_is_better"] = higher_is_better.get(metric)
-            scores.setdefault(task, {})[metric if aggregation == "none" else f"{metric} ({aggregation})"] = found
+            name = metric if aggregation == "none" else f"{metric} ({aggregation})"
+            scores.setdefault(task, {})[name] = TaskScores(**found, higher_is_better=higher_is_better.get(metric))
     return scores
 
 

@@ -1,13 +1,13 @@
-"""What every evaluation is made of: rows, the model that scores them with its adapter and without it, and intervals.
+"""What every comparison is made of: rows, the model that scores them with its adapter and without it, and intervals.
 
-Each kind of objective has its evaluation, a subclass in a file of its own; `evaluate.py` chooses it.
+Each kind of objective has its comparison, a subclass in a file of its own; `evaluate.py` chooses it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -18,15 +18,20 @@ from ..core.foundation.progress_bars import name_progress
 from ..core.training.loss import RowScore, score_supervised_rows
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
+from .eval_result import EvalResult, RowMeasures
 from .statistics import PairedEstimate, paired_bootstrap
 
+Measures = TypeVar("Measures", bound=RowMeasures)
 RowFigures = list[dict[str, Any]]
 """The figures of each row that `scores-<split>.json` keeps."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The evaluation of one kind of objective."""
+class ModelComparison(Generic[Measures]):
+    """Compares the tuned model with its base, or with a baseline, on the rows of one kind of objective."""
+
+    result_type: ClassVar[type[EvalResult]]
+    """The type of the evaluation's result."""
 
     model: Any
     examples: TokenizedDataset
@@ -38,13 +43,13 @@ class Evaluation:
     seed: int  # of the draws and of the shuffled prompts
     prompt_test: bool  # whether answers must depend on their prompts
 
-    def measure(self) -> tuple[dict[str, Any], RowFigures]:
-        """Return the result, with `rows` and `different_rows`, and the figures of each row."""
+    def measure(self) -> tuple[Measures, RowFigures]:
+        """Return what is measured on the rows, and the figures of each row."""
         raise NotImplementedError
 
     @staticmethod
-    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
-        """Return why a result does not show that the tuned model is better, one sentence each; empty if it does."""
+    def list_reasons_not_better(measures: Measures) -> list[str]:
+        """Return why measures do not show that the tuned model is better, one sentence each; empty if they do."""
         raise NotImplementedError
 
     @cached_property

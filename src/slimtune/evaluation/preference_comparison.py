@@ -1,4 +1,4 @@
-"""Evaluation of preferences: how well base and tuned model separate better answers from worse ones.
+"""Preferences: how well base and tuned model separate better answers from worse ones.
 
 Pairs, whose intervals are paired over examples:
 
@@ -17,9 +17,8 @@ Answers with a label, good or bad, whose intervals are by bootstrap over rows:
     margin        mean reward of good answers - mean reward of bad ones, in nats
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -28,32 +27,45 @@ from ..core.foundation.progress_bars import name_progress
 from ..core.training.loss import count_targets, score_row_logps
 from ..core.training.objective import list_better_and_worse
 from ..errors import DataError
-from .model_comparison import Evaluation, RowFigures
-from .sft_comparison import measure_supervised_rows
-from .statistics import PairedEstimate, bootstrap_auc, format_interval, make_fields
+from .estimate import Estimate
+from .eval_result import (
+    KTOEvalResult,
+    KTOMeasures,
+    LengthPreferences,
+    PairPreferences,
+    SFTEvalResult,
+    SFTMeasures,
+    UnpairedPreferences,
+)
+from .model_comparison import ModelComparison, RowFigures
+from .sft_comparison import measure_losses
+from .statistics import PairedEstimate, bootstrap_auc, format_interval
 
 Logps = Sequence[Sequence[float]]
 
 
-class PreferenceEvaluation(Evaluation):
+class PreferenceComparison(ModelComparison[SFTMeasures]):
     """Compares the margins of base and tuned model on pairs, and the losses of the chosen answers."""
 
-    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+    result_type = SFTEvalResult
+
+    def measure(self) -> tuple[SFTMeasures, RowFigures]:
         with name_progress("tuned model"):
             tuned = score_row_logps(self.model, self.examples, self.collator)
         with self.model.disable_adapter(), name_progress("base"):
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        result, figures, _ = measure_supervised_rows(self, AnswerSubset(self.examples, (0,)))
+        measures, figures, _ = measure_losses(self, AnswerSubset(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
-        return {**result, "preference": preference, "prompt_dependence": None}, figures
+        return SFTMeasures(**vars(measures), preference=preference), figures
 
     @staticmethod
-    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
+    def list_reasons_not_better(measures: SFTMeasures) -> list[str]:
+        assert measures.preference is not None
         # The loss of the chosen answers may rise while they are preferred more.
-        low, high = result["preference"]["margin_gain_ci95"]
+        low, high = measures.preference.margin_gain.ci95
         if low > 0:
             return []
         if low == high == 0:
@@ -64,13 +76,13 @@ class PreferenceEvaluation(Evaluation):
 
 def measure_preferences(
     examples: Sequence[Example], base: Logps, tuned: Logps, compare: Callable[..., PairedEstimate]
-) -> dict[str, Any]:
-    """Return the measures of pairs with intervals, `base_…`, `tuned_…` and `…_gain`, and those by length.
+) -> PairPreferences:
+    """Return the measures of pairs with intervals, and those by length.
 
     Args:
         examples: the evaluated pairs, or ranked lists, of which all pairs with different scores count.
         base, tuned: log p of the answers of each example [N][K].
-        compare: compares sums of each example [N] per size [N] with intervals (`Evaluation.compare`).
+        compare: compares sums of each example [N] per size [N] with intervals (`ModelComparison.compare`).
     """
     pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_better_and_worse(e.get("row_scores"))]
     owners = np.array([n for n, _, _ in pairs])
@@ -89,49 +101,51 @@ def measure_preferences(
         "token_accuracy": lambda values: is_higher(values / tokens),
         "margin": lambda values: values[:, 0] - values[:, 1],
     }
-    result: dict[str, Any] = {"pairs": len(pairs)}
+    estimates: dict[str, Estimate] = {}
     for name, measure in measures.items():
         # More is better here, so the tuned model comes first: base - tuned is the gain.
         sums = (np.bincount(owners, measure(values)) for values in (logps["tuned"], logps["base"]))
         found = compare(*sums, np.bincount(owners))
-        estimates = {f"base_{name}": found.second, f"tuned_{name}": found.first, f"{name}_gain": found.difference}
-        result |= make_fields(**estimates)
-    result["pairs_better"] = int(is_higher(logps["tuned"] - logps["base"]).sum())
-    result["by_length"] = {}
+        estimates |= {f"base_{name}": found.second, f"tuned_{name}": found.first, f"{name}_gain": found.difference}
+    by_length = {}
     for name, part in (("chosen_longer", tokens[:, 0] > tokens[:, 1]), ("chosen_shorter", tokens[:, 0] < tokens[:, 1])):
-        higher = {who: is_higher(values)[part] for who, values in logps.items()}
-        means = {f"{who}_accuracy": float(values.mean()) if len(values) else None for who, values in higher.items()}
-        result["by_length"][name] = {"pairs": int(part.sum()), **means}
-    return result
+        base_mean, tuned_mean = (
+            float(is_higher(logps[who])[part].mean()) if part.any() else None for who in ("base", "tuned")
+        )
+        by_length[name] = LengthPreferences(pairs=int(part.sum()), base_accuracy=base_mean, tuned_accuracy=tuned_mean)
+    better = int(is_higher(logps["tuned"] - logps["base"]).sum())
+    return PairPreferences(pairs=len(pairs), **estimates, pairs_better=better, by_length=by_length)
 
 
-class UnpairedEvaluation(Evaluation):
+class KTOComparison(ModelComparison[KTOMeasures]):
     """Compares how base and tuned model separate good answers from bad ones, and the losses of the good ones."""
 
-    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+    result_type = KTOEvalResult
+
+    def measure(self) -> tuple[KTOMeasures, RowFigures]:
         is_good = np.array([e["label"] for e in self.examples], bool)
         if is_good.all() or not is_good.any():
             label = str(bool(is_good.all())).lower()
             hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
             raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
-        result, figures, scores_of_good = measure_supervised_rows(replace(self, examples=good), good)
+        measures, figures, scores_of_good = measure_losses(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))
         for part, (before, after) in ((is_good, scores_of_good), (~is_good, self.score_both(bad))):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))
             tokens[part] = [s.tokens for s in before]
         options = {"draws": self.draws, "seed": self.seed}
-        measures = measure_unpaired_preferences(base, tuned, tokens, is_good, self.groups, **options)
-        result["different_rows"] = len(np.unique(self.groups))
-        return {**result, "unpaired_preference": measures, "prompt_dependence": None}, figures
+        preferences = measure_unpaired_preferences(base, tuned, tokens, is_good, self.groups, **options)
+        measures = replace(measures, different_rows=len(np.unique(self.groups)))
+        return KTOMeasures(**vars(measures), unpaired_preference=preferences), figures
 
     @staticmethod
-    def list_reasons_not_passed(result: Mapping[str, Any]) -> list[str]:
-        measures = result["unpaired_preference"]
-        low, high = measures["reward_auc_ci95"]
+    def list_reasons_not_better(measures: KTOMeasures) -> list[str]:
+        preferences = measures.unpaired_preference
+        low, high = preferences.reward_auc.ci95
         if low > 0.5:
             return []
-        if measures["good_reward"] == measures["bad_reward"] == 0:
+        if preferences.good_reward == preferences.bad_reward == 0:
             return ["the adapter changes nothing: every answer has the reward 0"]
         what = "makes bad answers likelier" if high < 0.5 else "is not shown to tell good answers from bad ones"
         interval = f"with a probability of {low:.3f} to {high:.3f}, where chance is 0.5"
@@ -147,20 +161,27 @@ def measure_unpaired_preferences(
     *,
     draws: int,
     seed: int,
-) -> dict[str, Any]:
-    """Return the measures of answers with a label, with intervals: `base_…`, `tuned_…` and `…_gain` of the first two.
+) -> UnpairedPreferences:
+    """Return the measures of answers with a label, with intervals.
 
     `base` and `tuned` are log p of each answer [N], `tokens` their numbers of tokens [N], `is_good` their labels, bool
     [N] and not all the same, and `groups` the groups of equal rows [N], which are drawn together.
     """
     rewards = tuned - base
-    means = [float(rewards[part].mean()) for part in (is_good, ~is_good)]
-    result: dict[str, Any] = {"good": int(is_good.sum()), "bad": int((~is_good).sum())}
+    good_reward, bad_reward = (float(rewards[part].mean()) for part in (is_good, ~is_good))
+    estimates: dict[str, Estimate] = {}
     for names, scores in (
         (("tuned_auc", "base_auc", "auc_gain"), [tuned, base]),
         (("tuned_token_auc", "base_token_auc", "token_auc_gain"), [tuned / tokens, base / tokens]),
         (("reward_auc",), [rewards]),
     ):
         found = bootstrap_auc(np.stack(scores), is_good, groups, draws=draws, seed=seed)
-        result |= make_fields(**dict(zip(names, found, strict=True)))
-    return result | {"good_reward": means[0], "bad_reward": means[1], "margin": means[0] - means[1]}
+        estimates |= dict(zip(names, found, strict=True))
+    return UnpairedPreferences(
+        good=int(is_good.sum()),
+        bad=int((~is_good).sum()),
+        **estimates,
+        good_reward=good_reward,
+        bad_reward=bad_reward,
+        margin=good_reward - bad_reward,
+    )

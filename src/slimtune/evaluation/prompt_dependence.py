@@ -12,13 +12,13 @@ dependence is the reference, because a decrease shows long before nothing remain
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.training.loss import RowScore
-from .statistics import make_fields, paired_bootstrap
+from .eval_result import PromptDependence
+from .statistics import paired_bootstrap
 
 MAX_ROWS = 256
 """Rows that are scored after another row's prompt, drawn at random if there are more."""
@@ -49,20 +49,17 @@ def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> dict[int, Exa
     return shuffled
 
 
-def prompt_dependence(
+def measure_prompt_dependence(
     shuffled: dict[int, Example],
     base: Sequence[RowScore],
     tuned: Sequence[RowScore],
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
     **bootstrap: int,
-) -> dict[str, Any] | None:
+) -> PromptDependence | None:
     """Return how much base and tuned model depend on the prompts, or None if all rows ask the same.
 
     `shuffled` comes from `shuffle_prompts`; `base` and `tuned` are the scores of every row after its own prompt;
     `score_both` scores rows by both models; `bootstrap` is `draws` and `seed`.
-
-    Returns:
-        `rows`; `base`, `tuned` and `change` in nats per token, each with `_ci95`; `passed`.
     """
     if not shuffled:
         return None
@@ -73,10 +70,11 @@ def prompt_dependence(
     tokens = [base[i].tokens for i in shuffled]
     # The bootstrap subtracts its second argument from its first: tuned - base.
     found = paired_bootstrap(tuned_increase, base_increase, tokens, **bootstrap)
-    estimates = {"base": found.second, "tuned": found.first, "change": found.difference}
-    return {
-        "rows": len(shuffled),
-        **make_fields(**estimates),
-        "passed": estimates["tuned"].low > MIN_DEPENDENCE
-        and estimates["change"].high >= -TOLERATED_LOSS * max(0.0, estimates["base"].value),
-    }
+    base_dependence, dependence, change = found.second, found.first, found.difference
+    return PromptDependence(
+        rows=len(shuffled),
+        base=base_dependence,
+        tuned=dependence,
+        change=change,
+        passed=dependence.low > MIN_DEPENDENCE and change.high >= -TOLERATED_LOSS * max(0.0, base_dependence.value),
+    )

@@ -25,22 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .estimate import Estimate
+
 MAX_COUNTS = 4_000_000
 """Counts held at once by the bootstrap: 32 MB, whatever the number of rows."""
 MIN_P = 1e-12
 """Smallest p-value that is reported."""
-
-
-class Estimate(NamedTuple):
-    """A figure with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def interval(self) -> list[float]:
-        return [self.low, self.high]
 
 
 class PairedEstimate(NamedTuple):
@@ -49,12 +39,6 @@ class PairedEstimate(NamedTuple):
     first: Estimate
     second: Estimate
     difference: Estimate  # first - second
-
-
-def make_fields(**estimates: Estimate) -> dict[str, Any]:
-    """Return estimates as JSON has them: each value by its name, each interval by its name with `_ci95`."""
-    values = {name: estimate.value for name, estimate in estimates.items()}
-    return values | {f"{name}_ci95": estimate.interval for name, estimate in estimates.items()}
 
 
 def format_interval(low: float, high: float) -> str:
@@ -91,7 +75,7 @@ def _make_estimates(values: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     # If every row gives the same value, rounding alone could leave the estimate just outside.
     low, high = np.minimum(low, values), np.maximum(high, values)
-    return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
+    return [Estimate(float(v), (float(a), float(b))) for v, a, b in zip(values, low, high, strict=True)]
 
 
 def compute_f1(hits: Any, actual: Any, predicted: Any) -> np.ndarray:
@@ -158,9 +142,11 @@ def bootstrap_auc(
     return _make_estimates(value[0], drawn if len(drawn) else value)
 
 
-def perplexity(loss: float) -> float:
-    """Return e^loss, or infinity if a float cannot hold it."""
-    return math.exp(loss) if loss < 709 else math.inf
+def compute_perplexity(loss: Estimate) -> Estimate | None:
+    """Return e^loss with its interval; None if a float cannot hold it."""
+    if loss.high >= 709:
+        return None
+    return Estimate(math.exp(loss.value), (math.exp(loss.low), math.exp(loss.high)))
 
 
 def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> tuple[Estimate, float]:
@@ -185,7 +171,7 @@ def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence
     v_rows = float(rows / (rows - 1) * (residuals**2).sum() / t.sum() ** 2)
     v_seeds = float(by_seed.var(ddof=1) / seeds) if seeds > 1 else 0.0
     if v_rows + v_seeds <= 1e-24:  # only rounding differs
-        return Estimate(mean, mean, mean), 1.0 if abs(mean) < 1e-12 else 0.0
+        return Estimate(mean, (mean, mean)), 1.0 if abs(mean) < 1e-12 else 0.0
 
     def half_width(alpha: float) -> float:
         from_rows = special.stdtrit(rows - 1, alpha / 2) ** 2 * v_rows
@@ -200,7 +186,7 @@ def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence
         p = 1.0
     else:
         p = float(optimize.brentq(lambda alpha: half_width(alpha) - distance, MIN_P, 1.0, xtol=MIN_P))
-    return Estimate(mean, mean - half_width(0.05), mean + half_width(0.05)), p
+    return Estimate(mean, (mean - half_width(0.05), mean + half_width(0.05))), p
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:

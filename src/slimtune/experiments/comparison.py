@@ -13,17 +13,21 @@ from typing import Any
 
 from ..core.foundation.files import read_json, write_atomic, write_json
 from ..core.foundation.formatting import format_bytes, format_duration
+from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.remote_code import remote_code_allowed
 from ..core.training.run_dir import RENAMED_KEYS
 from ..errors import RunError, SlimtuneError, UsageError
+from ..evaluation.eval_result import SFTEvalResult
 from ..planning.plan_request import build_request
 from ..planning.planner import make_plan
 from ..planning.this_machine import detect_gpu
 from .candidates import Candidate
 from .comparison_chart import draw_comparison
 from .comparison_folder import check_settings, claim_folder
-from .comparison_report import compare_pairs, format_markdown, recommend_method, summarize_candidates
+from .comparison_report import compare_pairs, format_markdown, read_test_evaluation, summarize_candidates
 from .executors import Executor, Place
+from .experiment_results import CompareResult, FailedRun, LeftOutMethod, RateSearch
+from .method_advice import choose_method, format_advice
 from .places import open_executor
 from .run_grid import Grid
 from .run_worker import Launch, launch_worker
@@ -33,7 +37,7 @@ Log = Callable[[str], None]
 
 def compare(
     grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None, place: Place | None = None
-) -> dict[str, Any]:
+) -> CompareResult:
     """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
 
     After Ctrl-C finished runs stand, and those that trained have a checkpoint.
@@ -50,30 +54,35 @@ def compare(
     with open_executor(place, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
-            raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one method that fits")
+            raise RunError(f"no method fits this machine: {left_out[0].why}", "at least one method that fits")
         with claim_folder(grid.output_dir, grid.settings(), "comparison"):
             (grid.output_dir / "cells").mkdir(exist_ok=True)
             grid = dataclasses.replace(grid, candidates=tuple(fitting))
             grid, searched, failed = _search_learning_rates(grid, executor, log)
             failed += _run_cells(grid, executor, log)
-            seconds = round(time.perf_counter() - start, 3)
-            how = {"searched": searched, "left_out": left_out, "failed": failed, "seconds": seconds}
-            result = {**_build_result(grid), "on": place.text if place else None, **how}
-            write_json(grid.output_dir / "compare.json", result)
+            result = _build_result(
+                grid,
+                on=place.text if place else None,
+                searched=searched,
+                left_out=left_out,
+                failed=failed,
+                seconds=round(time.perf_counter() - start, 3),
+            )
+            write_json(grid.output_dir / "compare.json", to_json_dict(result))
             write_atomic(grid.output_dir / "table.md", format_markdown(result))
-            if result["methods"]:
+            if result.methods:
                 for file in filter(None, (grid.output_dir / "compare.svg", plot)):
                     draw_comparison(result, file)
     return result
 
 
-def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Candidate], list[dict[str, str]]]:
+def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Candidate], list[LeftOutMethod]]:
     """Return the candidates that fit this machine and why the others are left out; no weight is loaded.
 
     Those that do not fit are kept if they may train on another machine.
     """
     fitting = []
-    left_out = [{"method": label, "why": why} for label, why in grid.excluded.items()]
+    left_out = [LeftOutMethod(method=label, why=why) for label, why in grid.excluded.items()]
     for candidate in grid.candidates:
         if all(grid.is_done(candidate, seed) for seed in grid.seeds):
             fitting.append(candidate)
@@ -96,18 +105,18 @@ def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Can
         except SlimtuneError as e:
             verdict, reason = "cannot be planned", e.message
         if verdict == "does not fit":
-            left_out.append({"method": candidate.label, "why": reason})
+            left_out.append(LeftOutMethod(method=candidate.label, why=reason))
         else:
             log(f"plan: {candidate.label} {verdict.replace('tight', 'may fit')} ({reason})")
             fitting.append(candidate)
     for entry in left_out:
-        log(f"{entry['method']} is left out: {entry['why']}")
+        log(f"{entry.method} is left out: {entry.why}")
     return fitting, left_out
 
 
 def _search_learning_rates(
     grid: Grid, executor: Executor, log: Log
-) -> tuple[Grid, dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Grid, dict[str, RateSearch], list[FailedRun]]:
     """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
     if not grid.trials:
         return grid, {}, []
@@ -119,14 +128,14 @@ def _search_learning_rates(
     for candidate, search in zip(grid.candidates, executor.call_all(searches), strict=True):
         if isinstance(search, RunError):
             log(f"{candidate.label}: {search.message}")
-            failed.append({"method": candidate.label, "seed": None, "why": search.message})
+            failed.append(FailedRun(method=candidate.label, seed=None, why=search.message))
             continue
         searched[candidate.label] = search
-        candidates.append(dataclasses.replace(candidate, learning_rate=search["rate"], rate_source="tuned"))
+        candidates.append(dataclasses.replace(candidate, learning_rate=search.rate, rate_source="tuned"))
     return dataclasses.replace(grid, candidates=tuple(candidates)), searched, failed
 
 
-def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[dict[str, Any]]:
+def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[FailedRun]:
     """Run every cell that is not done and return those that failed."""
     failed = []
     # All candidates of a seed (of `at_once` seeds) come first, so that early results can be compared.
@@ -159,48 +168,50 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[dict[str, Any]]
         files = started[first]
         for recipe_file, (name, candidate, seed) in files.items():
             run = grid.run_dir(candidate, seed)
-            why, result, measured = worker.failed.get(str(recipe_file), worker.error), {}, {}
+            why = worker.failed.get(str(recipe_file), worker.error)
+            result, measured = {}, None
             try:
                 if not why or (len(files) > 1 and grid.is_done(candidate, seed)):
-                    names = run.result_file, run.evaluation_file("test")
-                    executor.wait_for_files(names)
-                    why, (result, measured) = "", (read_json(f, RENAMED_KEYS) for f in names)
+                    executor.wait_for_files((run.result_file, run.evaluation_file("test")))
+                    result, measured = read_json(run.result_file, RENAMED_KEYS), read_test_evaluation(run)
             except RunError as e:
                 why = e.message
-            if why:
+            if measured is None:
                 log(f"{name}: failed: {why}")
-                failed.append({"method": candidate.label, "seed": seed, "why": why})
+                failed.append(FailedRun(method=candidate.label, seed=seed, why=why))
                 continue
             memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
             costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
             costs += f" for {len(files)} runs at once" if len(files) > 1 else ""
             costs += f", killed and restarted {worker.restarts}×" if worker.restarts else ""
-            preference = measured.get("preference") or {}
-            gain = f", accuracy gain {preference['accuracy_gain']:.4f}" if preference else ""
-            log(f"{name}: loss reduction {measured['loss_reduction']:.4f}{gain} ({costs})")
-    order = [(candidate.label, seed) for group in groups for candidate, seed in group]
-    return sorted(failed, key=lambda f: order.index((f["method"], f["seed"])))
+            preference = measured.measures.preference if isinstance(measured, SFTEvalResult) else None
+            gain = f", accuracy gain {preference.accuracy_gain.value:.4f}" if preference else ""
+            log(f"{name}: loss reduction {measured.measures.loss_reduction.value:.4f}{gain} ({costs})")
+    order: list[tuple[str, int | None]] = [(candidate.label, seed) for group in groups for candidate, seed in group]
+    return sorted(failed, key=lambda f: order.index((f.method, f.seed)))
 
 
-def _build_result(grid: Grid) -> dict[str, Any]:
-    summaries = summarize_candidates(grid)
-    pairs = compare_pairs(summaries)
-    methods = [summary.fields for summary in summaries]
-    first = methods[0] if methods else {}
+def _build_result(grid: Grid, **how: Any) -> CompareResult:
+    """Return the result of the runs that are finished; `how` are the fields that they do not give."""
+    candidates = summarize_candidates(grid)
+    pairs = compare_pairs(candidates)
+    methods = [c.method for c in candidates]
+    first = methods[0] if methods else None
     model = grid.tree["model"]
-    return {
-        "output_dir": str(grid.output_dir),
-        "model": model if isinstance(model, str) else model["name"],
-        "dtype": first.get("dtype"),
-        "device": first.get("device"),
-        "tokens": grid.tokens,
-        "steps": grid.steps,
-        "seeds": list(grid.seeds),
-        "at_once": grid.at_once,
-        "rows": len(summaries[0].row_lines) if summaries else 0,
-        "test_tokens": sum(summaries[0].row_tokens) if summaries else 0,
-        "base_loss": first.get("base_loss"),
-        "methods": methods,
-        "pairs": pairs,
-        "advice": recommend_method(methods, pairs),
-    }
+    return CompareResult(
+        output_dir=str(grid.output_dir),
+        model=model if isinstance(model, str) else model["name"],
+        dtype=first.dtype if first else None,
+        device=first.device if first else None,
+        tokens=grid.tokens,
+        steps=grid.steps,
+        seeds=list(grid.seeds),
+        at_once=grid.at_once,
+        rows=len(candidates[0].row_lines) if candidates else 0,
+        test_tokens=sum(candidates[0].row_tokens) if candidates else 0,
+        base_loss=first.base_loss if first else None,
+        methods=methods,
+        pairs=pairs,
+        advice=format_advice(choose_method(methods, pairs)),
+        **how,
+    )

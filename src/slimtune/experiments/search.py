@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -33,6 +33,7 @@ from ..core.training.nonfinite import EVENT as NONFINITE
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from .executors import Executor
+from .experiment_results import TrialResult
 from .run_worker import STOP_SUFFIX, Launch, WorkerResult, launch_worker
 from .search_space import Range, format_values
 
@@ -85,7 +86,7 @@ class Search:
 
 def run_search(
     search: Search, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
-) -> list[dict[str, Any]]:
+) -> list[TrialResult]:
     """Run the trials that are left, and return all of them in the order they were begun.
 
     Args:
@@ -95,11 +96,6 @@ def run_search(
         in_process: how many of them train in one process, on one base in memory.
         at_once: how many trials are drawn together and train at the same time. Their values and whether they are pruned
             depend on the trials before them, not on which of them ends first.
-
-    Returns:
-        A mapping for each trial: `run` (name of its run folder), `values` by path, `outcome` ("complete", "pruned" or
-        "failed"), `loss` (validation loss of the adapter that it keeps; None unless complete), `seconds`, `why` it
-        failed.
 
     Raises:
         RunError: no trial ended with a loss, or two failed in a row.
@@ -118,7 +114,7 @@ def run_search(
         # A search that was killed goes on with the trials that were drawn together.
         batch: list[TrialRun] = []
         while len(tried) + len(batch) < most and (not batch or (len(tried) + len(batch)) % at_once):
-            trial = _ask_untried(study, search, [t["values"] for t in tried] + [t.values for t in batch], at_once)
+            trial = _ask_untried(study, search, [t.values for t in tried] + [t.values for t in batch], at_once)
             number = f"trial {len(tried) + len(batch) + 1}{f' of {most}' if most < math.inf else ''}"
             batch.append(TrialRun(search, trial, number, deadline))
         _run_batch([batch[i : i + in_process] for i in range(0, len(batch), in_process)], executor, log)
@@ -137,7 +133,7 @@ def run_search(
         if any(run.why is None for run in batch):
             break
     trials = _list_trials(study, search)
-    if not any(t["outcome"] == "complete" for t in trials):
+    if not any(t.outcome == "complete" for t in trials):
         limit = f" in {format_duration(60 * search.minutes)}" if search.minutes is not None else ""
         hint = "the same command continues the search; or lower learning rates, if losses became NaN or Inf"
         raise RunError(f"no trial ended with a loss{limit}", "a trial that trains to its end", hint)
@@ -172,24 +168,26 @@ def launch_trials(group: "Sequence[TrialRun]") -> Launch:
     return partial(launch_worker, files, trial=True, force=group[0].search.force, trust_remote_code=trust)
 
 
-def best_trial(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def find_best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     """Return the trial with the lowest loss; one is complete."""
-    return min((t for t in trials if t["loss"] is not None), key=lambda t: t["loss"])
+    return min(trials, key=lambda t: math.inf if t.loss is None else t.loss)
 
 
-def _list_trials(study: optuna.Study, search: Search) -> list[dict[str, Any]]:
+def _list_trials(study: optuna.Study, search: Search) -> list[TrialResult]:
     """Return every trial that ended, in the order in which they were begun first."""
-    outcomes = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    outcomes: dict[TrialState, Literal["complete", "pruned", "failed"]] = {
+        TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
+    }  # fmt: skip
     latest = {search.trial_recipe_file(t).stem: t for t in study.trials if REPEATS not in t.user_attrs}
     return [
-        {
-            "run": run,
-            "values": search.values(t),
-            "outcome": outcomes[t.state],
-            "loss": t.value if t.state is TrialState.COMPLETE else None,
-            "seconds": t.user_attrs.get(SECONDS),
-            "why": t.user_attrs.get(WHY, ""),
-        }
+        TrialResult(
+            run=run,
+            values=search.values(t),
+            outcome=outcomes[t.state],
+            loss=t.value if t.state is TrialState.COMPLETE else None,
+            seconds=t.user_attrs.get(SECONDS),
+            why=t.user_attrs.get(WHY, ""),
+        )
         for run, t in latest.items()
         if t.state in outcomes and (t.state is not TrialState.FAIL or WHY in t.user_attrs)  # else it was killed
     ]

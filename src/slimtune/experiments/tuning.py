@@ -17,6 +17,7 @@ from ..core.config import Recipe
 from ..core.config.recipe import apply_settings
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration, format_markdown_table
+from ..core.foundation.json_results import to_json_dict
 from ..core.training.base_model import read_hidden_size
 from ..core.training.datasets import load_training_datasets
 from ..errors import UsageError
@@ -24,9 +25,10 @@ from .candidates import Candidate
 from .comparison_chart import draw_search
 from .comparison_folder import claim_folder
 from .executors import Executor, Place
+from .experiment_results import RateSearch, RateTrial, TuneResult
 from .places import open_executor
 from .run_grid import Grid
-from .search import Search, best_trial, run_search
+from .search import Search, find_best_trial, run_search
 from .search_space import Range, check_ranges, format_setting, format_values
 
 RATE = "train.learning_rate"
@@ -50,7 +52,7 @@ def tune(
     plot: Path | None = None,
     place: Place | None = None,
     at_once: int = 1,
-) -> dict[str, Any]:
+) -> TuneResult:
     """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
 
     A trial trains the recipe to its end unless it is pruned. After Ctrl-C the trials that ended stand.
@@ -112,23 +114,23 @@ def tune(
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
         found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
-        best = best_trial(found)
-        own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
+        best = find_best_trial(found)
+        own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]
         best_file = output_dir / "best.yaml"
-        write_atomic(best_file, build_evaluated(best["values"], output_dir / "best").to_yaml())
-        result = {
-            "output_dir": str(output_dir),
-            "model": recipe.model.name,
-            "over": settings["over"],
-            "validation_rows": len(rows.validation),
-            "trials": found,
-            "best": best,
-            "recipe_loss": own[0] if own else None,
-            "at_the_edge": [r.path for r in ranges if r.is_edge(best["values"][r.path])],
-            "best_recipe": str(best_file),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
-        write_json(output_dir / "tune.json", result)
+        write_atomic(best_file, build_evaluated(best.values, output_dir / "best").to_yaml())
+        result = TuneResult(
+            output_dir=str(output_dir),
+            model=recipe.model.name,
+            over=settings["over"],
+            validation_rows=len(rows.validation),
+            trials=found,
+            best=best,
+            recipe_loss=own[0] if own else None,
+            at_the_edge=[r.path for r in ranges if r.is_edge(best.values[r.path])],
+            best_recipe=str(best_file),
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        write_json(output_dir / "tune.json", to_json_dict(result))
         write_atomic(output_dir / "table.md", format_search(result))
         for file in filter(None, (output_dir / "tune.svg", plot)):
             draw_search(result, ranges, file)
@@ -137,15 +139,11 @@ def tune(
 
 def search_learning_rate(
     grid: Grid, candidate: Candidate, log: Callable[[str], None], executor: Executor
-) -> dict[str, Any]:
+) -> RateSearch:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
     Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
     the default first.
-
-    Returns:
-        `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
-        (lowest validation loss, None if pruned or not finite) and `pruned` of each.
     """
     default, steps = float(candidate.learning_rate), max(1, math.ceil(TRIAL_SHARE * grid.steps))
     length = {"max_steps": steps, "eval_steps": max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)), "save_steps": steps}
@@ -157,9 +155,9 @@ def search_learning_rate(
     folder = grid.output_dir / "tune" / candidate.label
     search = Search(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
     trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
-    best = best_trial(trials)["values"][RATE]
-    rows = [{"rate": t["values"][RATE], "loss": t["loss"], "pruned": t["outcome"] == "pruned"} for t in trials]
-    return {"rate": best, "at_the_edge": rates.is_edge(best), "trials": rows}
+    best = find_best_trial(trials).values[RATE]
+    tried = [RateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]
+    return RateSearch(rate=best, at_the_edge=rates.is_edge(best), trials=tried)
 
 
 def _read_setting(recipe: Recipe, path: str) -> Any:
@@ -173,53 +171,54 @@ def _read_setting(recipe: Recipe, path: str) -> Any:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def trial_columns(result: Mapping[str, Any]) -> list[str]:
+def trial_columns(result: TuneResult) -> list[str]:
     """Return the headings of the table of trials; the names of settings lack their section."""
-    return ["trial", *(path.partition(".")[2] for path in result["over"]), "validation loss", "time"]
+    return ["trial", *(path.partition(".")[2] for path in result.over), "validation loss", "time"]
 
 
-def format_trials(result: Mapping[str, Any]) -> list[list[str]]:
+def format_trials(result: TuneResult) -> list[list[str]]:
     """Return the cells of every trial, in the order in which they were begun."""
     rows = []
-    for number, trial in enumerate(result["trials"], 1):
-        loss = trial["outcome"] if trial["loss"] is None else f"{trial['loss']:.4f}"
-        best = " (best)" if trial == result["best"] else ""
-        seconds = "" if trial["seconds"] is None else format_duration(trial["seconds"])
-        rows.append([str(number), *map(format_setting, trial["values"].values()), loss + best, seconds])
+    for number, trial in enumerate(result.trials, 1):
+        loss = trial.outcome if trial.loss is None else f"{trial.loss:.4f}"
+        best = " (best)" if trial == result.best else ""
+        seconds = "" if trial.seconds is None else format_duration(trial.seconds)
+        rows.append([str(number), *map(format_setting, trial.values.values()), loss + best, seconds])
     return rows
 
 
-def list_search_notes(result: Mapping[str, Any]) -> list[str]:
+def list_search_notes(result: TuneResult) -> list[str]:
     """Return what a reader of the trials must know."""
-    outcomes = [t["outcome"] for t in result["trials"]]
-    best, ended = result["best"], outcomes.count("complete")
-    notes = [f"Best: {format_values(best['values'])}, validation loss {best['loss']:.4f}."]
-    if (own := result["recipe_loss"]) is not None:
-        gain = own - best["loss"]
+    outcomes = [t.outcome for t in result.trials]
+    ended, best_loss = outcomes.count("complete"), result.best.loss
+    assert best_loss is not None
+    notes = [f"Best: {format_values(result.best.values)}, validation loss {best_loss:.4f}."]
+    if (own := result.recipe_loss) is not None:
+        gain = own - best_loss
         notes.append(f"The recipe's own values have {own:.4f}" + (f", {gain:.4f} more." if gain > 0 else ": the best."))
-    for path in result["at_the_edge"]:
-        notes.append(f"The best {path} lies at the edge of its range, {result['over'][path]}: search beyond it.")
-    for trial in result["trials"]:
-        if trial["why"]:
-            notes.append(f"Failed: {format_values(trial['values'])} ({trial['why']}); the same command tries it again.")
+    for path in result.at_the_edge:
+        notes.append(f"The best {path} lies at the edge of its range, {result.over[path]}: search beyond it.")
+    for trial in result.trials:
+        if trial.why:
+            notes.append(f"Failed: {format_values(trial.values)} ({trial.why}); the same command tries it again.")
     if "pruned" in outcomes:
         notes.append("Pruned: stopped at an evaluation whose loss was above the median, or was NaN or Inf.")
     notes.append(
-        f"The best loss is the lowest of {ended} on the same {result['validation_rows']} validation rows, so it is "
+        f"The best loss is the lowest of {ended} on the same {result.validation_rows} validation rows, so it is "
         "lower than on new rows: measure the trained run on test rows (slimtune eval)."
     )
     return notes
 
 
-def describe_search(result: Mapping[str, Any]) -> str:
+def describe_search(result: TuneResult) -> str:
     """Return what was searched, in one sentence."""
-    ranges = "; ".join(f"{path} over {text}" for path, text in result["over"].items())
-    count = len(result["trials"])
-    return f"{result['model']}: {count} trial{'s' * (count != 1)} of {ranges}."
+    ranges = "; ".join(f"{path} over {text}" for path, text in result.over.items())
+    count = len(result.trials)
+    return f"{result.model}: {count} trial{'s' * (count != 1)} of {ranges}."
 
 
-def format_search(result: Mapping[str, Any]) -> str:
+def format_search(result: TuneResult) -> str:
     """Return `table.md`."""
     table = format_markdown_table(trial_columns(result), format_trials(result))
     parts = [describe_search(result), table, *list_search_notes(result)]
-    return "\n\n".join([*parts, f"Train it: `slimtune train {result['best_recipe']}`"]) + "\n"
+    return "\n\n".join([*parts, f"Train it: `slimtune train {result.best_recipe}`"]) + "\n"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jsonschema
 import pytest
@@ -113,3 +113,45 @@ def test_the_schema_has_the_docs_of_the_fields():
     assert "skipped" not in schema["required"]
     assert "loss" in schema["required"]
     assert read_field_docs(Result)["steps"] == "Optimizer steps."
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its interval."""
+
+    json_suffixes: ClassVar = {"value": "", "ends": "_ends"}
+
+    value: float
+    ends: tuple[float, float]
+    """From low to high."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is measured on pairs."""
+
+    pairs: int
+    margin: Interval
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses, and what is measured on pairs, if there are any."""
+
+    loss: Interval
+    """The loss."""
+    other: Interval | None
+    inside: Pairs | None = field(default=None, metadata=INLINE)
+
+
+@pytest.mark.parametrize("inside", [None, Pairs(3, Interval(0.5, (0.25, 0.75)))])
+def test_parts_of_a_value_are_keys_of_their_own(inside):
+    result = Measured(Interval(1.0, (0.5, 1.5)), None, inside)
+    values = to_json_dict(result)
+    start = {"loss": 1.0, "loss_ends": [0.5, 1.5], "other": None, "other_ends": None}
+    assert values == start | ({"pairs": 3, "margin": 0.5, "margin_ends": [0.25, 0.75]} if inside else {})
+    assert from_json_dict(Measured, values) == result
+    schema = json_schema(Measured)
+    jsonschema.validate(values, schema)
+    assert schema["required"] == list(start)
+    assert schema["properties"]["loss_ends"]["description"] == "The loss. From low to high."

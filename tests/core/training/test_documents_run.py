@@ -55,10 +55,10 @@ def test_perplexity_is_over_whole_documents(documents, tmp_path):
     tokenizer = trained.base.tokenizer
     rows = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts]
     nats, tokens = [sum_nats(trained.model, ids, 32) for ids in rows], sum(len(ids) - 1 for ids in rows)
-    assert (found["rows"], found["tokens"], found["prompt_dependence"]) == (6, tokens, None)
-    assert found["tuned_perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-6)
-    low, high = found["tuned_perplexity_ci95"]
-    assert low < found["tuned_perplexity"] < high
+    assert (found.measures.rows, found.measures.tokens, found.measures.prompt_dependence) == (6, tokens, None)
+    perplexity = found.measures.tuned_perplexity
+    assert perplexity.value == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-6)
+    assert perplexity.low < perplexity.value < perplexity.high
     lines = json.loads((run / "scores-data-other.json").read_text())
     assert [line["line"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tuned"] for line in lines] == pytest.approx(nats, rel=1e-6)

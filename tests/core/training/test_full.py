@@ -50,7 +50,7 @@ def test_bf16_run_keeps_fp32_masters_and_resumes_bit_for_bit(full, tmp_path, mon
 def test_evaluation_against_its_base(full):
     full["data"]["test"] = full["data"]["validation"]
     result = evaluate(Path(train(recipe_of(full)).run), EvalSettings(split="test", skip_prompt_test=True))
-    assert result["loss_reduction"] > 0.01
+    assert result.measures.loss_reduction.value > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -47,10 +47,10 @@ def test_run_loads_in_peft_with_equal_logits_and_is_evaluated(tmp_path, tiny_fol
     assert (logits_of(ours.model, tokenizer) - logits_of(theirs, tokenizer)).abs().max() < 1e-6
     assert theirs.config.id2label == dict(enumerate(["city", "sea", "wood"] if rows is ROWS else ["sea", "wet"]))
     result = evaluate(tmp_path / "run", EvalSettings(bootstrap=50))
-    assert result["rows"] == 6
-    low, high = result["macro_f1_ci95"]
-    assert 0 <= low <= result["macro_f1"] <= high <= 1
-    assert (result["confusion"] is None) == (rows is TOPICS)
+    assert result.measures.rows == 6
+    f1 = result.measures.macro_f1
+    assert 0 <= f1.low <= f1.value <= f1.high <= 1
+    assert (result.measures.confusion is None) == (rows is TOPICS)
     assert "macro-F1" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -112,9 +112,9 @@ PAIRS = [
 def test_reward_model_loads_in_peft_and_is_evaluated(tmp_path, tiny_folder):
     train(make_recipe(tmp_path, tiny_folder, PAIRS, "reward", 6, test_fraction=0.5, validation_fraction=0.1))
     result = evaluate(tmp_path / "run", EvalSettings(bootstrap=50))
-    assert result["accuracy"] == 1.0
-    assert 0 < result["margin_ci95"][0] <= result["margin"]
-    assert result["verdict"]["passed"]
+    assert result.measures.accuracy.value == 1.0
+    assert 0 < result.measures.margin.low <= result.measures.margin.value
+    assert result.verdict.passed
     assert "Margin" in (tmp_path / "run" / "report.html").read_text()
 
     adapter = tmp_path / "run" / "adapter"

@@ -50,8 +50,8 @@ def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     layer = load_run(recipe.output_dir).model.model.layers[0].mlp.up_proj
     assert is_quantized(layer)
     measured = evaluate(recipe.output_dir, EvalSettings(split="validation"))
-    assert measured["quantization"] == kind
-    assert measured["tuned_loss"] == pytest.approx(result.validation_loss, rel=1e-3)
+    assert measured.quantization == kind
+    assert measured.measures.tuned_loss.value == pytest.approx(result.validation_loss, rel=1e-3)
     proof = merge(recipe.output_dir, tmp_path / "merged")
     assert proof["mean_difference"] < 0.1 * proof["effect"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

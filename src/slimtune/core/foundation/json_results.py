@@ -16,7 +16,8 @@ Each field has a string below it that says what it is, with its unit; the schema
 Fields may be plain values, `Literal`s, paths, lists, tuples, mappings with string keys, and such dataclasses, each or
 None. Three kinds are special, by the metadata of `dataclasses.field`: `json_key("rewards/margins")` gives a key that is
 no Python name, `OMIT_NONE` leaves the key out if the value is None, and `INLINE` puts the items of a mapping or the
-fields of a dataclass beside the other keys.
+fields of a dataclass beside the other keys. A dataclass with `json_suffixes` (field -> suffix) is written as a key for
+each of its fields, the name of the field that has it and the suffix: an estimate `loss` as `loss` and `loss_ci95`.
 """
 
 import ast
@@ -48,6 +49,17 @@ def _key(field: Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
 
 
+def _find_dataclass(kind: Any) -> Any:
+    """Return the dataclass of a field, also if its value may be None; None if it has another type."""
+    members = [m for m in (get_args(kind) or (kind,)) if m is not type(None)]
+    return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
+
+
+def _find_suffixes(kind: Any) -> Mapping[str, str]:
+    """Return the `json_suffixes` of a dataclass, also if the value may be None; empty if it has none."""
+    return getattr(_find_dataclass(kind), "json_suffixes", {})
+
+
 def _has_default(field: Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
@@ -66,9 +78,11 @@ def to_json_dict(result: Any) -> dict[str, Any]:
     """Return a result as plain values for JSON, its keys in the order of the fields; NaN and Inf become None."""
     values: dict[str, Any] = {}
     cls: Any = type(result)
-    for field, _ in _read_fields(cls):
+    for field, kind in _read_fields(cls):
         value = _to_plain(getattr(result, field.name))
-        if field.metadata.get("inline"):
+        if suffixes := _find_suffixes(kind):
+            values |= {_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
+        elif field.metadata.get("inline"):
             values |= value or {}
         elif value is not None or not field.metadata.get("omit_none"):
             values[_key(field)] = value
@@ -118,6 +132,10 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
     for field, kind in _read_fields(cls):
         if field.metadata.get("inline"):
             continue
+        if suffixes := _find_suffixes(kind):
+            parts = {name: left.pop(key) for name, suffix in suffixes.items() if (key := _key(field) + suffix) in left}
+            if parts:  # those of a value that is None are None
+                left[_key(field)] = parts if any(part is not None for part in parts.values()) else None
         where, optional = f"{path}.{_key(field)}".lstrip("."), _has_default(field) or type(None) in get_args(kind)
         if _key(field) not in left:
             if not optional or (strict and not _has_default(field) and not field.metadata.get("omit_none")):
@@ -133,11 +151,11 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
             if not _has_default(field):
                 values[field.name] = None
     for field, kind in inline:  # each takes its keys, a mapping all that are left
-        if is_dataclass(kind):
-            own = {key: left.pop(key) for key in _list_keys(kind) if key in left}
+        if (inner := _find_dataclass(kind)) is not None:
+            own = {key: left.pop(key) for key in _list_keys(inner) if key in left}
         else:
             own, left = left, {}
-        values[field.name] = _read_value(kind, own, strict, path)
+        values[field.name] = None if not own and type(None) in get_args(kind) else _read_value(kind, own, strict, path)
     if left and strict:
         raise ValueError(f"{f'{path}.{next(iter(left))}'.lstrip('.')}: there is no such key")
     return cls(**values)
@@ -220,9 +238,15 @@ def json_schema(cls: Any) -> dict[str, Any]:
     docs = read_field_docs(cls)
     for field, kind in _read_fields(cls):
         inner = _describe_type(kind)
+        if suffixes := _find_suffixes(kind):
+            properties |= _describe_suffixed(_key(field), kind, suffixes, docs.get(field.name, ""))
+            required += [_key(field) + suffix for suffix in suffixes.values()]
+            continue
         if field.metadata.get("inline"):
+            if (inline_class := _find_dataclass(kind)) is not None:
+                inner = json_schema(inline_class)
             properties |= inner.get("properties", {})
-            required += inner.get("required", [])
+            required += [] if type(None) in get_args(kind) else inner.get("required", [])
             further = further or inner.get("additionalProperties", False)
             continue
         properties[_key(field)] = inner | ({"description": docs[field.name]} if field.name in docs else {})
@@ -234,7 +258,25 @@ def json_schema(cls: Any) -> dict[str, Any]:
 
 
 def _list_keys(cls: Any) -> list[str]:
-    return [_key(field) for field, _ in _read_fields(cls)]
+    keys: list[str] = []
+    for field, kind in _read_fields(cls):
+        if field.metadata.get("inline") and (inner := _find_dataclass(kind)) is not None:
+            keys += _list_keys(inner)
+        else:
+            keys += [_key(field) + suffix for suffix in (_find_suffixes(kind) or {"": ""}).values()]
+    return keys
+
+
+def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> dict[str, Any]:
+    """Return the properties of a value that is written as a key for each of its parts."""
+    may_be_null = type(None) in get_args(kind)
+    cls = _find_dataclass(kind)
+    docs, properties = read_field_docs(cls), {}
+    for field, part in _read_fields(cls):
+        described = _describe_type(part | None if may_be_null else part)
+        note = docs.get(field.name, "") if suffixes[field.name] else ""
+        properties[key + suffixes[field.name]] = described | {"description": f"{text} {note}".strip()}
+    return properties
 
 
 def _describe_type(kind: Any) -> dict[str, Any]:
