@@ -60,9 +60,9 @@ def measure(way: str, trees: list[dict[str, Any]]) -> dict[str, Any]:
         return measure_products(trees)
     results: Any = train_together(recipes) if way == "together" else [train(recipe) for recipe in recipes]
     return {
-        "seconds": sum(r["train_seconds"] for r in results),
-        "peak_bytes": max(r["peak_bytes"] for r in results),
-        "losses": [r["train_loss"] for r in results],
+        "seconds": sum(r.train_seconds for r in results),
+        "peak_bytes": max(r.peak_bytes for r in results),
+        "losses": [r.train_loss for r in results],
     }
 
 

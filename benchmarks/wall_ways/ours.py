@@ -24,8 +24,8 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         result = train(recipe)
     seconds = time.perf_counter() - began
-    load = result["load_seconds"] + result["prepare_seconds"]
-    print(json.dumps({"seconds": seconds - load, "prepare": result["start_seconds"] - load, "load": load}))
+    load = result.load_seconds + result.prepare_seconds
+    print(json.dumps({"seconds": seconds - load, "prepare": result.start_seconds - load, "load": load}))
 
 
 if __name__ == "__main__":
