@@ -23,8 +23,8 @@ from transformers import AutoConfig
 
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import config_class
-from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.adapted_model import build_meta_model
+from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.plan_request import TrainingJob

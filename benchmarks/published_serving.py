@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.adapted_model import build_meta_model
+from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu
 from slimtune.planning.plan_result import Range
 from slimtune.planning.serving_memory import active_weights, cache_bytes

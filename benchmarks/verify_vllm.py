@@ -49,7 +49,7 @@ from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.merge import load_trained
 from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
-from slimtune.extras.gguf_loading import read_dequantized
+from slimtune.extras.gguf_loading import make_hf_folder
 from slimtune.extras.row_files import read_rows
 from slimtune.generation.inference_engines import VllmClient
 
@@ -221,9 +221,7 @@ def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
         recipe = Recipe.from_dict(
             {"model": {"name": BASE}, "data": {"train": "none"}, "output_dir": "none", "method": settings}
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            read_dequantized(resolve_model(BASE).path)[0], dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_pretrained(make_hf_folder(resolve_model(BASE).path)[0], dtype=torch.bfloat16)
         config: Any = recipe.method_config()
         model = get_peft_model(model, config)
         model.active_peft_config.base_model_name_or_path = BASE

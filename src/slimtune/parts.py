@@ -43,6 +43,8 @@ PARTS: dict[str, dict[str, str]] = {
         "unpaired-preference": "slimtune.extras.row_formats.preferences:UNPAIRED_PREFERENCE",
         "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
     },
+    "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
+    "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_report"},
 }

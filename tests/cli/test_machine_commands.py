@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from slimtune.core.models.model_source import load_known_models
+from slimtune.extras.known_models import load_known_models
 
 
 @pytest.fixture(autouse=True)

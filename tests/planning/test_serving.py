@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig
 
 from slimtune.core.models.base_config import load_base_config
-from slimtune.core.models.model_source import load_known_models
 from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.errors import ModelError, UsageError
+from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
 from slimtune.planning.serving_memory import (
     ENGINES,

@@ -19,7 +19,7 @@ def models(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the bases with a short name: size, licence, context, release, and whether a download needs an account."""
-    from ..core.models.model_source import KnownBase, load_known_models, read_known_config
+    from ..extras.known_models import load_known_models, read_known_config
     from ..planning.gpu_specs import format_checked
 
     known = load_known_models()
@@ -30,7 +30,7 @@ def models(
         raise UsageError(f"{family!r} is no family of bases", f"one of {format_names(families, len(families))}")
     rows = []
     for name, facts in chosen.items():
-        config = read_known_config(KnownBase(name, facts["hub"][0]))
+        config = read_known_config(name, facts["hub"][0])
         rows.append(
             {
                 "name": name,

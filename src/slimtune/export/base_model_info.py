@@ -16,8 +16,9 @@ from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import config_fingerprint
 from ..core.foundation.hub import require_repo_id
 from ..core.models.base_config import load_base_config
-from ..core.models.model_source import ALIASES, ModelSource, load_known_models, resolve_model
+from ..core.models.model_source import ModelSource, resolve_model
 from ..errors import RunError, SlimtuneError
+from ..extras.known_models import PACKAGED, load_known_models
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def get_base_model_info(
 def _find_hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:
     """Return the Hub id whose name begins the alias's file name, if its config has the fingerprint."""
     configs = load_known_models()
-    if spec not in ALIASES or spec not in configs:
+    if spec not in PACKAGED or spec not in configs:
         return None
-    file = Path(source.path).name if source else ALIASES[spec][1]
+    file = Path(source.path).name if source else PACKAGED[spec].file
     hub_id = next((i for i in configs[spec]["hub"] if file.startswith(f"{i.split('/')[1]}.")), None)
     if hub_id and fingerprint and config_fingerprint(load_base_config(hub_id).config) != fingerprint:
         return None

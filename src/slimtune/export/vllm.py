@@ -35,7 +35,7 @@ from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
-from ..extras.gguf_loading import read_dequantized
+from ..extras.gguf_loading import make_hf_folder
 from ..extras.lora_conversion import rank_settings
 from ..methods.lora.init_configs import is_subtracted_init
 
@@ -263,7 +263,7 @@ def _locate_base(loaded: TrainedModel) -> tuple[str, str]:
     if source.kind == "hub":
         return source.path, source.path
     # vLLM serves no LoRA on a GGUF: the base is the folder the GGUF was dequantized into, as in training.
-    path = read_dequantized(source.path)[0] if source.kind == "gguf" else Path(source.path)
+    path = make_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
     return str(path.expanduser().resolve()), _to_plain_name(source.name)
 
 

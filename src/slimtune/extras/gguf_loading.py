@@ -30,11 +30,12 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..core.foundation.files import atomic_folder
 from ..core.kernels.linear_layers import is_finite
+from ..core.models.base_config import read_config_file
 from ..core.models.load_errors import silence_libraries, translate_load_errors
 from ..core.models.quantization import forget_quantization_config
 from ..errors import ModelError, RunError, format_names
@@ -69,7 +70,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
 
 
-def read_dequantized(path: str | Path) -> tuple[Path, float]:
+def make_hf_folder(path: str | Path) -> tuple[Path, float]:
     """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
 
     Raises:
@@ -102,13 +103,16 @@ def read_dequantized(path: str | Path) -> tuple[Path, float]:
     return folder, time.perf_counter() - start
 
 
-def find_dequantized(path: Path) -> Path | None:
-    """Return the cached Hugging Face folder of a GGUF file; None if there is none: then the file is not hashed."""
-    path = path.resolve()
-    if not any(cache_root().joinpath("bases").glob(f"{glob.escape(path.stem)}-*-fp32-v{_FORMAT}")):
-        return None
-    folder = _locate_folder(path)[1]
-    return folder if _is_complete(folder) else None
+def read_config(path: Path) -> PreTrainedConfig:
+    """Return the config of a GGUF file: of its cached folder, else from its metadata, whose parsing takes seconds."""
+    cached = cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
+    if any(cached):  # otherwise the file is not hashed
+        folder = _locate_folder(path.resolve())[1]
+        if _is_complete(folder):
+            return read_config_file(folder / "config.json")
+    open_gguf(path)
+    with translate_load_errors(str(path)):
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
 
 
 def _locate_folder(path: Path) -> tuple[str, Path]:

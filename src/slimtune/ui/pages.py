@@ -11,11 +11,11 @@ from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
 from ..core.foundation.version import __version__
-from ..core.models.model_source import load_known_models
 from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import html_templates
 from ..evaluation.run_report import memory_charts, render_report, template_functions
+from ..extras.known_models import load_known_models
 from ..planning.gpu_specs import all_gpus
 from .chat_session import MAX_TEXT, WORKER, Chat
 from .command_jobs import SLIMTUNE, Job, Jobs

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..core.foundation.files import parse_dataset_id, read_json, translate_os_errors, write_json
-from ..core.models.model_source import load_known_models
 from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, nearest
+from ..extras.known_models import load_known_models
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 MAX_LISTED = 500

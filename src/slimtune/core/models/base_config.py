@@ -10,17 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, nearest
-from ...extras.gguf_loading import find_dequantized, open_gguf, read_dequantized
 from ..foundation.remote_code import remote_code_allowed
 from .load_errors import remote_code_error, translate_load_errors
-from .model_source import (
-    ModelSource,
-    find_known,
-    load_known_models,
-    read_known_config,
-    resolve_model,
-    unknown_base_error,
-)
+from .model_source import BASE_READERS, ModelSource, find_known, resolve_model, unknown_base_error
 
 SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -48,11 +40,11 @@ class PreparedBase(NamedTuple):
     location: str  # the folder or Hub id for `from_pretrained`
     options: dict[str, Any]  # arguments of every `from_pretrained`
     config: PreTrainedConfig
-    prepare_seconds: float  # spent on dequantizing a GGUF file
+    prepare_seconds: float  # spent on making a folder of another format
 
 
 def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreparedBase:
-    """Find a base and load its config; a GGUF file is dequantized into the cache.
+    """Find a base and load its config; of another format, such as GGUF, a folder is made in the cache.
 
     Raises:
         UsageError: nothing has that name, it has code that is not trusted, or a base on this disk gets a revision.
@@ -65,8 +57,8 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
     if revision and source.kind != "hub":
         expected = "a revision only with a Hub id"
         raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
-    if source.kind == "gguf":
-        folder, seconds = read_dequantized(source.path)
+    if source.kind in BASE_READERS.names():
+        folder, seconds = BASE_READERS.load(source.kind).make_hf_folder(Path(source.path))
         location = str(folder)
     hub_options = {"revision": revision} if revision else {}
     # trust_remote_code is always given: without it transformers asks on the terminal.
@@ -88,10 +80,10 @@ def load_checkpoint_config(
 
 
 def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> BaseConfig:
-    """Return the config of a base; for a base in `known/` nothing is downloaded.
+    """Return the config of a base; for a known base nothing is downloaded.
 
     Args:
-        spec: an alias or Hub id in `known/`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
+        spec: an alias or Hub id of a known base, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
         trust_remote_code: run the base's own Python code.
         revision: branch, tag or commit on the Hub.
 
@@ -104,18 +96,12 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
     file = path / "config.json" if os.path.isdir(path) else path
     trust_remote_code |= remote_code_allowed()
     if file.suffix == ".json" and os.path.isfile(file):
-        return BaseConfig(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
-    if os.path.isfile(path) and path.suffix.lower() == ".gguf":
-        if (folder := find_dequantized(path)) is not None:  # parsing the file takes seconds
-            return BaseConfig(path.stem, spec, _read_config(folder / "config.json", False), str(path))
-        open_gguf(path)
-        with translate_load_errors(spec):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        return BaseConfig(path.stem, spec, config, str(path))
+        return BaseConfig(file.resolve().parent.name, spec, read_config_file(file, trust_remote_code), str(path))
+    if os.path.isfile(path) and (kind := path.suffix.lower().removeprefix(".")) in BASE_READERS.names():
+        return BaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
     if (known := find_known(spec)) is not None:
-        loads = known.alias if known.has_package and "/" not in spec else known.hub_id
-        config, source = AutoConfig.for_model(**read_known_config(known)), load_known_models()[known.alias]["source"]
-        return BaseConfig(spec.split("/")[-1], loads, config, source)
+        loads = known.alias if known.packaged is not None and "/" not in spec else known.hub_id
+        return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
         raise unknown_base_error(spec)
     model = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
@@ -138,7 +124,8 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     )
 
 
-def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the config in a file; raise ModelError if it is damaged or lacks what decides the model's size."""
     location = str(path.parent if path.name == "config.json" else path)
     hint = _CONFIG_HINT
     with translate_load_errors(str(path), "config"):

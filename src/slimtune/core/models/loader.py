@@ -20,13 +20,12 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, nearest
-from ...extras.gguf_loading import read_dequantized
 from ..data.chat_rendering import render_chat_template
 from ..foundation.fingerprint import config_fingerprint, hash_weights
 from .base_config import PreparedBase, prepare_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import translate_load_errors
-from .model_source import ModelSource
+from .model_source import BASE_READERS, ModelSource
 from .quantization import disable_wrong_repacking, make_quantization_options
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class Base:
     dtype: torch.dtype  # of the weights; quantized ones compute in it
     device: torch.device
     load_seconds: float  # spent on reading model and tokenizer
-    prepare_seconds: float  # spent on dequantizing a GGUF for the first time
+    prepare_seconds: float  # spent on making a folder of a base in another format
     fingerprint: str  # 16 hex digits that name the base
     weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weights`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
@@ -156,8 +155,8 @@ def load_tokenizer(
 
 def download_weights(source: ModelSource, revision: str | None = None) -> Path:
     """Return the folder with a base's weight files as they are stored; those of a Hub id are downloaded if missing."""
-    if source.kind == "gguf":
-        return read_dequantized(source.path)[0]
+    if source.kind in BASE_READERS.names():
+        return BASE_READERS.load(source.kind).make_hf_folder(Path(source.path))[0]
     if source.kind == "folder":
         return Path(source.path)
     with translate_load_errors(source.spec):

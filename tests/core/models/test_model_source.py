@@ -9,15 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.core.models.base_config import load_base_config, max_positions
-from slimtune.core.models.model_source import (
-    ALIASES,
-    ModelSource,
-    find_known,
-    load_known_models,
-    read_known_config,
-    resolve_model,
-)
+from slimtune.core.models.model_source import ModelSource, find_known, resolve_model
 from slimtune.errors import ModelError, UsageError
+from slimtune.extras.known_models import PACKAGED, load_known_models
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,7 +36,7 @@ def install_alias(monkeypatch, origin):
 
 def test_alias_does_not_import_its_package(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("raise ImportError('llama_cpp is missing')")
-    file = tmp_path / ALIASES["smollm2-135m"][1]
+    file = tmp_path / PACKAGED["smollm2-135m"].file
     file.write_bytes(b"GGUF")
     install_alias(monkeypatch, tmp_path / "__init__.py")
     assert resolve_model("smollm2-135m") == ModelSource("gguf", str(file), "smollm2-135m", "smollm2-135m")
@@ -107,8 +101,8 @@ def test_pickled_weights(tmp_path, pickle):
 @pytest.mark.parametrize("alias", load_known_models())
 def test_alias_names_one_base_for_planning_and_training(alias):
     hub_id = load_known_models()[alias]["hub"][0]
-    assert load_base_config(alias).spec == (alias if alias in ALIASES else hub_id)
-    if alias not in ALIASES:
+    assert load_base_config(alias).spec == (alias if alias in PACKAGED else hub_id)
+    if alias not in PACKAGED:
         assert resolve_model(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
 
 
@@ -182,7 +176,7 @@ def check_known_base(alias):
         model = AutoModelForCausalLM.from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
     assert len(model.get_input_embeddings().weight) == facts["config"]["vocab_size"], alias
-    context = read_known_config(find_known(alias))
+    context = find_known(alias).config
     assert max_positions(info.config) == (context.get("max_position_embeddings") or context["n_positions"]), alias
     assert {"family", "licence", "released", "gated", "source", "checked"} <= facts.keys(), alias
 

@@ -21,7 +21,7 @@ from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.core.models.model_source import resolve_model
 from slimtune.errors import ModelError, RunError
 from slimtune.extras import gguf_loading as gguf
-from slimtune.extras.gguf_loading import cache_root, open_gguf, read_dequantized
+from slimtune.extras.gguf_loading import cache_root, make_hf_folder, open_gguf
 
 pytest.importorskip("gguf")
 
@@ -53,14 +53,14 @@ def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeyp
 
     file = write()
     parsed = describe()
-    read_dequantized(file)
+    make_hf_folder(file)
     monkeypatch.setattr(gguf, "read_gguf", lambda _: pytest.fail("the file was parsed"))
     assert describe() == parsed
 
 
 def assert_refused(file, kind, *words):
     with pytest.raises(kind) as caught:
-        read_dequantized(file)
+        make_hf_folder(file)
     for word in words:
         assert word in str(caught.value)
     assert cached_folders() == []
@@ -113,7 +113,7 @@ def test_same_model(tmp_path, write, tiny_llama, tied, capsys):
 
 def test_folder(write):
     file = write()
-    folder, _ = read_dequantized(file)
+    folder, _ = make_hf_folder(file)
     stamp = json.loads((folder / "slimtune.json").read_text())
     assert stamp["source"] == "tiny.gguf"
     assert folder.name == f"tiny-{stamp['sha256'][:16]}-fp32-v1"
@@ -133,7 +133,7 @@ def test_digit_splitting(write, pre, expected):
 
 
 def test_unknown_splitting_warns(write, caplog):
-    read_dequantized(write(pre="of-tomorrow"))
+    make_hf_folder(write(pre="of-tomorrow"))
     assert "splits text as 'of-tomorrow'" in caplog.text
 
 
@@ -233,7 +233,7 @@ def test_full_disk(write, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         assert_refused(file, RunError, "the disk is full", "MiB free")
-    assert read_dequantized(file)[0].is_dir()
+    assert make_hf_folder(file)[0].is_dir()
 
 
 def test_too_little_space(write, monkeypatch):
@@ -247,25 +247,25 @@ def test_cache_not_writable(write, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RunError, match=r"(?s)cannot be written.*SLIMTUNE_CACHE"):
-        read_dequantized(write())
+        make_hf_folder(write())
 
 
 def test_damaged_cache_is_rewritten(write, caplog):
-    folder, _ = read_dequantized(write())
+    folder, _ = make_hf_folder(write())
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    assert read_dequantized(write())[0] == folder
+    assert make_hf_folder(write())[0] == folder
     assert "damaged" in caplog.text
     assert weights.read_bytes() == whole
 
 
 def test_temporary_folders_of_killed_processes_are_deleted(write, cache):
-    folder, _ = read_dequantized(write())
+    folder, _ = make_hf_folder(write())
     shutil.rmtree(folder)
     (cache / f".{folder.name}.killed").mkdir()
     (cache / ".other-base.running").mkdir()
-    read_dequantized(write())
+    make_hf_folder(write())
     assert cached_folders() == sorted([folder.name, ".other-base.running"])
 
 
@@ -278,7 +278,7 @@ def test_two_processes_write_once(write, monkeypatch):
         write_folder(*args)
 
     monkeypatch.setattr(gguf, "_write_folder", count)
-    threads = [threading.Thread(target=lambda: found.append(read_dequantized(file)[0])) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(make_hf_folder(file)[0])) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,10 +288,10 @@ def test_two_processes_write_once(write, monkeypatch):
 
 
 def test_changed_file_is_another_base(write):
-    first, _ = read_dequantized(write())
+    first, _ = make_hf_folder(write())
     file = write(seed=1)
     os.utime(file, ns=(1, 1))
-    second, _ = read_dequantized(file)
+    second, _ = make_hf_folder(file)
     a, b = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (first, second))
     assert not torch.equal(a, b)
 
