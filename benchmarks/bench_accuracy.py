@@ -90,9 +90,9 @@ def run_itself(*words: object) -> dict[str, Any]:
 
 def time_llama_cpp(file: Path, threads: int) -> float:
     """Return the tokens a second that llama.cpp decodes."""
-    from slimtune.generation.inference_engines import LlamaCppEngine
+    from slimtune.generation.inference_engines import LlamaCppInferenceEngine
 
-    engine = LlamaCppEngine(file, max_tokens=512, threads=threads, cache="f16")
+    engine = LlamaCppInferenceEngine(file, max_tokens=512, threads=threads, cache="f16")
     seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
     engine.close()
     return 1 / statistics.median(seconds)

@@ -16,7 +16,7 @@ from slimtune.export.merge import load_trained
 from slimtune.export.merged_weights import MergedWeights
 from slimtune.export.reference_logps import Reference, make_texts
 from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
-from slimtune.generation.inference_engines import TransformersEngine
+from slimtune.generation.inference_engines import TransformersInferenceEngine
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
             if x is not None:
                 outputs += ((rounded.float() - weight) @ x.float().t()).square().sum().item()
         nearest_outputs = nearest_outputs or outputs
-        engine = TransformersEngine(way, plain, tokenizer)
+        engine = TransformersInferenceEngine(way, plain, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in reference.texts).abs()
         ratio = outputs / nearest_outputs
         print(f"{way:9} {differences.mean():9.4f} {differences.max():9.4f} {ratio:9.3f}", flush=True)

@@ -369,19 +369,30 @@ def generator(monkeypatch) -> list:
     """Replace the model: it answers with its name and the messages it got."""
     calls: list = []
 
-    class Generator:
-        description = "tiny with the lora adapter in runs/x/adapter"
+    class Conversation:
+        def __init__(self, generator, name, system):
+            self.name, self.heard = name, [system] if system else []
 
-        @classmethod
-        def open(cls, run, device):
-            calls.append(run)
-            return cls()
+        def stream(self, text, params):
+            calls.append((params.max_new_tokens, params.temperature, params.seed))
+            self.heard.append(text)
+            pieces = [self.name, f" got {' / '.join(self.heard)}"]
+            self.heard.append("".join(pieces))
+            yield from pieces
 
-        def stream(self, messages, *, tuned, max_new_tokens, temperature, seed):
-            calls.append((max_new_tokens, temperature, seed))
-            yield from ["tuned" if tuned else "base", f" got {' / '.join(m['content'] for m in messages)}"]
+    def load_run(run, device):
+        calls.append(run)
+        return types.SimpleNamespace(model=None)
 
-    monkeypatch.setattr("slimtune.generation.generator.Generator", Generator)
+    monkeypatch.setattr("slimtune.core.training.trained_model.require_causal_lm_run", lambda run: None)
+    monkeypatch.setattr("slimtune.core.training.trained_model.load_run", load_run)
+    for name, replaced in {
+        "generation_models.make_base_and_tuned": lambda trained: {"base": "base", "tuned": "tuned"},
+        "generation_models.describe_run": lambda trained: "tiny with the lora adapter in runs/x/adapter",
+        "text_generator.TextGenerator": lambda model: None,
+        "conversation.Conversation": Conversation,
+    }.items():
+        monkeypatch.setattr(f"slimtune.generation.{name}", replaced)
     return calls
 
 

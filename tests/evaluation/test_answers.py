@@ -5,20 +5,20 @@ import sys
 
 import pytest
 from hand_run import TALKS, write_rows
+from run_answers import RunAnswers
 
 from slimtune.core.data.rows import Row
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.eval_result import AnswerPair, CheckValues, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.generated_answers import build_check, measure_repetition, sample_prompts, summarize_checks
-from slimtune.generation.generator import Generator
 
 
 def test_answers_equal_those_of_generate(run):
     result = evaluate(run, EvalSettings(generate=3, max_new_tokens=12, checks=["exact", "regex:."]))
     found = result.generations
     assert [g.line for g in found] == [1, 3, 5]
-    generator = Generator.open(run)
+    generator = RunAnswers.open(run)
     for one in found:
         question, answer = TALKS[one.line - 1]
         assert (one.prompt, one.reference) == ([{"role": "user", "content": question}], answer)

@@ -8,7 +8,7 @@ from hand_run import TALKS, write_rows
 from slimtune.core.training.loss import RowScore
 from slimtune.errors import AdapterError, DataError, ModelError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.generation.generator import Answer
+from slimtune.generation.answer_queue import AnswerPiece
 
 MORE = [*TALKS, ("Define a day.", "A period of twenty-four hours, mostly misspent."), ("Define dawn.", "Too early.")]
 
@@ -60,9 +60,12 @@ def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
 
 
 def test_empty_answers_fail(run, monkeypatch):
-    monkeypatch.setattr(
-        "slimtune.generation.generator.Generator.answer", lambda *_, **__: Answer(text=" ", tokens=1, ended=True)
-    )
+    def say_a_space(generator, answers):
+        for answer in answers:
+            answer.stream.add_text(" ", last=True)
+            answer.add_piece(AnswerPiece(" ", finish_reason="stop"))
+
+    monkeypatch.setattr("slimtune.generation.text_generator.TextGenerator.generate", say_a_space)
     reasons = evaluate(run, EvalSettings(generate=2)).verdict.reasons
     assert reasons[-1] == "all 2 answers of the tuned model are empty"
 

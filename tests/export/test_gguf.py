@@ -21,7 +21,7 @@ from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
 from slimtune.export.reference_logps import Reference, Text, compare_engine
-from slimtune.generation.inference_engines import LlamaCppEngine
+from slimtune.generation.inference_engines import LlamaCppInferenceEngine
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -67,7 +67,7 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
     reference = Reference(model, tokenizer, [Text("Say something<|im_end|>", ids) for ids in rows])
-    engine = LlamaCppEngine(base, adapter, max_tokens=128, threads=1)
+    engine = LlamaCppInferenceEngine(base, adapter, max_tokens=128, threads=1)
     try:
         return compare_engine(reference, engine, "f32")
     finally:

@@ -17,7 +17,7 @@ from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
 from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_ollama
-from slimtune.generation.inference_engines import LlamaCppEngine, is_llama_cpp_installed
+from slimtune.generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 
 
 def config(**settings):
@@ -180,7 +180,7 @@ def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     base = write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
-    engine = LlamaCppEngine(base, max_tokens=64, threads=1)
+    engine = LlamaCppInferenceEngine(base, max_tokens=64, threads=1)
     try:
         ids = engine.tokenize(go_text(export(base, tokenizer=tokenizer)[0]["template"], chat))
     finally:

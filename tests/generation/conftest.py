@@ -1,4 +1,4 @@
-"""A run that generates."""
+"""A run to talk to."""
 
 from pathlib import Path
 

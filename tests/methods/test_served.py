@@ -8,7 +8,7 @@ from models_zoo import llama, run, shake
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
-from slimtune.generation.model_runner import ModelRunner, Row
+from slimtune.generation.model_runner import BatchRow, ModelRunner
 
 ALONE = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 """Methods whose rows share no batch with others."""
@@ -26,7 +26,7 @@ def test_served_rows_equal_the_method_alone(method):
     runner, shared, found = ModelRunner(model), None, {}
     batches = []
     for name, text in texts.items():
-        row = Row(name)
+        row = BatchRow(name)
         logits, batch = runner.prefill(row, text)
         found[row] = (text, [logits[0]])
         if runner.shares_batches(name) and shared is not None:

@@ -6,10 +6,9 @@ import openai
 import pytest
 import torch
 from hand_run import make_run
+from run_answers import RunAnswers
 from serving_client import make_client, send
 from waiting import wait_until
-
-from slimtune.generation.generator import Generator
 
 PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -21,7 +20,7 @@ ASK = [{"role": "user", "content": "Define hope."}]
 
 @pytest.fixture(scope="module")
 def generator(run):
-    return Generator.open(run)
+    return RunAnswers.open(run)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_answers_equal_slimtune_generate(ask, generator, run):
     sampled = ask(temperature=1.0, seed=5).choices[0].message.content
     assert sampled == generator.generate(ASK, max_new_tokens=24, temperature=1.0, seed=5)
     for name, folder in (("pirate", "pirate"), ("other", "plain")):
-        alone = Generator.open(run.with_name(folder))
+        alone = RunAnswers.open(run.with_name(folder))
         assert ask(name).choices[0].message.content == alone.generate(ASK, max_new_tokens=24)
     assert ask("other").usage.prompt_tokens == len("user: Define hope.\nassistant:")
 
@@ -82,7 +81,7 @@ def test_stream_equals_whole_answer(ask):
 
 def test_logprobs_equal_the_adapters(ask, generator):
     choice = ask(logprobs=True, top_logprobs=3, max_tokens=6).choices[0]
-    ids = generator.tokenize_prompt(ASK, 6)[0].tolist()
+    ids = generator.ask(ASK, max_new_tokens=6).prompt
     with torch.no_grad():
         for entry in choice.logprobs.content:
             expected = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
@@ -169,8 +168,8 @@ def test_dropped_client_frees_its_slot(ask, server):
         else:
             with pytest.raises(openai.APITimeoutError):
                 ask(max_tokens=480, n=4, timeout=0.05)
-        wait_until(lambda: server.batching.count()["running"] == 0, seconds=1)
-    assert server.batching.count()["cached_tokens"] == 0
+        wait_until(lambda: server.queue.count()["running"] == 0, seconds=1)
+    assert server.queue.count()["cached_tokens"] == 0
 
 
 def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):

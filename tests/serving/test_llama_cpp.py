@@ -9,6 +9,7 @@ import pytest
 import torch
 from hand_run import make_run, save_adapter_of
 from markers import train_to_say
+from run_answers import RunAnswers
 from serving_client import make_client
 from tiny_gguf import write_gguf
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
 from slimtune.export import gguf as gguf_module
 from slimtune.export import reference_logps as reference
-from slimtune.generation.generator import Generator
 from slimtune.serving import llama_cpp_server as llama_cpp
 from slimtune.serving.model_server import ModelServer, ServeSettings
 
@@ -81,8 +81,8 @@ def test_the_start_proves_every_adapter(server):
 def test_log_probabilities_are_the_adapters(server, adapters):
     settings = {"messages": ASK, "temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
     answer = make_client(server).chat.completions.create(model="says-a", **settings)
-    generator = Generator(load_run(adapters[0], dtype="float32"))
-    ids = generator.tokenize_prompt(ASK, 12)[0].tolist()
+    generator = RunAnswers(load_run(adapters[0], dtype="float32"))
+    ids = generator.ask(ASK, max_new_tokens=12).prompt
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 12)
     assert len(answer.choices[0].logprobs.content) == 12
     for entry in answer.choices[0].logprobs.content:
@@ -112,7 +112,7 @@ def test_many_clients_get_their_own_adapter_and_free_their_slots(server):
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(talk, range(24)))
-    wait_until(lambda: server.batching.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+    wait_until(lambda: server.queue.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
 
 
 @pytest.mark.slow
@@ -182,4 +182,4 @@ def test_smollm2_answers_as_generate_says(serve, smollm2_folder, tmp_path):
     assert [(check.precision, check.passed) for check in started.checks] == [("f32", True)]
     asked = {"model": "real", "messages": ASK, "max_tokens": 16, "temperature": 0}
     answer = make_client(started).chat.completions.create(**asked).choices[0].message.content
-    assert answer == Generator.open(run).generate(ASK, max_new_tokens=16)
+    assert answer == RunAnswers.open(run).generate(ASK, max_new_tokens=16)

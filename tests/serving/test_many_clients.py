@@ -45,7 +45,7 @@ def test_no_client_ever_gets_another_adapter(server):
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         assert [each for wrong in pool.map(talk, range(CLIENTS)) for each in wrong] == []
-    wait_until(lambda: server.batching.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+    wait_until(lambda: server.queue.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
 
 
 def test_requests_for_different_adapters_share_a_batch(server, monkeypatch):

@@ -139,12 +139,12 @@ def test_more_requests_than_may_wait(server):
     for count in ("running", "waiting"):
         ask = {**ASK, "max_tokens": 470}
         streams.append(client.chat.completions.create(**ask, stream=True, temperature=0))
-        wait_until(lambda count=count: server.batching.count()[count] == 1)
+        wait_until(lambda count=count: server.queue.count()[count] == 1)
     status, answer = send(server, "POST", CHAT, ASK)
     assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
     for stream in streams:
         stream.close()
-    wait_until(lambda: server.batching.count()["running"] == 0)
+    wait_until(lambda: server.queue.count()["running"] == 0)
     assert send(server, "POST", CHAT, ASK)[0] == 200
 
 

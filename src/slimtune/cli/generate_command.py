@@ -43,8 +43,8 @@ def generate(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Answer one prompt."""
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    (turn,) = _converse(run, prompt, system, side_by_side, how, device, as_json)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    (turn,) = _converse(run, prompt, system, side_by_side, sampling, device, as_json)
     del turn["user"]
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
 
@@ -64,8 +64,8 @@ def chat(
     /new starts over, /help lists the commands, /exit or the end of the input (Ctrl-D) leaves, and Ctrl-C stops an
     answer. A line that begins with // is sent with one slash.
     """
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    turns = _converse(run, None, system, side_by_side, how, device, as_json)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    turns = _converse(run, None, system, side_by_side, sampling, device, as_json)
     return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
 
 
@@ -117,36 +117,46 @@ def _converse(
     prompt: str | None,
     system: str | None,
     side_by_side: bool,
-    how: dict[str, Any],
+    sampling: dict[str, Any],
     device: str | None,
     as_json: bool,
 ) -> list[dict[str, str]]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run(run)
-    from ..generation.generator import Conversation, Generator
+    from ..core.training.trained_model import load_run, require_causal_lm_run
+    from ..generation.answer_queue import SamplingParams
+    from ..generation.conversation import Conversation
+    from ..generation.generation_models import describe_run, make_base_and_tuned
+    from ..generation.text_generator import TextGenerator
 
-    generator = Generator.open(run, device=device)
-    screen = console(stderr=as_json)
-    models = ("base", "tuned") if side_by_side else ("tuned",)
+    require_causal_lm_run(run)
+    trained = load_run(run, device=device)
+    models, generator = make_base_and_tuned(trained), TextGenerator(trained.model)
+
+    def begin() -> dict[str, Conversation]:
+        names = ("base", "tuned") if side_by_side else ("tuned",)
+        return {name: Conversation(generator, models[name], system) for name in names}
+
+    screen, params = console(stderr=as_json), SamplingParams(**sampling)
     turns: list[dict[str, str]] = []
-    conversation = Conversation(generator, system)
+    conversations = begin()
     if prompt is None:
-        _print_note(f"{generator.description}\n{COMMANDS}")
+        _print_note(f"{describe_run(trained)}\n{COMMANDS}")
     is_dialog = prompt is None and sys.stdin.isatty()
     for line in [prompt] if prompt is not None else _read_lines():
         if line is None:
-            conversation = Conversation(generator, system)
+            conversations = begin()
             continue
         turn = {"user": line}
-        for model in models:
-            label = f"{model}: " if side_by_side else ""
+        for name, conversation in conversations.items():
+            label = f"{name}: " if side_by_side else ""
             screen.print(label, style="bold", end="")
             printer = AnswerPrinter(screen.file, len(label))
-            turn[model], problem = "", ""
+            turn[name], problem = "", ""
             try:
-                with contextlib.closing(conversation.stream(line, model, **how)) as pieces:
+                with contextlib.closing(conversation.stream(line, params)) as pieces:
                     for piece in pieces:
-                        turn[model] += piece
+                        turn[name] += piece
                         printer.write(piece)
             except (KeyboardInterrupt, UsageError) as error:
                 if prompt is not None or (isinstance(error, UsageError) and not is_dialog):
@@ -156,7 +166,7 @@ def _converse(
             screen.print()
             if problem:
                 _print_note(problem)
-            elif not turn[model].strip():
+            elif not turn[name].strip():
                 _print_note("(an empty answer: the model ended its turn at once)")
             if problem:
                 break

@@ -35,7 +35,8 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
 from ..extras.row_files import open_rows
-from ..generation.generator import Generator
+from ..generation.generation_models import GenerationModel, make_base_and_tuned
+from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
 from ..objectives.reward import Reward
@@ -192,7 +193,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     result = save(result)  # the figures stay if generation or a task fails
     if isinstance(result, TextEvalResult):
         if asked is not None:
-            answers = generate_base_and_tuned_answers(*asked, checks, settings.max_new_tokens)
+            answers = generate_base_and_tuned_answers(TextGenerator(model), *asked, checks, settings.max_new_tokens)
             result = save(replace(result, generations=answers, generation_summary=summarize_checks(answers)))
             if judge is not None:
                 answers = judge_answers(answers, judge)
@@ -205,15 +206,15 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
 def _prepare_prompts(
     trained: TrainedModel, recipe: Recipe, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
-) -> tuple[Generator, list[EvalPrompt]]:
-    """Return the held-out prompts and what answers them; raise UsageError if one leaves no room for an answer."""
-    generator = Generator(trained)
+) -> tuple[dict[str, GenerationModel], list[EvalPrompt]]:
+    """Return base and tuned model and their held-out prompts; raise UsageError if one leaves no room for an answer."""
+    models = make_base_and_tuned(trained)
     file = file or recipe.data.train
     rows = open_rows_for_objective(file, recipe.data, recipe.objective()).require_valid_rows()
     prompts = sample_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
-        generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
-    return generator, prompts
+        models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
+    return models, prompts
 
 
 def _build_comparison(

@@ -27,8 +27,10 @@ from ..core.data.collator import Example
 from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, install_command, nearest
-from ..generation.generator import Generator, Message
-from .eval_result import WHO, AnswerPair, CheckValues
+from ..generation.answer_queue import GeneratedAnswer, SamplingParams
+from ..generation.generation_models import GenerationModel, Message
+from ..generation.text_generator import TextGenerator
+from .eval_result import AnswerPair, CheckValues
 
 Check = Callable[[str, str], bool | float]
 """Maps answer and reference to a measurement."""
@@ -62,17 +64,23 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
 
 
 def generate_base_and_tuned_answers(
-    generator: Generator, prompts: Sequence[EvalPrompt], checks: Mapping[str, Check], max_new_tokens: int
+    generator: TextGenerator,
+    models: Mapping[str, GenerationModel],
+    prompts: Sequence[EvalPrompt],
+    checks: Mapping[str, Check],
+    max_new_tokens: int,
 ) -> list[AnswerPair]:
-    """Return the answers of both models to each prompt, with their checks."""
+    """Return the answers of both models, "base" and "tuned", to each prompt, with their checks."""
     pairs = []
     for prompt in track_progress(prompts, "answers of base and tuned model"):
         texts: dict[str, str] = {}
         measured: dict[str, dict[str, bool | float]] = {n: {} for n in ("tokens", "repetition", "ended", *checks)}
-        for who in WHO:
-            answer = generator.answer(prompt.messages, tuned=who == "tuned", max_new_tokens=max_new_tokens)
+        for who, model in models.items():
+            ids = model.tokenize_prompt(prompt.messages, max_new_tokens)
+            answer = GeneratedAnswer(model, ids, SamplingParams(max_new_tokens))
+            generator.generate([answer])
             texts[who] = answer.text
-            measured["tokens"][who], measured["ended"][who] = answer.tokens, answer.ended
+            measured["tokens"][who], measured["ended"][who] = answer.num_tokens, answer.finish_reason == "stop"
             measured["repetition"][who] = measure_repetition(answer.text)
             for name, check in checks.items():
                 measured[name][who] = check(answer.text, prompt.reference)

@@ -22,8 +22,8 @@ import numpy as np
 
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, nearest
-from ..generation.generator import Message
-from ..generation.json_server import JsonServer
+from ..generation.generation_models import Message
+from ..generation.json_client import JsonClient
 from .eval_result import AnswerPair, WinRate
 from .statistics import paired_bootstrap
 
@@ -83,7 +83,7 @@ def build_judge(name: str) -> Judge:
 def _build_http_judge(name: str) -> Judge:
     url, _, model = name.partition("#")
     url, hint = url.rstrip("/"), "--judge http://127.0.0.1:8000/v1, a server with the API of OpenAI"
-    server = JsonServer("judge", url, os.environ.get("OPENAI_API_KEY"), TIMEOUT, MAX_REPLY_BYTES, hint)
+    server = JsonClient("judge", url, os.environ.get("OPENAI_API_KEY"), TIMEOUT, MAX_REPLY_BYTES, hint)
     if not model:
         listed = server.request("/models")
         try:

@@ -39,7 +39,7 @@ from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapt
 from ..core.training.trained_model import TrainedModel, load_run, load_runs
 from ..errors import AdapterError, RunError
 from ..extras.model_card import render_card
-from ..generation.inference_engines import TransformersEngine
+from ..generation.inference_engines import TransformersInferenceEngine
 from . import gguf
 from .manifest import write_manifest
 from .merged_weights import MergedWeights, round_weight, save_merged_weights
@@ -103,7 +103,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
             _save_checkpoint(loaded, weights, folder, stored, inputs)
         checked = model.dtype if small else stored
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
-        engine = TransformersEngine("merged", merged, tokenizer)
+        engine = TransformersInferenceEngine("merged", merged, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
         tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
         if faults := reference.find_faults(differences, tolerance):

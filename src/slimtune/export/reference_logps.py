@@ -40,7 +40,7 @@ from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_files import open_rows
-from ..generation.inference_engines import Engine, Scores, TransformersEngine
+from ..generation.inference_engines import InferenceEngine, TokenScores, TransformersInferenceEngine
 
 QUESTIONS = (
     ("Define patience.", "A minor form of despair, disguised as a virtue."),
@@ -124,10 +124,10 @@ class Reference:
     """The trained adapter on its base, in evaluation mode: what every engine is compared with on some texts."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text]) -> None:
-        self.engine, self.texts = TransformersEngine("trained adapter", model, tokenizer), list(texts)
+        self.engine, self.texts = TransformersInferenceEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
-    def score(self, engine: Engine, what: str) -> list[Tensor]:
+    def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
         return [engine.score(text.ids).token_log_probs for text in track_progress(self.texts, what)]
 
@@ -237,10 +237,10 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
 
 def compare_engine(
     reference: Reference,
-    engine: Engine,
+    engine: InferenceEngine,
     precision: str,
     tolerance: Tolerance | None = None,
-    open_base: Callable[[Engine], Engine] | None = None,
+    open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
 ) -> Verdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 
@@ -300,7 +300,7 @@ def compare_engine(
     )
 
 
-def kl_divergence(log_probs: Tensor, scores: Scores) -> Tensor:
+def kl_divergence(log_probs: Tensor, scores: TokenScores) -> Tensor:
     """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
 
     `log_probs` `(n - 1, k)` are the adapter's of those tokens.

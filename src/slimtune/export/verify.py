@@ -21,7 +21,12 @@ from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
-from ..generation.inference_engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
+from ..generation.inference_engines import (
+    InferenceEngine,
+    LlamaCppInferenceEngine,
+    TransformersInferenceEngine,
+    VllmClient,
+)
 from . import merge as merging
 from .gguf import ToolError, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
@@ -96,16 +101,16 @@ class Verifier:
         """Export to every format, and check each."""
         merged, adapter, whole = (self.folder / name for name in ("merged", ADAPTER_GGUF, MODEL_GGUF))
 
-        def open_merged() -> Engine:
+        def open_merged() -> InferenceEngine:
             self._require_mergeable()
             merging.merge(self.run, merged)
             return self._open_merged(merged)
 
-        def open_adapter() -> Engine:
+        def open_adapter() -> InferenceEngine:
             write_adapter_gguf(adapter, self.model)
             return self._open_beside_base(adapter)
 
-        def open_whole() -> Engine:
+        def open_whole() -> InferenceEngine:
             self._require_mergeable()
             merging.write_merged_gguf(self.loaded, self.run, whole, "f16")
             return self._open_llama_cpp(whole)
@@ -113,7 +118,9 @@ class Verifier:
         started = time.monotonic()
         yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
         self.log(f"1 of 3 exports checked after {format_duration(time.monotonic() - started)}")
-        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppEngine.without_adapter)
+        yield self.verify_engine(
+            "llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppInferenceEngine.without_adapter
+        )
         self.log(f"2 of 3 exports checked after {format_duration(time.monotonic() - started)}")
         yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole, open_base=self._open_base_in("f16"))
 
@@ -148,18 +155,18 @@ class Verifier:
             precision = read_precision(file)
             tolerance = get_tolerance(precision)
 
-        def open_engine() -> Engine:
+        def open_engine() -> InferenceEngine:
             return self._open_beside_base(adapter) if file is None else self._open_llama_cpp(file, adapter)
 
         name = "llama.cpp, adapter GGUF"
-        verdict = self.verify_engine(name, precision, open_engine, tolerance, LlamaCppEngine.without_adapter)
+        verdict = self.verify_engine(name, precision, open_engine, tolerance, LlamaCppInferenceEngine.without_adapter)
         if served.unproven and verdict.passed:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
         return self._note_quantized_base(verdict)
 
-    def verify_in_running_server(self, name: str, engine: LlamaCppEngine, precision: str) -> Verdict:
+    def verify_in_running_server(self, name: str, engine: LlamaCppInferenceEngine, precision: str) -> Verdict:
         """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
-        verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppEngine.without_adapter)
+        verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppInferenceEngine.without_adapter)
         return self._note_quantized_base(verdict)
 
     def _note_quantized_base(self, verdict: Verdict) -> Verdict:
@@ -172,9 +179,9 @@ class Verifier:
         self,
         name: str,
         precision: str,
-        open_engine: Callable[[], Engine],
+        open_engine: Callable[[], InferenceEngine],
         tolerance: Tolerance | None = None,
-        open_base: Callable[[Any], Engine] | None = None,
+        open_base: Callable[[Any], InferenceEngine] | None = None,
     ) -> Verdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
@@ -199,38 +206,38 @@ class Verifier:
         if not config.mergeable:
             raise UsageError(f"{config.name} does not change weights, and cannot be merged")
 
-    def _open_merged(self, folder: Path) -> Engine:
+    def _open_merged(self, folder: Path) -> InferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
         if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
             raise RunError(f"{folder} has another chat template than the run was trained with")
-        return TransformersEngine("merged folder", base.model, base.tokenizer)
+        return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
-    def _open_adapter(self, folder: Path) -> Engine:
+    def _open_adapter(self, folder: Path) -> InferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, unpack=True)
         model: Any = loaded.model
-        return TransformersEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
+        return TransformersInferenceEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
-    def _open_beside_base(self, adapter: Path) -> Engine:
+    def _open_beside_base(self, adapter: Path) -> InferenceEngine:
         base = self.folder / "base.gguf"
         if not base.is_file():
             merging.write_base_gguf(self.loaded, base)
         return self._open_llama_cpp(base, adapter)
 
-    def _open_base_in(self, precision: str) -> Callable[[Any], Engine]:
+    def _open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
-        def open_base(_: Any) -> Engine:
+        def open_base(_: Any) -> InferenceEngine:
             file = self.folder / f"base-{precision}.gguf"
             merging.write_base_gguf(self.loaded, file, precision)
             return self._open_llama_cpp(file)
 
         return open_base
 
-    def _open_llama_cpp(self, model: Path, adapter: Path | None = None) -> Engine:
+    def _open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
         longest = max(len(t.ids) for t in self.reference.texts) + 64
-        return LlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
+        return LlamaCppInferenceEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
 def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None = None) -> str:

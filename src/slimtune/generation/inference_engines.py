@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, RunError, UsageError, format_names, install_command, nearest
-from .json_server import JsonServer
+from .json_client import JsonClient
 
 TOP_K, VLLM_TOP_K = 64, 20
 """How many of the likeliest tokens `score` gives; vLLM gives more than 20 only with a larger --max-logprobs."""
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """What an engine gives for the tokens of one text except the first, each given those before it."""
 
     token_log_probs: Tensor  # natural log-probability of the token that follows `(n - 1,)`, float64
@@ -30,14 +30,16 @@ class Scores:
     top_log_probs: Tensor  # their log-probabilities `(n - 1, k)`, float64
 
 
-def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Scores:
+def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> TokenScores:
     """Make tensors of each position's log-probability and its likeliest tokens with theirs."""
     own, top = zip(*positions, strict=True)
     ids, values = ([[pair[i] for pair in each] for each in top] for i in (0, 1))
-    return Scores(torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64))
+    return TokenScores(
+        torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
+    )
 
 
-class Engine(Protocol):
+class InferenceEngine(Protocol):
     """A model as an engine serves it."""
 
     name: str  # as tables show it: "merged folder", "llama.cpp", "vLLM"
@@ -45,7 +47,7 @@ class Engine(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return the engine's ids of a rendered prompt, its beginning-of-sequence token included."""
 
-    def score(self, ids: Sequence[int]) -> Scores:
+    def score(self, ids: Sequence[int]) -> TokenScores:
         """Return log-probabilities of all tokens of a text but the first."""
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -55,7 +57,7 @@ class Engine(Protocol):
         """Release the model."""
 
 
-class TransformersEngine:
+class TransformersInferenceEngine:
     """A model in this process, in evaluation mode: the adapted model, or a merged folder loaded back."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
@@ -65,13 +67,13 @@ class TransformersEngine:
         # The chat template wrote the beginning-of-sequence token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def score(self, ids: Sequence[int]) -> Scores:
+    def score(self, ids: Sequence[int]) -> TokenScores:
         following = torch.tensor(ids[1:])[:, None]
         own, top = [], []
         for part, log_probs in self._log_probs(ids):
             own.append(log_probs.gather(1, following[part])[:, 0])
             top.append(log_probs.topk(min(TOP_K, log_probs.shape[1])))
-        return Scores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
+        return TokenScores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
 
     def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """Return the log-probabilities of candidate tokens `(n - 1, k)`, k for each position but the last, float64."""
@@ -105,7 +107,7 @@ def is_llama_cpp_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class LlamaCppEngine:
+class LlamaCppInferenceEngine:
     """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
 
     The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
@@ -168,7 +170,7 @@ class LlamaCppEngine:
         # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
         return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
-    def score(self, ids: Sequence[int]) -> Scores:
+    def score(self, ids: Sequence[int]) -> TokenScores:
         return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
 
     def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
@@ -208,7 +210,7 @@ class LlamaCppEngine:
     def stream(self, ids: Sequence[int], *, timeout: float, **settings: Any) -> Generator[dict[str, Any], None, None]:
         """Yield the server's events while it continues a prompt; closing the generator stops it.
 
-        `timeout` is that of each event, in seconds; errors as for `JsonServer.stream`.
+        `timeout` is that of each event, in seconds; errors as for `JsonClient.stream`.
         """
         body = {**self._make_request(ids), "stream": True, **settings}
         yield from self._connect(timeout).stream("/completion", body)
@@ -224,21 +226,21 @@ class LlamaCppEngine:
         scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
         return {**request, "cache_prompt": False, **({"lora": scales} if scales else {})}
 
-    def with_adapter(self, index: int | None) -> "LlamaCppEngine":
+    def with_adapter(self, index: int | None) -> "LlamaCppInferenceEngine":
         """Return the same server as it answers with another of its adapters, or with none."""
         other = copy.copy(self)
         other._active = index
         return other
 
-    def without_adapter(self) -> "LlamaCppEngine":
+    def without_adapter(self) -> "LlamaCppInferenceEngine":
         """Return the same server as it answers without an adapter."""
         return self.with_adapter(None)
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         return self._connect().request(path, body)
 
-    def _connect(self, timeout: float = 300) -> JsonServer:
-        return JsonServer("llama.cpp server", self.server.listening_address, self._key, timeout)
+    def _connect(self, timeout: float = 300) -> JsonClient:
+        return JsonClient("llama.cpp server", self.server.listening_address, self._key, timeout)
 
 
 class VllmClient:
@@ -265,7 +267,7 @@ class VllmClient:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
         hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
-        self._server = JsonServer("vLLM server", self.url, key, timeout, hint=hint)
+        self._server = JsonClient("vLLM server", self.url, key, timeout, hint=hint)
         names = [each["id"] for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
@@ -281,7 +283,7 @@ class VllmClient:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
         return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
 
-    def score(self, ids: Sequence[int]) -> Scores:
+    def score(self, ids: Sequence[int]) -> TokenScores:
         positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")

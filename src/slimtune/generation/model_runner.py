@@ -7,8 +7,8 @@ left to the longest row:
     row 1      a b c d e f g        a step adds a column on the right; the mask hides the padding,
     row 2      . . . . . a b        and positions count the row's own tokens
 
-A prompt runs alone, without padding, and its keys and values are then copied into the batch. Rows that leave are
-removed from the cache, and so are the columns that only they had.
+A prompt runs alone, without padding, and its keys and values are then copied into the batch, once for each answer to
+it. Rows that leave are removed from the cache, and so are the columns that only they had.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from ..errors import MixedBatchError, UsageError
 from ..extras.alora_invocation import calculate_alora_offsets
 
 
-class Row:
+class BatchRow:
     """One row of a batch: its adapter, and the tokens that the cache has of it.
 
     `is_invoked` says whether the prompt contains the invocation of an activated LoRA, which then changes all that
@@ -38,10 +38,10 @@ class Row:
         self.next_token = 0  # that is not in the cache yet
 
 
-class Batch:
+class CachedBatch:
     """Rows that run together, and their cache. Rows may join only if `ModelRunner.shares_batches` of each is true."""
 
-    def __init__(self, first_row: Row, cache: Any) -> None:
+    def __init__(self, first_row: BatchRow, cache: Any) -> None:
         self.rows, self.cache = [first_row], cache
 
     @property
@@ -49,7 +49,15 @@ class Batch:
         """Columns of the cache."""
         return max(row.length for row in self.rows)
 
-    def join(self, other: "Batch") -> None:
+    def repeat(self, rows: Sequence[BatchRow]) -> None:
+        """Add rows that continue the prompt of the only row."""
+        (first,) = self.rows
+        for row in rows:
+            row.length, row.is_invoked = first.length, first.is_invoked
+        self.rows += rows
+        self._select(torch.zeros(len(self.rows), dtype=torch.int64), 0)
+
+    def join(self, other: "CachedBatch") -> None:
         """Take over the rows of another batch."""
         width = max(self.width, other.width)
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
@@ -61,14 +69,20 @@ class Batch:
         self.rows += other.rows
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Keep the rows of these indices, one or more, and remove the others."""
+        """Keep the rows of these indices, and remove the others; without any, the cache is dropped."""
         before = self.width
         self.rows = [self.rows[i] for i in indices]
-        first = before - self.width
+        if self.rows:
+            self._select(torch.tensor(indices), before - self.width)
+        else:
+            self.cache = None
+
+    def _select(self, rows: Tensor, first_column: int) -> None:
+        """Let the cache have these rows of the present ones, from a column on."""
         for layer in self.cache.layers:
             if layer.is_initialized:
-                kept = torch.tensor(indices, device=layer.keys.device)
-                layer.keys, layer.values = (t[:, :, first:].index_select(0, kept) for t in (layer.keys, layer.values))
+                tensors = (t[:, :, first_column:] for t in (layer.keys, layer.values))
+                layer.keys, layer.values = (t.index_select(0, rows.to(t.device)) for t in tensors)
 
 
 class ModelRunner:
@@ -114,7 +128,7 @@ class ModelRunner:
             return False
         return True
 
-    def prefill(self, row: Row, ids: Sequence[int]) -> tuple[Tensor, Batch]:
+    def prefill(self, row: BatchRow, ids: Sequence[int]) -> tuple[Tensor, CachedBatch]:
         """Run a row's prompt; return the logits `(1, vocabulary)` of the next token, fp32, and a batch of this row."""
         cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
         inputs = torch.tensor([list(ids)], device=self.model.device)
@@ -123,9 +137,9 @@ class ModelRunner:
         positions = torch.arange(len(ids), device=self.model.device)[None]
         logits = self._run([row], offsets, cache, inputs, torch.ones_like(inputs), positions)
         row.length = len(ids)
-        return logits, Batch(row, cache)
+        return logits, CachedBatch(row, cache)
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: CachedBatch) -> Tensor:
         """Run the next token of every row; return the logits `(rows, vocabulary)` of those after it, fp32."""
         device, rows = self.model.device, batch.rows
         ids = torch.tensor([[row.next_token] for row in rows], device=device)
@@ -140,21 +154,24 @@ class ModelRunner:
 
     @torch.no_grad()
     def _run(
-        self, rows: list[Row], offsets: list[int | None], cache: Any, ids: Tensor, mask: Tensor, positions: Tensor
+        self, rows: list[BatchRow], offsets: list[int | None], cache: Any, ids: Tensor, mask: Tensor, positions: Tensor
     ) -> Tensor:
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, self._cache_name: cache}
         inputs |= {"alora_offsets": offsets, **self._last_logits}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        if self.mixes(rows[0].adapter):
-            inputs["adapter_names"] = [row.adapter for row in rows]
-        elif self.model.active_adapters != [rows[0].adapter]:
-            self.model.set_adapter(rows[0].adapter, inference_mode=True)
+        names = [row.adapter for row in rows]
+        # The rows of one active adapter run as in training: the same kernels give the same numbers.
+        if self.model.active_adapters != [names[0]] or len(set(names)) > 1:
+            if self.mixes(names[0]):
+                inputs["adapter_names"] = names
+            else:
+                self.model.set_adapter(names[0], inference_mode=True)
         return self.model(**inputs).logits[:, -1].float()
 
     def measure_cache(self) -> int:
         """Return how many bytes the cache has for each token of a row of the base."""
-        _, batch = self.prefill(Row(BASE_ROW), [0])
+        _, batch = self.prefill(BatchRow(BASE_ROW), [0])
         layers = [layer for layer in batch.cache.layers if layer.is_initialized and hasattr(layer, "keys")]
         tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)

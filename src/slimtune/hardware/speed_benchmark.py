@@ -39,7 +39,7 @@ from ..core.training.memory_savings import apply_memory_savings
 from ..core.training.optimizer import build_optimizer
 from ..errors import ModelError, install_command
 from ..export.gguf import import_gguf
-from ..generation.inference_engines import LlamaCppEngine, is_llama_cpp_installed
+from ..generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 from ..methods.lora import LoraConfig
 from ..planning.measured_speeds import LEAST_SPREAD, Measured, ServingFit, TrainingFit, read_processor, step_features
 from ..planning.memory_trace import trace_memory
@@ -285,7 +285,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
             read, weights = write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
-            engine = LlamaCppEngine(
+            engine = LlamaCppInferenceEngine(
                 file, max_tokens=2 * PROMPT, threads=max(torch.get_num_threads(), 1), cache="f16",
                 gpu_layers=0 if device.type == "cpu" else 999,
             )  # fmt: skip

@@ -1,12 +1,11 @@
 """An OpenAI-compatible server over one base and the adapters of several runs.
 
-models                 the models by name: the base, and one for each run
-runner                 prompts and batches through the model, with a cache of keys and values
-answers                answers that are asked for, their pieces of text, and the queue in which they wait
-continuous_batching    the thread that owns the model: requests join and leave its batches at every token
-llama_cpp              the same answers from llama.cpp (--engine llama.cpp)
-tool_calls             how a chat template writes calls, and calls in an answer
-protocol               requests, answers and errors as OpenAI's API has them
-app                    the HTTP endpoints
-server                 the process: port, signals, shutdown
+model_server        the process: port, signals, shutdown
+api                 the HTTP endpoints
+protocol            requests, answers and errors as OpenAI's API has them
+served_models       the models by name: the base, and one for each run
+tool_calls          how a chat template writes calls, and calls in an answer
+llama_cpp_server    the same answers from llama.cpp (--engine llama.cpp)
+
+Imports the core, generation and export. Start at `model_server.py`; what generates the answers is in `generation/`.
 """

@@ -26,8 +26,8 @@ from ..core.data.chat_template import get_chat_template
 from ..core.data.messages import RowError, check_template_keys, parse_messages_and_train_mask, require_text
 from ..errors import DataError, ModelError, UsageError
 from ..extras.row_formats.chats import read_tools
-from ..generation.answers import Answer, AnswerQueue, Piece, SamplingParams, TokenLogprob
-from ..generation.generator import tokenize_prompt
+from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
+from ..generation.generation_models import tokenize_chat_prompt
 from .protocol import (
     MAX_ANSWERS,
     ApiError,
@@ -69,7 +69,7 @@ class Choice:
     """One of the answers to a request, as far as it is generated."""
 
     index: int
-    answer: Answer
+    answer: GeneratedAnswer
     text: str = ""
     sent: int = 0  # characters
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -99,7 +99,7 @@ class ChatFormat:
         """Return what a stream says before an answer begins."""
         return [{"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
 
-    def format_chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[dict[str, Any]]:
         """Return what a piece adds to an answer; the beginning of a tool call is held back until it is complete."""
         text: str = choice.text
         calls: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ class CompletionFormat:
         """Return what a stream says before an answer begins: nothing."""
         return []
 
-    def format_chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[dict[str, Any]]:
         """Return what a piece adds to an answer."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
@@ -170,21 +170,21 @@ class App:
 
     Args:
         models: by name.
-        batching: what generates the answers.
+        queue: what generates the answers.
         hosts: names that a request may have in its Host header; empty: any.
         api_key: that a request must have; None: none.
         timeout: seconds from a request to the end of its answer.
     """
 
     def __init__(
-        self, models: Sequence[ServedModel], batching: AnswerQueue, hosts: Collection[str], api_key: str | None,
+        self, models: Sequence[ServedModel], queue: AnswerQueue, hosts: Collection[str], api_key: str | None,
         timeout: float,
     ) -> None:  # fmt: skip
         self.models = {model.name: model for model in models}
-        self.batching, self.hosts, self.timeout = batching, hosts, timeout
+        self.queue, self.hosts, self.timeout = queue, hosts, timeout
         self.api_key, self.started = api_key, int(time.time())
         # Requests that are being read or tokenized, or wait or run.
-        self._requests, self._max_requests = 0, batching.max_batch + batching.max_waiting
+        self._requests, self._max_requests = 0, queue.max_batch + queue.max_waiting
 
     def build(self) -> Callable[..., Awaitable[None]]:
         """Return the ASGI application."""
@@ -223,7 +223,7 @@ class App:
 
     async def health(self, request: Request) -> Response:
         """Answer how many requests run and wait."""
-        return _make_response({"status": "ok", **self.batching.count()})
+        return _make_response({"status": "ok", **self.queue.count()})
 
     async def list_models(self, request: Request) -> Response:
         """Answer the models."""
@@ -269,19 +269,19 @@ class App:
             raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
         self._requests += 1
         choices: list[Choice] = []
-        pieces: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[Choice, AnswerPiece]] = asyncio.Queue()
         is_streaming = False
 
         def release() -> None:
             self._requests -= 1
-            self.batching.cancel([choice.answer for choice in choices])
+            self.queue.cancel([choice.answer for choice in choices])
 
         try:
             body = await _read_body(request)
             prepared = await run_in_threadpool(prepare, body)
             asked, form = prepared.request, prepared.form
             choices += self._make_choices(prepared, pieces)
-            self.batching.submit([choice.answer for choice in choices])
+            self.queue.submit([choice.answer for choice in choices])
             head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": form.model.name}
             if asked.stream:
                 with_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -322,7 +322,7 @@ class App:
                 )
             for i in range(n):
                 params = SamplingParams(
-                    max_tokens=limit or room,
+                    max_new_tokens=limit or room,
                     temperature=1.0 if asked.temperature is None else asked.temperature,
                     top_p=1.0 if asked.top_p is None else asked.top_p,
                     seed=(seed + i) % 2**63,
@@ -331,12 +331,12 @@ class App:
                 )
                 index = len(choices)
 
-                def send(piece: Piece, index: int = index) -> None:
+                def send(piece: AnswerPiece, index: int = index) -> None:
                     if not loop.is_closed():
                         loop.call_soon_threadsafe(pieces.put_nowait, (choices[index], piece))
 
                 deadline = time.monotonic() + self.timeout
-                choices.append(Choice(index, Answer(model, prompt, params, send, deadline)))
+                choices.append(Choice(index, GeneratedAnswer(model, prompt, params, send, deadline)))
         return choices
 
     async def _stream(
@@ -380,7 +380,7 @@ def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[st
         check_template_keys(messages, get_chat_template(model.tokenizer, tools))
         if messages[-1]["role"] == "assistant":
             raise ApiError(400, "the last message is the assistant's, so nothing is asked", "messages", "invalid_value")
-        return tools, tokenize_prompt(model.tokenizer, messages, tools)[0].tolist()
+        return tools, tokenize_chat_prompt(model.tokenizer, messages, tools)
     except RowError as error:
         raise ApiError(400, str(error), field, "invalid_value") from error
     except (UsageError, DataError, ModelError) as error:
@@ -402,7 +402,7 @@ def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]
     return ids
 
 
-def _add_piece(choice: Choice, piece: Piece) -> None:
+def _add_piece(choice: Choice, piece: AnswerPiece) -> None:
     if piece.error is not None:
         raise piece.error
     choice.text += piece.text
@@ -455,7 +455,7 @@ async def _read_body(request: Request) -> bytes:
 
 def _count_usage(choices: list[Choice]) -> dict[str, int]:
     prompts = {id(choice.answer.prompt): len(choice.answer.prompt) for choice in choices}
-    prompt, new = sum(prompts.values()), sum(choice.answer.tokens for choice in choices)
+    prompt, new = sum(prompts.values()), sum(choice.answer.num_tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 

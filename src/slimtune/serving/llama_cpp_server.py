@@ -33,8 +33,8 @@ from ..export.merge import load_trained_runs, write_base_gguf
 from ..export.reference_logps import Verdict
 from ..export.served_base import read_precision
 from ..export.verify import Verifier
-from ..generation.answers import Answer, AnswerQueue, Piece, ServerClosing, TokenLogprob
-from ..generation.inference_engines import LlamaCppEngine
+from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
+from ..generation.inference_engines import LlamaCppInferenceEngine
 from ..generation.model_runner import ModelRunner
 from .served_models import ServedModel, describe_models
 
@@ -49,7 +49,7 @@ class LlamaCppServer(NamedTuple):
     """A server of llama.cpp, ready for answers."""
 
     models: list[ServedModel]  # the base first
-    batching: "LlamaCppBatching"
+    queue: "LlamaCppQueue"
     checks: list[Verdict]  # of each run; none if they were left out
     cache_bytes: int  # keys and values of all slots
 
@@ -103,7 +103,7 @@ def start_llama_cpp(
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
                 require_plain_base(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
-        engine = LlamaCppEngine(
+        engine = LlamaCppInferenceEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
         )
         try:
@@ -121,8 +121,8 @@ def start_llama_cpp(
             raise
     engines = {BASE_ROW: engine.with_adapter(None)}
     engines |= {trained.adapter_name: engine.with_adapter(index) for index, trained in enumerate(loaded)}
-    batching = LlamaCppBatching(engines, max_batch=max_batch, max_waiting=max_waiting)
-    return LlamaCppServer(models, batching, checks, cache_bytes)
+    queue = LlamaCppQueue(engines, max_batch=max_batch, max_waiting=max_waiting)
+    return LlamaCppServer(models, queue, checks, cache_bytes)
 
 
 def require_gguf_form(run: Path) -> None:
@@ -155,7 +155,7 @@ def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> t
     return file, precision
 
 
-class LlamaCppBatching(AnswerQueue):
+class LlamaCppQueue(AnswerQueue):
     """Generates answers by a server of llama.cpp, a thread for each that runs.
 
     Args:
@@ -164,17 +164,17 @@ class LlamaCppBatching(AnswerQueue):
         max_waiting: most answers that wait.
     """
 
-    def __init__(self, engines: Mapping[str, LlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, engines: Mapping[str, LlamaCppInferenceEngine], *, max_batch: int, max_waiting: int) -> None:
         super().__init__(max_batch, max_waiting)
         self._engines = dict(engines)
-        self._running: set[Answer] = set()
+        self._running: set[GeneratedAnswer] = set()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(max_batch)]
         for thread in self._threads:
             thread.start()
 
     def count(self) -> dict[str, int]:
         with self._changed:
-            tokens = sum(len(answer.prompt) + answer.tokens for answer in self._running)
+            tokens = sum(len(answer.prompt) + answer.num_tokens for answer in self._running)
             return {"running": len(self._running), "waiting": len(self._waiting), "cached_tokens": tokens}
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class LlamaCppBatching(AnswerQueue):
         for thread in self._threads:
             thread.join()
         for answer in self._waiting:
-            answer.send(Piece(error=ServerClosing("the server is shutting down")))
+            answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
         self._waiting.clear()
         while self._engines:  # they share the server
             self._engines.popitem()[1].close()
@@ -199,17 +199,17 @@ class LlamaCppBatching(AnswerQueue):
             try:
                 self._generate(answer)
             except Exception as error:
-                if not self._end_dropped(answer):
+                if not answer.end_if_dropped():
                     if not isinstance(error, SlimtuneError):
                         log.exception("llama.cpp failed", exc_info=error)
-                    answer.send(Piece(error=error))
+                    answer.add_piece(AnswerPiece(error=error))
             with self._changed:
                 self._running.remove(answer)
                 self._changed.notify_all()
 
-    def _take(self) -> Answer | None:
+    def _take(self) -> GeneratedAnswer | None:
         """Return the next answer to generate, if it may begin."""
-        while self._waiting and self._end_dropped(self._waiting[0]):
+        while self._waiting and self._waiting[0].end_if_dropped():
             self._waiting.popleft()
         adapters = {answer.model.adapter for answer in self._running}
         if self._is_closed or not self._waiting or adapters - {self._waiting[0].model.adapter}:
@@ -218,10 +218,10 @@ class LlamaCppBatching(AnswerQueue):
         self._running.add(answer)
         return answer
 
-    def _generate(self, answer: Answer) -> None:
+    def _generate(self, answer: GeneratedAnswer) -> None:
         params, logprobs = answer.params, answer.params.top_logprobs
         settings: dict[str, Any] = {
-            "n_predict": params.max_tokens,
+            "n_predict": params.max_new_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "samplers": ["temperature", "top_p"],
@@ -234,28 +234,28 @@ class LlamaCppBatching(AnswerQueue):
             for event in events:
                 if self._is_closed:
                     raise ServerClosing("the server is shutting down")
-                if self._end_dropped(answer):
+                if answer.end_if_dropped():
                     return
                 if event["stop"]:
                     reason = STOP_REASONS.get(event["stop_type"], "stop")
                 elif answer.model.end_tokens.intersection(event["tokens"]):
                     reason = "stop"
-                new = event["tokens_predicted"] - answer.tokens
-                answer.tokens += new
+                new = event["tokens_predicted"] - answer.num_tokens
+                answer.num_tokens += new
                 entries = [_read_logprob(entry, logprobs or 0) for entry in event.get("completion_probabilities", ())]
                 reported += len(entries)
-                if logprobs is not None and reported < answer.tokens:
+                if logprobs is not None and reported < answer.num_tokens:
                     raise RunError(
                         "llama.cpp gives no log-probability of a token that ends inside a character, and this answer "
                         "has one", hint="ask without log-probabilities, or serve with --engine torch",
                     )  # fmt: skip
-                text = answer.text.add_text(event["content"], last=reason is not None)
-                if answer.text.is_stopped:
+                text = answer.stream.add_text(event["content"], last=reason is not None)
+                if answer.stream.is_stopped:
                     reason = "stop"
                 with self._changed:
                     self.generated_tokens += new
                     self.finished += reason is not None
-                answer.send(Piece(text, tuple(entries), reason))
+                answer.add_piece(AnswerPiece(text, tuple(event["tokens"]), tuple(entries), reason))
                 if reason is not None:
                     return
         raise RunError("llama.cpp ended an answer without saying why")

@@ -16,9 +16,8 @@ from ..core.foundation.device import release_cached_memory
 from ..core.foundation.sockets import bind_socket, format_address, is_loopback
 from ..errors import UsageError
 from ..export.reference_logps import Verdict
-from ..generation.answers import AnswerQueue
-from ..generation.continuous_batching import ContinuousBatching
-from ..generation.model_runner import ModelRunner
+from ..generation.answer_queue import AnswerQueue
+from ..generation.text_generator import TextGenerator
 from .api import App
 from .llama_cpp_server import start_llama_cpp
 from .served_models import ServedModel, load_models, name_runs
@@ -69,6 +68,7 @@ class ModelServer:
             )
         named = name_runs(runs)
         self._socket = bind_socket(settings.host, settings.port)
+        self.queue: AnswerQueue
         self.unshared: list[ServedModel] = []
         self.checks: list[Verdict] = []
         try:
@@ -81,7 +81,7 @@ class ModelServer:
             raise
         hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
         config = uvicorn.Config(
-            App(self.models, self.batching, hosts, settings.api_key, settings.timeout).build(),
+            App(self.models, self.queue, hosts, settings.api_key, settings.timeout).build(),
             http="h11",
             ws="none",
             lifespan="off",
@@ -92,19 +92,20 @@ class ModelServer:
             limit_concurrency=settings.max_batch + settings.max_waiting + 100,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS + 5,
         )
-        self._uvicorn = _UvicornServer(config, self.batching)
+        self._uvicorn = _UvicornServer(config, self.queue)
 
     def _start_torch(self, runs: dict[str, Path]) -> None:
         s = self.settings
         self.models, trained = load_models(runs, device=s.device, max_length=s.max_length)
-        self.runner = ModelRunner(trained.model)
+        generator = TextGenerator(trained.model, max_batch=s.max_batch, max_waiting=s.max_waiting)
+        self.runner, self.queue = generator.runner, generator
         self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)
         self.unshared = [m for m in self.models if not self.runner.shares_batches(m.adapter)]
-        self.batching: AnswerQueue = ContinuousBatching(self.runner, max_batch=s.max_batch, max_waiting=s.max_waiting)
+        generator.start()
 
     def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:
         s = self.settings
-        self.models, self.batching, self.checks, self.cache_bytes = start_llama_cpp(
+        self.models, self.queue, self.checks, self.cache_bytes = start_llama_cpp(
             runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
             verify=s.verify, device=s.device, progress=progress,
         )  # fmt: skip
@@ -124,8 +125,8 @@ class ModelServer:
         try:
             self._uvicorn.run(sockets=[self._socket])
         finally:
-            self.batching.close()
-        return {"answers": self.batching.finished, "tokens": self.batching.generated_tokens}
+            self.queue.close()
+        return {"answers": self.queue.finished, "tokens": self.queue.generated_tokens}
 
     def stop(self) -> None:
         """Let `run` return; another thread may call it."""
@@ -135,14 +136,14 @@ class ModelServer:
 class _UvicornServer(uvicorn.Server):
     """Lets answers go on for some seconds after a signal; the others get an error before connections are closed."""
 
-    def __init__(self, config: uvicorn.Config, batching: AnswerQueue) -> None:
+    def __init__(self, config: uvicorn.Config, queue: AnswerQueue) -> None:
         super().__init__(config)
-        self._batching = batching
+        self._queue = queue
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def close_late() -> None:
             await asyncio.sleep(SHUTDOWN_SECONDS)
-            await asyncio.to_thread(self._batching.close)
+            await asyncio.to_thread(self._queue.close)
 
         closing = asyncio.ensure_future(close_late())
         try:

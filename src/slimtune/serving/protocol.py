@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..core.data.messages import RowError, load_json
 from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
-from ..generation.answers import QueueFull, ServerClosing, TokenLogprob
+from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16

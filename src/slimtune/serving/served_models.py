@@ -1,25 +1,22 @@
 """The models that the server offers: the base, and one for each run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.training.trained_model import TrainedModel, load_runs, require_causal_lm_run
 from ..errors import UsageError
-from ..generation.generator import find_end_tokens
+from ..generation.generation_models import GenerationModel, make_generation_model
 from .tool_calls import ToolCallFormat, learn_tool_calls
 
 
-@dataclass(frozen=True)
-class ServedModel:
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(GenerationModel):
     """The base or a run, as requests name it."""
 
     name: str
-    adapter: str  # its name in the adapted model; `BASE_ROW` for the base
-    tokenizer: Any = field(repr=False)
-    end_tokens: frozenset[int]
     max_length: int  # tokens of a prompt and its answer together
     vocab_size: int
     parent: str | None = None  # name of the base
@@ -78,20 +75,18 @@ def describe_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], ma
             "another name",
             f"write NAME={runs[base_name]}",
         )
-    text_config = model.config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None) or max_length
     models = []
     for name, trained in zip([base_name, *runs], [first, *loaded], strict=True):
         tokenizer, is_base = trained.base.tokenizer, name == base_name
-        virtual = 0 if is_base else getattr(model.peft_config[trained.adapter_name], "num_virtual_tokens", None) or 0
+        answering = make_generation_model(model, tokenizer, BASE_ROW if is_base else trained.adapter_name)
         models.append(
             ServedModel(
                 name=name,
-                adapter=BASE_ROW if is_base else trained.adapter_name,
+                adapter=answering.adapter,
                 tokenizer=tokenizer,
-                end_tokens=frozenset(find_end_tokens(model.generation_config, tokenizer)),
-                max_length=min(max_length, context - virtual),
-                vocab_size=text_config.vocab_size,
+                end_tokens=answering.end_tokens,
+                max_length=min(max_length, answering.max_length or max_length),
+                vocab_size=model.config.get_text_config().vocab_size,
                 parent=None if is_base else base_name,
                 tool_calls=learn_tool_calls(tokenizer),
             )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..core.foundation.files import parse_json, to_json
 from ..errors import UsageError
 
-WORKER = (sys.executable, "-m", "slimtune.ui.chat_worker")
+CHAT_WORKER = (sys.executable, "-m", "slimtune.generation.chat_worker")
 MAX_TURNS, MAX_TEXT, MAX_ANSWER = 100, 32_000, 100_000
 """Turns that are shown, and the characters of a message and of an answer."""
 
@@ -29,7 +29,7 @@ class Chat:
         program: the process, which gets the run as its argument.
     """
 
-    def __init__(self, run: str, folder: Path, program: Sequence[str] = WORKER) -> None:
+    def __init__(self, run: str, folder: Path, program: Sequence[str] = CHAT_WORKER) -> None:
         self.run = run
         self.state: State = "loading"
         self.description = ""

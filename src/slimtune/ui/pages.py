@@ -17,7 +17,7 @@ from ..evaluation.charts import html_templates
 from ..evaluation.run_report import memory_charts, render_report, template_functions
 from ..extras.known_models import load_known_models
 from ..planning.gpu_specs import all_gpus
-from .chat_session import MAX_TEXT, WORKER, Chat
+from .chat_session import CHAT_WORKER, MAX_TEXT, Chat
 from .command_jobs import SLIMTUNE, Job, Jobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
 from .run_pages import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
@@ -59,7 +59,7 @@ class Pages:
     """
 
     def __init__(
-        self, workspace: Workspace, program: Sequence[str] = SLIMTUNE, chat_program: Sequence[str] = WORKER
+        self, workspace: Workspace, program: Sequence[str] = SLIMTUNE, chat_program: Sequence[str] = CHAT_WORKER
     ) -> None:
         self.workspace, self.jobs = workspace, Jobs(workspace.root, program)
         self.chat_program = chat_program

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from row_files import write_jsonl
+from run_answers import RunAnswers
 
 from slimtune.core.config import Recipe
 from slimtune.core.training.train import train
@@ -14,7 +15,6 @@ from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.export.exporter import export
 from slimtune.export.merge import merge
 from slimtune.export.verify import verify
-from slimtune.generation.generator import Generator
 
 WORDS = {"sea": "wave salt sail", "wood": "oak fern moss", "city": "tram bank roof"}
 ROWS = [{"text": f"{WORDS[c]} {i}", "label": c} for i in range(8) for c in WORDS]
@@ -88,7 +88,7 @@ def test_classifier_is_merged_and_writes_no_answers(tmp_path, tiny_folder):
     run = tmp_path / "run"
     for refused in (
         lambda: evaluate(run, EvalSettings(generate=1)),
-        lambda: Generator.open(run),
+        lambda: RunAnswers.open(run),
         lambda: export(run, "gguf", tmp_path / "gguf"),
         lambda: verify(run),
     ):

@@ -23,8 +23,8 @@ class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @dataclass(frozen=True)
-class JsonServer:
-    """A server that sends and receives JSON."""
+class JsonClient:
+    """Sends JSON to a server and reads the JSON of its answers."""
 
     name: str  # for messages, such as "vLLM server"
     url: str

@@ -9,10 +9,9 @@ from waiting import wait_until
 
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
-from slimtune.generation.answers import Answer, QueueFull, SamplingParams
-from slimtune.generation.continuous_batching import ContinuousBatching
-from slimtune.generation.model_runner import ModelRunner
-from slimtune.serving.served_models import ServedModel
+from slimtune.generation.answer_queue import GeneratedAnswer, QueueFull, SamplingParams
+from slimtune.generation.generation_models import GenerationModel
+from slimtune.generation.text_generator import TextGenerator
 
 LORA, OTHER = {"r": 2, "lora_alpha": 16}, {"r": 3, "use_dora": True}
 CONFIGS = {
@@ -66,8 +65,8 @@ class Job:
 
     def __init__(self, adapter, prompt, tokenizer, **params):
         self.pieces, self.done = [], threading.Event()
-        served = ServedModel(adapter, adapter, tokenizer, frozenset(), 512, 128)
-        self.answer = Answer(served, prompt, SamplingParams(**{"temperature": 0.0, **params}), self.receive)
+        model = GenerationModel(adapter, tokenizer, frozenset(), 512)
+        self.answer = GeneratedAnswer(model, prompt, SamplingParams(**params), self.receive)
 
     def receive(self, piece):
         self.pieces.append(piece)
@@ -87,12 +86,13 @@ def start():
     started = []
 
     def make(model, **settings):
-        started.append(ContinuousBatching(ModelRunner(model), **{"max_batch": 4, "max_waiting": 99, **settings}))
+        started.append(TextGenerator(model, **{"max_batch": 4, "max_waiting": 99, **settings}))
+        started[-1].start()
         return started[-1]
 
     yield make
-    for batching in started:
-        batching.close()
+    for generator in started:
+        generator.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,14 +102,14 @@ def test_rows_equal_their_adapter_alone(family, start, tiny_tokenizer):
     plan = [(name, make_prompt(i, 3 + 2 * i), 4 + i % 3) for i, name in enumerate([*names, BASE_ROW, "LoRA"])]
     plan.append(("aLoRA", [*make_prompt(20, 3), 5, 6, 9], 6))
     expected = [generate_alone(model, *each) for each in plan]
-    batching, tokenizer = start(model), tiny_tokenizer()
-    jobs = [Job(name, prompt, tokenizer, max_tokens=n, top_logprobs=0) for name, prompt, n in plan]
-    batching.submit([job.answer for job in jobs])
+    generator, tokenizer = start(model), tiny_tokenizer()
+    jobs = [Job(name, prompt, tokenizer, max_new_tokens=n, top_logprobs=0) for name, prompt, n in plan]
+    generator.submit([job.answer for job in jobs])
     for job, (tokens, values), (name, *_) in zip(jobs, expected, plan, strict=True):
         found = job.result()
         assert found[0] == tokens, name
         assert found[1] == pytest.approx(values, abs=2e-5), name
-    assert {name: batching.runner.mixes(name) for name in names} == {
+    assert {name: generator.runner.mixes(name) for name in names} == {
         **dict.fromkeys(names, True), "Prompt": False, "Prefix": False,
     }  # fmt: skip
 
@@ -118,42 +118,42 @@ def test_row_joins_a_running_batch(start, tiny_tokenizer):
     model = adapt(llama(dtype=torch.float32), ["LoRA", "DoRA"])
     first, second = ("LoRA", make_prompt(1, 4), 40), ("DoRA", make_prompt(2, 9), 5)
     expected = [generate_alone(model, *each)[0] for each in (first, second)]
-    batching = start(model)
-    jobs = [Job(n, prompt, tiny_tokenizer(), max_tokens=c, top_logprobs=0) for n, prompt, c in (first, second)]
-    batching.submit([jobs[0].answer])
+    generator = start(model)
+    jobs = [Job(n, prompt, tiny_tokenizer(), max_new_tokens=c, top_logprobs=0) for n, prompt, c in (first, second)]
+    generator.submit([jobs[0].answer])
     wait_until(lambda: jobs[0].pieces)
-    batching.submit([jobs[1].answer])
+    generator.submit([jobs[1].answer])
     results = [job.result()[0] for job in jobs]
     assert results == expected
 
 
 def test_cancelled_row_frees_its_place(start, tiny_tokenizer):
-    batching = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1)
-    endless, other = (Job("LoRA", [7, 8], tiny_tokenizer(), max_tokens=n) for n in (10**6, 3))
-    batching.submit([endless.answer])
-    batching.submit([other.answer])
+    generator = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1)
+    endless, other = (Job("LoRA", [7, 8], tiny_tokenizer(), max_new_tokens=n) for n in (10**6, 3))
+    generator.submit([endless.answer])
+    generator.submit([other.answer])
     assert not other.done.wait(0.2)
-    batching.cancel([endless.answer])
+    generator.cancel([endless.answer])
     assert other.done.wait(30)
     assert not endless.done.is_set()
-    wait_until(lambda: batching.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+    wait_until(lambda: generator.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
 
 
 def test_waiting_answers_are_bounded(start, tiny_tokenizer):
-    batching = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1, max_waiting=2)
-    jobs = [Job("LoRA", [7, 8], tiny_tokenizer(), max_tokens=10**6) for _ in range(4)]
-    batching.submit([jobs[0].answer])
-    wait_until(lambda: not batching.count()["waiting"])
-    batching.submit([job.answer for job in jobs[1:3]])
+    generator = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1, max_waiting=2)
+    jobs = [Job("LoRA", [7, 8], tiny_tokenizer(), max_new_tokens=10**6) for _ in range(4)]
+    generator.submit([jobs[0].answer])
+    wait_until(lambda: not generator.count()["waiting"])
+    generator.submit([job.answer for job in jobs[1:3]])
     with pytest.raises(QueueFull, match="2 answers wait already"):
-        batching.submit([jobs[3].answer])
+        generator.submit([jobs[3].answer])
 
 
 def test_late_answer_ends(start, tiny_tokenizer):
-    batching = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1)
-    running, waiting = (Job("LoRA", [7], tiny_tokenizer(), max_tokens=10**6) for _ in range(2))
+    generator = start(adapt(llama(dtype=torch.float32), ["LoRA"]), max_batch=1)
+    running, waiting = (Job("LoRA", [7], tiny_tokenizer(), max_new_tokens=10**6) for _ in range(2))
     running.answer.deadline = waiting.answer.deadline = 0
-    batching.submit([running.answer, waiting.answer])
+    generator.submit([running.answer, waiting.answer])
     for job in (running, waiting):
         assert job.done.wait(30)
         assert isinstance(job.pieces[-1].error, TimeoutError)
@@ -161,17 +161,17 @@ def test_late_answer_ends(start, tiny_tokenizer):
 
 def test_failing_step_ends_its_rows_only(start, tiny_tokenizer):
     model = adapt(llama(dtype=torch.float32), ["LoRA", "Prompt"])
-    batching, tokenizer = start(model), tiny_tokenizer()
-    runner_decode = batching.runner.decode
+    generator, tokenizer = start(model), tiny_tokenizer()
+    runner_decode = generator.runner.decode
 
     def decode(batch):
         if batch.rows[0].adapter == "Prompt":
             raise MemoryError("no room for the cache")
         return runner_decode(batch)
 
-    batching.runner.decode = decode
-    bad, good = Job("Prompt", [7, 8], tokenizer, max_tokens=9), Job("LoRA", [7, 8], tokenizer, max_tokens=9)
-    batching.submit([bad.answer, good.answer])
+    generator.runner.decode = decode
+    bad, good = Job("Prompt", [7, 8], tokenizer, max_new_tokens=9), Job("LoRA", [7, 8], tokenizer, max_new_tokens=9)
+    generator.submit([bad.answer, good.answer])
     assert good.done.wait(30)
     assert good.pieces[-1].finish_reason == "length"
     assert bad.done.wait(30)
@@ -183,9 +183,9 @@ def test_nan_ends_its_row_only(start, tiny_tokenizer):
     for name, parameter in model.named_parameters():
         if "lora_B.DoRA" in name or "adapters.DoRA" in name:
             parameter.data.fill_(float("nan"))
-    batching = start(model)
-    bad, good = (Job(name, [7, 8], tiny_tokenizer(), max_tokens=9) for name in ("DoRA", "LoRA"))
-    batching.submit([bad.answer, good.answer])
+    generator = start(model)
+    bad, good = (Job(name, [7, 8], tiny_tokenizer(), max_new_tokens=9) for name in ("DoRA", "LoRA"))
+    generator.submit([bad.answer, good.answer])
     assert bad.done.wait(30)
     assert good.done.wait(30)
     assert "computes NaN or Inf" in str(bad.pieces[-1].error)
@@ -194,22 +194,22 @@ def test_nan_ends_its_row_only(start, tiny_tokenizer):
 
 def test_sampling_depends_on_the_seed_only(start, tiny_tokenizer):
     model, prompt = adapt(llama(dtype=torch.float32), ["LoRA", "DoRA"]), make_prompt(1, 5)
-    batching = start(model)
+    generator = start(model)
 
     def sample(seed, **params):
-        settings = {"max_tokens": 12, "top_logprobs": 0, "temperature": 1.5, "seed": seed, **params}
+        settings = {"max_new_tokens": 12, "top_logprobs": 0, "temperature": 1.5, "seed": seed, **params}
         return Job("LoRA", prompt, tiny_tokenizer(), **settings)
 
     alone = sample(3)
-    batching.submit([alone.answer])
+    generator.submit([alone.answer])
     tokens = alone.result()[0]
     jobs = [
         sample(4),
-        Job("DoRA", make_prompt(2, 20), tiny_tokenizer(), max_tokens=30),
+        Job("DoRA", make_prompt(2, 20), tiny_tokenizer(), max_new_tokens=30),
         sample(3),
         sample(3, top_p=0.1),
     ]
-    batching.submit([job.answer for job in jobs])
+    generator.submit([job.answer for job in jobs])
     other, _, same, narrow = (job.result()[0] for job in jobs)
     assert tokens == same
     assert tokens != other

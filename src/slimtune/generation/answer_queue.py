@@ -1,0 +1,147 @@
+"""Answers that are asked for: how each is sampled, the pieces that arrive of it, and the queue of them."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..errors import RunError, UsageError
+from .generation_models import GenerationModel
+from .text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is sampled.
+
+    The next token is drawn from softmax(logits / temperature) over the whole vocabulary, or its likeliest part.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+
+    max_new_tokens: int = 128  # most tokens of the answer, 1 or more
+    temperature: float = 0.0  # 0: the most likely token (greedy)
+    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
+    seed: int = 0  # of the answer's own random numbers
+    stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
+    top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "1 or more", "leave it out for 128")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}", "0 (greedy) or a number above it")
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its natural log-probability at temperature 1, and the likeliest tokens there with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class AnswerPiece(NamedTuple):
+    """What a step adds to an answer."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of these tokens, if asked for
+    finish_reason: str | None = None  # "stop" or "length" in the last piece
+    error: BaseException | None = None  # of an answer that ends here without a finish reason
+
+
+class QueueFull(RunError):
+    """As many answers wait as may wait."""
+
+
+class ServerClosing(RunError):
+    """The server is shutting down."""
+
+
+@dataclass(eq=False)
+class GeneratedAnswer:
+    """An answer that is asked for, and what is generated of it so far."""
+
+    model: GenerationModel
+    prompt: Sequence[int]  # token ids
+    params: SamplingParams
+    send: Callable[[AnswerPiece], None] = lambda piece: None
+    """Gets the pieces, in the thread that generates; it must not wait."""
+    deadline: float = float("inf")  # by time.monotonic()
+    is_cancelled: bool = False
+    num_tokens: int = 0  # generated so far, including the one that ends it
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    random: Any = None  # the torch.Generator of a sampled answer
+    stream: TextStream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stream = TextStream(self.model.tokenizer, self.params.stop)
+
+    @property
+    def text(self) -> str:
+        """The text so far, without the tokens that end it."""
+        return self.stream.text
+
+    def add_piece(self, piece: AnswerPiece) -> None:
+        """Add a piece to the answer and send it."""
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+        self.finish_reason = piece.finish_reason
+        self.send(piece)
+
+    def end_if_dropped(self) -> bool:
+        """Return whether the answer is cancelled or too late; one that is too late gets an error."""
+        if not self.is_cancelled and time.monotonic() > self.deadline:
+            self.is_cancelled = True
+            self.send(AnswerPiece(error=TimeoutError("the answer took too long")))
+        return self.is_cancelled
+
+
+class AnswerQueue:
+    """Answers that wait and run. A subclass generates them.
+
+    Args:
+        max_batch: most answers that are generated at the same time.
+        max_waiting: most answers that wait.
+    """
+
+    def __init__(self, max_batch: int, max_waiting: int) -> None:
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.finished, self.generated_tokens = 0, 0
+        self._waiting: deque[GeneratedAnswer] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def submit(self, answers: Sequence[GeneratedAnswer]) -> None:
+        """Generate these answers as soon as there is room for each.
+
+        Raises:
+            QueueFull: they would be more than may wait.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ServerClosing("the server is shutting down")
+            if len(self._waiting) + len(answers) > self.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} answers wait already", f"at most {self.max_waiting}")
+            self._waiting.extend(answers)
+            self._changed.notify_all()
+
+    def cancel(self, answers: Sequence[GeneratedAnswer]) -> None:
+        """Drop answers that nobody wants any more; those that run end before the next token."""
+        with self._changed:
+            for answer in answers:
+                answer.is_cancelled = True
+
+    def count(self) -> dict[str, int]:
+        """Return how many answers run and wait, and how many tokens the caches hold, padding included."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads after the step that runs; answers that are not finished get an error."""
+        raise NotImplementedError

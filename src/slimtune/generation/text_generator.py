@@ -1,0 +1,256 @@
+"""One generator for all text: answers join and leave its batches at every token.
+
+    waiting   →   prompt runs alone   →   a row of the shared batch, a token for each step   →   finished
+    (bounded)     at most `PREFILL_TOKENS` for each step, so that rows in the batch go on
+
+An adapter that cannot share a batch has a batch of its own for each row. All batches take a step in turn. Answers to
+one prompt that wait together share its pass.
+
+The steps run in a thread of the generator's own after `start` (the server), or else in the thread that reads the
+answers (a command, an evaluation, a training).
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TopPLogitsWarper
+
+from ..core.adapters.active_adapters import BASE_ROW
+from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
+from .answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
+from .model_runner import BatchRow, CachedBatch, ModelRunner
+
+log = logging.getLogger(__name__)
+
+PREFILL_TOKENS = 1024
+"""Tokens of new prompts that run between two steps of the batch; a longer prompt runs as a whole."""
+
+
+class TextGenerator(AnswerQueue):
+    """Generates answers with the base and the adapters of one model, many at once.
+
+    Args:
+        model: the adapted model, in evaluation mode; nobody else may use it while answers are generated.
+        max_batch: most answers that are generated at the same time.
+        max_waiting: most answers that wait.
+    """
+
+    def __init__(self, model: Any, *, max_batch: int = 16, max_waiting: int = 1 << 20) -> None:
+        super().__init__(max_batch, max_waiting)
+        self.runner, self._cached_tokens = ModelRunner(model), 0
+        self._running: dict[BatchRow, GeneratedAnswer] = {}
+        self._batches: list[CachedBatch] = []  # the shared one and those of single rows
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Generate in a thread of its own from now on, until `close`."""
+        self._thread = threading.Thread(target=self._run_steps, name="slimtune-generate", daemon=True)
+        self._thread.start()
+
+    def stream(self, answers: Sequence[GeneratedAnswer]) -> Generator[tuple[GeneratedAnswer, AnswerPiece], None, None]:
+        """Yield the pieces of answers as they come; closing the iterator drops those that are not finished.
+
+        An error of an answer is raised.
+        """
+        pieces: SimpleQueue[tuple[GeneratedAnswer, AnswerPiece]] = SimpleQueue()
+
+        def put(answer: GeneratedAnswer, piece: AnswerPiece) -> None:
+            pieces.put((answer, piece))
+
+        for answer in answers:
+            answer.send = partial(put, answer)
+        self.submit(answers)
+        unfinished = set(answers)
+        try:
+            while unfinished:
+                while self._thread is None and pieces.empty():
+                    self.step()
+                answer, piece = pieces.get()
+                if piece.error is not None:
+                    raise piece.error
+                if piece.finish_reason:
+                    unfinished.discard(answer)
+                yield answer, piece
+        finally:
+            self.cancel([*unfinished])
+            if self._thread is None:
+                self._drop_unwanted()
+
+    def generate(self, answers: Sequence[GeneratedAnswer]) -> None:
+        """Generate whole answers; errors are raised."""
+        for _ in self.stream(answers):
+            pass
+
+    def count(self) -> dict[str, int]:
+        with self._changed:
+            counts = {"running": len(self._running), "waiting": len(self._waiting)}
+            return {**counts, "cached_tokens": self._cached_tokens}
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        for answer in [*self._waiting, *self._running.values()]:
+            answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
+
+    def step(self) -> None:
+        """Run waiting prompts that there is room for, and then one token of every running answer.
+
+        An error in a pass of the model ends the answers of that pass.
+        """
+        try:
+            self._admit()
+            self._drop_unwanted()
+            for batch in self._batches:
+                try:
+                    logits = self.runner.decode(batch)
+                except Exception as error:
+                    self._end_with_error(batch.rows, error)
+                    batch.keep([])
+                    continue
+                self._add_tokens(batch, logits)
+            self._drop_empty_batches()
+        except BaseException as error:
+            # After Ctrl-C in a pass, some layers have keys and values of its tokens and others have not.
+            self._end_with_error([*self._running], error)
+            self._batches = []
+            if self._thread is None or not isinstance(error, Exception):
+                raise
+
+    def _run_steps(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._is_closed):
+                    self._changed.wait()
+                if self._is_closed:
+                    return
+            self.step()
+
+    def _admit(self) -> None:
+        """Run the prompts of waiting answers that there is room for."""
+        tokens = 0
+        while tokens < PREFILL_TOKENS and (answers := self._take_answers_to_one_prompt()):
+            rows, first = [BatchRow(answer.model.adapter) for answer in answers], answers[0]
+            with self._changed:
+                self._running |= zip(rows, answers, strict=True)
+            tokens += len(first.prompt)
+            try:
+                logits, batch = self.runner.prefill(rows[0], first.prompt)
+                if rows[1:]:
+                    batch.repeat(rows[1:])
+            except Exception as error:
+                self._end_with_error(rows, error)
+                continue
+            self._add_tokens(batch, logits.expand(len(rows), -1))
+            shared = next((b for b in self._batches if self.runner.shares_batches(b.rows[0].adapter)), None)
+            if batch.rows and shared is not None and self.runner.shares_batches(first.model.adapter):
+                shared.join(batch)
+            elif batch.rows:
+                self._batches.append(batch)
+
+    def _take_answers_to_one_prompt(self) -> list[GeneratedAnswer]:
+        """Take the next answer from the queue, if there is room, and those behind it that share its prompt's pass."""
+        with self._changed:
+            self._waiting = deque(answer for answer in self._waiting if not answer.end_if_dropped())
+            taken: list[GeneratedAnswer] = []
+            while self._waiting and len(self._running) + len(taken) < self.max_batch:
+                answer = self._waiting[0]
+                if taken and not (
+                    (answer.model.adapter, answer.prompt) == (taken[0].model.adapter, taken[0].prompt)
+                    and self.runner.shares_batches(answer.model.adapter)
+                ):
+                    break
+                taken.append(self._waiting.popleft())
+            return taken
+
+    def _drop_unwanted(self) -> None:
+        """Remove the rows of answers that are cancelled or too late."""
+        for batch in self._batches:
+            self._keep(batch, [not self._running[row].end_if_dropped() for row in batch.rows])
+        self._drop_empty_batches()
+
+    def _drop_empty_batches(self) -> None:
+        self._batches = [batch for batch in self._batches if batch.rows]
+        self._cached_tokens = sum(len(batch.rows) * batch.width for batch in self._batches)
+
+    def _keep(self, batch: CachedBatch, wanted: Sequence[bool]) -> None:
+        """Remove the other rows of a batch."""
+        if all(wanted):
+            return
+        with self._changed:
+            for row, keep in zip(batch.rows, wanted, strict=True):
+                if not keep:
+                    del self._running[row]
+        batch.keep([i for i, keep in enumerate(wanted) if keep])
+
+    def _end_with_error(self, rows: Iterable[BatchRow], error: BaseException) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SlimtuneError) and not is_out_of_memory(error):
+            log.exception("a step of the model failed", exc_info=error)
+        for row in rows:
+            with self._changed:
+                answer = self._running.pop(row)
+            answer.add_piece(AnswerPiece(error=error))
+
+    def _add_tokens(self, batch: CachedBatch, logits: Tensor) -> None:
+        """Choose the next token of each row by `logits (rows, vocabulary)`, and remove the rows that are finished."""
+        likeliest = logits.argmax(-1).tolist()
+        # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
+        is_finite = torch.isfinite(logits.amax(-1)).tolist()
+        goes_on = []
+        for i, row in enumerate(batch.rows):
+            answer = self._running[row]
+            if not is_finite[i]:
+                answer.add_piece(AnswerPiece(error=_make_not_finite_error(row.adapter)))
+                goes_on.append(False)
+                continue
+            is_greedy = answer.params.temperature == 0
+            row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
+            piece = self._make_piece(answer, row.next_token, logits[i])
+            goes_on.append(piece.finish_reason is None)
+            answer.add_piece(piece)
+        self._keep(batch, goes_on)
+
+    def _draw_token(self, answer: GeneratedAnswer, logits: Tensor) -> int:
+        """Draw a token as transformers' `generate` does, with random numbers of the answer's own."""
+        if answer.random is None:
+            answer.random = torch.Generator(logits.device).manual_seed(answer.params.seed)
+        scores = logits / answer.params.temperature
+        if answer.params.top_p < 1:
+            scores = TopPLogitsWarper(answer.params.top_p)(scores, scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=answer.random))
+
+    def _make_piece(self, answer: GeneratedAnswer, token: int, logits: Tensor) -> AnswerPiece:
+        """Return what a token adds to an answer."""
+        params = answer.params
+        answer.num_tokens += 1
+        self.generated_tokens += 1
+        is_last = answer.num_tokens == params.max_new_tokens
+        reason = "stop" if token in answer.model.end_tokens else "length" if is_last else None
+        text = answer.stream.add(token, last=reason is not None)
+        if answer.stream.is_stopped:
+            reason = "stop"
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if params.top_logprobs is not None:
+            log_probs = logits.log_softmax(-1).clamp_min(-9999.0)  # JSON has no -Inf
+            values, ids = log_probs.topk(params.top_logprobs)
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            logprobs = (TokenLogprob(token, float(log_probs[token]), top),)
+        self.finished += reason is not None
+        return AnswerPiece(text, (token,), logprobs, reason)
+
+
+def _make_not_finite_error(adapter: str) -> SlimtuneError:
+    """Return the error about NaN or Inf: the most likely token would be any, often the one that ends the answer."""
+    if adapter == BASE_ROW:
+        return ModelError("the base computes NaN or Inf, and has no answer", "finite logits")
+    hint = "take an older checkpoint, or train again with a lower learning rate"
+    return AdapterError("the tuned model computes NaN or Inf, and has no answer", "finite logits", hint)
