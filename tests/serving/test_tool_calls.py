@@ -7,7 +7,7 @@ import pytest
 from hand_run import make_run
 from serving_client import make_client
 
-from slimtune.core.data.chat_rendering import render_chat_template
+from slimtune.core.foundation.chat_rendering import render_chat_template
 from slimtune.serving.tool_calls import ToolCallFormat, learn_tool_calls
 
 TEMPLATES = Path(__file__).parents[1] / "core/data/templates"

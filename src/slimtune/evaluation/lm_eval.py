@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.data.chat_rendering import render_chat_template
+from ..core.foundation.chat_rendering import render_chat_template
 from ..core.training.trained_model import TrainedModel
 from ..errors import ModelError, UsageError, install_command, nearest
 from .eval_result import WHO, TaskScores

@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..core.data.chat_rendering import render_chat_template
+from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.sequences import common_prefix_length, find_shared_prefix
 from ..errors import format_names
 

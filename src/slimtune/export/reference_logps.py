@@ -32,10 +32,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..core.config import Recipe
-from ..core.data.chat_rendering import render_chat_template
 from ..core.data.chat_template import TokenizedRow
 from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import tokenize_rows
+from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import open_rows_for_objective

@@ -22,8 +22,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from ...errors import DataError, ModelError
+from ..foundation.chat_rendering import render_chat_template
 from .assistant_mask import MARK, Span, find_assistant_spans, replace_arguments
-from .chat_rendering import render_chat_template
 from .messages import Messages
 
 Tools = list[dict[str, Any]] | None

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, nearest
-from ..data.chat_rendering import render_chat_template
+from ..foundation.chat_rendering import render_chat_template
 from ..foundation.fingerprint import config_fingerprint, hash_weights
 from .base_config import PreparedBase, prepare_base
 from .dtype import pick_device, pick_dtype

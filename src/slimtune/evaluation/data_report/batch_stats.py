@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ...core.data.chat_rendering import render_chat_template
 from ...core.data.chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
 from ...core.data.rows import Row, split_answers
 from ...core.data.tokenize import PairedRow
+from ...core.foundation.chat_rendering import render_chat_template
 from ...core.foundation.sequences import find_shared_prefix
 from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
 from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder

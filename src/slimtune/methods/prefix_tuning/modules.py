@@ -12,7 +12,7 @@ from ...core.adapters import prompt
 from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.adapters.architectures import text_config
 from ...core.attention.learned_prefix import AttentionPrefix, RowMask
-from ...core.data.chat_rendering import render_chat_template
+from ...core.foundation.chat_rendering import render_chat_template
 from ...errors import ConfigError, UsageError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jinja2 import TemplateError
 
-from slimtune.core.data.chat_rendering import render_chat_template
+from slimtune.core.foundation.chat_rendering import render_chat_template
 from slimtune.errors import ModelError, SlimtuneError
 from slimtune.evaluation.lm_eval import _render_chat
 

@@ -13,7 +13,7 @@ import functools
 import operator
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import (
@@ -30,7 +30,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from ...errors import ModelError, SlimtuneError
+from ..errors import ModelError, SlimtuneError
 
 Span = tuple[int, int]
 MAX_TEMPLATE = 1_000_000  # characters of a template
@@ -51,40 +51,22 @@ _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 _work = threading.local()
 
 
-def render_chat_template(
-    tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
-    tools: list[dict[str, Any]] | None = None,
-    *,
-    add_generation_prompt: bool = False,
-    template: str | None = None,
-    spans: list[Span] | None = None,
-    **variables: Any,
-) -> str:
-    """Return the text of a conversation.
-
-    Args:
-        tokenizer: its chat template and special tokens are used.
-        messages: plain JSON values.
-        tools: JSON schemas of functions.
-        add_generation_prompt: end with what asks for the next answer.
-        template: used instead of the tokenizer's.
-        spans: gets the `[start, end)` characters that `{% generation %}` marks.
-        variables: further ones of the template.
+def render_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
+    """Return the text of a chat template with these variables; `spans` gets the characters that it marks.
 
     Raises:
         TemplateError: the template refuses the conversation, or fails.
         ModelError: it takes too many steps.
-        ValueError: the tokenizer has no template.
     """
-    compiled = _compile(tokenizer.get_chat_template(tools=tools) if template is None else template)
-    messages = [message if _REASONING.isdisjoint(message) else _alias_reasoning(message) for message in messages]
-    values = {**tokenizer.special_tokens_map, "documents": None, **variables}
-    values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+    compiled = _compile(template)
+    messages = [
+        message if _REASONING.isdisjoint(message) else _alias_reasoning(message) for message in values["messages"]
+    ]
+    values = {**values, "messages": messages}
     parts: list[str] = []
     try:
-        _work.steps = STEPS + STEPS_PER_CHARACTER * (len(repr(messages)) + len(repr(tools)))
-        with compiled.environment.activate_tracker(parts, [] if spans is None else spans):  # type: ignore[attr-defined]
+        _work.steps = STEPS + STEPS_PER_CHARACTER * (len(repr(messages)) + len(repr(values["tools"])))
+        with compiled.environment.activate_tracker(parts, spans):  # type: ignore[attr-defined]
             for part in compiled.generate(values):
                 _spend(len(part))
                 parts.append(part)
