@@ -31,7 +31,7 @@ PUBLIC = {
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification", "find_modules_without_gradient", "get_peft_model",
     ),
-    "extras.lora_optimizers": ("create_loraplus_optimizer", "parameter_groups"),
+    "extras.lora_optimizers": ("create_loraplus_optimizer",),
     "core.adapters.prompt_config": ("PromptLearningConfig",),
     "core.adapters.quantized_layers": ("prepare_model_for_kbit_training",),
     "core.adapters.state_dict": (
@@ -58,6 +58,7 @@ PUBLIC = {
     "methods.p_tuning.modules": ("PromptEncoder",),
     "methods.prefix_tuning.modules": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
     "methods.prompt_tuning.config": ("PromptTuningInit",),
+    "core.training.optimizer": ("parameter_groups",),
     "core.training.trained_model": ("load_run",),
     "compat.utility_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
 }  # fmt: skip

@@ -160,7 +160,7 @@ def export(
 
 def require_plain_base(loaded: TrainedModel, run: Path) -> None:
     """Raise AdapterError if an adapter belongs to its quantized base alone, so that no engine can add it to another."""
-    if loaded.recipe is not None and loaded.recipe.method.settings.get("init_lora_weights") == "loftq":
+    if loaded.recipe is not None and loaded.recipe.method_config().compensates_quantization:
         raise AdapterError(
             f"the adapter of {run} started with what quantization to {loaded.recipe.model.quantization} removed from "
             "the base (loftq); a base in 16 bits still has it, and would have it twice",

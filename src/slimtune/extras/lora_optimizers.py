@@ -11,40 +11,16 @@ Papers: LoRA+ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/23
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, UsageError
 
 _DAMPING = 1e-8
-
-
-def parameter_groups(
-    model: Any, lr: float, weight_decay: float = 0.0, decayed: Collection[str] | None = None
-) -> list[dict[str, Any]]:
-    """Return the trainable parameters as optimizer groups; each group's `lr` is multiplied by its method's factor.
-
-    `decayed` has the names of the parameters that decay. None: matrices do, and biases, magnitudes and other vectors
-    do not. Groups that decay come first.
-    """
-    multipliers: dict[int, float] = {}
-    for adapter in getattr(model, "peft_config", ()):
-        for module in model.adapter_modules(adapter).values():
-            own = module.lr_multipliers()
-            multipliers |= {id(p): own[n] for n, p in module.named_parameters() if n in own}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decays = p.dim() > 1 if decayed is None else name in decayed
-            groups.setdefault((decays, multipliers.get(id(p), 1.0)), []).append(p)
-    return [
-        {"params": params, "lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
-        for (decays, multiplier), params in sorted(groups.items(), key=lambda item: not item[0][0])
-    ]
 
 
 def create_loraplus_optimizer(

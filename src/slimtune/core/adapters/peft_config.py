@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -42,6 +42,11 @@ FAN_IN_FAN_OUT_HELP = "the base stores weights as (in, out); set automatically f
 
 SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
 """Kinds of places in a model where an adapter module can go (`adapter_module.py`)."""
+
+
+DataInitialization = Callable[[Any, Callable[[], Path], Sequence[Mapping[str, Any]]], None]
+"""Initializes an adapter from data: gets the adapted model, a function that downloads the folder of the base's weights
+before quantization, and the training rows as tokenized examples."""
 
 
 class TaskType(StrEnum):
@@ -225,6 +230,18 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Return the config, and the tensors by site, of an equal adapter that stores no start."""
         message = f"{type(self).__name__} has no start that a conversion could take out"
         raise UsageError(message, "a LoRA with init_lora_weights 'pissa', 'olora', 'corda' or 'lora_ga'")
+
+    @property
+    def compensates_quantization(self) -> bool:
+        """Whether the adapter starts from the error of the base's quantization: then it fits that base alone."""
+        return False
+
+    def defer_initialization(self) -> DataInitialization | None:
+        """Return the function that a run initializes the adapter with once it is attached; None: there is none.
+
+        Changes the config so that attaching it needs neither rows nor the weights before quantization.
+        """
+        return None
 
     def on_train_begin(self, total_steps: int) -> None:
         """Fill in the fields that depend on the number of optimizer steps; called before the first step."""

@@ -11,16 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedConfig
 
 from ...errors import UsageError
-from ...methods.lora.loftq import replace_lora_weights_loftq
-from ..adapters.layer_inputs import ROWS, collect_layer_inputs
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel, get_peft_model
 from ..adapters.targets import ALL_LINEAR
 from ..config import Recipe
 from ..data.collator import Example
-from ..data.tokenized_dataset import split_rows
 from ..foundation import distributed
-from ..kernels.linear_layers import is_quantized
 from ..models.dtype import pick_training_dtype
 from ..models.load_errors import translate_load_errors
 from ..models.loader import Base, download_weights, get_auto_class
@@ -74,7 +70,7 @@ def attach_adapter(
         base: the loaded base.
         recipe: the method and its settings; `train.seed` seeds the adapter's initial weights.
         init_adapter: a run or an adapter folder to start from.
-        rows: training rows; "loftq" initializes from the quantization error on them.
+        rows: training rows, for an initialization from data.
     """
     torch.manual_seed(recipe.train.seed)
     head = get_row_head(base.model)
@@ -84,20 +80,13 @@ def attach_adapter(
         model = PeftModel.from_pretrained(base.model, find_adapter_folder(init_adapter), is_trainable=True)
     else:
         config: Any = recipe.method_config()
-        loftq = getattr(config, "init_lora_weights", None) == "loftq"
-        if loftq:
-            config.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
+        initialize = config.defer_initialization()
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
         exclude_other_inputs(base.model, config)
         model = get_peft_model(base.model, config)
-        if loftq:
-            layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-            ids = [ids for example in rows[:ROWS] for ids, _ in split_rows(example)]
-            inputs = collect_layer_inputs(base.model.eval(), layers, ids)
-            replace_lora_weights_loftq(
-                model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs
-            )
+        if initialize is not None:
+            initialize(model, lambda: download_weights(base.source, recipe.model.revision), rows)
     model.peft_config["default"].base_model_name_or_path = base.source.spec  # the Hub id of an alias
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":
@@ -147,8 +136,8 @@ def build_meta_model(
         first: changes the base before the method is attached, such as quantizing it.
     """
     config, method = copy.deepcopy((config, method))  # building a model writes into both
-    if getattr(method, "init_lora_weights", None) == "loftq":
-        method.init_lora_weights = True  # type: ignore[union-attr]  # the same tensors without data
+    if method is not None:
+        method.defer_initialization()  # the same tensors without data
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):

@@ -76,7 +76,7 @@ def save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
     trained, total = model.get_nb_trainable_parameters()
     last_losses = state.train_losses[-max(1, len(state.train_losses) // 10) :]
     # LoftQ moves part of the base into the adapter, so the adapter belongs to its quantized base alone.
-    changes_base = prepared.recipe.method.settings.get("init_lora_weights") == "loftq"
+    changes_base = prepared.recipe.method_config().compensates_quantization
     result = TrainResult(
         run=str(run.path),
         steps=state.step,

@@ -11,7 +11,7 @@ decay of a group    weight_decay, but 0 for biases and for the weights of normal
 As in bitsandbytes 0.50: optim/optimizer.py and backends/cpu/ops.py. Paper: https://arxiv.org/abs/2110.02861.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ...extras.lora_optimizers import parameter_groups
 from ..foundation.device import device_type
 
 BLOCK_SIZE, MIN_8BIT_VALUES = 256, 4096
@@ -87,3 +86,27 @@ def build_optimizer(model: Any, name: str = "adamw", *, lr: float = 1e-4, weight
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
     # The first group's rate is the one logged: that of parameters that decay.
     return optimizer(parameter_groups(model, lr, weight_decay, decayed), lr=lr, **options)
+
+
+def parameter_groups(
+    model: Any, lr: float, weight_decay: float = 0.0, decayed: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters as optimizer groups; each group's `lr` is multiplied by its method's factor.
+
+    `decayed` has the names of the parameters that decay. None: matrices do, and biases, magnitudes and other vectors
+    do not. Groups that decay come first.
+    """
+    multipliers: dict[int, float] = {}
+    for adapter in getattr(model, "peft_config", ()):
+        for module in model.adapter_modules(adapter).values():
+            own = module.lr_multipliers()
+            multipliers |= {id(p): own[n] for n, p in module.named_parameters() if n in own}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.dim() > 1 if decayed is None else name in decayed
+            groups.setdefault((decays, multipliers.get(id(p), 1.0)), []).append(p)
+    return [
+        {"params": params, "lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, multiplier), params in sorted(groups.items(), key=lambda item: not item[0][0])
+    ]

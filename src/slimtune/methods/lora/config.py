@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
+from ...core.adapters.peft_config import (
+    BIAS_HELP,
+    FAN_IN_FAN_OUT_HELP,
+    DataInitialization,
+    PatternedConfig,
+    PeftConfig,
+    setting,
+)
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens.config import are_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_init
@@ -257,6 +264,18 @@ class LoraConfig(PatternedConfig):
 
         tokens = self.trainable_token_indices
         return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())
+
+    @property
+    def compensates_quantization(self) -> bool:
+        return self.init_lora_weights == "loftq"
+
+    def defer_initialization(self) -> DataInitialization | None:
+        if not self.compensates_quantization:
+            return None
+        from .loftq import initialize_loftq
+
+        self.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
+        return initialize_loftq
 
     def build(self, site: Site) -> AdapterModule:
         from ...core.adapters.targets import matches_regex_or_names

@@ -11,7 +11,7 @@ The quantized base does not change. Paper: https://arxiv.org/abs/2310.08659.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,27 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.adapters.layer_inputs import second_moment
+from ...core.adapters.layer_inputs import ROWS, collect_layer_inputs, second_moment
+from ...core.data.tokenized_dataset import split_rows
 from ...core.kernels.linear_layers import get_weight, is_quantized
 from ...errors import UsageError, format_names
 from .init_configs import LoftQConfig as LoftQConfig
 
 _DAMPING = 0.1
+
+
+def initialize_loftq(model: Any, find_weights: Callable[[], Path], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Initialize the LoRA of a run, with the inputs of its layers on the first training rows.
+
+    Args:
+        model: the adapted model, its base loaded in NF4 or int8.
+        find_weights: returns the folder of the base's safetensors files.
+        rows: tokenized examples.
+    """
+    layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
+    ids = [ids for example in rows[:ROWS] for ids, _ in split_rows(dict(example))]
+    inputs = collect_layer_inputs(model.get_base_model().eval(), layers, ids)
+    replace_lora_weights_loftq(model, find_weights(), calibration_inputs=inputs)
 
 
 @torch.no_grad()
