@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hand_plan import hand_plan
+from tiny_run import write_rows
 
 import slimtune.planning.planner as planner
 
@@ -36,3 +37,26 @@ def replace_planner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]
         return requests
 
     return replace
+
+
+@pytest.fixture(scope="package")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., Any],
+    tiny_tokenizer: Callable[..., Any],
+    slimtune: Callable[..., Any],
+) -> Path:
+    """A folder with a base, rows, a recipe and a run."""
+    folder = tmp_path_factory.mktemp("screens")
+    tiny_llama().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    write_rows(folder / "rows.jsonl", 40)
+    write_rows(folder / "held_out.jsonl", 12, start=100)
+    (folder / "recipe.yaml").write_text(
+        "model: base\ndata: {train: rows.jsonl, test: held_out.jsonl}\ntrain: {batch_size: 4}\n"
+    )
+    (folder / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\nno row\n')
+    done = slimtune("train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "run",
+                    "--max-steps", 1, "--dtype", "float32")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return folder

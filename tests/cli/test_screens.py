@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 from contrast import contrast
 from rich.style import Style
-from tiny_run import write_rows
 
 from slimtune.cli import COMMANDS, app, common
 
@@ -104,23 +103,6 @@ def replace_volatile(text: str) -> str:
     for pattern, replacement in VOLATILE:
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_llama, tiny_tokenizer, slimtune) -> Path:
-    folder = tmp_path_factory.mktemp("screens")
-    tiny_llama().save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    write_rows(folder / "rows.jsonl", 40)
-    write_rows(folder / "held_out.jsonl", 12, start=100)
-    (folder / "recipe.yaml").write_text(
-        "model: base\ndata: {train: rows.jsonl, test: held_out.jsonl}\ntrain: {batch_size: 4}\n"
-    )
-    (folder / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\nno row\n')
-    done = slimtune("train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "run",
-                    "--max-steps", 1, "--dtype", "float32")  # fmt: skip
-    assert done.exit_code == 0, done.output
-    return folder
 
 
 KINDS = [

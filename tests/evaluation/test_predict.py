@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import peft
 import pytest
 import torch
@@ -10,6 +11,8 @@ from row_files import write_jsonl
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.cli.json_types import make_command_schema
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.predict import predict_file
 
@@ -47,9 +50,10 @@ def test_predictions_are_those_of_transformers(adapter, tmp_path, request):
     names, kind = ["city", "sea", "wood"], request.node.callspec.params["adapter"]
     result, rows = predict(folder, tmp_path, [{"id": i, "text": t, "label": "?"} for i, t in enumerate(TEXTS)])
     assert [(r["id"], r["text"]) for r in rows] == list(enumerate(TEXTS))
+    jsonschema.validate(to_json_dict(result), make_command_schema("predict"))
     if kind == "reward":
         assert [r["reward"] for r in rows] == pytest.approx(logits[:, 0].tolist(), abs=0.05)
-        assert result["mean_reward"] == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
+        assert result.mean_reward == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
         return
     expected = logits.softmax(1) if kind == "classes" else logits.sigmoid()
     found = torch.tensor([[r["probabilities"][n] for n in names] for r in rows], dtype=torch.float64)
@@ -57,7 +61,7 @@ def test_predictions_are_those_of_transformers(adapter, tmp_path, request):
     chosen = [names[i] for i in found.argmax(1)] if kind == "classes" else [
         [n for n, p in zip(names, row, strict=True) if p > 0.5] for row in found]  # fmt: skip
     assert [r["predicted"] for r in rows] == chosen
-    assert sum(result["classes"].values()) == sum(len(c) if kind == "labels" else 1 for c in chosen)
+    assert sum(result.classes.values()) == sum(len(c) if kind == "labels" else 1 for c in chosen)
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)
@@ -75,7 +79,9 @@ def test_rows_without_text_are_named_and_nothing_is_written(adapter, tmp_path):
 def test_command_predicts_one_text(adapter):
     shown = CliRunner().invoke(app, ["predict", str(adapter[0]), "wave salt sail", "--json"])
     assert shown.exit_code == 0, shown.stderr
-    assert json.loads(shown.stdout)["predicted"] in ("city", "sea", "wood")
+    printed = json.loads(shown.stdout)
+    assert printed["predicted"] in ("city", "sea", "wood")
+    jsonschema.validate(printed, make_command_schema("predict"))
     wrong = CliRunner().invoke(app, ["predict", str(adapter[0]), "a", "--data", "b.jsonl"])
     assert (wrong.exit_code, "a text, or --data and --out" in wrong.stderr) == (2, True)
 

@@ -17,7 +17,7 @@ from slimtune.experiments import comparison as comparison
 from slimtune.experiments import executors, places, search
 from slimtune.experiments.clusters import RayTask, SlurmExecutor
 from slimtune.experiments.comparison import compare
-from slimtune.experiments.comparison_folder import claim_folder
+from slimtune.experiments.comparison_folder import lock_output_dir
 from slimtune.experiments.executors import LocalExecutor, ParallelExecutor, Place
 from slimtune.experiments.places import open_executor, parse_place
 from slimtune.experiments.run_worker import WorkerResult
@@ -222,7 +222,7 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     monkeypatch.setattr(SlurmExecutor, "cluster", "local")
     settings = grid("lora", "ia3", seeds=1)
     settings.output_dir.mkdir()
-    with claim_folder(settings.output_dir, settings.settings(), "comparison"):
+    with lock_output_dir(settings.output_dir, settings.settings(), "comparison"):
         pass  # before its executor makes a folder there
     result = compare(settings, place=parse_place("slurm:time=30"))
     assert result.failed == []

@@ -76,7 +76,7 @@ def predict(
     out: Annotated[Path | None, Option(help="File for the rows of --data with their predictions, JSONL.")] = None,
     device: Device = None,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """Predict the classes or rewards of new texts."""
     if (text is None) == (data is None) or (data is None) != (out is None):
         raise UsageError(
@@ -87,29 +87,26 @@ def predict(
     require_rows(data)
     from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
-    from ..evaluation.predict import parse_input, predict, predict_file
+    from ..evaluation.predict import TextPrediction, parse_input, predict, predict_file
 
     if data is not None and out is not None:
         with show_progress():
             result = predict_file(run, data, out, device=device)
         if not as_json:
-            counts = result["classes"]
-            rows = (
-                [("mean reward", f"{result['mean_reward']:.4f}")]
-                if counts is None
-                else [(k, str(n)) for k, n in counts.items()]
-            )
-            console().print(table(f"{result['rows']} rows in {out}", "", rows=rows))
+            rows = [(name, str(count)) for name, count in (result.classes or {}).items()]
+            if result.mean_reward is not None:
+                rows = [("mean reward", f"{result.mean_reward:.4f}")]
+            console().print(table(f"{result.rows} rows in {out}", "", rows=rows))
         return result
     row = parse_input({"text": text})
     if isinstance(row, InvalidRow):
         raise DataError(f"the text {row.cause}", "a text")
-    (result,) = predict(load_run(run, device=device), [row])
+    (prediction,) = predict(load_run(run, device=device), [row])
     if not as_json:
-        shares = result.get("probabilities") or {"reward": result["reward"]}
+        shares = prediction.probabilities or {"reward": float(prediction.reward or 0)}
         ordered = sorted(shares.items(), key=lambda item: -item[1])
         console().print(table("", "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
-    return {"run": str(run), "text": text, **result}
+    return TextPrediction(run=str(run), text=str(text), prediction=prediction)
 
 
 def _converse(

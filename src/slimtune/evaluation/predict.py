@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.files import require_output_file, to_json, write_atomic
+from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import max_positions
 from ..core.training.loss import build_collator, row_logits, score_examples
@@ -22,12 +24,52 @@ from ..extras.row_files import find_parts
 from .evaluate import make_eval_recipe
 
 
-def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None) -> dict[str, Any]:
-    """Write the rows of a file as JSONL, each with the prediction that `predict` adds to it.
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a classifier or a reward model predicts for one row."""
 
-    Returns:
-        `run`, `data`, `out`, `rows`; `classes`, the number of rows by predicted class (of a reward model: null);
-        `mean_reward` (of a classifier: null); `seconds`.
+    predicted: str | Sequence[str] | None = field(default=None, metadata=OMIT_NONE)
+    """The likeliest class; if a row may have any number of classes, the list of those with a probability above 0.5.
+    Left out by a reward model."""
+    probabilities: dict[str, float] | None = field(default=None, metadata=OMIT_NONE)
+    """Probability of each class. Left out by a reward model."""
+    reward: float | None = field(default=None, metadata=OMIT_NONE)
+    """Reward of the row. Left out by a classifier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPrediction:
+    """What `slimtune predict RUN TEXT --json` prints."""
+
+    run: str
+    """The run folder or adapter folder."""
+    text: str
+    """The text."""
+    prediction: Prediction = field(metadata=INLINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePredictions:
+    """What `slimtune predict RUN --data FILE --json` prints."""
+
+    run: str
+    """The run folder or adapter folder."""
+    data: str
+    """File of the rows."""
+    out: str
+    """File with the rows and their predictions."""
+    rows: int
+    """Number of rows."""
+    classes: dict[str, int] | None
+    """Rows by predicted class, the most frequent first; null: a reward model."""
+    mean_reward: float | None
+    """Mean reward of the rows; null: a classifier."""
+    seconds: float
+    """Time of the command."""
+
+
+def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None) -> FilePredictions:
+    """Write the rows of a file as JSONL, each with the prediction that `predict` adds to it.
 
     Raises:
         UsageError: no such run or file, or the run is no classifier.
@@ -37,18 +79,19 @@ def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None)
     run, data, out = Path(run), Path(data), require_output_file(Path(out))
     rows = read_inputs(data)
     found = predict(load_run(run, device=device), [row for row, _ in rows])
-    write_atomic(out, "".join(to_json({**record, **new}) + "\n" for (_, record), new in zip(rows, found, strict=True)))
-    names = [name for p in found for name in np.atleast_1d(p.get("predicted", []))]
-    rewards = [p["reward"] for p in found if "reward" in p]
-    return {
-        "run": str(run),
-        "data": str(data),
-        "out": str(out),
-        "rows": len(rows),
-        "classes": None if rewards else dict(Counter(names).most_common()),
-        "mean_reward": float(np.mean(rewards)) if rewards else None,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    records = ({**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True))
+    write_atomic(out, "".join(to_json(record) + "\n" for record in records))
+    names = [str(name) for p in found if p.predicted is not None for name in np.atleast_1d(np.array(p.predicted))]
+    rewards = [p.reward for p in found if p.reward is not None]
+    return FilePredictions(
+        run=str(run),
+        data=str(data),
+        out=str(out),
+        rows=len(rows),
+        classes=None if rewards else dict(Counter(names).most_common()),
+        mean_reward=float(np.mean(rewards)) if rewards else None,
+        seconds=round(time.perf_counter() - start, 3),
+    )
 
 
 def read_inputs(path: Path) -> list[tuple[Row, Record]]:
@@ -75,12 +118,8 @@ def parse_input(record: Record, line: int = 1, file: str | None = None) -> Row |
     return parse_record({**record, "label": "?"}, "classification", line, file)
 
 
-def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     """Return the prediction for each row.
-
-    Returns:
-        For each row `predicted`, the likeliest class, and `probabilities` by class; if a row may have any number of
-        classes, `predicted` is the list of those with a probability above 0.5. Of a reward model: `reward`.
 
     Raises:
         UsageError: the run is no classifier, or a row is longer than the model's context.
@@ -109,7 +148,7 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not np.isfinite(logits).all():
         raise AdapterError("the classifier computes NaN or Inf", "finite logits", "evaluate in float32")
     if not classes.names:
-        return [{"reward": float(reward)} for (reward,) in logits]
+        return [Prediction(reward=float(reward)) for (reward,) in logits]
     if classes.multi_label:
         probabilities = torch.from_numpy(logits).sigmoid().numpy()
         predicted: list[Any] = [
@@ -119,6 +158,6 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
         probabilities = torch.from_numpy(logits).softmax(1).numpy()
         predicted = [classes.names[i] for i in logits.argmax(1)]
     return [
-        {"predicted": name, "probabilities": dict(zip(classes.names, row.tolist(), strict=True))}
+        Prediction(predicted=name, probabilities=dict(zip(classes.names, row.tolist(), strict=True)))
         for name, row in zip(predicted, probabilities, strict=True)
     ]

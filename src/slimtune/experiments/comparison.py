@@ -23,7 +23,7 @@ from ..planning.planner import make_plan
 from ..planning.this_machine import detect_gpu
 from .candidates import Candidate
 from .comparison_chart import draw_comparison
-from .comparison_folder import check_settings, claim_folder
+from .comparison_folder import check_settings, lock_output_dir
 from .comparison_report import compare_pairs, format_markdown, read_test_evaluation, summarize_candidates
 from .executors import Executor, Place
 from .experiment_results import CompareResult, FailedRun, LeftOutMethod, RateSearch
@@ -55,7 +55,7 @@ def compare(
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
             raise RunError(f"no method fits this machine: {left_out[0].why}", "at least one method that fits")
-        with claim_folder(grid.output_dir, grid.settings(), "comparison"):
+        with lock_output_dir(grid.output_dir, grid.settings(), "comparison"):
             (grid.output_dir / "cells").mkdir(exist_ok=True)
             grid = dataclasses.replace(grid, candidates=tuple(fitting))
             grid, searched, failed = _search_learning_rates(grid, executor, log)

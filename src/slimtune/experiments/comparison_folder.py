@@ -46,8 +46,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict
 
 
 @contextmanager
-def claim_folder(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
-    """Lock a folder while the block runs, after checking it as above and writing the settings into it.
+def lock_output_dir(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Lock an output folder while the block runs, and write the settings into it, after checking it as above.
 
     Raises:
         UsageError: another process works in the folder.

@@ -23,7 +23,7 @@ from ..core.training.datasets import load_training_datasets
 from ..errors import UsageError
 from .candidates import Candidate
 from .comparison_chart import draw_search
-from .comparison_folder import claim_folder
+from .comparison_folder import lock_output_dir
 from .executors import Executor, Place
 from .experiment_results import RateSearch, RateTrial, TuneResult
 from .places import open_executor
@@ -112,7 +112,7 @@ def tune(
     filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
-    with claim_folder(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
+    with lock_output_dir(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
         found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]

@@ -41,15 +41,24 @@ PairedRow = tuple[Row, TokenizedRow | InvalidRow]
 class TokenizationStats:
     """Counts of what happened to the rows of a file."""
 
-    max_seq_len: int  # longest row that is kept whole, in tokens
-    rows: int = 0  # rows read
+    max_seq_len: int
+    """Longest row that is kept whole, in tokens."""
+    rows: int = 0
+    """Rows that were read."""
     kept: int = 0
-    dropped: int = 0  # because they are too long
-    truncated: int = 0  # and kept
-    tokens: int = 0  # of the kept rows
+    """Rows that were kept."""
+    dropped: int = 0
+    """Rows that were dropped because they are too long."""
+    truncated: int = 0
+    """Rows that were cut, and kept."""
+    tokens: int = 0
+    """Tokens of the kept rows."""
     supervised_tokens: int = 0
-    longest: int = 0  # tokens of the longest row, before it is truncated
-    missing_eos: int = 0  # kept rows without an end-of-turn token: a model trained on such rows does not learn to stop
+    """Tokens of the kept rows that are learned."""
+    longest: int = 0
+    """Tokens of the longest row, before it is cut."""
+    missing_eos: int = 0
+    """Kept rows without an end-of-turn token; a model that is trained on such rows does not learn to stop."""
 
     def add(self, other: "TokenizationStats") -> None:
         """Add the counts of another part of the file."""

@@ -1,0 +1,45 @@
+"""What each command prints with `--json`: the result types, by command.
+
+`docs/internals/make_schemas.py` writes the JSON Schemas in docs/schemas from this table; a test checks the output of
+every command in it.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from ..core.foundation.json_results import json_schema
+
+JSON_TYPES: dict[str, Sequence[str]] = {
+    "train": ("core.training.train_result:TrainResult",),
+    "tune": ("experiments.experiment_results:TuneResult",),
+    "eval": (
+        "evaluation.eval_result:SFTEvalResult",
+        "evaluation.eval_result:KTOEvalResult",
+        "evaluation.eval_result:ClassificationEvalResult",
+        "evaluation.eval_result:RewardEvalResult",
+    ),
+    "compare": ("experiments.experiment_results:CompareResult",),
+    "report": ("cli.eval_command:ReportResult",),
+    "predict": ("evaluation.predict:TextPrediction", "evaluation.predict:FilePredictions"),
+}
+"""`module:class` of the results of each command; several if the output depends on the run or on the arguments."""
+
+
+def load_json_types(command: str) -> list[Any]:
+    """Return the result types of a command."""
+    package = __package__.rpartition(".")[0]
+    found = []
+    for path in JSON_TYPES[command]:
+        module, _, name = path.partition(":")
+        found.append(getattr(import_module(f"{package}.{module}"), name))
+    return found
+
+
+def make_command_schema(command: str) -> dict[str, Any]:
+    """Return the JSON Schema of what a command prints with `--json`."""
+    schemas = [json_schema(cls) for cls in load_json_types(command)]
+    start = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    if len(schemas) == 1:
+        return start | schemas[0]
+    return start | {"title": f"slimtune {command} --json", "anyOf": schemas}
