@@ -10,10 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe
 from slimtune.core.config.objective_registry import objective_class, objective_names
-from slimtune.core.config.schema import iterate_settings
 
 PAGE = Path(__file__).parents[1] / "recipe.md"
 
@@ -21,10 +20,10 @@ PAGE = Path(__file__).parents[1] / "recipe.md"
 def settings_table(section: str) -> str:
     """Return the table of a section's settings."""
     lines = ["| setting | flag | takes | default | what it does |", "| --- | --- | --- | --- | --- |"]
-    for s in iterate_settings(Recipe):
+    for s in list_settings(Recipe):
         if s.path == section or s.path.startswith(f"{section}."):
             default = "required" if s.required else yaml.safe_dump(s.default).splitlines()[0]
-            lines.append(f"| `{s.path}` | `{s.flag}` | {s.expected} | {default} | {s.help} |")
+            lines.append(f"| `{s.path}` | `{s.flag}` | {s.expected} | {default} | {s.description} |")
     return "\n".join(lines)
 
 
@@ -34,10 +33,10 @@ def objectives_table() -> str:
     for name in objective_names():
         cls = objective_class(name)
         first = f"`{name}` | {cls.summary}"
-        for s in field_specs(cls):
-            lines.append(f"| {first} | `task.{s.name}` | {s.expected} | {s.default} | {s.help} |")
+        for s in list_settings(cls):
+            lines.append(f"| {first} | `task.{s.name}` | {s.expected} | {s.default} | {s.description} |")
             first = " | "
-        if not field_specs(cls):
+        if not list_settings(cls):
             lines.append(f"| {first} | | | | |")
     return "\n".join(lines)
 

@@ -14,8 +14,8 @@ from train_results import make_train_result
 from slimtune.cli import COMMANDS
 from slimtune.cli.common import print_fields
 from slimtune.cli.generate_command import AnswerPrinter
-from slimtune.core.config import Recipe, aliases
-from slimtune.core.config.schema import iterate_settings
+from slimtune.core.adapters.config_fields import list_settings
+from slimtune.core.config import Recipe
 from slimtune.core.data.general_text import BUILT_IN_TEXT
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
@@ -171,15 +171,10 @@ def test_help_has_80_columns(slimtune, command):
 
 def test_every_setting_has_a_flag(slimtune):
     text = " ".join(slimtune("train", "--help").stdout.split())
-    for setting in iterate_settings(Recipe):
+    for setting in list_settings(Recipe):
         assert f"{setting.flag} " in text
         assert setting.help[1:] in text
     assert text.index("Base model:") < text.index("Data:") < text.index("Method:") < text.index("Training:")
-
-
-def test_old_flags_have_new_ones(slimtune):
-    text = "".join(slimtune(command, "--help").stdout for command in COMMANDS)
-    assert [new for new in aliases.FLAGS.values() if new not in text] == []
 
 
 def test_no_command_and_version(slimtune):

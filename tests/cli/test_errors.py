@@ -19,7 +19,7 @@ raised: list[BaseException] = []
 def work(size: int = 1, warning: str = "", as_json: Json = False) -> dict:
     print("text from a library")
     if warning:
-        warnings.warn_explicit(warning, FutureWarning, str(PACKAGE / "core/config/aliases.py"), 1)
+        warnings.warn_explicit(warning, FutureWarning, str(PACKAGE / "core/config/recipe.py"), 1)
     for error in raised:
         raise error
     return {"size": size, "loss": float("nan")}

@@ -142,6 +142,6 @@ def test_base_is_in_memory_once(tiny_llama):
 
 
 def test_different_bases_are_refused(make):
-    other = Recipe.from_dict({**make("b").model_dump(mode="json"), "model": {"name": str(Path("elsewhere"))}})
+    other = Recipe.from_dict({**make("b").to_dict(), "model": {"name": str(Path("elsewhere"))}})
     with pytest.raises(UsageError, match="different bases"):
         train_together([make("a"), other])

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from row_files import write_jsonl
@@ -28,7 +29,7 @@ def quadratic(monkeypatch):
     def launch(files, *, trial=False, **_):
         assert trial
         (recipe_file,) = files
-        recipe = load_recipe(recipe_file).model_dump()
+        recipe = load_recipe(recipe_file).to_dict()
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]
         rate = 5e-3 if rate == "auto" else rate
         if launch.interrupt_at is not None and len(tried) == launch.interrupt_at:
@@ -237,7 +238,7 @@ def test_trials_at_once_have_the_losses_of_trials_alone(tune_tree, in_process, t
     assert [t.outcome for t in result.trials] == ["complete"] * 3
     for trial in result.trials:
         recipe = load_recipe(tmp_path / "t" / "trials" / f"{trial.run}.yaml")
-        alone = train(recipe.model_copy(update={"output_dir": tmp_path / "alone" / trial.run}))
+        alone = train(replace(recipe, output_dir=tmp_path / "alone" / trial.run))
         assert trial.loss == pytest.approx(alone.validation_loss, abs=1e-6)
 
 

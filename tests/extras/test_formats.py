@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from row_files import write_jsonl
@@ -263,7 +263,7 @@ def test_wrong_format_or_column(tmp_path, options, message):
 
 
 def test_recipe_names_the_same_formats():
-    names, _ = get_args(DataSettings.model_fields["format"].annotation)
+    names, _ = get_args(get_type_hints(DataSettings)["format"])
     assert list(get_args(names)) == list(load_formats())
 
 

@@ -304,7 +304,7 @@ def make_recipe(rng: random.Random, folder: Path, changes: int) -> Work:
     def work() -> str:
         recipe = load_recipe(folder / "recipe.yaml")
         given = yaml.safe_load(text)
-        taken = recipe.model_dump(mode="json")
+        taken = recipe.to_dict()
         for section in ("data", "train", "method"):
             values = given.get(section)
             for key, value in values.items() if isinstance(values, dict) else ():

@@ -10,7 +10,7 @@ from models_zoo import llama, run, shake
 from packaging.version import Version
 
 from slimtune import LoraConfig, PeftConfig, get_peft_model
-from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.adapters.method_registry import config_class, method_names
 from slimtune.errors import ConfigError, TargetError
 
@@ -84,7 +84,7 @@ def test_configs_need_no_torch():
 def test_every_field_is_declared_once(method):
     """Every field has its help, and its default is in its range."""
     shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version", "runtime_config"}
-    for spec in field_specs(config_class(method)):
+    for spec in list_settings(config_class(method)):
         assert spec.name in shared or spec.help, spec.name
         required = spec.default is None and "required" in spec.help
         assert required or spec.find_error(spec.default) is None, spec.name
@@ -100,7 +100,7 @@ def test_values_become_what_they_are_in_peft():
 @pytest.mark.parametrize("method", ["lora", "adalora", "hira", "miss", "vera", "bottleneck"])
 def test_dropout_is_active_in_training_only(method):
     cls = config_class(method)
-    field = next(spec.name for spec in field_specs(cls) if spec.name.endswith("dropout"))
+    field = next(spec.name for spec in list_settings(cls) if spec.name.endswith("dropout"))
     rank = {} if method in ("adalora", "bottleneck") else {"r": 4}
     model = shake(get_peft_model(llama(), cls(**{field: 0.5}, **rank)).eval())
     assert torch.equal(run(model), run(model))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.core.adapters.config_fields import field_specs
+from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.adapters.peft_config import PeftConfig, TargetedConfig
 from slimtune.core.adapters.prompt_config import PromptLearningConfig
@@ -43,9 +43,9 @@ def field_table(name: str) -> str:
     common = PromptLearningConfig if issubclass(cls, PromptLearningConfig) else PeftConfig
     shared = {f.name for base in (common, TargetedConfig) for f in dataclasses.fields(base)} - {"num_virtual_tokens"}
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
-    for spec in field_specs(cls):
+    for spec in list_settings(cls):
         if spec.name not in shared:
-            meaning = "; ".join(part for part in (spec.help, spec.range_text) if part).replace("|", "\\|")
+            meaning = "; ".join(part for part in (spec.description, spec.limits) if part).replace("|", "\\|")
             rows.append(f"| `{spec.name}` | `{spec.default!r}` | {meaning} |")
     return "\n".join(rows) + "\n" if len(rows) > 2 else ""
 

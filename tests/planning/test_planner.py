@@ -179,7 +179,7 @@ def test_request_counts_every_answer_of_a_list(tiny_folder, tmp_path):
     )
     lists = [(9, 5, 4, 3), (20, 1, 1), (9, 5, 5, 5, 5)]
     assert build_request(recipe, ROOMY, lists).job().lengths == ((9, 5, 5, 5, 5), (20, 1, 1))
-    apart = recipe_of(recipe.model_dump(), share_prefix=False)
+    apart = recipe_of(recipe.to_dict(), share_prefix=False)
     assert build_request(apart, ROOMY, lists).job().lengths == ((0, 14, 14, 14, 14), (0, 21, 21))
 
 

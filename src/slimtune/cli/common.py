@@ -58,11 +58,6 @@ class CommandGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return the command that the arguments name, with the flags of its recipe settings, and its arguments."""
         name, command, rest = super().resolve_command(ctx, args)
-        if any(arg.startswith("--") and arg not in ("--help", "--json") for arg in rest):
-            # It imports pydantic, which `slimtune --help` does without.
-            from ..core.config.aliases import replace_deprecated_flags
-
-            rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)
         if build_command is not None:
             command = build_command(name, getattr(command, "epilog", None))

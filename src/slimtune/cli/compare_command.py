@@ -1,7 +1,6 @@
 """`slimtune compare`: methods side by side on one recipe's rows; `slimtune tune`: a search of a recipe's settings."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..experiments.places import PLACES, parse_place
 from .common import Json, NegativeResult, console, print_progress, table
-from .input_checks import require_inputs, require_packages
+from .input_checks import find_missing_inputs, require_packages
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def compare(
     require_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
-    from ..core.config.recipe_loading import expand_short_sections, read_recipe_tree, set_field
+    from ..core.config.recipe import load_tree
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import build_candidates, require_candidates, split_settings
 
@@ -67,19 +66,13 @@ def compare(
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_settings(settings.items())
-    tree = read_recipe_tree(recipe.expanduser())
     require_candidates(names, method_settings, tasks=tasks is not None)
-    require_inputs(recipe, {"output_dir": "unused", **recipe_settings})
+    tree = load_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_grid
 
-    for path, value in recipe_settings.items():
-        set_field(tree, path, value)
-    tree = expand_short_sections(tree)
     if tasks is not None and isinstance(data := tree.get("data"), dict):
         data.setdefault("format", "preference")
-    if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
-        raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
     candidates = build_candidates(names, tree, method_settings, tasks=tasks is not None)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"
@@ -135,9 +128,7 @@ def tune(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..core.config.field_errors import raise_errors
-    from ..core.config.recipe import apply_settings, find_errors
-    from ..core.config.recipe_loading import read_recipe_tree
+    from ..core.config.recipe import apply_settings, load_tree, read_sections
     from ..evaluation.charts import require_figure_path
     from ..experiments.search_space import check_ranges, parse_ranges
 
@@ -146,11 +137,9 @@ def tune(
     place = None if on is None else parse_place(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    require_inputs(recipe, {"output_dir": "unused", **settings})
-    tree = {"output_dir": "runs/run", **apply_settings(read_recipe_tree(recipe.expanduser()), settings)}
-    raise_errors(find_errors(tree), str(recipe))
-    # Names and values that need no torch come first: a wrong one is answered at once.
-    check_ranges(ranges, lambda values: raise_errors(find_errors(apply_settings(tree, values)), "--over"))
+    tree = {"output_dir": "runs/run", **load_tree(recipe, settings, ["output_dir"], find_missing_inputs)}
+    # A wrong name or value is answered at once, before torch is imported.
+    check_ranges(ranges, lambda values: read_sections(apply_settings(tree, values), "--over"))
     folder = out if out is not None else Path(f"{tree['output_dir']}-tune")
 
     from ..experiments.tuning import tune as search

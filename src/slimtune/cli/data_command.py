@@ -49,19 +49,18 @@ def data_report(
         require_rows(rows, settings.get("data.format"))
     if "model.name" in settings:
         require_base(str(settings["model.name"]))
-    from ..core.config import load_recipe
-    from ..core.config.objective_registry import objective_class, objective_names
+    from ..core.config import DataSettings, ModelSettings, TrainSettings
+    from ..core.config.recipe import load_sections
     from ..evaluation.data_report.dataset_report import validate_file
 
-    unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
-    if named := settings.get("data.format"):  # a recipe refuses formats that its task does not take
-        unused["task.name"] = next((t for t in objective_names() if objective_class(t).takes_format(named)), "sft")
-    recipe = load_recipe(None, {**unused, **settings})
-    data, tokenizer, model = recipe.data, None, None
+    settings = {"data.train": str(file), **settings}
+    data, train = load_sections(settings, DataSettings, TrainSettings)
+    tokenizer, model = None, None
     if "model.name" in settings or "model" in settings:
         from ..core.training.base_model import load_base_tokenizer
 
-        tokenizer, model = load_base_tokenizer(recipe.model, recipe.data.chat_template), recipe.model.name
+        (base,) = load_sections(settings, ModelSettings)
+        tokenizer, model = load_base_tokenizer(base, data.chat_template), base.name
     report = validate_file(
         file,
         tokenizer,
@@ -72,7 +71,7 @@ def data_report(
         train_on=data.train_on,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,
-        rows_per_step=recipe.train.rows_per_step,
+        rows_per_step=train.rows_per_step,
         validation=data.validation,
     )
     if html is not None:

@@ -1,12 +1,17 @@
 """Checks of the names and files that a command gets, before torch is imported, which takes seconds."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SlimtuneError, UsageError, install_command
+
+if TYPE_CHECKING:
+    from ..core.adapters.config_fields import FieldError
 
 ROW_SETTINGS = (
     "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
@@ -30,40 +35,27 @@ def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
         raise UsageError(message, hint=install_command(extra))
 
 
-def require_inputs(
-    recipe: Path | None, settings: Mapping[str, Any], *, weights: bool = True, rows: bool = True
-) -> None:
-    """Raise unless base and rows of a recipe exist; settings that are wrong are named in the same message.
+def find_missing_inputs(
+    tree: Mapping[str, Any], *, weights: bool = True, rows: bool = True
+) -> tuple[list[FieldError], SlimtuneError | None]:
+    """Return the errors for the base and the rows of a recipe's tree that do not exist, and what the base's raised.
 
     Args:
-        recipe: its file; None: `settings` have everything.
-        settings: overrides by dotted path.
+        tree: the recipe, with sections in long form and absolute paths.
         weights: whether the base is loaded; a plan needs only its config.
         rows: whether rows are read.
     """
-    from ..core.config.field_errors import FieldError, raise_errors
-    from ..core.config.recipe import find_errors, find_missing_files
-    from ..core.config.recipe_loading import read_recipe_tree, resolve_paths, set_field
+    from ..core.adapters.config_fields import FieldError
+    from ..core.config.recipe_loading import find_missing_files
 
-    tree = read_recipe_tree(recipe.expanduser()) if recipe is not None else {}
-    for path, value in settings.items():
-        set_field(tree, path, value)
-    resolve_paths(tree)
     data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
-    missing = find_missing_files(data) if rows else []
-    wrong_base = None
+    errors = find_missing_files(data) if rows else []
     try:
         if isinstance(name := model.get("name"), str) and name:
             require_base(name, weights)
-    except SlimtuneError as error:
-        wrong_base = error
-    if missing or wrong_base is not None:
-        errors = [*find_errors(tree), *missing]
-        if wrong_base is not None and not errors:
-            raise wrong_base
-        if wrong_base is not None:
-            errors.append(FieldError("model.name", wrong_base.message, wrong_base.expected))
-        raise_errors(errors, str(recipe) if recipe is not None else "the flags")
+    except SlimtuneError as e:
+        return [*errors, FieldError("model.name", e.message, e.expected)], e
+    return errors, None
 
 
 def require_base(name: str, weights: bool = True) -> None:

@@ -123,7 +123,7 @@ def _describe_method(cls: Any, has_fields: bool) -> dict[str, Any]:
                 "recipe_default": repr(defaults.get(field.name, field.default)),
                 "short_name": short_names.get(field.name),
                 "flag": flags.get(field.name),
-                "help": field.help,
+                "help": field.description,
             }
             for field in sorted(method_fields(cls).values(), key=lambda field: field.name not in own)
         ]

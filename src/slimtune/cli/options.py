@@ -3,8 +3,8 @@
     @recipe_flags("model", "train.batch_size")
     def command(settings: dict[str, Any], as_json: Json = False): ...
 
-The flags are built from `config.schema` when the command runs or shows its help, not when the module is imported: the
-schema imports pydantic, which would make `slimtune --help` twice as slow.
+The flags are built from `config.schema` when the command runs or shows its help, not when the module is imported:
+`slimtune --help` does without it.
 """
 
 import functools
@@ -144,23 +144,22 @@ def _reword(names: str, text: str, is_argument: bool) -> tuple[str, str]:
 
 def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Yield name and type of a command's parameter for each setting; the name is the path with `__` for the dots."""
+    from ..core.adapters.config_fields import list_settings
     from ..core.config import Recipe
-    from ..core.config.schema import iterate_settings
 
-    for setting in iterate_settings(Recipe):
+    for setting in list_settings(Recipe):
         section = setting.path.partition(".")[0]
         if setting.path not in paths and section not in paths:
             continue
-        kind, metavar = _flag_type(setting.annotation)
+        kind, metavar = _flag_type(setting.type)
         notes = [setting.expected] if metavar == "NAME" else [setting.limits] if setting.limits else []
-        if typing.get_origin(setting.annotation) is list:
-            one = setting.expected.replace("a list of ", "one of ")
-            notes = ["repeatable"] if one == "one of text" else [one, "repeatable"]
+        if typing.get_origin(setting.type) is list:
+            notes = [setting.item_expected, "repeatable"] if setting.item_expected != "text" else ["repeatable"]
         if setting.default not in (None, [], {}):
             notes.append(f"default: {str(setting.default).lower() if kind is bool else setting.default}")
         option = typer.Option(
             setting.flag if kind is not bool else f"{setting.flag}/--no-{setting.flag[2:]}",
-            help=f"{setting.help[0].upper()}{setting.help[1:]}."
+            help=f"{setting.description[0].upper()}{setting.description[1:]}."
             + (f" [{'; '.join(filter(None, notes))}]" if notes else ""),
             metavar=metavar,
             show_default=False,
@@ -189,21 +188,20 @@ def _flag_type(annotation: Any) -> tuple[Any, str | None]:
 
 
 def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that were given, by dotted path, with old names replaced."""
+    """Return the values that were given, by dotted path."""
+    from ..core.adapters.config_fields import list_settings
     from ..core.config import Recipe
-    from ..core.config.aliases import rename_setting
     from ..core.config.recipe_loading import parse_override, parse_yaml
-    from ..core.config.schema import iterate_settings
 
     overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
     refuse_repeated_flags(f"--set {path}" for path, _ in overrides)
-    known = {s.path: s for s in iterate_settings(Recipe)}
+    known = {s.path: s for s in list_settings(Recipe)}
     values: dict[str, Any] = {}
     for name, value in flags.items():
         path = name.replace("__", ".", 1)
         if value is None or value == []:
             continue
-        kind, metavar = _flag_type(known[path].annotation if path in known else None)
+        kind, metavar = _flag_type(known[path].type if path in known else None)
         if metavar == "ROLE=COLUMN":
             for pair in value:
                 role, _, column = (part.strip() for part in pair.partition("="))
@@ -214,4 +212,4 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
             values[path] = value
         else:
             values[path] = parse_yaml(value, known[path].flag if path in known else f"--{name.partition('__')[2]}")
-    return dict(rename_setting(path, value) for path, value in [*values.items(), *overrides])
+    return values | dict(overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from ..errors import UsageError
 from .common import Json, console, print_fields, table
 from .machine_commands import MILLION, format_range, format_source, format_three_digits, list_prices
 from .options import recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, load_runs_to_plan, make_plans, require_job
+from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, load_runs_to_plan, make_plans
 
 if TYPE_CHECKING:
     from ..planning.gpu_specs import Gpu
@@ -82,7 +83,7 @@ def plan(
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else None
     if plot is not None:
         plot = require_figure_path(plot)
-    require_job(job, settings)
+    jobs = load_runs_to_plan(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
     from ..planning.serving_memory import plan_serving
     from ..planning.this_machine import detect_gpu
     from ..planning.throughput import estimate_cost
@@ -90,7 +91,6 @@ def plan(
 
     card = card or detect_gpu(str(settings.get("model.device", "auto")))
     require_trains(card)
-    jobs = load_runs_to_plan(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
     if write is not None:
         _require_writable(write, jobs)
     served = plan_serving(jobs.model.config, gpu=card, **serving) if serve else None
@@ -105,9 +105,9 @@ def plan(
     if write is not None:
         (recipe,) = jobs.recipes.values()
         # A plan knows names of bases that have no weights here: the recipe says where the weights are.
-        model = recipe.model.model_copy(update={"name": jobs.model.spec})
+        model = replace(recipe.model, name=jobs.model.spec)
         note = f"# {_verdict_text(plans[0])}: {plans[0].reason}\n"
-        write_atomic(write, note + recipe.model_copy(update={"model": model}).to_yaml())
+        write_atomic(write, note + replace(recipe, model=model).to_yaml())
     if plot is not None:
         write_plot(plans, plot)
     if not as_json:

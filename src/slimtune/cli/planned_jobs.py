@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from typer import Argument
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
-from .input_checks import ROW_SETTINGS, require_inputs
+from .input_checks import ROW_SETTINGS, find_missing_inputs
 
 if TYPE_CHECKING:
     from ..core.config import Recipe
@@ -61,23 +62,10 @@ def find_recipe(job: str | None) -> Path | None:
     return file if os.path.isfile(file) else None
 
 
-def require_job(job: str, settings: Mapping[str, Any]) -> None:
-    """Raise for names and files that do not exist, before torch is imported; arguments as for `load_runs_to_plan`."""
-    recipe = find_recipe(job)
-    methods = _list_methods(recipe, settings)
-    base = {"model.name": job, "data.train": "rows.jsonl", "output_dir": "runs/planned"} if recipe is None else {}
-    has_rows = recipe is not None or "data.train" in settings
-    several = len(methods) > 1  # each gets the settings that it has
-    given = {p: v for p, v in settings.items() if not p.startswith("method" if several else "method.name")}
-    chosen = {} if methods[0] == _list_methods(recipe, {})[0] else {"method": {"name": methods[0]}}
-    require_inputs(recipe, {**base, **chosen, **given, "method.name": methods[0]}, weights=False, rows=has_rows)
-
-
 def load_run_to_plan(
     job: str, settings: Mapping[str, Any], message: str = "several methods are given", hint: str = "--method lora"
 ) -> RunsToPlan:
     """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
-    require_job(job, settings)
     jobs = load_runs_to_plan(job, settings)
     if len(jobs.recipes) > 1 or jobs.errors:
         raise UsageError(message, "one run", hint)
@@ -94,41 +82,13 @@ def load_runs_to_plan(
         settings: overrides by dotted path; `method.name` may name several methods, or "all".
         output_dir: the run folder of a base's recipe.
     """
-    from ..core.config import load_recipe
-    from ..core.config.method_settings import accepted_names
+    recipes, errors = _load_recipes(model_or_recipe, settings, output_dir)
+
     from ..core.data.example_lengths import ALL_SUPERVISED, count_row_tokens
     from ..core.models.base_config import load_base_config
 
-    path = find_recipe(model_or_recipe)
-    methods = _list_methods(path, settings)
-    own_method = _list_methods(path, {})[0]
-    settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-
-    # A plan needs no rows and no run folder, but a complete recipe does.
-    base = (
-        {}
-        if path is not None
-        else {"model.name": model_or_recipe, "data.train": "rows.jsonl", "output_dir": output_dir}
-    )
-    accepted = {method: set(accepted_names(method)) for method in methods}
-    recipes: dict[str, Recipe] = {}
-    errors: dict[str, SlimtuneError] = {}
-    for method in methods:
-        # A setting goes to the methods that have it; one that none has goes to all, whose errors name it.
-        others = set().union(*accepted.values()) - accepted[method]
-        own = {p: v for p, v in settings.items() if not (p.startswith("method.") and p.split(".")[1] in others)}
-        chosen = {} if method == own_method else {"method": {"name": method}}  # a file's settings are its own method's
-        try:
-            recipes[method] = load_recipe(path, {**base, **chosen, "method.name": method, **own})
-        except UsageError as e:
-            errors[method] = e
-    if not recipes:
-        raise errors[methods[0]]
-
     recipe = next(iter(recipes.values()))
-    has_rows = path is not None or "data.train" in settings
-    if has_rows:
-        recipe.require_files()
+    has_rows = find_recipe(model_or_recipe) is not None or "data.train" in settings
     m, t = recipe.model, recipe.train
     model = load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
@@ -139,15 +99,47 @@ def load_runs_to_plan(
     return RunsToPlan(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
 
 
-def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
-    """Return the methods that flags name, or else the recipe; they exist."""
-    from ..core.adapters.method_registry import method_names, require_method
-    from ..core.config.recipe_loading import read_recipe_tree
+def _load_recipes(
+    job: str, settings: Mapping[str, Any], output_dir: str
+) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
+    """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
+    from ..core.config import Recipe
+    from ..core.config.method_settings import full_names
+    from ..core.config.recipe import apply_settings, read_tree
 
-    section = (read_recipe_tree(recipe) if recipe is not None else {}).get("method")
+    path = find_recipe(job)
+    # A plan needs no rows and no run folder, but a complete recipe does.
+    base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
+    find_more = partial(find_missing_inputs, weights=False, rows=path is not None or "data.train" in settings)
+    tree = read_tree(path, settings)
+    section = tree.get("method")
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
-    text = str(settings.get("method.name", settings.get("method", own_method)))
-    named = [part.strip().lower() for part in text.split(",") if part.strip()]
+    methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
+    settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
+    accepted = {method: set(full_names(method)) for method in methods}
+    recipes: dict[str, Recipe] = {}
+    errors: dict[str, SlimtuneError] = {}
+    for method in methods:
+        # A setting goes to the methods that have it; one that none has goes to all, whose errors name it.
+        others = set().union(*accepted.values()) - accepted[method]
+        own = {p: v for p, v in settings.items() if not (p.startswith("method.") and p.split(".")[1] in others)}
+        is_own = method == str(own_method).lower()
+        chosen = {} if is_own else {"method": {"name": method}}  # a file's settings are its own method's
+        changes = {**base, **chosen, "method.name": method, **own}
+        try:
+            recipes[method] = Recipe.from_dict(apply_settings(tree, changes), str(path or "the flags"), find_more)
+        except UsageError as e:
+            errors[method] = e
+    if not recipes:
+        raise errors[methods[0]]
+    return recipes, errors
+
+
+def _list_methods(text: Any) -> list[str]:
+    """Return the methods that a text names, "lora,ia3" or "all"; they exist."""
+    from ..core.adapters.method_registry import method_names, require_method
+
+    named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
     if not named:
         raise UsageError("--method names none", "methods as lora,ia3, or all")
     expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
@@ -200,7 +192,7 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
         print_progress(f"rows are not read, the tokenizer of {model.spec} is not on this disk: {taken}")
         return [], ALL_SUPERVISED
     # A plan knows more names of bases than training does: `spec` is where the weights are.
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
+    recipe = replace(recipe, model=replace(recipe.model, name=model.spec))
     datasets = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
     print_progress(f"rows: {datasets.train_stats.text()}")
     for report in datasets.data_reports.values():

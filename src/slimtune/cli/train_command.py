@@ -12,7 +12,7 @@ from typer import Exit, Option
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
 from .common import WARNING, Json, console, error_console, print_fields, print_progress
-from .input_checks import require_inputs
+from .input_checks import find_missing_inputs
 from .options import recipe_flags
 from .planned_jobs import JOB, find_recipe
 
@@ -64,12 +64,11 @@ def train_run(
         recipe = Path(str(settings["output_dir"])) / "recipe.yaml"
     if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
         settings.setdefault("output_dir", str(recipe.parent))  # the run is where its own recipe is
-    require_inputs(recipe, settings)
+    loaded = load_recipe(recipe, settings, find_missing_inputs)
     if init_adapter is not None:
         find_adapter_folder(init_adapter)
     if gpu is not None:
         find_gpu(gpu)
-    loaded = load_recipe(recipe, settings)
     if not resume:
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
 

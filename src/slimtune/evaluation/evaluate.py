@@ -354,8 +354,8 @@ def read_as_pairs(recipe: Recipe, file: Path | None) -> Recipe:
         return recipe
     if found != "preference":
         return recipe
-    pairs = recipe.data.model_copy(update={"format": found, "columns": {}, "ignore_columns": []})
-    return recipe.model_copy(update={"data": pairs})
+    pairs = dataclasses.replace(recipe.data, format="preference", columns={}, ignore_columns=[])
+    return dataclasses.replace(recipe, data=pairs)
 
 
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:

@@ -15,7 +15,6 @@ from ..core.foundation.files import read_json, write_atomic, write_json
 from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.remote_code import remote_code_allowed
-from ..core.training.run_dir import RENAMED_KEYS
 from ..errors import RunError, SlimtuneError, UsageError
 from ..evaluation.eval_result import SFTEvalResult
 from ..planning.plan_request import build_request
@@ -173,7 +172,7 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[FailedRun]:
             try:
                 if not why or (len(files) > 1 and grid.is_done(candidate, seed)):
                     executor.wait_for_files((run.result_file, run.evaluation_file("test")))
-                    result, measured = read_json(run.result_file, RENAMED_KEYS), read_test_evaluation(run)
+                    result, measured = read_json(run.result_file), read_test_evaluation(run)
             except RunError as e:
                 why = e.message
             if measured is None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.config.objective_registry import objective_class
 from ..core.foundation.files import parse_json, read_json, read_regular_file
 from ..core.foundation.formatting import format_bytes, format_duration, format_markdown_table
-from ..core.training.run_dir import RENAMED_KEYS, RunDir
+from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from ..evaluation.estimate import Estimate
 from ..evaluation.eval_result import TextEvalResult, read_eval_result
@@ -99,7 +99,7 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
     """Return the evaluation of a run on the test rows; raise RunError if its file is damaged."""
     file = run.evaluation_file("test")
     try:
-        result = read_eval_result(read_json(file, RENAMED_KEYS), strict=False)
+        result = read_eval_result(read_json(file), strict=False)
     except ValueError as e:
         raise RunError(f"{file} is damaged: {e}", "what slimtune eval writes", "delete the file") from None
     assert isinstance(result, TextEvalResult)
@@ -108,7 +108,7 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
 
 def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> CandidateRuns:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
-    results = [read_json(run.result_file, RENAMED_KEYS) for run in runs]
+    results = [read_json(run.result_file) for run in runs]
     measured = [read_test_evaluation(run).measures for run in runs]
     rows = [parse_json(read_regular_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]

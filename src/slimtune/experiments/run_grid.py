@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ class Grid:
         steps_per_epoch = math.ceil(len(self.lengths) / train.rows_per_step)
         if data.validation is None or train.eval_steps is not None or self.steps > steps_per_epoch:
             return recipe
-        data = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
-        return recipe.model_copy(update={"data": data})
+        data = replace(data, validation=None, validation_fraction=0.0)
+        return replace(recipe, data=data)
 
     def run_dir(self, candidate: Candidate, seed: int) -> RunDir:
         """Return the run folder of a candidate with a seed."""
@@ -101,7 +101,7 @@ class Grid:
 
     def settings(self) -> dict[str, Any]:
         """Return what must not change when the comparison is resumed."""
-        recipe = self.build_recipe(self.candidates[0], self.seeds[0], self.output_dir).model_dump(mode="json")
+        recipe = self.build_recipe(self.candidates[0], self.seeds[0], self.output_dir).to_dict()
         return {
             "model": recipe["model"],
             "data": recipe["data"],

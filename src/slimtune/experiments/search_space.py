@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config.aliases import rename_setting
 from ..core.config.recipe_loading import SHORT_SECTIONS, parse_yaml
 from ..core.foundation.files import to_json
 from ..errors import RecipeError, UsageError
@@ -85,7 +84,6 @@ def _parse_range(text: str) -> Range:
     path, _, value = (part.strip() for part in text.partition("="))
     if not path or not value:
         raise UsageError(f"--over got {text!r}", "PATH=LOW..HIGH, PATH=log:LOW..HIGH or PATH=A,B,C", EXAMPLE)
-    path, _ = rename_setting(path, None)
     path += f".{SHORT_SECTIONS[path]}" if path in SHORT_SECTIONS else ""
     if fixed := next((p for p in SAME_ROWS if path == p or path.startswith(f"{p}.")), None):
         reason = "the losses of the trials must be of the same rows, tokens and objective"

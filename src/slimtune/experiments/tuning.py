@@ -9,6 +9,7 @@ DIR/tune.json, table.md, tune.svg
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def tune(
         message = f"--on {place.text} does not say how many trials train at the same time"
         raise UsageError(message, f"a number, as {place.text}{',' if ':' in place.text else ':'}4")
     settings = {
-        **{name: value for name, value in recipe.model_dump(mode="json").items() if name != "output_dir"},
+        **{name: value for name, value in recipe.to_dict().items() if name != "output_dir"},
         "over": {r.path: str(r) for r in ranges},
         "rows (SHA-256)": {"train": rows.train.digest(), "validation": rows.validation.digest()},
     }
@@ -107,7 +108,7 @@ def tune(
     def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
         trial = build_evaluated(values, run)
         steps = trial.train.count_steps(len(rows.train))
-        return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
+        return replace(trial, train=replace(trial.train, max_steps=steps))
 
     filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
@@ -165,7 +166,7 @@ def _read_setting(recipe: Recipe, path: str) -> Any:
     section, _, name = path.partition(".")
     if section == "method":
         name = config_class(recipe.method.name).short_names.get(name, name)
-    return parse_json(to_json(recipe.model_dump(mode="json").get(section, {}).get(name)))
+    return parse_json(to_json(recipe.to_dict().get(section, {}).get(name)))
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

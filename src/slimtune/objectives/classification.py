@@ -7,27 +7,26 @@ Both sums go over the whole optimizer step, so that with equal weights the loss 
 `ForSequenceClassification`. w are `class_weights`.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.adapters.config_fields import setting
-from ..core.config.schema import DataSettings
-from ..core.data.class_labels import Classes
-from ..core.data.rows import Row
-from ..core.data.tokenize import format_lines
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.training.datasets import Datasets, open_rows_for_objective
 from ..core.training.objective import Batch, Objective
 from ..errors import DataError, format_names, nearest
-from ..extras.row_formats.classification import sort_labels
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..core.config.schema import DataSettings
+    from ..core.data.class_labels import Classes
+    from ..core.training.datasets import Datasets
 
 
 @dataclass
@@ -42,7 +41,8 @@ class Classification(Objective):
 
     class_weights: Literal["balanced"] | dict[str, float] | None = setting(
         None,
-        "weight of each class in the loss: balanced (the rarer, the heavier) or weights by label; null: all are equal",
+        "weight of each class in the loss: balanced (the rarer, the heavier) or weights by label",
+        when_null="all are equal",
         ge=0,
     )
 
@@ -52,6 +52,9 @@ class Classification(Objective):
         Raises:
             DataError: there is one class only, a class has no training row, or `class_weights` names no class.
         """
+        from ..core.data.rows import Row
+        from ..core.training.datasets import open_rows_for_objective
+
         rows = datasets.train
         classes = find_classes(rows)
         given = self.class_weights if isinstance(self.class_weights, dict) else {}
@@ -90,6 +93,8 @@ class Classification(Objective):
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return loss, weight, and whether the prediction is right, for each row; all classes have to be right."""
+        import torch
+
         losses, labels = label_losses(values, batch).double(), batch["label"]
         if labels.dim() == 2:
             right = ((values > 0) == (labels > 0)).all(1)
@@ -118,6 +123,9 @@ class Classification(Objective):
 
 def label_losses(values: Tensor, batch: Batch) -> Tensor:
     """Return the weighted loss of each row [N], or of each of its classes [N, C], from logits [N, C]."""
+    import torch
+    import torch.nn.functional as F
+
     labels, weights = batch["label"], batch["label_weight"].to(values.dtype)
     if labels.dim() == 2:
         targets = labels.to(values.dtype)
@@ -137,6 +145,9 @@ def find_classes(train: TokenizedDataset) -> Classes:
     Raises:
         DataError: all rows have the same single class.
     """
+    from ..core.data.class_labels import Classes
+    from ..extras.row_formats.classification import sort_labels
+
     rows = train.classes
     classes = Classes(tuple(sort_labels(n for names in rows for n in names)), any(len(names) != 1 for names in rows))
     if not classes.multi_label and len(classes.names) < 2:
@@ -154,6 +165,10 @@ def encode_classes(
     Raises:
         DataError: a row has a label that no class has, or several where each has one; the message names its line.
     """
+    import numpy as np
+
+    from ..core.data.tokenize import format_lines
+
     ids = {name: i for i, name in enumerate(classes.names)}
     found = rows.classes
     require_known_labels(zip(rows.lines, found, strict=True), classes, path)
@@ -171,6 +186,9 @@ def encode_classes(
 
 def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Classes, path: object) -> None:
     """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
+    from ..core.data.tokenize import format_lines
+    from ..extras.row_formats.classification import sort_labels
+
     unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
     if unknown:
         strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))

@@ -12,16 +12,17 @@ The reference is the model without the adapter, or with the adapter that trainin
 once, before training. The loss of a step is the mean over its pairs; a list of K answers has up to K (K - 1) / 2.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import FieldError, setting
 from ..core.training.objective import RANKED_PAIRS, PairObjective
-from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -40,14 +41,16 @@ class DPO(PairObjective):
 
     pairs: Literal["all", "best-worst"] = setting("all", RANKED_PAIRS)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def find_conflicts(self) -> Iterator[FieldError]:
         if self.label_smoothing and self.loss_type != "robust":
-            message = f"label_smoothing is {self.label_smoothing}, and loss_type {self.loss_type} has none"
-            raise ConfigError(message, "loss_type robust, or label_smoothing 0")
+            more = f", and loss_type {self.loss_type} has none"
+            yield self.error("label_smoothing", "loss_type robust, or label_smoothing 0", more=more)
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the losses [N] and the rewards β · (log p − log p_ref) [N, 2]."""
+        import torch
+        import torch.nn.functional as F
+
         assert reference is not None
         log_ratios = logps - reference
         ratios = log_ratios / tokens.clamp_min(1) if self.loss_type in ("ipo", "sigmoid_norm") else log_ratios

@@ -22,20 +22,23 @@ depends on `gradient_accumulation_steps`; here all rows of a step have one z, wh
 It is computed in evaluation mode, as TRL's is with its default `disable_dropout`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.adapters.config_fields import setting
-from ..core.config.schema import DataSettings, TrainSettings
-from ..core.data.class_labels import Classes
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
 from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..core.config.schema import DataSettings, TrainSettings
+    from ..core.data.class_labels import Classes
 
 _MAX_PLACES = 16
 
@@ -70,6 +73,8 @@ class KTO(Objective):
         self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return rows with `label`: whether the answer is good."""
+        import numpy as np
+
         return rows.with_columns(label=np.array([names == [str(True)] for names in rows.classes], bool))
 
     def prepare_training_rows(
@@ -82,6 +87,8 @@ class KTO(Objective):
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples without their mismatched rows, and with the `kl` that is estimated on these."""
+        import numpy as np
+
         if not self.needs_mismatched_rows:
             return examples
         own, mismatched = zip(*map(_split_example, examples), strict=True)
@@ -91,6 +98,8 @@ class KTO(Objective):
 
     def row_losses(self, log_ratios: Tensor, labels: Tensor, kl: Tensor | float) -> Tensor:
         """Return the loss of each row [N]."""
+        import torch
+
         factors = [
             (1.0, self.undesirable_weight),
             (-1.0, self.desirable_weight),
@@ -106,12 +115,16 @@ class KTO(Objective):
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return label and log ratio of each row, and the log ratio of its mismatched row (0 without one)."""
+        import torch
+
         log_ratios = -sum_rows(values.double(), batch).view(len(batch["label"]), -1) - batch["reference"].double()
         label, unknown = batch["label"].double()[:, None], torch.zeros_like(log_ratios[:, :1])
         return torch.cat([label, log_ratios, unknown], dim=1)[:, : len(self.measures)]
 
     def summarize(self, scores: np.ndarray) -> dict[str, float]:
         """Return the loss, the KL estimate of all rows, and the mean rewards β · r of good and of bad answers."""
+        import torch
+
         label, log_ratios, mismatched = torch.from_numpy(scores).unbind(1)
         kl = max(0.0, float(mismatched.mean()))
         found = {"loss": float(self.row_losses(log_ratios, label, kl).mean()), "kl": kl}
@@ -145,6 +158,8 @@ class MismatchedRows(TokenizedDataset):
     """
 
     def __init__(self, rows: TokenizedDataset, rows_per_step: int, max_seq_len: int, seed: int) -> None:
+        import numpy as np
+
         order = np.random.default_rng(seed).permutation(len(rows))
         vars(self).update(vars(rows.select(order)))  # the same table, its rows in this order
         self.rows_per_step, self.max_seq_len = rows_per_step, max_seq_len

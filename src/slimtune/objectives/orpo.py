@@ -7,17 +7,18 @@ It has no reference. TRL's `ORPOTrainer` also learns the prompts' tokens; as in 
 here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import setting
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, PairObjective, sum_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -49,10 +50,15 @@ class ORPO(PairObjective):
         return losses - mean[:, 0], rewards
 
     def _odds_losses(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        import torch
+
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
         return self._compare((-sum_rows(values, batch) / tokens.clamp_min(1)).view(-1, 2))
 
     def _compare(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+        import torch.nn.functional as F
+
         # log(1 − p) of p near 1 needs expm1.
         log_odds = mean - torch.log(-torch.expm1(mean.clamp_max(-torch.finfo(mean.dtype).tiny)))
         return -self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1]), self.beta * mean

@@ -5,19 +5,20 @@ loss = mean over pairs of −log σ(r(chosen) − r(rejected)) + c · (r(chosen)
 Bradley and Terry, 1952; the centring of rewards: Eisenstein et al., 2023 (arXiv:2312.09244). Names are TRL's.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.adapters.config_fields import setting
-from ..core.config.schema import DataSettings
-from ..core.data.class_labels import Classes
-from ..core.training.datasets import Datasets
 from ..core.training.objective import Batch, Objective
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..core.config.schema import DataSettings
+    from ..core.training.datasets import Datasets
 
 
 @dataclass
@@ -32,11 +33,16 @@ class Reward(Objective):
     measures: ClassVar[tuple[str, ...]] = ("nats", "chosen", "rejected")
 
     center_rewards_coefficient: float | None = setting(
-        None, "weight of the squared sum of a pair's rewards, which keeps their mean near 0 (0.01); null: none", ge=0
+        None,
+        "weight of the squared sum of a pair's rewards, which keeps their mean near 0 (0.01)",
+        when_null="none",
+        ge=0,
     )
 
     def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
         """Return the rows as they are, for a head with one output."""
+        from ..core.data.class_labels import Classes
+
         return replace(datasets, classes=Classes())
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
@@ -44,6 +50,8 @@ class Reward(Objective):
 
     def pair_losses(self, values: Tensor) -> Tensor:
         """Return the loss of each pair [N] from the rewards of its two rows, neighbours in `values` [2N, 1]."""
+        import torch.nn.functional as F
+
         chosen, rejected = values.view(-1, 2).unbind(1)
         losses = -F.logsigmoid(chosen - rejected)
         if self.center_rewards_coefficient is not None:
@@ -52,6 +60,8 @@ class Reward(Objective):
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return the loss and both rewards of each pair."""
+        import torch
+
         return torch.cat([self.pair_losses(values).double()[:, None], values.double().view(-1, 2)], dim=1)
 
     def summarize(self, scores: np.ndarray) -> dict[str, float]:

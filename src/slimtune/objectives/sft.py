@@ -3,16 +3,18 @@
 loss = Σ −log p(token) / number of supervised tokens, both over the whole optimizer step
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, Objective, sum_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @dataclass
@@ -35,6 +37,8 @@ class SFT(Objective):
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return the summed −log p and the supervised tokens of each row."""
+        import torch
+
         tokens = torch.tensor(batch["row_targets"], dtype=torch.float64, device=values.device)
         return torch.stack([sum_rows(values.double(), batch), tokens], dim=1)
 

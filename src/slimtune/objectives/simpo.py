@@ -6,14 +6,16 @@ TRL has it as `CPOTrainer` with `loss_type="simpo"` and `cpo_alpha=0`. Its field
 of β, since TRL's default of 0.1 is CPO's. The loss of a step is the mean over its pairs.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core.adapters.config_fields import setting
 from ..core.training.objective import RANKED_PAIRS, PairObjective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -31,6 +33,8 @@ class SimPO(PairObjective):
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the losses [N] and the rewards β · log p per token [N, 2]."""
+        import torch.nn.functional as F
+
         rewards = self.beta * logps / tokens.clamp_min(1)
         h = rewards[:, 0] - rewards[:, 1] - self.simpo_gamma
         e = self.label_smoothing

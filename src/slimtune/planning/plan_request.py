@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..core.adapters.peft_config import PeftConfig
-from ..core.config import Recipe
+from ..core.config import DataSettings, Recipe
 from ..core.data.example_lengths import (
     ALL_SUPERVISED,
     ExampleLength,
@@ -181,7 +181,7 @@ def build_request(
     positions = max_positions(info.config)
     longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)
     if positions is not None and longest > positions:
-        if lengths or "max_seq_len" in recipe.data.model_fields_set:
+        if lengths or seq_len != DataSettings.max_seq_len:
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
             raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
         seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]

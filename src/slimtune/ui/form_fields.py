@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..core.adapters.config_fields import Setting, list_settings
 from ..core.adapters.method_registry import method_names
 from ..core.config import Recipe
 from ..core.config.objective_registry import objective_names
 from ..core.config.recipe_loading import parse_override
-from ..core.config.schema import Setting, iterate_settings
 from ..errors import UsageError, nearest
 from .workspace import Workspace
 
@@ -54,29 +54,17 @@ class Field(NamedTuple):
 
 def list_fields(labels: Mapping[str, str]) -> list[Field]:
     """Return the fields of settings with these labels."""
-    known = {s.path: s for s in iterate_settings(Recipe)}
+    known = {s.path: s for s in list_settings(Recipe)}
     return [_make_field(known[path], label) for path, label in labels.items()]
 
 
 def _make_field(setting: Setting, label: str) -> Field:
     names = {"method.name": method_names, "task.name": objective_names}
-    options = list(names[setting.path]()) if setting.path in names else list(_choices(setting.annotation))
-    is_number = {int, float} & {setting.annotation, *typing.get_args(setting.annotation)}
+    options = list(names[setting.path]()) if setting.path in names else list(setting.choices)
+    is_number = {int, float} & set(_members(setting.type))
     limits = f" ({setting.limits})" if setting.limits else ""
     default = "" if setting.default in (None, {}) else f"{setting.default}"
-    text = (
-        setting.help.partition("; null:")[0]
-        .partition(", as `slimtune methods`")[0]
-        .partition("; docs/")[0]
-        .removeprefix("objective: ")
-    )
-    return Field(setting.path, label, text + limits, options, default, "number" if is_number else "text")
-
-
-def _choices(annotation: Any) -> Iterator[str]:
-    for member in (annotation, *typing.get_args(annotation)):
-        if typing.get_origin(member) is typing.Literal:
-            yield from map(str, typing.get_args(member))
+    return Field(setting.path, label, setting.help + limits, options, default, "number" if is_number else "text")
 
 
 def make_args(workspace: Workspace, choices: Mapping[str, str], command: str) -> list[str]:
@@ -85,7 +73,7 @@ def make_args(workspace: Workspace, choices: Mapping[str, str], command: str) ->
     Raises:
         UsageError: a setting is not `PATH=VALUE`, unknown, or names a path outside the working folder.
     """
-    known = {s.path: s for s in iterate_settings(Recipe)}
+    known = {s.path: s for s in list_settings(Recipe)}
     args = []
     for path in ROWS_FIELDS if command == "data" else {**ROWS_FIELDS, **RUN_FIELDS}:
         value = choices.get(path, "").strip()
@@ -110,7 +98,7 @@ def _check_setting(workspace: Workspace, line: str, known: Mapping[str, Setting]
         raise UsageError(f"{path} cannot be set here: {reason}", "another setting")
     if path not in known and section not in ("method", "task"):
         raise UsageError(f"there is no setting {path!r}{nearest(path, known)}", "PATH=VALUE, as in docs/recipe.md")
-    takes_path = path in known and Path in {known[path].annotation, *_members(known[path].annotation)}
+    takes_path = path in known and Path in _members(known[path].type)
     if takes_path and value is not None:
         return f"{path}={workspace.resolve_rows(str(value))}"
     if any(mark in str(value) for mark in ("/", "\\", "~")):
@@ -118,7 +106,7 @@ def _check_setting(workspace: Workspace, line: str, known: Mapping[str, Setting]
     return line
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    for member in typing.get_args(annotation):
-        yield member
+def _members(hint: Any) -> Iterator[Any]:
+    yield hint
+    for member in typing.get_args(hint):
         yield from _members(member)

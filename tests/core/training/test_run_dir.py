@@ -1,6 +1,7 @@
 """The run folder refuses to overwrite anything, opens what exists, and never leaves half a file."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -23,7 +24,7 @@ def run(tmp_path) -> RunDir:
 
 def test_new_run_contains_its_recipe(run, tmp_path):
     assert [p.name for p in run.path.iterdir()] == ["recipe.yaml"]
-    assert run.load_recipe() == RECIPE.model_copy(update={"output_dir": run.path})
+    assert run.load_recipe() == replace(RECIPE, output_dir=run.path)
     (tmp_path / "empty").mkdir()
     assert RunDir.create(tmp_path / "empty", RECIPE).recipe_file.is_file()
 

@@ -65,12 +65,13 @@ def get_pattern(text: str) -> Pattern:
     return Pattern(text)
 
 
-def check_pattern(field: str, text: str) -> None:
-    """Raise ConfigError if the pattern in a config's field is malformed."""
+def find_pattern_error(text: str) -> ConfigError | None:
+    """Return what is wrong with a config's pattern; None: it is well formed."""
     try:
         get_pattern(text)
     except ConfigError as e:
-        raise ConfigError(f"{field}: {e.message}", e.expected, e.hint) from None
+        return e
+    return None
 
 
 def find_pattern(patterns: Iterable[str], name: str) -> str | None:

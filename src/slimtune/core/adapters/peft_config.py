@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -24,9 +24,9 @@ from ...errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, 
 from ..foundation.files import read_json, write_atomic
 from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, model_type
-from .config_fields import check_fields, setting
+from .config_fields import DeclaredSettings, FieldError, setting
 from .method_registry import config_class, method_names
-from .name_patterns import check_pattern, get_pattern_value
+from .name_patterns import find_pattern_error, get_pattern_value
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,10 +94,10 @@ class _ConfigMeta(type):
 
 
 @dataclass
-class PeftConfig(metaclass=_ConfigMeta):
+class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """The fields all methods share.
 
-    A method's own config declares its fields with `setting`; `check` adds the rules that involve several fields.
+    A method's own config declares its fields with `setting`; `find_conflicts` has the rules that involve several.
     """
 
     name: ClassVar[str] = ""
@@ -150,33 +150,31 @@ class PeftConfig(metaclass=_ConfigMeta):
         if self.name:
             peft_name = self.name.upper()
             self.peft_type = PeftType.__members__.get(peft_name, peft_name)  # a test's own method is no member
-        check_fields(self, _declaring_class(type(self)))
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise self.error(name, "a string or None").to_exception()
+        self.check_fields()
         if self.task_type is not None:
             self.task_type = str(TaskType(self.task_type))
-        for name in ("base_model_name_or_path", "revision"):
-            if not isinstance(value := getattr(self, name), str | os.PathLike | None):
-                raise ConfigError(f"{name} is {value!r}", "a string or None")
-        self.check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name, None), list):
                 setattr(self, name, set(names))  # as in PEFT
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class that its module knows by name: pickle cannot find the one registered with peft.
-        return _new_config, (_declaring_class(type(self)),), dict(vars(self))
+        return _new_config, (type(self).get_declaring_class(),), dict(vars(self))
 
-    def check(self) -> None:
-        """Raise ConfigError where fields do not fit one another. A method extends this."""
+    @classmethod
+    def get_declaring_class(cls) -> type:
+        """Return the config class itself for the subclass that is registered with peft."""
+        return next(c for c in cls.__mro__ if "_joined" not in vars(c))
 
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Raise a ConfigError about field `name` unless the condition holds."""
         if not condition:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}", expected)
+            raise self.error(name, expected).to_exception()
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
-
-    def check_required(self) -> None:
-        """Raise ConfigError if a required field is missing; called before attaching, and when a recipe is read."""
 
     def check_model(self, model: nn.Module) -> None:
         """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
@@ -356,11 +354,6 @@ def _get_commit_hash(pkg_name: str) -> str | None:
     return json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
 
 
-def _declaring_class(cls: type) -> type:
-    """Return the config class itself for the subclass that is registered with peft."""
-    return next(c for c in cls.__mro__ if "_joined" not in vars(c))
-
-
 def _new_config(cls: type[PeftConfig]) -> PeftConfig:
     return object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
 
@@ -394,22 +387,26 @@ class TargetedConfig(PeftConfig):
     def default_targets(self, model: nn.Module) -> list[str] | None:
         return self.architecture_targets.get(model_type(model))
 
-    def check(self) -> None:
-        super().check()
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     message = f"`{name}` cannot be used when `target_modules` is a str."
-                    raise ConfigError(message, f"{name}=None", "put the layer numbers into the regular expression")
+                    hint = "put the layer numbers into the regular expression"
+                    yield FieldError(name, message, f"{name}=None", hint)
         fields = {n: getattr(self, n) for n in ("target_modules", "exclude_modules")}
         texts = {n: [text] for n, text in fields.items() if isinstance(text, str)}
         layers = self.layers_pattern or []
         texts |= {"layers_pattern": [layers] if isinstance(layers, str) else layers}
         for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():
             for pattern in patterns:
-                check_pattern(name, pattern)
+                if (error := find_pattern_error(pattern)) is not None:
+                    sentence = f"{name}: {error.message}"
+                    yield FieldError(name, error.message, error.expected, error.hint, sentence)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+            message = "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            yield FieldError("layers_pattern", message)
 
 
 @dataclass
@@ -419,11 +416,9 @@ class PatternedConfig(TargetedConfig):
     alpha_name: ClassVar[str] = "alpha"
     """The field that holds the alpha of layers that no pattern matches."""
 
-    rank_pattern: dict[str, int] = setting(
-        default_factory=dict, help="rank of single layers, by their name or pattern", ge=1, kw_only=True
-    )
+    rank_pattern: dict[str, int] = setting({}, "rank of single layers, by their name or pattern", ge=1, kw_only=True)
     alpha_pattern: dict[str, float] = setting(
-        default_factory=dict, help="alpha of single layers, by their name or pattern", gt=0, kw_only=True
+        {}, "alpha of single layers, by their name or pattern", gt=0, kw_only=True
     )
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ModelError, format_names
 from .architectures import text_config
-from .config_fields import setting
+from .config_fields import FieldError, setting
 from .peft_config import PeftConfig, SiteKind
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class PromptLearningConfig(PeftConfig):
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
 
-    def check_required(self) -> None:
-        self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
+    def find_missing(self) -> Iterator[FieldError]:
+        if self.num_virtual_tokens is None:
+            yield self.error("num_virtual_tokens", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
         from .prompt import embedding_width, find_backbones

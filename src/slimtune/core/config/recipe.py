@@ -1,48 +1,50 @@
-"""Reads a recipe and checks it: all errors that show without torch are found before any is reported.
+"""Reads a recipe once, checks all of it, and raises one error that names everything that is wrong.
 
-Only then is the method imported, which takes seconds and finds settings that contradict each other.
+The checks need no torch, whose import takes seconds; only a method of a third party may import it.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-from pydantic import ValidationError
-
-from ...errors import ConfigError, RecipeError, nearest
-from ..adapters.method_registry import config_class, require_method
-from ..foundation.files import parse_dataset_id
+from ...errors import RecipeError, SlimtuneError, format_names
+from ..adapters.config_fields import (
+    FieldError,
+    Setting,
+    format_value,
+    list_settings,
+    read_settings,
+    setting,
+    value_error,
+)
+from ..adapters.method_registry import config_class
 from ..foundation.remote_code import allow_remote_code
-from .aliases import rename_setting, rename_settings
-from .field_errors import FieldError, collect_field_errors, format_value, raise_errors
-from .method_settings import find_setting_errors, read_names, resolve_method, resolve_task
-from .objective_registry import objective_class, require_objective
+from .method_settings import full_names, read_method, read_task
+from .objective_registry import objective_class
 from .recipe_loading import (
-    DATA_FILES,
     expand_short_sections,
-    parse_override,
+    find_missing_files,
+    format_yaml,
+    parse_overrides,
     read_recipe_tree,
     resolve_paths,
     set_field,
 )
-from .schema import (
-    DataSettings,
-    MethodSettings,
-    ModelSettings,
-    PathLike,
-    Section,
-    TaskSettings,
-    TrainSettings,
-    iterate_settings,
-    setting,
-)
+from .schema import DataSettings, MethodSettings, ModelSettings, PathLike, Section, TaskSettings, TrainSettings
 
 MIN_EVAL_ROWS = 6
 """Fewer held-out rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
+MOST_ERRORS = 20
+"""Errors that a message lists."""
+SECTIONS: dict[str, type[Section]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
+"""The sections whose settings do not depend on a name in them."""
+FindMore = Callable[[Mapping[str, Any]], tuple[list[FieldError], SlimtuneError | None]]
+"""Returns further errors in a tree, such as missing files, and an exception to raise if there is no other error."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Section):
     """All settings of a run.
 
@@ -52,35 +54,26 @@ class Recipe(Section):
 
     model: ModelSettings
     data: DataSettings
-    task: TaskSettings = TaskSettings()
-    method: MethodSettings = MethodSettings()
-    train: TrainSettings = TrainSettings()
+    task: TaskSettings = field(default_factory=TaskSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
     output_dir: PathLike = setting(
         ..., "run folder, relative to the working folder; it must not hold another run", flag="--out"
     )
 
+    def __post_init__(self) -> None:
+        """Do nothing: `from_dict` has checked the sections, and what contradicts in them."""
+
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe") -> Self:
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe", find_more: FindMore | None = None) -> Self:
         """Return the recipe that a plain tree describes; a RecipeError names every error in it by its path.
 
         Args:
             tree: sections and fields, as YAML has them; `model: x` is short for `model: {name: x}`.
             source: name of the tree in messages.
+            find_more: returns further errors in the tree.
         """
-        if not isinstance(tree, Mapping):
-            raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
-        tree = rename_settings(expand_short_sections(copy.deepcopy(dict(tree))), source)
-        resolve_paths(tree)
-        section = tree.get("method", {})
-        errors = find_errors(tree)
-        if errors and not tree.get("task", {}).keys() - {"name"}:  # there is nothing in the task to import it for
-            raise_errors(errors, source)
-        method, method_errors = resolve_method(section)
-        task, task_errors = resolve_task(tree.get("task", {}))
-        raise_errors({e.path: e for e in (*errors, *method_errors, *task_errors)}.values(), source)
-        recipe = cls.model_validate({**tree, "task": task, "method": method})
-        raise_errors(recipe._find_contradictions(), source)
-        return recipe
+        return cls(**read_sections(tree, source, find_more=find_more))
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
@@ -106,11 +99,11 @@ class Recipe(Section):
             steps = self.train.count_steps(rows)
             epochs = max(1.0, steps * self.train.rows_per_step / max(rows, 1))
             rate = method.default_learning_rate(steps, epochs, hidden_size)
-        return self.model_copy(update={"train": self.train.model_copy(update={"learning_rate": float(f"{rate:.2g}")})})
+        return replace(self, train=replace(self.train, learning_rate=float(f"{rate:.2g}")))
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return format_yaml(self.to_dict())
 
     def eval_split(self) -> str | None:
         """Return the rows that `slimtune eval` can measure on without a file: "test", else "validation", or None."""
@@ -121,63 +114,43 @@ class Recipe(Section):
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        raise_errors(find_missing_files(dict(self.data)), "the recipe")
-
-    def _find_contradictions(self) -> list[FieldError]:
-        """Return the errors that involve several settings."""
-        t, errors = self.train, []
-        if t.offload_activations and not t.gradient_checkpointing:
-            message = "got true, but no activations are checkpointed"
-            errors.append(FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too"))
-        if t.forgetting_budget is None and self.data.general_text is not None:
-            message = "got a file, which is read for train.forgetting_budget alone, and that is null"
-            errors.append(FieldError("data.general_text", message, "train.forgetting_budget, or general_text null"))
-        if t.forgetting_budget is not None:
-            message = f"got {t.forgetting_budget}"
-            if self.objective().task_type != "CAUSAL_LM":
-                message += f", and task is {self.task.name}, whose model has no loss on text"
-                errors.append(FieldError("train.forgetting_budget", message, "null, or the task of a language model"))
-            if t.fsdp:
-                message += ", and train.fsdp is true"
-                errors.append(FieldError("train.forgetting_budget", message, "only one of the two"))
-        if t.compile and t.fsdp:
-            errors.append(FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two"))
-        if self.method.settings.get("init_lora_weights") == "loftq" and self.model.quantization is None:
-            message = "got 'loftq', which starts from the error of quantization, and model.quantization is null"
-            expected = "model.quantization nf4 or int8, or another initialization"
-            errors.append(FieldError("method.init_lora_weights", message, expected))
-        d = self.data
-        task = objective_class(self.task.name)
-        formats = (*task.formats, *task.named_formats)
-        if d.format is not None and d.format not in formats:
-            errors.append(
-                FieldError("data.format", f"got {d.format!r}, and task is {self.task.name}", " or ".join(formats))
-            )
-        if d.test is not None and d.test_fraction > 0:
-            message = f"got {d.test_fraction}, and data.test names rows for `slimtune eval`"
-            errors.append(FieldError("data.test_fraction", message, "only one of the two"))
-        if d.validation is None and d.validation_fraction + d.test_fraction >= 1:
-            message = f"got {d.test_fraction}, and data.validation_fraction is {d.validation_fraction}: no row is left"
-            errors.append(FieldError("data.test_fraction", message, "less than 1 together"))
-        if self.data.validation is None and self.data.validation_fraction == 0:
-            for name in ("early_stopping_patience", "eval_steps"):
-                if (value := getattr(t, name)) is not None:
-                    message = f"got {value}, but there are no validation rows"
-                    errors.append(FieldError(f"train.{name}", message, f"data.validation, or {name} null"))
-        return errors
+        raise_errors(find_missing_files(self.data.to_dict()), "the recipe")
 
 
-def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = (), find_more: FindMore | None = None
+) -> Recipe:
     """Read a recipe file and apply overrides; without a file the overrides hold everything.
 
     Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
-    read as YAML.
+    read as YAML. `find_more` is that of `Recipe.from_dict`.
     """
-    given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
-    settings = dict(rename_setting(where, value) for where, value in given)
+    settings = parse_overrides(overrides)
+    source = str(path) if path is not None else "the flags"
+    return Recipe.from_dict(apply_settings(read_tree(path, settings), settings), source, find_more)
+
+
+def load_tree(
+    path: str | Path, overrides: Mapping[str, Any], optional: Collection[str] = (), find_more: FindMore | None = None
+) -> dict[str, Any]:
+    """Return a recipe file's tree with overrides, after every check; settings in `optional` may be missing in it."""
+    tree = apply_settings(read_tree(path, overrides), overrides)
+    read_sections(tree, str(path), optional, find_more)
+    return expand_short_sections(tree)
+
+
+def load_sections(settings: Mapping[str, Any], *classes: type[Section]) -> list[Any]:
+    """Return some sections that overrides by dotted path describe; the others may lack required settings."""
+    names = [name for name, section in SECTIONS.items() if section in classes]
+    optional = [s.path for s in list_settings(Recipe) if s.path.partition(".")[0] not in names]
+    sections = read_sections(apply_settings({}, settings), "the flags", optional)
+    return [next(s for s in sections.values() if isinstance(s, cls)) for cls in classes]
+
+
+def read_tree(path: str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a recipe file, empty without one; `settings` say whether the base's own code may run."""
     with allow_remote_code(settings.get("model.trust_remote_code") is True):
-        tree = read_recipe_tree(Path(path).expanduser()) if path is not None else {}
-    return Recipe.from_dict(apply_settings(tree, settings), str(path) if path is not None else "the flags")
+        return read_recipe_tree(Path(path).expanduser()) if path is not None else {}
 
 
 def apply_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,58 +163,118 @@ def apply_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     return changed
 
 
-def find_errors(tree: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors in a tree, with sections in long form, that show without an import of torch.
-
-    Left out are settings of the method that contradict each other, and the settings of the task.
-    """
-    section, task = tree.get("method") or {}, tree.get("task") or {}
-    errors: list[FieldError] = []
-    try:
-        Recipe.model_validate({**tree, "method": {}, "task": {}})
-    except ValidationError as e:
-        names = read_names(str(section.get("name", "lora"))) or ("rank", "alpha")
-        paths = [s.path for s in iterate_settings(Recipe)] + [f"method.{name}" for name in names]
-        errors = collect_field_errors(e, Recipe, paths)
-    try:
-        require_method(section.get("name", "lora"))
-        errors += find_setting_errors(section)
-    except ConfigError as e:
-        errors.append(FieldError("method.name", e.message, e.expected))
-    try:
-        require_objective(task.get("name", "sft"))
-    except ConfigError as e:
-        errors.append(FieldError("task.name", e.message, e.expected))
-    return errors
-
-
-def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
-    errors = []
-    for name in DATA_FILES:
-        if not isinstance(given := data.get(name), str | Path) or not str(given):
-            continue
-        path, is_rows = Path(given), name not in ("general_text", "chat_template")
-        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
-            continue
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
-    return errors
-
-
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
     # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
-    method_name = overrides.get("method.name", overrides.get("method", method.get("name", "lora")))
-    names = read_names(str(method_name))
+    names = full_names(str(overrides.get("method.name", overrides.get("method", method.get("name", "lora")))))
     full_name = names.get(name, name)
     for spelling in [full_name, *(short for short, full in names.items() if full == full_name)]:
         method.pop(spelling, None)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that contains Unicode's line breaks, which YAML would otherwise fold into spaces."""
+def read_sections(
+    tree: Mapping[str, Any], source: str, optional: Collection[str] = (), find_more: FindMore | None = None
+) -> dict[str, Any]:
+    """Return the arguments of the `Recipe` that a tree describes, without the sections that are incomplete.
+
+    Args:
+        tree, source, find_more: as for `Recipe.from_dict`.
+        optional: dotted paths of settings that may be missing.
+
+    Raises:
+        RecipeError: it names every error in the tree by its path.
+    """
+    if not isinstance(tree, Mapping):
+        raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
+    tree = expand_short_sections(copy.deepcopy(dict(tree)))
+    resolve_paths(tree)
+    method, method_errors = read_method(tree.get("method", {}))
+    task, task_errors = read_task(tree.get("task", {}))
+    every = list_settings(Recipe)
+    paths = [s.path for s in every] + [f"method.{name}" for name in full_names(method["name"])]
+    sections: dict[str, Any] = {"task": TaskSettings(**task), "method": MethodSettings(**method)}
+    errors: list[FieldError] = []
+    for name, section in SECTIONS.items():
+        given, known = tree.get(name, {}), {s.name: s for s in list_settings(section)}
+        if not isinstance(given, Mapping):
+            errors.append(FieldError(name, f"got {format_value(given)}", f"a section with {format_names(known)}"))
+            continue
+        values, found = read_settings(known, given, name, paths=paths, most=MOST_ERRORS)
+        missing = [s for s in known.values() if s.required and s.name not in given]
+        errors += found + [_missing_error(s, f"{name}.{s.name}") for s in missing if f"{name}.{s.name}" not in optional]
+        if not found and not missing:
+            sections[name] = section(**values)
+    output_dir = next(s for s in every if s.path == "output_dir")
+    rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
+    values, found = read_settings({"output_dir": output_dir}, rest, "", names=RECIPE_NAMES, paths=paths)
+    if "output_dir" not in rest and "output_dir" not in optional:
+        found.insert(0, _missing_error(output_dir, "output_dir"))
+    errors += [*found, *method_errors, *task_errors]
+    if not errors and set(optional) <= {"output_dir"}:
+        errors += find_conflicts(**sections)
+    more, alone = find_more(tree) if find_more is not None else ([], None)
+    if alone is not None and not errors and len(more) == 1:
+        raise alone
+    raise_errors([*errors, *more], source)
+    return sections | values
 
 
-_Dumper.add_representer(
-    str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, '"' if set(s) & set("\x85\u2028\u2029") else None)
-)
+RECIPE_NAMES = ("model", "data", "task", "method", "train", "output_dir")
+
+
+def _missing_error(spec: Setting, path: str) -> FieldError:
+    return FieldError(path, f"missing (flag {spec.flag})", spec.description)
+
+
+def find_conflicts(
+    model: ModelSettings, data: DataSettings, task: TaskSettings, method: MethodSettings, train: TrainSettings
+) -> Iterator[FieldError]:
+    """Yield the errors that involve settings of several sections, or several settings of one."""
+    objective, budget = objective_class(task.name), train.forgetting_budget
+    if train.offload_activations and not train.gradient_checkpointing:
+        message = "got true, but no activations are checkpointed"
+        yield FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too")
+    if budget is None and data.general_text is not None:
+        message = "got a file, which is read for train.forgetting_budget alone, and that is null"
+        yield FieldError("data.general_text", message, "train.forgetting_budget, or general_text null")
+    if budget is not None and objective.task_type != "CAUSAL_LM":
+        more = f", and task is {task.name}, whose model has no loss on text"
+        expected = "null, or the task of a language model"
+        yield value_error("train.forgetting_budget", budget, expected, more=more)
+    elif budget is not None and train.fsdp:
+        expected = "only one of the two"
+        yield value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
+    if train.compile and train.fsdp:
+        yield FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two")
+    if method.settings.get("init_lora_weights") == "loftq" and model.quantization is None:
+        message = "got 'loftq', which starts from the error of quantization, and model.quantization is null"
+        expected = "model.quantization nf4 or int8, or another initialization"
+        yield FieldError("method.init_lora_weights", message, expected)
+    if data.format is not None and not objective.takes_format(data.format):
+        expected = " or ".join((*objective.formats, *objective.named_formats))
+        yield value_error("data.format", data.format, expected, more=f", and task is {task.name}")
+    if data.test is not None and data.test_fraction > 0:
+        more = ", and data.test names rows for `slimtune eval`"
+        yield value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
+    if data.validation is None and data.validation_fraction + data.test_fraction >= 1:
+        more = f", and data.validation_fraction is {data.validation_fraction}: no row is left"
+        yield value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
+    if data.validation is None and data.validation_fraction == 0:
+        for name in ("early_stopping_patience", "eval_steps"):
+            if (value := getattr(train, name)) is not None:
+                expected = f"data.validation, or {name} null"
+                yield value_error(f"train.{name}", value, expected, more=", but there are no validation rows")
+
+
+def raise_errors(errors: Iterable[FieldError], source: str) -> None:
+    """Raise one RecipeError with every error; do nothing if there is none."""
+    every = list(errors)
+    lines = []
+    for e in every[:MOST_ERRORS]:
+        expected = "; ".join(filter(None, (e.expected, e.hint)))
+        lines.append(f"\n  {e.field[:200]}: {e.problem}" + (f"; expected: {expected}" if expected else ""))
+    if lines:
+        number = "1 problem" if len(every) == 1 else f"{len(every)} problems"
+        lines += [f"\n  … and {len(every) - MOST_ERRORS} more"] if len(every) > MOST_ERRORS else []
+        hint = "correct it there, or override it: --set path.to.field=value"
+        field = every[0].field if len(every) == 1 else None
+        raise RecipeError(f"{source}: {number}:{''.join(lines)}", hint=hint, field=field)

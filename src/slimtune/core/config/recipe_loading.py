@@ -6,7 +6,7 @@ A relative path in a YAML file means the file beside it if there is one, else th
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +14,9 @@ import yaml
 from yaml.composer import ComposerError
 
 from ...errors import RecipeError, UsageError, nearest
+from ..adapters.config_fields import FieldError, format_value
 from ..foundation.files import parse_dataset_id
 from ..foundation.remote_code import remote_code_allowed
-from .aliases import rename_settings
-from .field_errors import format_value
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
@@ -107,7 +106,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:
-    """Return the tree of a recipe file: current names, sections in long form, absolute paths."""
+    """Return the tree of a recipe file: sections in long form, absolute paths."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "a recipe file", f"name the file: {path}/recipe.yaml")
     if not path.is_file():
@@ -123,7 +122,7 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
-    tree = rename_settings(expand_short_sections(tree or {}), str(path))
+    tree = expand_short_sections(tree or {})
     resolve_paths(tree, path.absolute().parent)
     _check_trust(tree, path)
     return tree
@@ -156,6 +155,12 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not path.strip():
         raise RecipeError(f"--set got {text!r}", "path.to.field=value", "for example --set train.epochs=1")
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
+
+
+def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """Return values by dotted path, of which `["path=value"]` are read as YAML."""
+    given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
+    return dict(given)
 
 
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -204,3 +209,31 @@ def _quote_hint(line: str) -> str:
     """Return what to do where a value begins with a character that YAML keeps for itself, such as a pattern's star."""
     value = line.partition(": ")[2].strip() or line.strip()
     return f'; a text that begins with {value[0]} needs quotes: "{value}"' if value[:1] in tuple("*&!%@`") else ""
+
+
+def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
+    errors = []
+    for name in DATA_FILES:
+        if not isinstance(given := data.get(name), str | Path) or not str(given):
+            continue
+        path, is_rows = Path(given), name not in ("general_text", "chat_template")
+        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+            continue
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
+    return errors
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that contains Unicode's line breaks, which YAML would otherwise fold into spaces."""
+
+
+_Dumper.add_representer(
+    str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, '"' if set(s) & set("\x85\u2028\u2029") else None)
+)
+
+
+def format_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a plain tree as YAML that reads back equal."""
+    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -61,17 +61,16 @@ PATH_ERRORS = {
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def parse_json(text: str | bytes, renamed: Mapping[str, str] | None = None) -> Any:
-    """Return the value of a JSON text, its keys `renamed` at any depth.
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: a short sentence says what is wrong: no JSON, no UTF-8, a huge integer, deep nesting.
     """
-    names = renamed or {}
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, object_hook=(lambda o: {names.get(k, k): v for k, v in o.items()}) if names else None)
+        return json.loads(text)
     except json.JSONDecodeError as e:
         line = f"line {e.lineno}, " if "\n" in e.doc else ""
         raise ValueError(f"it is not JSON: {e.msg}, {line}column {e.colno}") from None
@@ -83,12 +82,10 @@ def parse_json(text: str | bytes, renamed: Mapping[str, str] | None = None) -> A
         raise ValueError(f"it contains an integer of more than {sys.get_int_max_str_digits()} digits") from None
 
 
-def read_json(
-    file: Path, renamed: Mapping[str, str] | None = None, error: type[SlimtuneError] = RunError
-) -> dict[str, Any]:
-    """Return the JSON object in a file, its keys `renamed` at any depth; raise `error` if the file is damaged."""
+def read_json(file: Path, error: type[SlimtuneError] = RunError) -> dict[str, Any]:
+    """Return the JSON object in a file; raise `error` if the file is damaged."""
     try:
-        values = parse_json(read_regular_file(file), renamed)
+        values = parse_json(read_regular_file(file))
         if not isinstance(values, dict):
             raise ValueError(f"it contains {_JSON_TYPES.get(type(values), 'a number')}")
     except (OSError, ValueError) as e:

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def load_adapted_base(
     dtype = pick_training_dtype(recipe.model.dtype, device)
     shard = recipe.train.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
-    place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
-    settings = recipe.model.model_copy(update=place)
+    place: dict[str, Any] = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
+    settings = replace(recipe.model, **place)
 
     def load() -> tuple[Base, PeftModel]:
         base = load_base(settings, recipe.data.chat_template, data.classes)

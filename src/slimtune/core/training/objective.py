@@ -1,22 +1,24 @@
 """What an objective is made of: its settings, the rows it takes, the loss of a micro-batch, and its measures."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..adapters.config_fields import check_fields
-from ..data.class_labels import Classes
-from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
+from ..adapters.config_fields import DeclaredSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from ..config.schema import DataSettings, TrainSettings
+    from ..data.class_labels import Classes
+    from ..data.tokenized_dataset import TokenizedDataset
     from .datasets import Datasets
+
 
 Batch = Mapping[str, Any]
 """A collated micro-batch (core/data/collator.py)."""
@@ -30,7 +32,7 @@ RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best a
 
 
 @dataclass
-class Objective:
+class Objective(DeclaredSettings):
     """An objective; its fields are its settings, each declared with `adapters.config_fields.setting`.
 
     Attributes:
@@ -47,6 +49,7 @@ class Objective:
         measures: names of the columns of `score`.
     """
 
+    yaml_words: ClassVar[bool] = True
     name: ClassVar[str]
     summary: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
@@ -56,9 +59,6 @@ class Objective:
     needs_reference: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0
     measures: ClassVar[tuple[str, ...]]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @classmethod
     def takes_format(cls, name: str) -> bool:
@@ -71,7 +71,7 @@ class Objective:
 
     # --- rows: called in this order ---------------------------------------------------------------------------------
 
-    def prepare_datasets(self, datasets: "Datasets", data: "DataSettings") -> "Datasets":
+    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
         """Return a run's rows as they are learned: each part by `prepare_rows`, unless overridden.
 
         Called once they are split. A sequence classifier sets `classes`, too.
@@ -92,7 +92,7 @@ class Objective:
         return rows
 
     def prepare_training_rows(
-        self, rows: TokenizedDataset, settings: "TrainSettings", data: "DataSettings"
+        self, rows: TokenizedDataset, settings: TrainSettings, data: DataSettings
     ) -> TokenizedDataset:
         """Return training or validation rows as the steps of a run take them: as they are, unless overridden.
 
@@ -141,6 +141,8 @@ class Objective:
 
 def sum_rows(values: Tensor, batch: Batch) -> Tensor:
     """Return the sum of the values of each row's supervised tokens [R]; the rows of an example are neighbours."""
+    import torch
+
     # index_add_ would add in another order each time on a GPU.
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
 
@@ -188,6 +190,8 @@ class PairObjective(Objective):
         self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return ranked lists as pairs of their best and worst answer, if the setting `pairs` says so."""
+        from ..data.tokenized_dataset import AnswerSubset
+
         return AnswerSubset(rows, (0, -1)) if getattr(self, "pairs", None) == "best-worst" else rows
 
     def count_items(self, examples: Sequence[Example]) -> Any:
@@ -196,6 +200,8 @@ class PairObjective(Objective):
 
     def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
         """Return losses and rewards of all pairs, and the number of pairs of each example."""
+        import torch
+
         ends = list(itertools.accumulate(batch["example_rows"]))
         pairs = [
             [(end - rows + i, end - rows + j) for i, j in list_better_and_worse(scores)]
@@ -222,6 +228,8 @@ class PairObjective(Objective):
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return the number of pairs of each example, and the sums of their measures."""
+        import torch
+
         losses, rewards, counts = self._losses_and_rewards(values.double(), batch)
         wins = (rewards[:, :1] > rewards[:, 1:]).double()
         pairs = torch.cat([torch.ones_like(wins), losses[:, None], rewards, wins], dim=1)

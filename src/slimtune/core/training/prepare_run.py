@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def prepare(
         has_own_rate = recipe.train.learning_rate != "auto"
         recipe = recipe.resolve_learning_rate(len(data.train), get_hidden_size(base.model.config))
         if os.path.isabs(base.source.spec):
-            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": base.source.spec})})
+            recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
             first = model if init_adapter is not None else None
             distributed.run_on_main(lambda: create_run_dir(run, recipe, lock, data, first))

@@ -144,7 +144,7 @@ def start_trackers(recipe: Recipe, run: RunDir) -> list[Any]:
         else:
             tracker = tracker_class(os.environ.get(PROJECT_VARIABLES.get(name, ""), "slimtune"))
         tracker.start()
-        tracker.store_init_configuration(_flatten(recipe.model_dump(mode="json")))
+        tracker.store_init_configuration(_flatten(recipe.to_dict()))
         trackers.append(tracker)
     return trackers
 

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from ...errors import RunError, UsageError
 from ..adapters import state_dict as adapter_files
 from ..adapters.peft_config import PeftConfig
-from ..config import Recipe
+from ..config import MethodSettings, Recipe
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic
 from . import checkpoint
@@ -47,7 +47,7 @@ def prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
     RunDir.open(run.path, require_adapter=False)
     if recipe.train.learning_rate == "auto":
         rate = run.load_recipe().train.learning_rate
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, learning_rate=rate))
     check_same_recipe(run, recipe)
     lock.acquire()
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
@@ -58,7 +58,7 @@ def prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
 
 def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
     """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
-    before, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    before, now = run.load_recipe().to_dict(), recipe.to_dict()
     changed = [
         f"{section}.{name}: {before[section].get(name)!r} then, {now[section].get(name)!r} now"
         for section in before
@@ -84,7 +84,7 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
         )
     shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
     settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
-    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+    return dataclasses.replace(recipe, method=MethodSettings(name=config.name, settings=settings))
 
 
 def start_or_resume(prepared: PreparedRun, resume: bool) -> None:

@@ -48,12 +48,6 @@ WRITTEN_FILES = (
     "reference.safetensors", WRITER_FILE,
 )  # fmt: skip
 """Files of a run folder that are written under a temporary name first, `.<name>.<random>`."""
-RENAMED_KEYS = {
-    "gain": "loss_reduction", "gain_ci95": "loss_reduction_ci95", "better": "improved", "quant": "quantization",
-    "prompt_use": "prompt_dependence", "ships": "export_formats", "adapted": "target_summary",
-    "rows_read": "data_report", "out_of_memory": "oom_events",
-}  # fmt: skip
-"""Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
 
 
 def is_temporary(name: str) -> bool:
@@ -241,7 +235,7 @@ class RunDir:
 
         def load_json(file: Path, *parts: str) -> dict[str, Any]:
             try:
-                values = read_json(file, RENAMED_KEYS) if os.path.lexists(file) else {}
+                values = read_json(file) if os.path.lexists(file) else {}
                 if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
                     raise RunError(
                         f"{file} is damaged: {wrong[0]} is no JSON object", "a JSON object", "delete the file"

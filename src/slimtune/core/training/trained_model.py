@@ -158,7 +158,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
     recipe = None
     if folder != path:
         recipe = RunDir.open(path).load_recipe()
-        base = load_base_model(recipe.model.model_copy(update=given), recipe.data.chat_template, classes)
+        base = load_base_model(dataclasses.replace(recipe.model, **given), recipe.data.chat_template, classes)
     elif config.base_model_name_or_path:
         template = folder / "chat_template.jinja"
         base = load_base(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.architectures import DEFAULT_TARGETS
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ...errors import ConfigError, PeftWarning
 from ..lora.config import LoraConfig
@@ -70,13 +71,17 @@ class AdaLoraConfig(TargetedConfig):
     init_lora_weights: bool = setting(True, "True: A and B normal with std 0.02, E zero; False: all random, for tests")
     r: int = setting(8, "not used, as in PEFT: init_r is the rank")
 
-    def check(self) -> None:
-        super().check()
+    def normalize(self) -> None:
+        super().normalize()
         self.rank_pattern = self.rank_pattern or None
-        self.require(self.init_r >= self.target_r, "init_r", f"at least target_r ({self.target_r})")
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.init_r < self.target_r:
+            yield self.error("init_r", f"at least target_r ({self.target_r})")
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
             message = f"The supplied schedule values don't allow for a budgeting phase: total_step is {self.total_step}"
-            raise ConfigError(message, f"above tinit + tfinal ({self.tinit} + {self.tfinal})")
+            yield FieldError("total_step", message, f"above tinit + tfinal ({self.tinit} + {self.tfinal})")
         if self.r != 8:
             text = (
                 "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use"
@@ -99,7 +104,7 @@ class AdaLoraConfig(TargetedConfig):
         """Fill in the number of steps if none is given."""
         if self.total_step is None:
             self.total_step = total_steps
-            self.check()
+            self.check_conflicts()
 
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the scores from this step's gradients, and set the ranks beyond the budget to zero."""

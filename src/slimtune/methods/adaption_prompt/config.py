@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import PeftConfig, setting
 from ...errors import TargetError, format_names, nearest
 
@@ -28,8 +30,9 @@ class AdaptionPromptConfig(PeftConfig):
     adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
     adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
 
-    def check_required(self) -> None:
-        self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
+    def find_missing(self) -> Iterator[FieldError]:
+        if self.adapter_len is None:
+            yield self.error("adapter_len", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
         from ...core.attention.learned_prefix import find_attention_modules

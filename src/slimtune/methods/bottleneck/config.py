@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import TargetedConfig, setting
 from ...errors import ConfigError, TargetError, format_names
 
@@ -71,13 +72,11 @@ class BottleneckConfig(TargetedConfig):
         "mam_adapter",
         '"mam_adapter": zero up, so the model starts unchanged; "bert": normal; "houlsby": truncated normal',
     )
-    leave_out: list[int] = setting(default_factory=list, help="numbers of the layers without an adapter, from 0", ge=0)
+    leave_out: list[int] = setting([], "numbers of the layers without an adapter, from 0", ge=0)
 
-    def check(self) -> None:
-        """Fill in the style, and check that the fields fit one another."""
-        super().check()
-        one_size = self.bottleneck_size is None or self.reduction_factor is None
-        self.require(one_size, "bottleneck_size", "None where reduction_factor is given, or the reverse")
+    def normalize(self) -> None:
+        """Fill in the style."""
+        super().normalize()
         if isinstance(self.reduction_factor, dict):
             self.reduction_factor = {str(k): v for k, v in self.reduction_factor.items()}
         for name, value in STYLES[self.style].items():
@@ -85,13 +84,19 @@ class BottleneckConfig(TargetedConfig):
                 # No module outputs the sum of the attention and its residual: such an adapter cannot read it.
                 inside = name == "original_ln_before" and (self.mh_adapter or self.is_parallel)
                 setattr(self, name, False if inside else value)
-        has_place = self.mh_adapter or self.output_adapter or self.target_modules is not None
-        self.require(bool(has_place), "output_adapter", "True, or mh_adapter True, or target_modules")
-        readable = not (self.original_ln_before and (self.mh_adapter or self.is_parallel))
-        self.require(readable, "original_ln_before", "False where mh_adapter or is_parallel is True")
         self.leave_out = sorted(self.leave_out)
-        allowed = not self.leave_out or self.target_modules is None
-        self.require(allowed, "leave_out", "empty where target_modules is given: use exclude_modules")
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
+            yield self.error("bottleneck_size", "None where reduction_factor is given, or the reverse")
+        has_place = self.mh_adapter or self.output_adapter or self.target_modules is not None
+        if not has_place:
+            yield self.error("output_adapter", "True, or mh_adapter True, or target_modules")
+        if self.original_ln_before and (self.mh_adapter or self.is_parallel):
+            yield self.error("original_ln_before", "False where mh_adapter or is_parallel is True")
+        if self.leave_out and self.target_modules is not None:
+            yield self.error("leave_out", "empty where target_modules is given: use exclude_modules")
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the chosen sub-layers in every layer."""

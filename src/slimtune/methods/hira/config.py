@@ -31,7 +31,7 @@ class HiraConfig(TargetedConfig):
         True,
         'True: Kaiming-uniform A; "gaussian": normal A; both with zero B (embeddings: zero A, normal B); False: random',
     )
-    rank_pattern: dict[str, int] = setting(default_factory=dict, help="rank of single layers, by name or pattern", ge=1)
+    rank_pattern: dict[str, int] = setting({}, "rank of single layers, by name or pattern", ge=1)
 
     @property
     def patterns(self) -> dict[str, dict]:

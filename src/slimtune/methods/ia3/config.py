@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.adapters.architectures import model_type
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ...errors import ConfigError, TargetError, format_names, nearest
 
@@ -54,11 +55,11 @@ class IA3Config(TargetedConfig):
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_ia3_weights: bool = setting(True, "start at one; False: normal random factors, for tests")
 
-    def check(self) -> None:
-        super().check()
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
         names, targets = self.feedforward_modules, self.target_modules
         if isinstance(names, list) and isinstance(targets, list) and not set(names) <= set(targets):
-            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+            yield FieldError("feedforward_modules", "`feedforward_modules` should be a subset of `target_modules`")
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""

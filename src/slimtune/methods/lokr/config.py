@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
 from ..loha.config import LycorisConfig
 
@@ -25,9 +27,10 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = setting(False, "rescale the outputs that rank_dropout leaves, so that their mean stays")
     init_weights: bool | Literal["lycoris"] = setting(True, 'W1 starts at zero; "lycoris": W2; False: none, for tests')
 
-    def check(self) -> None:
-        super().check()
-        self.require(self.decompose_factor != 0, "decompose_factor", "-1, or at least 1")
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.decompose_factor == 0:
+            yield self.error("decompose_factor", "-1, or at least 1")
 
     def build(self, site: Site) -> AdapterModule:
         from .modules import ConvLoKr, LinearLoKr

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError, list_settings, read_settings
 from ...core.adapters.peft_config import (
     BIAS_HELP,
     FAN_IN_FAN_OUT_HELP,
@@ -99,61 +100,71 @@ class LoraConfig(PatternedConfig):
     eva_config: EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
     corda_config: CordaConfig | dict | None = setting(None, 'settings of "corda", a CordaConfig; None: its defaults')
     lora_ga_config: LoraGAConfig | dict | None = setting(None, 'settings of "lora_ga", a LoraGAConfig')
-    loftq_config: LoftQConfig | dict[str, Any] = setting(
-        default_factory=dict, help='record of how a "loftq" adapter was made'
-    )
+    loftq_config: LoftQConfig | dict[str, Any] = setting({}, 'record of how a "loftq" adapter was made')
     runtime_config: LoraRuntimeConfig = dataclasses.field(default_factory=LoraRuntimeConfig)
     lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
     freeze_a: bool = setting(
         False, "train B alone, so that of a layer's input only A x is kept (LoRA-FA); not for embeddings; slimtune only"
     )
 
-    def check(self) -> None:
-        super().check()
+    def normalize(self) -> None:
+        super().normalize()
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # "OLoRA", as in PEFT
-        init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
-        expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
-        self.require(is_valid_init(init), "init_lora_weights", expected)
-        if init == "orthogonal":
-            for name, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
-                self.require(all(r % 2 == 0 for r in ranks), name, "even with init_lora_weights='orthogonal'")
-        excluded = init == "mica" and (self.use_dora or self.freeze_a)
-        self.require(not excluded, "init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
-        plain = isinstance(init, bool) and not self.use_dora
-        if self.lora_bias and not plain:
-            what = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
-            raise ConfigError(f"The argument lora_bias=True is not supported with {what}", "lora_bias=False")
         if isinstance(self.loftq_config, LoftQConfig):
             self.loftq_config = dataclasses.asdict(self.loftq_config)
-        self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
-        for name, init_name, cls in (
-            ("eva_config", "eva", EvaConfig),
-            ("corda_config", "corda", CordaConfig),
-            ("lora_ga_config", "lora_ga", LoraGAConfig),
-        ):
-            settings = getattr(self, name)
+        for name, init, cls in _INIT_CONFIGS:
+            given = getattr(self, name)
             # PEFT has no default for the settings of LoRA-GA.
-            if isinstance(settings, dict) or (settings is None and init == init_name != "lora_ga"):
-                setattr(self, name, cls(**(settings or {})))
-            elif settings is not None and init != init_name:
-                what = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init_name!r}."
-                warnings.warn(what, stacklevel=4)
-        if self.alora_invocation_tokens is not None:
-            self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
-            self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
+            if given is None and self.init_lora_weights == init != "lora_ga":
+                given = {}
+            if isinstance(given, dict) and not _find_init_config_errors(name, cls, given):
+                setattr(self, name, cls(**given))
         if self.layer_replication is not None:
-            ranges = [list(pair) if isinstance(pair, list | tuple) else [] for pair in self.layer_replication]
-            valid = bool(ranges) and all(
-                len(pair) == 2 and all(type(i) is int for i in pair) and 0 <= pair[0] < pair[1] for pair in ranges
+            self.layer_replication = [list(r) if isinstance(r, list | tuple) else r for r in self.layer_replication]
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
+        if not is_valid_init(init):
+            expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
+            yield self.error("init_lora_weights", expected)
+        if init == "orthogonal":
+            for name, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
+                if any(r % 2 for r in ranks):
+                    yield self.error(name, "even with init_lora_weights='orthogonal'")
+        if init == "mica" and (self.use_dora or self.freeze_a):
+            yield self.error("init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
+        if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
+            what = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            yield FieldError(
+                "lora_bias", f"The argument lora_bias=True is not supported with {what}", "lora_bias=False"
             )
-            self.require(valid, "layer_replication", "pairs [start, end) with start below end")
-            self.layer_replication = ranges
+        if self.loftq_config and init != "loftq":
+            yield self.error("loftq_config", "only with init_lora_weights='loftq'")
+        yield from self._find_token_conflicts()
+        for name, init_name, cls in _INIT_CONFIGS:
+            given = getattr(self, name)
+            if isinstance(given, dict):
+                yield from _find_init_config_errors(name, cls, given)
+            elif given is not None and init != init_name:
+                what = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init_name!r}."
+                warnings.warn(what, stacklevel=5)
+        ranges = self.layer_replication
+        if ranges is not None and not (ranges and all(map(_is_range, ranges))):
+            yield self.error("layer_replication", "pairs [start, end) with start below end")
+
+    def _find_token_conflicts(self) -> Iterator[FieldError]:
+        if self.alora_invocation_tokens is not None:
+            if not self.alora_invocation_tokens:
+                yield self.error("alora_invocation_tokens", "None or at least one id")
+            elif self.use_dora:
+                yield self.error("alora_invocation_tokens", "None with DoRA")
         tokens = self.trainable_token_indices
         if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-            valid = bool(lists) and all(are_unique_token_ids(ids) for ids in lists)
-            self.require(valid, "trainable_token_indices", "token ids, each once")
+            if not lists or not all(are_unique_token_ids(ids) for ids in lists):
+                yield self.error("trainable_token_indices", "token ids, each once")
 
     def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:
         """Return the learning rate of a run that has none; arguments as in the base class.
@@ -368,3 +379,21 @@ class LoraConfig(PatternedConfig):
             if part.stacked
         }
         return {name: experts for name, experts in found.items() if experts}
+
+
+_INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
+    ("eva_config", "eva", EvaConfig),
+    ("corda_config", "corda", CordaConfig),
+    ("lora_ga_config", "lora_ga", LoraGAConfig),
+)
+"""Field, the `init_lora_weights` that reads it, and the class of its value."""
+
+
+def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
+    _, errors = read_settings({s.name: s for s in list_settings(cls)}, given, name)
+    return errors
+
+
+def _is_range(pair: Any) -> bool:
+    is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+    return is_pair and 0 <= pair[0] < pair[1]

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...core.adapters.config_fields import check_fields, setting
+from ...core.adapters.config_fields import DeclaredSettings, setting
 
 NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "corda", "lora_ga", "loftq")
 PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
@@ -22,7 +22,7 @@ def is_subtracted_init(init: Any) -> bool:
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(DeclaredSettings):
     """Settings of EVA; PEFT's field names and defaults."""
 
     rho: float = setting(2.0, "a layer's largest rank, as a multiple of its own; 1 leaves all ranks as they are", ge=1)
@@ -32,12 +32,9 @@ class EvaConfig:
     whiten: bool = setting(False, "divide each direction by the square root of its singular value")
     adjust_scaling_factors: bool = setting(True, "change alpha with the rank, so that alpha / r stays")
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass
-class CordaConfig:
+class CordaConfig(DeclaredSettings):
     """Settings of CorDA; PEFT's field names and defaults."""
 
     cache_file: str | os.PathLike | None = setting(
@@ -51,27 +48,23 @@ class CordaConfig:
     use_float16_for_covariance: bool = setting(False, "half the memory for the covariances, less exact")
     prune_temporary_fields: bool = setting(True, "do not leave covariances and counts on the layers")
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def normalize(self) -> None:
         for name in ("cache_file", "covariance_file"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, os.fspath(path))
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(DeclaredSettings):
     """Settings of LoRA-GA; PEFT's field names and defaults."""
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = setting("ArB2r", "which components A and B start as")
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = setting("stable", "how the start is scaled")
     stable_gamma: int = setting(16, 'γ of scale="stable"', gt=0)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(DeclaredSettings):
     """PEFT's settings for `init_lora_weights="loftq"`, which quantizes a float base itself.
 
     Here the base is loaded in NF4 or int8, and then `replace_lora_weights_loftq` initializes the adapter.
@@ -79,6 +72,3 @@ class LoftQConfig:
 
     loftq_bits: int = setting(4, "bits of a weight", ge=2, le=8)
     loftq_iter: int = setting(1, "how often quantization and approximation alternate", ge=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import BIAS_HELP, TargetedConfig, setting
 from ...errors import ConfigError
 
@@ -32,9 +34,10 @@ class MissConfig(TargetedConfig):
     )
     bias: Literal["none", "all", "MiSS_only"] = setting("none", BIAS_HELP)
 
-    def check(self) -> None:
-        super().check()
-        self.require(not (self.init_weights == "bat" and self.miss_dropout), "miss_dropout", "0 with 'bat'")
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.init_weights == "bat" and self.miss_dropout:
+            yield self.error("miss_dropout", "0 with 'bat'")
 
     def build(self, site: Site) -> AdapterModule:
         from .modules import LinearBat, LinearMiss

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ...errors import ConfigError
 
@@ -40,11 +42,12 @@ class OFTConfig(TargetedConfig):
     )
     num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2, le=1000)
 
-    def check(self) -> None:
-        super().check()
-        self.require(self.oft_block_size != 1, "oft_block_size", "0, or at least 2: a single input cannot rotate")
-        one_given = (self.r == 0) != (self.oft_block_size == 0)
-        self.require(one_given, "oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.oft_block_size == 1:
+            yield self.error("oft_block_size", "0, or at least 2: a single input cannot rotate")
+        if (self.r == 0) == (self.oft_block_size == 0):
+            yield self.error("oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
 
     def build(self, site: Site) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""

@@ -37,9 +37,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1, le=100)
     encoder_dropout: float = setting(0.0, "probability of dropping an activation between LSTM layers", ge=0, lt=1)
 
-    def check(self) -> None:
+    def normalize(self) -> None:
         """Replace the enum by its string, as files store it."""
-        super().check()
+        super().normalize()
         self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)  # type: ignore[assignment]
 
     def fill_from_model(self, model: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.architectures import text_config
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
 from ...core.adapters.prompt_config import PromptLearningConfig
 from ...errors import ModelError, format_names
@@ -38,17 +39,17 @@ class PrefixTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = setting(None, "the tokenizer for that text")
     tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
 
-    def check(self) -> None:
-        super().check()
-        vocab_fits = self.init_weights != "vocab" or not self.prefix_projection
-        self.require(vocab_fits, "init_weights", "None or 'zero' with prefix_projection")
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
+        if self.init_weights == "vocab" and self.prefix_projection:
+            yield self.error("init_weights", "None or 'zero' with prefix_projection")
         if self.prefix_tuning_init_text is not None:
-            alone = not self.prefix_projection and self.init_weights is None
-            self.require(alone, "prefix_tuning_init_text", "None with prefix_projection or init_weights")
-            expected = "a tokenizer, for prefix_tuning_init_text"
-            self.require(bool(self.tokenizer_name_or_path), "tokenizer_name_or_path", expected)
-        options = self.tokenizer_kwargs or {}
-        self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
+            if self.prefix_projection or self.init_weights is not None:
+                yield self.error("prefix_tuning_init_text", "None with prefix_projection or init_weights")
+            if not self.tokenizer_name_or_path:
+                yield self.error("tokenizer_name_or_path", "a tokenizer, for prefix_tuning_init_text")
+        if "trust_remote_code" in (self.tokenizer_kwargs or {}):
+            yield self.error("tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
 from ...core.adapters.prompt_config import PromptLearningConfig
-from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site
@@ -39,17 +39,21 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = setting(None, 'the tokenizer for "TEXT"')
     tokenizer_kwargs: dict | None = setting(None, "arguments for loading it; trust_remote_code is refused")
 
-    def check(self) -> None:
-        super().check()
+    def normalize(self) -> None:
+        super().normalize()
         self.prompt_tuning_init = str(self.prompt_tuning_init)  # type: ignore[assignment]
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        yield from super().find_conflicts()
         if self.prompt_tuning_init == "TEXT":
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
-                    raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be None")
+                    yield FieldError(name, f"When prompt_tuning_init='TEXT', {name} can't be None")
         options = self.tokenizer_kwargs or {}
-        allowed = not options or self.prompt_tuning_init == "TEXT"
-        self.require(allowed, "tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")
-        self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
+        if options and self.prompt_tuning_init != "TEXT":
+            yield self.error("tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")
+        if "trust_remote_code" in options:
+            yield self.error("tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         from .modules import build_prompt, make_start

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import TargetedConfig, setting
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ class TrainableTokensConfig(TargetedConfig):
     short_names: ClassVar = {"tokens": "token_indices", "targets": "target_modules"}
 
     target_modules: list[str] | str | None = setting(None, "the embeddings; None: the model's input embedding")
-    token_indices: list[int] = setting(default_factory=list, help="ids of the tokens that train", ge=0)
+    token_indices: list[int] = setting([], "ids of the tokens that train", ge=0)
     init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
 
-    def check_required(self) -> None:
-        self.require(are_unique_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
+    def find_missing(self) -> Iterator[FieldError]:
+        if not are_unique_token_ids(self.token_indices):
+            yield self.error("token_indices", "a list of token ids, each once")
 
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
