@@ -21,7 +21,7 @@ OPTIONAL_PACKAGES = {
     "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
 MOST_CORE_LINES, MOST_ARROWS_OUT = 17_900, 53  # on the way to 15,000 and 0
-SLOW_PACKAGES = {"datasets", "huggingface_hub", "pyarrow", "regex", "torch", "transformers"}
+SLOW_PACKAGES = {"datasets", "huggingface_hub", "numpy", "pyarrow", "regex", "torch", "transformers"}
 
 
 def folder_of(file: Path) -> str:

@@ -91,15 +91,6 @@ def test_results_contain_every_file(run):
     assert found.evaluations[0].values == EVALUATION
 
 
-def test_keys_of_earlier_releases_are_read(run):
-    write_json(run.result_file, {"ships": {"merged": True}, "rows_read": {"train": {}}, "adapted": "all"})
-    old = {k.replace("loss_reduction", "gain"): v for k, v in EVALUATION.items()}
-    write_json(run.evaluation_file("test"), old | {"better": True})
-    found = run.load_results()
-    assert found.result == {"export_formats": {"merged": True}, "data_report": {"train": {}}, "target_summary": "all"}
-    assert found.evaluations[0].values == EVALUATION | {"improved": True}
-
-
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
