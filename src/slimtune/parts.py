@@ -43,6 +43,16 @@ PARTS: dict[str, dict[str, str]] = {
         "unpaired-preference": "slimtune.extras.row_formats.preferences:UNPAIRED_PREFERENCE",
         "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
     },
+    "slimtune.compat": {"peft": "slimtune.compat.hook"},
+    # A call goes through them in this order: the rows' adapters are chosen before the tokens that these change.
+    "slimtune.model_mixins": {
+        "peft_names": "slimtune.compat.model_names:PeftModelNames",
+        "mixed_batch": "slimtune.extras.mixed_batch:MixedBatchCalls",
+        "activated_lora": "slimtune.methods.lora.alora_calls:ActivatedLoraCalls",
+        "lora_conversion": "slimtune.extras.lora_conversion:LoraConversion",
+        "adapter_upload": "slimtune.extras.adapter_upload:AdapterUpload",
+    },
+    "slimtune.folder_writers": {"model_card": "slimtune.extras.model_card:write_model_card"},
     "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_template"},

@@ -136,7 +136,7 @@ def test_resized_embeddings_are_saved_and_loaded(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(resized(tmp_path), LoraConfig(**LORA))
     nn.init.normal_(model.get_input_embeddings().weight)
-    with pytest.warns(slimtune.PeftWarning, match="embedding layer has been resized"):
+    with pytest.warns(slimtune.PeftWarning, match="embeddings, which were resized"):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="resized"):
         peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(resized(tmp_path), tmp_path))

@@ -11,9 +11,9 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
+from slimtune.compat.model_names import PeftModelForCausalLM
 from slimtune.compat.tuner_layers import BaseTunerLayer, IA3Layer, LoraLayer, ModulesToSaveWrapper, layer_class
 from slimtune.compat.tuner_models import IA3Model, LoraModel
-from slimtune.core.adapters.peft_model import PeftModelForCausalLM
 
 SETTINGS = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
 

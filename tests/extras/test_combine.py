@@ -216,7 +216,7 @@ def test_invalid_arguments_leave_model_unchanged(given, how, message):
     with pytest.raises(UsageError, match=message):
         model.add_weighted_adapter(*given, "sum", **how)
     assert list(model.peft_config) == NAMES
-    with pytest.raises(UsageError, match="'two' already exists"):
+    with pytest.raises(UsageError, match="already has an adapter 'two'"):
         model.add_weighted_adapter(["default"], [1], "two")
 
 

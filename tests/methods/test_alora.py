@@ -9,7 +9,7 @@ from models_zoo import llama, run, shake, t5, tokens
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.state_dict import get_adapter_tensors
+from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
 from slimtune.core.attention.attention_functions import packed_attention
 from slimtune.core.training.loss import make_collator, token_nll
 from slimtune.core.training.memory_savings import enable_tiled_mlp

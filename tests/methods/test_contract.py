@@ -209,7 +209,7 @@ def test_two_adapters_on_one_model(method):
         if is_mergeable(method):
             model.merge_adapter()
             assert (run(model) - both).abs().max() < CLOSE
-            with pytest.warns(UserWarning, match="Unmerging the model first"):
+            with pytest.warns(UserWarning, match="unmerges it first"):
                 model.set_adapter("default")
             assert (run(model) - first).abs().max() < CLOSE
     model.set_adapter("default")

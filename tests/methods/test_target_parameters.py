@@ -10,7 +10,7 @@ from tiny_families import build
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.adapters.state_dict import get_adapter_tensors
+from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
 from slimtune.core.kernels.low_rank_weight import LowRankWeight
 from slimtune.errors import ConfigError, SlimtuneError, TargetError
 

@@ -12,8 +12,8 @@ import transformers as tf
 import trl
 from tiny_families import Float64, build
 
+from slimtune import get_peft_model_state_dict, set_peft_model_state_dict
 from slimtune.core.adapters.peft_model import get_peft_model
-from slimtune.core.adapters.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from slimtune.core.attention.attention_functions import packed_attention
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import forward_backward, make_collator, row_logits, score_objective

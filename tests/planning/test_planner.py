@@ -10,7 +10,7 @@ from method_cases import CASES
 from tiny_run import recipe_of
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.adapters import state_dict
+from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
@@ -101,8 +101,8 @@ def test_advice():
 def test_size_of_the_adapter_file(method, tmp_path):
     """Exact up to the header, or an upper bound if training chooses ranks (AdaLoRA, EVA)."""
     model = get_peft_model(zoo.llama(dtype=torch.float32), CASES[method]())
-    state_dict.save_adapter(model, tmp_path, "default")
-    written = (tmp_path / state_dict.WEIGHTS_FILE).stat().st_size
+    adapter_files.save_adapter(model, tmp_path, "default")
+    written = (tmp_path / adapter_files.WEIGHTS_FILE).stat().st_size
     planned, _, at_most = estimate_adapter_file_size(model)
     assert at_most == (method.partition("+")[0] in ("adalora", "eva"))
     assert planned >= written if at_most else abs(planned - written) < 16_000

@@ -138,8 +138,8 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ..core.adapters.adapter_tensors import get_adapter_tensors
     from ..core.adapters.peft_model import get_peft_model
-    from ..core.adapters.state_dict import get_adapter_tensors
     from ..core.config.method_settings import fill_recipe_defaults
     from ..core.models.base_config import load_base_config
     from ..core.models.load_errors import translate_load_errors

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -66,7 +66,6 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 def _get_layer_status(model: Any, caller: str) -> list[TunerLayerStatus]:
     configs = getattr(model, "peft_config", {}).values()
-    # PEFT's words.
     if any(c.is_prompt_learning or c.is_adaption_prompt for c in configs):
         message = f"{caller}() got an invalid PeftModel instance"
         raise TypeError(f"{message}: learned prompts and prefixes have no adapted layers")
@@ -131,53 +130,3 @@ def _merge_values(values: Iterable[Any]) -> Any:
     """Return the value that all layers have, else "irregular"."""
     first, *others = list(values) or [False]
     return first if all(v == first for v in others) else "irregular"
-
-
-class StatusMixin:
-    """The part of `PeftModel` that tells about its adapters."""
-
-    special_peft_forward_args: ClassVar = {"adapter_names"}
-    """Arguments of a call that the base does not know."""
-
-    def get_layer_status(self) -> list[TunerLayerStatus]:
-        """Return the state of each adapted layer: see the function `get_layer_status`."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> TunerModelStatus:
-        """Return the state of the adapters in total: see the function `get_model_status`."""
-        return get_model_status(self)
-
-    @property
-    def has_active_enabled_adapter(self: Any) -> bool:
-        """Whether an adapter runs in a call."""
-        return bool(self._adapter_state.active_state.names)
-
-    @property
-    def base_model_torch_dtype(self) -> Any:
-        """The dtype of the base."""
-        return getattr(self, "dtype", None)
-
-    @property
-    def targeted_module_names(self: Any) -> list[str]:
-        """Names of the modules that adapters change."""
-        kinds = {n: kind for a in self.peft_config for n, kind in self.match_report(a).kinds.items()}
-        return [name for name, kind in kinds.items() if kind != "parameters"]
-
-    @property
-    def targeted_parameter_names(self: Any) -> list[str]:
-        """Names of the parameters that the active adapter changes without their module."""
-        modules = self.adapter_modules(self.active_adapters[0]).items()
-        return [f"{name}.{parameter}" for name, module in modules for parameter in module.adapted_parameters]
-
-    def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
-        """Return whether a LoRA can approximate the adapter: it changes weights of linear layers and embeddings."""
-        kinds = set(self.match_report(adapter_name).kinds.values())
-        return self.peft_config[adapter_name].mergeable and kinds <= {"linear", "embedding"}
-
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
-        """Return (number of trainable parameters, number of all parameters)."""
-        return count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

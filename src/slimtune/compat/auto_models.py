@@ -6,8 +6,9 @@ from typing import Any
 import transformers
 
 from ..core.adapters.peft_config import PeftConfig
-from ..core.adapters.peft_model import TASK_MODELS, PeftModel
+from ..core.adapters.peft_model import PeftModel
 from ..errors import AdapterError, UsageError
+from .model_names import TASK_MODELS
 
 _BY_TASK = {task: cls.__name__.replace("PeftModel", "AutoModel") for task, cls in TASK_MODELS.items()}
 """Class for the base by the adapter's task; for feature extraction transformers' name is AutoModel."""

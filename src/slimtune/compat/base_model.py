@@ -5,11 +5,13 @@ own backbone is both, too, because its `model` is itself. Where it has a child o
 `Tuner`.
 """
 
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from ..core.adapters.generated_classes import PickledByRecipe
+from ..core.adapters.model_parts import ResolvedNames
 
 
 class Tuner(nn.Module):
@@ -36,11 +38,11 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class TunerNames(PickledByRecipe):
+class TunerNames(PickledByRecipe, ResolvedNames):
     """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
 
     In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
-    whole model, which is its `model`; so names that the backbone lacks are those of the whole model.
+    whole model, which is its `model`; so names that the backbone lacks are those of the whole model: see `hook.py`.
     """
 
     _whole_model: Any
@@ -54,16 +56,34 @@ class TunerNames(PickledByRecipe):
     set_adapter = property(lambda self: self._whole_model.set_adapter)
     base_model = property(lambda self: self)
 
-    def __getattr__(self: Any, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # type: ignore[misc]
-        except AttributeError:
-            whole = vars(self).get("_whole_model")
-            if whole is None or name.startswith("_"):
-                raise
-            return whole if name == "model" else getattr(whole, name)
-
-    def get_output_embeddings(self: Any) -> nn.Module | None:
+    def get_output_embeddings(self) -> nn.Module | None:
         """Return the backbone's own output embeddings, not those of the whole model, if it has any."""
         head = super().get_output_embeddings()  # type: ignore[misc]
         return head if any(m is head for m in self.modules()) else None
+
+
+def get_backbone(model: Any) -> Any:
+    """Return the module that transformers calls the base model; the model itself if it has none."""
+    return model._modules.get(getattr(type(model), "base_model_prefix", ""), model)
+
+
+def add_backbone_names(model: Any) -> None:
+    """Give the backbone of an adapted model the names of PEFT's tuner, if it is a child of the model."""
+    backbone = get_backbone(model)
+    if backbone is not model:
+        backbone.__dict__["_whole_model"] = model
+        backbone.__class__ = _make_backbone_class(backbone.__class__)
+
+
+def remove_backbone_names(model: Any) -> None:
+    """Set the backbone's own class again."""
+    backbone = get_backbone(model)
+    if backbone is not model:
+        del backbone.__dict__["_whole_model"]
+        backbone.__class__ = type(backbone).__bases__[1]
+
+
+@cache
+def _make_backbone_class(base: Any) -> Any:
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_backbone_class, base)}
+    return type(base.__name__, (TunerNames, base), body)

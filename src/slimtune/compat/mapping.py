@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapters.adapter_files import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
 from ..core.adapters.method_registry import METHODS, config_class
 from ..core.adapters.peft_config import CONFIG_FILE as CONFIG_NAME
 from ..core.adapters.peft_config import PeftType, get_peft_config
-from ..core.adapters.state_dict import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
 from ..core.adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..errors import format_names, nearest
 from ..methods.ia3.config import SCALED

@@ -26,17 +26,17 @@ PUBLIC = {
     "core.adapters.peft_config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "extras.lora_conversion": ("convert_to_lora", "save_as_lora"),
     "extras.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
-    "core.adapters.peft_model": (
-        "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification", "find_modules_without_gradient", "get_peft_model",
+    "core.adapters.peft_model": ("PeftModel", "find_modules_without_gradient", "get_peft_model"),
+    "compat.model_names": (
+        "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ),
     "extras.lora_optimizers": ("create_loraplus_optimizer",),
     "core.adapters.prompt_config": ("PromptLearningConfig",),
-    "core.adapters.quantized_layers": ("prepare_model_for_kbit_training",),
-    "core.adapters.state_dict": (
-        "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
-        "set_peft_model_state_dict",
+    "compat.kbit_training": ("prepare_model_for_kbit_training",),
+    "core.adapters.adapter_tensors": ("get_peft_model_state_dict",),
+    "compat.state_dicts": (
+        "get_base_model_state_dict", "load_peft_weights", "set_base_model_state_dict", "set_peft_model_state_dict",
     ),
     "compat.adapter_status": ("get_layer_status", "get_model_status"),
     "compat.tuner_models": (
@@ -64,7 +64,6 @@ PUBLIC = {
 }  # fmt: skip
 INNER = {
     "core.adapters.peft_config": ("_get_commit_hash",),
-    "extras.alora_invocation": ("calculate_alora_offsets",),
     "extras.lora_optimizers": ("create_lorafa_optimizer",),
     "compat.tuner_layers": (
         "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend",
@@ -73,7 +72,7 @@ INNER = {
         "TrainableTokensWrapper", "VeraLayer",
     ),
     "compat.adapter_status": ("TunerLayerStatus", "TunerModelStatus"),
-    "core.adapters.targets": (
+    "compat.target_functions": (
         "_find_minimal_target_modules", "_get_module_names_tied_with_embedding", "_maybe_include_all_linear_layers",
         "check_target_module_exists", "inspect_matched_modules",
     ),
@@ -98,7 +97,9 @@ INNER = {
         "is_torchao_ge_v0_18_0", "is_transformers_ge_v5", "is_transformers_ge_v5_1_0", "is_transformers_ge_v5_4_0",
         "is_transformers_ge_v5_6_0", "is_transformers_ge_v5_13_0", "is_transformers_ge_v5_17_0", "is_xpu_available",
     ),
-    "methods.lora.alora": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
+    "methods.lora.alora": (
+        "calculate_alora_offsets", "get_alora_offsets_for_forward", "get_alora_offsets_for_generate",
+    ),
     "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
     "methods.lora.dora": ("DoraCaching",),
     "methods.lora.intruders": ("reduce_intruder_dimension",),

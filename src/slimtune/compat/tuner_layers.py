@@ -1,8 +1,9 @@
 """PEFT's names on adapted layers: `layer.lora_A["default"].weight`, `layer.scaling`, `isinstance(layer, LoraLayer)`.
 
 PEFT wraps a module in a layer that holds a dictionary by adapter name for each of its tensors. Here an adapted module
-stays itself and holds one adapter module per adapter (see `layer.py`). `PeftNames` translates: a name that neither the
-base module nor its class has is looked up in the adapter modules, and the result is a dictionary of the live objects.
+stays itself and holds one adapter module per adapter (see `adapted_layer.py`). `find_name` translates: a name that
+neither the base module nor its class has is looked up in the adapter modules, and the result is a dictionary of the
+live objects.
 The base's own names win, so an attention module keeps its own `scaling`.
 """
 
@@ -17,40 +18,43 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.adapters.active_adapters import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, LayerAdapters
+from ..core.adapters.active_adapters import LayerSelection
+from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayer
 from ..core.adapters.merging import merge_adapters, unmerge_adapters
 from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
 from ..core.kernels.low_rank import add_low_rank
 
 
-class PeftNames:
-    """Mixed into adapted layers: resolves PEFT's names that the base module does not have."""
+def find_name(layer: Any, name: str) -> Any:
+    """Return what PEFT calls `name` on an adapted layer that has no such attribute.
 
-    def __getattr__(self: Any, name: str) -> Any:
-        try:
-            value = super().__getattr__(name)  # type: ignore[misc]
-            # The child of this name has bare parameters; PEFT's are modules of the base's class.
-            copies = get_whole_copies(self) if name == "modules_to_save" else {}
-            return nn.ModuleDict(copies) if copies else value
-        except AttributeError:
-            if "adapters" not in vars(self).get("_modules", ()):
-                raise
-            # The whole model can be an adapted layer, too; PeftModel has its own names.
-            if name in _LAYER_NAMES and "_slimtune" not in vars(self):
-                return getattr(PeftLayer(self), name)
-            view = None if name.startswith("_") else view_attribute(self, name)
-            if view is None:
-                raise
-            return view
+    Raises:
+        AttributeError: PEFT has no such name there.
+    """
+    # The whole model can be an adapted layer, too; it has names of its own.
+    if name in _LAYER_NAMES and "_slimtune" not in vars(layer):
+        return getattr(PeftLayer(layer), name)
+    view = None if name.startswith("_") else view_attribute(layer, name)
+    if view is None:
+        raise AttributeError(name)
+    return view
 
-    def __repr__(self: Any) -> str:
-        text, modules = super().__repr__(), [] if "_slimtune" in vars(self) else [*self.adapters.values()]
-        if not modules:
-            return text
-        if modules[0].adapted_parameters:
-            what = f"ParamWrapper(\n  parameter_name={modules[0].parameter_name!r}, "
-            text = what + text.removeprefix(f"{type(self).__name__}(").lstrip()
-        return f"{modules[0].method}.{text}"
+
+def get_modules_to_save(layer: Any) -> nn.Module:
+    """Return the child `modules_to_save` of a layer; it has bare parameters, and PEFT's has modules."""
+    copies = get_whole_copies(layer)
+    return nn.ModuleDict(copies) if copies else layer._modules["modules_to_save"]
+
+
+def format_layer(layer: Any, text: str) -> str:
+    """Return the text of an adapted layer as PEFT prints it: "lora.Linear(…)"; `text` is the base module's."""
+    modules = [] if "_slimtune" in vars(layer) else [*layer.adapters.values()]
+    if not modules:
+        return text
+    if modules[0].adapted_parameters:
+        what = f"ParamWrapper(\n  parameter_name={modules[0].parameter_name!r}, "
+        text = what + text.removeprefix(f"{type(layer).__name__}(").lstrip()
+    return f"{modules[0].method}.{text}"
 
 
 # --- dictionaries by adapter name ---------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ class PeftNames:
 class _WriteThrough:
     """Mixed into a dictionary by adapter name: assigning an item sets the adapter module's attribute, too."""
 
-    def __setitem__(self: Any, adapter: str, value: Any) -> None:
+    def __setitem__(self, adapter: str, value: Any) -> None:
         if "sources" in vars(self):
             module, attribute = vars(self)["sources"][adapter]
             if attribute in module._parameters and not isinstance(value, nn.Parameter):
@@ -109,8 +113,8 @@ class BufferView(_WriteThrough, BufferDict):
     """The buffers with one name of a layer's adapter modules, by adapter."""
 
 
-class ValueView(_WriteThrough, dict):
-    """The numbers with one name of a layer's adapter modules, by adapter."""
+class PerAdapterValues(_WriteThrough, dict):
+    """Scalars with one name, such as `scaling`, of a layer's adapter modules, by adapter name."""
 
 
 def view_attribute(layer: Any, name: str) -> Any:
@@ -128,7 +132,7 @@ def view_attribute(layer: Any, name: str) -> Any:
     if (view := _VIEWS.get(key)) is not None:
         return view
     values = {a: _wrap_weight(module, name) for a, (module, name) in sources.items()}
-    types: Any = {nn.Module: ModuleView, nn.Parameter: ParameterView, Tensor: BufferView, object: ValueView}
+    types: Any = {nn.Module: ModuleView, nn.Parameter: ParameterView, Tensor: BufferView, object: PerAdapterValues}
     view = next(v for t, v in types.items() if all(isinstance(x, t) for x in values.values()))()
     for adapter, value in values.items():
         view[adapter] = value
@@ -267,7 +271,7 @@ class PeftLayer:
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters; without an adapter of a method's own layers, of those that train the module."""
-        active, available = list(self._layer.active_state.active), self._available
+        active, available = list(self._layer.selection.active), self._available
         return active if self._layer.adapters and not self._has_tokens else [a for a in active if a in available]
 
     @property
@@ -276,7 +280,7 @@ class PeftLayer:
 
     @property
     def disable_adapters(self) -> bool:
-        return not self._layer.active_state.enabled
+        return not self._layer.selection.enabled
 
     @property
     def merged(self) -> bool:
@@ -296,7 +300,7 @@ class PeftLayer:
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters of this layer, and whether the active ones train."""
         for adapter in self._available:
-            self.set_requires_grad(adapter, enabled and adapter in self._layer.active_state.active)
+            self.set_requires_grad(adapter, enabled and adapter in self._layer.selection.active)
         self._override(enabled=enabled)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -311,7 +315,7 @@ class PeftLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (None: the active ones) into this layer's parameters."""
-        names = [n for n in adapter_names or self._layer.active_state.active if n in self._available]
+        names = [n for n in adapter_names or self._layer.selection.active if n in self._available]
         for layer in self._layers:
             merge_adapters(type(layer).__name__, layer, names, check=safe_merge)
 
@@ -337,7 +341,7 @@ class PeftLayer:
         """Remove an adapter from this layer alone."""
         for table in [self._layer.adapters, *(layer.trained_copies for layer in self._layers)]:
             table.pop(adapter_name) if adapter_name in table else None
-        if adapter_name in (active := self._layer.active_state.active):
+        if adapter_name in (active := self._layer.selection.active):
             self._override(active=[a for a in active if a != adapter_name] or self._available[:1])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -376,7 +380,7 @@ class PeftLayer:
     @property
     def _active_modules(self) -> list[Any]:
         adapters = self._layer.adapters
-        return [adapters[a] for a in self._layer.active_state.active if a in adapters]
+        return [adapters[a] for a in self._layer.selection.active if a in adapters]
 
     @property
     def _available(self) -> list[str]:
@@ -389,19 +393,18 @@ class PeftLayer:
     @property
     def _layers(self) -> list[Any]:
         """The layer and, if it is trained in full, the layers inside it."""
-        return [m for m in self._layer.modules() if isinstance(m, PeftNames)] if self._copies else [self._layer]
+        return [m for m in self._layer.modules() if isinstance(m, AdaptedLayer)] if self._copies else [self._layer]
 
     @property
     def _has_tokens(self) -> bool:
         return any(m.method == "lora" and "token_indices" in m.peft_values for m in self._layer.adapters.values())
 
     def _override(self, **changes: Any) -> None:
-        state = self._layer.active_state
-        own = {"active": state.active, "enabled": state.enabled, **changes}
-        model_state = getattr(state, "model_state", state)
+        now, state = self._layer.selection, self._layer.active_state
+        own = {"active": now.active, "enabled": now.enabled, **changes}
         for layer in self._layers:
-            model_state.layers_with_own.append(layer)
-            vars(layer)["active_state"] = LayerAdapters(model_state, **own)
+            state.layers_with_own.append(layer)
+            vars(layer)["selection"] = LayerSelection(state, **own)
 
 
 _LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
@@ -420,9 +423,9 @@ def without_adapters(module: Any, adapter: str | None = None) -> Any:
 
     Its parameters and buffers, and those of its children, are the adapter's trained copies where it has any.
     """
-    if not any(isinstance(m, PeftNames) for m in module.modules()):
+    if not any(isinstance(m, AdaptedLayer) for m in module.modules()):
         return module
-    is_adapted = isinstance(module, PeftNames)
+    is_adapted = isinstance(module, AdaptedLayer)
     view: Any = object.__new__(type(module).__bases__[1] if is_adapted else type(module))
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
     vars(view).update({name: value for name, value in vars(module).items() if name not in hidden})
@@ -442,7 +445,7 @@ class LayerType(type):
     """Metaclass of PEFT's layer classes: adapted layers are their instances by what adapts them."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, PeftNames) and cls.accepts_as_instance(instance)  # type: ignore[attr-defined]
+        return isinstance(instance, AdaptedLayer) and cls.accepts_as_instance(instance)  # type: ignore[attr-defined]
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
         raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")

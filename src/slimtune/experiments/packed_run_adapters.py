@@ -66,8 +66,9 @@ class PackedRuns:
             for name, layer in layers[0].items()
         }
 
-    def run_layer(self, layer: nn.Module, base: Any, x: Tensor) -> Tensor:
+    def run_layer(self, layer: nn.Module, base: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Return the output `(1, tokens, out)` of an adapted layer of the host for `x (1, tokens, in)`."""
+        x: Tensor = args[0]
         if x.shape[-2] != sum(self.lengths):
             message = f"a {type(layer).__name__} gets {x.shape[-2]} of {sum(self.lengths)} tokens"
             raise ModelError(message, "layers that get every token of a packed sequence")
@@ -80,8 +81,8 @@ class PackedRuns:
 def pack_runs(models: Sequence[Any], spans: Sequence[tuple[int, int]]) -> Iterator[None]:
     """Let the first model run one packed sequence with the adapters of all; arguments as for `PackedRuns`."""
     state: Any = next(iter(models[0].adapted_layers("default").values())).active_state
-    state.packed_runs = PackedRuns(models, spans)
+    state.layer_runner = PackedRuns(models, spans)
     try:
         yield
     finally:
-        state.packed_runs = None
+        state.layer_runner = None

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..core.adapters.active_adapters import ADDED_CHILDREN
+from ..core.adapters.adapted_layer import ADDED_CHILDREN
 from ..core.adapters.merging import merge_adapters, unmerge_adapters
-from ..core.adapters.peft_model import mark_embeddings_untied
+from ..core.adapters.model_with_adapters import mark_embeddings_untied
 from ..core.adapters.quantized_layers import disable_cpu_repacking, find_repacking_layers
 from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..core.adapters import state_dict
+from ..core.adapters import adapter_files
 from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_config
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.files import read_json, to_json
@@ -179,7 +179,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = run_dir.load_results() if run_dir is not None else RunResults()
     recipe = results.recipe
-    tensors, fingerprint = state_dict.read_adapter_file(folder)
+    tensors, fingerprint = adapter_files.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(f"{file} contains no tensors", "the tensors of an adapter", "train it again")

@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from ..core.adapters import state_dict
+from ..core.adapters import adapter_files
 from ..core.adapters.export_support import (
     Factors,
     get_export_formats,
@@ -218,9 +218,9 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     if folded:
         settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_config(folder, settings)
-    metadata = state_dict.adapter_tensor_info(model, adapter)[1]
-    write_atomic(folder / state_dict.WEIGHTS_FILE, state_dict.to_safetensors(tensors, metadata))
-    return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
+    metadata = adapter_files.adapter_tensor_info(model, adapter)[1]
+    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.to_safetensors(tensors, metadata))
+    return sum((folder / f).stat().st_size for f in (CONFIG_FILE, adapter_files.WEIGHTS_FILE))
 
 
 def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtype: str, rank: int) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.adapters.adapter_files import check_same_settings, read_adapter
+from ..core.adapters.adapter_tensors import get_adapter_tensors, load_adapter_tensors
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
-from ..core.adapters.state_dict import check_same_settings, get_adapter_tensors, load_adapter_tensors, read_adapter
 from ..errors import AdapterError, UsageError, format_names
 from .lora_conversion import rank_settings
 
@@ -56,7 +57,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "warn":
             warnings.warn(f"{message} and will be compiled again", stacklevel=2)
     model = _unwrap(model)
-    model._require_unmerged()
+    model.require_unmerged()
     lora_adapters: dict[str, dict[str, Any]] = {
         a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.ships_as_lora
     }
@@ -115,7 +116,7 @@ def hotswap_adapter(
             for live, new in _match_tensors(model, adapter_name, temporary, model_name_or_path, compiled):
                 live.copy_(new)
     finally:
-        model._remove_adapter(temporary)
+        model.detach_adapter(temporary)
 
 
 def _match_tensors(model: PeftModel, live: str, new: str, where: Any, compiled: bool) -> list[tuple[Tensor, Tensor]]:
@@ -178,7 +179,7 @@ def _pad_adapter(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
         module.lora_alpha = ranks[name]
     for field, value in rank_settings(ranks).items():
         setattr(model.peft_config[adapter], field, value)
-    model._update_active_state()
+    model.reset_layer_selections()
 
 
 def _is_resizable(module: Any) -> bool:

@@ -30,10 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.adapters.adapted_layer import get_site
+from ..core.adapters.adapter_files import save_adapter
 from ..core.adapters.adapter_module import WEIGHT_KINDS, AdapterModule, MergeUnsupported, SharedParameterHolder, Site
+from ..core.adapters.adapter_tensors import get_peft_model_state_dict
 from ..core.adapters.method_registry import config_class
 from ..core.adapters.peft_config import PeftConfig
-from ..core.adapters.state_dict import get_peft_model_state_dict, save_adapter
+from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import select_targets
 from ..core.kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
 from ..errors import TargetError, UsageError, format_names, nearest
@@ -107,11 +109,11 @@ class WeightDelta:
         return (after.double() - before).to(self.dtype)
 
 
-class LoraConversionMixin:
-    """The part of `PeftModel` that makes a LoRA from other adapters."""
+class LoraConversion(PeftModel):
+    """Mixed into adapted models: makes a LoRA from other adapters."""
 
     def add_weighted_adapter(
-        self: Any,
+        self,
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
@@ -137,8 +139,8 @@ class LoraConversionMixin:
             density: fraction in (0, 1] of the values that pruning keeps.
             majority_sign_method: for "ties": the sign of the sum ("total") or the most frequent sign ("frequency").
         """
-        names = [self._require_adapter(n) for n in adapters]
-        self._require_free_name(adapter_name)
+        names = [self.require_adapter(n) for n in adapters]
+        self.require_free_name(adapter_name)
         for name in names:
             if "parameters" in self.match_report(name).kinds.values():
                 message = f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r})"
@@ -154,7 +156,7 @@ class LoraConversionMixin:
         _require(is_density, f"density is {density!r}", f"a fraction in (0, 1], which {kind!r} requires")
         is_method = majority_sign_method in ("total", "frequency")
         _require(is_method, f"majority_sign_method is {majority_sign_method!r}", "'total' or 'frequency'")
-        self._require_unmerged()
+        self.require_unmerged()
         if kind == "svd" and svd_rank is None and all(self.peft_config[n].sums_parameters for n in names):
             _add_parameter_sum(self, adapter_name, list(zip(names, weights, strict=True)))
             return
@@ -181,7 +183,7 @@ class LoraConversionMixin:
                     _sum_token_rows(self, module, name, zip(names, weights, strict=True))
 
     def to_lora(
-        self: Any, adapter_name: str, rank: float, new_name: str | None = None, progressbar: bool = False
+        self, adapter_name: str, rank: float, new_name: str | None = None, progressbar: bool = False
     ) -> LoraReport:
         """Add a LoRA that approximates an adapter of any method that changes weights, inactive; report its error.
 
@@ -193,13 +195,13 @@ class LoraConversionMixin:
             progressbar: show how many layers are done.
         """
         new_name = new_name or f"{adapter_name}_lora"
-        self._require_adapter(adapter_name)
-        self._require_free_name(new_name)
+        self.require_adapter(adapter_name)
+        self.require_free_name(new_name)
         is_rank = not isinstance(rank, bool) and (0 < rank <= 1 if isinstance(rank, float) else rank >= 1)
         says = f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}"
         says = says if isinstance(rank, float) else f"Passing a rank of {rank} doesn't make sense"  # PEFT's words
         _require(is_rank, says, "a whole number, 1 and up; or a fraction in (0, 1]")
-        self._require_unmerged()
+        self.require_unmerged()
         with self.disable_adapter():
             deltas = collect_weight_deltas(self, [adapter_name], [1.0])
             layers = tqdm(deltas.items(), desc="Converting to LoRA", disable=not progressbar)
@@ -250,7 +252,7 @@ def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) ->
     try:
         yield report
     finally:
-        model._remove_adapter(report.adapter)
+        model.detach_adapter(report.adapter)
 
 
 def collect_weight_deltas(
@@ -386,7 +388,7 @@ def _add_parameter_sum(model: Any, name: str, weights: Sequence[tuple[str, float
         for parameter_name, parameter in module.named_parameters():
             parts = [w * m.get_parameter(parameter_name) for m, w in sources]
             if any(part.shape != parameter.shape for part in parts):
-                model._remove_adapter(name)
+                model.detach_adapter(name)
                 raise UsageError(f"one adapter scales the input of {layer}, another one its output: they have no sum")
             parameter.copy_(sum(parts[1:], parts[0]))
     _copy_modules_to_save(model, name, [source for source, _ in weights])

@@ -1,141 +1,245 @@
-"""Runs a model with adapters: the active ones for all rows, or a different adapter for each row of a mixed batch."""
+"""Mixed batches: a different adapter for each row of a call, `model(ids, adapter_names=["one", "two", "__base__"])`.
 
-from collections.abc import Iterator, Sequence
+Linear layers whose adapters all have low-rank factors run them stacked, in one product for all rows. The stacks are
+kept from call to call, since generation runs a layer for every token. Other layers run one adapter after the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..core.adapters.active_adapters import BASE_ROW, CheckpointSelection, wrong_row_count
+from ..core.adapters.active_adapters import BASE_ROW, ActiveAdapters
+from ..core.adapters.adapted_layer import AdaptedLayer
+from ..core.adapters.adapter_module import BaseForward
+from ..core.adapters.peft_model import PeftModel
 from ..core.attention.attention_functions import LAYOUT_KWARG
-from ..errors import UsageError, format_names, nearest
-from .alora_invocation import Offsets, find_active_invocation_tokens, fix_invocations, select_tokens
+from ..core.kernels.linear_layers import layer_kind
+from ..core.kernels.lora_linear import add_low_rank_rows, list_equal_group_adapters, stack_mixed_batch_lora
+from ..errors import MixedBatchError, UsageError, format_names, nearest
 
 
-class CallMixin:
-    """The part of `PeftModel` that runs the model."""
+class MixedBatchCalls(PeftModel):
+    """Mixed into adapted models: calls with `adapter_names`."""
 
-    def __call__(
-        self: Any,
-        *args: Any,
-        adapter_names: Sequence[str] | None = None,
-        alora_offsets: Offsets | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model like its base; in training, the methods' regularization is added to the loss.
 
         `adapter_names` gives one adapter per row for a mixed batch; "__base__" is a row without an adapter.
-        `alora_offsets` gives the number of last tokens of each row that an activated LoRA changes; None: those from
-        the invocation tokens on.
         """
-        state = self._adapter_state
-        if adapter_names is None and not find_active_invocation_tokens(state.active_state, state.configs):
-            out = super().__call__(*args, **kwargs)  # type: ignore[misc]  # torch.compile stops at a `with`
-        else:
-            with (
-                self._select_row_adapters(adapter_names, args, kwargs),
-                select_tokens(state.active_state, state.configs, args, kwargs, alora_offsets) as store_starts,
-            ):
-                self._keep_selection_in_checkpoints()
-                out = super().__call__(*args, **kwargs)  # type: ignore[misc]
-                store_starts(out)
-        for name in adapter_names or state.active_state.names:
-            if name != BASE_ROW and state.configs[name].is_prompt_learning and "encoder_outputs" not in kwargs:
-                state.configs[name].require_reached(self.adapter_modules(name))
-        if self.training and getattr(out, "loss", None) is not None:
-            penalty = self.regularization_loss()
-            if penalty is not None:
-                out.loss = out.loss + penalty
-        return out
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)  # torch.compile stops at a `with`
+        with select_row_adapters(self, adapter_names, args, kwargs):
+            keep_selection_in_checkpoints(self)
+            return super().__call__(*args, **kwargs)
 
-    def generate(
-        self: Any,
-        *args: Any,
-        adapter_names: Sequence[str] | None = None,
-        alora_offsets: Offsets | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate like the base; further arguments as in a call. All beams of a row use the row's adapter."""
-        state = self._adapter_state
-        with (
-            self._select_row_adapters(adapter_names, args, kwargs),
-            fix_invocations(state.active_state, state.configs, args, kwargs, alora_offsets),
-        ):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with select_row_adapters(self, adapter_names, args, kwargs):
+            return super().generate(*args, **kwargs)
 
-    def regularization_loss(self: Any) -> Tensor | None:
-        """Return the sum of what the active adapters' methods add to a training loss, or None."""
-        state = self._adapter_state
-        names = state.active_state.active if state.active_state.enabled else []
-        terms = [state.configs[n].regularization_loss(self.adapter_modules(n)) for n in names]
-        terms = [t for t in terms if t is not None]
-        return sum(terms[1:], terms[0]) if terms else None
+    def must_prepare_call(self, kwargs: Mapping[str, Any]) -> bool:
+        return "adapter_names" in kwargs or super().must_prepare_call(kwargs)
 
-    def update_and_allocate(self: Any, global_step: int) -> None:
-        """Run the active methods' step hooks (AdaLoRA reallocates rank).
 
-        Call it after `optimizer.step()` and before the gradients are cleared; `global_step` counts from 1.
+class MixedBatchLoraCacheEntry(NamedTuple):
+    """The low-rank factors of one layer's rows, stacked, and what they were built from."""
+
+    call: tuple
+    """Number of the last call that used them, its batch size and dtype."""
+    factors: tuple[Tensor, Tensor]
+    """`A (groups, r, in)` and `B (groups, out, r)`, scale included."""
+    key: tuple
+    """Identifies the row groups and the state of the source tensors; equal keys mean equal stacks."""
+    sources: list[Tensor]
+    """The source tensors, kept alive so that their `id` in `key` is not reused."""
+
+
+class MixedBatchRunner:
+    """Runs the adapted layers of one model during its mixed calls."""
+
+    def __init__(self, active: ActiveAdapters) -> None:
+        self.active = active
+        self.call_id = 0
+        self.stacks: dict[nn.Module, MixedBatchLoraCacheEntry] = {}
+        self._masks: dict[tuple, dict[str, Tensor]] = {}
+
+    def run_layer(self, layer: AdaptedLayer, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a layer with each row's adapter."""
+        x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        cached = self._get_cached_factors(layer, x)
+        if cached is not None:
+            return add_low_rank_rows(base(*args, **kwargs), x, *cached)
+        masks = self.get_row_masks(x.shape[0], x.device)
+        copies = layer.trained_copies
+        # A module that has nothing but children has a copy without tensors.
+        own = {n: [*copies[n].parameters(), *copies[n].buffers()] for n in masks if n in copies}
+        with_copies = {n: rows for n, rows in masks.items() if own.get(n)}
+        modules: dict[str, Any] = {n: layer.adapters[n] for n in masks if n in layer.adapters}
+        plain_base = base
+        if with_copies:
+            base = partial(_run_trained_copies, layer, plain_base, with_copies)
+        if not modules:
+            return base(*args, **kwargs)
+        inner = (m for module in modules.values() if module.training for m in module.modules())
+        drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
+        if layer_kind(layer) == "linear" and not with_copies and not drops_inputs:
+            factors = {n: m.low_rank_factors() for n, m in modules.items()}
+            if all(f is not None for f in factors.values()):
+                return add_low_rank_rows(base(*args, **kwargs), x, *self._stack_factors(layer, x, factors))
+
+        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+            plain = BaseForward(layer, plain_base if run is base else run)
+            for name, module in modules.items():
+                tokens = layer.find_changed_tokens(name, module, args)
+                run = partial(_run_rows, layer, name, module, BaseForward(layer, run), plain, masks[name], **tokens)
+            return run
+
+        return layer.run_nested(nest, base, args, kwargs)
+
+    def get_row_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return for each adapter of the call which rows of a batch use it, as a bool `(batch,)`."""
+        key = (self.active.row_adapters, batch, device)
+        if key not in self._masks:
+            rows = self._expand_row_adapters(batch)
+            self._masks.clear()
+            with torch.inference_mode(False):  # later calls may need gradients
+                names = [n for n in dict.fromkeys(rows) if n != BASE_ROW]
+                self._masks[key] = {n: torch.tensor([row == n for row in rows], device=device) for n in names}
+        return self._masks[key]
+
+    def _expand_row_adapters(self, batch: int) -> list[str]:
+        """Return each row's adapter in a batch; beam search repeats every row."""
+        names = self.active.row_adapters
+        assert names is not None
+        if not names or batch % len(names):
+            raise _wrong_row_count(names, batch)
+        return [n for n in names for _ in range(batch // len(names))]
+
+    def _get_cached_factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the factors stacked for a layer earlier in this call (generation runs it often), or None."""
+        if torch.is_grad_enabled() or (stack := self.stacks.get(layer)) is None:
+            return None
+        return stack.factors if stack.call == (self.call_id, x.shape[0], x.dtype) else None
+
+    def _stack_factors(self, layer: nn.Module, x: Tensor, factors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the stacked factors for the rows of a layer's input `x (batch, ..., in)`.
+
+        `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        for name in self.active_adapters:
-            self.peft_config[name].on_step_end(self.adapter_modules(name), global_step)
+        groups = list_equal_group_adapters(self._expand_row_adapters(x.shape[0]))
+        if torch.is_grad_enabled():
+            return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
+        sources = [t for A, B, _ in factors.values() for t in (A, B)]
+        # Fused optimizers do not raise a tensor's version counter: factors that train are stacked for every call.
+        frozen = not any(t.requires_grad or t.is_inference() for t in sources)
+        versions = [(id(t), t._version, t.data_ptr()) for t in sources] if frozen else [self.call_id]
+        key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
+        old = self.stacks.get(layer)
+        reused = old is not None and old.key == key
+        stacked = old.factors if reused else stack_mixed_batch_lora([factors.get(n) for n in groups], x)  # type: ignore[union-attr]
+        call = (self.call_id, x.shape[0], x.dtype)
+        self.stacks[layer] = MixedBatchLoraCacheEntry(call, stacked, key, sources)
+        return stacked
 
-    def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
-        # Both public functions of transformers call this one. Reentrant checkpointing computes no gradients unless
-        # an input requires one, so the frozen embedding's output must; the other kind does not need that.
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
-        settings = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
-        if enable and settings.get("use_reentrant", True):
-            self._require_input_gradients()
 
-    def _require_input_gradients(self: Any) -> None:
-        if not self._adapter_state.input_gradients and hasattr(self, "enable_input_require_grads"):
-            self.enable_input_require_grads()
-            self._adapter_state.input_gradients = True
+def _run_rows(layer: AdaptedLayer, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+    with layer.use_copies(name):
+        return module.forward_batch_rows(*args, **kwargs)
 
-    def _keep_selection_in_checkpoints(self: Any) -> None:
-        active = self._adapter_state.active_state
-        if active.row_adapters is None and active.changed_tokens is None:
-            return
-        for module in self.modules():
-            checkpoint = vars(module).get("_gradient_checkpointing_func")
-            if checkpoint is not None and not isinstance(checkpoint, CheckpointSelection):
-                module._gradient_checkpointing_func = CheckpointSelection(checkpoint, active)
 
-    @contextmanager
-    def _select_row_adapters(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
-        if names is None or not self._adapter_state.active_state.enabled:
-            yield
-            return
-        self._check_row_adapters(names, args, kwargs)
-        active = self._adapter_state.active_state
-        active.row_adapters = tuple(names)
-        active.call_id += 1
-        try:
-            yield
-        finally:
-            active.row_adapters = None
+def _run_trained_copies(
+    layer: AdaptedLayer, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kwargs: Any
+) -> Any:
+    with layer.use_copies(None):
+        y = base(x, **kwargs)
+    if not isinstance(y, Tensor):
+        message = (
+            f"a {type(layer).__name__} does not return one tensor, so its rows cannot use different trained copies"
+        )
+        raise MixedBatchError(message, "modules whose output is one tensor: Linear, Embedding, convolutions")
+    for name, rows in masks.items():
+        with layer.use_copies(name):
+            y = y.index_put((rows,), base(x[rows], **kwargs))
+    return y
 
-    def _check_row_adapters(self: Any, names: Sequence[str], args: tuple, kwargs: dict) -> None:
-        if LAYOUT_KWARG in kwargs:
-            hint = "make_collator(model, pad_token_id, packing=False), or set_adapter for one adapter for all rows"
-            raise UsageError("adapter_names is given for a packed batch, which is a single row", hint=hint)
-        inputs = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
-        candidates = [*args[:1], *(kwargs.get(n) for n in inputs)]
-        batch = next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)
-        if isinstance(names, str) or (batch is not None and len(names) != batch):
-            raise wrong_row_count(names, batch)
-        known = [*self.peft_config, BASE_ROW]
-        if unknown := [n for n in dict.fromkeys(names) if n not in known]:
-            # PEFT's words, as in the errors below.
-            message = f"Trying to infer with non-existing adapter(s): {', '.join(map(str, sorted(unknown)))}"
-            raise UsageError(message + nearest(unknown[0], known), f"one of {format_names(known)}")
-        if self.merged_adapters:
-            what = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            raise UsageError(what)
-        active = self._adapter_state.active_state
-        if active.layers_with_own:
-            raise UsageError(
-                "adapter_names is given after adapters were chosen for a layer", hint="model.set_adapter(…)"
-            )
-        if active.row_adapters is not None:
-            raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
+
+# --- the selection of a call ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def select_row_adapters(model: PeftModel, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
+    """Inside the `with`, each row uses its own adapter; None: all use the active ones."""
+    active = model.adapter_state.active_state
+    if names is None or not active.enabled:
+        yield
+        return
+    _check_row_adapters(model, names, args, kwargs)
+    runner = active.caches.setdefault("mixed_batch", MixedBatchRunner(active))
+    runner.call_id += 1
+    active.row_adapters, active.layer_runner = tuple(names), runner
+    try:
+        yield
+    finally:
+        active.row_adapters = active.layer_runner = None
+
+
+def _check_row_adapters(model: PeftModel, names: Sequence[str], args: tuple, kwargs: dict) -> None:
+    if LAYOUT_KWARG in kwargs:
+        hint = "make_collator(model, pad_token_id, packing=False), or set_adapter for one adapter for all rows"
+        raise UsageError("adapter_names is given for a packed batch, which is a single row", hint=hint)
+    inputs = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
+    candidates = [*args[:1], *(kwargs.get(n) for n in inputs)]
+    batch = next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)
+    if isinstance(names, str) or (batch is not None and len(names) != batch):
+        raise _wrong_row_count(names, batch)
+    known = [*model.peft_config, BASE_ROW]
+    if unknown := sorted({str(n) for n in names if n not in known}):
+        message = f"adapter_names has {format_names(unknown)}, which the model does not have"
+        raise UsageError(message + nearest(unknown[0], known), f"names among {format_names(known)}")
+    if merged := model.merged_adapters:
+        message = f"adapter_names is given while {format_names(merged)} is merged into the base"
+        raise UsageError(message, hint="unmerge_adapter() first")
+    active = model.adapter_state.active_state
+    if active.layers_with_own:
+        raise UsageError("adapter_names is given after adapters were chosen for a layer", hint="model.set_adapter(…)")
+    if active.row_adapters is not None:
+        raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
+
+
+def _wrong_row_count(names: Sequence[str], batch: int | None) -> UsageError:
+    given = repr(names) if isinstance(names, str) else f"{len(names)} names"
+    message = f"adapter_names has {given} for {batch} rows"
+    return UsageError(message, "one name per row", f"{BASE_ROW!r} is a row without an adapter")
+
+
+class CheckpointSelection:
+    """Activation checkpointing that recomputes a layer with the rows' adapters and tokens of its forward pass."""
+
+    def __init__(self, checkpoint: Callable[..., Any], active: ActiveAdapters) -> None:
+        self.checkpoint, self.active = checkpoint, active
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        active = self.active
+        selection = {n: getattr(active, n) for n in ("row_adapters", "layer_runner", "changed_tokens")}
+
+        def run_with_selection(*args: Any, **kwargs: Any) -> Any:
+            before = {n: getattr(active, n) for n in selection}
+            vars(active).update(selection)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                vars(active).update(before)
+
+        return self.checkpoint(run_with_selection, *args, **kwargs)
+
+
+def keep_selection_in_checkpoints(model: PeftModel) -> None:
+    """Let activation checkpointing recompute the layers with the selection of their forward pass."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointSelection):
+            module._gradient_checkpointing_func = CheckpointSelection(checkpoint, model.adapter_state.active_state)  # type: ignore[assignment]

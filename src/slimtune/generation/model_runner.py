@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.adapters.active_adapters import BASE_ROW
 from ..errors import MixedBatchError, UsageError
-from ..extras.alora_invocation import calculate_alora_offsets
+from ..methods.lora.alora import calculate_alora_offsets
 
 
 class BatchRow:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..core.adapters.adapter_files import adapter_tensor_info
 from ..core.adapters.quantized_layers import count_parameters
-from ..core.adapters.state_dict import adapter_tensor_info
 from ..core.attention.attention_functions import packing_unsupported_reason
 from ..core.data.example_lengths import (
     ExampleLength,

@@ -15,10 +15,12 @@ The subclass turns each parameter (`weight`, `bias`) and stored buffer into a pr
 trained copy if there is one, else the base's own. A weight that PyTorch reads without calling the module (those of
 nn.MultiheadAttention) contains the updates of the active adapters. All adapted modules of a model share one
 `ActiveAdapters`, so switching adapters costs the same no matter how many are loaded.
+
+A name that neither the module nor its class has is PEFT's: the compat hook resolves it (`model_parts.py`).
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any
@@ -26,15 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compat.tuner_layers import PeftNames
-from ...errors import MixedBatchError, TargetError
+from ...errors import MixedBatchError, TargetError, UnsupportedError
 from ..attention.learned_prefix import make_prefix_config_view
 from ..kernels.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
-from ..kernels.lora_linear import add_low_rank_rows
-from .active_adapters import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, ActiveAdapters, AdaptedModule
+from .active_adapters import ActiveAdapters, LayerSelection
 from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
 from .architectures import text_config
 from .generated_classes import PickledByRecipe
+from .model_parts import ResolvedNames, load_compat
+
+ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy")
+"""What an adapted module has in addition to its base's attributes."""
+ADDED_CHILDREN = ("adapters", "modules_to_save")
+"""Its children, by adapter: adapter modules, and trained copies of the base's parameters."""
+_NO_COPIES = nn.ModuleDict()
+"""The trained copies of a layer without any; nothing is added to it."""
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -55,37 +63,52 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
-class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
+class AdaptedLayer(PickledByRecipe, ResolvedNames):
     """Mixed into the class of an adapted module; see the top of this file."""
+
+    adapters: nn.ModuleDict
+    active_state: ActiveAdapters
+    """What all adapted layers of the model share."""
+    selection: ActiveAdapters | LayerSelection
+    """The layer's active adapters: `active_state`, unless others were chosen for this layer."""
+    original_parameters: dict[str, nn.Parameter | None] | None
+    """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
+    merged_names: tuple[str, ...]
+    """The adapters that are merged."""
+    current_copy: str | None
+    """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
+
+    @property
+    def trained_copies(self) -> nn.ModuleDict:
+        """The copies by adapter; as a child they have PEFT's name, which scripts look for in names of parameters."""
+        return self._modules.get("modules_to_save", _NO_COPIES)  # type: ignore[return-value]
 
     def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's forward `base` with the active adapter modules around it."""
         active = self.active_state
-        if self.original_parameters is not None or not (active.names or active.row_adapters):
+        if self.original_parameters is not None or not (self.selection.names or active.layer_runner):
             return base(*args, **kwargs)
         if layer_kind(self) == "weight":
             return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
         if layer_kind(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
-        if active.packed_runs is not None:
-            return active.packed_runs.run_layer(self, base, args[0])
-        if active.row_adapters is not None:
-            return self._run_mixed_rows(base, args, kwargs)
+        if active.layer_runner is not None:
+            return active.layer_runner.run_layer(self, base, args, kwargs)
         adapters: Any = self._modules["adapters"]
-        names = [n for n in active.names if n in adapters]
+        names = [n for n in self.selection.names if n in adapters]
         modules: list[Any] = [adapters[n] for n in names]
         if not modules:
             return base(*args, **kwargs)
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
             for i, (name, module) in enumerate(zip(names, modules, strict=True)):
-                tokens = self._find_changed_tokens(name, module, args)
+                tokens = self.find_changed_tokens(name, module, args)
                 run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]), **tokens)
             return run
 
-        return self._run_nested(nest, base, args, kwargs)
+        return self.run_nested(nest, base, args, kwargs)
 
-    def _run_nested(self, nest: Callable[[Any], Any], base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run_nested(self, nest: Callable[[Any], Any], base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run nested adapter modules; for an embedding that returns `scale · W[x]` they see the unscaled `W[x]`."""
         module: Any = self
         scale = getattr(self, "embed_scale", None) if isinstance(self, nn.Embedding) else None
@@ -95,63 +118,14 @@ class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
         adapted = nest(lambda x: nn.functional.embedding(x, module.weight))(*args)
         return base(*args, **kwargs) + (adapted - rows) * scale
 
-    def _run_mixed_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        cached = self.active_state.get_cached_factors(self, x)
-        if cached is not None:
-            return add_low_rank_rows(base(*args, **kwargs), x, *cached)
-        masks = self.active_state.get_row_masks(x.shape[0], x.device)
-        copies = self.trained_copies
-        # A module that has nothing but children has a copy without tensors.
-        own = {n: [*copies[n].parameters(), *copies[n].buffers()] for n in masks if n in copies}
-        with_copies = {n: rows for n, rows in masks.items() if own.get(n)}
-        modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
-        plain_base = base
-        if with_copies:
-            base = partial(self._run_trained_copies, plain_base, with_copies)
-        if not modules:
-            return base(*args, **kwargs)
-        inner = (m for module in modules.values() if module.training for m in module.modules())
-        drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
-        if layer_kind(self) == "linear" and not with_copies and not drops_inputs:
-            factors = {n: m.low_rank_factors() for n, m in modules.items()}
-            if all(f is not None for f in factors.values()):
-                stacked = self.active_state.stack_row_factors(self, x, factors)
-                return add_low_rank_rows(base(*args, **kwargs), x, *stacked)
-
-        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
-            plain = BaseForward(self, plain_base if run is base else run)
-            for name, module in modules.items():
-                tokens = self._find_changed_tokens(name, module, args)
-                run = partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name], **tokens)
-            return run
-
-        return self._run_nested(nest, base, args, kwargs)
-
-    def _find_changed_tokens(self, adapter: str, module: Any, args: tuple) -> dict[str, Tensor]:
+    def find_changed_tokens(self, adapter: str, module: Any, args: tuple) -> dict[str, Tensor]:
+        """Return the further argument of an adapter module that changes some tokens only: their indices."""
         if not module.takes_tokens:
             return {}
         return {"tokens": self.active_state.get_token_indices(adapter, args[0], module.site_name)}
 
-    def _run_rows(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._use_copies(name):
-            return module.forward_batch_rows(*args, **kwargs)
-
-    def _run_trained_copies(self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kw: Any) -> Any:
-        with self._use_copies(None):
-            y = base(x, **kw)
-        if not isinstance(y, Tensor):
-            # PEFT's words come first.
-            supported = "the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d"
-            message = f"Mixed batching is only supported for {supported}, and others whose output is one tensor"
-            raise MixedBatchError(f"{message}, not for a {type(self).__name__}")
-        for name, rows in masks.items():
-            with self._use_copies(name):
-                y = y.index_put((rows,), base(x[rows], **kw))
-        return y
-
     @contextmanager
-    def _use_copies(self, adapter: str | None) -> Iterator[None]:
+    def use_copies(self, adapter: str | None) -> Iterator[None]:
         """Inside the `with`, the module's parameters are this adapter's trained copies, where it has any."""
         before, self.__dict__["current_copy"] = self.current_copy, adapter
         try:
@@ -159,16 +133,19 @@ class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
         finally:
             self.__dict__["current_copy"] = before
 
+    def __repr__(self) -> str:
+        return load_compat().format_layer(self, super().__repr__())
+
     def __delattr__(self, name: str) -> None:
-        # FSDP1 deletes a parameter before it sets a view of its flat parameter in its place, and in a forward pass it
-        # puts the view among the parameters, too.
-        plain = self.__dict__.pop(f"_plain_{name}", None)
-        if plain is None or name in self._parameters:
-            super().__delattr__(name)
+        if name in self._parameters:
+            message = f"the parameter {name} of an adapted {type(self).__name__} cannot be deleted, as FSDP1 does"
+            hint = "torch.distributed.fsdp.fully_shard (FSDP2) shards an adapted model"
+            raise UnsupportedError(message, "a layer that keeps its parameters", hint)
+        super().__delattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Parameters that a merge replaced must follow the model to another device or dtype.
-        self.active_state.clear_stacked_factors()
+        self.active_state.caches.clear()
         for parameter in (self.original_parameters or {}).values():
             if parameter is not None:
                 parameter.data = fn(parameter.data)
@@ -197,7 +174,9 @@ def make_adapted(module: nn.Module, active: ActiveAdapters, method: str) -> Adap
     assert isinstance(module, AdaptedLayer)
     module._modules["adapters"] = nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
-    module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
+    module.__dict__.update(
+        active_state=active, selection=active, original_parameters=None, merged_names=(), current_copy=None
+    )
     return module
 
 
@@ -308,21 +287,12 @@ def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     if any(name in adapters for name in active.row_adapters or ()):
         message = "lora.MultiheadAttention does not support mixed adapter batches"
         raise MixedBatchError(message, hint="set_adapter, and batches that use one adapter")
-    modules: list[Any] = [adapters[n] for n in active.names if n in adapters and active.row_adapters is None]
+    names = layer.selection.names if active.row_adapters is None else []
+    modules: list[Any] = [adapters[n] for n in names if n in adapters]
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
     for module in modules:
         merged, _ = module.merge_into(merged, None)
     return merged.to(weight.dtype)
-
-
-_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp._init_utils")
-
-
-def _is_called_by_fsdp1() -> bool:
-    """Return whether FSDP1 reads a parameter property."""
-    # A variable with a frame would be a cycle, which keeps the tensors of each call until the next garbage collection.
-    get_frame: Any = inspect.currentframe
-    return get_frame().f_back.f_back.f_globals["__name__"] in _FSDP1
 
 
 def _make_parameter_property(base: type, name: str) -> property:
@@ -340,21 +310,18 @@ def _make_parameter_property(base: type, name: str) -> property:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
         if self.original_parameters is not None or own is None:
             return own
-        # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
-        if (self.trained_copies or is_read) and not torch.compiler.is_compiling() and _is_called_by_fsdp1():
-            return own
         value = own
         if self.trained_copies:
             adapter: Any = self.current_copy
             if adapter is None and self.active_state.row_adapters is None:
-                adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
+                adapter = next((n for n in self.selection.names if n in self.trained_copies), None)
             copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
             # The module computes in the base's dtype, whatever the dtype of the copy.
             value = own if copy is None else copy.to(own.dtype)
         return _merge_active(self, value) if is_read else value
 
     def set_value(self: AdaptedLayer, value: Any) -> None:
-        # DataParallel and FSDP replace parameters by plain tensors.
+        # DataParallel replaces parameters by plain tensors.
         self.__dict__[plain_tensor] = value
 
     return property(get_value, set_value)

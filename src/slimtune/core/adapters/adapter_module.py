@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,21 @@ class Site:
             message = f"{method} does not support {type(conv).__name__} layers with groups > 1"
             raise UnsupportedError(f"{message}: {self.name} has {conv.groups}", "a convolution without groups")
         return tuple(conv.kernel_size)
+
+
+class BaseChange(Protocol):
+    """What a method's config changed in the base before the first adapter was attached, to put it back."""
+
+    @property
+    def ranges(self) -> Any:
+        """What the config asked for; further adapters must ask for the same."""
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        """The replaced values of the config of the model's text part."""
+
+    def undo(self, model: nn.Module) -> None:
+        """Put the base back as it was."""
 
 
 class BaseForward:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear_layers import is_quantized, is_transposed, parameter_names
-from .active_adapters import AdaptedModule
+from .adapted_layer import AdaptedLayer
 from .adapter_module import MergeUnsupported
 
 
-def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *, check: bool = False) -> None:
+def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
     """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
 
     If other adapters are merged already, all are merged into the original parameters.
@@ -56,13 +56,12 @@ def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *,
     for n, tensor in merged.items():
         base = replaced[n]
         if base is None:
-            lora = any(hasattr(m, "lora_B") for m in modules)
-            what = "LoRA with `lora_bias=True`" if lora else "an adapter with a bias"  # PEFT's words
-            raise MergeUnsupported(f"Impossible to merge {what} because the base layer has no bias: {name}")
+            raise MergeUnsupported(f"{name} has no bias, into which the adapter's bias could be merged")
         if check and not torch.isfinite(tensor).all():
-            # PEFT's words, which scripts look for, come first.
-            broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
-            raise MergeUnsupported(f"{broken}: {name}.{n} contains NaN or Inf after merging")
+            names = ", ".join(adapters)
+            raise MergeUnsupported(
+                f"{name}.{n} contains NaN or Inf after merging: the adapter {names} seems to be broken"
+            )
     for n, tensor in merged.items():  # only now that nothing can fail any more
         if n in module._buffers:
             module._buffers[n] = tensor.clone()
@@ -72,7 +71,7 @@ def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *,
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 
-def tie_equal_parameters(modules: Iterable[AdaptedModule]) -> None:
+def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
     """Let merged parameters share memory again that were one parameter before and are equal now."""
     first: dict[int, Any] = {}
     for module in modules:
@@ -84,7 +83,7 @@ def tie_equal_parameters(modules: Iterable[AdaptedModule]) -> None:
                 module._parameters[name] = shared
 
 
-def unmerge_adapters(module: AdaptedModule) -> None:
+def unmerge_adapters(module: AdaptedLayer) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:
         for n, tensor in module.original_parameters.items():

@@ -31,7 +31,7 @@ from .name_patterns import find_pattern_error, get_pattern_value
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, Site
+    from .adapter_module import AdapterModule, BaseChange, Site
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -184,6 +184,10 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
 
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
+
+    def change_base(self, model: nn.Module) -> BaseChange | None:
+        """Change the base's modules before the first adapter is attached; return how to undo it, None without one."""
+        return None
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the modules to change if no target is given; None: the method has no default."""

@@ -217,52 +217,6 @@ class EmbeddingTable(nn.Module):
         return self.embedding.weight[:, columns]
 
 
-class PromptMixin:
-    """The part of `PeftModel` with PEFT's attributes of a model with virtual tokens.
-
-    `prompt_encoder` has the modules with the learned embeddings and `prompt_tokens` the indices of the virtual tokens,
-    both by adapter; `word_embeddings` are the token embeddings. A base's own modules of these names come first.
-    """
-
-    def __getattr__(self: Any, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # type: ignore[misc]
-        except AttributeError:
-            if name not in ("prompt_encoder", "prompt_tokens", "word_embeddings") or "_slimtune" not in vars(self):
-                raise
-            every = {n: m for a in self.peft_config for n, m in [(a, _find_learned(self, a))] if m is not None}
-            if not every:
-                raise
-        if name == "prompt_encoder":
-            return nn.ModuleDict({n: m.prompt_encoder for n, m in every.items()})
-        if name == "prompt_tokens":
-            configs = {n: self.peft_config[n] for n in every}
-            return {n: torch.arange(c.num_virtual_tokens * c.num_transformer_submodules) for n, c in configs.items()}
-        return self.get_submodule(find_backbones(self).reader).get_input_embeddings()
-
-    def get_prompt(self: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """Return the active adapter's virtual tokens `(batch, n, hidden)`, or its prefix as a cache.
-
-        `task_ids` and `max_cache_len`, which other methods of PEFT need, are ignored.
-        """
-        return self._get_learned(self.active_adapters[0]).get_prompt(batch_size)
-
-    def get_prompt_embedding_to_save(self: Any, adapter_name: str) -> Tensor:
-        """Return the tensor `prompt_embeddings` of an adapter's file."""
-        return self._get_learned(adapter_name).tensors()["prompt_embeddings"].detach().cpu()
-
-    def _get_learned(self: Any, adapter: str) -> LearnedEmbeddings:
-        found = _find_learned(self, adapter)
-        if found is None:
-            raise UsageError(f"adapter {adapter!r} has no virtual tokens", "an adapter of a prompt learning method")
-        return found
-
-
-def _find_learned(model: Any, adapter: str) -> LearnedEmbeddings | None:
-    modules = model.adapter_modules(adapter).values()
-    return next((m for m in modules if isinstance(m, LearnedEmbeddings)), None)
-
-
 class Backbones(NamedTuple):
     """The modules of a model that read token embeddings.
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import TargetError, UsageError, format_names, nearest
+from ...errors import TargetError, format_names, nearest
 from ..kernels.linear_layers import layer_kind, stored_buffer_names
-from .active_adapters import ADDED_CHILDREN
-from .adapted_layer import AdaptedLayer, can_have_adapters
+from .adapted_layer import ADDED_CHILDREN, AdaptedLayer, can_have_adapters
 from .adapter_module import WEIGHT_KINDS, SiteKind
 from .architectures import HEADS, is_uncalled, model_type, text_config
 from .name_patterns import find_pattern, get_pattern
@@ -81,7 +80,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     Raises:
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     tied = find_tied_modules(model)
     whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
@@ -124,7 +123,7 @@ def _match_targets(
             config matches nothing.
     """
     targets = _resolve_targets(model, modules, config)
-    found = [n for n in modules if _is_target(n, config, targets)]
+    found = [n for n in modules if is_target(n, config, targets)]
     matched = [n for n in found if n not in whole]
     if strict:
         _check_every_name_matches(model, modules, config, targets, matched)
@@ -178,16 +177,16 @@ def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Ite
 def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` selects by their full name or its end, by module."""
     wanted = getattr(config, "target_parameters", None) or []
-    modules = _get_base_modules(model) if wanted else {}
+    modules = get_base_modules(model) if wanted else {}
     found = {n: [p for p in m._parameters if matches_regex_or_names(wanted, f"{n}.{p}")] for n, m in modules.items()}
     return {n: names for n, names in found.items() if names}
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
     """Return the modules that a config's target_modules match, by name."""
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     targets = _resolve_targets(model, modules, config)
-    return {n: m for n, m in modules.items() if _is_target(n, config, targets)}
+    return {n: m for n, m in modules.items() if is_target(n, config, targets)}
 
 
 def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
@@ -199,7 +198,7 @@ def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = 
     """Return the names of the experts' stacked weights `(experts, ..., ...)`, without those of `excluded` modules."""
     return [
         f"{name}.{parameter}"
-        for name, module in _get_base_modules(model).items()
+        for name, module in get_base_modules(model).items()
         if _is_experts(name, module) and not (excluded and matches_regex_or_names(excluded, name))
         for parameter, tensor in module._parameters.items()
         if tensor is not None and tensor.dim() == 3
@@ -211,7 +210,7 @@ def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
 
     These are the linear layers without the output head, routers, and what `UNCALLED_LAYERS` lists.
     """
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
@@ -223,14 +222,14 @@ def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
 
 def find_uncalled_layers(model: nn.Module) -> list[str]:
     """Return the names of the layers whose weights are read without calling them (`UNCALLED_LAYERS`)."""
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     return [n for n in modules if is_uncalled(modules.get(n.rpartition(".")[0], model), n)]
 
 
 def shorten_names(names: list[str], model: nn.Module) -> list[str]:
     """Return the ends of these names of modules or parameters, without the layer's number, if nothing else has them."""
     ends = list(dict.fromkeys(re.sub(r".*\.[0-9]+\.", "", name) for name in names))
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     every = [*modules, *(f"{n}.{p}" for n, m in modules.items() for p in m._parameters)]
     return ends if {name for name in every if matches_regex_or_names(ends, name)} == set(names) else names
 
@@ -249,14 +248,9 @@ def find_tied_modules(model: Any) -> list[str]:
     weight = None if embedding is None else embedding._parameters.get("weight")
     if weight is None or not getattr(text_config(model), "tie_word_embeddings", True):
         return []
-    modules = _get_base_modules(model)
+    modules = get_base_modules(model)
     tied = [n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is weight]
     return [next(n for n, m in modules.items() if m is embedding), *tied] if tied else []
-
-
-def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
-    """Return the names of the modules tied to the input embedding, sorted (PEFT's name)."""
-    return sorted(find_tied_modules(model)[1:])
 
 
 def _add_tied_modules(modules: Modules, config: Any, names: list[str], tied: list[str]) -> list[str]:
@@ -293,58 +287,6 @@ def matches_regex_or_names(wanted: Iterable[str] | str, name: str) -> bool:
     return any(name == w or name.endswith(f".{w}") for w in wanted)
 
 
-def check_target_module_exists(config: Any, key: str) -> bool:
-    """Return whether a config's target_modules, without what it excludes or trains in full, match a module's name."""
-    whole = config.modules_to_save or []
-    parts = key.split(".")
-    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]  # and the name itself
-    if any(matches_regex_or_names([name], parent) for name in whole for parent in parents):
-        return False
-    return _is_target(key, config, config.target_modules or [])
-
-
-def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    """Replace "all-linear" in a config by the ends of the names that it stands for; return the config (PEFT's name)."""
-    if str(peft_config.target_modules).lower() == ALL_LINEAR:
-        peft_config.target_modules = set(shorten_names(list_linear_layers(model, peft_config), model))
-    return peft_config
-
-
-def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Return the names of the modules of a PeftModel that an adapter changes, "matched", and of the others."""
-    kinds = tuner.model.match_report(adapter_name).kinds
-    names = [name for name in _get_base_modules(tuner.model) if name]
-    return {"matched": [n for n in names if n in kinds], "unmatched": [n for n in names if n not in kinds]}
-
-
-def _find_minimal_target_modules(target_modules: Iterable[str], other_module_names: Iterable[str]) -> set[str]:
-    """Return the shortest ends of names that match all targets and none of the other modules (PEFT's name).
-
-    Raises:
-        UsageError: there are no targets, one is empty or the text itself, or one is among the other modules.
-    """
-    if isinstance(target_modules, str) or not target_modules:
-        raise UsageError("target_modules should be a list or set of strings.")
-    targets, others = set(target_modules), set(other_module_names)
-    if "" in targets:
-        raise UsageError("target_modules should not contain an empty string.")
-    if both := sorted(targets & others):
-        message = "target_modules and other_module_names contain common elements, this should not happen"
-        raise UsageError(f"{message}: {format_names(both)}")
-    taken = {end for name in others for end in _name_ends(name)}
-    found: set[str] = set()
-    for name in sorted(targets, key=_name_ends):
-        if not any(name == end or name.endswith(f".{end}") for end in found):
-            found |= {next((end for end in _name_ends(name) if end not in taken), name)}
-    return found
-
-
-def _name_ends(name: str) -> list[str]:
-    """Return the ends of a name, shortest first: c, b.c and a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     """Return the index of a module's layer: the first number in its name, or the one after a pattern."""
     parts = name.split(".")
@@ -359,7 +301,7 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     return None
 
 
-def _get_base_modules(model: nn.Module) -> Modules:
+def get_base_modules(model: nn.Module) -> Modules:
     """Return the base's modules by name, without the model itself and what adapters added."""
     return {n: m for n, m in model.named_modules() if n and not {*ADDED_CHILDREN} & set(n.split("."))}
 
@@ -392,7 +334,8 @@ def _is_router(name: str, modules: Modules) -> bool:
     return any(".".join([*parts[:i], "experts"]) in modules for i in beside)
 
 
-def _is_target(name: str, config: Any, targets: list[str] | str) -> bool:
+def is_target(name: str, config: Any, targets: list[str] | str) -> bool:
+    """Return whether targets match a module's name, and the config neither excludes it nor leaves out its layer."""
     excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
     if (excluded and matches_regex_or_names(excluded, name)) or not matches_regex_or_names(targets, name):
         return False

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ...errors import RunError, format_names
-from ..adapters import state_dict as adapter_files
+from ..adapters import adapter_files
 from ..adapters.export_support import get_export_formats
 from ..foundation import distributed
 from ..foundation.device import peak_memory

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from ...errors import SlimtuneError
-from ..adapters.state_dict import save_adapter
+from ..adapters.adapter_files import save_adapter
 from ..config import Recipe
 from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens

@@ -12,7 +12,8 @@ import torch
 from transformers import get_scheduler
 
 from ...errors import RunError, UsageError
-from ..adapters import state_dict as adapter_files
+from ..adapters import adapter_files
+from ..adapters.adapter_tensors import load_adapter_tensors
 from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
 from ..foundation import distributed
@@ -129,7 +130,7 @@ def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
 def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model."""
     tensors, _ = adapter_files.read_adapter_file(folder)
-    adapter_files.load_adapter_tensors(model, "default", tensors, where=str(folder))
+    load_adapter_tensors(model, "default", tensors, where=str(folder))
 
 
 def restore_state(prepared: PreparedRun, folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError, RunError, UsageError, format_names
+from ..adapters.adapter_files import read_adapter_file
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
-from ..adapters.state_dict import read_adapter_file
 from ..config import Recipe
 from ..data.class_labels import Classes
 from ..foundation.files import read_json

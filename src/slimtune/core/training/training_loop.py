@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RunError, SlimtuneError, format_names, is_out_of_memory
-from ..adapters import state_dict as adapter_files
+from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
 from ..attention.attention_functions import packed_attention
 from ..data.collator import Example

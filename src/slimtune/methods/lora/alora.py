@@ -4,21 +4,24 @@
     y_t = W x_t + b                  before it
 
 The tokens before it have the base's hidden states, so one cache serves the base and any number of such adapters. No
-weight has this effect: it is not merged. `extras/alora_invocation.py` finds the tokens.
+weight has this effect: it is not merged. `alora_calls.py` finds the tokens of a call.
 
 Paper: https://arxiv.org/abs/2504.12397. File format: PEFT's, LoRA's keys.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
-from ...extras.alora_invocation import calculate_alora_offsets as calculate_alora_offsets
 from .layers import LinearLora
+
+NEVER = torch.iinfo(torch.int64).max // 2
+"""The start of the change in a row that has no invocation."""
 
 
 class LinearALora(LinearLora):
@@ -48,6 +51,38 @@ class LinearALora(LinearLora):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise MergeUnsupported("an activated LoRA changes only the tokens after its invocation: it cannot be merged")
+
+
+def find_last_invocations(ids: Tensor, invocation: Sequence[int], rows: Tensor) -> Tensor:
+    """Return for each token of `ids (tokens)` the index where its row's last invocation starts, `NEVER` without one.
+
+    `rows (tokens)` gives each token's row; a row's tokens are neighbours.
+    """
+    n = len(invocation)
+    last = torch.full((ids.shape[0],), -1, device=ids.device)  # by row
+    if n <= ids.shape[0]:
+        windows, row_windows = ids.unfold(0, n, 1), rows.unfold(0, n, 1)
+        found = (windows == torch.tensor(invocation, device=ids.device)).all(1)
+        found &= row_windows[:, 0] == row_windows[:, -1]
+        index = torch.arange(len(found), device=ids.device)
+        last = last.scatter_reduce(0, row_windows[:, 0], torch.where(found, index, -1), "amax")
+    starts = last[rows]
+    return torch.where(starts < 0, NEVER, starts)
+
+
+def calculate_alora_offsets(
+    peft_config: Mapping[str, Any], active_adapter: str, input_ids: Tensor, adapter_names: Sequence[str] | None = None
+) -> list[int | None]:
+    """Return for each row of `input_ids (batch, tokens)` how many of its last tokens are changed; None: none.
+
+    `adapter_names` gives each row's adapter in a mixed batch; only adapters with `alora_invocation_tokens` count.
+    """
+    offsets: list[int | None] = []
+    for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids), strict=True):
+        invocation = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+        start = int(find_last_invocations(row, invocation, torch.zeros_like(row))[0]) if invocation else NEVER
+        offsets.append(None if start == NEVER else len(row) - start)
+    return offsets
 
 
 def get_alora_offsets_for_forward(

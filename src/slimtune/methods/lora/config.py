@@ -25,7 +25,7 @@ from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, Lora
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, BaseChange, Site, SiteKind
     from ..trainable_tokens.modules import TrainableRowsSpec
 
 
@@ -239,6 +239,12 @@ class LoraConfig(PatternedConfig):
                     message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
                     warnings.warn(message, stacklevel=2)
         target_projections_by_weight(self, model)
+
+    def change_base(self, model: nn.Module) -> BaseChange | None:
+        """Replicate the base's layers."""
+        from .layer_replication import replicate_layers
+
+        return replicate_layers(model, self.layer_replication) if self.layer_replication else None
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         from ...core.adapters.targets import match_parameters

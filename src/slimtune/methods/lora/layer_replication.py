@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..core.adapters.architectures import text_config
-from ..errors import ModelError, TargetError
+from ...core.adapters.architectures import text_config
+from ...errors import ModelError, TargetError
 
 
 class Replication(NamedTuple):
@@ -25,6 +25,13 @@ class Replication(NamedTuple):
     layers: nn.ModuleList
     config_values: dict[str, Any]
     """The replaced values of the config of the model's text part."""
+
+    def undo(self, model: nn.Module) -> None:
+        """Put the original layers back."""
+        setattr(self.parent, self.name, self.layers)
+        _number_layers(self.layers)
+        for field, value in self.config_values.items():
+            setattr(text_config(model), field, value)
 
 
 def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Replication:
@@ -52,14 +59,6 @@ def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Repli
     _number_layers(stacked)
     setattr(parent, name, stacked)
     return Replication(ranges, parent, name, layers, {**old, "num_hidden_layers": count})
-
-
-def restore_layers(model: nn.Module, replication: Replication) -> None:
-    """Put the original layers back."""
-    setattr(replication.parent, replication.name, replication.layers)
-    _number_layers(replication.layers)
-    for field, value in replication.config_values.items():
-        setattr(text_config(model), field, value)
 
 
 def _copy_layer(layer: nn.Module) -> Any:

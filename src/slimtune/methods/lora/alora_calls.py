@@ -1,4 +1,4 @@
-"""Activated LoRA: which tokens of a call an adapter with `alora_invocation_tokens` changes.
+"""Calls with activated LoRAs: which tokens an adapter with `alora_invocation_tokens` changes.
 
     ids          7 4 9 2 3 5 6        invocation tokens 2 3
     changed      - - - 2 3 5 6        from the last occurrence on; nothing in a row that has none
@@ -13,53 +13,78 @@ Paper: https://arxiv.org/abs/2504.12397
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.adapters.active_adapters import ActiveAdapters, ChangedTokens
-from ..core.attention.attention_functions import LAYOUT_KWARG
-from ..core.attention.packed_layout import PackedLayout
-from ..core.foundation.device import is_simulated
-from ..errors import UsageError
+from ...core.adapters.active_adapters import ActiveAdapters
+from ...core.adapters.peft_model import PeftModel
+from ...core.attention.attention_functions import LAYOUT_KWARG
+from ...core.attention.packed_layout import PackedLayout
+from ...core.foundation.device import is_simulated
+from ...errors import UsageError
+from ...extras.mixed_batch import keep_selection_in_checkpoints
+from .alora import NEVER, find_last_invocations
 
 Offsets = Sequence[int | None]
 """For each row the distance from the first changed token to the end of the row, as in PEFT; None: nothing changes."""
-_NEVER = torch.iinfo(torch.int64).max // 2
 _STARTS = "slimtune_invocation_starts"
 
 
-def find_invocations(ids: Tensor, invocation: Sequence[int], rows: Tensor) -> Tensor:
-    """Return for each token of `ids (tokens)` the index of its row's last invocation, `_NEVER` without one.
+class ActivatedLoraCalls(PeftModel):
+    """Mixed into adapted models: a call knows which of its tokens each activated LoRA changes."""
 
-    `rows (tokens)` gives each token's row; a row's tokens are neighbours.
-    """
-    n = len(invocation)
-    last = torch.full((ids.shape[0],), -1, device=ids.device)  # by row
-    if n <= ids.shape[0]:
-        windows, row_windows = ids.unfold(0, n, 1), rows.unfold(0, n, 1)
-        found = (windows == torch.tensor(invocation, device=ids.device)).all(1)
-        found &= row_windows[:, 0] == row_windows[:, -1]
-        index = torch.arange(len(found), device=ids.device)
-        last = last.scatter_reduce(0, row_windows[:, 0], torch.where(found, index, -1), "amax")
-    starts = last[rows]
-    return torch.where(starts < 0, _NEVER, starts)
+    def __call__(self, *args: Any, alora_offsets: Offsets | None = None, **kwargs: Any) -> Any:
+        """Run the model like its base.
+
+        `alora_offsets` gives the number of last tokens of each row that an activated LoRA changes; None: those from
+        the invocation tokens on.
+        """
+        active = self.adapter_state.active_state
+        if not find_active_invocation_tokens(active, self.peft_config):
+            return super().__call__(*args, **kwargs)  # torch.compile stops at a `with`
+        with select_tokens(active, self.peft_config, args, kwargs, alora_offsets) as store_starts:
+            keep_selection_in_checkpoints(self)
+            out = super().__call__(*args, **kwargs)
+            store_starts(out)
+        return out
+
+    def generate(self, *args: Any, alora_offsets: Offsets | None = None, **kwargs: Any) -> Any:
+        """Generate like the base; `alora_offsets` are those of the prompt."""
+        with fix_invocations(self.adapter_state.active_state, self.peft_config, args, kwargs, alora_offsets):
+            return super().generate(*args, **kwargs)
+
+    def must_prepare_call(self, kwargs: Mapping[str, Any]) -> bool:
+        active = self.adapter_state.active_state
+        # Called directly, the tokens of an activated LoRA are not known yet.
+        unknown = active.changed_tokens is None and bool(find_active_invocation_tokens(active, self.peft_config))
+        return unknown or "alora_offsets" in kwargs or super().must_prepare_call(kwargs)
 
 
-def calculate_alora_offsets(
-    peft_config: Mapping[str, Any], active_adapter: str, input_ids: Tensor, adapter_names: Sequence[str] | None = None
-) -> list[int | None]:
-    """Return for each row of `input_ids (batch, tokens)` how many of its last tokens are changed; None: none.
+class ChangedTokens(NamedTuple):
+    """The tokens of a call that one adapter changes."""
 
-    `adapter_names` gives each row's adapter in a mixed batch; only adapters with `alora_invocation_tokens` count.
-    """
-    offsets: list[int | None] = []
-    for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids), strict=True):
-        invocation = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        start = int(find_invocations(row, invocation, torch.zeros_like(row))[0]) if invocation else _NEVER
-        offsets.append(None if start == _NEVER else len(row) - start)
-    return offsets
+    batch: int
+    length: int
+    indices: Tensor
+    """The changed tokens, counted over all rows."""
+    kept: Tensor | None
+    """The only columns that the output head gets (`logits_to_keep`); None: all."""
+
+    def find_indices(self, x: Tensor, layer: str) -> Tensor:
+        """Return the indices among the tokens of a layer's input `x`, `(batch, T, in)` or `(batch · T, in)`."""
+        indices, shape = self.indices.to(x.device), tuple(x.shape[:-1])
+        if shape in ((self.batch, self.length), (self.batch * self.length,)):
+            return indices
+        if self.kept is not None and shape == (self.batch, len(self.kept)):
+            changed = torch.zeros(self.batch * self.length, dtype=torch.bool, device=x.device)
+            changed[indices] = True
+            return changed.view(self.batch, -1)[:, self.kept.to(x.device)].reshape(-1).nonzero()[:, 0]
+        message = f"{layer} gets an input of shape {tuple(x.shape)} in a call of {self.batch} × {self.length} tokens"
+        name = layer.rpartition(".")[2]
+        hint = f"leave it out of the activated LoRA: exclude_modules=[{name!r}]"
+        raise UsageError(message, "a layer that gets every token of the call", hint)
 
 
 @contextmanager
@@ -90,9 +115,6 @@ def select_tokens(
     Yields a function to be called with the call's output, which remembers where the rows start to change.
     """
     invocations = find_active_invocation_tokens(active, configs)
-    if not invocations:
-        yield lambda output: None
-        return
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     starts, tokens = _find_tokens(active, invocations, args, kwargs, offsets, cache)
 
@@ -140,7 +162,7 @@ def _find_tokens(
     starts, masks = {}, {}
     for name, invocation in invocations.items():
         if packed_rows is not None:
-            by_token = find_invocations(ids[0], invocation, packed_rows)
+            by_token = find_last_invocations(ids[0], invocation, packed_rows)
             starts[name], masks[name] = by_token[-1:], (positions >= by_token)[None]
             continue
         if active.invocation_starts is not None:
@@ -150,10 +172,11 @@ def _find_tokens(
             start = _row_starts(ids, invocation, offsets) + past
             earlier = getattr(cache, _STARTS, {}).get(name)
             if past and offsets is None and earlier is not None:
-                start = torch.where(start < _NEVER, start, earlier)
+                start = torch.where(start < NEVER, start, earlier)
         starts[name], masks[name] = start, positions >= start[:, None]
     if active.row_adapters is not None:
-        rows = active.get_row_masks(batch, ids.device)
+        runner: Any = active.layer_runner  # that of extras/mixed_batch.py
+        rows = runner.get_row_masks(batch, ids.device)
         masks = {n: mask & rows[n][:, None] for n, mask in masks.items()}
     kept = kwargs.get("logits_to_keep")
     kept = torch.arange(length)[-kept:] if isinstance(kept, int) else kept
@@ -174,15 +197,15 @@ def _find_ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _row_starts(ids: Tensor, invocation: Sequence[int], offsets: Offsets | None) -> Tensor:
-    """Return for each row of `ids (batch, tokens)` the index of its first changed token, `_NEVER` without one."""
+    """Return for each row of `ids (batch, tokens)` the index of its first changed token, `NEVER` without one."""
     batch, length = ids.shape
     if offsets is not None:
         if len(offsets) != batch:
             raise UsageError(f"alora_offsets has {len(offsets)} entries for {batch} rows", "one for each row")
-        return torch.tensor([_NEVER if o is None else max(length - o, 0) for o in offsets], device=ids.device)
+        return torch.tensor([NEVER if o is None else max(length - o, 0) for o in offsets], device=ids.device)
     rows = torch.arange(batch, device=ids.device)[:, None].expand(batch, length).reshape(-1)
-    starts = find_invocations(ids.reshape(-1), invocation, rows).view(batch, length)[:, 0]
-    return torch.where(starts < _NEVER, starts % length, starts)
+    starts = find_last_invocations(ids.reshape(-1), invocation, rows).view(batch, length)[:, 0]
+    return torch.where(starts < NEVER, starts % length, starts)
 
 
 def _packed_rows(ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,0 +1,47 @@
+"""The compat hook of the core (`core/adapters/model_parts.py`): what PEFT's users expect of adapted objects."""
+
+from typing import Any
+
+from torch import nn
+
+from ..core.adapters.peft_model import PeftModel
+from . import model_names, tuner_layers
+from .base_model import add_backbone_names as add_backbone_names
+from .base_model import remove_backbone_names as remove_backbone_names
+from .peft_registration import register_as_peft_subclass, register_with_transformers
+from .tuner_layers import format_layer as format_layer
+
+
+def resolve_name(owner: nn.Module, name: str) -> Any:
+    """Return what PEFT calls `name` on an adapted layer, model or backbone; an object can be two of these."""
+    attributes = vars(owner)
+    is_layer = "adapters" in attributes.get("_modules", ())
+    if name == "modules_to_save" and name in attributes.get("_modules", ()):
+        return tuner_layers.get_modules_to_save(owner) if is_layer else owner._modules[name]
+    cause = None
+    try:
+        if "_slimtune" in attributes:
+            return model_names.find_name(owner, name)  # type: ignore[arg-type]
+        if "_whole_model" in attributes and not name.startswith("_"):
+            whole = attributes["_whole_model"]
+            return whole if name == "model" else getattr(whole, name)
+    except AttributeError as e:
+        cause = e
+    if is_layer:
+        try:
+            return tuner_layers.find_name(owner, name)
+        except AttributeError as e:
+            cause = e
+    raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}") from cause
+
+
+def model_class(task_type: str | None, mixed: bool = False) -> Any:
+    """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
+    return model_names.PeftMixedModel if mixed else model_names.TASK_MODELS.get(task_type or "")
+
+
+def register_class(cls: Any, peft_class: str) -> Any:
+    """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
+    if peft_class == "PeftModel":
+        register_with_transformers(PeftModel)
+    return register_as_peft_subclass(cls, peft_class)

@@ -1,0 +1,71 @@
+"""How parts around the core add to adapted models and layers; the core imports none of them.
+
+COMPAT          PEFT's users: names that adapted objects lack, and classes that other libraries recognise
+MODEL_MIXINS    subclasses of `PeftModel` that every adapted model's class gets, such as calls of mixed batches
+FOLDER_WRITERS  functions that write further files beside a saved adapter, such as its model card
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from ..foundation.registry import Registry
+
+if TYPE_CHECKING:
+    from .peft_config import PeftConfig
+
+
+class CompatHook(Protocol):
+    """What PEFT's users expect of adapted objects beyond the core; implemented by the module `compat/hook.py`."""
+
+    def resolve_name(self, owner: nn.Module, name: str) -> Any:
+        """Return what PEFT calls `name` on an adapted layer, an adapted model or its backbone, which lack the name.
+
+        Raises:
+            AttributeError: PEFT has no such name there.
+        """
+
+    def format_layer(self, layer: Any, text: str) -> str:
+        """Return the text of an adapted layer in `print(model)`; `text` is the base module's."""
+
+    def model_class(self, task_type: str | None, mixed: bool = False) -> Any:
+        """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
+
+    def register_class(self, cls: Any, peft_class: str) -> Any:
+        """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
+
+    def add_backbone_names(self, model: Any) -> None:
+        """Give the backbone of a new adapted model the names of PEFT's `base_model`."""
+
+    def remove_backbone_names(self, model: Any) -> None:
+        """Undo `add_backbone_names`."""
+
+
+COMPAT: Registry[CompatHook] = Registry("slimtune.compat", "library")
+MODEL_MIXINS: Registry[type] = Registry("slimtune.model_mixins", "part of an adapted model")
+FOLDER_WRITERS: Registry[Callable[[PeftConfig, Path, Sequence[str]], None]] = Registry(
+    "slimtune.folder_writers", "file beside an adapter"
+)
+
+
+@cache
+def load_compat() -> CompatHook:
+    """Return the hook; it is imported with the first adapted model."""
+    return COMPAT.load("peft")
+
+
+class ResolvedNames(nn.Module):
+    """Mixed into adapted layers, models and backbones: asks the hook for a name that the object itself lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            return load_compat().resolve_name(self, name)
+        # The child of this name has bare parameters; PEFT's are modules of the base's class.
+        return load_compat().resolve_name(self, name) if name == "modules_to_save" else value
