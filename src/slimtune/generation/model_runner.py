@@ -27,7 +27,7 @@ from ..methods.lora.alora import calculate_alora_offsets
 
 
 class BatchRow:
-    """One row of a batch: its adapter, and the tokens that the cache has of it.
+    """One row of a batch: its adapter, its tokens, and how many of them the cache has.
 
     `is_invoked` says whether the prompt contains the invocation of an activated LoRA, which then changes all that
     follows.
@@ -35,11 +35,15 @@ class BatchRow:
 
     def __init__(self, adapter: str) -> None:
         self.adapter, self.length, self.is_invoked = adapter, 0, False
+        self.ids: list[int] = []  # only if there is no cache
         self.next_token = 0  # that is not in the cache yet
 
 
 class CachedBatch:
-    """Rows that run together, and their cache. Rows may join only if `ModelRunner.shares_batches` of each is true."""
+    """Rows that run together, and their cache; None for a model without one, whose rows run alone.
+
+    Rows may join, and a row may be repeated, only if `ModelRunner.shares_batches` of each is true.
+    """
 
     def __init__(self, first_row: BatchRow, cache: Any) -> None:
         self.rows, self.cache = [first_row], cache
@@ -102,6 +106,12 @@ class ModelRunner:
         # Keys and values of other kinds of layers (recurrent states, compressed keys) cannot be padded.
         layers = DynamicCache(config=model.config).layers
         self._pads = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        # A few families have states of another kind, or keep them in their modules: all tokens are computed again.
+        self._caches = (
+            self._cache_name in parameters
+            and model._supports_default_dynamic_cache()
+            and model.config.model_type != "recurrent_gemma"
+        )
         self._mixes: dict[str, bool] = {}
 
     def mixes(self, adapter: str) -> bool:
@@ -115,7 +125,7 @@ class ModelRunner:
 
     def shares_batches(self, adapter: str) -> bool:
         """Return whether rows with this adapter can share a batch with others that can."""
-        return self._pads and self.mixes(adapter)
+        return self._caches and self._pads and self.mixes(adapter)
 
     def _try_mixed_batch(self, adapter: str) -> bool:
         if self.model.peft_config[adapter].is_prompt_learning:
@@ -130,22 +140,30 @@ class ModelRunner:
 
     def prefill(self, row: BatchRow, ids: Sequence[int]) -> tuple[Tensor, CachedBatch]:
         """Run a row's prompt; return the logits `(1, vocabulary)` of the next token, fp32, and a batch of this row."""
-        cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
+        cache = None
+        if self._caches:
+            cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
+        else:
+            row.ids = list(ids)
+        return self._run_all(row, ids, cache), CachedBatch(row, cache)
+
+    def _run_all(self, row: BatchRow, ids: Sequence[int], cache: Any) -> Tensor:
         inputs = torch.tensor([list(ids)], device=self.model.device)
         offsets = calculate_alora_offsets(self.model.peft_config, row.adapter, inputs)
-        row.is_invoked = offsets[0] is not None
+        row.is_invoked, row.length = offsets[0] is not None, len(ids)
         positions = torch.arange(len(ids), device=self.model.device)[None]
-        logits = self._run([row], offsets, cache, inputs, torch.ones_like(inputs), positions)
-        row.length = len(ids)
-        return logits, CachedBatch(row, cache)
+        return self._run([row], offsets, cache, inputs, None, positions)
 
     def decode(self, batch: CachedBatch) -> Tensor:
         """Run the next token of every row; return the logits `(rows, vocabulary)` of those after it, fp32."""
         device, rows = self.model.device, batch.rows
+        if batch.cache is None:
+            rows[0].ids.append(rows[0].next_token)
+            return self._run_all(rows[0], rows[0].ids, None)
         ids = torch.tensor([[row.next_token] for row in rows], device=device)
         lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
         width = batch.width
-        mask = (torch.arange(width + 1, device=device) >= width - lengths).long()
+        mask = (torch.arange(width + 1, device=device) >= width - lengths).long() if rows[1:] else None
         offsets = [1 if row.is_invoked else None for row in rows]
         logits = self._run(rows, offsets, batch.cache, ids, mask, lengths)
         for row in rows:
@@ -154,10 +172,19 @@ class ModelRunner:
 
     @torch.no_grad()
     def _run(
-        self, rows: list[BatchRow], offsets: list[int | None], cache: Any, ids: Tensor, mask: Tensor, positions: Tensor
+        self,
+        rows: list[BatchRow],
+        offsets: list[int | None],
+        cache: Any,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
     ) -> Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True, self._cache_name: cache}
-        inputs |= {"alora_offsets": offsets, **self._last_logits}
+        inputs = {"input_ids": ids, "alora_offsets": offsets, "use_cache": cache is not None, **self._last_logits}
+        if cache is not None:
+            inputs[self._cache_name] = cache
+        if mask is not None:
+            inputs["attention_mask"] = mask
         if self._takes_positions:
             inputs["position_ids"] = positions
         names = [row.adapter for row in rows]
@@ -172,6 +199,8 @@ class ModelRunner:
     def measure_cache(self) -> int:
         """Return how many bytes the cache has for each token of a row of the base."""
         _, batch = self.prefill(BatchRow(BASE_ROW), [0])
+        if batch.cache is None:
+            return 0
         layers = [layer for layer in batch.cache.layers if layer.is_initialized and hasattr(layer, "keys")]
         tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
