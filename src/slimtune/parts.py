@@ -9,17 +9,17 @@ from pathlib import Path
 from .core.foundation.registry import register_parts
 
 
-def _find_modules(folder: str) -> dict[str, str]:
-    """Return the dotted path of each module and package in a folder of slimtune, by its name, sorted."""
+def _find_modules(folder: str, *helpers: str) -> dict[str, str]:
+    """Return the dotted path of each module and package in a folder of slimtune, by its name, sorted; no `helpers`."""
     files = [
         f for f in (Path(__file__).parent / folder).iterdir() if f.suffix == ".py" or (f / "__init__.py").is_file()
     ]
-    return {f.stem: f"{__package__}.{folder}.{f.stem}" for f in sorted(files) if f.stem != "__init__"}
+    return {f.stem: f"{__package__}.{folder}.{f.stem}" for f in sorted(files) if f.stem not in ("__init__", *helpers)}
 
 
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
-    "slimtune.objectives": _find_modules("objectives"),
+    "slimtune.objectives": _find_modules("objectives", "pair_objective", "reference_logps"),
     "slimtune.row_sources": {"files": "slimtune.extras.row_files:open_rows"},
     "slimtune.row_readers": {
         ".jsonl": "slimtune.extras.row_readers:JSONL",

@@ -30,7 +30,7 @@ from ..core.foundation.progress_bars import name_progress
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
 from ..core.training.loss import build_collator
-from ..core.training.objective import Objective, PairObjective
+from ..core.training.objective import Objective
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
@@ -39,6 +39,7 @@ from ..generation.generation_models import GenerationModel, make_base_and_tuned
 from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
+from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassificationComparison, RewardComparison

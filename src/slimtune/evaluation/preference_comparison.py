@@ -25,8 +25,8 @@ import numpy as np
 from ..core.data.tokenized_dataset import AnswerSubset, Example, split_rows
 from ..core.foundation.progress_bars import name_progress
 from ..core.training.loss import count_targets, score_row_logps
-from ..core.training.objective import list_better_and_worse
 from ..errors import DataError
+from ..objectives.pair_objective import list_better_and_worse
 from .estimate import Estimate
 from .eval_result import (
     KTOEvalResult,

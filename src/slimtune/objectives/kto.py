@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.config.schema import DataSettings, TrainSettings
     from ..core.data.class_labels import Classes
+    from ..core.training.prepared_run import PreparedRun
 
 _MAX_PLACES = 16
 
@@ -50,7 +50,6 @@ class KTO(Objective):
     name: ClassVar[str] = "kto"
     summary: ClassVar[str] = "answers that are labelled good or bad, one by one, near the base"
     formats: ClassVar[tuple[str, ...]] = ("unpaired-preference",)
-    needs_reference: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 0.1
     measures: ClassVar[tuple[str, ...]] = ("label", "log_ratio", "mismatched_log_ratio")
 
@@ -77,13 +76,17 @@ class KTO(Objective):
 
         return rows.with_columns(label=np.array([names == [str(True)] for names in rows.classes], bool))
 
-    def prepare_training_rows(
-        self, rows: TokenizedDataset, settings: TrainSettings, data: DataSettings
-    ) -> TokenizedDataset:
-        """Return rows beside their mismatched ones, if the loss needs these."""
-        if not self.needs_mismatched_rows:
-            return rows
-        return MismatchedRows(rows, settings.rows_per_step, data.max_seq_len, settings.seed)
+    def prepare_run(self, prepared: PreparedRun) -> None:
+        """Put the rows beside their mismatched ones, if the loss needs these, and compute the reference of both."""
+        from .reference_logps import add_reference
+
+        data, settings, longest = prepared.data, prepared.settings, prepared.recipe.data.max_seq_len
+        if self.needs_mismatched_rows:
+            data.train, data.validation = (
+                MismatchedRows(rows, settings.rows_per_step, longest, settings.seed)
+                for rows in (data.train, data.validation)
+            )
+        add_reference(prepared)
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples without their mismatched rows, and with the `kl` that is estimated on these."""

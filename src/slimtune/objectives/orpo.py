@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import setting
 from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, PairObjective, sum_rows
+from ..core.training.objective import Batch, sum_rows
+from .pair_objective import PairObjective
 
 if TYPE_CHECKING:
     from torch import Tensor

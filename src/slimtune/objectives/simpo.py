@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core.adapters.config_fields import setting
-from ..core.training.objective import RANKED_PAIRS, PairObjective
+from .pair_objective import RANKED_PAIRS, PairObjective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..config.schema import DataSettings, TrainSettings
+    from ..config.schema import DataSettings
     from ..data.class_labels import Classes
     from ..data.tokenized_dataset import TokenizedDataset
     from .datasets import Datasets
+    from .prepared_run import PreparedRun
 
 
 Batch = Mapping[str, Any]
@@ -26,9 +26,6 @@ Example = dict[str, Any]
 """A tokenized example (core/data/tokenized_dataset.py)."""
 ScoreRows = Callable[[Sequence[Example]], Sequence[Sequence[float]]]
 """Returns the summed log p of each row of some examples, without gradient."""
-
-
-RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best answer against its worst"
 
 
 @dataclass
@@ -44,7 +41,6 @@ class Objective(DeclaredSettings):
         task_type: PEFT's name of the model that is trained, which decides what `loss` and `score` get for each
             micro-batch: "CAUSAL_LM", −log p of each supervised token [K]; "SEQ_CLS", the head's logits of each row
             [R, classes]; both in fp32 or wider.
-        needs_reference: whether examples need `reference`: log p of each row under the model without the adapter.
         learning_rate_factor: what the method's default learning rate is multiplied by.
         measures: names of the columns of `score`.
     """
@@ -56,7 +52,6 @@ class Objective(DeclaredSettings):
     named_formats: ClassVar[tuple[str, ...]] = ()
     rows_per_example: ClassVar[int] = 1
     task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "CAUSAL_LM"
-    needs_reference: ClassVar[bool] = False
     learning_rate_factor: ClassVar[float] = 1.0
     measures: ClassVar[tuple[str, ...]]
 
@@ -91,14 +86,11 @@ class Objective(DeclaredSettings):
         """
         return rows
 
-    def prepare_training_rows(
-        self, rows: TokenizedDataset, settings: TrainSettings, data: DataSettings
-    ) -> TokenizedDataset:
-        """Return training or validation rows as the steps of a run take them: as they are, unless overridden.
+    def prepare_run(self, prepared: PreparedRun) -> None:
+        """Change the rows of a run in `prepared.data` before its first step: nothing, unless overridden.
 
-        Called before the log-probabilities of the reference are computed.
+        Called once the adapter is attached, also when the run is resumed.
         """
-        return rows
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -145,98 +137,3 @@ def sum_rows(values: Tensor, batch: Batch) -> Tensor:
 
     # index_add_ would add in another order each time on a GPU.
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
-
-
-def list_better_and_worse(scores: Sequence[float] | None) -> list[tuple[int, int]]:
-    """Return the numbers of the better and of the worse row of each pair of an example.
-
-    Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
-    """
-    if scores is None:
-        return [(0, 1)]
-    return [(i, j) for i, score in enumerate(scores) for j, other in enumerate(scores) if score > other]
-
-
-@dataclass
-class PairObjective(Objective):
-    """An objective on preference pairs: the first row of an example is the chosen answer, the second the rejected one.
-
-    Of a ranked list, all pairs of answers with different scores count alike; their rows are computed once. A subclass
-    gives `pair_losses`. Its rewards are TRL's: what the model prefers is the answer with the higher one.
-    """
-
-    formats: ClassVar[tuple[str, ...]] = ("preference", "ranked-preference")
-    rows_per_example: ClassVar[int] = 2
-    learning_rate_factor: ClassVar[float] = 0.1
-    measures: ClassVar[tuple[str, ...]] = (
-        "pairs",
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-    )
-
-    def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair [P] and the rewards of its two answers [P, 2].
-
-        Args:
-            logps: log p of the two answers, summed over their tokens [P, 2].
-            tokens: their numbers of tokens [P, 2].
-            reference: their log p under the reference [P, 2], if the objective needs it.
-        """
-        raise NotImplementedError
-
-    def prepare_rows(
-        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
-    ) -> TokenizedDataset:
-        """Return ranked lists as pairs of their best and worst answer, if the setting `pairs` says so."""
-        from ..data.tokenized_dataset import AnswerSubset
-
-        return AnswerSubset(rows, (0, -1)) if getattr(self, "pairs", None) == "best-worst" else rows
-
-    def count_items(self, examples: Sequence[Example]) -> Any:
-        """Return the number of pairs."""
-        return sum(len(list_better_and_worse(e.get("row_scores"))) for e in examples)
-
-    def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
-        """Return losses and rewards of all pairs, and the number of pairs of each example."""
-        import torch
-
-        ends = list(itertools.accumulate(batch["example_rows"]))
-        pairs = [
-            [(end - rows + i, end - rows + j) for i, j in list_better_and_worse(scores)]
-            for end, rows, scores in zip(ends, batch["example_rows"], batch["row_scores"], strict=True)
-        ]
-        numbers = [row for some in pairs for pair in some for row in pair]
-
-        def take(rows: Tensor) -> Tensor:
-            # Indexing would add gradients in another order each time on a GPU.
-            each = rows.unbind()
-            return torch.stack([each[i] for i in numbers]).view(-1, 2)
-
-        reference = None
-        if self.needs_reference:
-            parts = zip(batch["reference"], batch["example_rows"], strict=True)
-            reference = take(torch.cat([logps[:rows] for logps, rows in parts]).to(values.dtype))
-        tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        losses, rewards = self.pair_losses(take(-sum_rows(values, batch)), take(tokens), reference)
-        return losses, rewards, [*map(len, pairs)]
-
-    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
-        """Return the summed losses of the micro-batch's pairs, divided by the step's pairs."""
-        return self._losses_and_rewards(values, batch)[0].sum() / num_items
-
-    def score(self, values: Tensor, batch: Batch) -> Tensor:
-        """Return the number of pairs of each example, and the sums of their measures."""
-        import torch
-
-        losses, rewards, counts = self._losses_and_rewards(values.double(), batch)
-        wins = (rewards[:, :1] > rewards[:, 1:]).double()
-        pairs = torch.cat([torch.ones_like(wins), losses[:, None], rewards, wins], dim=1)
-        return torch.stack([part.sum(0) for part in pairs.split(counts)])
-
-    def summarize(self, scores: np.ndarray) -> dict[str, float]:
-        """Return the means, how often the chosen answer has the higher reward, and by how much on average."""
-        pairs, *sums = scores.sum(axis=0).tolist()
-        means = {name: total / pairs for name, total in zip(self.measures[1:], sums, strict=True)}
-        return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}

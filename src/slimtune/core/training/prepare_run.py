@@ -35,7 +35,6 @@ from .progress_logger import ProgressLogger, start_trackers
 from .resuming import drop_later_metrics, resolve_start, start_or_resume
 from .run_description import describe_default_rate, describe_run, describe_steps
 from .run_dir import INIT_ADAPTER, RunDir, RunLock
-from .validation_scores import add_reference
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
@@ -91,15 +90,23 @@ def prepare(
             collator = build_collator(recipe.train, model, base.tokenizer, longest := find_longest(lengths))
             limit_micro_batches(collator, longest, plan)
             objective, settings = recipe.objective(), recipe.train
-            for split in ("train", "validation"):
-                rows = objective.prepare_training_rows(getattr(data, split), settings, recipe.data)
-                setattr(data, split, rows)
-            if objective.needs_reference:
-                add_reference(run, data, model, collator, logger, disable=init_adapter is None)
             general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, model)
             prepared = PreparedRun(
-                recipe, run, lock, logger, data, base, model, objective, collator, plan, general, loading_peak
+                recipe,
+                run,
+                lock,
+                logger,
+                data,
+                base,
+                model,
+                objective,
+                collator,
+                plan,
+                general,
+                loading_peak,
+                init_adapter,
             )
+            objective.prepare_run(prepared)
             start_or_resume(prepared, resume)
             describe_steps(prepared)
             if settings.compile:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -75,6 +76,7 @@ class PreparedRun:
         plan: the estimate of the run's memory, if it was planned.
         general_rows: rows of general text to measure forgetting on, if the settings have a budget for it.
         loading_peak: most bytes in use until the adapter was attached.
+        init_adapter: the adapter that the run started from, if there is one.
         start_seconds: time until the first step.
         state: what is done already; more than nothing if the run is resumed.
         optimizer, scheduler: set by `start_or_resume` (resuming.py).
@@ -92,6 +94,7 @@ class PreparedRun:
     plan: MemoryPlan | None
     general_rows: Sequence[Example]
     loading_peak: int
+    init_adapter: Path | None
     start_seconds: float = 0.0
     state: TrainingState = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
