@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slimtune.evaluation.data_report.dataset_report import validate_file
+from slimtune.evaluation.data_report.report_builder import make_data_report
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
@@ -15,5 +15,5 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def find_issues(path: Path, tokenizer: Any, **options: Any) -> dict[str, dict[str, Any]]:
     """Return the issues of the data report by their codes."""
-    report = validate_file(path, tokenizer, model="tiny", processes=1, **options)
+    report = make_data_report(path, tokenizer, model="tiny", processes=1, **options).to_json()
     return {issue["code"]: issue for issue in report["issues"]}

@@ -56,7 +56,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_template"},
-    "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.dataset_report:DatasetReport"},
+    "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_report"},
 }
 """Registry → name of the part → its dotted path."""

@@ -14,14 +14,9 @@ from slimtune.core.data.packing import pack_sequences
 from slimtune.core.data.tokenize import BATCH_SIZE, tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.evaluation.data_report import near_duplicates as near
-from slimtune.evaluation.data_report.dataset_report import (
-    ISSUE_TYPES,
-    SHOWN_LINES,
-    DatasetReport,
-    format_issue,
-    raise_if_invalid,
-    validate_file,
-)
+from slimtune.evaluation.data_report.report_builder import DataReportBuilder, make_data_report
+from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, Finding, judge_finding
+from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, RowGroup
 from slimtune.evaluation.data_report.text_checks import find_rendered_format, find_text_issues, is_placeholder
 from slimtune.extras.row_files import open_rows
 
@@ -46,8 +41,12 @@ def make_rows(n=30, **replaced):
     return [replaced.get(f"row{i}", row) for i, row in enumerate(rows, 1)]
 
 
-def validate(tmp_path, rows, tokenizer=SMOLLM2_TOK, **options):
-    return validate_file(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
+def make_report(tmp_path, rows, tokenizer=SMOLLM2_TOK, **options):
+    return make_data_report(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
+
+
+def validate(*args, **options):
+    return make_report(*args, **options).to_json()
 
 
 def list_issues(report):
@@ -81,7 +80,7 @@ def test_training_gets_the_same_report(tmp_path):
     rows[BATCH_SIZE + 3] = rows[1]
     alone = validate(tmp_path, rows)
     file = open_rows(alone["file"])
-    report = DatasetReport(SMOLLM2_TOK, file, max_seq_len=1024)
+    report = DataReportBuilder(SMOLLM2_TOK, file, max_seq_len=1024)
     tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, path="x", observer=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
     assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny").to_json(), "seconds": 0}
@@ -103,7 +102,7 @@ def test_long_rows(tmp_path, policy, severity):
 def test_invalid_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
-    report = validate_file(path, SMOLLM2_TOK, model="m", processes=1)
+    report = make_data_report(path, SMOLLM2_TOK, model="m", processes=1).to_json()
     assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert "does not parse as JSON" in report["invalid_rows"][0]["cause"]
@@ -118,10 +117,10 @@ def test_settings_out_of_range(tmp_path, options):
 
 def test_errors_stop_training(tmp_path):
     with pytest.raises(DataError) as error:
-        raise_if_invalid(validate(tmp_path, make_rows(row5=chat("Hi", "So<|im_end|>"))))
+        make_report(tmp_path, make_rows(row5=chat("Hi", "So<|im_end|>"))).require_no_errors()
     assert error.value.message.endswith("('<|im_end|>', assistant): line 5")
     assert "--force" in error.value.hint
-    raise_if_invalid(validate(tmp_path, make_rows()))
+    make_report(tmp_path, make_rows()).require_no_errors()
 
 
 SYSTEM = chat("Why?", "So.", system="Be brief.")
@@ -229,20 +228,16 @@ def test_repeats_name_the_first():
 
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
-def test_severity_depends_on_the_share_of_rows(tmp_path, count, severity):
-    report = DatasetReport(SMOLLM2_TOK, open_rows(write_jsonl(tmp_path / "a.jsonl", make_rows(1))), max_seq_len=9)
-    report.total.rows = 100
-    report.add_issue("mojibake", range(1, count + 1))
-    (found,) = report.finish(file="x", model="m").to_json()["issues"]
-    assert (found["severity"], found["count"]) == (severity, count)
+def test_severity_depends_on_the_share_of_rows(count, severity):
+    found = judge_finding(Finding("mojibake", RowGroup(count)), rows=100)
+    assert (found.severity, found.count) == (severity, count)
 
 
 def test_an_issue_names_its_first_lines(tmp_path):
-    report = validate(tmp_path, make_rows(30), make_tokenizer(NO_END, ["<s>"]))
-    assert list_issues(report) == {"missing-end": ("error", list(range(1, SHOWN_LINES + 1)))}
-    assert format_issue(report["issues"][0]).endswith(
-        "30 rows, lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, … (18 more)"
-    )
+    (issue,) = make_report(tmp_path, make_rows(30), make_tokenizer(NO_END, ["<s>"])).issues
+    assert (issue.code, issue.severity, issue.count) == ("missing-end", "error", 30)
+    assert issue.lines == list(range(1, SHOWN_LINES + 1))
+    assert str(issue).endswith("30 rows, lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, … (18 more)")
 
 
 def test_documentation_names_every_issue():
@@ -250,5 +245,5 @@ def test_documentation_names_every_issue():
     table = dict(re.findall(r"^\| (`.*?) \| .* \|(.*)\|$", text, re.MULTILINE))
     shares = {code: share.strip() for codes, share in table.items() for code in re.findall(r"`([\w-]+)`", codes)}
     named = {None: "", 0: "1 row"}
-    for code, kind in ISSUE_TYPES.items():
+    for code, kind in FINDING_TYPES.items():
         assert shares[code] == named.get(kind.error_from, f"{100 * (kind.error_from or 0):g} %"), code

@@ -13,7 +13,7 @@ from tiny_tokenizer import make_tokenizer
 from slimtune.core.data.chat_template import adds_bos
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, UsageError
-from slimtune.evaluation.data_report.dataset_report import validate_file
+from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows
 from slimtune.extras.row_formats.documents import DocumentWindows
 
@@ -114,7 +114,7 @@ def test_unreadable_documents_are_named(tmp_path):
 def test_report(tmp_path):
     for name, text in (("a.txt", "A definition is a lie. " * 99), ("b.txt", "~"), ("c.md", "Answer")):
         (tmp_path / name).write_text(text)
-    report = validate_file(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1)
+    report = make_data_report(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1).to_json()
     documents, _ = tokenize_dataset(open_rows(tmp_path, format="document"), TOK, max_seq_len=64, path="x")
     windows = DocumentWindows(documents, 64, BOS if adds_bos(TOK) else None, seed=0)
     assert (report["rows"], report["windows"]) == (3, len(windows))
@@ -127,7 +127,7 @@ def test_report(tmp_path):
 def test_length_policies_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("A definition is a lie.")
     with pytest.raises(UsageError, match="documents are cut into windows"):
-        validate_file(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
+        make_data_report(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
 
 
 def test_flags_of_commands(tmp_path, tiny_folder, slimtune, slimtune_json):

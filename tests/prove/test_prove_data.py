@@ -7,7 +7,8 @@ from faulty_files import write_faulty_files
 from sound_files import write_sound_files
 
 from slimtune.core.models.loader import load_tokenizer
-from slimtune.evaluation.data_report.dataset_report import ISSUE_TYPES, validate_file
+from slimtune.evaluation.data_report.report_builder import make_data_report
+from slimtune.evaluation.data_report.row_checks import FINDING_TYPES
 
 pytestmark = pytest.mark.real
 TEMPLATES = Path(__file__).parents[1] / "core/data/templates"
@@ -39,15 +40,15 @@ def test_corpus(cases, sound_paths):
     elsewhere |= {"other-prompt", "short-document"}  # tests/data/test_thinking.py, test_documents.py
     elsewhere |= {"length-leak", "contradictory-pair"}  # tests/data/test_answer_rows.py
     elsewhere |= {"empty-answer"}  # a guard: no row is known that gets there
-    labels = {code for code in ISSUE_TYPES if "label" in code or "class" in code}  # tests/data/test_label_rows.py
-    assert set(ISSUE_TYPES) - {case.code for case in cases} == elsewhere | labels
+    labels = {code for code in FINDING_TYPES if "label" in code or "class" in code}  # tests/data/test_label_rows.py
+    assert set(FINDING_TYPES) - {case.code for case in cases} == elsewhere | labels
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_faults_are_found_at_their_lines(cases, tokenizer, selection):
     wrong = {}
     for case in cases[selection]:
-        report = validate_file(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options)
+        report = make_data_report(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options).to_json()
         found = {issue["code"]: issue["lines"] for issue in report["issues"]}
         found = {code: lines for code, lines in found.items() if code not in OF_ALL_PAIRS}
         expected = {case.code: case.lines} | {code: found.get(code) for code in case.also}
@@ -63,7 +64,7 @@ def test_nothing_is_found_in_sound_files(sound_paths, tokenizer, selection, monk
         with monkeypatch.context() as patch:
             if path.name == "tools.jsonl":  # SmolLM2's own template leaves tools out
                 patch.setattr(tokenizer, "chat_template", (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
-            report = validate_file(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
+            report = make_data_report(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1).to_json()
         assert 0 < report["supervised_tokens"] < report["tokens"]
         issues = [issue for issue in report["issues"] if issue["code"] not in OF_ALL_PAIRS]
         if issues or report["invalid_rows"]:

@@ -1,8 +1,7 @@
 """`slimtune data`: a report on training rows before any training."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 from typer import Argument, Option
@@ -13,6 +12,9 @@ from ..errors import DataError
 from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
 from .input_checks import ROW_SETTINGS, require_base, require_rows
 from .options import recipe_flags
+
+if TYPE_CHECKING:
+    from ..evaluation.data_report.data_report import DataReport
 
 STYLES = {
     "error": ERROR, "errors": ERROR, "warning": WARNING, "warnings": WARNING, "not checked": WARNING,
@@ -51,7 +53,7 @@ def data_report(
         require_base(str(settings["model.name"]))
     from ..core.config import DataSettings, ModelSettings, TrainSettings
     from ..core.config.recipe import load_sections
-    from ..evaluation.data_report.dataset_report import validate_file
+    from ..evaluation.data_report.report_builder import make_data_report
 
     settings = {"data.train": str(file), **settings}
     data, train = load_sections(settings, DataSettings, TrainSettings)
@@ -61,7 +63,7 @@ def data_report(
 
         (base,) = load_sections(settings, ModelSettings)
         tokenizer, model = load_base_tokenizer(base, data.chat_template), base.name
-    report = validate_file(
+    report = make_data_report(
         file,
         tokenizer,
         model=model,
@@ -77,49 +79,47 @@ def data_report(
     if html is not None:
         from ..evaluation.run_report import render_data_report
 
-        write_atomic(html, render_data_report(report))
+        write_atomic(html, render_data_report(report.to_json()))
         print_progress(f"page: {html}")
     if not as_json:
         _print_report(report)
-    good = report["verdict"] == "ok" or (report["verdict"] != "errors" and not strict)
-    return report if good else NegativeResult(report)
+    good = report.verdict == "ok" or (report.verdict != "errors" and not strict)
+    return report if good else NegativeResult(report.to_json())
 
 
-def _print_report(report: Mapping[str, Any]) -> None:
+def _print_report(report: "DataReport") -> None:
     """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
-    from ..evaluation.data_report.dataset_report import format_issue, format_verdict, report_facts
-
     screen = console()
-    reader = f" for {report['model']}" if report["model"] is not None else ""
-    rows = "rows of an unknown format" if report["format"] == "unknown" else f"{report['format']} rows"
-    screen.print(f"{report['file']}: {rows}{reader}")
-    best = ", its best answer," if report["pairs"] is not None else ","
-    for sample in report["samples"]:
-        marks = "; supervised text is marked" * any(piece["supervised"] for piece in sample["pieces"])
-        screen.print(Text(f"\nline {sample['line']}{best} as the model reads it{marks}", "dim"))
+    reader = f" for {report.model}" if report.model is not None else ""
+    rows = "rows of an unknown format" if report.format == "unknown" else f"{report.format} rows"
+    screen.print(f"{report.file}: {rows}{reader}")
+    best = ", its best answer," if report.pairs is not None else ","
+    for sample in report.samples:
+        marks = "; supervised text is marked" * any(piece.supervised for piece in sample.pieces)
+        screen.print(Text(f"\nline {sample.line}{best} as the model reads it{marks}", "dim"))
         text, left = Text(), SAMPLE_CHARACTERS
-        for piece in sample["pieces"]:
-            marked = piece["supervised"] and not screen.is_terminal
-            shown = escape_controls(piece["text"][:left]) + "…" * (0 < left < len(piece["text"]))
-            left = max(0, left - len(piece["text"]))
+        for piece in sample.pieces:
+            marked = piece.supervised and not screen.is_terminal
+            shown = escape_controls(piece.text[:left]) + "…" * (0 < left < len(piece.text))
+            left = max(0, left - len(piece.text))
             if shown:
-                text.append(f"⟦{shown}⟧" if marked else shown, f"{GOOD} underline" * piece["supervised"])
+                text.append(f"⟦{shown}⟧" if marked else shown, f"{GOOD} underline" * piece.supervised)
         screen.print(text)
     screen.print()
-    print_fields(report_facts(report))
-    histogram = report["lengths"]["histogram"]
-    most = max((bar["rows"] for bar in histogram), default=0)
+    print_fields(report.lines())
+    histogram = report.lengths.histogram
+    most = max((bar.rows for bar in histogram), default=0)
     for bar in histogram:
-        lengths = f"{bar['from']}–{bar['to']}"
-        screen.print(f"{lengths:>11} {'█' * -(-BAR_WIDTH * bar['rows'] // most)} {bar['rows'] or ''}")
-    for issue in report["issues"]:
-        severity = issue["severity"]
-        what = escape_controls(format_issue(issue))
-        screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + what)
-        if issue["hint"]:
-            screen.print(f"  hint: {issue['hint']}", soft_wrap=True)  # it may be a command to copy
-    is_few = report["rows"] < FEW_ROWS and report["verdict"] != "errors"
-    if is_few and report["format"] in ("chat", "instruction", "sharegpt", "prompt-completion"):
-        screen.print(f"\nnote: {report['rows']} rows are few; 100 to 500 are a start for a tone, more for a domain")
-    more = f"; more: slimtune explain {DataError.code}" if report["verdict"] == "errors" else ""
-    screen.print(Text(f"\n{format_verdict(report)}{more}", STYLES[report["verdict"]]))
+        lengths = f"{bar.low}–{bar.high}"
+        screen.print(f"{lengths:>11} {'█' * -(-BAR_WIDTH * bar.rows // most)} {bar.rows or ''}")
+    for issue in report.issues:
+        severity = issue.severity
+        what = escape_controls(str(issue))
+        screen.print(Text(f"\n{severity}: {issue.code}: ", STYLES[severity]) + what)
+        if issue.hint:
+            screen.print(f"  hint: {issue.hint}", soft_wrap=True)  # it may be a command to copy
+    is_few = report.rows < FEW_ROWS and report.verdict != "errors"
+    if is_few and report.format in ("chat", "instruction", "sharegpt", "prompt-completion"):
+        screen.print(f"\nnote: {report.rows} rows are few; 100 to 500 are a start for a tone, more for a domain")
+    more = f"; more: slimtune explain {DataError.code}" if report.verdict == "errors" else ""
+    screen.print(Text(f"\n{report.format_verdict()}{more}", STYLES[report.verdict]))

@@ -9,7 +9,7 @@ from tiny_tokenizer import SMOLLM2_TOK
 from slimtune.core.data.rows import InvalidRow
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
-from slimtune.evaluation.data_report.dataset_report import report_facts, validate_file
+from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows
 
 BEST_FIRST = (" good", " fair", " bad")
@@ -123,19 +123,19 @@ def test_contradiction_of_messages_and_of_lists(issues):
 @pytest.mark.parametrize(("longer", "shorter", "leaks"), [(28, 2, True), (2, 28, True), (18, 12, False), (4, 0, False)])
 def test_length_that_decides_pairs_is_a_warning(tmp_path, longer, shorter, leaks):
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(longer, shorter))
-    report = validate_file(path, SMOLLM2_TOK, model="tiny", processes=1)
-    assert (report["pairs"]["better_longer"], report["pairs"]["better_shorter"]) == (longer, shorter)
-    low, high = report["pairs"]["longer_share_ci95"]
+    report = make_data_report(path, SMOLLM2_TOK, model="tiny", processes=1)
+    assert (report.pairs.better_longer, report.pairs.better_shorter) == (longer, shorter)
+    low, high = report.pairs.longer_share_ci95
     assert low <= longer / (longer + shorter) <= high + 1e-12
-    found = [issue for issue in report["issues"] if issue["code"] == "length-leak"]
+    found = [issue for issue in report.issues if issue.code == "length-leak"]
     assert bool(found) == leaks
     for issue in found:
-        assert (issue["severity"], issue["count"]) == ("warning", max(longer, shorter))
-        assert "28 of 30, 95 % interval 79 to 98 %" in issue["what"]
+        assert (issue.severity, issue.count) == ("warning", max(longer, shorter))
+        assert "28 of 30, 95 % interval 79 to 98 %" in issue.what
     if longer == 18:
-        assert ("better answer", "the longer one in 60 % of the pairs (42 to 75 %)") in report_facts(report)
+        assert ("better answer", "the longer one in 60 % of the pairs (42 to 75 %)") in report.lines()
 
 
 def test_rows_that_are_no_pairs_have_no_share(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A"}])
-    assert validate_file(path, SMOLLM2_TOK, model="tiny", processes=1)["pairs"] is None
+    assert make_data_report(path, SMOLLM2_TOK, model="tiny", processes=1).pairs is None

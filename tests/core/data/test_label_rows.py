@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
-from slimtune.evaluation.data_report.dataset_report import validate_file
+from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows, read_rows
 from slimtune.extras.row_formats.classification import sort_labels
 from slimtune.objectives.kto import KTO
@@ -141,8 +141,8 @@ def test_contradictory_labels_are_found(issues):
 def test_report_counts_labels(tmp_path, tokenizer):
     file, options = tmp_path / "a.jsonl", {"model": None, "processes": 1}
     write_jsonl(file, rows_of(b=2, a=6))
-    assert validate_file(file, tokenizer, **options, **CLASSES)["classes"] == {"a": 6, "b": 2}
+    assert make_data_report(file, tokenizer, **options, **CLASSES).classes == {"a": 6, "b": 2}
     write_jsonl(file, [rate(i, i % 5 == 0) for i in range(20)])
-    report = validate_file(file, tokenizer, **options, **RATINGS)
+    report = make_data_report(file, tokenizer, **options, **RATINGS).to_json()
     assert report["classes"] == {"False": 16, "True": 4}
     assert "4 good and 16 bad answers: a task.desirable_weight of 4.00 to 5.33 balances them" in report["notes"]

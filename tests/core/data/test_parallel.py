@@ -16,7 +16,7 @@ from slimtune.core.data.parallel import parallel_map
 from slimtune.core.data.rows import Row
 from slimtune.core.data.tokenize import BatchTokenizer, tokenize_dataset
 from slimtune.errors import ModelError, RunError
-from slimtune.evaluation.data_report.dataset_report import DatasetReport
+from slimtune.evaluation.data_report.report_builder import DataReportBuilder
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_batches_are_read_as_they_are_needed():
 
 def test_workers_load_neither_torch_nor_arrow(tmp_path):
     """Each would cost a process 50 to 200 MB."""
-    function = BatchTokenizer(TOK, 99, "drop", "assistant", DatasetReport(TOK, "chat", 99).measure_batch)
+    function = BatchTokenizer(TOK, 99, "drop", "assistant", DataReportBuilder(TOK, "chat", 99).measure_batch)
     (tmp_path / "function").write_bytes(pickle.dumps(function))
     script = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')); print({'torch', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "function"], capture_output=True, text=True)

@@ -9,7 +9,8 @@ from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_t
 
 from slimtune.core.data.chat_template import TokenizedRow
 from slimtune.core.data.tokenize import tokenize_rows
-from slimtune.evaluation.data_report.dataset_report import report_facts, validate_file
+from slimtune.evaluation.data_report.data_report import ThinkingTurns
+from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_columns import parse_record
 
 # SmolLM3's rules in short: it reads no key, keeps every content, and by "/no_think" writes an empty block.
@@ -108,7 +109,7 @@ def test_report_tells_what_the_template_does(tmp_path):
     (issue,) = find_issues(path, tokenizer).values()
     assert (issue["code"], issue["severity"], issue["lines"]) == ("thinking-left-out", "error", [1, 2, 3])
     assert "--train-on last_assistant" in issue["hint"]
-    report = validate_file(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
-    assert report["thinking"] == {"learned": 3, "kept": 0, "left_out": 3}
+    report = make_data_report(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
+    assert report.thinking == ThinkingTurns(learned=3, kept=0, left_out=3)
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
-    assert dict(report_facts(report))["thinking"].startswith(told)
+    assert dict(report.lines())["thinking"].startswith(told)

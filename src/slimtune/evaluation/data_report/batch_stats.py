@@ -1,7 +1,7 @@
 """Statistics and issues of one batch of rows.
 
 They depend only on the batch and on the settings, which the first batch completes. So batches can be validated in any
-process, and `DatasetReport` adds them in the order of the file.
+process, and `RowFactsCollector` adds them in the order of the file.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,234 @@
+"""Makes the report on a data set: collects the facts of its rows, checks them, and writes down what they are."""
+
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ...core.data.chat_template import adds_bos
+from ...core.data.parallel import parallel_map
+from ...core.data.rows import InvalidRow, Row
+from ...core.data.tokenize import BatchTokenizer, TokenizedBatch, batch_rows
+from ...core.foundation.cpu import cpu_count
+from ...errors import nearest
+from ...extras.row_files import RowFile, open_rows
+from ...extras.row_formats.classification import sort_labels
+from ...extras.row_formats.documents import find_cuts
+from .batch_stats import BatchValidator
+from .data_report import (
+    DataIssue,
+    DataReport,
+    HistogramBar,
+    InvalidRowNote,
+    LengthStatistics,
+    OverlongRows,
+    PackedTokens,
+    SamplePiece,
+    SampleRow,
+    SharedPrefix,
+    ThinkingTurns,
+    UnusedColumnCount,
+)
+from .near_duplicates import Array
+from .row_checks import find_issues, measure_pairs
+from .row_facts import RowFacts, RowFactsCollector, RowGroup
+
+SAMPLE_CHARACTERS = 1500
+HISTOGRAM_BARS = 16
+
+
+def make_data_report(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    model: str | None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
+    max_seq_len: int = 1024,
+    on_overlong: str = "drop",
+    train_on: str = "assistant",
+    rows_per_step: int = 8,
+    validation: str | Path | None = None,
+    processes: int | None = None,
+) -> DataReport:
+    """Return the report on a data set.
+
+    Args:
+        path, format, columns, ignore_columns: see `open_rows`.
+        tokenizer, model: of the base that will read the rows, and its name; None: only rows and columns are counted.
+        max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
+        rows_per_step: rows of an optimizer step, from 1; they are packed together.
+        validation: validation rows, which must not be among these.
+        processes: how many tokenize at once; None: as many as there are cores.
+    """
+
+    def read(rows: RowFile, like: DataReportBuilder | None = None) -> DataReportBuilder:
+        builder = DataReportBuilder(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like)
+        if tokenizer is None:
+            builder.count_rows()
+            return builder
+        documents = rows.cut_windows is not None
+        function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, builder.measure_batch, documents)
+        for batch in parallel_map(function, batch_rows(rows), processes or cpu_count()):
+            builder.on_batch(batch)
+        return builder
+
+    options: dict[str, Any] = {"format": format, "columns": columns, "ignore_columns": ignore_columns}
+    files = [open_rows(p, **options) for p in (path, validation) if p is not None]
+    builder = read(files[0])
+    other = None if validation is None else (str(validation), read(files[1], builder))
+    return builder.finish(file=path, model=model, validation=other)
+
+
+class DataReportBuilder:
+    """Watches the rows of a file while they are tokenized (core/data/row_observer.py), and makes the report of them.
+
+    Arguments are those of `make_data_report`; `like` is the builder of rows that these will be compared with.
+    `measure_batch` computes the statistics of a batch, possibly in another process.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        source: RowFile,
+        max_seq_len: int,
+        on_overlong: str = "drop",
+        rows_per_step: int = 8,
+        like: "DataReportBuilder | None" = None,
+    ) -> None:
+        self._start = time.perf_counter()
+        self.tokenizer, self.source = tokenizer, source
+        self.measure_batch = None if tokenizer is None else BatchValidator(tokenizer, max_seq_len)
+        if self.measure_batch is not None and like is not None and like.measure_batch is not None:
+            self.measure_batch.common_trigrams = like.measure_batch.common_trigrams
+        special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if source.format == "document" else None
+        self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens)
+
+    def on_batch(self, batch: TokenizedBatch) -> None:
+        """Add the next batch."""
+        self.facts.add_batch(batch)
+
+    def count_rows(self) -> None:
+        """Read the rows without a tokenizer: only invalid ones and labels are counted."""
+        for row in self.source:
+            self.facts.stats.rows += 1
+            if isinstance(row, Row) and row.label_names is not None:
+                self.facts.add_labels([row.line], [row.label_names])
+            self.facts.add_invalid([row] if isinstance(row, InvalidRow) else [])
+
+    def kept_hashes(self) -> Array:
+        """Return the hash of the text of each row that training keeps, uint64 [N]."""
+        rows, facts = self.facts.rows, self.facts
+        is_any_length_kept = facts.special_tokens is not None or facts.on_overlong == "truncate"
+        return rows["hashes"][(rows["length"] <= facts.stats.max_seq_len) | is_any_length_kept, 0]
+
+    def finish(
+        self, *, file: str | Path, model: str | None, validation: "tuple[str, DataReportBuilder] | None" = None
+    ) -> DataReport:
+        """Return the report; `validation` is the file of the validation rows and their builder."""
+        facts = self.facts.collect(None if validation is None else (validation[0], validation[1].facts.collect()))
+        source, stats, prefix = self.source, facts.stats, self.facts.prefix or []
+        issues, (windows, packed_tokens) = find_issues(facts), self._count_windows(facts)
+        overlong = facts.groups.get("too-long", RowGroup())
+        return DataReport(
+            file=str(file),
+            format=source.format,
+            model=model,
+            rows=stats.rows,
+            columns=source.columns,
+            unused_columns=[UnusedColumnCount(c.name, c.rows, bool(c.loss)) for c in source.unused_columns],
+            ignored_columns=[c for c in source.ignored_columns if c not in source.missing_ignored_columns],
+            notes=list_notes(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
+            invalid_rows=[InvalidRowNote(row.line, row.cause, row.code) for row in facts.invalid],
+            invalid_count=facts.invalid_count,
+            classes={name: facts.labels[name].count for name in sort_labels(facts.labels)},
+            pairs=measure_pairs(facts),
+            tokens=stats.tokens,
+            supervised_tokens=stats.supervised_tokens,
+            supervised_share=stats.supervised_tokens / stats.tokens if stats.tokens else 0.0,
+            lengths=measure_lengths(facts.stats_by_row["length"]),
+            max_seq_len=stats.max_seq_len,
+            overlong=OverlongRows(overlong.count, overlong.lines),
+            windows=windows,
+            thinking=ThinkingTurns(*self.facts.thinking),
+            shared_prefix=SharedPrefix(len(prefix), self._decode(prefix)[:SAMPLE_CHARACTERS]),
+            packing=PackedTokens(packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0),
+            issues=issues,
+            samples=[self._show_sample(line, row.input_ids, row.supervised) for line, row in self.facts.samples],
+            verdict=self._give_verdict(issues),
+            seconds=round(time.perf_counter() - self._start, 3),
+        )
+
+    def _give_verdict(self, issues: list[DataIssue]) -> Literal["ok", "warnings", "errors", "not checked"]:
+        if any(issue.severity == "error" for issue in issues):
+            return "errors"
+        return "not checked" if self.tokenizer is None else "warnings" if issues else "ok"
+
+    def _count_windows(self, facts: RowFacts) -> tuple[int | None, int]:
+        """Return the windows of documents in an epoch, None for other rows, and the tokens that an epoch computes."""
+        special = self.facts.special_tokens
+        if special is None or self.tokenizer is None:
+            return None, self.facts.packed_tokens
+        lengths = facts.stats_by_row["length"]
+        windows = int(find_cuts(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
+        # A window inside a document begins with tokens that it does not learn.
+        return windows, facts.stats.tokens + (windows - len(lengths)) * special
+
+    def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _show_sample(self, line: int, ids: list[int], supervised: list[bool]) -> SampleRow:
+        """Return the beginning of a row as pieces of text that are supervised or not."""
+        pieces: list[SamplePiece] = []
+        begin, left = 0, SAMPLE_CHARACTERS
+        for end in range(1, len(ids) + 1):
+            if (end == len(ids) or supervised[end] != supervised[begin]) and left > 0:
+                text = self._decode(ids[begin:end])
+                shown = text[:left] + "…" * (len(text) > left)
+                pieces.append(SamplePiece(shown, bool(supervised[begin])))
+                begin, left = end, left - len(text)
+        return SampleRow(line, pieces)
+
+
+def list_notes(facts: RowFacts, eos_token: str | None) -> list[str]:
+    """Return what training does with every row of a file, in sentences; `eos_token` is None without a tokenizer."""
+    source = facts.source
+    known = [column.name for column in source.unused_columns]
+    notes = [
+        f"--ignore-columns {name}: no row has that column{nearest(name, known)}"
+        for name in source.missing_ignored_columns
+    ]
+    if source.has_paragraphs:
+        blank = "blank lines separate them" if facts.stats.rows > 1 else "it has no blank line, so it is one row"
+        notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
+    good, bad = (facts.labels.get(str(label), RowGroup()).count for label in (True, False))
+    if source.format == "unpaired-preference" and good and bad and not 2 / 3 <= good / bad <= 2:
+        # Equation 8 of the paper on KTO: 1 to 4/3 times as much weight on good answers as on bad ones
+        name, low = ("desirable", bad / good) if good < bad else ("undesirable", 0.75 * good / bad)
+        advice = f"task.{name}_weight of {low:.2f} to {4 / 3 * low:.2f} balances them"
+        notes.append(f"{good:,} good and {bad:,} bad answers: a {advice}")
+    if source.rows_are_text_files:
+        notes.append("each file is one document; its line is its number in the order of the names")
+    if source.format in ("text", "document"):
+        end = "the end-of-text token" if eos_token is None else repr(eos_token)
+        row = "document" if source.format == "document" else "row"
+        notes.append(f"a {row} is learned whole, and {end} after it: the model learns to stop where a {row} ends")
+    return notes
+
+
+def measure_lengths(lengths: Array) -> LengthStatistics:
+    """Return the statistics of the rows' tokens, int64 [N]."""
+    if not len(lengths):
+        return LengthStatistics(0, 0, 0, 0, 0, [])
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // HISTOGRAM_BARS))
+    counts = np.bincount((lengths - low) // width)
+    bars = [HistogramBar(low + i * width, low + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)]
+    median, p90, p99 = (int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99))
+    return LengthStatistics(low, median, p90, p99, high, bars)

@@ -1,0 +1,367 @@
+"""What may spoil a run: each check looks at the facts of a file's rows and yields what it finds.
+
+`find_issues` adds what batches found in single rows, and decides by the share of the rows what is an error.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ...core.data.tokenize import PARAGRAPH_HINT
+from ...core.foundation.formatting import format_count
+from ...errors import format_names
+from ...extras.row_files import column_hint, describe_losses
+from ...extras.row_formats.classification import sort_labels
+from .data_report import DataIssue, PairLengths
+from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
+from .row_facts import PAIR_FORMATS, SHOWN_LINES, RowFacts, RowGroup
+
+SAME_ANSWER_ROWS = 10
+"""Fewest rows with the same answer that are an issue."""
+RARE_CLASS_ROWS = 5
+"""Fewer rows of a class are an issue."""
+LENGTH_LEAK = 0.65
+"""Share of pairs that the length of their answers decides, from whose lower bound on it is an issue."""
+IMBALANCE = 10
+"""How many times as many rows the most frequent class has as one whose rows are an issue."""
+
+
+@dataclass(frozen=True)
+class FindingType:
+    """Which rows have something, and what to do about it.
+
+    `error_from` is the share of the file's rows from which it is an error (0: a single row); None: always a warning.
+    """
+
+    description: str
+    hint: str
+    error_from: float | None = None
+
+
+FINDING_TYPES = {
+    "unused-column": FindingType("rows with a column that changes what they mean and is not used", "", 0),
+    "no-supervised-token": FindingType("rows without a supervised token", "remove these rows", 0),
+    "doubled-bos": FindingType("rows that begin with the beginning-of-sequence token twice",
+        "remove it from the text or from the template", 0),
+    "missing-end": FindingType("rows whose last turn has no end-of-turn token: the model does not learn to stop",
+        "use a chat template that ends turns with a special token (data.chat_template)", 0.5),
+    "control-token-in-text": FindingType(
+        "rows with a control token of this base typed in a message, which the model reads as the token itself",
+        "remove the token from the text, or break it up", 0.001),
+    "already-rendered": FindingType(
+        "rows with a message that a chat template has already rendered: it would be rendered twice",
+        "use the messages from before that template", 0.02),
+    "too-long": FindingType("rows longer than max_seq_len", "a larger --max-seq-len, or shorter rows", 0.9),
+    "duplicate": FindingType("rows that repeat an earlier row", "remove them, unless they should count more"),
+    "near-duplicate": FindingType("rows that nearly repeat an earlier row", "remove them, unless they are intended"),
+    "contradiction": FindingType("rows with another short answer to a prompt than an earlier row",
+        "keep the right answer"),
+    "one-class": FindingType("rows of one class only: there is nothing to tell apart", "add rows of another class", 0),
+    "contradictory-pair": FindingType("pairs that prefer the answer which an earlier pair of the same prompt rejects",
+        "keep the right one of the two"),
+    "length-leak": FindingType("pairs whose answer can be chosen by its length: a model may learn the length alone",
+        "add pairs whose better answer is the other one, or compare answers per token (task simpo, or dpo with "
+        "loss_type sigmoid_norm)"),
+    "one-label": FindingType("rows with the same label: KTO learns from good and from bad answers",
+        "add rows with the other label"),
+    "contradictory-label": FindingType("rows with another label for a text than an earlier row",
+        "keep the right label"),
+    "similar-labels": FindingType("rows with labels that differ in upper case or white space alone",
+        "write each class in one way"),
+    "rare-class": FindingType(f"rows of a class with fewer than {RARE_CLASS_ROWS} rows", "more rows of these classes"),
+    "class-imbalance": FindingType("rows of classes that are much rarer than the most frequent one",
+        "class_weights: balanced, and compare macro-F1 rather than accuracy"),
+    "unseen-label": FindingType("validation rows with a label that no training row has",
+        "correct the label, or add training rows of this class", 0),
+    "same-answer": FindingType("rows with the same answer to different prompts", "keep a few of them", 0.95),
+    "media-placeholder": FindingType("rows with a place for an image or a sound in their text: only text is learned",
+        "remove them, or say in words what it shows", 0.02),
+    "other-prompt": FindingType(
+        "rows whose last answer is learned after another text than generation begins it with; a template that ends "
+        "its prompt with <think> does so", "write what is thought into the rows, or use a template whose prompt ends "
+        "where an answer begins (data.chat_template)"),
+    "short-document": FindingType("documents of fewer than two tokens, from which nothing is learned but their end",
+        "remove them, or join them to others"),
+    "placeholder-answer": FindingType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
+    "same-pair": FindingType("preference pairs whose two answers are the same", "remove them", 0),
+    "empty-answer": FindingType("preference pairs with an answer that has no token of its own", "remove them", 0),
+    "overlap": FindingType("rows that are also validation rows: the validation loss would look too good",
+        "remove them from one of the two files", 0.01),
+    "near-overlap": FindingType("rows that nearly repeat a validation row", "remove them from one of the two files"),
+    "validation-invalid": FindingType("invalid validation rows", "run slimtune data on the validation file", 0),
+    "mojibake": FindingType("rows with text that was decoded with the wrong encoding (“Ã©” for “é”)",
+        "decode the source as UTF-8, or repair it with ftfy", 0.1),
+    "replacement-character": FindingType("rows with U+FFFD, which replaces characters that were lost",
+        "decode the source with its own encoding", 0.1),
+    "null-byte": FindingType("rows with a null character", "read the source with its own encoding (UTF-16?)", 0.1),
+    "control-character": FindingType("rows with control characters", "remove them"),
+    "byte-order-mark": FindingType("rows with a byte order mark inside their text", "remove it"),
+    "html-entity": FindingType("rows of plain text with HTML entities", "unescape them (html.unescape)"),
+    "mixed-script": FindingType("rows with words that mix Latin and Cyrillic letters that look alike",
+        "write each word in one script"),
+}  # fmt: skip
+"""Findings by code, in the order of the report. A code that is not here is the code of an `InvalidRow`: an error."""
+INVALID_ROW = FindingType("", "repair or remove these rows", 0)
+
+
+class Finding(NamedTuple):
+    """Rows with something that a code of `FINDING_TYPES`, or of an `InvalidRow`, names."""
+
+    code: str
+    rows: RowGroup
+
+
+Check = Callable[[RowFacts], Iterator[Finding]]
+
+
+def find_issues(facts: RowFacts) -> list[DataIssue]:
+    """Return what may spoil a run: errors first, invalid rows before what `FINDING_TYPES` names, in its order."""
+    found = dict(facts.groups)
+    found |= {finding.code: finding.rows for check in CHECKS for finding in check(facts)}
+    codes = [*sorted(found.keys() - FINDING_TYPES), *(code for code in FINDING_TYPES if code in found)]
+    issues = [judge_finding(Finding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
+    return sorted(issues, key=lambda issue: issue.severity)
+
+
+def judge_finding(finding: Finding, rows: int, on_overlong: str = "drop") -> DataIssue:
+    """Return a finding with its severity, by its share of the file's rows."""
+    (code, group), kind = finding, FINDING_TYPES.get(finding.code, INVALID_ROW)
+    refused = code == "too-long" and on_overlong == "error"
+    is_error = refused or (kind.error_from is not None and group.count >= kind.error_from * rows)
+    example = f" ({group.example})" if kind.description and group.example else ""
+    what = f"{kind.description}{example}" or group.example
+    severity: Literal["error", "warning"] = "error" if is_error else "warning"
+    return DataIssue(code, severity, what, group.lines, group.count, group.hint or kind.hint)
+
+
+def _make_finding(code: str, lines: Array, example: str = "") -> Iterator[Finding]:
+    """Yield the finding for these rows, if there are any."""
+    if len(lines):
+        group = RowGroup()
+        group.add(lines, example)
+        yield Finding(code, group)
+
+
+def _make_pair_finding(
+    code: str, lines: Array, matches: Array, prefix: str = "", relation: str = "as"
+) -> Iterator[Finding]:
+    """Yield the finding for rows that each have a match, if there are any."""
+    if len(lines):
+        yield from _make_finding(code, lines, f"{prefix}line {lines[0]} {relation} line {matches[0]}")
+
+
+# --- columns and lengths ----------------------------------------------------------------------------------------------
+
+
+def check_columns(facts: RowFacts) -> Iterator[Finding]:
+    """Rows mean something else without a column that is not used."""
+    if columns := facts.source.lossy_columns:
+        first = max(columns, key=lambda c: c.rows)
+        yield Finding(
+            "unused-column", RowGroup(first.rows, [first.line], describe_losses(columns), column_hint(columns))
+        )
+
+
+def check_lengths(facts: RowFacts) -> Iterator[Finding]:
+    """Rows are too long: what happens to them, and how long the longest is."""
+    if (rows := facts.groups.get("too-long")) is None:
+        return
+    consequence = {"error": "training refuses them", "drop": "left out", "truncate": "truncated at the end"}
+    limit, longest = facts.stats.max_seq_len, facts.stats.longest
+    example = f"{limit} tokens; {consequence[facts.on_overlong]}; the longest has {longest}"
+    hint = f"{PARAGRAPH_HINT}, or a larger --max-seq-len" if facts.source.has_paragraphs else ""
+    yield Finding("too-long", replace(rows, example=example, hint=hint))
+
+
+# --- rows that are like other rows ------------------------------------------------------------------------------------
+
+
+def check_duplicates(facts: RowFacts) -> Iterator[Finding]:
+    """Rows repeat an earlier row, or nearly."""
+    lines, texts = facts.stats_by_row["line"], facts.stats_by_row["hashes"][:, 0]
+    repeated, first = find_repeats(texts)
+    yield from _make_pair_finding("duplicate", lines[repeated], lines[first])
+    near, match = (facts.comparable_rows[rows] for rows in find_near_duplicates(facts.signatures))
+    new = ~np.isin(near, repeated)
+    prefix = f"similarity from {THRESHOLD}: "
+    yield from _make_pair_finding("near-duplicate", lines[near[new]], lines[match[new]], prefix)
+
+
+def check_contradictions(facts: RowFacts) -> Iterator[Finding]:
+    """Rows have another short answer, or another label, than an earlier row with the same prompt."""
+    rows = facts.stats_by_row
+    if facts.source.format in PAIR_FORMATS:
+        return
+    lines, words, (_, prompts, answers) = rows["line"], rows["words"], rows["hashes"].T
+    again, before = find_repeats(prompts)
+    other = (answers[again] != answers[before]) & (prompts[again] != 0)
+    other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
+    code = "contradictory-label" if _is_labelled(facts) else "contradiction"
+    yield from _make_pair_finding(code, lines[again[other]], lines[before[other]])
+
+
+def check_same_answers(facts: RowFacts) -> Iterator[Finding]:
+    """Many rows have one answer to different prompts."""
+    lines, words, (_, prompts, answers) = (
+        facts.stats_by_row["line"], facts.stats_by_row["words"], facts.stats_by_row["hashes"].T,
+    )  # fmt: skip
+    if _is_labelled(facts):
+        return
+    # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
+    values, first, counts = np.unique(answers, return_index=True, return_counts=True)
+    least = np.maximum(np.where(words[first] > SHORT_ANSWER, 0.1, 0.95) * len(answers), SAME_ANSWER_ROWS)
+    found = RowGroup()
+    for value in values[(counts >= least) & (values != 0)]:
+        rows = np.flatnonzero(answers == value)
+        different = len(np.unique(prompts[rows]))
+        if different >= max(SAME_ANSWER_ROWS, len(rows) / 2):
+            share = f"{100 * len(rows) / len(answers):.0f} % of the rows"
+            found.add(lines[rows], f"one answer to {format_count(different)} prompts, {share}")
+    if found.count:
+        yield Finding("same-answer", found)
+
+
+def _is_labelled(facts: RowFacts) -> bool:
+    return facts.source.format in ("classification", "unpaired-preference")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
+    """Pairs prefer the answer that an earlier pair of the same prompt rejects."""
+    rows = facts.stats_by_row
+    if facts.source.format not in PAIR_FORMATS or not len(rows):
+        return
+    _, prompts, better = rows["hashes"].T
+    keys, swapped = (mix_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better)))
+    order = np.argsort(keys, kind="stable")
+    # the first row that is the reverse of each, if there is one
+    place = order[np.searchsorted(keys[order], swapped).clip(max=len(keys) - 1)]
+    later = np.flatnonzero((keys[place] == swapped) & (place < np.arange(len(keys))) & (keys != swapped))
+    matches = rows["line"][place[later]]
+    yield from _make_pair_finding("contradictory-pair", rows["line"][later], matches, relation="contradicts")
+
+
+def check_answer_lengths(facts: RowFacts) -> Iterator[Finding]:
+    """The better answer of most pairs is the longer one, or the shorter one: a model may learn the length alone."""
+    if (pairs := measure_pairs(facts)) is None:
+        return
+    decided, (low, high) = pairs.better_longer + pairs.better_shorter, pairs.longer_share_ci95
+    difference = facts.stats_by_row["answer_tokens"] @ [1, -1]
+    for name, part, (least, most) in (
+        ("longer", difference > 0, (low, high)),
+        ("shorter", difference < 0, (1 - high, 1 - low)),
+    ):
+        if least > LENGTH_LEAK:
+            of_all = f"the {name} answer is the better one in {part.sum():,} of {decided:,}"
+            interval = f"95 % interval {100 * least:.0f} to {100 * most:.0f} %"
+            yield from _make_finding("length-leak", facts.stats_by_row["line"][part], f"{of_all}, {interval}")
+
+
+def measure_pairs(facts: RowFacts) -> PairLengths | None:
+    """Return how often the better answer is the longer one; None: the rows are no pairs, or have no tokens."""
+    rows = facts.stats_by_row
+    if facts.source.format not in PAIR_FORMATS or not len(rows):
+        return None
+    difference = rows["answer_tokens"] @ [1, -1]
+    longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
+    decided = longer + shorter
+    share = longer / decided if decided else None
+    return PairLengths(longer, shorter, len(rows) - decided, share, [*estimate_share(longer, decided)])
+
+
+def estimate_share(hits: int, rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson's)."""
+    if not rows:
+        return 0.0, 1.0
+    z = 1.96
+    share, weight = hits / rows, z * z / rows
+    middle, half = share + weight / 2, z * math.sqrt(share * (1 - share) / rows + weight / (4 * rows))
+    return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def check_label_count(facts: RowFacts) -> Iterator[Finding]:
+    """All rows have one label, or one class."""
+    labels = facts.labels
+    if len(labels) != 1:
+        return
+    ((name, rows),) = labels.items()
+    if facts.source.format == "unpaired-preference":
+        yield _make_class_finding("one-label", [rows], name)
+    if facts.source.format == "classification" and rows.count == facts.labelled_rows:
+        yield _make_class_finding("one-class", [rows], repr(name))
+
+
+def check_classes(facts: RowFacts) -> Iterator[Finding]:
+    """Classes are too rare, or written in two ways."""
+    labels = facts.labels
+    if facts.source.format != "classification" or not labels:
+        return
+    most = max(rows.count for rows in labels.values())
+    rare = {name: rows for name, rows in labels.items() if rows.count < RARE_CLASS_ROWS}
+    rarer = {n: rows for n, rows in labels.items() if n not in rare and rows.count * IMBALANCE <= most}
+    spellings: dict[str, list[str]] = {}
+    for name in sort_labels(labels):
+        spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
+    similar = {name: labels[name] for names in spellings.values() if len(names) > 1 for name in names}
+    for code, classes in (("rare-class", rare), ("class-imbalance", rarer), ("similar-labels", similar)):
+        if classes:
+            yield _make_class_finding(code, classes.values(), format_names(classes, 6))
+
+
+def _make_class_finding(code: str, classes: Collection[RowGroup], example: str) -> Finding:
+    lines = sorted(line for rows in classes for line in rows.lines)[:SHOWN_LINES]
+    return Finding(code, RowGroup(sum(rows.count for rows in classes), lines, example))
+
+
+# --- validation rows --------------------------------------------------------------------------------------------------
+
+
+def check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
+    """Validation rows are invalid, or have labels that no training row has."""
+    if facts.validation is None:
+        return
+    path, other = facts.validation
+    found = RowGroup()
+    if columns := other.source.lossy_columns:
+        line, loss = columns[0].line, describe_losses(columns)
+        found = RowGroup(columns[0].rows, [line], f"{path}, line {line}: {loss}")
+    if other.invalid_count:
+        first = other.invalid[0]
+        found.add([row.line for row in other.invalid], f"{path}, line {first.line}: {first.cause}")
+        found.count = other.invalid_count
+    if found.count:
+        yield Finding("validation-invalid", found)
+    if unseen := {name: rows for name, rows in other.labels.items() if name not in facts.labels}:
+        yield _make_class_finding("unseen-label", [*unseen.values()], f"{path}: {format_names(unseen, 6)}")
+
+
+def check_overlap(facts: RowFacts) -> Iterator[Finding]:
+    """Rows are validation rows, too, or nearly."""
+    if facts.validation is None:
+        return
+    path, other = facts.validation
+    lines, other_lines = facts.stats_by_row["line"], other.stats_by_row["line"]
+    texts, other_texts = facts.stats_by_row["hashes"][:, 0], other.stats_by_row["hashes"][:, 0]
+    order = np.argsort(other_texts, kind="stable")
+    same = np.flatnonzero(np.isin(texts, other_texts))
+    match = order[np.searchsorted(other_texts[order], texts[same])]
+    yield from _make_pair_finding("overlap", lines[same], other_lines[match], f"{path}: ", "is")
+    near, match = find_near_duplicates(other.signatures, facts.signatures)
+    new = ~np.isin(facts.comparable_rows[near], same)
+    near, match = facts.comparable_rows[near[new]], other.comparable_rows[match[new]]
+    yield from _make_pair_finding("near-overlap", lines[near], other_lines[match], f"{path}: ", "is nearly")
+
+
+CHECKS: tuple[Check, ...] = (
+    check_columns, check_lengths, check_duplicates, check_contradictions, check_same_answers,
+    check_contradictory_pairs, check_answer_lengths, check_label_count, check_classes, check_validation_rows,
+    check_overlap,
+)  # fmt: skip
