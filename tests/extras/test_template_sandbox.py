@@ -10,7 +10,7 @@ from slimtune.core.foundation.chat_rendering import render_chat_template
 from slimtune.errors import ModelError, SlimtuneError
 from slimtune.evaluation.lm_eval import _render_chat
 
-TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+TEMPLATES = sorted((Path(__file__).parents[1] / "core/data/templates").glob("*.jinja"))
 TALK = [{"role": "user", "content": "Größe? " * 9}, {"role": "assistant", "content": "A lie."}] * 2
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
