@@ -64,17 +64,20 @@ def make_data_report(file: str, text: str) -> dict[str, Any]:
 def make_evaluation(path: Path, text: str, generations: int = 6) -> dict[str, Any]:
     """Return what `slimtune eval RUN --generate 6 --json` prints."""
     return {
-        "run": str(path), "split": "test", "data": "test.jsonl", "rows": 93, "tokens": 3868, "base_loss": 4.524,
+        "run": str(path), "task": "sft", "split": "test", "data": "test.jsonl", "training_rows": 0, "rows": 93,
+        "different_rows": 93, "tokens": 3868, "base_loss": 4.524,
         "tuned_loss": 3.728, "loss_reduction": 0.796, "loss_reduction_ci95": [0.72, 0.89],
         "base_loss_ci95": [4.38, 4.66], "tuned_loss_ci95": [3.61, 3.85], "base_perplexity": 92.2,
         "tuned_perplexity": 41.6,
         "base_perplexity_ci95": [79.9, 105.6], "tuned_perplexity_ci95": [37.0, 47.0], "base_accuracy": 0.243,
-        "tuned_accuracy": 0.318, "accuracy_gain": 0.075, "accuracy_gain_ci95": [0.061, 0.09], "rows_better": 93,
+        "base_accuracy_ci95": [0.22, 0.26], "tuned_accuracy_ci95": [0.3, 0.33], "preference": None, "tasks": None,
+        "win_rate": None, "tuned_accuracy": 0.318, "accuracy_gain": 0.075, "accuracy_gain_ci95": [0.061, 0.09],
+        "rows_better": 93,
         "prompt_dependence": {"rows": 93, "base": 0.18, "base_ci95": [0.15, 0.21], "tuned": 0.204,
                        "tuned_ci95": [0.17, 0.24], "change": 0.024, "change_ci95": [-0.01, 0.06], "passed": True},
         "improved": True, "dropped": 0, "truncated": 0, "dtype": "bfloat16", "quantization": None, "seconds": 14.6,
         "forgetting": {"text": f"plain prose {text}", "tokens": 20111, "base_loss": 3.1, "tuned_loss": 3.143,
-                       "change": 0.043, "change_ci95": [0.031, 0.055], "budget": 0.1, "within": True},
+                       "change": 0.043, "change_ci95": [0.031, 0.055], "budget": 0.1, "within": True, "kinds": {}},
         "generations": [
             {"line": i, "prompt": [{"role": "system", "content": f"Be Bierce. {text}"},
                                    {"role": "user", "content": f"Define: word {i} {text}"}],

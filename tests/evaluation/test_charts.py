@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from slimtune.errors import UsageError
 from slimtune.evaluation.charts import (
     MAX_POINTS,
-    Estimate,
+    ChartEstimate,
     Series,
     format_number,
     histogram,
@@ -61,7 +61,7 @@ def test_nan_is_left_out():
     assert not line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, math.inf)])])
     chart = Page(line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, 3.0)]), Series("b", "two", [])]))
     assert len(chart.all("line", "dot")) == 1, "a single point shows no line, so it gets a marker"
-    assert not interval_chart([Estimate("base", "one", None, [1, 2], "")])
+    assert not interval_chart([ChartEstimate("base", "one", None, [1, 2], "")])
 
 
 def test_many_points_are_averaged():
@@ -72,7 +72,7 @@ def test_many_points_are_averaged():
 
 
 def test_interval_is_where_its_axis_says():
-    chart = Page(interval_chart([Estimate("loss", "two", 0.8, [0.7, 0.9], "text")], [(0.0, "")]))
+    chart = Page(interval_chart([ChartEstimate("loss", "two", 0.8, [0.7, 0.9], "text")], [(0.0, "")]))
     (interval,), (dot,), (mark,) = (chart.all("line", kind) for kind in ("range", "dot", "mark"))
     assert [t for t in chart.texts if t in ("0", "0.5", "1")] == ["0", "0.5", "1"]
     assert [float(x) for x in (interval["x1"], dot["x1"], interval["x2"], mark["x1"])] == [700, 800, 900, 0]

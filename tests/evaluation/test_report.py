@@ -111,13 +111,17 @@ def test_gaps_name_a_command(tmp_path):
 
 def test_missing_keys(tmp_path):
     run = make_full_run(tmp_path / "mine")
-    keys = ("rows", "tokens", "base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "base_perplexity")
-    old = {k: v for k, v in make_evaluation(run.path, "").items() if k in keys}
-    write_json(run.evaluation_file("test"), {**old, "forgetting": None, "generations": None})
+    optional = ("forgetting", "generations", "generation_summary", "win_rate", "tasks", "preference")
+    old = {k: v for k, v in make_evaluation(run.path, "").items() if k not in optional}
+    write_json(run.evaluation_file("test"), old)
     page = read_page(run)
-    assert "accuracy was not measured: slimtune eval" in page.section("evaluation")
     assert "4.524" in page.section("evaluation")
     assert "not measured" in page.section("forgetting")
+    assert "not generated" in page.section("samples")
+    write_json(run.evaluation_file("test"), {k: v for k, v in old.items() if k != "tuned_accuracy"})
+    page = read_page(run)
+    assert "eval-test.json is damaged, or was written by another version" in page.text
+    assert "not measured: slimtune eval" in page.section("evaluation")
     write_json(run.evaluation_file("test"), {"base_loss": None})
     write_json(run.data_file, {"train": {}, "validation": None})
     write_json(run.plan_file, {"plan": {}, "probe": {}})
@@ -174,8 +178,8 @@ def test_damaged_values_are_named_and_the_rest_is_shown(tmp_path):
     run = make_full_run(tmp_path / "mine")
     write_json(run.evaluation_file("test"), make_evaluation(run.path, "") | {"generations": 5})
     page = read_page(run)
-    assert "eval-*.json is damaged: its values are not of the kind that slimtune writes" in page.text
-    assert "not shown" in page.section("samples")
+    assert "eval-test.json is damaged, or was written by another version of slimtune: generations: it is 5" in page.text
+    assert "not generated" in page.section("samples")
     assert "4.524" in page.section("evaluation")
     assert "adapted 210 modules" in page.section("details")
 
@@ -192,7 +196,7 @@ def test_the_page_begins_with_the_verdict(full_page):
     ("evaluation", "text"),
     [
         ({"verdict": {"passed": False, "reasons": ["it forgets"]}}, "not passed loss 4.52"),
-        ({"verdict": None}, "not judged loss 4.52"),
+        ({"verdict": None}, "not proven no complete evaluation"),
         (
             {"data": "/data/rows.jsonl", "split": None},
             "not proven no complete evaluation on rows that were not trained",

@@ -40,8 +40,8 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """One value with its interval."""
+class ChartEstimate:
+    """One value with its interval, as a chart shows it."""
 
     label: str  # shown before it
     color: str  # "one" or "two", a colour of report.css
@@ -104,7 +104,7 @@ def moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
     return averaged
 
 
-def interval_chart(estimates: Sequence[Estimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
+def interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
     """Return estimates below each other on one axis; empty where none has a value.
 
     `marks` are values with a vertical line, and what they mean.

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,28 @@ from ..core.foundation.formatting import format_bytes, format_count, format_dura
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
 from .charts import (
-    Estimate,
+    ChartEstimate,
     Series,
     histogram,
     html_templates,
     interval_chart,
-    is_interval,
     is_number,
     line_chart,
     stacked_bar,
 )
+from .estimate import Estimate
+from .eval_result import (
+    BaselineMeasures,
+    ClassificationMeasures,
+    Forgetting,
+    KTOMeasures,
+    LossMeasures,
+    RewardMeasures,
+    RowMeasures,
+    SFTMeasures,
+)
+from .result_lines import ResultTable, describe_win_rate, table_checks, table_classes, table_confusion
+from .saved_evaluations import find_held_out, read_saved_evaluations
 
 
 def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -55,6 +67,7 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
     r = run.load_results(strict=False)
     assert r.recipe is not None
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
+    evaluations = read_saved_evaluations(r, errors)
     recipe, folder = r.recipe, _display_path(run.path)
     eval_options = ["--data", "HELD_OUT.jsonl"]
     held_out = r.result.get("held_out_rows")
@@ -79,7 +92,8 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         recipe_text=recipe_text,
         results=r,
         errors=errors,
-        held_out=r.held_out,
+        evaluations=evaluations,
+        held_out=find_held_out(r, evaluations),
         shares_prefix=recipe.train.packing is not False and recipe.train.share_prefix,
         memory_charts=memory_charts,
         plan_rows=_plan_rows,
@@ -120,15 +134,18 @@ def template_functions() -> dict[str, Any]:
         "bytes": size,
         "count": count,
         "duration": duration,
-        "range_text": _range_text,
+        "interval_text": _format_ends,
         "display_path": _display_path,
         "command": lambda *words: shlex.join(["slimtune", *words]),
         "quote": shlex.quote,
         "length_histogram": _length_histogram,
         "forgetting_chart": _forgetting_chart,
-        "evaluation_charts": _evaluation_charts,
+        "measure_charts": _draw_measures,
+        "class_table": _find_class_table,
+        "confusion_table": _find_confusion_table,
+        "check_table": table_checks,
+        "win_rate_text": describe_win_rate,
         "check_value": _check_value,
-        "boolean_checks": _boolean_checks,
     }
 
 
@@ -154,9 +171,9 @@ def _range(low: Any, high: Any, to_text: Callable[[Any], str]) -> str:
     return " to ".join(dict.fromkeys((to_text(low), to_text(high))))
 
 
-def _range_text(interval: Any, digits: int) -> str:
-    """Return an interval as text; "" where it is unknown."""
-    return _range(interval[0], interval[1], lambda x: fixed(x, digits)) if is_interval(interval) else ""
+def _format_ends(estimate: Estimate, digits: int) -> str:
+    """Return the interval of an estimate as text."""
+    return _range(estimate.low, estimate.high, lambda x: fixed(x, digits))
 
 
 def _display_path(path: str | Path) -> str:
@@ -235,8 +252,8 @@ def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
     validation = dataclasses.replace(validation, markers=True)
     # The base's loss on the same validation rows is where the curve of the validation begins.
-    measured = next((e.values for e in r.evaluations if e.name == "validation"), {})
-    start = measured.get("base_loss")
+    measured = next((e.result.measures for e in read_saved_evaluations(r) if e.name == "validation"), None)
+    start = measured.base_loss.value if isinstance(measured, LossMeasures) else None
     if validation.points and is_number(start) and recipe.task.name == "sft":
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
         mark: tuple[Any, str] = (start, f"untrained base {fixed(start)}")
@@ -260,63 +277,76 @@ def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     return [losses, *filter(None, lines)]
 
 
-def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Markup]]:
+def _draw_measures(measures: RowMeasures) -> list[tuple[str, str, Markup, Markup]]:
     """Return title, unit, chart of base and tuned model, and chart of the change, for each measure."""
-    if "baseline" in v:  # a head on rows, which the base does not have
-        heads = [
-            ("Accuracy", "% of the rows", "accuracy", 1, 100, [(100 * v["baseline_accuracy"], str(v["baseline"]))]),
-            ("Macro-F1", "mean over the classes", "macro_f1", 3, 1, []),
-            ("Margin", "reward of the chosen answer above the rejected one's", "margin", 3, 1, [(0.0, "")]),
-        ]
-        charts = [(title, unit, interval_chart([_estimate("model", "two", v, key, fixed, digits, factor)], marks))
-                  for title, unit, key, digits, factor, marks in heads]  # fmt: skip
-        return [(*chart, Markup()) for chart in charts if chart[2]]
-    dependence, pairs = v.get("prompt_dependence") or {}, v.get("preference") or {}
-    unpaired = v.get("unpaired_preference") or {}
-    measures = [
-        ("Preference", "% of pairs whose chosen answer is likelier", pairs, "{}_accuracy", "accuracy_gain", 1, 100),
-        ("Preference margin", "nats per pair, higher is better", pairs, "{}_margin", "margin_gain", 2, 1),
-        ("Good answers likelier", "AUC of log p, 0.5 is chance", unpaired, "{}_auc", "auc_gain", 3, 1),
-        ("The same per token", "AUC of log p per token", unpaired, "{}_token_auc", "token_auc_gain", 3, 1),
-        ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),
-        ("Perplexity", "lower is better", v, "{}_perplexity", "", 2, 1),
-        ("Accuracy", "% of tokens predicted, higher is better", v, "{}_accuracy", "accuracy_gain", 1, 100),
-        ("Prompt dependence", "nats per token lost with another row's prompt", dependence, "{}", "change", 3, 1),
-    ]
-    found = []
-    for title, unit, values, key, change_key, digits, factor in measures:
-        both = [
-            _estimate(label, color, values, key.format(label), fixed, digits, factor)
-            for label, color in (("base", "one"), ("tuned", "two"))
-        ]
-        change = [_estimate("change", "two", values, change_key, signed, digits, factor)] if change_key else []
-        if chart := interval_chart(both):
-            found.append((title, unit, chart, interval_chart(change, [(0.0, "")])))
+    if isinstance(measures, BaselineMeasures):  # a head on rows, which the base does not have
+        return _draw_head_measures(measures)
+    assert isinstance(measures, LossMeasures)
+    m, found = measures, []
+
+    def draw(
+        title: str, unit: str, base: Estimate | None, tuned: Estimate | None, change: Estimate | None, digits: int,
+        factor: float = 1,
+    ) -> None:  # fmt: skip
+        if base is None or tuned is None:
+            return
+        both = [_make_chart_estimate(*model, fixed, digits, factor) for model in (("base", base), ("tuned", tuned))]
+        changes = [] if change is None else [_make_chart_estimate("change", change, signed, digits, factor)]
+        found.append((title, unit, interval_chart(both), interval_chart(changes, [(0.0, "")])))
+
+    if isinstance(m, SFTMeasures) and (p := m.preference) is not None:
+        share = "% of pairs whose chosen answer is likelier"
+        draw("Preference", share, p.base_accuracy, p.tuned_accuracy, p.accuracy_gain, 1, 100)
+        draw("Preference margin", "nats per pair, higher is better", p.base_margin, p.tuned_margin, p.margin_gain, 2)
+    if isinstance(m, KTOMeasures):
+        u, auc = m.unpaired_preference, "AUC of log p, 0.5 is chance"
+        draw("Good answers likelier", auc, u.base_auc, u.tuned_auc, u.auc_gain, 3)
+        per_token = "AUC of log p per token"
+        draw("The same per token", per_token, u.base_token_auc, u.tuned_token_auc, u.token_auc_gain, 3)
+    draw("Loss", "nats per token, lower is better", m.base_loss, m.tuned_loss, m.loss_reduction, 3)
+    draw("Perplexity", "lower is better", m.base_perplexity, m.tuned_perplexity, None, 2)
+    hits = "% of tokens predicted, higher is better"
+    draw("Accuracy", hits, m.base_accuracy, m.tuned_accuracy, m.accuracy_gain, 1, 100)
+    if (d := m.prompt_dependence) is not None:
+        draw("Prompt dependence", "nats per token lost with another row's prompt", d.base, d.tuned, d.change, 3)
     return found
 
 
-def _estimate(
-    label: str, color: str, values: Mapping[str, Any], key: str, to_text: Callable[..., str], digits: int, factor: float
-) -> Estimate:
-    value, interval = values.get(key), values.get(f"{key}_ci95")
-    value = value * factor if is_number(value) else None
-    interval = [x * factor for x in interval] if is_interval(interval) else None
-    text = to_text(value, digits) + (f" ({_range_text(interval, digits)})" if interval else "")
-    return Estimate(label, color, value, interval, text)
+def _draw_head_measures(measures: BaselineMeasures) -> list[tuple[str, str, Markup, Markup]]:
+    """Return title, unit, chart, and no chart of a change, for each measure of a model with a head."""
+    accuracy = _make_chart_estimate("model", measures.accuracy, fixed, 1, 100)
+    baseline = (100 * measures.baseline_accuracy, measures.baseline)
+    charts = [("Accuracy", "% of the rows", interval_chart([accuracy], [baseline]), Markup())]
+    if isinstance(measures, ClassificationMeasures):
+        chart = interval_chart([_make_chart_estimate("model", measures.macro_f1, fixed, 3)])
+        charts.append(("Macro-F1", "mean over the classes", chart, Markup()))
+    if isinstance(measures, RewardMeasures):
+        chart = interval_chart([_make_chart_estimate("model", measures.margin, fixed, 3)], [(0.0, "")])
+        charts.append(("Margin", "reward of the chosen answer above the rejected one's", chart, Markup()))
+    return charts
 
 
-def _boolean_checks(answers: list[Mapping[str, Any]]) -> set[str]:
-    """Return the names of the checks of answers that are true or false."""
-    return {name for a in answers for name, c in (a.get("checks") or {}).items() if isinstance(c.get("tuned"), bool)}
+def _make_chart_estimate(
+    label: str, estimate: Estimate, to_text: Callable[..., str], digits: int, factor: float = 1
+) -> ChartEstimate:
+    scaled = Estimate(factor * estimate.value, (factor * estimate.low, factor * estimate.high))
+    text = f"{to_text(scaled.value, digits)} ({_format_ends(scaled, digits)})"
+    return ChartEstimate(label, "one" if label == "base" else "two", scaled.value, scaled.ci95, text)
 
 
-def _check_value(name: str, value: Any, shares: Collection[str] = ()) -> str:
+def _find_class_table(measures: RowMeasures) -> ResultTable | None:
+    return table_classes(measures) if isinstance(measures, ClassificationMeasures) else None
+
+
+def _find_confusion_table(measures: RowMeasures) -> ResultTable | None:
+    return table_confusion(measures) if isinstance(measures, ClassificationMeasures) else None
+
+
+def _check_value(name: str, value: Any) -> str:
     """Return the value of a check of answers as text: a share in per cent."""
-    return percent(value, 0) if name in shares or name == "repetition" else figure(value)
+    return percent(value, 0) if name == "repetition" else figure(value)
 
 
-def _forgetting_chart(f: Mapping[str, Any]) -> Markup:
-    marks = [(0.0, "")]
-    if is_number(f.get("budget")):
-        marks.append((f["budget"], f"budget {fixed(f['budget'], 2)}"))
-    return interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)
+def _forgetting_chart(f: Forgetting) -> Markup:
+    marks = [(0.0, ""), (f.budget, f"budget {fixed(f.budget, 2)}")]
+    return interval_chart([_make_chart_estimate("change", f.change, signed, 3)], marks)

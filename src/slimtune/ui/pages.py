@@ -15,6 +15,7 @@ from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import html_templates
 from ..evaluation.run_report import memory_charts, render_report, template_functions
+from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from ..planning.gpu_specs import all_gpus
 from .chat_session import CHAT_WORKER, MAX_TEXT, Chat
@@ -226,7 +227,10 @@ class Pages:
             results = self.workspace.open_run(name).load_results(strict=False) if name else RunResults()
         except SlimtuneError as e:
             return {"runs": runs, "run": name, "results": RunResults(), "problem": e}
-        return {"runs": runs, "run": name, "results": results, "problem": None}
+        evaluations = read_saved_evaluations(results)
+        held_out = find_held_out(results, evaluations)
+        found = {"results": results, "evaluations": evaluations, "held_out": held_out}
+        return {"runs": runs, "run": name, **found, "problem": None}
 
     def report(self, run: str = "") -> Response:
         """Return report.html of a run, written anew from its files: one that lies there may be anybody's."""

@@ -15,8 +15,10 @@ from markupsafe import Markup
 from ..core.foundation.files import read_json, require_regular
 from ..core.training.run_dir import WRITER_FILE, RunDir, RunResults
 from ..errors import RunError, SlimtuneError
-from ..evaluation.charts import Estimate, Series, interval_chart, is_interval, is_number, line_chart
+from ..evaluation.charts import ChartEstimate, Series, interval_chart, is_number, line_chart
+from ..evaluation.eval_result import BaselineMeasures, LossMeasures
 from ..evaluation.run_report import fixed, signed, training_charts
+from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
 from .command_jobs import Job
 from .workspace import Workspace
 
@@ -149,7 +151,8 @@ def list_rows_of_runs(workspace: Workspace, names: Sequence[str]) -> list[dict[s
         except SlimtuneError as e:
             rows.append({"name": name, "problem": e.message})
             continue
-        rows.append({"name": name, "status": read_status(run), "results": results, "held_out": results.held_out})
+        held_out = find_held_out(results, read_saved_evaluations(results))
+        rows.append({"name": name, "status": read_status(run), "results": results, "held_out": held_out})
     return rows
 
 
@@ -161,15 +164,15 @@ def compare_runs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                                     if "step" in m and is_number(m.get("train_loss"))], smooth=True)
         for row, color in zip(rows, ("one", "two"), strict=False)
     ]  # fmt: skip
-    measured = [(row, row["held_out"].values) for row in rows if row["held_out"] is not None]
+    measured = [(row, row["held_out"].result) for row in rows if row["held_out"] is not None]
     estimates = []
-    for row, values in measured:
-        key = "loss_reduction" if "loss_reduction" in values else "accuracy_gain"
-        interval = values.get(f"{key}_ci95")
-        ends = f" ({fixed(interval[0])} to {fixed(interval[1])})" if is_interval(interval) else ""
-        text = f"{row['name']}: {signed(values.get(key))}{ends}"
-        estimates.append(Estimate("", "two", values.get(key), interval, text))
-    rows_of = {(v.get("data"), v.get("rows"), row["results"].recipe.model.name) for row, v in measured}
+    for row, result in measured:
+        measures = result.measures
+        assert isinstance(measures, LossMeasures | BaselineMeasures)
+        gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
+        text = f"{row['name']}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
+        estimates.append(ChartEstimate("", "two", gain.value, gain.ci95, text))
+    rows_of = {(r.data, r.measures.rows, row["results"].recipe.model.name) for row, r in measured}
     unmeasured = [row["name"] for row in rows if row["held_out"] is None]
     return {
         "losses": line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup(),
