@@ -38,9 +38,10 @@ def generate_by_transformers(model, prompt):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OWN_STATES])
 def test_answers_are_those_of_transformers(family):
-    model = get_peft_model(
-        build(family).float(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
-    ).eval()
+    base = build(family).float()
+    if family == "gemma3_text":
+        base.get_input_embeddings().weight.data *= 0.05  # else one token has all of the probability
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")).eval()
     shake(model)
     asked = [(adapter, prompt) for adapter in ("default", BASE_ROW) for prompt in PROMPTS]
     expected = [generate_by_transformers(model, prompt) for prompt in PROMPTS]
