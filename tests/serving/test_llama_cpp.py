@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 from hand_run import make_run, save_adapter_of
-from markers import train_to_say
+from one_letter_runs import train_to_say
 from run_answers import RunAnswers
 from serving_client import make_client
 from tiny_gguf import write_gguf

@@ -1,10 +1,10 @@
-"""Many clients at once over adapters that each say a marker of their own."""
+"""Many clients at once over adapters that each say a letter of their own."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from markers import MARKERS, make_marked_runs
+from one_letter_runs import LETTERS, make_one_letter_runs
 from serving_client import make_client
 from waiting import wait_until
 
@@ -13,7 +13,7 @@ CLIENTS, REQUESTS = 16, 2
 
 @pytest.fixture(scope="module")
 def server(serve, base_folder, tiny_tokenizer):
-    return serve(make_marked_runs(base_folder, tiny_tokenizer()), max_batch=6, max_waiting=CLIENTS)
+    return serve(make_one_letter_runs(base_folder, tiny_tokenizer()), max_batch=6, max_waiting=CLIENTS)
 
 
 def test_no_client_ever_gets_another_adapter(server):
@@ -22,12 +22,12 @@ def test_no_client_ever_gets_another_adapter(server):
     def talk(number: int) -> list[str]:
         draw, wrong = random.Random(number), []
         for _ in range(REQUESTS):
-            marker = draw.choice(MARKERS)
+            letter = draw.choice(LETTERS)
             messages = [{"role": "user", "content": "x" * draw.randint(1, 60)}]
             settings = {"max_tokens": draw.randint(1, 16), "temperature": draw.choice([0, 0.5])}
             kind = draw.choice(["whole", "stream", "drop"])
             answer = client.chat.completions.create(
-                model=f"says-{marker}", messages=messages, stream=kind != "whole", **settings
+                model=f"says-{letter}", messages=messages, stream=kind != "whole", **settings
             )
             if kind == "whole":
                 text = answer.choices[0].message.content
@@ -39,8 +39,8 @@ def test_no_client_ever_gets_another_adapter(server):
                         answer.close()
                         break
             complete = kind == "drop" or len(text) == settings["max_tokens"]
-            if set(text) != {marker} or not complete:
-                wrong.append(f"{kind} {marker}: {text!r}")
+            if set(text) != {letter} or not complete:
+                wrong.append(f"{kind} {letter}: {text!r}")
         return wrong
 
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -56,6 +56,6 @@ def test_requests_for_different_adapters_share_a_batch(server, monkeypatch):
     client = make_client(server)
     settings = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 60}
     with ThreadPoolExecutor(4) as pool:
-        texts = list(pool.map(lambda m: client.chat.completions.create(model=f"says-{m}", **settings), MARKERS))
-    assert [text.choices[0].message.content for text in texts] == [marker * 60 for marker in MARKERS]
+        texts = list(pool.map(lambda m: client.chat.completions.create(model=f"says-{m}", **settings), LETTERS))
+    assert [text.choices[0].message.content for text in texts] == [letter * 60 for letter in LETTERS]
     assert max(map(len, seen)) >= 3

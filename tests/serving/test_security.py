@@ -10,7 +10,7 @@ from serving_client import connect, make_client, send
 from waiting import wait_until
 
 from slimtune.errors import UsageError
-from slimtune.serving import api as app
+from slimtune.serving import openai_api as app
 from slimtune.serving.model_server import ModelServer, ServeSettings
 
 ASK = {"model": "sailor", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}

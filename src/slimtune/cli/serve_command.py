@@ -50,9 +50,9 @@ def serve_runs(
     require_packages("serve", "serve", ("starlette", "uvicorn"))
     if engine == "llama.cpp":
         require_packages("serve --engine llama.cpp", "export-check", ("xllamacpp", "gguf"))
-    from ..serving.served_models import name_runs
+    from ..serving.served_models import parse_run_names
 
-    for path in name_runs(runs).values():
+    for path in parse_run_names(runs).values():
         require_run(path)
     from ..serving.model_server import ModelServer, ServeSettings
 

@@ -36,7 +36,7 @@ from ..export.verify import Verifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from ..generation.inference_engines import LlamaCppInferenceEngine
 from ..generation.model_runner import ModelRunner
-from .served_models import ServedModel, describe_models
+from .served_models import ServedModel, describe_served_models
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def start_llama_cpp(
         require_quantizer(precision)
     loaded = load_trained_runs([*runs.values()])
     model: Any = loaded[0].model
-    models = describe_models(runs, loaded, max_length)
+    models = describe_served_models(runs, loaded, max_length)
     longest = max(served.max_length for served in models)
     # A value of llama.cpp's cache has two bytes.
     cache_bytes = ModelRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest

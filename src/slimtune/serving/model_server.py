@@ -18,11 +18,11 @@ from ..errors import UsageError
 from ..export.reference_logps import Verdict
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
-from .api import App
 from .llama_cpp_server import start_llama_cpp
-from .served_models import ServedModel, load_models, name_runs
+from .openai_api import OpenAiApi
+from .served_models import ServedModel, load_served_models, parse_run_names
 
-EngineName = Literal["torch", "llama.cpp"]
+ServingEngineName = Literal["torch", "llama.cpp"]
 SHUTDOWN_SECONDS = 10
 """How long answers may go on after a signal to end."""
 
@@ -39,7 +39,7 @@ class ServeSettings:
     max_waiting: int = 256  # most answers that wait
     max_length: int = 4096  # most tokens of a prompt and its answer
     timeout: float = 600  # seconds from a request to the end of its answer
-    engine: EngineName = "torch"
+    engine: ServingEngineName = "torch"
     precision: str | None = None  # of the base in llama.cpp
     verify: bool = True  # compare llama.cpp with the adapters
 
@@ -53,7 +53,7 @@ class ModelServer:
         progress: gets messages while the engine starts.
 
     Raises:
-        UsageError: the port is taken, the host needs an API key, or as for `load_models` and `start_llama_cpp`.
+        UsageError: the port is taken, the host needs an API key, or as for `load_served_models` and `start_llama_cpp`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ModelServer:
                 "an --api-key, or --host 127.0.0.1",
                 "set SLIMTUNE_API_KEY, which other users of this machine cannot see as they see a flag",
             )
-        named = name_runs(runs)
+        named = parse_run_names(runs)
         self._socket = bind_socket(settings.host, settings.port)
         self.queue: AnswerQueue
         self.unshared: list[ServedModel] = []
@@ -81,7 +81,7 @@ class ModelServer:
             raise
         hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
         config = uvicorn.Config(
-            App(self.models, self.queue, hosts, settings.api_key, settings.timeout).build(),
+            OpenAiApi(self.models, self.queue, hosts, settings.api_key, settings.timeout).build(),
             http="h11",
             ws="none",
             lifespan="off",
@@ -96,7 +96,7 @@ class ModelServer:
 
     def _start_torch(self, runs: dict[str, Path]) -> None:
         s = self.settings
-        self.models, trained = load_models(runs, device=s.device, max_length=s.max_length)
+        self.models, trained = load_served_models(runs, device=s.device, max_length=s.max_length)
         generator = TextGenerator(trained.model, max_batch=s.max_batch, max_waiting=s.max_waiting)
         self.runner, self.queue = generator.runner, generator
         self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)

@@ -23,7 +23,7 @@ class ServedModel(GenerationModel):
     tool_calls: ToolCallFormat | None = None  # None: the template writes no calls
 
 
-def name_runs(texts: Sequence[str]) -> dict[str, Path]:
+def parse_run_names(texts: Sequence[str]) -> dict[str, Path]:
     """Return the runs by the names of their models; a text is `RUN` or `NAME=RUN`.
 
     The name of a run is that of its folder, the name of an adapter folder called "adapter" that of the run it is in.
@@ -45,7 +45,7 @@ def name_runs(texts: Sequence[str]) -> dict[str, Path]:
     return runs
 
 
-def load_models(
+def load_served_models(
     runs: dict[str, Path], *, device: str | None = None, max_length: int = 4096
 ) -> tuple[list[ServedModel], TrainedModel]:
     """Load the runs on one base; return the models, the base first, and the first run as it was loaded.
@@ -61,11 +61,13 @@ def load_models(
     for path in runs.values():
         require_causal_lm_run(path)
     loaded = load_runs(list(runs.values()), device=device)
-    return describe_models(runs, loaded, max_length), loaded[0]
+    return describe_served_models(runs, loaded, max_length), loaded[0]
 
 
-def describe_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int) -> list[ServedModel]:
-    """Return the models of runs that are loaded on one base, the base first; errors as for `load_models`."""
+def describe_served_models(
+    runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int
+) -> list[ServedModel]:
+    """Return the models of runs that are loaded on one base, the base first; errors as for `load_served_models`."""
     first = loaded[0]
     model: Any = first.model
     base_name = first.base.source.name

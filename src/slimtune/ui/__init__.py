@@ -3,10 +3,10 @@
 It has no logic of its own: commands run as child processes, `slimtune … --json`, and the pages show their results and
 what they write into run folders, with the templates of `reporting`.
 
-    app.py        addresses and their pages    security.py    who may send a request, and how large it may be
-    pages.py      what pages and forms do      workspace.py   the working folder, which nothing leaves
-    settings.py   fields of the forms          jobs.py        commands that run
-    runs.py       what runs are doing, and what is shown of them
-    chat.py       the conversation             chat_worker.py the process with its model
-    server.py     socket and uvicorn           templates/, static/ (with htmx, Zero-Clause BSD)
+    web_app.py         addresses and their pages      request_security.py   who may send a request
+    pages.py           what pages and forms do        workspace.py          the working folder, which nothing leaves
+    form_fields.py     fields of the forms            command_jobs.py       commands that run
+    run_pages.py       what runs are doing, and what is shown of them
+    chat_session.py    the conversation with a run, whose model is in a process of its own (generation/chat_worker.py)
+    web_server.py      socket and uvicorn             templates/, static/ (with htmx, Zero-Clause BSD)
 """

@@ -1,4 +1,7 @@
-"""The chat of the page: the conversation with the run that is loaded, as every tab sees it."""
+"""The chat of the page: the conversation with the run that is loaded, as every tab sees it.
+
+It is a client of the process that holds the model: `generation/chat_worker.py` says which events it reads.
+"""
 
 import contextlib
 import signal
@@ -17,10 +20,10 @@ CHAT_WORKER = (sys.executable, "-m", "slimtune.generation.chat_worker")
 MAX_TURNS, MAX_TEXT, MAX_ANSWER = 100, 32_000, 100_000
 """Turns that are shown, and the characters of a message and of an answer."""
 
-State = Literal["loading", "ready", "answering", "ended"]
+ChatState = Literal["loading", "ready", "answering", "ended"]
 
 
-class Chat:
+class ChatSession:
     """A conversation with one run, in a process that holds its model.
 
     Args:
@@ -31,7 +34,7 @@ class Chat:
 
     def __init__(self, run: str, folder: Path, program: Sequence[str] = CHAT_WORKER) -> None:
         self.run = run
-        self.state: State = "loading"
+        self.state: ChatState = "loading"
         self.description = ""
         self.error: Mapping[str, str] = {}
         self.turns: deque[dict[str, str]] = deque(maxlen=MAX_TURNS)

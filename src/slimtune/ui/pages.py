@@ -1,7 +1,7 @@
 """The pages: what each shows, and what its forms do.
 
-What a page shows lives in the server (`Jobs`, `Chat`), in the working folder and in run folders, so every tab and every
-reload shows the same.
+What a page shows lives in the server (`Jobs`, `ChatSession`), in the working folder and in run folders, so every tab
+and every reload shows the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..evaluation.run_report import memory_charts, render_report, template_funct
 from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from ..planning.gpu_specs import all_gpus
-from .chat_session import CHAT_WORKER, MAX_TEXT, Chat
+from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, Job, Jobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
 from .run_pages import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
@@ -64,7 +64,7 @@ class Pages:
     ) -> None:
         self.workspace, self.jobs = workspace, Jobs(workspace.root, program)
         self.chat_program = chat_program
-        self.conversation: Chat | None = None
+        self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = html_templates("ui/templates")
@@ -258,7 +258,7 @@ class Pages:
         self.unload_chat(form)
         self.choose({RUN: str(run.path)}, (RUN,))
         if not is_classifier(run.load_results(strict=False)):
-            self.conversation = Chat(str(run.path), self.workspace.root, self.chat_program)
+            self.conversation = ChatSession(str(run.path), self.workspace.root, self.chat_program)
         return "/chat"
 
     def predict(self, form: Form) -> str:
@@ -306,7 +306,7 @@ class Pages:
         self.require_chat().stop()
         return "/chat"
 
-    def require_chat(self) -> Chat:
+    def require_chat(self) -> ChatSession:
         """Return the conversation; raise UsageError if no run is loaded."""
         if self.conversation is None:
             raise UsageError("no run is loaded", "a run to talk to", "choose one and load it")

@@ -134,7 +134,7 @@ class CompletionRequest(GenerationRequest):
 AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 
 
-def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Return the request in a body; raise ApiError for the first thing that is wrong with it."""
     try:
         value = load_json(body.decode())
@@ -156,7 +156,7 @@ def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     raise ApiError(400, message, param or None, "invalid_value")
 
 
-def find_model(models: dict[str, ServedModel], name: str) -> ServedModel:
+def find_served_model(models: dict[str, ServedModel], name: str) -> ServedModel:
     """Return the model of a name; raise ApiError if there is none."""
     if name not in models:
         known = f"the server has {format_names(models)}"

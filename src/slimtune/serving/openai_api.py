@@ -28,17 +28,17 @@ from ..errors import DataError, ModelError, UsageError
 from ..extras.row_formats.chats import read_tools
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
-from .protocol import (
+from .openai_protocol import (
     MAX_ANSWERS,
     ApiError,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    find_model,
+    find_served_model,
     format_chat_logprobs,
     format_completion_logprobs,
     format_event,
-    read_request,
+    parse_request_body,
     to_api_error,
 )
 from .served_models import ServedModel
@@ -155,7 +155,7 @@ class CompletionFormat:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A request that was read and tokenized."""
 
     request: GenerationRequest
@@ -165,7 +165,7 @@ class Prepared:
     top_logprobs: int | None
 
 
-class App:
+class OpenAiApi:
     """The endpoints over some models.
 
     Args:
@@ -231,7 +231,7 @@ class App:
 
     async def show_model(self, request: Request) -> Response:
         """Answer one model."""
-        return _make_response(self._describe(find_model(self.models, request.path_params["name"])))
+        return _make_response(self._describe(find_served_model(self.models, request.path_params["name"])))
 
     def _describe(self, model: ServedModel) -> dict[str, Any]:
         fields = {"id": model.name, "object": "model", "created": self.started, "owned_by": "slimtune"}
@@ -240,31 +240,31 @@ class App:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
 
-        def prepare(body: bytes) -> Prepared:
-            asked = read_request(ChatRequest, body)
-            model = find_model(self.models, asked.model)
+        def prepare(body: bytes) -> PreparedRequest:
+            asked = parse_request_body(ChatRequest, body)
+            model = find_served_model(self.models, asked.model)
             if asked.top_logprobs and not asked.logprobs:
                 raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
             tools, ids = _tokenize_chat(model, asked)
             count = (asked.top_logprobs or 0) if asked.logprobs else None
             limit = asked.max_completion_tokens or asked.max_tokens
-            return Prepared(asked, ChatFormat(model, bool(tools), count is not None), [ids], limit, count)
+            return PreparedRequest(asked, ChatFormat(model, bool(tools), count is not None), [ids], limit, count)
 
         return await self._answer(request, prepare)
 
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
 
-        def prepare(body: bytes) -> Prepared:
-            asked = read_request(CompletionRequest, body)
-            model = find_model(self.models, asked.model)
+        def prepare(body: bytes) -> PreparedRequest:
+            asked = parse_request_body(CompletionRequest, body)
+            model = find_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
             form = CompletionFormat(model, asked.logprobs is not None)
-            return Prepared(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
+            return PreparedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
 
         return await self._answer(request, prepare)
 
-    async def _answer(self, request: Request, prepare: Callable[[bytes], Prepared]) -> Response:
+    async def _answer(self, request: Request, prepare: Callable[[bytes], PreparedRequest]) -> Response:
         if self._requests >= self._max_requests:
             raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
         self._requests += 1
@@ -302,7 +302,7 @@ class App:
             if not is_streaming:
                 release()
 
-    def _make_choices(self, prepared: Prepared, pieces: asyncio.Queue) -> list[Choice]:
+    def _make_choices(self, prepared: PreparedRequest, pieces: asyncio.Queue) -> list[Choice]:
         """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
         asked, model, limit, prompts = prepared.request, prepared.form.model, prepared.max_tokens, prepared.prompts
         n, loop = asked.n or 1, asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Adapters that each say one marker again and again, so that a wrong adapter shows in the text."""
+"""Adapters that each say one letter again and again, so that a wrong adapter shows in the text."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from hand_run import make_run
 
-MARKERS = "abcd"
-"""The marker of each run, a byte of the tests' tokenizer; the name of the run is `says-a`, …"""
+LETTERS = "abcd"
+"""The letter of each run, a byte of the tests' tokenizer; the name of the run is `says-a`, …"""
 
 
 def train_to_say(token: int) -> Any:
@@ -32,13 +32,13 @@ def train_to_say(token: int) -> Any:
     return change
 
 
-def make_marked_runs(base: Path, tokenizer: Any) -> list[Path]:
+def make_one_letter_runs(base: Path, tokenizer: Any) -> list[Path]:
     return [
         make_run(
-            base.parent / f"says-{marker}",
+            base.parent / f"says-{letter}",
             base,
             method={"rank": 8, "alpha": 32, "target_modules": ["v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]},
-            change=train_to_say(tokenizer.convert_tokens_to_ids(marker)),
+            change=train_to_say(tokenizer.convert_tokens_to_ids(letter)),
         )
-        for marker in MARKERS
+        for letter in LETTERS
     ]
