@@ -148,6 +148,7 @@ def _ask_torch(facts: "MachineFacts") -> tuple[list[dict[str, Any]], list[str], 
     """Return the GPUs that torch can use, the CPU's flags, and the device and dtype that auto chooses."""
     import torch
 
+    from ..core.foundation.dtype_names import dtype_name
     from ..core.models.dtype import pick_device, pick_dtype, read_cpu_flags
 
     driver = facts.smi_gpus[0].driver if facts.smi_gpus else None
@@ -163,7 +164,7 @@ def _ask_torch(facts: "MachineFacts") -> tuple[list[dict[str, Any]], list[str], 
             gpus.append((torch.xpu.get_device_name(i), f"xpu:{i}", total, None, None))
     names = ("name", "device", "memory_bytes", "free_bytes", "driver")
     device = pick_device("auto")
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    dtype = dtype_name(pick_dtype("auto", device))
     return [dict(zip(names, gpu, strict=True)) for gpu in gpus], read_cpu_flags() or [], str(device), dtype
 
 

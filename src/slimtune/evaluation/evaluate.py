@@ -24,6 +24,7 @@ from ..core.data.general_text import WINDOW, read_general_text, tokenize_general
 from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import require_output_file, write_json
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import name_progress
@@ -176,7 +177,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         verdict=EvalVerdict(passed=False),
         dropped=row_report.dropped,
         truncated=row_report.truncated,
-        dtype=str(trained.base.dtype).removeprefix("torch."),
+        dtype=dtype_name(trained.base.dtype),
         quantization=trained.base.quantization,
         **parts,
     )

@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from ..core.models.base_config import load_checkpoint_config
-from ..core.models.dtype import dtype_name, pick_dtype
+from ..core.models.dtype import pick_dtype
 from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
 from ..core.models.quantization import forget_quantization_config, stored_quantization

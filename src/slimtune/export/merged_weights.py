@@ -20,9 +20,9 @@ from ..core.adapters.adapted_layer import ADDED_CHILDREN
 from ..core.adapters.merging import merge_adapters, unmerge_adapters
 from ..core.adapters.model_with_adapters import mark_embeddings_untied
 from ..core.adapters.quantized_layers import disable_cpu_repacking, find_repacking_layers
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
-from ..core.models.dtype import dtype_name
 from ..errors import AdapterError
 from .rounding import round_with_inputs
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_duration
-from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError

@@ -30,8 +30,8 @@ from ..core.adapters.export_support import (
     plain_lora_incompatibilities,
 )
 from ..core.adapters.peft_config import CONFIG_FILE, write_config
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
-from ..core.models.dtype import dtype_name
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest

@@ -31,6 +31,7 @@ from ..core.attention.attention_functions import packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.device import disable_malloc_trim
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.foundation.version import __version__
 from ..core.models.dtype import pick_device, pick_dtype
@@ -157,7 +158,7 @@ def measure_products(clock: Clock) -> tuple[dict[str, float], dict[str, float]]:
     rates, vectors = {}, {}
     rows, width = (512, 2048) if clock.device.type == "cpu" else (4096, 8192)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         weight = torch.randn(8192, width, device=clock.device).to(dtype)
         many, one = (torch.randn(n, width, device=clock.device).to(dtype) for n in (rows, 1))
         square = weight[:width].contiguous()
@@ -238,7 +239,7 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, 
 
 def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
-    name = str(dtype).removeprefix("torch.").replace("bfloat16", "BF16").replace("float32", "F32")
+    name = dtype_name(dtype).replace("bfloat16", "BF16").replace("float32", "F32")
     works, runs, operations = [], [], []
     for shape in DECODED:
         config = make_config(*shape)

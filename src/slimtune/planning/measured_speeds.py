@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import read_json, write_json
 from ..errors import RunError
 from .plan_result import Range, Workload
@@ -126,7 +127,7 @@ def step_features(
     """
 
     def rate(dtype: Any) -> float:
-        return rates.get(str(dtype).removeprefix("torch.")) or rates["float32"]
+        return rates.get(dtype_name(dtype)) or rates["float32"]
 
     products, moved, count = 0.0, optimizer_step_bytes / bandwidth, 0.0
     for (operations, size, dtype), n in operator_counts.items():

@@ -20,6 +20,7 @@ from ..core.data.example_lengths import (
     resize_rows,
     unshare_prefix,
 )
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import max_positions
 from ..core.training.loss import make_collator
@@ -144,7 +145,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         model=request.model.name,
         method=request.method.name,
         card=gpu.name,
-        dtype=request.quantization or str(job.dtype).removeprefix("torch."),
+        dtype=request.quantization or dtype_name(job.dtype),
         batch=len(job.row_tokens),
         seq_len=longest_row,
         max_tokens_per_micro_batch=job.micro_batch_tokens,

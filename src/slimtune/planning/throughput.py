@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from ..core.foundation.dtype_names import dtype_name
 from ..errors import UsageError
 from .gpu_specs import Gpu, read_table
 from .plan_result import Range, Workload, fields_as_dict
@@ -64,7 +65,7 @@ def estimate_speed(work: Workload, gpu: Gpu) -> Range | None:
     seconds = work.optimizer_step_bytes / bandwidth / work.micro_batches
     for (operations, moved, dtype), count in work.operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
-        rate = gpu.rates.get(str(dtype).removeprefix("torch.")) or gpu.rates["float32"]
+        rate = gpu.rates.get(dtype_name(dtype)) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
     return Range(UTILIZATION.low * work.tokens / seconds, UTILIZATION.high * work.tokens / seconds)
 

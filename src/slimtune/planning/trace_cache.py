@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
 from ..core.foundation.installed_versions import read_versions
 from ..extras.gguf_loading import cache_root
@@ -101,8 +102,8 @@ def _to_json(found: Any) -> Any:
     if not isinstance(found, StepTrace):
         return found
     # In the order in which operators came: the times of a plan are sums in this order.
-    counts = [[flops, moved, _name(dtype), n] for (flops, moved, dtype), n in found.operator_counts.items()]
-    attention = [[_name(dtype), flops] for dtype, flops in found.attention_operations.items()]
+    counts = [[flops, moved, dtype_name(dtype), n] for (flops, moved, dtype), n in found.operator_counts.items()]
+    attention = [[dtype_name(dtype), flops] for dtype, flops in found.attention_operations.items()]
     return {**vars(found), "operator_counts": counts, "attention_operations": attention}
 
 
@@ -112,7 +113,3 @@ def _from_json(values: Any) -> Any:
     counts = {(flops, moved, getattr(torch, dtype)): n for flops, moved, dtype, n in values["operator_counts"]}
     attention = {getattr(torch, dtype): flops for dtype, flops in values["attention_operations"]}
     return StepTrace(**{**values, "operator_counts": Counter(counts), "attention_operations": Counter(attention)})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings, setting
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
-"""Short names of the data types."""
+from ..foundation.dtype_names import DTYPE_ABBREVIATIONS
 
 
 def _read_number(value: Any) -> Any:
@@ -33,7 +31,7 @@ Number = Annotated[float, _read_number]
 PathLike = Annotated[Path, _read_path]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
-    lambda value: DTYPES.get(value, value) if isinstance(value, str) else value,
+    lambda value: DTYPE_ABBREVIATIONS.get(value, value) if isinstance(value, str) else value,
 ]
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 import torch
 
 from ...errors import UsageError, format_names, nearest
+from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
 from .gpu_support import NO_XPU
 
-DTYPES = {
-    **dict.fromkeys(("float32", "fp32"), torch.float32),
-    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
-    **dict.fromkeys(("float16", "fp16"), torch.float16),
-    **dict.fromkeys(("float64", "fp64"), torch.float64),
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, full) for short, full in DTYPE_ABBREVIATIONS.items() for name in (full, short)
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -74,11 +72,6 @@ def pick_dtype(
     if has_bf16 is None:
         has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """Return a dtype's name without its library: "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def pick_training_dtype(

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_names, install_command, nearest
+from ..foundation.dtype_names import dtype_name
 from ..kernels.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
-from .dtype import dtype_name
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""

@@ -18,6 +18,7 @@ from ..adapters.targets import ALL_LINEAR
 from ..config import Recipe
 from ..data.collator import Example
 from ..foundation import distributed
+from ..foundation.dtype_names import dtype_name
 from ..models.dtype import pick_training_dtype
 from ..models.load_errors import translate_load_errors
 from ..models.loader import Base, download_weights, get_auto_class
@@ -46,7 +47,7 @@ def load_adapted_base(
     dtype = pick_training_dtype(recipe.model.dtype, device)
     shard = recipe.train.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
-    place: dict[str, Any] = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
+    place: dict[str, Any] = {"device": "cpu" if shard else str(device), "dtype": dtype_name(dtype)}
     settings = replace(recipe.model, **place)
 
     def load() -> tuple[Base, PeftModel]:

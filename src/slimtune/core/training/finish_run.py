@@ -10,6 +10,7 @@ from ..adapters import adapter_files
 from ..adapters.export_support import get_export_formats
 from ..foundation import distributed
 from ..foundation.device import peak_memory
+from ..foundation.dtype_names import dtype_name
 from ..foundation.files import write_json
 from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_versions
@@ -96,7 +97,7 @@ def save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         forgetting=kept.forgetting,
         skipped_steps=state.skipped_steps,
         peak_bytes=peak_bytes,
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype=dtype_name(base.dtype),
         quantization=base.quantization,
         base_weights=base.weight_hashes,
         device=str(base.device),

@@ -12,6 +12,7 @@ from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
 from ..data.class_labels import Classes
+from ..foundation.dtype_names import dtype_name
 from ..foundation.files import read_json
 from ..foundation.remote_code import allow_remote_code
 from ..models.dtype import pick_dtype
@@ -138,7 +139,7 @@ def _require_trained_base(run: RunDir, base: Base) -> None:
         result = read_json(run.result_file)
     except RunError:  # not there, or damaged: other commands say so
         return
-    trained, dtype = result.get("base_weights"), str(base.dtype).removeprefix("torch.")
+    trained, dtype = result.get("base_weights"), dtype_name(base.dtype)
     # Another dtype or quantization rounds the same weights to other values.
     if not isinstance(trained, dict) or (result.get("dtype"), result.get("quantization")) != (dtype, base.quantization):
         return

@@ -1,0 +1,10 @@
+"""Names of data types; without torch, so that a wrong one is answered at once."""
+
+from typing import Any
+
+DTYPE_ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a torch dtype without its library: "float32"; of a name the name."""
+    return str(dtype).removeprefix("torch.")
