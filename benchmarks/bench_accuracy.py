@@ -116,6 +116,7 @@ def decoding_files(folder: Path) -> dict[str, Path]:
 
 def predict_decoding() -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of decoding, by engine and precision."""
+    from slimtune.core.foundation.json_results import to_json_dict
     from slimtune.core.models.loader import load_base
     from slimtune.planning.serving_memory import active_weights, cache_bytes
     from slimtune.planning.serving_speed import estimate_serving_speed
@@ -133,7 +134,7 @@ def predict_decoding() -> dict[str, dict[str, float]]:
             layers=model.config.num_hidden_layers, vocab_size=model.config.vocab_size,
         )  # fmt: skip
         assert speed is not None, "bench measured no such engine"
-        found[f"decoding, {engine} {precision}"] = speed.decode._asdict()
+        found[f"decoding, {engine} {precision}"] = to_json_dict(speed.decode)
     return found
 
 

@@ -169,9 +169,10 @@ def main() -> int:
         shards = (peak - baseline) / max(files)
         written = sorted(f.stat().st_size for f in out.glob("*.safetensors"))
         print(
-            f"merged: {sum(written) / 1e9:.2f} GB, {len(written)} files of {found['dtype']}, {found['seconds']:.0f} s; "
-            f"mean difference {found['mean_difference']:.2g} nats over {found['positions']} positions "
-            f"(effect {found['effect']:.2g})"
+            f"merged: {sum(written) / 1e9:.2f} GB, {len(written)} files of {found.comparison.dtype}, "
+            f"{found.seconds:.0f} s; "
+            f"mean difference {found.comparison.mean_difference:.2g} nats over {found.comparison.positions} positions "
+            f"(effect {found.comparison.effect:.2g})"
         )
         print(
             f"anonymous memory: {baseline / 1e6:.0f} MB after imports, {peak / 1e6:.0f} MB at most: "

@@ -30,7 +30,7 @@ def measured(name: str) -> dict[str, float]:
     from slimtune.planning.extrapolation import extrapolate_layers, fit_memory_model
     from slimtune.planning.gpu_specs import find_gpu
     from slimtune.planning.plan_request import PlanRequest
-    from slimtune.planning.planner import make_plan
+    from slimtune.planning.planner import estimate_resources
 
     torch.set_num_threads(1)
     method = LoraConfig(r=JOB["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
@@ -49,7 +49,7 @@ def measured(name: str) -> dict[str, float]:
     for what, run in (
         ("formula", lambda: fit_memory_model(job, model)),
         ("trace", lambda: extrapolate_layers(job)),
-        ("plan", lambda: make_plan(request)),
+        ("plan", lambda: estimate_resources(request)),
     ):
         began = time.process_time()
         run()

@@ -41,13 +41,14 @@ from transformers import masking_utils
 import slimtune
 from slimtune.core.adapters.method_registry import config_class
 from slimtune.core.foundation.device import simulate_device
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import UsageError
 from slimtune.planning.extrapolation import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
+from slimtune.planning.interval import Interval
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import TrainingJob
-from slimtune.planning.plan_result import Range
 from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_reserved_memory
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
@@ -141,7 +142,7 @@ LONGEST, SHORT = 696, 100
 """Tokens of the longest batch, and of the one before it: each group of 20 batches begins with its longest."""
 
 
-def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
+def metamath(row: dict[str, Any], longest: int = LONGEST) -> Interval:
     """Return the range that a plan would give for the bytes reserved for the longest batch."""
     make = EXPERIMENTS[row["method"]]
     with torch.device("meta"):
@@ -239,7 +240,8 @@ def reserved_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bo
         band = metamath(row)
         inside, counts = band.low <= published <= band.high, not row.get("calibrates")
         found.append({
-            "run": row["method"], "published": published, "band": band._asdict(), "inside": inside, "scored": counts,
+            "run": row["method"], "published": published, "band": to_json_dict(band), "inside": inside,
+            "scored": counts,
         })  # fmt: skip
         said = ("no", "yes")[inside] if counts else "not scored"
         low, high = (f"{end / 1e9:.2f}" for end in band)

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu
-from slimtune.planning.plan_result import Range
+from slimtune.planning.interval import Interval
 from slimtune.planning.serving_memory import active_weights, cache_bytes
 from slimtune.planning.serving_speed import estimate_serving_speed, hardware_kind
 
@@ -43,7 +43,7 @@ def model_of(name: str) -> Any:
     return build_meta_model(AutoConfig.for_model(**load_known_models()[name]["config"]), None, torch.bfloat16)
 
 
-def predict(point: dict[str, Any]) -> Range:
+def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
     precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from slimtune.cli.export_command import format_verdicts
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.exporter import export
 from slimtune.export.verify import verify
 
 ROWS = Path(__file__).parents[1] / "examples/devils-dictionary"
@@ -65,11 +65,11 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
             raise SystemExit(f"training {way} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
     found = verify(run, threads=args.threads)
     screen = Console(width=140)
-    screen.print(f"\n[bold]{way}[/]", format_verdicts(found["checks"]), sep="\n")
-    for check in found["checks"]:
-        if check["reason"]:
+    screen.print(f"\n[bold]{way}[/]", format_verdicts(found.checks), sep="\n")
+    for check in found.checks:
+        if check.reason:
             screen.print(f"{check['engine']}: {check['reason']}", markup=False)
-    passed = {c["engine"]: c["passed"] for c in found["checks"]}
+    passed = {c.engine: c.passed for c in found.checks}
     wanted = {ADAPTER: True if way in LORAS else None}
     wanted |= dict.fromkeys(("merged folder", "llama.cpp, merged GGUF"), None if way in BESIDE else True)
     faults = [
@@ -77,15 +77,15 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
     ]
     if way == "lora":
         with patch("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows):
-            faults += refused(run, "gguf", ExportOptions(), RunError, "the q/k permutation left out", args.threads)
+            faults += refused(run, "gguf", {}, RunError, "the q/k permutation left out", args.threads)
     if way not in LORAS:
         for to in ("gguf", "ollama", "vllm"):
-            faults += refused(run, to, ExportOptions(merged=False), SlimtuneError, f"{way} to {to}", args.threads)
+            faults += refused(run, to, {"merged": False}, SlimtuneError, f"{way} to {to}", args.threads)
     return faults
 
 
 def refused(
-    run: Path, to: str, wish: ExportOptions, kind: type[Exception], what: str, threads: int | None
+    run: Path, to: str, wish: dict[str, Any], kind: type[Exception], what: str, threads: int | None
 ) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -42,12 +42,14 @@ from slimtune.core.adapters.method_registry import method_names
 from slimtune.core.adapters.peft_config import CONFIG_FILE
 from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.model_source import resolve_model
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, SlimtuneError
+from slimtune.export.export_results import EngineVerdict
 from slimtune.export.merge import load_trained
-from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
+from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
 from slimtune.extras.gguf_loading import make_hf_folder
 from slimtune.extras.row_files import read_rows
@@ -137,7 +139,7 @@ def texts_of(tokenizer: Any) -> list[Text]:
     return found
 
 
-def judged(run: Path, url: str, facts: dict[str, Any]) -> Verdict:
+def judged(run: Path, url: str, facts: dict[str, Any]) -> EngineVerdict:
     """Compare one adapter that the server serves with the run it was exported from, both in float32."""
     loaded = load_run(run, dtype="float32", device="cpu")
     texts = texts_of(loaded.base.tokenizer)
@@ -261,7 +263,7 @@ def their_words(url: str, adapter: Path) -> str | None:
 # --- printing --------------------------------------------------------------------------------------------------------
 
 
-def row(name: str, facts: dict[str, Any], v: Verdict) -> str:
+def row(name: str, facts: dict[str, Any], v: EngineVerdict) -> str:
     rank = f"{facts['rank']}{' (scales folded)' if facts['folded'] else ''}"
     said = "holds" if v.passed else f"FAILS: {v.reason}"
     numbers = f"{v.max_difference:.2g} | {v.mean_difference:.2g} | {v.kl:.1g} | {v.effect:.2g}"
@@ -293,14 +295,16 @@ def main() -> int:
 def verify(given: list[Path], folder: Path, exports: Path, refusals: bool) -> int:
     current = subprocess.run([str(PYTHON), str(FACTS), "--check"], capture_output=True, text=True)
     print(
-        "vllm.json is what this vLLM says" if current.returncode == 0 else current.stderr.splitlines()[-1], flush=True
+        "vllm_rules.json is what this vLLM says" if current.returncode == 0 else current.stderr.splitlines()[-1],
+        flush=True,
     )
     runs = {p.name: p for p in given} or {n: tuned(n, s, folder) for n, s in RUNS.items()}
     facts = {}
     for name, run in runs.items():
         (exports / name).mkdir()
-        facts[name] = write_vllm_adapter(load_trained(run), run, exports / name, dtype="float32")
-        print(f"{name}: {facts[name]['commands'][0]}", flush=True)
+        written = write_vllm_adapter(load_trained(run), run, exports / name, dtype="float32")
+        facts[name] = to_json_dict(written.facts)
+        print(f"{name}: {written.commands[0]}", flush=True)
     port = free_port()
     command = cpu_command(list(facts.values()), port)
     print(f"\nstarted as: {shlex.join(command)}", flush=True)
@@ -327,7 +331,7 @@ def verify(given: list[Path], folder: Path, exports: Path, refusals: bool) -> in
                 theirs = their_words(url, adapter)
                 print(f"| {label} | {ours or 'TAKES IT'} | {theirs or 'takes it'} |".replace("\n", " "), flush=True)
                 failed += [label] if theirs and not ours else []
-    failed += ["vllm.json"] if current.returncode else []
+    failed += ["vllm_rules.json"] if current.returncode else []
     print(f"\nfailed: {', '.join(failed)}" if failed else "\nall hold")
     return 1 if failed else 0
 

@@ -14,7 +14,7 @@ from slimtune.core.training.run_dir import RunDir
 GIB = 2**30
 
 
-def make_plan() -> dict[str, Any]:
+def estimate_resources() -> dict[str, Any]:
     parts = {"weights": 269030272, "adapters": 19537920, "gradients": 19537920, "optimizer": 39077520,
              "activations": 671368829, "logits": 201129984, "runtime": 800000000}  # fmt: skip
     return {
@@ -116,7 +116,7 @@ def make_full_run(path: Path, text: str = "", steps: int = 40, **result: Any) ->
          "room_after": 455, "checkpointing": False, "held_bytes": 2 * GIB, "planned_bytes": 2 * GIB,
          "error": f"OutOfMemoryError: {text}", "text": f"after step 12 memory ran out in a step {text}"}
     )  # fmt: skip
-    write_json(run.plan_file, make_plan())
+    write_json(run.plan_file, estimate_resources())
     write_json(run.result_file, make_result(path, **result))
     write_json(run.data_file, {"train": make_data_report("train.jsonl", text), "validation": None})
     write_json(run.evaluation_file("test"), make_evaluation(path, text))

@@ -1,4 +1,5 @@
-"""What vLLM's own classes say of LoRA, by architecture: writes src/slimtune/export/vllm.json. Run by vLLM's Python.
+"""What vLLM's own classes say of LoRA, by architecture. Run by vLLM's Python; writes
+`src/slimtune/planning/vllm_rules.json`.
 
     .venv-vllm/bin/python benchmarks/vllm_ways/facts.py [--check]
 
@@ -16,7 +17,7 @@ from typing import Any
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.models import registry
 
-FILE = Path(__file__).parents[2] / "src/slimtune/export/vllm.json"
+FILE = Path(__file__).parents[2] / "src/slimtune/planning/vllm_rules.json"
 
 
 def facts() -> dict[str, Any]:

@@ -58,6 +58,12 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_template"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_report"},
+    "slimtune.export_formats": {
+        "merged": "slimtune.export.merged_format:MergedFormat",
+        "gguf": "slimtune.export.gguf_format:GgufFormat",
+        "ollama": "slimtune.export.ollama_format:OllamaFormat",
+        "vllm": "slimtune.export.vllm_format:VllmFormat",
+    },
 }
 """Registry → name of the part → its dotted path."""
 

@@ -29,11 +29,11 @@ def replace_planner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]
     def replace(make: Callable[[Any], Any] = lambda r: hand_plan(r.method.name, r.gpu)) -> list[Any]:
         requests: list[Any] = []
 
-        def make_plan(request: Any, *, advise: bool = True) -> Any:
+        def estimate_resources(request: Any, *, advise: bool = True) -> Any:
             requests.append(request)
             return make(request)
 
-        monkeypatch.setattr(planner, "make_plan", make_plan)
+        monkeypatch.setattr(planner, "estimate_resources", estimate_resources)
         return requests
 
     return replace

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from hand_plan import FULL, GIB, hand_plan
 
-from slimtune.cli.machine_commands import format_range
 from slimtune.core.adapters.method_registry import method_names
 from slimtune.core.config import load_recipe
 from slimtune.core.foundation.formatting import format_duration
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_tokenizer
 from slimtune.core.training.datasets import load_datasets
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
+from slimtune.planning.interval import Interval
 from slimtune.planning.plan_request import build_request
 from slimtune.planning.this_machine import detect_gpu
 
@@ -85,7 +86,7 @@ def test_recipe_and_flags(requests, slimtune, recipe):
     )
     assert unread in done.stderr
     (request,) = requests
-    assert request.gpu == gpu_with_memory("16GiB")
+    assert request.gpu == make_gpu_with_memory("16GiB")
     assert (request.method.r, set(request.method.target_modules)) == (6, {"q_proj"})
     assert (request.batch_size, request.gradient_accumulation_steps, request.seq_len) == (3, 2, 300)
     assert (request.packing, request.gradient_checkpointing, request.dtype) == (False, True, "bfloat16")
@@ -244,7 +245,7 @@ def test_details_of_one_plan(slimtune):
     text = " | ".join(" ".join(line.split()) for line in lines)
     for part in (
         "weights 15.0 GiB traced |", "activations 1.5 GiB traced |", "reserved for them 18.1 to 18.5 GiB",
-        "runtime 512.0 MiB", "needed 18.6 to 19.0 GiB", f"usable {format_range(*CARD.usable)} guessed |",
+        "runtime 512.0 MiB", "needed 18.6 to 19.0 GiB", f"usable {CARD.usable.format()} guessed |",
         "micro-batch 1 row, 2048 tokens", "longest row in it 2048 tokens", "micro-batches in a step 4",
         "trained parameters 41.9 M (0.52 %)", "adapter file 160.0 MiB", "CPU memory 3.0 GiB",
         "disk, beside the base's files 1.0 GiB",
@@ -281,7 +282,7 @@ def test_screen_of_several_plans(slimtune):
 
 def test_json(slimtune_json):
     one = slimtune_json(*BASE, "--price", "2")
-    assert one.items() >= json.loads(json.dumps(hand_plan().to_dict())).items()
+    assert one.items() >= json.loads(json.dumps(to_json_dict(hand_plan()))).items()
     assert one["tokens_per_second"] == {"low": 1000.0, "high": 2000.0}
     assert one["cost"]["tokens"] == 1_000_000
     assert one["cost"]["rent"]["low"] == pytest.approx(2 * 500 / 3600)
@@ -315,7 +316,7 @@ def test_old_figures_of_a_card_are_named(slimtune, monkeypatch):
     ],
 )
 def test_ranges(low, high, to_text, text):
-    assert format_range(low, high, *filter(None, [to_text])) == text
+    assert Interval(low, high).format(*filter(None, [to_text])) == text
 
 
 def test_serving(slimtune, slimtune_json):

@@ -13,6 +13,7 @@ from slimtune.diagnostics import machine_facts as facts
 from slimtune.diagnostics.knowledge import load_pages
 from slimtune.diagnostics.machine_checks import find_faults
 from slimtune.diagnostics.machine_facts import Disk, MachineFacts, TorchFacts, gather_facts
+from slimtune.extras import installed_programs
 
 GIB = 1 << 30
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
@@ -440,6 +441,6 @@ def test_faults_come_before_warnings(machine):
 
 
 def test_program_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(facts, "PATIENCE", 0.1)
+    monkeypatch.setattr(installed_programs, "PATIENCE", 0.1)
     assert facts.run_program("sleep", "60") == "sleep gave no answer in 0.1 s"
     assert facts.run_program("no-such-program") == ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import typer
-from full_run import make_data_report, make_evaluation, make_full_run, make_plan, make_result
+from full_run import estimate_resources, make_data_report, make_evaluation, make_full_run, make_result
 from hand_run import make_run
 from html_page import Page
 
@@ -238,7 +238,7 @@ def test_tokens_that_packing_saves_are_shown_where_it_saves_them(tmp_path, setti
 
 
 def test_memory_bar(full_page):
-    parts, plan = full_page.all("rect", "part")[:7], make_plan()["plan"]
+    parts, plan = full_page.all("rect", "part")[:7], estimate_resources()["plan"]
     most = plan["need_bytes"]["high"]
     for part, size in zip(parts, plan["parts"].values(), strict=True):
         assert float(part["width"]) == pytest.approx(1000 * size / most, abs=0.1)

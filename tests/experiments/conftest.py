@@ -57,12 +57,12 @@ def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run workers in this process and plan each method once; returns the names of the runs, in order."""
     started: list[str] = []
-    make_plan = compare.make_plan
+    estimate_resources = compare.estimate_resources
 
     def plan_once(request: Any, **settings: Any) -> Any:
         method = request.method.name
         if method not in PLANS:
-            PLANS[method] = make_plan(request, **settings)
+            PLANS[method] = estimate_resources(request, **settings)
         return PLANS[method]
 
     def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
@@ -74,7 +74,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         failed = {str(file): e.message for file, e in errors.items()}
         return WorkerResult("" if len(files) > 1 else failed.pop(str(files[0]), ""), False, 0.0, failed)
 
-    monkeypatch.setattr(compare, "make_plan", plan_once)
+    monkeypatch.setattr(compare, "estimate_resources", plan_once)
     monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)
     monkeypatch.setattr(compare, "launch_worker", launch_worker)
     monkeypatch.setattr("slimtune.experiments.search.launch_worker", launch_worker)

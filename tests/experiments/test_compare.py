@@ -154,14 +154,14 @@ def test_methods_and_seeds_can_be_added(grid, without_training):
 
 
 def test_method_that_does_not_fit_is_left_out(grid, without_training, monkeypatch):
-    make_plan = module.make_plan
+    estimate_resources = module.estimate_resources
 
     def make_small_plan(request, **options):
-        plan = make_plan(request, **options)
+        plan = estimate_resources(request, **options)
         too_big = request.method.name == "ia3"
         return dataclasses.replace(plan, verdict="does not fit", reason="too big") if too_big else plan
 
-    monkeypatch.setattr(module, "make_plan", make_small_plan)
+    monkeypatch.setattr(module, "estimate_resources", make_small_plan)
     result = compare(grid("lora", "ia3", seeds=1))
     assert result.left_out == [LeftOutMethod(method="ia3", why="too big")]
     assert without_training == ["lora-7"]

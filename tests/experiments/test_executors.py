@@ -155,12 +155,12 @@ def test_comparison_at_the_same_time_has_the_numbers_of_one_after_another(grid, 
 
 
 def test_method_too_large_for_this_machine_is_tried_on_others(grid, without_training, monkeypatch):
-    make_plan = comparison.make_plan
+    estimate_resources = comparison.estimate_resources
 
     def refuse(request, **options):
-        return dataclasses.replace(make_plan(request, **options), verdict="does not fit")
+        return dataclasses.replace(estimate_resources(request, **options), verdict="does not fit")
 
-    monkeypatch.setattr(comparison, "make_plan", refuse)
+    monkeypatch.setattr(comparison, "estimate_resources", refuse)
     monkeypatch.setattr(LocalExecutor, "is_remote", True)
     log: list[str] = []
     assert compare(grid("lora", seeds=1), log.append, place=parse_place("local:2")).left_out == []

@@ -22,7 +22,7 @@ from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
 from slimtune.export import reference_logps as reference
 from slimtune.export import served_base
-from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
 from slimtune.export.verify import verify
 
@@ -63,53 +63,53 @@ def no_llama_cpp(monkeypatch):
 
 def test_adapter_gguf(run, tmp_path):
     found = export(run, "gguf", tmp_path / "out", threads=1)
-    assert set(found["files"]) == {"adapter.gguf", EXPORT_MANIFEST}
-    assert found["check"]["passed"] is True
-    assert found["check"]["prompts_equal"] == found["check"]["prompts"] > 0
-    assert found["check"]["strength"] == pytest.approx(1, abs=0.01)
-    assert found["check"]["effect"] > 0.05
-    assert read_manifest(tmp_path / "out")["kind"] == "gguf"  # type: ignore[index]
-    serve = shlex.split(found["commands"][1], comments=True)
+    assert set(found.files) == {"adapter.gguf", EXPORT_MANIFEST}
+    assert found.check.passed is True
+    assert found.check.prompts_equal == found.check.prompts > 0
+    assert found.check.strength == pytest.approx(1, abs=0.01)
+    assert found.check.effect > 0.05
+    assert read_manifest(tmp_path / "out").kind == "gguf"  # type: ignore[union-attr]
+    serve = shlex.split(found.commands[1], comments=True)
     assert serve == ["slimtune", "serve", str(run), "--engine", "llama.cpp"]
-    assert verify(tmp_path / "out", threads=1)["passed"]
+    assert verify(tmp_path / "out", threads=1).passed
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
 def test_merged_gguf(run, precision, tmp_path):
-    found = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
-    assert set(found["files"]) == {"model.gguf", EXPORT_MANIFEST}
-    assert (found["check"]["engine"], found["check"]["passed"]) == ("llama.cpp, merged GGUF", True)
+    found = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, threads=1)
+    assert set(found.files) == {"model.gguf", EXPORT_MANIFEST}
+    assert (found.check.engine, found.check.passed) == ("llama.cpp, merged GGUF", True)
 
 
 def test_ollama(run, base, tmp_path):
-    options = ExportOptions(merged=False, name="mine", system='Say "ho".')
+    options = {"merged": False, "name": "mine", "system": 'Say "ho".'}
     found = export(run, "ollama", tmp_path / "my model", options, threads=1)
     text = (tmp_path / "my model" / "Modelfile").read_text()
     assert str(base) in text
     assert "ADAPTER ./adapter.gguf" in text
-    assert found["commands"][0] == f"ollama create mine -f '{tmp_path}/my model/Modelfile'"
-    assert found["check"]["passed"] is True
+    assert found.commands[0] == f"ollama create mine -f '{tmp_path}/my model/Modelfile'"
+    assert found.check.passed is True
 
 
 def test_ollama_merged(run, tmp_path):
-    found = export(run, "ollama", tmp_path / "out", ExportOptions(name="mine"), threads=1)
+    found = export(run, "ollama", tmp_path / "out", {"name": "mine"}, threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text
     assert "TEMPLATE" in text
     assert "ADAPTER" not in text
-    assert found["check"]["passed"] is True
+    assert found.check.passed is True
 
 
 def test_vllm(run, tmp_path):
     found = export(run, "vllm", tmp_path / "out", threads=1)
-    assert {"adapter_config.json", "adapter_model.safetensors", "serve.sh"} <= set(found["files"])
-    assert found["commands"][0].startswith("vllm serve ")
-    assert found["check"]["passed"] is True
-    assert found["check"]["max_difference"] < 1e-4
+    assert {"adapter_config.json", "adapter_model.safetensors", "serve.sh"} <= set(found.files)
+    assert found.commands[0].startswith("vllm serve ")
+    assert found.check.passed is True
+    assert found.check.max_difference < 1e-4
     no_server = verify(tmp_path / "out", vllm="http://127.0.0.1:9", threads=1)
-    assert no_server["passed"] is False  # what was asked for has no answer
-    assert no_server["checks"][-1]["passed"] is None
-    assert "not checked" in no_server["checks"][-1]["reason"]
+    assert no_server.passed is False  # what was asked for has no answer
+    assert no_server.checks[-1].passed is None
+    assert "not checked" in no_server.checks[-1].reason
 
 
 def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_path):
@@ -128,8 +128,8 @@ def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_pat
 def test_verify_a_run(run):
     found = verify(run, threads=1)
     expected = ["merged folder", "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"]
-    assert [c["engine"] for c in found["checks"]] == expected
-    assert found["passed"], [c["reason"] for c in found["checks"]]
+    assert [c.engine for c in found.checks] == expected
+    assert found.passed, [c.reason for c in found.checks]
 
 
 @pytest.mark.parametrize(
@@ -145,16 +145,16 @@ def test_verify_a_run(run):
 )
 @pytest.mark.slow
 def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
-    run, merged = save_adapter_of(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
+    run, merged = save_adapter_of(base, tmp_path / "run", config), {"merged": True, "name": "m"}
     for to in ("gguf", "ollama", "vllm"):
         with pytest.raises((UsageError, AdapterError), match=r"(?i)merge|slimtune \(?generate") as refused:
-            export(run, to, tmp_path / to, ExportOptions(merged=False), threads=1)
+            export(run, to, tmp_path / to, {"merged": False}, threads=1)
         assert config.name in str(refused.value) or "dora" in str(refused.value).lower()
         assert not (tmp_path / to).exists()
     if merges:
-        assert export(run, "ollama", tmp_path / "m", merged, threads=1)["check"]["passed"]
-        converted = export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)
-        assert converted["conversion"]["error"] < 1
+        assert export(run, "ollama", tmp_path / "m", merged, threads=1).check.passed
+        converted = export(run, "gguf", tmp_path / "l", {"convert_to_lora": 16}, threads=1)
+        assert converted.facts["conversion"]["error"] < 1
     else:
         with pytest.raises((UsageError, AdapterError)):
             export(run, "ollama", tmp_path / "m", merged)
@@ -167,16 +167,16 @@ def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="differs from the trained adapter"):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []
-    assert export(run, "gguf", tmp_path / "out", verify=False)["check"]["passed"] is None
-    assert verify(tmp_path / "out", threads=1)["passed"] is False
+    assert export(run, "gguf", tmp_path / "out", verify=False).check.passed is None
+    assert verify(tmp_path / "out", threads=1).passed is False
 
 
 def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.generation.inference_engines.is_llama_cpp_installed", lambda: False)
-    check = export(run, "gguf", tmp_path / "out")["check"]
-    assert check["passed"] is None
-    assert "xllamacpp is not installed (pip install 'slimtune[export-check]')" in check["reason"]
-    assert verify(tmp_path / "out")["passed"] is False
+    check = export(run, "gguf", tmp_path / "out").check
+    assert check.passed is None
+    assert "xllamacpp is not installed (pip install 'slimtune[export-check]')" in check.reason
+    assert verify(tmp_path / "out").passed is False
 
 
 WRONG = {
@@ -194,7 +194,7 @@ WRONG = {
 def test_wrong_options(run, tmp_path, message):
     target, options = WRONG[message]
     with pytest.raises(UsageError, match=message):
-        export(run, target, tmp_path / "out", ExportOptions(**options))
+        export(run, target, tmp_path / "out", options)
 
 
 def test_wrong_folders(run, tmp_path):
@@ -208,7 +208,7 @@ def test_wrong_folders(run, tmp_path):
 
 @pytest.mark.slow
 def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
-    options, program = ExportOptions(merged=True, precision="Q4_K_M"), tmp_path / "bin" / "llama-quantize"
+    options, program = {"merged": True, "precision": "Q4_K_M"}, tmp_path / "bin" / "llama-quantize"
     with pytest.raises(ModelError, match=r"llama-quantize.* is not installed"):
         export(run, "gguf", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
@@ -216,7 +216,7 @@ def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
     program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
     program.chmod(0o755)
     monkeypatch.setenv("LLAMA_CPP", str(program.parent))
-    assert export(run, "gguf", tmp_path / "out", options, threads=1)["check"]["precision"] == "Q4_K_M"
+    assert export(run, "gguf", tmp_path / "out", options, threads=1).check.precision == "Q4_K_M"
     program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
     with pytest.raises(RunError, match="no such type"):
         export(run, "gguf", tmp_path / "again", options)
@@ -224,22 +224,22 @@ def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
 
 def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
     run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
-    check = export(run, "gguf", tmp_path / "out")["check"]
-    assert check["passed"] is None
-    assert "convert_hf_to_gguf.py" in check["reason"]
-    named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="mine:8b"), verify=False)
+    check = export(run, "gguf", tmp_path / "out").check
+    assert check.passed is None
+    assert "convert_hf_to_gguf.py" in check.reason
+    named = export(run, "ollama", tmp_path / "o", {"ollama_base": "mine:8b"}, verify=False)
     assert "FROM mine:8b" in (tmp_path / "o" / "Modelfile").read_text()
-    assert named["template"] is False
+    assert named.template is False
 
 
 def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_path, no_llama_cpp, monkeypatch):
     run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
     monkeypatch.setattr("slimtune.export.exporter.load_trained", lambda _: pytest.fail("the base was loaded"))
     for target, options, error, words in (
-        ("gguf", ExportOptions(merged=True), ModelError, "git clone --depth 1 https://github.com/ggml-org/llama.cpp"),
-        ("ollama", ExportOptions(), ModelError, "convert_hf_to_gguf.py(.|\n)*git clone"),
-        ("ollama", ExportOptions(merged=True, precision="Q4_K_M"), ModelError, "llama-quantize(.|\n)*precision q8_0"),
-        ("ollama", ExportOptions(merged=False), UsageError, "leave --no-merged out(.|\n)*--ollama-base NAME"),
+        ("gguf", {"merged": True}, ModelError, "git clone --depth 1 https://github.com/ggml-org/llama.cpp"),
+        ("ollama", {}, ModelError, "convert_hf_to_gguf.py(.|\n)*git clone"),
+        ("ollama", {"merged": True, "precision": "Q4_K_M"}, ModelError, "llama-quantize(.|\n)*precision q8_0"),
+        ("ollama", {"merged": False}, UsageError, "leave --no-merged out(.|\n)*--ollama-base NAME"),
     ):
         with pytest.raises(error, match=words) as refused:
             export(run, target, tmp_path / "out", options)
@@ -252,7 +252,7 @@ def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_
 
 
 def to_ollama(run: Path, out: Path, base: object, **options: Any) -> dict[str, Any]:
-    return export(run, "ollama", out, ExportOptions(ollama_base=str(base)), threads=1, **options)
+    return export(run, "ollama", out, {"ollama_base": str(base)}, threads=1, **options)
 
 
 @pytest.mark.parametrize("verified", [True, False])
@@ -265,10 +265,10 @@ def test_a_name_of_another_base_is_refused(run, tmp_path, verified):
 @pytest.mark.slow
 def test_an_unknown_name_is_not_proven(run, tmp_path):
     found = to_ollama(run, tmp_path / "out", "somebody/model:1b")
-    assert found["check"]["passed"] is None
-    assert "what Ollama serves as somebody/model:1b is not known here" in found["check"]["reason"]
-    assert found["check"]["positions"] > 0
-    assert verify(tmp_path / "out", threads=1)["passed"] is False
+    assert found.check.passed is None
+    assert "what Ollama serves as somebody/model:1b is not known here" in found.check.reason
+    assert found.check.positions > 0
+    assert verify(tmp_path / "out", threads=1).passed is False
     with pytest.raises(RunError, match="the export is not proven"):
         to_ollama(run, tmp_path / "proof", "somebody/model:1b", require_proof=True)
     assert not (tmp_path / "proof").exists()
@@ -277,17 +277,17 @@ def test_an_unknown_name_is_not_proven(run, tmp_path):
 def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypatch):
     model = load_base(str(base), dtype="float32", device="cpu").model
     monkeypatch.setattr(served_base, "load_base_config", lambda name: SimpleNamespace(config=model.config))
-    check = to_ollama(run, tmp_path / "out", "tiny")["check"]
-    assert (check["passed"], "has the family and size" in check["reason"]) == (None, True)
+    check = to_ollama(run, tmp_path / "out", "tiny").check
+    assert (check.passed, "has the family and size" in check.reason) == (None, True)
 
 
 @pytest.mark.slow
 def test_a_gguf_of_the_base_is_asked_itself(run, base, tmp_path):
     quantized = write_whole(base, tmp_path / "q8.gguf", "q8_0")
-    check = to_ollama(run, tmp_path / "out", quantized)["check"]
-    assert (check["passed"], check["precision"]) == (True, "q8_0"), check["reason"]
-    assert to_ollama(run, tmp_path / "same", base, require_proof=True)["check"]["passed"]
-    assert verify(tmp_path / "out", threads=1)["passed"]
+    check = to_ollama(run, tmp_path / "out", quantized).check
+    assert (check.passed, check.precision) == (True, "q8_0"), check.reason
+    assert to_ollama(run, tmp_path / "same", base, require_proof=True).check.passed
+    assert verify(tmp_path / "out", threads=1).passed
 
 
 def write_whole(base: Path, file: Path, precision: str, change: Any = lambda model: None) -> Path:
@@ -328,7 +328,7 @@ def test_a_model_that_ollama_has_here_is_compared(run, base, tmp_path, monkeypat
     manifest.write_text(json.dumps({"layers": layers}))
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "sha256-12").symlink_to(base)
-    assert to_ollama(run, tmp_path / "out", "tiny:1b")["check"]["passed"] is True
+    assert to_ollama(run, tmp_path / "out", "tiny:1b").check.passed is True
     (tmp_path / "blobs" / "sha256-12").unlink()
     write_whole(base, tmp_path / "blobs" / "sha256-12", "f16", scale_norms)
     with pytest.raises(UsageError, match="tiny:1b is not the base"):
@@ -339,7 +339,7 @@ def test_a_folder_as_base(run, base, tmp_path):
     loaded = load_base(str(base), dtype="float32", device="cpu")
     loaded.model.save_pretrained(tmp_path / "base")
     loaded.tokenizer.save_pretrained(tmp_path / "base")
-    assert to_ollama(run, tmp_path / "out", tmp_path / "base")["check"]["passed"] is True
+    assert to_ollama(run, tmp_path / "out", tmp_path / "base").check.passed is True
     scale_norms(loaded.model)
     loaded.model.save_pretrained(tmp_path / "base")
     with pytest.raises(UsageError, match="its norms differ"):
@@ -382,7 +382,7 @@ def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
 
     monkeypatch.setattr(module_merge.gguf, "write_gguf_from_template", write)
     with pytest.raises(RunError, match="differs from the trained adapter"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
+        export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, threads=1)
 
 
 def test_command_line(run, tmp_path):
@@ -391,7 +391,7 @@ def test_command_line(run, tmp_path):
 
     done = slimtune_("export", str(run), "--to", "gguf", "--out", str(tmp_path / "o"))
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["check"]["passed"] is True
+    assert json.loads(done.stdout).check.passed is True
     (tmp_path / "o" / "adapter.gguf").write_bytes((tmp_path / "o" / "adapter.gguf").read_bytes()[:2000])
     done = slimtune_("verify", str(tmp_path / "o"))
     assert done.exit_code == 1

@@ -57,7 +57,7 @@ def assert_same_tensors(file: Path, expected: Path) -> None:
 def test_one_alpha_leaves_B_unscaled(tmp_path):
     model = adapted("llama", {"use_rslora": True})
     facts = ours.write_adapter_gguf(tmp_path / "a.gguf", model)
-    assert facts["alpha"] == pytest.approx(16 * 2)  # alpha / √r · r
+    assert facts.alpha == pytest.approx(16 * 2)  # alpha / √r · r
     B = read_tensors(tmp_path / "a.gguf")["blk.0.ffn_up.weight.lora_b"]
     own = model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.weight
     assert torch.equal(torch.tensor(B), own.detach())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,19 @@ from typer.testing import CliRunner
 from slimtune.cli import app
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.core.foundation.files import write_json
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import push_to_hub as hub_module
 from slimtune.export.manifest import write_manifest
 from slimtune.export.merge import merge
-from slimtune.export.push_to_hub import push
+from slimtune.export.push_to_hub import push as push_run
+
+
+def push(*args: Any, **options: Any) -> dict[str, Any]:
+    """Return what `slimtune push --json` prints."""
+    return to_json_dict(push_run(*args, **options))
+
 
 EVAL = {
     "split": "test", "data": "/home/ada/rows/held.jsonl", "rows": 93, "tokens": 5000, "base_loss": 4.52,

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,18 @@ import slimtune.export.merge as module
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.core.foundation.files import atomic_folder
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_manifest
-from slimtune.export.merge import merge
+from slimtune.export.merge import merge as merge_run
 from slimtune.methods.lora.layers import LinearLora
+
+
+def merge(*args: Any, **options: Any) -> dict[str, Any]:
+    """Return what `slimtune merge --json` prints."""
+    return to_json_dict(merge_run(*args, **options))
+
 
 TEXT = "Define hope. Desire and expectation rolled into one."
 SHARD_BYTES = "slimtune.export.merged_weights.MIN_SHARD_BYTES"
@@ -275,10 +283,10 @@ def test_model_card_and_manifest(tmp_path, tiny_folder, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
     assert capsys.readouterr().out.strip()
-    assert (manifest["kind"], manifest["run"], manifest["dtype"]) == ("merged", run.resolve(), "float32")
+    assert (manifest.kind, manifest.run, manifest.values["dtype"]) == ("merged", run.resolve(), "float32")
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert manifest["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
-    assert re.fullmatch("[0-9a-f]{16}", manifest["fingerprint"])
+    assert manifest.values["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
+    assert re.fullmatch("[0-9a-f]{16}", manifest.values["fingerprint"])
 
 
 # --- refusals: an error, and nothing where `out` would be ------------------------------------------------------------

@@ -16,7 +16,7 @@ from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
 from slimtune.export import reference_logps as reference
 from slimtune.export import rounding
-from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.exporter import export
 from slimtune.export.merge import merge
 from slimtune.export.reference_logps import QUESTIONS, make_texts
 from slimtune.export.verify import verify
@@ -120,14 +120,14 @@ def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, m
     for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
         monkeypatch.setattr(reference, name, value)
     run = train(recipe_of(settings(tmp_path, gguf_base, task))).run
-    assert merge(run, tmp_path / "merged")["strength"] == pytest.approx(1, abs=0.01)
+    assert merge(run, tmp_path / "merged").comparison.strength == pytest.approx(1, abs=0.01)
     found = verify(run, threads=1)
-    assert found["passed"], found["checks"]
-    assert len(found["checks"]) == 3
+    assert found.passed, found.checks
+    assert len(found.checks) == 3
     for target, options in (("gguf", {}), ("gguf", {"merged": True}), ("ollama", {"name": "m"}), ("vllm", {})):
         out = tmp_path / f"{target}-{len(options)}"
-        check = export(run, target, out, ExportOptions(**options), threads=1)["check"]
-        assert check["passed"], check["reason"]
-        assert check["effect"] > 0.01
+        check = export(run, target, out, options, threads=1).check
+        assert check.passed, check.reason
+        assert check.effect > 0.01
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "gguf-0"), "--data", str(tmp_path / "rows.jsonl")])
     assert done.exit_code == 0, done.output

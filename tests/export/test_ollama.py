@@ -16,7 +16,7 @@ from real_templates import TOKENIZERS, make_tokenizer
 from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_ollama
+from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_modelfile
 from slimtune.generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 
 
@@ -57,7 +57,7 @@ def export(tmp_path):
 
     def make(base, name="smollm2", *, linted=True, **options):
         given = {"adapter": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **options}
-        facts = write_ollama(folder, base=str(base), **given)
+        facts = write_modelfile(folder, base=str(base), **given)
         if linted:
             found = lint(folder / "Modelfile", estimate_resources=False)
             # It looks for {{ .Prompt }}, the older way; this TEMPLATE goes over .Messages.
@@ -85,17 +85,17 @@ def test_gguf_and_adapter(export, base):
     assert lines == [
         ("FROM", str(base)),
         ("ADAPTER", "./adapter.gguf"),
-        ("TEMPLATE", facts["template"]),
+        ("TEMPLATE", facts.template),
         ("SYSTEM", 'Be "brief".\nAlways.'),
         ("PARAMETER stop", "<|im_end|>"),
         ("PARAMETER stop", TOKENIZERS["smollm2"].convert_ids_to_tokens(2)),
         ("PARAMETER num_ctx", "4096"),
     ]
-    assert len(facts["notes"]) == 1
-    assert shlex.split(facts["commands"][0]) == ["ollama", "create", "devil", "-f", str(export.folder / "Modelfile")]
-    assert facts["commands"][1] == "ollama run devil"
+    assert len(facts.notes) == 1
+    assert shlex.split(facts.commands[0]) == ["ollama", "create", "devil", "-f", str(export.folder / "Modelfile")]
+    assert facts.commands[1] == "ollama run devil"
     messages = [{"role": "user", "content": "Hi."}]
-    assert go_text(facts["template"], messages) == jinja_text(TOKENIZERS["smollm2"], messages)
+    assert go_text(facts.template, messages) == jinja_text(TOKENIZERS["smollm2"], messages)
 
 
 @pytest.mark.parametrize("name", ["smollm2:135m", "llama3.1", "hf.co/someone/Some-Model-GGUF:Q4_K_M"])
@@ -103,8 +103,8 @@ def test_library_name_keeps_its_own_template(export, name):
     facts, lines = export(name, system="Be brief.")
     assert lines[0] == ("FROM", name)
     assert [name for name, _ in lines] == ["FROM", "ADAPTER", "SYSTEM", "PARAMETER num_ctx"]
-    assert (facts["template"], facts["stops"]) == (None, [])
-    assert f"{name} keeps its own TEMPLATE" in facts["notes"][0]
+    assert (facts.template, facts.stops) == (None, [])
+    assert f"{name} keeps its own TEMPLATE" in facts.notes[0]
 
 
 def test_merged_base(export, tmp_path):
@@ -118,7 +118,7 @@ def test_merged_base(export, tmp_path):
 
 def test_window(export):
     def window(**options):
-        return export("smollm2", **options)[0]["num_ctx"]
+        return export("smollm2", **options)[0].num_ctx
 
     assert window() == 4096
     assert window(max_seq_len=6000) == 6000
@@ -134,21 +134,21 @@ def test_window(export):
 def test_stop_tokens(export, base):
     ids = TOKENIZERS["llama3"].convert_tokens_to_ids(["<|eot_id|>", "<|end_header_id|>"])
     for eos, expected in ((ids, ["<|eot_id|>", "<|end_header_id|>"]), (None, ["<|eot_id|>"])):
-        assert export(base, "llama3", config=config(eos_token_id=eos))[0]["stops"] == expected
+        assert export(base, "llama3", config=config(eos_token_id=eos))[0].stops == expected
 
 
 def test_unsupported_template(export, base):
     odd = make_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ["<s>", "</s>"])
     facts, lines = export(base, tokenizer=odd, system="Be brief.", linted=False)
     assert [name for name, _ in lines][:3] == ["FROM", "ADAPTER", "SYSTEM"]
-    assert "no TEMPLATE is written" in facts["notes"][0]
+    assert "no TEMPLATE is written" in facts.notes[0]
     assert [i.code for i in lint(export.folder / "Modelfile").issues if "TEMPLATE" in i.message]
 
 
 def test_template_without_system_prompt(export, base):
     with pytest.raises(UsageError, match="takes no system prompt"):
         export(base, "gemma", system="Be brief.")
-    assert "refuses system messages" in export(base, "gemma")[0]["notes"][0]
+    assert "refuses system messages" in export(base, "gemma")[0].notes[0]
 
 
 # --- the beginning-of-sequence token ---------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):
     facts, _ = export(base, "llama3")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
     expected = jinja_text(TOKENIZERS["llama3"], messages)
-    assert ("<|begin_of_text|>" if add else "") + go_text(facts["template"], messages) == expected
+    assert ("<|begin_of_text|>" if add else "") + go_text(facts.template, messages) == expected
     assert expected.count("<|begin_of_text|>") == 1
 
 
@@ -182,7 +182,7 @@ def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny
     chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
     engine = LlamaCppInferenceEngine(base, max_tokens=64, threads=1)
     try:
-        ids = engine.tokenize(go_text(export(base, tokenizer=tokenizer)[0]["template"], chat))
+        ids = engine.tokenize(go_text(export(base, tokenizer=tokenizer)[0].template, chat))
     finally:
         engine.close()
     assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -217,7 +217,7 @@ REFUSED = {
 def test_refusals(tmp_path, message):
     usual = {"base": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
     with pytest.raises(UsageError) as error:
-        write_ollama(tmp_path, **{**usual, **REFUSED[message]})
+        write_modelfile(tmp_path, **{**usual, **REFUSED[message]})
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -233,7 +233,7 @@ def test_adapter_line_and_the_installed_ollama(export, base, tmp_path, monkeypat
         with pytest.raises(UsageError, match=rf"Ollama {version} on this machine creates no model from an ADAPTER"):
             export(base)
     else:
-        assert "Ollama from 0.34.1 on" in export(base)[0]["notes"][-1]
+        assert "Ollama from 0.34.1 on" in export(base)[0].notes[-1]
 
 
 def test_unreadable_bases(export, base, tmp_path):
@@ -261,16 +261,16 @@ def test_hostile_paths(tmp_path, part):
     base, folder = gguf_file(tmp_path / part / "base.gguf"), tmp_path / "out" / part
     folder.mkdir(parents=True)
     given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
-    facts = write_ollama(folder, base=str(base), **given)
+    facts = write_modelfile(folder, base=str(base), **given)
     lines = read_modelfile((folder / "Modelfile").read_bytes().decode())
     assert lines[0] == ("FROM", str(base))
     assert sum(name == "FROM" for name, _ in lines) == 1
-    assert shlex.split(facts["commands"][0])[-1] == str(folder / "Modelfile")
+    assert shlex.split(facts.commands[0])[-1] == str(folder / "Modelfile")
 
 
 def test_out_that_looks_like_a_flag(export):
     facts, _ = export("smollm2", out=Path("-rf/it"))
-    assert facts["commands"][0] == "ollama create devil -f ./-rf/it/Modelfile"
+    assert facts.commands[0] == "ollama create devil -f ./-rf/it/Modelfile"
 
 
 def written(name: str, value: str) -> str:

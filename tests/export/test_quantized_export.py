@@ -8,7 +8,7 @@ from tiny_gguf import write_tiny_base
 
 from slimtune.errors import AdapterError
 from slimtune.export import reference_logps as reference
-from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.exporter import export
 from slimtune.export.verify import verify
 from slimtune.extras.gguf_loading import make_hf_folder
 
@@ -27,14 +27,14 @@ def few_positions(monkeypatch):
 def test_note_on_a_16_bit_base(tiny_folder, tmp_path):
     run, plain = make_run(tmp_path / "run", tiny_folder, model=NF4), make_run(tmp_path / "plain", tiny_folder)
     found = export(run, "vllm", tmp_path / "out")
-    note = found["check"]["reason"]
-    assert found["check"]["passed"] is None, "the base that is served is not the one of the training"
-    assert found["check"]["max_difference"] < 1e-5
+    note = found.check.reason
+    assert found.check.passed is None, "the base that is served is not the one of the training"
+    assert found.check.max_difference < 1e-5
     assert "beside the base in 16 bits log p differs by 0." in note
     assert f"slimtune merge {run} --out FOLDER" in note
-    (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", verify=False)["notes"] if "nf4" in n]
+    (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", verify=False).notes if "nf4" in n]
     assert "beside the base in 16 bits answers differ" in unmeasured
-    assert not [n for n in export(plain, "vllm", tmp_path / "three", verify=False)["notes"] if "16 bits" in n]
+    assert not [n for n in export(plain, "vllm", tmp_path / "three", verify=False).notes if "16 bits" in n]
 
 
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
@@ -60,7 +60,7 @@ def test_all_formats_on_a_quantized_gguf(tiny_llama, tiny_tokenizer, tmp_path, m
     run = make_run(tmp_path / "run", make_hf_folder(base)[0], model=NF4)
     file = run / "recipe.yaml"
     file.write_text(file.read_text().replace(f"name: {make_hf_folder(base)[0]}", f"name: {base}"))
-    assert [c["passed"] for c in verify(run, threads=1)["checks"]] == [True, True, True]
-    merged = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="f32"), threads=1)
-    assert merged["check"]["max_difference"] < 0.01
-    assert not [n for n in merged["notes"] if "16 bits" in n]
+    assert [c.passed for c in verify(run, threads=1).checks] == [True, True, True]
+    merged = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": "f32"}, threads=1)
+    assert merged.check.max_difference < 0.01
+    assert not [n for n in merged.notes if "16 bits" in n]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.merge import load_trained
@@ -38,7 +39,8 @@ LORAS = {
 
 def export_vllm(run, folder, **options):
     folder.mkdir(exist_ok=True)
-    return write_vllm_adapter(load_trained(run), run, folder, **options)
+    written = write_vllm_adapter(load_trained(run), run, folder, **options)
+    return {**to_json_dict(written.facts), "commands": written.commands, "notes": written.notes}
 
 
 @pytest.fixture

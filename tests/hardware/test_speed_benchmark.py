@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -14,16 +15,23 @@ from transformers import LlamaConfig
 from slimtune.errors import RunError, UsageError
 from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
-from slimtune.planning.gpu_specs import find_gpu, measured_gpu, read_table
-from slimtune.planning.measured_speeds import Measured, ServingFit, TrainingFit, load_machine_measurement, save_measured
-from slimtune.planning.plan_result import Range, Workload
+from slimtune.planning.gpu_specs import find_gpu, load_measured_gpu
+from slimtune.planning.measured_speeds import (
+    MachineMeasurement,
+    MeasuredStep,
+    ServingFit,
+    TrainingFit,
+    load_machine_measurement,
+    save_measurement,
+)
+from slimtune.planning.plan_result import Workload
 from slimtune.planning.serving_speed import estimate_serving_speed
 from slimtune.planning.this_machine import detect_gpu
 from slimtune.planning.throughput import estimate_speed
 
 BF16 = torch.bfloat16
-NARROW = Range(0.9, 1.1)
-FOUND = Measured(
+NARROW = (0.9, 1.1)
+FOUND = MachineMeasurement(
     name="this machine", processor="a CPU", threads=torch.get_num_threads(), date="2026-11-26",
     versions={"slimtune": "1", "torch": "2"}, memory=16 << 30, bf16=True, device="cpu",
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
@@ -34,7 +42,7 @@ FOUND = Measured(
             {"Q4_K_M": 1e11, "F16": 5e10}, NARROW,
         )
     },
-    steps=[{"width": 512}], skipped={},
+    steps=[MeasuredStep(512, 4, [128], 0.2, 0.21)], skipped={},
 )  # fmt: skip
 
 
@@ -43,7 +51,7 @@ def stored(tmp_path, monkeypatch):
     """A stored measurement of this machine."""
     monkeypatch.setenv("SLIMTUNE_BENCH", str(tmp_path / "data" / "bench.json"))
     monkeypatch.setattr(store, "read_processor", lambda: "a CPU")
-    return save_measured(FOUND)
+    return save_measurement(FOUND)
 
 
 def test_fit_finds_the_factors_and_none_below_zero():
@@ -75,12 +83,12 @@ def test_median_is_of_alternating_rounds():
 
 def test_stored_measurement_comes_back(stored):
     assert load_machine_measurement() == FOUND
-    assert measured_gpu().measured == FOUND == find_gpu("This Machine").measured
+    assert load_measured_gpu().measured == FOUND == find_gpu("This Machine").measured
     assert detect_gpu("cpu").measured == FOUND
 
 
 def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, monkeypatch):
-    save_measured(replace(FOUND, threads=FOUND.threads + 1))
+    save_measurement(replace(FOUND, threads=FOUND.threads + 1))
     assert detect_gpu("cpu").measured is None
     monkeypatch.setattr(store, "read_processor", lambda: "another CPU")
     assert load_machine_measurement() is None
@@ -98,22 +106,22 @@ def test_damaged_measurement_is_an_error(stored, change):
 def test_training_speed_follows_the_fit(stored):
     work = Counter({(4e9, 100, BF16): 10, (0, 2e6, BF16): 100})
     seconds = 1.5 * 10 * 4e9 / 4e11 + 0.5 * 100 * 2e6 / 2e10 + 10 * 1e-5
-    speed = estimate_speed(Workload(work, {}, 1000), measured_gpu())
-    assert speed == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
+    speed = estimate_speed(Workload(work, {}, 1000), load_measured_gpu())
+    assert (*speed,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
     seconds += 2.0 * 3e10 / 1e11
-    slower = estimate_speed(Workload(work, {torch.float32: 3e10}, 1000), measured_gpu())
-    assert slower == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
+    slower = estimate_speed(Workload(work, {torch.float32: 3e10}, 1000), load_measured_gpu())
+    assert (*slower,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
 
 
 def test_serving_speed_follows_the_fit(stored):
     job = {"read_bytes": 1e8, "cache_bytes": 1e7, "weights": 1e8, "layers": 10, "vocab_size": 50000}
-    speed = estimate_serving_speed(measured_gpu(), "ollama", **job)
+    speed = estimate_serving_speed(load_measured_gpu(), "ollama", **job)
     assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3 + 5e-4))
     assert speed.prefill.low == pytest.approx(0.9 * 1e11 / 2e8)
     assert speed.evidence == "measured here, 2026-11-26"
-    near = estimate_serving_speed(measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
+    near = estimate_serving_speed(load_measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
     assert (near.decode, near.evidence) == (speed.decode, "measured here, 2026-11-26, in Q4_K_M")
-    assert estimate_serving_speed(measured_gpu(), "vllm", **job, precision="bf16") is None
+    assert estimate_serving_speed(load_measured_gpu(), "vllm", **job, precision="bf16") is None
 
 
 @pytest.mark.slow
@@ -140,7 +148,8 @@ def test_command_stores_shows_and_exports(stored, slimtune, monkeypatch):
     assert (done.exit_code, stored.is_file()) == (0, True), done.output
     assert slimtune("bench", "--show").stdout == done.stdout
     heading, row = csv.reader(slimtune("bench", "--export").stdout.splitlines())
-    assert heading == list(read_table("gpus.csv")[0])
+    with (files("slimtune.planning") / "gpus.csv").open(encoding="utf-8") as table:
+        assert heading == next(csv.reader(table))
     assert dict(zip(heading, row, strict=True))["bf16_tflops"] == "0.4"
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from slimtune.cli.plan_chart import ALLOCATOR, COLOURS, draw_bars, write_plot
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
 from slimtune.planning.plan_result import PARTS
 
 GPU = find_gpu("rtx-3090")
@@ -26,12 +26,12 @@ def test_bar_is_as_long_as_its_bytes():
     head, row, *_ = draw(hand_plan())
     bar = row.removeprefix("lora ").removesuffix("   19.0 GiB  fits")
     sizes = dict(zip([*COLOURS, "·"], [15, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5, 0.5], strict=True))
-    scale = len(bar) / (1.02 * GPU.usable[1] / (1 << 30))  # a whole line is 2 % more than what the GPU gives
+    scale = len(bar) / (1.02 * GPU.usable.high / (1 << 30))  # a whole line is 2 % more than what the GPU gives
     assert all(abs(bar.count(letter) - size * scale) <= 1 for letter, size in sizes.items())
     order = "".join(dict.fromkeys(bar.replace(" ", "").replace("│", "")))
     assert order == "".join(letter for letter in sizes if letter in order)
-    assert head.index("│") == row.index("│") == pytest.approx(5 + GPU.usable[0] / (1 << 30) * scale, abs=1)
-    assert f"rtx-3090: {format_bytes(GPU.usable[0])}" in head
+    assert head.index("│") == row.index("│") == pytest.approx(5 + GPU.usable.low / (1 << 30) * scale, abs=1)
+    assert f"rtx-3090: {format_bytes(GPU.usable.low)}" in head
 
 
 def test_bars_are_aligned():
@@ -74,9 +74,9 @@ def test_ascii_terminal():
 
 
 def test_name_does_not_fit_before_the_line():
-    small = gpu_with_memory("1GiB")
+    small = make_gpu_with_memory("1GiB")
     head, row, *_ = draw(hand_plan(card=small, verdict="does not fit"), gpu=small)
-    assert head.strip() == f"│ 1.0 GiB of GPU memory: {format_bytes(small.usable[0])}"
+    assert head.strip() == f"│ 1.0 GiB of GPU memory: {format_bytes(small.usable.low)}"
     assert head.index("│") == row.index("│")
 
 
@@ -85,7 +85,7 @@ def test_svg_has_everything_as_text(tmp_path):
     text = (tmp_path / "plan.svg").read_text()
     for part in (
         "llama-3.1-8b: 2048 tokens in a micro-batch, rows of up to 2048", ">lora<", ">ia3<", ">full<", "19.0 GiB, fits",
-        "19.0 GiB, tight", "63.0 GiB, does not fit", f"rtx-3090: {format_bytes(GPU.usable[0])}", ">R runtime<",
+        "19.0 GiB, tight", "63.0 GiB, does not fit", f"rtx-3090: {format_bytes(GPU.usable.low)}", ">R runtime<",
         ALLOCATOR,
     ):  # fmt: skip
         assert part in text

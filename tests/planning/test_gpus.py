@@ -10,19 +10,19 @@ import pytest
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning import this_machine
-from slimtune.planning.gpu_specs import GIB, Gpu, all_gpus, find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu, list_gpus, make_gpu_with_memory
 from slimtune.planning.this_machine import detect_gpu
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))
 
 
 def test_table_is_plausible():
-    assert len({c.name for c in all_gpus()}) == len(all_gpus()) >= 150
-    assert {c.kind for c in all_gpus()} == {"desktop", "laptop", "workstation", "datacentre", "mac", "mini"}
-    for gpu in all_gpus():
+    assert len({c.name for c in list_gpus()}) == len(list_gpus()) >= 150
+    assert {c.kind for c in list_gpus()} == {"desktop", "laptop", "workstation", "datacentre", "mac", "mini"}
+    for gpu in list_gpus():
         assert gpu.source, gpu.name
         assert 0.75 * gpu.memory <= gpu.visible <= gpu.memory
-        assert 0 < gpu.usable[0] <= gpu.usable[1] <= gpu.memory
+        assert 0 < gpu.usable.low <= gpu.usable.high <= gpu.memory
         assert gpu.bandwidth > 1e10
         # Matrix units are never slower than the plain ones, and 16-bit formats go together.
         assert gpu.rates["float16"] >= gpu.rates["float32"] > 1e12
@@ -62,7 +62,7 @@ PER_FLOAT32 = {
 """How many times faster the matrix units of an architecture are in 16 bits than the plain ones in float32."""
 
 
-@pytest.mark.parametrize("gpu", all_gpus(), ids=lambda g: g.name)
+@pytest.mark.parametrize("gpu", list_gpus(), ids=lambda g: g.name)
 def test_rates_keep_the_ratio_of_their_architecture(gpu):
     if gpu.name == "l40":  # its matrix units run at half the rate of the L40S
         return
@@ -120,19 +120,19 @@ def test_nearest_card_has_the_same_numbers(name, nearest):
     [("24", 24 * GIB), ("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("1.5gib", 3 * GIB // 2), ("512MiB", GIB // 2)],
 )
 def test_memory_sizes(text, size):
-    assert gpu_with_memory(text).memory == size >= gpu_with_memory(text).usable[1]
+    assert make_gpu_with_memory(text).memory == size >= make_gpu_with_memory(text).usable.high
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "big", "24XB", "0.1B", "1e3"])
 def test_bad_memory_size(text):
     with pytest.raises(UsageError, match="no size of memory"):
-        gpu_with_memory(text)
+        make_gpu_with_memory(text)
 
 
 def test_detect_cpu():
     gpu = detect_gpu("cpu")
     assert gpu.device == "cpu"
-    assert gpu.usable[0] == gpu.usable[1] > 0
+    assert gpu.usable.low == gpu.usable.high > 0
 
 
 @pytest.mark.parametrize(("total", "name"), [(24 * GIB, "rtx-3090"), (10 * GIB, "NVIDIA GeForce RTX 3090")])
@@ -146,6 +146,6 @@ def test_detect_gpu_by_name_and_memory(monkeypatch, total, name):
 
 
 def test_unified_memory_is_not_all_usable():
-    mac = Gpu("a Mac", "mac", "apple", "", 16 * GIB, 16 * GIB, unified=True)
-    assert mac.usable[0] < 0.7 * 16 * GIB
+    mac = GpuSpec("a Mac", "mac", "apple", "", 16 * GIB, 16 * GIB, unified=True)
+    assert mac.usable.low < 0.7 * 16 * GIB
     assert mac.device == "mps"

@@ -5,48 +5,55 @@ import datetime
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.hardware.machine_choice import api_prices, describe_machine, purchases, rank_machines, runs_to_break_even
+from slimtune.hardware.machine_choice import (
+    count_runs_to_break_even,
+    list_api_prices,
+    list_purchase_prices,
+    make_machine_offer,
+    rank_machines,
+)
 from slimtune.planning.gpu_specs import find_gpu
-from slimtune.planning.plan_result import Range
+from slimtune.planning.interval import Interval
 
 
 def machine(name, speed=1000.0, **fields):
     card = find_gpu(name)
-    return describe_machine(card, hand_plan("lora", card, tokens_per_second=Range(speed, speed), **fields),
+    return make_machine_offer(card, hand_plan("lora", card, tokens_per_second=Interval(speed, speed), **fields),
                             tokens=3_600_000, dollars_per_kwh=0.5)  # fmt: skip
 
 
 def test_prices_have_a_machine_a_date_and_a_source():
-    for purchase in purchases():
-        assert find_gpu(purchase.card).name == purchase.card
+    for purchase in list_purchase_prices():
+        assert find_gpu(purchase.gpu).name == purchase.gpu
         assert datetime.date.fromisoformat(purchase.date) <= datetime.date(2026, 12, 31)
         assert purchase.condition in ("launch", "new", "used")
         assert purchase.source
         assert 100 < purchase.dollars < 20_000
-    assert all(p.source and p.dollars_per_million > 0 for p in api_prices())
+    assert all(p.source and p.dollars_per_million > 0 for p in list_api_prices())
 
 
 def test_a_paid_price_counts_before_that_of_the_launch():
-    assert machine("rtx-3090").price == (1300, 1300)
-    assert machine("rtx-4090").price == (1599, 1599)
+    assert machine("rtx-3090").price == Interval(1300, 1300)
+    assert machine("rtx-4090").price == Interval(1599, 1599)
 
 
 def test_the_cheapest_that_fits_and_is_in_time_is_first():
     some = [machine("rtx-3090"), machine("rtx-4090"), machine("rtx-4080", verdict="tight"), machine("rtx-5090", 50)]
-    assert [m.gpu.name for m in rank_machines(some)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
-    assert [m.gpu.name for m in rank_machines(some, hours=2, budget=1400)] == ["rtx-3090"]
-    assert [m.gpu.name for m in rank_machines(some, rent=True)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
+    assert [m.gpu for m in rank_machines(some)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
+    assert [m.gpu for m in rank_machines(some, hours=2, budget=1400)] == ["rtx-3090"]
+    assert [m.gpu for m in rank_machines(some, rent=True)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
     assert rank_machines(some, budget=100) == []
 
 
 def test_break_even():
     one_hour = machine("rtx-3090")
-    assert one_hour.cost.power == pytest.approx((0.105, 0.175))
-    price, rent = Range(1300, 1300), Range(1.105, 1.175)
-    assert runs_to_break_even(price, rent, one_hour.cost.power) == pytest.approx((1215, 1398), abs=1)
-    assert runs_to_break_even(Range(1300, 1300), Range(0.1, 0.1), one_hour.cost.power) is None
+    assert (*one_hour.cost.power,) == pytest.approx((0.105, 0.175))
+    price, rent = Interval(1300, 1300), Interval(1.105, 1.175)
+    even = count_runs_to_break_even(price, rent, one_hour.cost.power)
+    assert tuple(even) == pytest.approx((1215, 1398), abs=1)
+    assert count_runs_to_break_even(Interval(1300, 1300), Interval(0.1, 0.1), one_hour.cost.power) is None
 
 
 def test_serving_only_where_an_8b_fits():
-    assert describe_machine(find_gpu("m1-8gb")).serving is None
+    assert make_machine_offer(find_gpu("m1-8gb")).serving is None
     assert 80 < machine("rtx-3090").serving.decode.low < machine("rtx-3090").serving.decode.high < 170

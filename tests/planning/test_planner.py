@@ -14,18 +14,19 @@ from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.example_lengths import RowContent, measure_example, resize_rows, unshare_prefix
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import Gpu, find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import GpuSpec, find_gpu, make_gpu_with_memory
 from slimtune.planning.memory_trace import make_examples, shard_base
 from slimtune.planning.plan_request import PlanRequest, build_request
 from slimtune.planning.plan_result import PARTS
-from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan, pick_usual_rows
+from slimtune.planning.planner import estimate_adapter_file_size, estimate_resources, judge_memory, pick_usual_rows
 from slimtune.planning.this_machine import detect_gpu
 
 TINY = BaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
-ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")
+ROOMY, SMALL = make_gpu_with_memory("8GiB"), make_gpu_with_memory("2GiB")
 
 
 def lora(rank=4, **settings):
@@ -33,7 +34,7 @@ def lora(rank=4, **settings):
 
 
 def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
-    return make_plan(PlanRequest(TINY, gpu, method or lora(), **{"seq_len": 64, **fields}), advise=advise)
+    return estimate_resources(PlanRequest(TINY, gpu, method or lora(), **{"seq_len": 64, **fields}), advise=advise)
 
 
 @pytest.mark.slow
@@ -43,16 +44,18 @@ def test_llama_3_1_8b():
         load_base_config("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
         gradient_checkpointing=True,
     )  # fmt: skip
-    plan = make_plan(request)
+    plan = estimate_resources(request)
     assert plan.verdict == "fits"
     assert plan.allocated_bytes == pytest.approx(17.86e9, rel=0.005)
-    full = make_plan(replace(request, method=CASES["full"](), gradient_accumulation_steps=1), advise=False)
+    full = estimate_resources(replace(request, method=CASES["full"](), gradient_accumulation_steps=1), advise=False)
     assert full.verdict == "does not fit"
     assert full.allocated_bytes == pytest.approx(146e9, rel=0.005)
     assert "the largest parts are optimizer" in full.reason
     small = replace(request, gpu=find_gpu("rtx-3060-12gb"))
-    assert make_plan(replace(small, quantization="nf4")).verdict == "fits"
-    assert make_plan(small, advise=False).reason.endswith("the weights alone (15.0 GiB) are more than the card has")
+    assert estimate_resources(replace(small, quantization="nf4")).verdict == "fits"
+    assert estimate_resources(small, advise=False).reason.endswith(
+        "the weights alone (15.0 GiB) are more than the card has"
+    )
 
 
 def test_plan_adds_up():
@@ -63,7 +66,7 @@ def test_plan_adds_up():
     assert set(plan.peaks) >= {"start", "forward", "loss", "optimizer", "evaluation", "merge"}
     assert plan.reserved_bytes.low == plan.allocated_bytes <= plan.reserved_bytes.high
     assert (plan.batch, plan.micro_batches, plan.seq_len, plan.max_tokens_per_micro_batch) == (2, 3, 64, 128)
-    assert set(plan.to_dict()) >= {"trainable_fraction", "need_bytes", "verdict", "evidence"}
+    assert set(to_json_dict(plan)) >= {"trainable_fraction", "need_bytes", "verdict", "evidence"}
 
 
 @pytest.mark.slow
@@ -87,13 +90,13 @@ def test_split_batch():
 @pytest.mark.slow
 def test_advice():
     base = BaseConfig("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
-    request = PlanRequest(base, Gpu("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
-    plan = make_plan(request)
+    request = PlanRequest(base, GpuSpec("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
+    plan = estimate_resources(request)
     assert plan.verdict != "fits"
     assert all(a.saves > 0 for a in plan.advice)
     first = plan.advice[0]
     assert first.change.startswith("--gradient-checkpointing")
-    better = make_plan(replace(request, gradient_checkpointing=True), advise=False)
+    better = estimate_resources(replace(request, gradient_checkpointing=True), advise=False)
     assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
 
 
@@ -124,8 +127,8 @@ def test_bad_request(fields, message):
 @pytest.mark.slow
 def test_plan_for_one_gpu_judges_another():
     plan = plan_tiny()
-    assert judge_memory(plan.need, ROOMY.usable) == "fits"
-    assert judge_memory(plan.need, gpu_with_memory("100MiB").usable) == "does not fit"
+    assert judge_memory(plan.need_bytes, ROOMY.usable) == "fits"
+    assert judge_memory(plan.need_bytes, make_gpu_with_memory("100MiB").usable) == "does not fit"
 
 
 @pytest.mark.slow
@@ -143,7 +146,7 @@ def test_request_of_a_recipe(tmp_path):
     job = request.job()
     assert job.lengths == (300, 100, 90, 80)  # the longest rows that can come together
     assert (job.micro_batches, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
-    plan = make_plan(request)
+    plan = estimate_resources(request)
     assert (plan.max_tokens_per_micro_batch, plan.micro_batches) == (570, 2)
 
 
@@ -153,7 +156,7 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     job = pick_usual_rows(request, request.job())
     pack = Collator(0, layout=True)(make_examples(job.lengths, job.supervised))
     assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
-    assert make_plan(request).work.tokens == 8 * 60
+    assert estimate_resources(request).work.tokens == 8 * 60
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
@@ -205,7 +208,7 @@ def test_run_takes_the_tokens_that_are_planned(pairs, tiny_folder, tmp_path):
             "output_dir": str(tmp_path / "run"),
         }
     )
-    train(recipe, planner=lambda *job: make_plan(build_request(job[0], detect_gpu("cpu"), job[1])).to_dict())
+    train(recipe, planner=lambda *job: estimate_resources(build_request(job[0], detect_gpu("cpu"), job[1])))
     record = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert record["plan"]["batch"] == (4 if pairs == "all" else 2)
     assert record["plan"]["max_tokens_per_micro_batch"] == record["probe"]["tokens"]
@@ -230,7 +233,10 @@ def test_saved_bytes():
 
 @pytest.mark.slow
 def test_four_processes_shard_the_base():
-    one, four = make_plan(make_request(1, fsdp=False), advise=False), make_plan(make_request(4, fsdp=True))
+    one, four = (
+        estimate_resources(make_request(1, fsdp=False), advise=False),
+        estimate_resources(make_request(4, fsdp=True)),
+    )
     assert one.verdict == "does not fit"
     assert four.parts["weights"] < one.parts["weights"] / 2 + 1e9
     assert [four.parts[p] for p in ("adapters", "optimizer")] == [one.parts[p] for p in ("adapters", "optimizer")]
@@ -238,6 +244,6 @@ def test_four_processes_shard_the_base():
     assert "sharded over 4 processes" in four.reason
     assert "sharded base: computed" in four.evidence["parts"]
     assert four.reserved_bytes.high - four.reserved_bytes.low > 2 * LAYER  # what is gathered beside a layer
-    whole = make_plan(make_request(4, fsdp=False), advise=False)
+    whole = estimate_resources(make_request(4, fsdp=False), advise=False)
     assert whole.parts == one.parts
     assert "each of 4 processes holds the whole base" in whole.reason

@@ -10,12 +10,12 @@ from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace
 from slimtune.planning import plan_request as request
-from slimtune.planning.gpu_specs import gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory
 from slimtune.planning.plan_request import PlanRequest, build_request
-from slimtune.planning.planner import make_plan
+from slimtune.planning.planner import estimate_resources
 
 GPT2 = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=512)
-ROOMY = gpu_with_memory("24GiB")
+ROOMY = make_gpu_with_memory("24GiB")
 
 
 def make_recipe(**data):
@@ -56,6 +56,6 @@ def test_no_longer_row_is_traced_or_answered(monkeypatch):
 
     monkeypatch.setattr("slimtune.planning.extrapolation.trace_memory", record)
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
-    plan = make_plan(PlanRequest(BaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
+    plan = estimate_resources(PlanRequest(BaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512
     assert base_config.max_positions(GPT2) == 512

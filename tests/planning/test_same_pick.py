@@ -10,9 +10,9 @@ from slimtune.core.models.dtype import pick_device, pick_training_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import GIB, Gpu, all_gpus, find_gpu
+from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu, list_gpus
 from slimtune.planning.plan_request import PlanRequest
-from slimtune.planning.planner import list_notes, make_plan
+from slimtune.planning.planner import estimate_resources, list_notes
 from slimtune.planning.this_machine import detect_gpu
 
 BASE = BaseConfig("tiny", "tiny", llama().config, "")
@@ -63,7 +63,7 @@ def test_this_machine(monkeypatch, machine, expected):
     assert planned(detect_gpu()) == trained() == expected
 
 
-@pytest.mark.parametrize("gpu", [g for g in all_gpus() if g.trains], ids=lambda g: g.name)
+@pytest.mark.parametrize("gpu", [g for g in list_gpus() if g.trains], ids=lambda g: g.name)
 def test_card_of_the_table(monkeypatch, gpu):
     if gpu.vendor == "apple":
         set_machine(monkeypatch, mps=True)
@@ -78,7 +78,7 @@ def test_intel_gpus_do_not_train(monkeypatch):
         assert trained() == planned(detect_gpu())
     with pytest.raises(UsageError, match="does not train on Intel GPUs"):
         pick_device("xpu")
-    assert [g.name for g in all_gpus() if not g.trains] == [g.name for g in all_gpus() if g.vendor == "intel"] != []
+    assert [g.name for g in list_gpus() if not g.trains] == [g.name for g in list_gpus() if g.vendor == "intel"] != []
     with pytest.raises(UsageError, match="arc-b580: slimtune does not train on Intel GPUs"):
         gpus.require_trains(find_gpu("arc-b580"))
 
@@ -110,6 +110,6 @@ def test_notes_say_what_a_default_costs(gpu, words):
 
 @pytest.mark.slow
 def test_advice_names_bfloat16_for_a_float32_run():
-    small = Gpu("small", "memory", "nvidia", "turing", 1, 1, rates={"float32": 1e12, "float16": 8e12})
-    changes = [a.change for a in make_plan(PlanRequest(BASE, small, LORA, seq_len=32)).advice]
+    small = GpuSpec("small", "memory", "nvidia", "turing", 1, 1, rates={"float32": 1e12, "float16": 8e12})
+    changes = [a.change for a in estimate_resources(PlanRequest(BASE, small, LORA, seq_len=32)).advice]
     assert "--dtype bfloat16 (slower where the device emulates it)" in changes

@@ -10,22 +10,21 @@ import tiny_families
 import torch
 from transformers import AutoConfig
 
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models
-from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
+from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
 from slimtune.planning.serving_memory import (
-    ENGINES,
-    GGUF_BITS,
     METADATA,
-    VLLM_BITS,
     active_weights,
     cache_bytes,
-    plan_serving,
+    estimate_serving,
     weight_bytes,
 )
 from slimtune.planning.serving_speed import DECODING, estimate_serving_speed
+from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 
 MIB, GIB = 1 << 20, 1 << 30
 PUBLISHED = {  # bytes of files made without an importance matrix, or whose types it does not change
@@ -70,7 +69,7 @@ def model(name="llama-3.1-8b"):
 
 
 def plan(name="llama-3.1-8b", gpu=None, **settings):
-    return plan_serving(config(name), gpu=find_gpu(gpu) if gpu else None, **settings)
+    return estimate_serving(config(name), gpu=find_gpu(gpu) if gpu else None, **settings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -95,7 +94,7 @@ def test_published_file_sizes_of_experts():
 def test_bits_per_weight():
     assert plan().bits == pytest.approx(4.89, abs=0.03)
     assert plan(precision="q8_0").bits == pytest.approx(8.5, abs=0.01)
-    for precision in GGUF_BITS:  # 896 wide: no multiple of 256
+    for precision in GGUF_TYPES:  # 896 wide: no multiple of 256
         assert 2 < plan("qwen2.5-0.5b", precision=precision).bits < 32.1
     for precision in VLLM_BITS:
         assert 0.4e9 < plan("qwen3-0.6b", engine="vllm", precision=precision).file_bytes < 2.5e9
@@ -167,8 +166,8 @@ def test_verdicts():
     assert (too_large.verdict, too_large.max_context) == ("does not fit", 0)
     served = plan()
     assert (served.verdict, served.usable_bytes, served.max_context) == (None, None, None)
-    middle = gpu_with_memory(f"{sum(served.need) / 2 / GIB:.3f}GiB")
-    assert plan_serving(config(), gpu=middle).verdict == "tight"
+    middle = make_gpu_with_memory(f"{sum(served.need_bytes) / 2 / GIB:.3f}GiB")
+    assert estimate_serving(config(), gpu=middle).verdict == "tight"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -206,10 +205,10 @@ def test_quantized_cache():
 
 def test_json():
     served = plan(gpu="rtx-4090")
-    printed = json.loads(json.dumps(served.to_dict()))
-    assert printed["need_bytes"] == {"low": served.need.low, "high": served.need.high}
+    printed = json.loads(json.dumps(to_json_dict(served)))
+    assert printed["need_bytes"] == {"low": served.need_bytes.low, "high": served.need_bytes.high}
     assert set(served.evidence) > set(served.parts)
-    assert all(isinstance(n, int) for n in (*served.need, *served.compute_bytes, *served.usable_bytes))
+    assert all(isinstance(n, int) for n in (*served.need_bytes, *served.compute_bytes, *served.usable_bytes))
     assert "rtx-4090" in served.reason
 
 
@@ -260,7 +259,7 @@ def test_every_known_base():
             with pytest.raises(ModelError, match="cache no keys and values of heads"):
                 plan(name)
             continue
-        need = plan(name).need
+        need = plan(name).need_bytes
         assert 0 < need.low < need.high, name
 
 
@@ -310,7 +309,7 @@ def test_formula_of_the_speed():
     gpu, fit = find_gpu("rtx-3090"), DECODING["llama.cpp", "nvidia"]
     speed = estimate_serving_speed(gpu, "ollama", **LLAMA_8B)
     seconds = 4.61e9 / (fit.share * 936e9) + 32 * fit.layer_s
-    assert speed.decode == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
+    assert (*speed.decode,) == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
     assert speed.decode.low < 111.7 < speed.decode.high  # XiongjieDai, May 2024
     assert speed.prefill.low < 3865 < speed.prefill.high
 
@@ -323,5 +322,5 @@ def test_requests_decoded_together_share_the_reading_of_the_weights():
 
 
 def test_unknown_hardware_has_no_speed():
-    assert estimate_serving_speed(gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
+    assert estimate_serving_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
     assert estimate_serving_speed(find_gpu("arc-b580"), "ollama", **LLAMA_8B) is None

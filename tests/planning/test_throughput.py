@@ -8,10 +8,13 @@ import published_hours as published
 import pytest
 import torch
 
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import find_gpu, gpu_with_memory
-from slimtune.planning.plan_result import Range, Workload
-from slimtune.planning.throughput import UTILIZATION, estimate_cost, estimate_speed, prices
+from slimtune.hardware.run_cost import estimate_run_cost, list_rent_prices
+from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
+from slimtune.planning.interval import Interval
+from slimtune.planning.plan_result import Workload
+from slimtune.planning.throughput import UTILIZATION, estimate_speed
 
 H100, BF16 = find_gpu("h100-sxm"), torch.bfloat16
 OPERATIONS, MOVED = 2 * 4096**3, 6 * 4096**2
@@ -52,7 +55,7 @@ def test_range_is_as_narrow_as_the_runs_are(rows):
     ],
 )
 def test_what_bounds_an_operator(work, seconds):
-    assert speed(work) == pytest.approx([u * 1000 / seconds for u in UTILIZATION])
+    assert (*speed(work),) == pytest.approx([u * 1000 / seconds for u in UTILIZATION])
 
 
 def test_optimizer_step_counts_once():
@@ -65,40 +68,42 @@ def test_rates_of_the_gpu():
     half = Counter({(OPERATIONS, MOVED, torch.float16): 10})
     slow, fast = (speed(work, find_gpu("t4")) for work in (PRODUCTS, half))
     assert fast.high == pytest.approx(slow.high * 65 / 8.1)  # bf16, which it lacks, runs as float32
-    assert speed(PRODUCTS, gpu_with_memory("24GiB")) is None
+    assert speed(PRODUCTS, make_gpu_with_memory("24GiB")) is None
 
 
 def test_hours_energy_and_money():
-    cost = estimate_cost(Range(1000, 2000), 7_200_000, H100, dollars_per_hour=3.0, dollars_per_kwh=0.25)
-    assert (cost.hours, cost.rent, cost.prices) == ((1, 2), (3, 6), ())
-    assert cost.kwh == pytest.approx((0.42, 1.4))
-    assert cost.power == pytest.approx((0.105, 0.35))
-    assert cost.to_dict()["rent"] == {"low": 3, "high": 6}
+    cost = estimate_run_cost(Interval(1000, 2000), 7_200_000, H100, dollars_per_hour=3.0, dollars_per_kwh=0.25)
+    assert (cost.hours, cost.rent, cost.prices) == (Interval(1, 2), Interval(3, 6), ())
+    assert tuple(cost.kwh) == pytest.approx((0.42, 1.4))
+    assert tuple(cost.power) == pytest.approx((0.105, 0.35))
+    assert to_json_dict(cost)["rent"] == {"low": 3, "high": 6}
 
 
 def test_rent_from_the_table():
-    cost = estimate_cost(Range(1000, 2000), 7_200_000, H100)
-    found = [p.dollars_per_hour for p in prices("h100-sxm")]
-    assert (cost.rent, cost.power) == ((min(found), 2 * max(found)), None)
-    assert all(p["date"] and p["source"] for p in cost.to_dict()["prices"])
+    cost = estimate_run_cost(Interval(1000, 2000), 7_200_000, H100)
+    found = [p.dollars_per_hour for p in list_rent_prices("h100-sxm")]
+    assert (cost.rent, cost.power) == (Interval(min(found), 2 * max(found)), None)
+    assert all(p["date"] and p["source"] for p in to_json_dict(cost)["prices"])
 
 
 def test_unknown_price_and_power():
-    cost = estimate_cost(Range(1000, 2000), 7_200_000, replace(H100, name="another", watts=None), dollars_per_kwh=0.25)
+    cost = estimate_run_cost(
+        Interval(1000, 2000), 7_200_000, replace(H100, name="another", watts=None), dollars_per_kwh=0.25
+    )
     assert (cost.rent, cost.kwh, cost.power) == (None, None, None)
 
 
 def test_table_of_prices():
-    assert len({p.card for p in prices()}) >= 15
-    for price in prices():
-        assert find_gpu(price.card).name == price.card
+    assert len({p.gpu for p in list_rent_prices()}) >= 15
+    for price in list_rent_prices():
+        assert find_gpu(price.gpu).name == price.gpu
         assert 0.05 < price.dollars_per_hour < 20
         assert price.provider
         assert price.source
         datetime.date.fromisoformat(price.date)
-    assert all("spot" in p.provider for p in prices() if "deploybase" in p.source)
+    assert all("spot" in p.provider for p in list_rent_prices() if "deploybase" in p.source)
 
 
 def test_price_must_be_above_zero():
     with pytest.raises(UsageError, match="dollars_per_hour"):
-        estimate_cost(Range(1, 2), 10, H100, dollars_per_hour=0)
+        estimate_run_cost(Interval(1, 2), 10, H100, dollars_per_hour=0)

@@ -8,9 +8,9 @@ from slimtune.core.models.base_config import BaseConfig
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace, planner
-from slimtune.planning.gpu_specs import gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory
 from slimtune.planning.plan_request import PlanRequest
-from slimtune.planning.planner import make_plan
+from slimtune.planning.planner import estimate_resources
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -22,9 +22,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, **sizes):
     config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    request = PlanRequest(BaseConfig("tiny", "tiny", config, ""), gpu_with_memory("24GiB"), method, dtype=dtype,
+    request = PlanRequest(BaseConfig("tiny", "tiny", config, ""), make_gpu_with_memory("24GiB"), method, dtype=dtype,
                           seq_len=seq_len, batch_size=2, packing=packing)  # fmt: skip
-    return make_plan(request, advise=False)
+    return estimate_resources(request, advise=False)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """What happens to a run after its training: `slimtune export`, `verify`, `merge` and `push`."""
 
+import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
-from typer import Argument, BadParameter, Option
+from typer import Argument, Option
 
-from ..core.foundation.formatting import format_bytes, format_duration
 from .common import (
     ERROR,
     WARNING,
@@ -22,79 +26,115 @@ from .common import (
     table,
 )
 from .input_checks import require_rows, require_run
+from .options import GroupedCommand, add_trust_flag
+
+if TYPE_CHECKING:
+    from ..export.export_results import EngineVerdict
 
 VERDICTS = {True: "passed", False: "FAILED", None: ""}
 LEGEND = """prompts: how many become the same tokens; d: difference of log p from that of
 the trained adapter, in nats; strength: share of the adapter's effect that arrives"""
 HELP = "A run, an adapter, or what export or merge wrote."
-MIN_SHARE = 0.9
-"""Share of the adapter's effect in the merged model below which there is a warning."""
 
 
+def add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--to` and a flag for each option of the export formats; the command gets them as `to` and `options`.
+
+    They are built when the command runs or shows its help: formats of other packages are looked for then.
+    """
+    signature = inspect.signature(command)
+    own = [p for name, p in signature.parameters.items() if name not in ("to", "options")]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        options = {name: given.pop(name) for name in list(given) if name not in signature.parameters}
+        return command(options=options, **given)
+
+    def build_command(name: str, epilog: str | None) -> Any:
+        (first, *rest), flags = own, list(_iterate_format_flags())
+        ordered = [first, *flags[:1], *rest[:1], *flags[1:], *rest[1:]]
+        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
+        run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command(name, cls=GroupedCommand, epilog=epilog)(add_trust_flag(run))
+        return typer.main.get_command(app)
+
+    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    run.build_command = build_command  # type: ignore[attr-defined]
+    return run
+
+
+def _iterate_format_flags() -> Iterator[inspect.Parameter]:
+    """Yield the parameter of `--to`, then one for each option that a format has."""
+    from ..export.export_format import EXPORT_FORMATS, list_targets
+
+    *most, last = list_targets()
+    target = Option("--to", help=f"Target: {', '.join(most)} or {last}.", show_default=False)
+    yield inspect.Parameter("to", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, target])
+    seen = set()
+    for kind in (EXPORT_FORMATS.load(name) for name in (*most, last)):
+        types = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if field.name in seen:
+                continue
+            seen.add(field.name)
+            names = field.metadata["names"] or (f"--{field.name.replace('_', '-')}",)
+            parse = field.metadata["parse"]
+            option: Any = Option(*names, help=field.metadata["help"])
+            yield inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None if parse else types[field.name], option],
+            )
+
+
+def _read_format_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, those that are text read by the format."""
+    from ..export.export_format import EXPORT_FORMATS
+
+    fields = {field.name: field for field in dataclasses.fields(EXPORT_FORMATS.load(to))}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options.keys() & fields.keys():
+        if (parse := fields[name].metadata["parse"]) is not None:
+            options[name] = parse(options[name])
+    return options
+
+
+@add_format_flags
 def export_run(
     run: Run,
-    to: Annotated[str, Option(help="Target: gguf, ollama or vllm.", show_default=False)],
+    to: str,
     out: Annotated[Path, Option(help="Folder to write; it must not contain files.", show_default=False)],
-    merged: Annotated[
-        bool | None,
-        Option("--merged/--no-merged", help="Base and adapter as one model; for Ollama by default."),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        Option(
-            "--precision", "--quantize", help="f32, f16; merged also bf16, q8_0, and what llama-quantize makes: Q4_K_M."
-        ),
-    ] = None,
-    convert_to_lora: Annotated[
-        str | None,
-        Option(help="Convert it to a LoRA first: of this rank (16), or keeping this share of the change (0.99)."),
-    ] = None,
-    ollama_base: Annotated[
-        str | None, Option(help="Ollama's FROM: a name from its library (llama3.1:8b), or a GGUF.")
-    ] = None,
-    name: Annotated[str | None, Option(help="Name of the model in the engine; by default the folder's.")] = None,
-    system: Annotated[str | None, Option(help="System prompt of every conversation in Ollama.")] = None,
-    num_ctx: Annotated[int | None, Option(help="Tokens of Ollama's window.")] = None,
-    dtype: Annotated[str | None, Option(help="What vLLM computes in: float32, bfloat16, float16.")] = None,
+    options: dict[str, Any],
     no_verify: Annotated[bool, Option("--no-verify", help="Do not check the export by the engine.")] = False,
     require_proof: Annotated[
         bool, Option("--require-proof", help="Fail, and write nothing, unless the check proves the export.")
     ] = False,
     threads: Annotated[int | None, Option(help="Threads of llama.cpp during the check.")] = None,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """Write a run as Ollama, llama.cpp or vLLM reads it, checked by the engine."""
-    from ..export.manifest import require_target
+    from ..export.export_format import require_target
 
     require_target(to)
+    options = _read_format_options(to, options)
     require_run(run)
-    from ..export.exporter import ExportOptions, export
+    from ..export.exporter import export
 
-    rank: int | float | None = None
-    try:
-        if convert_to_lora is not None:
-            rank = int(convert_to_lora) if convert_to_lora.lstrip("-").isdigit() else float(convert_to_lora)
-    except ValueError:
-        raise BadParameter(f"--convert-to-lora {convert_to_lora!r} is neither a rank nor a share") from None
-    options = ExportOptions(merged, precision, rank, ollama_base, name, system, num_ctx, dtype)
-    target: Any = to  # an unknown one is refused with the nearest name
     checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
     with show_progress():
-        result = export(run, target, out, options, **checks, log=print_progress)
+        result = export(run, to, out, options, **checks, log=print_progress)
     if not as_json:
         screen = console()
-        for file, size in result["files"].items():
-            screen.print(f"{result['out']}/{file}  {format_bytes(size)}")
-        if conversion := result.get("conversion"):
-            screen.print(f"as a LoRA: {conversion['error']:.2%} of the change is lost")
-        for note in result["notes"]:
-            screen.print(f"note: {note}")
-        if result["check"]["positions"]:
-            print_verdicts([result["check"]])
-        if result["check"]["passed"] is None:
-            text = f"NOT PROVEN: {result['check']['reason']}"
+        for line in result.lines():
+            screen.print(line)
+        if result.check.positions:
+            print_verdicts([result.check])
+        if result.check.passed is None:
+            text = f"NOT PROVEN: {result.check.reason}"
             error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
-        screen.print("\nnext:", *result["commands"], sep="\n  ", soft_wrap=True)
+        screen.print("\nnext:", *result.commands, sep="\n  ", soft_wrap=True)
     return result
 
 
@@ -112,7 +152,7 @@ def verify_run(
     manifest = read_manifest(path)
     if manifest is None:
         require_run(path)
-    require_rows(data, run=path if manifest is None else manifest["run"])
+    require_rows(data, run=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:
@@ -122,40 +162,35 @@ def verify_run(
         )
     with show_progress():
         result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
-    checks = result["checks"]
     if not as_json:
-        print_verdicts(checks)
-        for check in checks:
-            if check["reason"]:
-                console().print(f"{check['engine']}: {check['reason']}")
-    if result["passed"]:
+        print_verdicts(result.checks)
+        for check in result.checks:
+            if check.reason:
+                console().print(f"{check.engine}: {check.reason}")
+    if result.passed:
         return result
-    failed = [c["engine"] for c in checks if c["passed"] is False]
-    unchecked = [c["engine"] for c in checks if c["passed"] is None]
-    reason = f"not the trained model: {', '.join(failed)}" if failed else f"not proven: {', '.join(unchecked)}"
-    error_console().print(f"error: {reason}", style=ERROR)
+    error_console().print(f"error: {result.explain_failure()}", style=ERROR)
     return NegativeResult(result)
 
 
-def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Table:
+def format_verdicts(checks: "Sequence[EngineVerdict]") -> Table:
     """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
     rows = table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
     rows.padding = (0, 1, 0, 0)
     for c in checks:
-        numbers, verdict = ["-"] * 4, VERDICTS[c["passed"]] or "NOT PROVEN" * c["failed"]
-        if c["positions"]:
-            numbers = [f"{c['prompts_equal']} of {c['prompts']}"]
-            numbers += [f"{c[k]:.2g}" for k in ("mean_difference", "max_difference")]
-            numbers += [f"{c['strength']:.0%}" if math.isfinite(c["strength"]) else "-"]
+        numbers, verdict = ["-"] * 4, VERDICTS[c.passed] or "NOT PROVEN" * c.failed
+        if c.positions:
+            numbers = [f"{c.prompts_equal} of {c.prompts}", f"{c.mean_difference:.2g}", f"{c.max_difference:.2g}"]
+            numbers.append(f"{c.strength:.0%}" if math.isfinite(c.strength) else "-")
             verdict = verdict or "NOT PROVEN"
-        rows.add_row(c["engine"], c["precision"], *numbers, verdict or "not checked")
+        rows.add_row(c.engine, c.precision, *numbers, verdict or "not checked")
     return rows
 
 
-def print_verdicts(checks: Sequence[Mapping[str, Any]]) -> None:
+def print_verdicts(checks: "Sequence[EngineVerdict]") -> None:
     """Print the verdicts and what their numbers are."""
     console().print(format_verdicts(checks))
-    if any(c["positions"] for c in checks):
+    if any(c.positions for c in checks):
         console().print(LEGEND, style="dim")
 
 
@@ -164,7 +199,7 @@ def merge_run(
     out: Annotated[Path, Option(help="Folder for the checkpoint; it must not contain files.", show_default=False)],
     dtype: Annotated[str, Option(help="Dtype of the checkpoint: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """Write base and adapter as one checkpoint."""
     require_run(run)
     from ..export.merge import merge
@@ -172,18 +207,10 @@ def merge_run(
     with show_progress():
         result = merge(run, out, dtype=dtype)
     if not as_json:
-        console().print(
-            f"{result['out']}: {format_bytes(result['bytes'])} in {result['dtype']}, "
-            f"{format_duration(result['seconds'])}; merged and adapted model differ by {result['mean_difference']:.2g} "
-            f"nats on average ({result['max_difference']:.2g} at most), where the adapter changes the base by "
-            f"{result['effect']:.2g}"
-        )
-        share = result["strength"]
-        if math.isfinite(share):
-            console().print(f"{share:.1%} of the adapter's effect survives in {result['dtype']}")
-        if share < MIN_SHARE:
-            text = f"warning: {result['dtype']} cannot hold so small a change: {1 - share:.0%} of it is lost"
-            error_console().print(f"{text}; --dtype float32 keeps it", style=WARNING)
+        for line in result.lines():
+            console().print(line)
+        if warning := result.warning():
+            error_console().print(f"warning: {warning}", style=WARNING)
     return result
 
 
@@ -205,7 +232,7 @@ def push_run(
     keep_card: Annotated[bool, Option("--keep-card", help="Do not replace a README.md in the repository.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Send nothing; show the files and the model card.")] = False,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """Upload the adapter and a model card to the Hub, never checkpoints, logs or rows.
 
     Merged models and GGUF files are uploaded as they are. Log in with `hf auth login`, or set HF_TOKEN.
@@ -217,14 +244,5 @@ def push_run(
     how: dict[str, Any] = {"revision": revision, "message": message, "base": base, "private": private or None}
     result = push(run, repo_id, keep_card=keep_card, dry_run=dry_run, **how)
     if not as_json:
-        lines = [f"{name}  {format_bytes(size)}" for name, size in result["files"].items()]
-        if result["skipped"]:
-            lines.append(f"not uploaded: {', '.join(result['skipped'])}")
-        if "card" in result:
-            lines.append(f"\nnothing was sent; the model card would be:\n\n{result['card']}")
-        else:
-            place = f"{result['url']} ({'private' if result['private'] else 'public'}), {result['revision']}"
-            size = format_bytes(result["bytes"])
-            lines.append(f"{place} at {result['commit'][:8]}: {len(result['files'])} files, {size}")
-        console().print("\n".join(lines))
+        console().print("\n".join(result.lines()))
     return result

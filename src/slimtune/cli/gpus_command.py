@@ -1,29 +1,27 @@
 """`slimtune gpus`: the GPUs people own or rent, and which of them can train a run."""
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
 from .common import Json, console, print_age, print_fields, table
-from .machine_commands import (
-    MILLION,
-    format_range,
-    format_source,
-    list_machine_sources,
-    list_prices,
-    machine_rows,
-    read_kinds,
-)
+from .machine_commands import read_kinds
 from .options import recipe_flags
 from .plan_command import name_run
-from .planned_jobs import JOB_SETTINGS, load_run_to_plan, make_plans, plan_key
+from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_on_gpus, estimate_runs, load_run_to_plan
+
+if TYPE_CHECKING:
+    from ..hardware.hardware_results import GpuComparisonResult, SuitedGpusResult
+    from ..planning.gpu_specs import GpuSpec
 
 MOST = 5
 """GPUs side by side on a screen of 80 columns."""
-SEVERAL = "--for got several methods"
+SEVERAL, SEVERAL_HINT = "--for got several methods", "--method lora, or see `slimtune plan --method all`"
 KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, datacentre, mac, mini."
 
 
@@ -42,11 +40,12 @@ def gpus(
     kwh_price: Annotated[float | None, Option(min=0, help="Dollars for a kWh, to compare GPUs by electricity.")] = None,
     sources: Annotated[bool, Option("--sources", help="Show each GPU's source, and when it was checked.")] = False,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """List the GPUs that plans know, compare some, or list those that can train a run (with the flags of `plan`)."""
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
-    from ..planning.gpu_specs import all_gpus, find_gpu, measured_gpu
+    from ..hardware.hardware_results import GpusResult
+    from ..planning.gpu_specs import find_gpu, list_gpus, load_measured_gpu
 
     if names:
         if kind is not None:
@@ -56,140 +55,111 @@ def gpus(
         found = [find_gpu(name) for name in names]
         if len(found) == 1 and job is None:
             if not as_json:
-                print_fields(_describe_gpu(found[0]))
-            return {"cards": [_to_dict(found[0])]}
+                from ..hardware.machine_choice import list_gpu_lines
+
+                print_fields(list_gpu_lines(found[0]))
+            return GpusResult([found[0].facts()])
         return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
-    kinds = read_kinds(kind, list(dict.fromkeys(c.kind for c in all_gpus())))
-    cards = [c for c in all_gpus() if c.kind in kinds]
-    if kind is None and (here := measured_gpu()) is not None:
-        cards.insert(0, here)
-    if job is None and sources and not as_json:
-        print_fields((c.name, format_source(c)) for c in cards)
-    elif job is None and not as_json:
+    kinds = read_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpus())))
+    shown = [g for g in list_gpus() if g.kind in kinds]
+    if kind is None and (here := load_measured_gpu()) is not None:
+        shown.insert(0, here)
+    if job is not None:
+        return _list_suited(
+            shown, load_run_to_plan(job, settings, SEVERAL, SEVERAL_HINT), sources=sources, as_json=as_json
+        )
+    if sources and not as_json:
+        print_fields((g.name, g.format_source()) for g in shown)
+    elif not as_json:
         rows = (
             (
-                c.name,
-                format_bytes(c.memory),
-                f"{c.bandwidth / 1e9:.0f}" if c.bandwidth is not None else "-",
-                "yes" if c.bf16 else "no",
-                "yes" if c.flash else "no",
-                f"{c.watts:.0f}" if c.watts is not None else "-",
-                c.kind,
+                g.name,
+                format_bytes(g.memory),
+                f"{g.bandwidth / 1e9:.0f}" if g.bandwidth is not None else "-",
+                "yes" if g.bf16 else "no",
+                "yes" if g.flash else "no",
+                f"{g.watts:.0f}" if g.watts is not None else "-",
+                g.kind,
             )
-            for c in cards
+            for g in shown
         )
         console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
-        print_age(c.checked for c in cards)
-    if job is None:
-        return {"cards": [_to_dict(card) for card in cards]}
+        print_age(g.checked for g in shown)
+    return GpusResult([g.facts() for g in shown])
 
-    jobs = load_run_to_plan(job, settings, SEVERAL, "--method lora, or see `slimtune plan --method all`")
-    from ..planning.planner import judge_memory
 
-    untrained = [c.name for c in cards if not c.trains]
-    cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
-    # The run is planned once for each class of GPUs, on its smallest: there a batch is split as far as training splits
-    # it where memory is short, so the need is what a GPU must have at least.
-    smallest = {plan_key(card, jobs): card for card in reversed(cards)}
-    plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in smallest.items()}
-    judged = [(card, plan := plans[plan_key(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
-    enough = next((card for card, _, verdict in judged if verdict == "fits"), None)
+def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as_json: bool) -> SuitedGpusResult:
+    """Show which GPUs a run fits on, the smallest first."""
+    from ..hardware.hardware_results import JudgedGpu, SuitedGpusResult
+
+    untrained = [g.name for g in gpus if not g.trains]
+    ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
+    judged, planned = estimate_on_gpus(jobs, ordered, smallest=True)
+    enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = console()
-        for (device, bf16), plan in plans.items():
+        for (device, bf16), estimate in planned.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
-            screen.print(f"{name_run(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
+            screen.print(f"{name_run(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}")
         if enough is not None:
             screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
-        fitting = [
-            (c.name, format_bytes(c.memory), format_range(*c.usable), verdict, c.kind)
-            for c, _, verdict in judged
-            if verdict != "does not fit"
-        ]
-        shown = [c for c, _, verdict in judged if verdict != "does not fit"]
+        fitting = [j for j in judged if j.verdict != "does not fit"]
         if fitting:
+            rows = ((j.gpu.name, format_bytes(j.gpu.memory), j.gpu.usable.format(), j.verdict, j.gpu.kind)
+                    for j in fitting)  # fmt: skip
             screen.print()
-            screen.print(table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=fitting))
+            screen.print(table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=rows))
         if too_small := len(judged) - len(fitting):
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
             screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
-        print_age(c.checked for c in shown)
+        print_age(j.gpu.checked for j in fitting)
         if sources:
-            evidence = next(iter(plans.values())).evidence
+            evidence = next(iter(planned.values())).evidence
             screen.print()
-            print_fields([("base", evidence.get("model", "")), *((c.name, format_source(c)) for c in shown)])
+            base = ("base", evidence.get("model", ""))
+            print_fields([base, *((j.gpu.name, j.gpu.format_source()) for j in fitting)])
             print_fields((name, text) for name, text in evidence.items() if name != "model")
-    return {
-        "model": jobs.model.name,
-        "smallest": enough.name if enough is not None else None,
-        "plans": [plan.to_dict() for plan in plans.values()],
-        "cards": [{**_to_dict(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in judged],
-    }
+    return SuitedGpusResult(
+        model=jobs.model.name,
+        smallest=enough.name if enough is not None else None,
+        plans=list(planned.values()),
+        cards=[JudgedGpu(j.gpu.facts(), j.verdict, j.estimate.need_bytes) for j in judged],
+    )
 
 
 def _compare(
-    cards: Sequence[Any], job: str | None, settings: dict[str, Any], kwh_price: float | None, *, sources: bool,
+    gpus: Sequence[GpuSpec],
+    job: str | None,
+    settings: dict[str, Any],
+    kwh_price: float | None,
+    *,
+    sources: bool,
     as_json: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> GpuComparisonResult:
     """Show GPUs side by side, and what a run takes on each."""
-    from ..hardware.machine_choice import describe_machine
+    from ..hardware.hardware_results import MILLION, GpuComparisonResult
+    from ..hardware.machine_choice import list_comparison_rows, list_offer_sources, make_machine_offer
 
     tokens, model = 0, None
-    plans: list[Any] = [None] * len(cards)
+    estimates: list[Any] = [None] * len(gpus)
     if job is not None:
         jobs = load_run_to_plan(job, settings, SEVERAL)
         tokens, model = jobs.tokens or MILLION, jobs.model.name
-        plans = [make_plans(jobs, card, advise=False)[0][0] if card.trains else None for card in cards]
-    machines = [
-        describe_machine(card, plan, tokens=tokens, dollars_per_kwh=kwh_price or None)
-        for card, plan in zip(cards, plans, strict=True)
+        estimates = [estimate_runs(jobs, g, advise=False)[0][0] if g.trains else None for g in gpus]
+    offers = [
+        make_machine_offer(g, estimate, tokens=tokens, dollars_per_kwh=kwh_price or None)
+        for g, estimate in zip(gpus, estimates, strict=True)
     ]
     if not as_json:
         run = None if job is None else "a million tokens" if tokens == MILLION else f"{format_count(tokens)} tokens"
         screen = console()
-        made = table("", *(card.name for card in cards), rows=machine_rows(machines, run))
+        made = table("", *(g.name for g in gpus), rows=list_comparison_rows(offers, run))
         made.padding = (0, 1, 0, 0)
         screen.print(made)
-        if any(m.price is not None for m in machines):
+        if any(offer.price is not None for offer in offers):
             screen.print("\nprices: paid ones where some were found, else at the launch; --sources shows each")
         if sources:
             screen.print()
-            print_fields(list_machine_sources(machines))
-    return {"model": model, "tokens": tokens or None, "machines": [machine.to_dict() for machine in machines]}
-
-
-def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
-    """Yield the figures of one GPU, its prices and their sources."""
-    from ..core.models.gpu_support import NO_XPU
-    from ..planning.gpu_specs import format_checked
-
-    yield "GPU", f"{card.name}, {card.kind}, {card.vendor} {card.architecture}"
-    if not card.trains:
-        yield "training", NO_XPU
-    yield "memory", f"{format_bytes(card.memory)}, {format_range(*card.usable)} for a run"
-    yield "bandwidth", f"{card.bandwidth / 1e9:.4g} GB/s"
-    for dtype, rate in (card.rates or {}).items():
-        yield dtype, f"{rate / 1e12:.4g} TFLOPS"
-    yield "weights held in", "bfloat16" if card.bf16 else "float32, unless --dtype says otherwise"
-    if card.watts is not None:
-        yield "power", f"{card.watts:.0f} W"
-    if card.released:
-        yield "released", card.released
-    yield "source", card.source
-    yield "checked", format_checked(card.checked)
-    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_prices(card.name))
-
-
-def _to_dict(card: Any) -> dict[str, Any]:
-    names = (
-        "name", "kind", "released", "vendor", "architecture", "bf16", "flash", "watts", "unified", "source", "checked",
-        "trains",
-    )  # fmt: skip
-    return {name: getattr(card, name) for name in names} | {
-        "memory_bytes": card.memory,
-        "visible_bytes": card.visible,
-        "usable_bytes": dict(zip(("low", "high"), card.usable, strict=True)),
-        "bytes_per_second": card.bandwidth,
-        "flops": card.rates,
-    }
+            print_fields(list_offer_sources(offers))
+    return GpuComparisonResult(model, tokens or None, offers)

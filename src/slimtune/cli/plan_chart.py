@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from ..core.foundation.formatting import format_bytes
+from ..core.foundation.formatting import GIB, format_bytes
 from ..evaluation.charts import FIGURE_STYLE, require_figure_path, save_figure
-from ..planning.gpu_specs import GIB, Gpu
-from ..planning.plan_result import PARTS, Plan
+from ..planning.gpu_specs import GpuSpec
+from ..planning.plan_result import PARTS, ResourceEstimate
 
 COLOURS = {"W": "#a6cee3", "D": "#fdbf6f", "G": "#fb9a99", "O": "#cab2d6", "A": "#b2df8a", "L": "#ffed6f",
            "R": "#d9d9d9"}  # fmt: skip
@@ -27,22 +27,22 @@ COLOURS = {"W": "#a6cee3", "D": "#fdbf6f", "G": "#fb9a99", "O": "#cab2d6", "A": 
 ALLOCATOR = "the allocator may add"
 
 
-def bar_ends(plan: Plan) -> list[float]:
+def bar_ends(plan: ResourceEstimate) -> list[float]:
     """Return the byte at which each part of a plan's bar ends, and at last what the allocator may add."""
-    return [*accumulate(plan.parts.get(part, 0) for part in PARTS), plan.need.high]
+    return [*accumulate(plan.parts.get(part, 0) for part in PARTS), plan.need_bytes.high]
 
 
-def draw_bars(plans: Sequence[Plan], gpu: Gpu, console: Console) -> Text:
+def draw_bars(plans: Sequence[ResourceEstimate], gpu: GpuSpec, console: Console) -> Text:
     """Return one stacked bar per plan and a line at the GPU's usable bytes, for a console from 60 columns on."""
     line, dot, more = ("|", ".", ">") if console.options.ascii_only else ("│", "·", "»")
     name_width = max(cell_len(p.method) for p in plans)
-    results = [f" {format_bytes(p.need.high):>10}  {p.verdict}" for p in plans]
+    results = [f" {format_bytes(p.need_bytes.high):>10}  {p.verdict}" for p in plans]
     width = max(20, min(console.width, 120) - name_width - 1 - max(map(len, results)))
-    shown = max(1.02 * gpu.usable[1], min(max(p.need.high for p in plans), 2 * gpu.usable[1]))
+    shown = max(1.02 * gpu.usable.high, min(max(p.need_bytes.high for p in plans), 2 * gpu.usable.high))
     lines = sorted({min(int(b * width / shown), width - 1) for b in gpu.usable})
     letters = [(letter, Style(color="black", bgcolor=colour)) for letter, colour in COLOURS.items()]
 
-    gives, left = f"{gpu.name}: {format_bytes(gpu.usable[0])}", name_width + 1 + lines[0]
+    gives, left = f"{gpu.name}: {format_bytes(gpu.usable.low)}", name_width + 1 + lines[0]
     rows = [Text(f"{gives} {line}".rjust(left + 1) if len(gives) < left else " " * left + f"{line} {gives}")]
     for plan, result in zip(plans, results, strict=True):
         cells = [(" ", Style())] * width
@@ -51,7 +51,7 @@ def draw_bars(plans: Sequence[Plan], gpu: Gpu, console: Console) -> Text:
                 cells[i] = cell
         for i in lines:
             cells[i] = (line, Style(bold=True))
-        if plan.need.high > shown:
+        if plan.need_bytes.high > shown:
             cells[-1] = (more, Style(bold=True))
         verdict = (result, "bold" if plan.verdict == "fits" else "")
         rows.append(Text.assemble(f"{plan.method:<{name_width}} ", *cells, verdict))
@@ -60,7 +60,7 @@ def draw_bars(plans: Sequence[Plan], gpu: Gpu, console: Console) -> Text:
     return Text("\n").join([*rows, Text(), Text("  ").join(legend[:6]), Text("  ").join([*legend[6:], scale])])
 
 
-def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
+def write_plot(plans: Sequence[ResourceEstimate], path: str | Path) -> None:
     """Write one stacked bar per plan, and a line at the GPU's usable bytes, to a .svg or .png file, atomically.
 
     Raises:
@@ -72,7 +72,7 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     low, high = (b / GIB for b in plans[0].usable_bytes)
-    shown = max(1.02 * high, min(max(p.need.high for p in plans) / GIB, 4 * high))
+    shown = max(1.02 * high, min(max(p.need_bytes.high for p in plans) / GIB, 4 * high))
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9, 1.9 + 0.42 * len(plans)), layout="constrained")
         axes = figure.add_subplot()
@@ -86,13 +86,13 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
             letters = [label[0] if width > 0.02 * shown and label != ALLOCATOR else "" for width in widths]
             axes.bar_label(bars, letters, label_type="center", fontsize=8, color="#333333")
         for row, plan in enumerate(plans):
-            need = plan.need.high / GIB
-            text = f"{'» ' if need > shown else ''}{format_bytes(plan.need.high)}, {plan.verdict}"
+            need = plan.need_bytes.high / GIB
+            text = f"{'» ' if need > shown else ''}{format_bytes(plan.need_bytes.high)}, {plan.verdict}"
             box = {"facecolor": "white", "linewidth": 0, "pad": 1}  # the GPU's line may cross the text
             axes.text(min(need, shown) + 0.012 * shown, row, text, va="center", fontsize=9, bbox=box)
         axes.axvspan(low, high, color="#333333", alpha=0.12, linewidth=0)
         axes.axvline(low, color="#333333", linewidth=1.2, linestyle="--")
-        gives = f"{plans[0].card}: {format_bytes(plans[0].usable_bytes.low)}"
+        gives = f"{plans[0].gpu}: {format_bytes(plans[0].usable_bytes.low)}"
         axes.text(low, -0.62, gives, ha="center", va="bottom", fontsize=9)
         tokens = f"{plans[0].max_tokens_per_micro_batch} tokens in a micro-batch, rows of up to {plans[0].seq_len}"
         axes.set_title(f"{plans[0].model}: {tokens}", loc="left", pad=18)

@@ -6,11 +6,11 @@ Each is the recipe that would train it, so that `slimtune train` runs what was p
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typer import Argument
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..core.config import Recipe
     from ..core.data.example_lengths import ExampleLength, RowContent
     from ..core.models.base_config import BaseConfig
-    from ..planning.gpu_specs import Gpu
-    from ..planning.plan_result import Plan
+    from ..planning.gpu_specs import GpuSpec
+    from ..planning.interval import Interval
+    from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 
 JOB_SETTINGS = (
     "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", *ROW_SETTINGS,
@@ -146,28 +147,28 @@ def _list_methods(text: Any) -> list[str]:
     return list(dict.fromkeys(map(require_method, expanded)))
 
 
-def make_plans(
-    jobs: RunsToPlan, gpu: Gpu, *, advise: bool = True, processes: int = 1
-) -> tuple[list[Plan], dict[str, SlimtuneError]]:
-    """Return the plan of every run on a GPU, for one of `processes` that train together, and why others have none.
+def estimate_runs(
+    jobs: RunsToPlan, gpu: GpuSpec, *, advise: bool = True, processes: int = 1
+) -> tuple[list[ResourceEstimate], dict[str, SlimtuneError]]:
+    """Return the estimate of every run on a GPU, for one of `processes` that train together, and why others have none.
 
     Changes that save memory are only looked for if there is a single run and `advise` is true.
     """
     from ..planning.plan_request import build_request
-    from ..planning.planner import make_plan
+    from ..planning.planner import estimate_resources
 
-    plans: list[Plan] = []
+    estimates: list[ResourceEstimate] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
         request = build_request(recipe, gpu, jobs.lengths, processes, jobs.content)
         print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
         try:
-            plans.append(make_plan(request, advise=advise and len(jobs.recipes) == 1))
+            estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
         except SlimtuneError as e:
             errors[method] = e
-    if not plans:
+    if not estimates:
         raise next(errors[method] for method in jobs.recipes)
-    return plans, errors
+    return estimates, errors
 
 
 def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength], RowContent]:
@@ -202,7 +203,45 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
     return datasets.train.example_lengths, datasets.train.content
 
 
-def plan_key(gpu: Gpu, jobs: RunsToPlan) -> tuple[str, bool]:
-    """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
+class GpuClass(NamedTuple):
+    """GPUs that compute a run alike."""
+
+    device: str  # the kind of device that torch calls them
+    bf16: bool  # whether dtype "auto" is bfloat16 on them, or the run has another dtype
+
+
+@dataclass(frozen=True)
+class GpuEstimate:
+    """A run on one of many GPUs."""
+
+    gpu: GpuSpec
+    estimate: ResourceEstimate  # on this GPU, or on another one that computes alike
+    verdict: MemoryVerdict
+    speed: Interval | None  # trained tokens a second
+
+
+def estimate_on_gpus(
+    jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, smallest: bool
+) -> tuple[list[GpuEstimate], dict[GpuClass, ResourceEstimate]]:
+    """Return the run on each GPU, and the estimate of each class.
+
+    A run is planned once for each class: on its smallest GPU, where a batch is split as far as training splits it if
+    memory is short, so the need is what a GPU must have at least; or on its largest.
+    """
+    from ..planning.planner import judge_memory
+    from ..planning.throughput import estimate_speed
+
     (recipe,) = jobs.recipes.values()
-    return gpu.device, gpu.bf16 or recipe.model.dtype != "auto"
+
+    def class_of(gpu: GpuSpec) -> GpuClass:
+        return GpuClass(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
+
+    ordered = sorted(gpus, key=lambda g: g.memory)
+    planned = {class_of(gpu): gpu for gpu in (reversed(ordered) if smallest else ordered)}  # the last of each class
+    made = {key: estimate_runs(jobs, gpu, advise=False)[0][0] for key, gpu in planned.items()}
+    found = []
+    for gpu in gpus:
+        estimate = made[class_of(gpu)]
+        speed = estimate_speed(estimate.work, gpu) if estimate.work is not None else estimate.tokens_per_second
+        found.append(GpuEstimate(gpu, estimate, judge_memory(estimate.need_bytes, gpu.usable), speed))
+    return found, made

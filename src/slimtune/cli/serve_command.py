@@ -65,7 +65,7 @@ def serve_runs(
         server = ModelServer(runs, settings, print_progress)
     screen = console(stderr=as_json)
     if server.checks and not as_json:
-        print_verdicts([asdict(check) for check in server.checks])
+        print_verdicts(server.checks)
     if engine == "llama.cpp":
         not_proven = [f"{c.engine}: {c.reason}" for c in server.checks if c.passed is None]
         for reason in not_proven or ["the check was left out (--no-verify)"] * no_verify:

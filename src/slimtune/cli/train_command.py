@@ -94,12 +94,12 @@ def make_planner(force: bool) -> "Planner":
     def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryPlan | None":
         from ..core.foundation import distributed
         from ..planning.plan_request import build_request
-        from ..planning.planner import make_plan
+        from ..planning.planner import estimate_resources
         from ..planning.this_machine import detect_gpu
 
         try:
             request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content)
-            plan = make_plan(request, advise=not force)
+            plan = estimate_resources(request, advise=not force)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
             error_console().print(text, style=WARNING)

@@ -6,12 +6,12 @@ more. There is no finding without evidence: a fact that is not known proves noth
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from ..core.foundation.formatting import format_bytes
-from .machine_facts import LIMITS, NO_ANSWER, MachineFacts, PciGpu
+from ..core.foundation.formatting import GIB, format_bytes
+from ..extras.installed_programs import NO_ANSWER
+from .machine_facts import LIMITS, MachineFacts, PciGpu
 
-GIB = 1 << 30
 REINSTALL, WHEELS = "pip install --force-reinstall torch", "https://download.pytorch.org/whl"
 SMALL_GPU = 4 * GIB
 """AMD GPUs with less memory are the graphics inside a CPU, which torch's wheels do not support."""
@@ -30,20 +30,23 @@ _APU = re.compile(
 )
 
 
-class Finding(NamedTuple):
-    """What is wrong, the fact that it follows from, the commands that mend it, and the page that explains it.
-
-    `is_fault`: something does not work; otherwise it is only slower, or nearer to a limit, than it could be.
-    """
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a machine."""
 
     problem: str
+    """In one line."""
     evidence: str
+    """The fact that it follows from."""
     commands: Sequence[str]
+    """That mend it."""
     page: str
+    """Of `slimtune explain`."""
     is_fault: bool = True
+    """Whether something does not work; else it is only slower, or nearer to a limit, than it could be."""
 
 
-Check = Callable[[MachineFacts], Iterator[Finding]]
+MachineCheck = Callable[[MachineFacts], Iterator[Finding]]
 
 
 def find_faults(facts: MachineFacts) -> list[Finding]:
@@ -471,7 +474,7 @@ def check_token(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("the Hub's token is malformed", f"{source} has spaces or line ends", commands, "hub-token")
 
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[MachineCheck, ...] = (
     check_torch_import, check_mac, check_nvidia_smi, check_nvidia_driver, check_build, check_driver_age,
     check_architecture, check_hidden_gpus, check_mig, check_cuda_start, check_amd_driver, check_device_permission,
     check_gfx, check_rocminfo, check_packages, check_memory, check_limits, check_cpus, check_shared_memory,

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,12 +20,14 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..core.foundation.installed_versions import find_version
+from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_program
 
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
+APPLE_GPU = "Apple GPU"
 VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn", "triton")
 """Packages whose versions are facts."""
@@ -70,6 +71,22 @@ class SmiGpu:
     used_bytes: int
     is_mig: bool = False
     slices: tuple[MigSlice, ...] = ()
+
+
+@dataclass(frozen=True)
+class TorchGpu:
+    """A GPU that torch can use."""
+
+    name: str
+    """Its name."""
+    device: str
+    """The device that torch calls it, such as cuda:0."""
+    memory_bytes: int
+    """Its memory; of an Apple GPU the machine's."""
+    free_bytes: int | None
+    """Of that free; null: not known."""
+    driver: str | None
+    """Version of NVIDIA's driver; null: another vendor's."""
 
 
 @dataclass(frozen=True)
@@ -139,23 +156,6 @@ class MachineFacts:
     ollama: str = ""
     ollama_models: tuple[tuple[str, str], ...] = ()
     token: str = ""
-
-
-PATIENCE, NO_ANSWER = 10.0, "gave no answer"
-"""Seconds after which a program is ended, and what is said of it then: a driver that hangs holds those that ask it."""
-
-
-def run_program(*command: str) -> str:
-    """Return what a program prints on stdout and stderr, or that it hangs; "" if it is not there."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        return f"{command[0]} {NO_ANSWER} in {PATIENCE:g} s"
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
 
 
 def gather_facts(
@@ -293,7 +293,7 @@ def _add_slices(gpus: list[SmiGpu], run: Callable[..., str]) -> tuple[SmiGpu, ..
 
 
 def _ask_torch() -> TorchFacts:
-    """Import torch, which may fail, and return its build and the GPUs it finds."""
+    """Import torch, which may fail, and return its build and the GPUs it finds that can train."""
     try:
         import torch
     except Exception as error:
@@ -304,7 +304,7 @@ def _ask_torch() -> TorchFacts:
         names = [torch.cuda.get_device_name(i) for i in range(count)]
         architectures = torch.cuda.get_arch_list()
     if torch.backends.mps.is_available():
-        names.append("Apple GPU")
+        names.append(APPLE_GPU)
     return TorchFacts(
         version=torch.__version__,
         cuda=torch.version.cuda,
@@ -316,6 +316,24 @@ def _ask_torch() -> TorchFacts:
         threads=torch.get_num_threads(),
         warning=" ".join(str(w.message) for w in caught if "CUDA" in str(w.message) or "HIP" in str(w.message)),
     )
+
+
+def list_torch_gpus(driver: str | None) -> list[TorchGpu]:
+    """Return the GPUs that torch can use, with their memory; `driver` is NVIDIA's. It starts CUDA."""
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        found.append(TorchGpu(torch.cuda.get_device_name(i), f"cuda:{i}", total, free, driver))
+    if torch.backends.mps.is_available():
+        memory = psutil.virtual_memory()
+        found.append(TorchGpu(APPLE_GPU, "mps", memory.total, memory.available, None))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for i in range(torch.xpu.device_count()):
+            total = torch.xpu.get_device_properties(i).total_memory
+            found.append(TorchGpu(torch.xpu.get_device_name(i), f"xpu:{i}", total, None, None))
+    return found
 
 
 def _find_conflicts() -> tuple[str, ...]:
@@ -406,12 +424,6 @@ def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
 
 
 # --- engines and the Hub ---------------------------------------------------------------------------------------------
-
-
-def find_ollama_version(run: Callable[..., str] = run_program) -> str:
-    """Return Ollama's version, "" if it is not installed."""
-    version = re.search(r"\d+\.\d+\.\d+\S*", run("ollama", "--version"))
-    return version[0] if version else ""
 
 
 def _ask_ollama(run: Callable[..., str]) -> tuple[str, tuple[tuple[str, str], ...]]:

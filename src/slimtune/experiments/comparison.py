@@ -18,7 +18,7 @@ from ..core.foundation.remote_code import remote_code_allowed
 from ..errors import RunError, SlimtuneError, UsageError
 from ..evaluation.eval_result import SFTEvalResult
 from ..planning.plan_request import build_request
-from ..planning.planner import make_plan
+from ..planning.planner import estimate_resources
 from ..planning.this_machine import detect_gpu
 from .candidates import Candidate
 from .comparison_chart import draw_comparison
@@ -89,13 +89,16 @@ def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Can
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
         request = build_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
         try:
-            plan = make_plan(request, advise=False)
+            plan = estimate_resources(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason
             if verdict == "does not fit" and executor.is_remote:
                 verdict = "does not fit this machine, but may fit where it trains"
             beside = executor.runs_per_device
-            if beside > 1 and verdict != "does not fit" and beside * plan.need.low > plan.usable_bytes.high:
-                need, usable = format_bytes(round(beside * plan.need.low)), format_bytes(round(plan.usable_bytes.high))
+            if beside > 1 and verdict != "does not fit" and beside * plan.need_bytes.low > plan.usable_bytes.high:
+                need, usable = (
+                    format_bytes(round(beside * plan.need_bytes.low)),
+                    format_bytes(round(plan.usable_bytes.high)),
+                )
                 log(f"{candidate.label}: {beside} runs at the same time need {need} of {usable}; give a lower --on")
         except UsageError as e:  # its targets match nothing in the base
             if not candidate.from_all:

@@ -16,7 +16,6 @@ becomes row (h, j, i). GPT-NeoX has query, key and value of a head together, lla
 i < 3 and j < d, becomes row (i, h, j).
 """
 
-import importlib.util
 import logging
 import os
 import re
@@ -36,6 +35,8 @@ from torch import Tensor
 
 from ..core.adapters.export_support import Factors, collect_low_rank_factors, get_export_formats
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
+from ..extras.gguf_loading import import_gguf
+from .gguf_format import GgufExportFacts
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
 log = logging.getLogger(__name__)
@@ -83,15 +84,6 @@ ARCHITECTURES = {
     "gpt2": GgufArchitecture("gpt2", transposed=("c_attn", "c_proj", "c_fc")),
 }
 """By `model_type` in Hugging Face's config."""
-
-
-def import_gguf() -> Any:
-    """Return the package gguf, or raise ModelError if it is not installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the package gguf, for GGUF files, is not installed", hint="pip install gguf")
-    import gguf
-
-    return gguf
 
 
 def get_architecture(config: Any) -> GgufArchitecture:
@@ -163,11 +155,10 @@ def reorder_rows(rows: Tensor, module: str, config: Any) -> Tensor:
 # --- adapter ---------------------------------------------------------------------------------------------------------
 
 
-def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> dict[str, Any]:
+def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> GgufExportFacts:
     """Write an adapter as GGUF in "f32" or "f16".
 
-    Returns `architecture`, `alpha`, `ranks` (the different ones, ascending), `tensors` and `bytes`. AdapterError means
-    that a value is NaN or Inf, or too large for the precision.
+    AdapterError means that a value is NaN or Inf, or too large for the precision.
     """
     gguf, architecture = import_gguf(), get_architecture(model.config)
     names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
@@ -203,8 +194,14 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     writer.write_tensors_to_file()
     writer.close()
     ranks = sorted({A.shape[-2] for A, _, _ in layers.values()})
-    facts = {"architecture": architecture.name, "alpha": alpha, "ranks": ranks, "tensors": 2 * len(layers)}
-    return {**facts, "bytes": file.stat().st_size}
+    return GgufExportFacts(
+        architecture=architecture.name,
+        alpha=alpha,
+        ranks=ranks,
+        tensors=2 * len(layers),
+        bytes=file.stat().st_size,
+        precision=precision,
+    )
 
 
 def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:

@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
-from ..core.foundation.dtype_names import dtype_name
+from ..core.foundation.dtype_names import dtype_name, short_dtype_name
 from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
+from ..core.foundation.json_results import to_json_dict
 from ..core.models.base_config import load_checkpoint_config
 from ..core.models.dtype import pick_dtype
 from ..core.models.load_errors import silence_libraries
@@ -42,9 +43,11 @@ from ..errors import AdapterError, RunError
 from ..extras.model_card import render_card
 from ..generation.inference_engines import TransformersInferenceEngine
 from . import gguf
+from .export_format import MERGED_FOLDER
+from .export_results import MergeComparison, MergedFacts, MergeResult
 from .manifest import write_manifest
 from .merged_weights import MergedWeights, round_weight, save_merged_weights
-from .reference_logps import PRECISIONS, Reference, get_tolerance, make_texts
+from .reference_logps import Reference, get_tolerance, make_texts
 from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)
@@ -59,18 +62,13 @@ STORED_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 nearest, a change of less than half a step is lost, as most of those of a preference run are even in f16."""
 
 
-def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
+def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
     """Write a run's base and adapter as one checkpoint.
 
     Args:
         run: a run folder, or an adapter folder.
         out: folder for the checkpoint; it does not exist yet, or is empty.
         dtype: of the weights; "auto": as the run held the base, or, for an adapter folder, as its base is stored.
-
-    Returns:
-        `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in
-        nats: `max_difference` and `mean_difference` (merged against adapter) and `effect` (adapter against base, on
-        average).
 
     Raises:
         UsageError: no such run, an unknown dtype, or `out` contains something.
@@ -82,8 +80,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     requested = None if dtype == "auto" else pick_dtype(dtype)
     RunDir.require_free(out)
     if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":  # raises before a folder is made
-        result = _merge_classifier(run, out, requested)
-        return {**result, "seconds": round(time.perf_counter() - start, 3)}
+        return _merge_classifier(run, out, requested, start)
     with atomic_folder(out) as folder, _load_memory_mapped(run, out) as loaded:
         model: Any = loaded.model
         base, tokenizer, config = loaded.base, loaded.base.tokenizer, model.active_peft_config
@@ -106,7 +103,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
         engine = TransformersInferenceEngine("merged", merged, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
-        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
+        tolerance = get_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
         if faults := reference.find_faults(differences, tolerance):
             raise RunError(
                 f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
@@ -116,27 +113,30 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
                 if stored.itemsize == 2
                 else "",
             )
-        report = {
-            "dtype": dtype_name(stored),
-            "max_difference": differences.abs().max().item(),
-            "mean_difference": differences.abs().mean().item(),
-            "effect": effect,
-            "strength": reference.measure_effect_share(differences)[0],
-            "positions": len(differences),
-        }
-        card = _render_card(loaded, config, report, out.resolve().name)
+        comparison = MergeComparison(
+            dtype=dtype_name(stored),
+            max_difference=differences.abs().max().item(),
+            mean_difference=differences.abs().mean().item(),
+            effect=effect,
+            strength=reference.measure_effect_share(differences)[0],
+            positions=len(differences),
+        )
+        card = _render_card(loaded, config, comparison, out.resolve().name)
         (folder / "README.md").write_text(card, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        facts = {**report, "fingerprint": base.fingerprint, "adapter_sha256": sha256}
-        write_manifest(folder, "merged", run, facts)
+        facts = MergedFacts(comparison, base.fingerprint, sha256)
+        write_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
-        result = {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **report}
-    return {**result, "seconds": round(time.perf_counter() - start, 3)}
+    seconds = round(time.perf_counter() - start, 3)
+    return MergeResult(str(run), str(out), written, weights.count(), comparison, seconds)
 
 
-def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None) -> dict[str, Any]:
-    """Write a classifier or a reward model as one checkpoint, and compare the logits of some texts."""
+def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start: float) -> MergeResult:
+    """Write a classifier or a reward model as one checkpoint, and compare the logits of some texts.
+
+    `start` is when the work began, by `time.perf_counter`.
+    """
     loaded = load_trained(run)
     model: Any = loaded.model
     tokenizer, stored = loaded.base.tokenizer, requested or loaded.base.dtype
@@ -157,7 +157,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None) -> di
         trusted = _trusts_code(loaded)
         base = load_base(str(folder), dtype=model.dtype, device="cpu", trust_remote_code=trusted, task="SEQ_CLS")
         differences = (compute_logits(base.model) - adapted).abs()
-        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
+        tolerance = get_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
         mean, largest = differences.mean().item(), differences.max().item()
         if not mean <= tolerance.mean_difference + tolerance.effect_share * effect:
             raise RunError(
@@ -165,14 +165,16 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None) -> di
                 str(tolerance),
                 "--dtype float32",
             )
-        facts = {"dtype": dtype_name(stored), "max_difference": largest, "mean_difference": mean, "effect": effect,
-                 "strength": 1 - mean / effect if effect else math.nan, "positions": len(texts)}  # fmt: skip
-        write_manifest(folder, "merged", run, {**facts, "fingerprint": loaded.base.fingerprint})
+        strength = 1 - mean / effect if effect else math.nan
+        comparison = MergeComparison(dtype_name(stored), largest, mean, effect, strength, len(texts))
+        facts = MergedFacts(comparison, loaded.base.fingerprint)
+        write_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
-    return {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **facts}
+    seconds = round(time.perf_counter() - start, 3)
+    return MergeResult(str(run), str(out), written, weights.count(), comparison, seconds)
 
 
-def _render_card(loaded: TrainedModel, config: PeftConfig, merge: dict[str, Any], name: str) -> str:
+def _render_card(loaded: TrainedModel, config: PeftConfig, merge: MergeComparison, name: str) -> str:
     """Return the model card of the merged model."""
     source = loaded.base.source
     # The Hub reads `base_model` as an id: a local path would be a dead link.
@@ -186,7 +188,7 @@ def _render_card(loaded: TrainedModel, config: PeftConfig, merge: dict[str, Any]
     )
     names = {"title": name, "repo_id": name, "base_id": hub_id, "base_name": source.spec}
     chat = bool(loaded.base.tokenizer.chat_template)
-    return render_card(data, config, merge=merge, results=RunResults(loaded.recipe), chat=chat, **names)
+    return render_card(data, config, merge=to_json_dict(merge), results=RunResults(loaded.recipe), chat=chat, **names)
 
 
 @contextmanager

@@ -15,14 +15,15 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.models.base_config import max_positions
 from ..core.models.load_errors import translate_load_errors
-from ..diagnostics.machine_facts import find_ollama_version
 from ..errors import UsageError, format_names
-from .gguf import import_gguf
+from ..extras.gguf_loading import import_gguf
+from ..extras.installed_programs import find_ollama_version
 from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
 
 DEFAULT_WINDOW = 4096
@@ -35,7 +36,18 @@ _MODEL_NAME = re.compile(  # host, namespace, model, tag
 )
 
 
-def write_ollama(
+@dataclass(frozen=True)
+class WrittenModelfile:
+    """What a Modelfile says."""
+
+    commands: list[str]  # that build and start the model
+    template: str | None  # the TEMPLATE; None: the base keeps its own, or none could be made
+    stops: list[str]  # the stop tokens
+    num_ctx: int  # tokens of the window
+    notes: list[str]  # one sentence each
+
+
+def write_modelfile(
     folder: Path,
     *,
     base: str,
@@ -47,7 +59,7 @@ def write_ollama(
     max_seq_len: int | None = None,
     num_ctx: int | None = None,
     out: Path | None = None,
-) -> dict[str, Any]:
+) -> WrittenModelfile:
     """Write `Modelfile` into an export folder.
 
     Args:
@@ -61,10 +73,6 @@ def write_ollama(
         max_seq_len: tokens of the longest row that the run accepted.
         num_ctx: tokens of the window; None: the larger of Ollama's default and `max_seq_len`, up to the model's limit.
         out: the final path of `folder`; None: `folder` itself.
-
-    Returns:
-        `commands` (that build and start the model), `template` (the TEMPLATE; None: the base keeps its own, or none
-        could be made), `stops` (the stop tokens), `num_ctx`, and `notes`, one sentence each.
     """
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
@@ -107,8 +115,7 @@ def write_ollama(
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
     modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
-    facts = {"template": converted.template, "stops": stops, "num_ctx": window}
-    return {**facts, "commands": commands, "notes": notes}
+    return WrittenModelfile(commands, converted.template, stops, window, notes)
 
 
 def engine_adds_bos(base: Path, tokenizer: Any) -> bool:

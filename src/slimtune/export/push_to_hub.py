@@ -9,13 +9,12 @@ followed only inside the folder.
 import logging
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..core.adapters import adapter_files
 from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_config
@@ -27,32 +26,22 @@ from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import load_checkpoint_config
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
-from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
+from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_names
 from ..extras import model_card
-from ..extras.gguf_loading import read_gguf
 from ..extras.model_card import CARD_FILE, strip_local_paths
 from .base_model_info import BaseModelInfo, get_base_model_info
+from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES
+from .export_results import PushContents, PushedCommit, PushPreview, PushResult
 from .manifest import read_manifest
+from .merged_format import read_checkpoint_json
 from .vllm import is_served_unchanged, round_up_rank
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER = (
-    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|"
-    r"merges\.txt|spiece\.model|chat_template\.(jinja|json)|preprocessor_config\.json|processor_config\.json"
-)
-_LICENCE = r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
-_CHECKPOINT = r"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md"
-ALLOWED_FILES = {
-    "adapter": rf"{_TOKENIZER}|{_LICENCE}",
-    "checkpoint": rf"{_CHECKPOINT}|{_TOKENIZER}|{_LICENCE}",
-    "gguf": rf".+\.gguf|README\.md|{_LICENCE}",
-}
-"""Names of files that may be uploaded; of an adapter also its two files and its card."""
+ADAPTER_EXTRAS = rf"{TOKENIZER_FILES}|{LICENCE_FILES}"
+"""Names of files that may be uploaded of an adapter beside its two files and its card; a format has its own pattern."""
 MAX_TEXT_BYTES = 128 << 20
 """Largest file of text; the largest tokenizer.json have 40 MB."""
-_PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
-"""A local path in the card of a merged model; the group is its last part."""
 
 
 @dataclass
@@ -79,7 +68,7 @@ def push(
     keep_card: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
-) -> dict[str, Any]:
+) -> PushPreview | PushResult:
     """Upload a run's adapter with a model card, or an export, in one commit.
 
     Args:
@@ -89,12 +78,6 @@ def push(
         base: Hub id of the base, where the run names it by a path or an alias.
         keep_card: do not replace a README.md in the repository.
         dry_run: check everything, send nothing; the result contains the card.
-
-    Returns:
-        `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
-        held-out result), `skipped` (files that are not uploaded), `notes`; with `dry_run` `card`, else `url`,
-        `private`, `revision`, `commit`, `commit_url`, `created` (whether the repository is new) and `committed`
-        (whether there is a new commit).
 
     Raises:
         UsageError: no such run, a malformed id, no token, an invalid one, a repository that it may not write to, a file
@@ -107,21 +90,22 @@ def push(
     require_repo_id(repo_id, require_owner=True)
     upload = _prepare_upload(run, repo_id, base, token)
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in upload.files.items()}
-    result: dict[str, Any] = {
-        "run": str(run),
-        "repo_id": repo_id,
-        "kind": upload.kind,
-        "base": upload.base,
-        "files": sizes,
-        "bytes": sum(sizes.values()),
-        "eval_file": upload.eval_file,
-        "skipped": sorted(p.name for p in upload.folder.iterdir() if p.name not in upload.files),
-        "notes": upload.notes,
-    }
+    contents = PushContents(
+        run=str(run),
+        repo_id=repo_id,
+        kind=upload.kind,
+        base=upload.base,
+        files=sizes,
+        bytes=sum(sizes.values()),
+        eval_file=upload.eval_file,
+        skipped=sorted(p.name for p in upload.folder.iterdir() if p.name not in upload.files),
+        notes=upload.notes,
+    )
+    result: PushPreview | PushResult
     if dry_run:
         refuse_tokens(upload.files, token)
         card = upload.files.get(CARD_FILE, b"")
-        result["card"] = (card.read_bytes() if isinstance(card, Path) else card).decode()
+        result = PushPreview(contents, (card.read_bytes() if isinstance(card, Path) else card).decode())
     else:
         done = commit_files(
             upload.files,
@@ -132,18 +116,18 @@ def push(
             keep=(CARD_FILE,) if keep_card else (),
             token=token,
         )
-        result["notes"] = [*upload.notes, *_describe_repository(done, upload)]
-        result |= {
-            "repo_id": done.repo_id,
-            "url": done.url,
-            "private": done.private,
-            "revision": revision or "main",
-            "commit": done.info.oid,
-            "commit_url": done.info.commit_url,
-            "created": done.created,
-            "committed": done.committed,
-        }
-    for note in result["notes"]:
+        notes = [*upload.notes, *_describe_repository(done, upload)]
+        commit = PushedCommit(
+            url=done.url,
+            private=done.private,
+            revision=revision or "main",
+            commit=done.info.oid,
+            commit_url=done.info.commit_url,
+            created=done.created,
+            committed=done.committed,
+        )
+        result = PushResult(replace(contents, repo_id=done.repo_id, notes=notes), commit)
+    for note in result.contents.notes:
         log.warning(note)
     return result
 
@@ -153,20 +137,23 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
     names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
     if {CONFIG_FILE, ADAPTER_FILE, "recipe.yaml"} & set(names):
         return _prepare_adapter(run, repo_id, base, token)
-    is_checkpoint = "config.json" in names
-    if is_checkpoint or any(n.endswith(".gguf") for n in names):
+    for chosen in (EXPORT_FORMATS.load(name)() for name in EXPORT_FORMATS.names()):
+        if not chosen.upload_kind or not any(re.fullmatch(chosen.upload_marker, name) for name in names):
+            continue
         if base is not None:
             hint = f"write it in {CARD_FILE}"
             raise UsageError(f"--base is for adapters, and {run} is a whole model", "a card that names it", hint)
-        upload = _prepare_checkpoint(run) if is_checkpoint else _prepare_gguf(run)
-        if CARD_FILE not in upload.files:
-            upload.notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
-        return upload
+        notes: list[str] = []
+        files = _collect_files(run, chosen.upload_files, (), notes)
+        message = chosen.check_upload(run, files, notes)
+        if CARD_FILE not in files:
+            notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
+        return Upload(chosen.upload_kind, run, files, message, notes=notes)
     if manifest := read_manifest(run):
         raise UsageError(
-            f"{run} is an export for {manifest['kind']} without weights: {format_names(names)}",
+            f"{run} is an export for {manifest.kind} without weights: {format_names(names)}",
             "a run, an adapter, a merged model or GGUF files",
-            f"push the run it was made from: {manifest['run']}",
+            f"push the run it was made from: {manifest.run}",
         )
     RunDir.open(run)
     raise AssertionError("unreachable")
@@ -175,7 +162,7 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
 def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
     folder = find_adapter_folder(run)
     notes: list[str] = []
-    found = _collect_files(folder, "adapter", notes)
+    found = _collect_files(folder, ADAPTER_EXTRAS, (CONFIG_FILE, ADAPTER_FILE), notes)
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = run_dir.load_results() if run_dir is not None else RunResults()
     recipe = results.recipe
@@ -235,7 +222,7 @@ def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
     """Return the run of an adapter: `run` itself, the one that contains the folder, or the one it was exported from."""
     if manifest := read_manifest(folder):
-        candidates = [RunDir(run), RunDir(manifest["run"])]
+        candidates = [RunDir(run), RunDir(manifest.run)]
     else:
         candidates = [r for r in map(RunDir, (run, folder.resolve().parent)) if r.adapter.resolve() == folder.resolve()]
     return next((r for r in candidates if r.recipe_file.is_file()), None)
@@ -257,55 +244,17 @@ def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunRe
     return []
 
 
-def _prepare_checkpoint(folder: Path) -> Upload:
-    notes: list[str] = []
-    files = _collect_files(folder, "checkpoint", notes)
-    weights = {n: folder / n for n in files if n.endswith(".safetensors")}
-    for index in (n for n in files if n.endswith(".index.json")):
-        weight_map = _read_config(folder / index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{folder / index} has no weight_map", "the index of a checkpoint", "merge it again")
-        if missing := set(map(str, weight_map.values())) - set(weights):
-            names = format_names(sorted(missing))
-            raise ModelError(f"{folder} lacks {names}", "every file that its index names", "merge it again")
-    if not weights:
-        raise ModelError(f"{folder} has no *.safetensors", "a complete checkpoint", "save it with safetensors")
-    for file in weights.values():
-        try:
-            with safe_open(str(file), framework="pt") as f:
-                f.keys()
-        except SafetensorError as e:
-            raise ModelError(f"{file} is damaged: {e}", "a complete file", "merge it again") from None
-    if CARD_FILE in files:
-        files[CARD_FILE] = _PATH_IN_CARD.sub(r"`\1`", (folder / CARD_FILE).read_text(encoding="utf-8")).encode()
-    if "auto_map" in _read_config(folder / "config.json"):
-        notes.append("config.json names code files (auto_map), which are not uploaded")
-    return Upload("checkpoint", folder, files, f"{folder.resolve().name}: a whole model", notes=notes)
-
-
-def _prepare_gguf(folder: Path) -> Upload:
-    notes: list[str] = []
-    files = _collect_files(folder, "gguf", notes)
-    for file in (folder / n for n in files if n.endswith(".gguf")):
-        try:
-            read_gguf(file)
-        except ImportError as e:
-            raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
-        except Exception as e:  # the reader fails in many ways
-            raise ModelError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
-    return Upload("gguf", folder, files, f"{folder.resolve().name} as GGUF", notes=notes)
-
-
-def _collect_files(folder: Path, kind: str, notes: list[str]) -> dict[str, Path | bytes]:
+def _collect_files(folder: Path, pattern: str, own: Sequence[str], notes: list[str]) -> dict[str, Path | bytes]:
     """Return the files in a folder that may be uploaded, by name, JSON without local paths; the others get a note.
+
+    `pattern` is of the names; `own` are names of files that the caller adds itself.
 
     UsageError means that a file without which there is nothing to upload is a link to a file elsewhere.
     """
     files: dict[str, Path | bytes] = {}
-    own = (CONFIG_FILE, ADAPTER_FILE) if kind == "adapter" else ()
     for file in sorted(folder.iterdir()):
         name = file.name
-        if not file.is_file() or not (name in own or re.fullmatch(ALLOWED_FILES[kind], name)):
+        if not file.is_file() or not (name in own or re.fullmatch(pattern, name)):
             continue
         if not _is_inside(file, folder):
             if name in (*own, "config.json") or file.suffix in (".safetensors", ".gguf"):
@@ -354,16 +303,9 @@ def _strip_json(file: Path) -> Path | bytes:
     """Return a JSON file of settings without local paths as bytes, every other file as it is."""
     if not file.name.endswith("config.json"):
         return file
-    values = _read_config(file)
+    values = read_checkpoint_json(file)
     stripped = strip_local_paths(values)
     return file if stripped == values else (to_json(stripped, indent=2) + "\n").encode()
-
-
-def _read_config(file: Path) -> Mapping[str, Any]:
-    try:
-        return read_json(file)
-    except RunError as e:
-        raise ModelError(e.message, "a complete checkpoint", "save it again") from None
 
 
 def _describe_repository(done: CommitResult, upload: Upload) -> list[str]:

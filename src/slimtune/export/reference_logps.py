@@ -36,11 +36,13 @@ from ..core.data.chat_template import TokenizedRow
 from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.chat_rendering import render_chat_template
+from ..core.foundation.dtype_names import short_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TokenScores, TransformersInferenceEngine
+from .export_results import EngineVerdict
 
 QUESTIONS = (
     ("Define patience.", "A minor form of despair, disguised as a virtue."),
@@ -79,7 +81,6 @@ TOLERANCES = {
 }
 """By the precision of the weights or of the arithmetic, strictest first. Few bits round W + ΔW, which costs a share of
 the change; beside a base in fewer bits the base's own rounding adds to it. "lower": fewer than 8 bits a weight."""
-PRECISIONS = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def get_tolerance(*precisions: str) -> Tolerance:
@@ -94,30 +95,6 @@ class Text:
 
     prompt: str
     ids: list[int]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of comparing one engine with the trained adapter; differences, KL and effect in nats."""
-
-    engine: str
-    precision: str  # of its weights
-    prompts: int = 0
-    prompts_equal: int = 0  # with the same token ids
-    positions: int = 0  # next tokens compared
-    max_difference: float = math.nan
-    mean_difference: float = math.nan
-    kl: float = math.nan  # on average
-    effect: float = math.nan
-    strength: float = math.nan  # share of the effect that arrives
-    base_max_difference: float = math.nan  # of the untouched base in this engine; NaN: not asked
-    base_mean_difference: float = math.nan
-    answers: int = 0
-    answers_equal: int = 0  # token by token
-    limit: str = ""  # the tolerance
-    passed: bool | None = None  # None: not checked
-    failed: bool = False  # a program failed before anything could be compared
-    reason: str = ""  # why it did not pass, or was not checked
 
 
 class Reference:
@@ -241,7 +218,7 @@ def compare_engine(
     precision: str,
     tolerance: Tolerance | None = None,
     open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
-) -> Verdict:
+) -> EngineVerdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 
     Args:
@@ -252,7 +229,7 @@ def compare_engine(
         open_base: returns the untouched base in the same engine and precision. It is asked if the engine is outside
             the tolerance, and always below 8 bits, for which no limit holds for every base.
     """
-    tolerance = tolerance or get_tolerance(precision, PRECISIONS[reference.engine.model.dtype])
+    tolerance = tolerance or get_tolerance(precision, short_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
     scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]
@@ -279,7 +256,7 @@ def compare_engine(
     if passed and reference.is_hidden(paired):
         reason = f"the engine's own rounding hides an effect of {reference.effect:.2g} nats on average"
         passed = None
-    return Verdict(
+    return EngineVerdict(
         engine.name,
         precision,
         prompts=len(prompts),

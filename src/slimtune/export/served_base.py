@@ -23,8 +23,8 @@ from ..core.foundation.fingerprint import base_facts
 from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
-from ..extras.gguf_loading import read_gguf
-from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_tensors
+from ..extras.gguf_loading import import_gguf, read_gguf
+from .gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 from .merged_weights import MergedWeights
 
 SAMPLE_ROWS = 64

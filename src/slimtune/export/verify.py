@@ -1,7 +1,7 @@
 """Check everything of a run or an export that can be asked here: `slimtune verify`.
 
-    a run or adapter folder   merged folder · adapter GGUF beside its base in llama.cpp · merged GGUF in llama.cpp
-    an export                 what is in it
+    a run or adapter folder   what each export format says (`list_run_checks`), exported into a temporary folder
+    an export                 what is in it, as its format says (`verify_folder`)
     either                    a vLLM server, if its address is given
 
 What cannot be checked is reported with the reason, and never counts as passed.
@@ -10,13 +10,13 @@ What cannot be checked is reported with the reason, and never counts as passed.
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.foundation.dtype_names import dtype_name
+from ..core.foundation.dtype_names import dtype_name, short_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
@@ -28,10 +28,12 @@ from ..generation.inference_engines import (
     VllmClient,
 )
 from . import merge as merging
-from .gguf import ToolError, write_adapter_gguf
-from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
+from .export_format import EXPORT_FORMATS
+from .export_results import EngineVerdict, VerifyResult
+from .gguf import ToolError
+from .manifest import ExportManifest, read_manifest
 from .ollama import find_base
-from .reference_logps import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
+from .reference_logps import Reference, Tolerance, compare_engine, get_tolerance, make_texts
 from .served_base import ServedBase, check_served_base, read_precision
 
 
@@ -43,7 +45,7 @@ def verify(
     vllm_model: str | None = None,
     threads: int | None = None,
     log: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> VerifyResult:
     """Compare everything of a run or an export that can be asked here with the trained adapter.
 
     Args:
@@ -53,31 +55,40 @@ def verify(
         vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
         threads: of llama.cpp; None: half of the cores.
         log: gets progress messages.
-
-    Returns:
-        `path`, `run`, `passed`, and `checks`: the fields of each `Verdict`.
     """
     path = Path(path)
-    manifest = read_manifest(path) or {}
-    run = manifest.get("run", path)
-    if not run.exists() and manifest:
+    manifest = read_manifest(path)
+    run = manifest.run if manifest is not None else path
+    if manifest is not None and not run.exists():
         raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
     require_causal_lm_run(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
-        checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]
+        checks = verifier.verify_run() if manifest is None else [verifier.verify_export(path, manifest)]
         if vllm:
-            dtype, base = manifest.get("dtype"), verifier.loaded.base
+            facts, base = manifest.values if manifest is not None else {}, verifier.loaded.base
+            dtype = facts.get("dtype")
             if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
                 verifier = Verifier(merging.load_trained(run, dtype), run, Path(folder), rows, threads, log)
-            name = vllm_model or str(manifest.get("name", run.resolve().name))
-            precision, tolerance = PRECISIONS[verifier.loaded.base.dtype], _get_conversion_tolerance(manifest)
+            name = vllm_model or str(facts.get("name", run.resolve().name))
+            precision = short_dtype_name(verifier.loaded.base.dtype)
+            tolerance = _get_tolerance_of_loss((facts.get("conversion") or {}).get("error"))
             checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
     passed = passed and not (vllm and checks[-1].passed is None)
-    return {"path": str(path), "run": str(run), "passed": passed, "checks": [asdict(c) for c in checks]}
+    return VerifyResult(str(path), str(run), passed, checks)
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """A comparison of a run's export with the trained adapter."""
+
+    engine: str  # what is compared
+    precision: str  # of its weights
+    open_engine: Callable[[], InferenceEngine]
+    open_base: Callable[[Any], InferenceEngine] | None = None  # the untouched base in the same engine
 
 
 @dataclass
@@ -97,79 +108,53 @@ class Verifier:
         texts = make_texts(tokenizer, self.loaded.recipe, model.config, self.rows)
         self.model, self.reference = model, Reference(model, tokenizer, texts)
 
-    def export_and_verify_all(self) -> Iterator[Verdict]:
-        """Export to every format, and check each."""
-        merged, adapter, whole = (self.folder / name for name in ("merged", ADAPTER_GGUF, MODEL_GGUF))
+    def verify_run(self) -> list[EngineVerdict]:
+        """Export to every format that is compared for a run, and check each."""
+        formats = (EXPORT_FORMATS.load(name)() for name in EXPORT_FORMATS.names())
+        checks = [check for each in formats for check in each.list_run_checks(self)]
+        verdicts, started = [], time.monotonic()
+        for number, check in enumerate(checks, 1):
+            verdicts.append(
+                self.verify_engine(check.engine, check.precision, check.open_engine, open_base=check.open_base)
+            )
+            if number < len(checks):
+                after = format_duration(time.monotonic() - started)
+                self.log(f"{number} of {len(checks)} exports checked after {after}")
+        return verdicts
 
-        def open_merged() -> InferenceEngine:
-            self._require_mergeable()
-            merging.merge(self.run, merged)
-            return self._open_merged(merged)
-
-        def open_adapter() -> InferenceEngine:
-            write_adapter_gguf(adapter, self.model)
-            return self._open_beside_base(adapter)
-
-        def open_whole() -> InferenceEngine:
-            self._require_mergeable()
-            merging.write_merged_gguf(self.loaded, self.run, whole, "f16")
-            return self._open_llama_cpp(whole)
-
-        started = time.monotonic()
-        yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
-        self.log(f"1 of 3 exports checked after {format_duration(time.monotonic() - started)}")
-        yield self.verify_engine(
-            "llama.cpp, adapter GGUF", "f32", open_adapter, None, LlamaCppInferenceEngine.without_adapter
-        )
-        self.log(f"2 of 3 exports checked after {format_duration(time.monotonic() - started)}")
-        yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole, open_base=self._open_base_in("f16"))
-
-    def verify_export(self, path: Path, manifest: dict[str, Any]) -> Iterator[Verdict]:
+    def verify_export(self, folder: Path, manifest: ExportManifest) -> EngineVerdict:
         """Check what an export folder contains."""
-        precision, tolerance = str(manifest.get("precision", "f32")), _get_conversion_tolerance(manifest)
-        adapter, model = path / ADAPTER_GGUF, path / MODEL_GGUF
-        if manifest["kind"] == "merged":
-            precision = next(p for dtype, p in PRECISIONS.items() if str(dtype) == f"torch.{manifest['dtype']}")
-            yield self.verify_engine("merged folder", precision, lambda: self._open_merged(path))
-        elif adapter.is_file():
-            yield self._verify_adapter_gguf(adapter, precision, tolerance, manifest.get("ollama_base"))
-        elif model.is_file():
-            base = self._open_base_in(precision)
-            engine = "llama.cpp, merged GGUF"
-            yield self.verify_engine(engine, precision, lambda: self._open_llama_cpp(model), open_base=base)
-        elif manifest["kind"] == "vllm":
-            engine = "adapter folder, read back"
-            verdict = self.verify_engine(engine, "f32", lambda: self._open_adapter(path), tolerance)
-            yield self._note_quantized_base(verdict)
-        else:
-            yield Verdict(manifest["kind"], precision, reason=f"{path} contains nothing that can be checked")
+        kind = manifest.load_format()
+        if kind is None:
+            reason = f"{folder} contains nothing that can be checked"
+            return EngineVerdict(manifest.kind, str(manifest.values.get("precision", "f32")), reason=reason)
+        return kind().verify_folder(self, folder, manifest.read_facts())
 
-    def _verify_adapter_gguf(
-        self, adapter: Path, precision: str, tolerance: Tolerance | None, ollama_base: str | None
-    ) -> Verdict:
+    def verify_adapter_gguf(
+        self, name: str, adapter: Path, precision: str, tolerance: Tolerance | None, served_base: str | None
+    ) -> EngineVerdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
-        if ollama_base is not None:
-            served = check_served_base(ollama_base, find_base(ollama_base), self.loaded)
+        if served_base is not None:
+            served = check_served_base(served_base, find_base(served_base), self.loaded)
         if (file := served.file) is not None:
             precision = read_precision(file)
             tolerance = get_tolerance(precision)
 
         def open_engine() -> InferenceEngine:
-            return self._open_beside_base(adapter) if file is None else self._open_llama_cpp(file, adapter)
+            return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
 
-        name = "llama.cpp, adapter GGUF"
         verdict = self.verify_engine(name, precision, open_engine, tolerance, LlamaCppInferenceEngine.without_adapter)
         if served.unproven and verdict.passed:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
-        return self._note_quantized_base(verdict)
+        return self.note_quantized_base(verdict)
 
-    def verify_in_running_server(self, name: str, engine: LlamaCppInferenceEngine, precision: str) -> Verdict:
+    def verify_in_running_server(self, name: str, engine: LlamaCppInferenceEngine, precision: str) -> EngineVerdict:
         """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
         verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppInferenceEngine.without_adapter)
-        return self._note_quantized_base(verdict)
+        return self.note_quantized_base(verdict)
 
-    def _note_quantized_base(self, verdict: Verdict) -> Verdict:
+    def note_quantized_base(self, verdict: EngineVerdict) -> EngineVerdict:
         """Return the verdict of an adapter; it is not proven if the base that is served is not quantized as trained."""
         if self.loaded.base.quantization is None or not verdict.passed:
             return verdict
@@ -182,13 +167,13 @@ class Verifier:
         open_engine: Callable[[], InferenceEngine],
         tolerance: Tolerance | None = None,
         open_base: Callable[[Any], InferenceEngine] | None = None,
-    ) -> Verdict:
+    ) -> EngineVerdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
         if tolerance is None and self.loaded.base.quantization:
             # Dequantized values amplify an engine's own arithmetic: SmolLM2 in NF4, without an adapter, is 0.0027 nats
             # from llama.cpp on average, where float32 is 3e-6 from float64.
-            tolerance = get_tolerance(precision, PRECISIONS[self.model.dtype], "f16")
+            tolerance = get_tolerance(precision, short_dtype_name(self.model.dtype), "f16")
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
@@ -196,46 +181,46 @@ class Verifier:
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
             if isinstance(error, ToolError):
-                return Verdict(name, precision, failed=True, reason=reason)
+                return EngineVerdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
-                return Verdict(name, precision, reason=f"not checked: {reason}")
-            return Verdict(name, precision, passed=False, reason=reason)
+                return EngineVerdict(name, precision, reason=f"not checked: {reason}")
+            return EngineVerdict(name, precision, passed=False, reason=reason)
 
-    def _require_mergeable(self) -> None:
+    def require_mergeable(self) -> None:
         config = self.model.active_peft_config
         if not config.mergeable:
             raise UsageError(f"{config.name} does not change weights, and cannot be merged")
 
-    def _open_merged(self, folder: Path) -> InferenceEngine:
+    def open_merged(self, folder: Path) -> InferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
         if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
             raise RunError(f"{folder} has another chat template than the run was trained with")
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
-    def _open_adapter(self, folder: Path) -> InferenceEngine:
+    def open_adapter(self, folder: Path) -> InferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, unpack=True)
         model: Any = loaded.model
         return TransformersInferenceEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
-    def _open_beside_base(self, adapter: Path) -> InferenceEngine:
+    def open_beside_base(self, adapter: Path) -> InferenceEngine:
         base = self.folder / "base.gguf"
         if not base.is_file():
             merging.write_base_gguf(self.loaded, base)
-        return self._open_llama_cpp(base, adapter)
+        return self.open_llama_cpp(base, adapter)
 
-    def _open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
+    def open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
         def open_base(_: Any) -> InferenceEngine:
             file = self.folder / f"base-{precision}.gguf"
             merging.write_base_gguf(self.loaded, file, precision)
-            return self._open_llama_cpp(file)
+            return self.open_llama_cpp(file)
 
         return open_base
 
-    def _open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
+    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
         longest = max(len(t.ids) for t in self.reference.texts) + 64
         return LlamaCppInferenceEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
@@ -258,7 +243,13 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference |
     )
 
 
-def _get_conversion_tolerance(manifest: dict[str, Any]) -> Tolerance | None:
-    """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known."""
-    error = manifest.get("conversion", {}).get("error")
+def get_conversion_tolerance(facts: Any) -> Tolerance | None:
+    """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known; None for others.
+
+    `facts` are those of its manifest.
+    """
+    return _get_tolerance_of_loss(facts.conversion.error if facts.conversion is not None else None)
+
+
+def _get_tolerance_of_loss(error: float | None) -> Tolerance | None:
     return None if error is None else Tolerance(mean_difference=0.02, effect_share=error, strength=0.02 + error)

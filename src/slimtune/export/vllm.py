@@ -8,14 +8,12 @@ instead:
     B' = s · B,  alpha = r in every layer: the scale is 1 for every reader, with and without patterns
 
 Ranks stay as they are: vLLM pads A and B with zeros to --max-lora-rank. What vLLM refuses is refused here first;
-`vllm.json` holds the rules that its classes declare per architecture (written by `benchmarks/vllm_ways/facts.py`).
+`planning/vllm_rules.json` holds the rules that its classes declare per architecture.
 """
 
 import json
 import re
 import shlex
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,9 @@ from ..errors import AdapterError, UsageError, format_names, nearest
 from ..extras.gguf_loading import make_hf_folder
 from ..extras.lora_conversion import rank_settings
 from ..methods.lora.init_configs import is_subtracted_init
+from ..planning.weight_formats import load_vllm_rules
+from .export_format import LoraConversion, WrittenExport
+from .vllm_format import VllmExportFacts
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
 MAX_VOCABULARY = 258_048
@@ -45,19 +46,9 @@ MAX_VOCABULARY = 258_048
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@cache
-def load_vllm_rules() -> dict[str, Any]:
-    """Return the rules that vLLM's classes declare.
-
-    `version`; `ranks`: possible values of --max-lora-rank; `architectures`: the embeddings and heads that each accepts
-    adapters on, None if it serves no LoRA.
-    """
-    return json.loads((files(__package__) / "vllm.json").read_text(encoding="utf-8"))
-
-
 def round_up_rank(rank: int) -> int:
     """Return the smallest --max-lora-rank that an adapter of this rank fits into; older releases do not have 1."""
-    return next(r for r in load_vllm_rules()["ranks"] if r >= max(rank, 8))
+    return next(r for r in load_vllm_rules().ranks if r >= max(rank, 8))
 
 
 def is_served_unchanged(config: Any) -> bool:
@@ -68,7 +59,7 @@ def is_served_unchanged(config: Any) -> bool:
         or config.rank_pattern
         or config.alpha_pattern
         or is_subtracted_init(config.init_lora_weights)
-        or config.r > load_vllm_rules()["ranks"][-1]
+        or config.r > load_vllm_rules().ranks[-1]
     )
 
 
@@ -81,12 +72,12 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
         rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
         twice = ", twice the config's because its start is subtracted"
         start = twice if is_subtracted_init(config.init_lora_weights) else ""
-        if rank > rules["ranks"][-1]:
-            form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules['ranks'][-1]}"]
+        if rank > rules.ranks[-1]:
+            form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules.ranks[-1]}"]
     if other := [n for n, kind in model.match_report(adapter).kinds.items() if kind in ("conv", "weight")]:
         fixed = [*fixed, f"it changes {format_names(other, 2)}, no linear layers: vLLM adds LoRA to those only"]
     architecture = _get_architecture(model)
-    accepted = rules["architectures"].get(architecture, ...)
+    accepted = rules.architectures.get(architecture, ...)
     if accepted is None:
         fixed = [*fixed, f"the base is a {architecture}, on which vLLM serves no LoRA"]
     elif accepted is not ...:
@@ -120,7 +111,7 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
     rules = load_vllm_rules()
     raise AdapterError(
         f"vLLM would refuse the adapter of {run}: {'; '.join([*fixed, *form])}",
-        f"a LoRA of rank {rules['ranks'][-1]} at most on linear layers (vLLM {rules['version']})",
+        f"a LoRA of rank {rules.ranks[-1]} at most on linear layers (vLLM {rules.version})",
         "; or ".join(hints) or "use it with slimtune generate and slimtune chat: it does not change weights",
     )
 
@@ -134,7 +125,7 @@ def write_vllm_adapter(
     name: str | None = None,
     convert_to_lora: float | None = None,
     dtype: str | None = None,
-) -> dict[str, Any]:
+) -> WrittenExport:
     """Write the adapter's two files and `serve.sh`, and the chat template if it is not the base's own.
 
     Args:
@@ -142,13 +133,7 @@ def write_vllm_adapter(
         run: the run or adapter folder, for messages.
         folder: the export folder; it exists.
         out: the final path of the folder, which the command names; None: `folder` itself.
-        name, convert_to_lora, dtype: as in `ExportOptions`.
-
-    Returns:
-        `name`, `base` (path or Hub id) and `base_name` (the base's name in requests), `dtype`, `precision`, `rank`,
-        `max_lora_rank`, `modules`, `folded` (whether scales were multiplied into B), `bytes`, `commands` (shell lines),
-        `arguments` (the same after `vllm serve`), `notes`, and with `convert_to_lora` `conversion`: `method`, `rank`,
-        `error` and `worst` (relative to the change, over all layers and in the worst layer).
+        name, convert_to_lora, dtype: options of `VllmFormat`.
     """
     out = Path(out or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
@@ -156,13 +141,13 @@ def write_vllm_adapter(
     model: Any = loaded.model
     base, base_name = _locate_base(loaded)
     name = _check_name(name, out.name, base_name)
-    adapter, conversion = model.active_adapters[0], {}
+    adapter, conversion = model.active_adapters[0], None
     fixed, form = list_vllm_refusals(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
     if convert_to_lora is not None:
         report, method = model.to_lora(adapter, convert_to_lora), model.peft_config[adapter].name
-        conversion = {"method": method, "rank": max(report.ranks.values()), "error": report.error}
-        conversion = {"conversion": {**conversion, "worst": max(report.errors.values())}}
+        rank, worst = max(report.ranks.values()), max(report.errors.values())
+        conversion = LoraConversion(method, rank, report.error, worst)
         adapter = report.adapter
         _require_served(run, model, adapter, [], list_vllm_refusals(model, adapter)[1])
     config = model.peft_config[adapter]
@@ -175,31 +160,30 @@ def write_vllm_adapter(
     trained = dtype_name(loaded.base.dtype)
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
     notes, rules, architecture = [], load_vllm_rules(), _get_architecture(model)
-    if architecture not in rules["architectures"]:
+    if architecture not in rules.architectures:
         fallback = "it may serve it through transformers, or not at all"
-        notes.append(f"vLLM {rules['version']} has no class of its own for a {architecture}: {fallback}")
+        notes.append(f"vLLM {rules.version} has no class of its own for a {architecture}: {fallback}")
     if served != trained:
         effect = "log-probabilities will differ by this rounding of the base"
         notes.append(f"the run held its base in {trained}, and vLLM will compute in {served}: {effect}")
     verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
     notes.append(f"the files were read back here; to check vLLM itself, start it, then {verify}")
     arguments = _write_script(loaded, folder, out, name, served, rank)
-    return {
-        "name": name,
-        "base": base,
-        "base_name": base_name,
-        "dtype": served,
-        "precision": "f32",
-        "rank": rank,
-        "max_lora_rank": round_up_rank(rank),
-        "modules": len(layers),
-        "folded": folded,
-        "bytes": _write_files(model, adapter, layers, folder, folded),
-        "commands": [shlex.join(["vllm", "serve", *arguments])],
-        "arguments": arguments,
-        "notes": notes,
-        **conversion,
-    }
+    facts = VllmExportFacts(
+        name=name,
+        base=base,
+        base_name=base_name,
+        dtype=served,
+        precision="f32",
+        rank=rank,
+        max_lora_rank=round_up_rank(rank),
+        modules=len(layers),
+        folded=folded,
+        bytes=_write_files(model, adapter, layers, folder, folded),
+        arguments=arguments,
+        conversion=conversion,
+    )
+    return WrittenExport(facts, [shlex.join(["vllm", "serve", *arguments])], notes)
 
 
 def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: Path, folded: bool) -> int:

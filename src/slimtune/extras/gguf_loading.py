@@ -15,6 +15,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -61,6 +62,15 @@ _RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 """Least and largest value of metadata, by the end of their names."""
 _ROPE_TABLES = ("rope_freqs", "rope_factors")
+
+
+def import_gguf() -> Any:
+    """Return the package gguf, or raise ModelError if it is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the package gguf, for GGUF files, is not installed", hint="pip install gguf")
+    import gguf
+
+    return gguf
 
 
 def cache_root() -> Path:

@@ -1,17 +1,21 @@
 """Machines beside each other: what each costs, how fast it serves, and how fast and how dear it trains a run.
 
-It imports no torch: plans are made elsewhere and given.
+It imports no torch: estimates of the run are made elsewhere and given.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..planning.gpu_specs import Gpu, read_table
-from ..planning.plan_result import Plan, Range, Verdict
+from ..core.foundation.formatting import format_bytes
+from ..core.foundation.json_results import json_key
+from ..core.models.gpu_support import NO_XPU
+from ..planning.gpu_specs import GpuSpec, format_checked
+from ..planning.interval import Interval, format_compact, format_three_digits
+from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_serving_speed
-from ..planning.throughput import Cost, estimate_cost
+from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours, list_rent_prices, read_prices
 
 REFERENCE: dict[str, Any] = {
     "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
@@ -20,149 +24,257 @@ REFERENCE: dict[str, Any] = {
 REFERENCE_BYTES = 6.0e9
 """What it needs on the device at most."""
 WHOLE_MACHINES = ("laptop", "mac", "mini")
-"""Kinds whose price is of the machine; others need a computer around the card."""
-
-
-class Purchase(NamedTuple):
-    """What a machine costs to buy."""
-
-    card: str
-    dollars: float
-    condition: str  # launch (the vendor's price then), new or used
-    date: str
-    source: str
-
-
-class ApiPrice(NamedTuple):
-    """What a service takes for fine-tuning."""
-
-    service: str
-    max_billions: float | None  # of parameters; None: a model of the service's own
-    dollars_per_million: float  # training tokens
-    date: str
-    source: str
-
-
-@cache
-def purchases(gpu: str = "") -> tuple[Purchase, ...]:
-    """Return the prices of `purchases.csv` for a GPU, by its name; for "", all of them."""
-    rows = ([*row.values()] for row in read_table("purchases.csv"))
-    return tuple(Purchase(name, float(d), *rest) for name, d, *rest in rows if gpu in ("", name))
-
-
-@cache
-def api_prices() -> tuple[ApiPrice, ...]:
-    """Return the prices of `api_prices.csv`."""
-    rows = ([*row.values()] for row in read_table("api_prices.csv"))
-    return tuple(ApiPrice(name, float(size) if size else None, float(d), *rest) for name, size, d, *rest in rows)
+"""Kinds whose price is of the machine; others need a computer around the GPU."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A machine, and what a run takes on it."""
+class PurchasePrice:
+    """What a machine costs to buy."""
 
-    gpu: Gpu
-    purchases: tuple[Purchase, ...]
-    serving: ServingSpeed | None  # of an 8B model in Q4_K_M; None if it does not fit or is not known
-    plan: Plan | None = None  # of the run; None if no run is asked about
-    verdict: Verdict | None = None  # of the run
-    cost: Cost | None = None  # of the run; None if its speed is not known
+    gpu: str = field(metadata=json_key("card"))
+    """The name of its GPU."""
+    dollars: float
+    """The price."""
+    condition: str
+    """One of launch (the vendor's price then), new and used."""
+    date: str
+    """Of the price, as 2026-11-25."""
+    source: str
+    """Where the price was read."""
+
+
+@dataclass(frozen=True)
+class ApiPrice:
+    """What a service takes for fine-tuning."""
+
+    service: str
+    """Its name, and what it tunes."""
+    max_billions: float | None
+    """Of parameters; null: a model of the service's own."""
+    dollars_per_million: float
+    """Dollars for a million training tokens."""
+    date: str
+    """Of the price, as 2026-11-25."""
+    source: str
+    """Where the price was read."""
+
+
+@cache
+def list_purchase_prices(gpu: str = "") -> tuple[PurchasePrice, ...]:
+    """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
+    rows = ([*row.values()] for row in read_prices("purchase_prices.csv"))
+    return tuple(PurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
+
+
+@cache
+def list_api_prices() -> tuple[ApiPrice, ...]:
+    """Return the prices of `api_prices.csv`."""
+    rows = ([*row.values()] for row in read_prices("api_prices.csv"))
+    return tuple(
+        ApiPrice(name, float(size) if size else None, float(dollars), *rest) for name, size, dollars, *rest in rows
+    )
+
+
+@dataclass(frozen=True)
+class MachineOffer:
+    """A machine that can be bought or rented, and what a run takes on it."""
+
+    gpu: str = field(metadata=json_key("card"))
+    """The name of its GPU."""
+    kind: str
+    """What it is sold as: desktop, laptop, workstation, datacentre, mac or mini."""
+    released: str
+    """Month in which it came out, as 2023-06."""
+    memory_bytes: int
+    """Bytes of the GPU as sold."""
+    bytes_per_second: float | None
+    """Bandwidth of the GPU's memory."""
+    flops: dict[str, float] | None
+    """Dense floating point operations a second by dtype, in hardware."""
+    watts: float | None
+    """Power of the board (of a Mac: of the machine); null: unknown."""
+    price: Interval | None
+    """Dollars to buy it: prices paid where some were found, else the price at its launch."""
+    purchases: tuple[PurchasePrice, ...]
+    """All known prices to buy it."""
+    serving: ServingSpeed | None
+    """Of an 8B model in Q4_K_M; null if it does not fit or is not known."""
+    verdict: MemoryVerdict | None
+    """Whether the run fits; null if no run is asked about."""
+    tokens_per_second: Interval | None
+    """Trained tokens a second of the run; null: unknown."""
+    cost: RunCost | None
+    """Of the run; null if its speed is not known."""
+    source: str
+    """Where the figures of the GPU are from."""
+    checked: str
+    """When they were last checked, as 2026-11-25."""
 
     @property
-    def price(self) -> Range | None:
-        """Dollars to buy it: prices paid where some were found, else the price at its launch."""
-        paid = [p.dollars for p in self.purchases if p.condition != "launch"]
-        known = paid or [p.dollars for p in self.purchases]
-        return Range(min(known), max(known)) if known else None
-
-    @property
-    def electricity_dollars(self) -> Range | None:
+    def electricity_dollars(self) -> Interval | None:
         """Dollars of electricity for the run; None without a price of it."""
         return self.cost.power if self.cost is not None else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return {
-            "card": self.gpu.name,
-            "kind": self.gpu.kind,
-            "released": self.gpu.released,
-            "memory_bytes": self.gpu.memory,
-            "bytes_per_second": self.gpu.bandwidth,
-            "flops": self.gpu.rates,
-            "watts": self.gpu.watts,
-            "price": self.price._asdict() if self.price else None,
-            "purchases": [p._asdict() for p in self.purchases],
-            "serving": {
-                "decode_tokens_per_second": self.serving.decode._asdict(),
-                "prefill_tokens_per_second": self.serving.prefill._asdict(),
-                "evidence": self.serving.evidence,
-            }
-            if self.serving is not None
-            else None,
-            "verdict": self.verdict,
-            "tokens_per_second": self.plan.tokens_per_second._asdict()
-            if self.plan is not None and self.plan.tokens_per_second
-            else None,
-            "cost": self.cost.to_dict() if self.cost is not None else None,
-            "source": self.gpu.source,
-            "checked": self.gpu.checked,
-        }
+    def explain_pick(self, way: str) -> str:
+        """Return its price for the run, to "buy" or to "rent", and the run's time."""
+        amount = self.price if way == "buy" else self.cost.rent if self.cost else None
+        return f"{format_dollars(amount)}, the run in {format_hours(self.cost.hours if self.cost else None)}"
 
 
-def describe_machine(
-    gpu: Gpu, plan: Plan | None = None, *, tokens: int = 0, speed: Range | None = None, verdict: Verdict | None = None,
+def make_machine_offer(
+    gpu: GpuSpec,
+    estimate: ResourceEstimate | None = None,
+    *,
+    tokens: int = 0,
+    speed: Interval | None = None,
+    verdict: MemoryVerdict | None = None,
     dollars_per_kwh: float | None = None,
-) -> Machine:  # fmt: skip
+) -> MachineOffer:
     """Return a machine with its prices and serving speed, and with what a run takes on it.
 
     Args:
         gpu: the machine's.
-        plan: of the run, on this GPU or on another one of its kind.
+        estimate: of the run, on this GPU or on another one of its kind.
         tokens: trained in the run.
-        speed: trained tokens a second; None: the plan's.
-        verdict: whether the run fits; None: the plan's.
+        speed: trained tokens a second; None: the estimate's.
+        verdict: whether the run fits; None: the estimate's.
         dollars_per_kwh: price of electricity.
     """
     fits = gpu.usable.low >= REFERENCE_BYTES
-    serving = estimate_serving_speed(gpu, "llama.cpp", **REFERENCE) if fits else None
     cost = None
-    if plan is not None:
-        verdict, speed = verdict or plan.verdict, speed or plan.tokens_per_second
+    if estimate is not None:
+        verdict, speed = verdict or estimate.verdict, speed or estimate.tokens_per_second
         if speed is not None and verdict != "does not fit":
-            cost = estimate_cost(speed, tokens, gpu, dollars_per_kwh=dollars_per_kwh)
-    return Machine(gpu, purchases(gpu.name), serving, plan, verdict, cost)
+            cost = estimate_run_cost(speed, tokens, gpu, dollars_per_kwh=dollars_per_kwh)
+    purchases = list_purchase_prices(gpu.name)
+    known = [p.dollars for p in purchases if p.condition != "launch"] or [p.dollars for p in purchases]
+    return MachineOffer(
+        gpu=gpu.name,
+        kind=gpu.kind,
+        released=gpu.released,
+        memory_bytes=gpu.memory,
+        bytes_per_second=gpu.bandwidth,
+        flops=gpu.rates,
+        watts=gpu.watts,
+        price=Interval(min(known), max(known)) if known else None,
+        purchases=purchases,
+        serving=estimate_serving_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
+        verdict=verdict,
+        tokens_per_second=estimate.tokens_per_second if estimate is not None else None,
+        cost=cost,
+        source=gpu.source,
+        checked=gpu.checked,
+    )
 
 
-def runs_to_break_even(price: Range, rent: Range, power: Range | None) -> Range | None:
+def count_runs_to_break_even(price: Interval, rent: Interval, power: Interval | None) -> Interval | None:
     """Return after how many runs buying costs less than renting; None if it never does."""
-    saved = Range(rent.low - (power.high if power else 0.0), rent.high - (power.low if power else 0.0))
+    saved = Interval(rent.low - (power.high if power else 0.0), rent.high - (power.low if power else 0.0))
     if saved.high <= 0:
         return None
-    return Range(price.low / saved.high, price.high / saved.low if saved.low > 0 else float("inf"))
+    return Interval(price.low / saved.high, price.high / saved.low if saved.low > 0 else float("inf"))
 
 
 def rank_machines(
-    machines: Sequence[Machine], *, budget: float | None = None, hours: float | None = None, rent: bool = False
-) -> list[Machine]:
+    offers: Sequence[MachineOffer], *, budget: float | None = None, hours: float | None = None, rent: bool = False
+) -> list[MachineOffer]:
     """Return the machines that a run fits on, within a budget and a time, the best first.
 
     The best is the cheapest that surely fits and is surely in time: to buy, or to rent for the run.
 
     Args:
-        machines: with a plan each.
+        offers: with a verdict each.
         budget: dollars to spend at most, on the machine or on the rent of the run.
         hours: of a run at most.
         rent: rank by the rent of the run.
     """
-
-    def dollars(machine: Machine) -> Range | None:
-        return (machine.cost.rent if machine.cost is not None else None) if rent else machine.price
-
     suited = []
-    for machine in machines:
-        amount = dollars(machine)
-        if machine.verdict != "fits" or machine.cost is None or amount is None:
+    for offer in offers:
+        amount = (offer.cost.rent if offer.cost is not None else None) if rent else offer.price
+        if offer.verdict != "fits" or offer.cost is None or amount is None:
             continue
-        if (budget is None or amount.high <= budget) and (hours is None or machine.cost.hours.high <= hours):
-            suited.append((amount.high, machine.cost.hours.high, machine))
-    return [machine for *_, machine in sorted(suited, key=lambda item: item[:2])]
+        if (budget is None or amount.high <= budget) and (hours is None or offer.cost.hours.high <= hours):
+            suited.append((amount.high, offer.cost.hours.high, offer))
+    return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
+
+
+# --- what is shown, and where it is from ------------------------------------------------------------------------------
+
+
+def list_comparison_rows(offers: Sequence[MachineOffer], run: str | None) -> Iterator[tuple[str, ...]]:
+    """Yield a label and a value for each machine; `run` names what is trained, None: nothing."""
+
+    def row(label: str, value: Callable[[MachineOffer], str]) -> tuple[str, ...]:
+        return (label, *map(value, offers))
+
+    yield row("kind", lambda m: m.kind)
+    yield row("released", lambda m: m.released or "-")
+    yield row("memory", lambda m: format_bytes(m.memory_bytes))
+    yield row("bandwidth, GB/s", lambda m: f"{m.bytes_per_second / 1e9:.0f}" if m.bytes_per_second else "-")
+    yield row("16 bits, TFLOPS", lambda m: _format_tflops(m.flops or {}))
+    yield row("watts", lambda m: f"{m.watts:.0f}" if m.watts else "-")
+    yield row("price", lambda m: format_dollars(m.price))
+    yield row(
+        "an 8B writes, t/s", lambda m: format_compact(m.serving.decode if m.serving else None, format_three_digits)
+    )
+    yield row("reads, t/s", lambda m: format_compact(m.serving.prefill if m.serving else None, format_three_digits))
+    if run is None:
+        return
+    yield row("training", lambda m: m.verdict or "-")
+    yield row("trains, t/s", lambda m: format_compact(m.tokens_per_second, format_three_digits))
+    yield row(run, lambda m: format_hours(m.cost.hours if m.cost else None))
+    yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
+    yield row("its kWh", lambda m: format_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
+    if any(m.electricity_dollars for m in offers):
+        yield row("its electricity", lambda m: format_dollars(m.electricity_dollars))
+
+
+def _format_tflops(flops: dict[str, float]) -> str:
+    """Return the rate of 16-bit products: the faster one's, which a CPU has for one of the two dtypes only."""
+    rate = max(flops.get(dtype, 0.0) for dtype in ("float16", "bfloat16")) / 1e12
+    return "-" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def list_gpu_lines(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
+    """Yield the figures of one GPU, its prices and their sources."""
+    yield "GPU", f"{gpu.name}, {gpu.kind}, {gpu.vendor} {gpu.architecture}"
+    if not gpu.trains:
+        yield "training", NO_XPU
+    yield "memory", f"{format_bytes(gpu.memory)}, {gpu.usable.format()} for a run"
+    if gpu.bandwidth is not None:
+        yield "bandwidth", f"{gpu.bandwidth / 1e9:.4g} GB/s"
+    for dtype, rate in (gpu.rates or {}).items():
+        yield dtype, f"{rate / 1e12:.4g} TFLOPS"
+    yield "weights held in", "bfloat16" if gpu.bf16 else "float32, unless --dtype says otherwise"
+    if gpu.watts is not None:
+        yield "power", f"{gpu.watts:.0f} W"
+    if gpu.released:
+        yield "released", gpu.released
+    yield "source", gpu.source
+    yield "checked", format_checked(gpu.checked)
+    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_price_sources(gpu.name))
+
+
+def list_price_sources(gpu: str) -> Iterator[tuple[str, str, str]]:
+    """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
+    for p in list_purchase_prices(gpu):
+        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_checked(p.date)}: {p.source}"
+    for q in list_rent_prices(gpu):
+        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_checked(q.date)}: {q.source}"
+
+
+def list_offer_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, str]]:
+    """Yield where each figure of machines is from, and of what date."""
+    for offer in offers:
+        yield offer.gpu, f"{offer.source} (checked {format_checked(offer.checked)})" if offer.checked else offer.source
+        yield from ((amount, source) for _, amount, source in list_price_sources(offer.gpu))
+    yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
+
+
+def list_offer_dates(offers: Iterable[MachineOffer]) -> Iterator[str]:
+    """Yield the dates of what `list_offer_sources` shows; a price at the launch stays what it was."""
+    for offer in offers:
+        if offer.checked:  # not of what was measured on this machine
+            yield offer.checked
+        yield from (p.date for p in offer.purchases if p.condition != "launch")
+        yield from (p.date for p in list_rent_prices(offer.gpu))

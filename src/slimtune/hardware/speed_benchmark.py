@@ -2,7 +2,7 @@
 
 Every figure is the median of several rounds after a warm-up, and rounds of different sizes alternate, so that a moment
 in which something else runs does not decide one size. Training and decoding run real code on random weights of small
-Llamas; the factors that turn traced work into seconds are fitted to them (`planning.measured`).
+Llamas; the factors that turn traced work into seconds are fitted to them (`planning/measured_speeds.py`).
 """
 
 import datetime
@@ -30,8 +30,9 @@ from ..core.adapters.peft_model import get_peft_model
 from ..core.attention.attention_functions import packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
+from ..core.foundation.cpu import read_processor
 from ..core.foundation.device import disable_malloc_trim
-from ..core.foundation.dtype_names import dtype_name
+from ..core.foundation.dtype_names import dtype_name, short_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.foundation.version import __version__
 from ..core.models.dtype import pick_device, pick_dtype
@@ -39,14 +40,21 @@ from ..core.training.loss import forward_backward, make_collator, move_to_device
 from ..core.training.memory_savings import apply_memory_savings
 from ..core.training.optimizer import build_optimizer
 from ..errors import ModelError, install_command
-from ..export.gguf import import_gguf
+from ..extras.gguf_loading import import_gguf
 from ..generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 from ..methods.lora import LoraConfig
-from ..planning.measured_speeds import LEAST_SPREAD, Measured, ServingFit, TrainingFit, read_processor, step_features
+from ..planning.measured_speeds import (
+    LEAST_SPREAD,
+    MachineMeasurement,
+    MeasuredStep,
+    ServingFit,
+    TrainingFit,
+    compute_step_time_terms,
+)
 from ..planning.memory_trace import trace_memory
 from ..planning.plan_request import TrainingJob
-from ..planning.plan_result import Range
 from ..planning.this_machine import detect_gpu
+from ..planning.weight_formats import MEASURED_GGUF_TYPES
 
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
 """Width and layers of the Llamas that are trained."""
@@ -62,8 +70,6 @@ DECODED = ((2048, 2, 16384), (1024, 6, 8192), (1024, 6, 65536), (512, 32, 16384)
 and an entry of the vocabulary."""
 SHORT_PROMPT, PROMPT, NEW_TOKENS = 16, 256, 32
 """Tokens of the prompts after which text is written, which tell the time of the cache from that of the layers."""
-PRECISIONS = ("F16", "Q8_0", "Q4_K_M", "Q4_1", "Q4_0")
-"""Precisions of GGUF files that are measured."""
 MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 9, 3, 12.0
 """Rounds of a measurement, and after how many seconds there are no more of them."""
 
@@ -102,7 +108,7 @@ class Clock:
             torch.mps.synchronize()
 
 
-def measure_machine(device: str = "auto") -> Measured:
+def measure_machine(device: str = "auto") -> MachineMeasurement:
     """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes and 2 to 3 GB."""
     picked = pick_device(device)
     gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), Clock(picked)
@@ -136,7 +142,7 @@ def measure_machine(device: str = "auto") -> Measured:
     for work in track_progress([products, bandwidth, training, transformers, llama_cpp], "measurements"):
         with torch.random.fork_rng(devices=[]):
             work()
-    return Measured(
+    return MachineMeasurement(
         name=gpu.name,
         processor=read_processor(),
         threads=torch.get_num_threads() if picked.type == "cpu" else 0,
@@ -191,13 +197,12 @@ def make_config(width: int, layers: int, vocab_size: int = VOCABULARY) -> LlamaC
 
 def measure_training(
     clock: Clock, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
-) -> tuple[TrainingFit, list[dict[str, Any]]]:
+) -> tuple[TrainingFit, list[MeasuredStep]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
     kind: Any = clock.device.type
     if kind == "cpu":
         disable_malloc_trim()  # as in a training run
-    steps: list[dict[str, Any]] = []
-    works, features = [], []
+    works, terms, sizes = [], [], []
     for width, layers in TRAINED[kind]:
         config = make_config(width, layers)
         method = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -208,20 +213,22 @@ def measure_training(
         for lengths in ROWS[kind]:
             trace = trace_memory(TrainingJob(config, method, dtype, lengths, device=kind))
             moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
-            features.append(step_features(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth))
+            terms.append(
+                compute_step_time_terms(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth)
+            )
             ids = [torch.randint(1, VOCABULARY, (n,)).tolist() for n in lengths]
             rows = [{"input_ids": row, "labels": row} for row in ids]
             works.append(partial(take_step, model, optimizer, collator, rows))
-            steps.append({"width": width, "layers": layers, "rows": list(lengths)})
+            sizes.append((width, layers, list(lengths)))
     seconds = clock.medians(works)
-    factors = fit_nonnegative(features, seconds)
-    speeds = []
-    for step_dict, measured, parts in zip(steps, seconds, features, strict=True):
-        fitted = sum(f * p for f, p in zip(factors, parts, strict=True))
-        speeds.append(fitted / measured)
-        step_dict |= {"seconds": measured, "fitted_seconds": fitted}
+    factors = fit_nonnegative(terms, seconds)
+    steps = [
+        MeasuredStep(*size, seconds=measured, fitted_seconds=sum(f * t for f, t in zip(factors, own, strict=True)))
+        for size, measured, own in zip(sizes, seconds, terms, strict=True)
+    ]
+    spread = widen_spread([step.fitted_seconds / step.seconds for step in steps])
     arithmetic, traffic, attention, overhead = factors
-    return TrainingFit(arithmetic, traffic, attention, overhead, widen_spread(speeds)), steps
+    return TrainingFit(arithmetic, traffic, attention, overhead, spread), steps
 
 
 def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
@@ -239,7 +246,7 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, 
 
 def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
-    name = dtype_name(dtype).replace("bfloat16", "BF16").replace("float32", "F32")
+    name = short_dtype_name(dtype).upper()
     works, runs, operations = [], [], []
     for shape in DECODED:
         config = make_config(*shape)
@@ -264,7 +271,7 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
 
 
 def measure_llama_cpp(device: torch.device) -> ServingFit:
-    """Return how fast llama.cpp decodes and reads a prompt, for each of `PRECISIONS`.
+    """Return how fast llama.cpp decodes and reads a prompt, for each of `MEASURED_GGUF_TYPES`.
 
     Raises:
         ModelError: xllamacpp or gguf is not installed, or they compute on another device.
@@ -277,13 +284,13 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     if device.type != "cpu" and not has_gpu:
         raise ModelError("the installed xllamacpp computes on the CPU alone", "a build for this GPU")
     runs, decoded = [], []
-    prompts: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    prompts: dict[str, list[float]] = {precision: [] for precision in MEASURED_GGUF_TYPES}
     with tempfile.TemporaryDirectory(prefix="slimtune-bench-") as folder:
         # Twice: the speed of a machine changes within a minute, and must not decide one shape.
-        for precision, shape in 2 * list(itertools.product(PRECISIONS, DECODED)):
+        for precision, shape in 2 * list(itertools.product(MEASURED_GGUF_TYPES, DECODED)):
             file = Path(folder) / "model.gguf"
             config = make_config(*shape)
-            read, weights = write_random_gguf(file, config, precision)
+            read_bytes, weights = write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
             engine = LlamaCppInferenceEngine(
@@ -294,13 +301,15 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
                 engine.measure_seconds(length, NEW_TOKENS)
                 rounds = [engine.measure_seconds(length, NEW_TOKENS) for _ in range(2)]
                 prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-                runs.append((precision, float(read), config, cached_bytes(config, length, 2)))
+                runs.append((precision, float(read_bytes), config, cached_bytes(config, length, 2)))
                 decoded.append(token_s)
                 if (shape, length) == (DECODED[0], PROMPT):
                     prompts[precision].append(2 * weights / prompt_s)
             engine.close()
             file.unlink()
-    return fit_serving(PRECISIONS, runs, decoded, {p: statistics.median(speeds) for p, speeds in prompts.items()})
+    return fit_serving(
+        MEASURED_GGUF_TYPES, runs, decoded, {p: statistics.median(speeds) for p, speeds in prompts.items()}
+    )
 
 
 def cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> float:
@@ -417,7 +426,7 @@ def fit_nonnegative(features: Sequence[Sequence[float]], seconds: Sequence[float
     return [float(x) for x in best / scale]
 
 
-def widen_spread(ratios: Sequence[float]) -> Range:
+def widen_spread(ratios: Sequence[float]) -> tuple[float, float]:
     """Return the range 1 / x to x that has all ratios of measured speed to the formula's, x at least 1.1."""
     widest = max(1 + LEAST_SPREAD, *(max(r, 1 / r) for r in ratios))
-    return Range(1 / widest, widest)
+    return 1 / widest, widest

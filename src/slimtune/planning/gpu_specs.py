@@ -11,14 +11,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from ..core.foundation.formatting import format_bytes
+from ..core.foundation.formatting import GIB, format_bytes
 from ..core.foundation.product_names import nearest_product
 from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..errors import UsageError, format_names
-from .measured_speeds import Measured, load_machine_measurement
-from .plan_result import Range
+from .interval import Interval
+from .measured_speeds import RATE_COLUMNS, MachineMeasurement, load_machine_measurement
 
-GIB = 1 << 30
 THIS_MACHINE = "this machine"
 MAX_AGE = 180
 """Days after which a price or a card's figures may be out of date."""
@@ -26,8 +25,48 @@ UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 102
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU, a Mac, or the memory of a machine."""
+class GpuFacts:
+    """What `slimtune gpus` shows of a GPU."""
+
+    name: str
+    """The name that plans take."""
+    kind: str
+    """What it is sold as: desktop, laptop, workstation, datacentre, mac or mini."""
+    released: str
+    """Month in which it came out, as 2023-06."""
+    vendor: str
+    """The maker: nvidia, amd, intel or apple."""
+    architecture: str
+    """The maker's name of the generation."""
+    bf16: bool
+    """Whether training holds the weights in bfloat16 on it, unless told otherwise."""
+    flash: bool
+    """Whether flash attention runs on it."""
+    watts: float | None
+    """Power of the board (of a Mac: of the machine); null: unknown."""
+    unified: bool
+    """Whether its memory is the system's, too."""
+    source: str
+    """Where the figures are from."""
+    checked: str
+    """When they were last checked, as 2026-11-25."""
+    trains: bool
+    """Whether slimtune trains on it."""
+    memory_bytes: int
+    """Bytes as sold."""
+    visible_bytes: int
+    """Bytes that the driver shows: fewer if error correction takes some."""
+    usable_bytes: Interval
+    """Bytes that a run can have: surely, at most."""
+    bytes_per_second: float | None
+    """Bandwidth of the memory."""
+    flops: dict[str, float] | None
+    """Dense floating point operations a second by dtype, in hardware."""
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """A GPU, a Mac, or a CPU's memory, as far as a plan needs to know it."""
 
     name: str  # as `slimtune gpus` lists it
     kind: str  # desktop, laptop, workstation, datacentre, mac or mini; "memory" if only its size is known; "cpu"
@@ -43,7 +82,7 @@ class Gpu:
     source: str = ""  # where these numbers are from
     checked: str = ""  # when they were last checked, there or by their arithmetic, as 2026-11-25
     released: str = ""  # month in which it came out, as 2023-06
-    measured: Measured | None = None  # what `slimtune bench` measured, if it is this machine's
+    measured: MachineMeasurement | None = None  # what `slimtune bench` measured, if it is this machine's
     auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
 
     @property
@@ -64,89 +103,129 @@ class Gpu:
         """Whether slimtune trains on it."""
         return not self.vendor or self.vendor in VENDOR_DEVICES
 
+    def facts(self) -> GpuFacts:
+        """Return what `slimtune gpus` shows of it."""
+        names = (
+            "name", "kind", "released", "vendor", "architecture", "bf16", "flash", "watts", "unified", "source",
+            "checked", "trains",
+        )  # fmt: skip
+        return GpuFacts(
+            **{name: getattr(self, name) for name in names},
+            memory_bytes=self.memory,
+            visible_bytes=self.visible,
+            usable_bytes=self.usable,
+            bytes_per_second=self.bandwidth,
+            flops=self.rates,
+        )
+
+    def format_source(self) -> str:
+        """Return where its figures are from, and when they were read there."""
+        return f"{self.source} (checked {format_checked(self.checked)})" if self.checked else self.source
+
     @property
-    def usable(self) -> Range:
+    def usable(self) -> Interval:
         """Bytes a run can have, (surely, at most).
 
         A GPU that drives a display gives it up to a twentieth; macOS gives the GPU two thirds of a small memory and
         three quarters of a large one (`recommendedMaxWorkingSetSize`); of a CPU's memory it is what is free.
         """
         if self.kind == "cpu":
-            return Range(self.visible, self.visible)
+            return Interval(self.visible, self.visible)
         if self.vendor == "apple":
             share = 0.66 if self.memory <= 36 * GIB else 0.75
-            return Range(int(share * self.memory), int(0.75 * self.memory))
+            return Interval(int(share * self.memory), int(0.75 * self.memory))
         surely = 0.98 if self.kind == "datacentre" else 0.955
-        return Range(int(surely * self.visible), int(0.99 * self.visible))
+        return Interval(int(surely * self.visible), int(0.99 * self.visible))
 
 
 @cache
-def all_gpus() -> tuple[Gpu, ...]:
+def list_gpus() -> tuple[GpuSpec, ...]:
     """Return every GPU of the table, each once."""
     return tuple({gpu.name: gpu for _, gpu in _rows()}.values())
 
 
 @cache
-def read_table(name: str) -> tuple[dict[str, str], ...]:
-    """Return the rows of a CSV file of this folder, by the names of its columns."""
-    return tuple(csv.DictReader((files(__package__) / name).read_text(encoding="utf-8").splitlines()))
+def _read_table() -> tuple[dict[str, str], ...]:
+    text = (files(__package__) / "gpus.csv").read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines()))
 
 
 @cache
-def _rows() -> list[tuple[list[str], Gpu]]:
+def _rows() -> list[tuple[list[str], GpuSpec]]:
     """Return the names and the GPU of each row of `gpus.csv`; a row of several memories is a GPU for each of them."""
-    dtypes = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
     rows = []
-    for row in read_table("gpus.csv"):
+    for row in _read_table():
         memories = row["memory_gib"].split(";")
         visible = row["visible_gib"].split(";") if row["visible_gib"] else memories
         for memory, seen in zip(memories, visible, strict=True):
-            gpu = Gpu(
-                **{name: row[name] for name in ("kind", "vendor", "architecture", "source", "checked", "released")},
+            gpu = GpuSpec(
+                kind=row["kind"],
+                vendor=row["vendor"],
+                architecture=row["architecture"],
+                source=row["source"],
+                checked=row["checked"],
+                released=row["released"],
                 name=row["name"] if len(memories) == 1 else f"{row['name']}-{memory}gb",
                 memory=int(float(memory) * GIB),
                 visible=int(float(seen) * GIB),
                 bandwidth=float(row["bandwidth_gbs"]) * 1e9,
-                rates={dtype: float(row[column]) * 1e12 for dtype, column in dtypes.items() if row[column]},
+                rates={dtype: float(row[column]) * 1e12 for dtype, column in RATE_COLUMNS.items() if row[column]},
                 flash=row["flash"] == "yes",
                 watts=float(row["watts"]) if row["watts"] else None,
                 unified=row["unified"] == "yes",
-                auto_bf16=None,
-                measured=None,
             )
             rows.append(([gpu.name, row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows
 
 
-def find_by_name(name: str) -> list[Gpu]:
+def find_gpus(name: str) -> list[GpuSpec]:
     """Return the GPUs that a name can mean, the usual one first, of a chip with several memories the smallest first.
 
     Case, spaces, dashes and the vendor's words do not matter; a memory may follow: "M4 Max 64 GB", "MacBook Air M2".
     """
     wanted = _normalize(name)
     if wanted == _normalize(THIS_MACHINE):
-        return [here] if (here := measured_gpu()) is not None else []
+        return [here] if (here := load_measured_gpu()) is not None else []
     if found := [gpu for names, gpu in _rows() if wanted in map(_normalize, names)]:
         return found
     if (sized := _SIZED.fullmatch(name.strip())) is None:
         return []
-    return [gpu for gpu in find_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
+    return [gpu for gpu in find_gpus(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
 
 
-def measured_gpu() -> Gpu | None:
+def load_measured_gpu() -> GpuSpec | None:
     """Return this machine as `slimtune bench` measured it; None if it did not."""
     found = load_machine_measurement()
     if found is None:
         return None
-    named = find_by_name(found.name) if found.name != THIS_MACHINE else []
+    named = find_gpus(found.name) if found.name != THIS_MACHINE else []
     known = next((gpu for gpu in named if abs(gpu.visible - found.memory) < 0.05 * gpu.visible), None)
     if known is None:
         kind, vendor = {"cpu": ("cpu", ""), "mps": ("mac", "apple")}.get(found.device, ("memory", ""))
-        known = Gpu(found.name, kind, vendor, "", found.memory, found.memory, unified=kind == "mac")
-    return add_measured(known, found)
+        known = GpuSpec(found.name, kind, vendor, "", found.memory, found.memory, unified=kind == "mac")
+    return with_measurement(known, found)
 
 
-def add_measured(gpu: Gpu, found: Measured) -> Gpu:
+def make_table_row(found: MachineMeasurement) -> dict[str, str]:
+    """Return a measurement by the columns of `gpus.csv`."""
+    gpu = load_measured_gpu()
+    name = found.processor if found.device == "cpu" else found.name
+    row = dict.fromkeys(_read_table()[0], "")
+    row |= {
+        "name": "-".join(name.lower().replace("(r)", "").replace("(tm)", "").split()),
+        "kind": gpu.kind if gpu is not None else found.device,
+        "vendor": gpu.vendor if gpu is not None else "",
+        "architecture": gpu.architecture if gpu is not None else "",
+        "memory_gib": f"{found.memory / GIB:.4g}",
+        "bandwidth_gbs": f"{found.bandwidth / 1e9:.4g}",
+        "unified": "yes" if found.device != "cuda" else "no",
+        "source": f"slimtune bench {found.versions['slimtune']}, torch {found.versions['torch']}",
+        "checked": found.date,
+    }
+    return row | {RATE_COLUMNS[dtype]: f"{rate / 1e12:.4g}" for dtype, rate in found.rates.items()}
+
+
+def with_measurement(gpu: GpuSpec, found: MachineMeasurement) -> GpuSpec:
     """Return a GPU with what was measured on it."""
     return replace(
         gpu,
@@ -171,19 +250,19 @@ def _normalize(name: str) -> str:
     return _NOISE.sub("", name.lower())
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str) -> GpuSpec:
     """Return the GPU with this name, however it is spelled ("RTX 3090", "rtx-3090").
 
     Raises:
         UsageError: the table has none; the nearest name is given.
     """
-    if matches := find_by_name(name):
+    if matches := find_gpus(name):
         return matches[0]
     if _normalize(name) == _normalize(THIS_MACHINE):
         raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
-    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_by_name(sized[1])):
+    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_gpus(sized[1])):
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
-    close = nearest_product(name, [gpu.name for gpu in all_gpus()])
+    close = nearest_product(name, [gpu.name for gpu in list_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
@@ -198,14 +277,14 @@ def format_checked(date: str) -> str:
     return f"{date}, older than {MAX_AGE} days" if is_old(date) else date
 
 
-def require_trains(gpu: Gpu) -> None:
+def require_trains(gpu: GpuSpec) -> None:
     """Raise UsageError if slimtune does not train on a GPU."""
     if not gpu.trains:
         hint = f"on a machine with {gpu.name} the CPU trains: run `slimtune plan` there"
         raise UsageError(f"{gpu.name}: {NO_XPU}", "an NVIDIA or AMD GPU, a Mac or a CPU", hint)
 
 
-def gpu_with_memory(text: str) -> Gpu:
+def make_gpu_with_memory(text: str) -> GpuSpec:
     """Return a GPU of which only the memory is known: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
 
     Raises:
@@ -215,4 +294,4 @@ def gpu_with_memory(text: str) -> Gpu:
     size = int(float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"]) if match else 0
     if size < 1:
         raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
-    return Gpu(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")
+    return GpuSpec(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")

@@ -16,73 +16,114 @@ shared prefix, which takes many small copies, 20 % too slow). A decoded token ta
 It imports no torch.
 """
 
-import contextlib
 import os
-import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.foundation.cpu import read_processor
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import read_json, write_json
+from ..core.foundation.json_results import from_json_dict, to_json_dict
 from ..errors import RunError
-from .plan_result import Range, Workload
+from .interval import format_three_digits
+from .plan_result import Workload
+from .weight_formats import ENGINES, find_nearest_precision
 
 FORMAT = 6
+RATE_COLUMNS = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
+"""Columns of `gpus.csv` with the rate of a dtype."""
 LEAST_SPREAD = 0.1
 """A prediction is not called more certain than this, however well the measured steps agree."""
-NEAREST = {
-    "F32": "F16", "BF16": "F16", "Q5_1": "Q4_1", "Q5_0": "Q4_0", "Q6_K": "Q4_K_M", "Q5_K_M": "Q4_K_M",
-    "Q5_K_S": "Q4_K_M", "Q4_K_S": "Q4_K_M", "IQ4_NL": "Q4_0", "IQ4_XS": "Q4_K_M", "Q3_K_L": "Q4_K_M",
-    "Q3_K_M": "Q4_K_M", "Q3_K_S": "Q4_K_M", "IQ3_M": "Q4_K_M", "IQ3_S": "Q4_K_M", "Q2_K": "Q4_K_M",
-}  # fmt: skip
-"""The measured precision whose kernels are most like those of one that is not measured."""
 
 
 @dataclass(frozen=True)
 class TrainingFit:
     """How long the parts of a training step take here, beside what the measured rates say."""
 
-    arithmetic: float  # factor on the time of operators that multiply
-    traffic: float  # factor on the time of operators that only move
-    attention: float  # factor on the time of fused attention
-    overhead: float  # seconds of each operator that multiplies
-    spread: Range  # of measured speed divided by that of the formula; 1 / x to x
+    arithmetic: float
+    """Factor on the time of operators that multiply."""
+    traffic: float
+    """Factor on the time of operators that only move."""
+    attention: float
+    """Factor on the time of fused attention."""
+    overhead: float
+    """Seconds of each operator that multiplies."""
+    spread: tuple[float, float]
+    """Of measured speed divided by that of the formula; 1 / x to x."""
 
 
 @dataclass(frozen=True)
 class ServingFit:
     """How fast an engine decodes and reads prompts here; by precision of the weights."""
 
-    bytes_per_second: dict[str, float]  # decoding, of the weights
-    cached_byte_s: float  # seconds of each byte of cached keys and values, which attention reads more slowly
-    layer_s: dict[str, float]  # seconds that each layer takes beside its bytes, by precision
-    logit_s: float  # seconds of each entry of the vocabulary, as the next token is chosen
-    token_s: float  # seconds of each token beside that: the engine's own work
-    prompt_flops: dict[str, float]  # operations a second as a prompt is read
-    spread: Range
+    bytes_per_second: dict[str, float]
+    """Decoding, of the weights."""
+    cached_byte_s: float
+    """Seconds of each byte of cached keys and values, which attention reads more slowly."""
+    layer_s: dict[str, float]
+    """Seconds that each layer takes beside its bytes, by precision."""
+    logit_s: float
+    """Seconds of each entry of the vocabulary, as the next token is chosen."""
+    token_s: float
+    """Seconds of each token beside that: the engine's own work."""
+    prompt_flops: dict[str, float]
+    """Operations a second as a prompt is read."""
+    spread: tuple[float, float]
+    """As for training."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
+    """A training step that was measured."""
+
+    width: int
+    """Of the small Llama that was trained."""
+    layers: int
+    """Of that Llama."""
+    rows: list[int]
+    """Tokens of each row."""
+    seconds: float
+    """Median of the measured times."""
+    fitted_seconds: float
+    """What the fit says."""
+
+
+@dataclass(frozen=True)
+class MachineMeasurement:
     """One measurement of a machine."""
 
-    name: str  # of the device, as `detect_gpu` names it
-    processor: str  # of the machine
-    threads: int  # of the CPU that computed; 0 on a GPU
-    date: str  # as 2026-11-26
+    name: str
+    """Of the device, as `detect_gpu` names it."""
+    processor: str
+    """Of the machine."""
+    threads: int
+    """Of the CPU that computed; 0 on a GPU."""
+    date: str
+    """As 2026-11-26."""
     versions: dict[str, str]
-    memory: int  # bytes of the device
-    bf16: bool  # whether dtype "auto" is bfloat16 on it
-    device: str  # cpu, cuda or mps
-    rates: dict[str, float]  # operations a second of a large product, by dtype
-    vector_rates: dict[str, float]  # bytes a second as a matrix is multiplied with one vector, by dtype
-    bandwidth: float  # bytes a second of a copy, read and written
+    """Of slimtune, torch and transformers."""
+    memory: int
+    """Bytes of the device."""
+    bf16: bool
+    """Whether dtype "auto" is bfloat16 on it."""
+    device: str
+    """The kind of device: cpu, cuda or mps."""
+    rates: dict[str, float]
+    """Operations a second of a large product, by dtype."""
+    vector_rates: dict[str, float]
+    """Bytes a second as a matrix is multiplied with one vector, by dtype."""
+    bandwidth: float
+    """Bytes a second of a copy, read and written."""
     training: TrainingFit
-    serving: dict[str, ServingFit]  # by engine: transformers, llama.cpp
-    steps: list[dict[str, Any]]  # the measured training steps, with what the fit says of each
-    skipped: dict[str, str]  # what was not measured, and why
+    """How long the parts of a training step take."""
+    serving: dict[str, ServingFit]
+    """By engine: transformers, llama.cpp."""
+    steps: list[MeasuredStep]
+    """The measured training steps, with what the fit says of each."""
+    skipped: dict[str, str]
+    """What was not measured, and why."""
 
     @property
     def evidence(self) -> str:
@@ -92,25 +133,48 @@ class Measured:
     def estimate_step_seconds(self, work: Workload) -> float:
         """Return the seconds of a micro-batch, with its share of the optimizer's step."""
         step_bytes = work.optimizer_step_bytes / work.micro_batches
-        features = step_features(
+        terms = compute_step_time_terms(
             work.operator_counts, work.attention_operations, step_bytes, self.rates, self.bandwidth
         )
         fit = self.training
         factors = (fit.arithmetic, fit.traffic, fit.attention, fit.overhead)
-        return sum(factor * feature for factor, feature in zip(factors, features, strict=True))
+        return sum(factor * term for factor, term in zip(factors, terms, strict=True))
 
-    def find_serving(self, engine: str, precision: str) -> tuple[ServingFit, str, str] | None:
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield its figures as label and text."""
+        threads = f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else ""
+        yield "machine", f"{self.processor if self.device == 'cpu' else self.name}{threads}, {self.date}"
+        yield "products", f"{_format_by_dtype(self.rates)} GFLOPS"
+        yield "with one row", f"{_format_by_dtype(self.vector_rates)} GB/s of the matrix"
+        yield "memory", f"{format_three_digits(self.bandwidth / 1e9)} GB/s copied"
+        low, high = (100 * (end - 1) for end in self.training.spread)
+        yield "training", f"{len(self.steps)} kinds of steps; the formula is within {low:+.0f} to {high:+.0f} % of them"
+        for engine, fit in self.serving.items():
+            for precision, speed in fit.bytes_per_second.items():
+                prompt = fit.prompt_flops.get(precision, 0.0)
+                decoding, reading = (format_three_digits(n / 1e9) for n in (speed, prompt))
+                text = f"{decoding} GB/s decoding, {reading} GFLOPS reading a prompt"
+                yield f"{engine} {precision}", text
+        for what, why in self.skipped.items():
+            yield what, f"not measured: {why}"
+
+    def find_serving_fit(self, engine: str, precision: str) -> tuple[ServingFit, str, str] | None:
         """Return an engine's speed, the measured precision nearest to a wanted one, and the kind of evidence."""
-        fit = self.serving.get("llama.cpp" if engine == "ollama" else engine)
+        fit = self.serving.get(ENGINES[engine].fits_as if engine in ENGINES else engine)
         if fit is None:
             return None
-        nearest = precision if precision in fit.bytes_per_second else NEAREST.get(precision, "")
-        if nearest not in fit.bytes_per_second:
+        nearest = find_nearest_precision(precision, fit.bytes_per_second)
+        if nearest is None:
             return None
         return fit, nearest, self.evidence + (f", in {nearest}" if nearest != precision else "")
 
 
-def step_features(
+def _format_by_dtype(rates: Mapping[str, float]) -> str:
+    names = {dtype: column.partition("_")[0] for dtype, column in RATE_COLUMNS.items()}
+    return ", ".join(f"{names[dtype]} {format_three_digits(rate / 1e9)}" for dtype, rate in rates.items())
+
+
+def compute_step_time_terms(
     operator_counts: Mapping[Any, float],
     attention: Mapping[Any, float],
     optimizer_step_bytes: float,
@@ -123,7 +187,7 @@ def step_features(
         operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs.
         attention: FLOPs of fused attention, by dtype.
         optimizer_step_bytes: bytes that the optimizer moves.
-        rates, bandwidth: as for `Measured`.
+        rates, bandwidth: as for `MachineMeasurement`.
     """
 
     def rate(dtype: Any) -> float:
@@ -139,59 +203,38 @@ def step_features(
     return products, moved, sum(n / rate(dtype) for dtype, n in attention.items()), count
 
 
-def measured_file() -> Path:
+def measurement_file() -> Path:
     """Return where the measurement is stored: `$SLIMTUNE_BENCH`, else `slimtune/bench.json` in the user's data."""
     if own := os.environ.get("SLIMTUNE_BENCH"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "slimtune" / "bench.json"
 
 
-def save_measured(measured: Measured) -> Path:
+def save_measurement(measured: MachineMeasurement) -> Path:
     """Write a measurement where plans find it; return the file."""
-    file = measured_file()
+    file = measurement_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"format": FORMAT, **asdict(measured)})
+    write_json(file, {"format": FORMAT, **to_json_dict(measured)})
     return file
 
 
-def read_processor() -> str:
-    """Return the name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def load_machine_measurement() -> Measured | None:
+def load_machine_measurement() -> MachineMeasurement | None:
     """Return the stored measurement; None if there is none of this processor in today's format.
 
     Raises:
         RunError: the file is damaged.
     """
-    file = measured_file()
+    file = measurement_file()
     if not file.is_file():
         return None
     try:
         values = dict(read_json(file))
         if values.pop("format", None) != FORMAT:
             return None
-        serving = {
-            engine: ServingFit(**{**fit, "spread": _read_range(fit["spread"])})
-            for engine, fit in values.pop("serving").items()
-        }
-        training = values.pop("training")
-        found = Measured(
-            **values, serving=serving, training=TrainingFit(**{**training, "spread": _read_range(training["spread"])})
-        )
+        found = from_json_dict(MachineMeasurement, values)
         figures = [found.bandwidth, *found.rates.values(), *found.training.spread]
         if not all(isinstance(n, (int, float)) and n > 0 for n in figures):
             raise ValueError("a figure is not above 0")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{file} is damaged: {error}", "what slimtune bench writes", "run it again") from error
     return found if found.processor == read_processor() else None
-
-
-def _read_range(values: Sequence[float]) -> Range:
-    low, high = values
-    return Range(low, high)

@@ -27,7 +27,7 @@ from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from .fake_quantization import quantization_kind, quantize
-from .gpu_specs import Gpu, require_trains
+from .gpu_specs import GpuSpec, require_trains
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
@@ -102,7 +102,7 @@ class PlanRequest:
     """A run to plan: fields without a comment are those of `TrainingJob`."""
 
     model: BaseConfig
-    gpu: Gpu
+    gpu: GpuSpec
     method: PeftConfig
     batch_size: int = 1  # examples
     seq_len: int = 1024  # tokens of the longest row
@@ -156,7 +156,7 @@ def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[Exampl
 
 def build_request(
     recipe: Recipe,
-    gpu: Gpu,
+    gpu: GpuSpec,
     lengths: Sequence[ExampleLength] = (),
     processes: int = 1,
     content: RowContent = ALL_SUPERVISED,

@@ -1,10 +1,14 @@
-"""The result of a plan: numbers, each with the kind of evidence behind it (docs/plan.md)."""
+"""What a plan says: numbers, each with the kind of evidence behind it (docs/plan.md). It imports no torch."""
 
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Verdict = Literal["fits", "tight", "does not fit"]
+from ..core.foundation.formatting import format_bytes, format_count
+from ..core.foundation.json_results import NOT_IN_JSON, json_key
+from .interval import Interval, format_three_digits
+
+MemoryVerdict = Literal["fits", "tight", "does not fit"]
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "runtime")
 """The parts of a step's memory, in the order bars are stacked."""
 
@@ -12,11 +16,7 @@ EVIDENCE = ("measured", "traced", "computed", "published", "guessed")
 """Kinds of evidence behind a figure, explained in docs/plan.md."""
 
 
-class Range(NamedTuple):
-    """A number known to lie between two ends."""
-
-    low: float
-    high: float
+_COMPUTED = Interval(0, 0)
 
 
 class Workload(NamedTuple):
@@ -29,72 +29,228 @@ class Workload(NamedTuple):
     micro_batches: int = 1  # in an optimizer step
 
 
+class Figure(NamedTuple):
+    """A figure of an estimate as text, and the field whose kind of evidence it has."""
+
+    label: str
+    text: str
+    field: str
+
+
 @dataclass(frozen=True)
-class Advice:
+class MemorySaving:
     """One change that saves memory."""
 
-    change: str  # as a flag
-    saves: int  # bytes less at the highest point
-    verdict: Verdict  # of the changed run
+    change: str
+    """The change, as a flag."""
+    saves: int
+    """Bytes less at the highest point."""
+    verdict: MemoryVerdict
+    """Of the changed run."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class ResourceEstimate:
     """What a run takes on a GPU; sizes in bytes."""
 
     model: str
+    """The base, by the name that was asked for."""
     method: str
-    card: str  # the GPU's name
-    dtype: str  # of the base's weights; "nf4" or "int8" if it is quantized
-    batch: int  # rows in a micro-batch
-    seq_len: int  # tokens of the longest row
+    """The method's name."""
+    gpu: str = field(metadata=json_key("card"))
+    """The GPU's name."""
+    dtype: str
+    """Of the base's weights; "nf4" or "int8" if it is quantized."""
+    batch: int
+    """Rows in a micro-batch."""
+    seq_len: int
+    """Tokens of the longest row."""
     max_tokens_per_micro_batch: int
-    micro_batches: int  # in an optimizer step
+    """Tokens of a micro-batch, shared prefixes once."""
+    micro_batches: int
+    """Micro-batches in an optimizer step."""
     trainable_params: int
-    total_params: int  # the adapter's included
-    adapter_bytes: int  # of `adapter_model.safetensors`, to the MB
-    adapter_bytes_at_most: bool  # training may leave a smaller file (ranks chosen from data)
-    parts: dict[str, int]  # by part (PARTS) at the highest point of the step
-    allocated_bytes: int  # highest number of bytes of tensors over all phases of the run
-    reserved_bytes: Range  # what the allocator takes from the device for them
-    runtime_bytes: Range  # what the device's runtime takes beside the allocator
-    usable_bytes: Range  # what the GPU gives to a job, (surely, at most)
-    peaks: dict[str, int]  # bytes of tensors by phase: start, forward, loss, backward, optimizer, evaluation, merge
-    host_bytes: int  # highest number of bytes of CPU memory
-    disk_bytes: int  # what a run writes at most: checkpoints and adapter
-    verdict: Verdict
-    reason: str  # of the verdict, in one sentence
-    max_seq_len: int  # longest row that fits at this batch; 0: none
-    max_batch_size: int  # most rows of `seq_len` that fit in a micro-batch; 0: none
-    tokens_per_second: Range | None  # trained ones; None if the GPU's rates are unknown
-    advice: list[Advice] = field(default_factory=list)  # changes that save memory, the best first
-    evidence: dict[str, str] = field(default_factory=dict)  # by field, with a note where there is one
-    work: Workload | None = field(default=None, repr=False, compare=False)
-    notes: list[str] = field(default_factory=list)  # what the GPU's dtypes and software, or the base's positions, cost
+    """Numbers that are trained."""
+    total_params: int
+    """Numbers of base and adapter."""
+    adapter_bytes: int
+    """Bytes of `adapter_model.safetensors`, to the MB."""
+    adapter_bytes_at_most: bool
+    """Whether training may leave a smaller file, because it chooses ranks from data."""
+    parts: dict[str, int]
+    """Bytes by part (weights, adapters, gradients …) at the highest point of the step."""
+    allocated_bytes: int
+    """Highest number of bytes of tensors over all phases of the run."""
+    reserved_bytes: Interval
+    """What the allocator takes from the device for them."""
+    runtime_bytes: Interval
+    """What the device's runtime takes beside the allocator."""
+    usable_bytes: Interval
+    """What the GPU gives to a run: surely, at most."""
+    peaks: dict[str, int]
+    """Bytes of tensors by phase: start, forward, loss, backward, optimizer, evaluation, merge."""
+    host_bytes: int
+    """Highest number of bytes of CPU memory."""
+    disk_bytes: int
+    """What a run writes at most: checkpoints and adapter."""
+    verdict: MemoryVerdict
+    """Whether the device has the bytes that the run needs."""
+    reason: str
+    """Of the verdict, in one sentence."""
+    max_seq_len: int
+    """Tokens of the longest row that fits at this batch; 0: none."""
+    max_batch_size: int
+    """Most rows of `seq_len` that fit in a micro-batch; 0: none."""
+    tokens_per_second: Interval | None
+    """Trained tokens a second; null if the GPU's rates are unknown."""
+    advice: list[MemorySaving] = field(default_factory=list)
+    """Changes that save memory, the best first."""
+    evidence: dict[str, str] = field(default_factory=dict)
+    """Kind of evidence by field, with a note where there is one."""
+    work: Workload | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
+    """What the run computes; not in JSON."""
+    notes: list[str] = field(default_factory=list)
+    """What the GPU's dtypes and software, or the base's positions, cost."""
+    trainable_fraction: float = 0.0
+    """Share of the numbers that are trained; computed."""
+    need_bytes: Interval = _COMPUTED
+    """What the device needs: reserved and runtime; computed."""
 
-    @property
-    def trainable_fraction(self) -> float:
-        return self.trainable_params / self.total_params
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trainable_fraction", self.trainable_params / self.total_params)
+        object.__setattr__(self, "need_bytes", self.reserved_bytes + self.runtime_bytes)
 
-    @property
-    def need(self) -> Range:
-        """Bytes that the device needs: reserved and runtime."""
-        return add_ranges(self.reserved_bytes, self.runtime_bytes)
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the answer as label and text: how much fits, how fast it is, and notes; "" is the reason's label."""
+        yield "", self.reason
+        for saving in self.advice[:1]:
+            yield "change", f"{saving.change} saves {format_bytes(saving.saves)}; then it {saving.verdict}"
+        rows = "rows" if self.batch > 1 else "row"
+        longest = f"{self.batch} {rows} of up to {self.max_seq_len} tokens" if self.max_seq_len else ""
+        is_same = (self.max_batch_size, self.seq_len) == (self.batch, self.max_seq_len)
+        most = f"{_count(self.max_batch_size, 'rows')} of {self.seq_len}" if self.max_batch_size and not is_same else ""
+        yield "largest that fits", " or ".join(filter(None, (longest, most))) or "nothing"
+        if self.tokens_per_second is None:
+            is_here = "this machine" in self.evidence.get("usable_bytes", "")
+            yield "speed", f"not known{'; `slimtune bench` measures it' if is_here else ''}"
+        else:
+            evidence = self.evidence.get("tokens_per_second", "")
+            measured = f", {evidence}" if evidence.startswith("measured") else ""
+            yield "speed", f"{self.format_speed()} tokens/s{measured}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values; ranges as `{"low", "high"}`."""
-        advice = [dataclasses.asdict(a) for a in self.advice]
-        values = fields_as_dict(self, trainable_fraction=self.trainable_fraction, need_bytes=self.need, advice=advice)
-        del values["work"]
-        return values
+    def format_speed(self) -> str:
+        """Return the tokens a second, "" if they are not known."""
+        return self.tokens_per_second.format("{:.0f}".format) if self.tokens_per_second is not None else ""
+
+    def list_memory_figures(self) -> Iterator[Figure]:
+        """Yield the memory by part, then what is reserved, needed and usable."""
+        for part, size in self.parts.items():
+            if part != "runtime" and size:  # a part that is 0 at the highest point of the step is not shown
+                yield Figure(part, format_bytes(size), "parts")
+        yield Figure("tensors, at most", format_bytes(self.allocated_bytes), "allocated_bytes")
+        yield Figure("reserved for them", self.reserved_bytes.format(), "reserved_bytes")
+        yield Figure("runtime", self.runtime_bytes.format(), "runtime_bytes")
+        yield Figure("needed", self.need_bytes.format(), "need_bytes")
+        yield Figure("usable", self.usable_bytes.format(), "usable_bytes")
+
+    def list_run_figures(self, *, unified_memory: bool) -> Iterator[Figure]:
+        """Yield the sizes of the run; with unified memory the CPU's is the GPU's."""
+        percent, at_most = f"{100 * self.trainable_fraction:.3g} %", "at most " if self.adapter_bytes_at_most else ""
+        trained = f"{format_count(self.trainable_params)} ({percent})"
+        micro_batch = f"{_count(self.batch, 'rows')}, {self.max_tokens_per_micro_batch} tokens"
+        host = "CPU memory, of the same memory" if unified_memory else "CPU memory"
+        longest = f"longest row that fits, {self.batch} at once"
+        yield Figure("micro-batch", micro_batch, "batch")
+        yield Figure("longest row in it", f"{self.seq_len} tokens", "seq_len")
+        yield Figure("micro-batches in a step", str(self.micro_batches), "micro_batches")
+        yield Figure("weights held in", self.dtype, "dtype")
+        yield Figure("trained parameters", trained, "trainable_params")
+        yield Figure("adapter file", at_most + format_bytes(self.adapter_bytes), "adapter_bytes")
+        yield Figure(host, format_bytes(self.host_bytes), "host_bytes")
+        yield Figure("disk, beside the base's files", format_bytes(self.disk_bytes), "disk_bytes")
+        yield Figure(longest, _count(self.max_seq_len, "tokens"), "max_seq_len")
+        yield Figure(f"most rows of {self.seq_len} that fit", _count(self.max_batch_size, "rows"), "max_batch_size")
+        speed = self.format_speed()
+        yield Figure("tokens in a second", speed or "not known", "tokens_per_second" if speed else "")
 
 
-def add_ranges(*ranges: Range) -> Range:
-    """Return the range of the sum."""
-    return Range(sum(r.low for r in ranges), sum(r.high for r in ranges))
+@dataclass(frozen=True, kw_only=True)
+class ServingEstimate:
+    """What serving a model takes; sizes in bytes."""
+
+    engine: str
+    """What serves it: ollama, llama.cpp or vllm."""
+    precision: str
+    """Of the weights; a GGUF file type for Ollama and llama.cpp."""
+    context: int
+    """Tokens of one request, prompt and answer."""
+    sequences: int
+    """Requests of this length at once."""
+    cache: str
+    """Precision of keys and values."""
+    merged: bool
+    """Whether the adapter is part of the weights; else it is loaded beside them."""
+    file_bytes: int
+    """Of the GGUF file; for vLLM, of the weights."""
+    bits: float
+    """Per weight, on average over the file."""
+    parts: dict[str, int]
+    """Bytes on the device: weights, adapter, cache."""
+    host_bytes: int
+    """Weights that llama.cpp keeps in CPU memory (the token embeddings)."""
+    compute_bytes: Interval
+    """Buffers of a forward pass."""
+    runtime_bytes: Interval
+    """The device's runtime, libraries and graphs."""
+    usable_bytes: Interval | None
+    """What the GPU gives the engine: surely, at most; null without a GPU."""
+    max_context: int | None
+    """Tokens of the longest request that surely fits; null without a GPU, 0: none."""
+    decode_tokens_per_second: Interval | None
+    """Of a request, after `context` tokens; null: not known, or it is not on the GPU."""
+    prefill_tokens_per_second: Interval | None
+    """Of a prompt."""
+    verdict: MemoryVerdict | None
+    """Whether the device has the bytes; null without a GPU."""
+    reason: str
+    """Of the verdict, in one sentence."""
+    evidence: dict[str, str] = field(default_factory=dict)
+    """Kind of evidence by field."""
+    need_bytes: Interval = _COMPUTED
+    """What the device needs; computed."""
+
+    def __post_init__(self) -> None:
+        weights = sum(self.parts.values())
+        need = Interval(weights, weights) + self.compute_bytes + self.runtime_bytes
+        object.__setattr__(self, "need_bytes", need)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the answer as label and text; "" is the reason's label."""
+        adapter = "the adapter merged" if self.merged else "the adapter beside it"
+        yield "", f"{self.precision}, {adapter}, {self.context} tokens of context: {self.reason}"
+        decode, prefill = self.decode_tokens_per_second, self.prefill_tokens_per_second
+        if decode is None or prefill is None:
+            yield "speed", "not known"
+        else:
+            written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens"
+            yield "speed", f"{written}, {prefill.format(format_three_digits)} tokens/s of a prompt read"
+
+    def list_memory_figures(self) -> Iterator[Figure]:
+        """Yield the memory by part, the file, the longest context and the speed."""
+        for part, size in self.parts.items():
+            yield Figure(part, format_bytes(size), part)
+        yield Figure("buffers", self.compute_bytes.format(), "compute_bytes")
+        yield Figure("runtime", self.runtime_bytes.format(), "runtime_bytes")
+        yield Figure("needed", self.need_bytes.format(), "need_bytes")
+        yield Figure("CPU memory", format_bytes(self.host_bytes), "host_bytes")
+        yield Figure("file", format_bytes(self.file_bytes), "file_bytes")
+        yield Figure("longest context", _count(self.max_context or 0, "tokens"), "max_context")
+        decode, prefill = self.decode_tokens_per_second, self.prefill_tokens_per_second
+        if decode is not None and prefill is not None:
+            written, read = (n.format(format_three_digits) for n in (decode, prefill))
+            yield Figure("tokens written in a second", written, "decode_tokens_per_second")
+            yield Figure("tokens of a prompt in a second", read, "prefill_tokens_per_second")
 
 
-def fields_as_dict(record: Any, **more: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass and more values; ranges as `{"low", "high"}`."""
-    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)} | more
-    return {name: value._asdict() if isinstance(value, Range) else value for name, value in values.items()}
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun if n > 1 else noun.removesuffix('s')}" if n else "none fits"

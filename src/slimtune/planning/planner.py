@@ -26,13 +26,14 @@ from ..core.models.base_config import max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from .extrapolation import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
-from .gpu_specs import Gpu
+from .gpu_specs import GpuSpec
+from .interval import Interval
 from .memory_trace import StepTrace, shard_base, shard_trace
 from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
-from .plan_result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
+from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, Workload
 from .throughput import estimate_speed
 
-RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}
+RUNTIME = {"cuda": Interval(0.25e9, 0.75e9), "mps": Interval(0.2e9, 1.0e9), "cpu": Interval(0.45e9, 0.8e9)}
 """Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
 FRAGMENTATION = {"cuda": 0.12, "mps": 0.2, "cpu": 0.5}
 """Share of the temporary memory that an allocator may hold in addition, as lengths change from step to step."""
@@ -51,7 +52,7 @@ TENSOR_HEADER, TOKENIZER_ENTRY, SMALL_FILES = 120, 150, 1 << 20
 Qwen 2.5); of settings, random states and logs in a checkpoint, and again in the run folder."""
 
 
-def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
+def estimate_resources(request: PlanRequest, *, advise: bool = True) -> ResourceEstimate:
     """Plan one run.
 
     Args:
@@ -63,7 +64,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         ModelError: the base cannot be planned: its training step depends on tensor values, or fails without them.
     """
     try:
-        return _make_plan(request, advise)
+        return _estimate_resources(request, advise)
     except SlimtuneError:
         raise
     except Exception as error:
@@ -79,7 +80,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         ) from error
 
 
-def _make_plan(request: PlanRequest, advise: bool) -> Plan:
+def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     gpu, job, positions = request.gpu, request.job(), max_positions(request.model.config)
     model = job.build_model()
     trainable_params, total_params = count_parameters(model)
@@ -102,16 +103,16 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     memory_model = memory_model.correct(job.lengths, trace)
 
     peak, reserved = estimate_peak_memory(job, trace)
-    reserved = Range(reserved.low, reserved.high + spread)
+    reserved = Interval(reserved.low, reserved.high + spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
-    need = add_ranges(reserved, runtime)
+    need = reserved + runtime
     verdict = judge_memory(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
     def fits(lengths: Sequence[ExampleLength]) -> bool:
         now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0)
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
-        return judge_memory(add_ranges(Range(now, high), runtime), usable) == "fits"
+        return judge_memory(Interval(now, high) + runtime, usable) == "fits"
 
     adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
     peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
@@ -141,10 +142,10 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
         micro_batches=usual.micro_batches,
     )
-    plan = Plan(
+    estimate = ResourceEstimate(
         model=request.model.name,
         method=request.method.name,
-        card=gpu.name,
+        gpu=gpu.name,
         dtype=request.quantization or dtype_name(job.dtype),
         batch=len(job.row_tokens),
         seq_len=longest_row,
@@ -170,12 +171,12 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
         tokens_per_second=estimate_speed(work, gpu),
         work=work,
-        evidence=evidence_by_figure(request, host_peak_moment),
+        evidence=list_estimate_provenance(request, host_peak_moment),
         notes=[*list_notes(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
-        return plan
-    return replace(plan, advice=suggest_memory_savings(job, plan, gpu))
+        return estimate
+    return replace(estimate, advice=suggest_memory_savings(job, estimate, gpu))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
         if request.max_tokens is not None and sum(map(count_packed_tokens, some)) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
-        need = add_ranges(estimate_reserved_memory(job.device, peak, memory_model.state), RUNTIME[job.device])
+        need = estimate_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
         return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
 
     count = max(1, largest_fitting(fits, len(job.lengths)))
@@ -215,19 +216,19 @@ def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
     return replace(job, lengths=lengths, supervised=supervised, micro_batches=micro_batches)
 
 
-def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:
+def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Interval]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
     peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
     return peak, estimate_reserved_memory(job.device, peak, trace.state_bytes)
 
 
-def estimate_reserved_memory(device: str, peak: int, state: int) -> Range:
+def estimate_reserved_memory(device: str, peak: int, state: int) -> Interval:
     """Return what an allocator may reserve for a peak of which `state` bytes are always allocated."""
     # The state is allocated once and leaves no gaps; tensors that come and go do.
-    return Range(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
+    return Interval(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
 
 
-def judge_memory(need: Range, usable: Range) -> Verdict:
+def judge_memory(need: Interval, usable: Interval) -> MemoryVerdict:
     """Return whether a device with `usable` bytes, (surely, at most), has the bytes that a run needs."""
     if need.high <= usable.low:
         return "fits"
@@ -264,29 +265,29 @@ def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
 
 # --- advice -----------------------------------------------------------------------------------------------------------
 
-Change = Callable[[TrainingJob], TrainingJob]
+JobChange = Callable[[TrainingJob], TrainingJob]
 NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
+def suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
     """
 
-    def judge(changed: TrainingJob) -> tuple[int, Verdict]:
+    def judge(changed: TrainingJob) -> tuple[int, MemoryVerdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
         peak, reserved = estimate_peak_memory(changed, trace)
-        return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
+        return estimate.allocated_bytes - peak, judge_memory(reserved + RUNTIME[changed.device], gpu.usable)
 
     useful, advice = [], []
     for text, change in _possible_changes(job, gpu):
         saves, verdict = judge(change(job))
         if saves > 0:
             useful.append((text, change))
-            advice.append(Advice(text, saves, verdict))
+            advice.append(MemorySaving(text, saves, verdict))
     # Of the changes that are enough the cheapest first, which is the order they were tried in.
     advice.sort(key=lambda a: (a.verdict != "fits", -a.saves if a.verdict != "fits" else 0))
     if any(a.verdict == "fits" for a in advice):
@@ -297,13 +298,13 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
         if count > 1:
             saves, verdict = judge(combined)
             if verdict == "fits":
-                return [Advice(" and ".join(text for text, _ in useful[:count]), saves, verdict), *advice]
+                return [MemorySaving(" and ".join(text for text, _ in useful[:count]), saves, verdict), *advice]
     return advice
 
 
-def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
+def _possible_changes(job: TrainingJob, gpu: GpuSpec) -> list[tuple[str, JobChange]]:
     """Return changes to a job, those that cost least first."""
-    changes: list[tuple[str, Change]] = []
+    changes: list[tuple[str, JobChange]] = []
     longest = max(job.row_tokens)
     if not job.gradient_checkpointing:
         changes.append(("--gradient-checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
@@ -335,7 +336,9 @@ def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def explain_verdict(request: PlanRequest, verdict: Verdict, parts: dict[str, int], need: Range, usable: Range) -> str:
+def explain_verdict(
+    request: PlanRequest, verdict: MemoryVerdict, parts: dict[str, int], need: Interval, usable: Interval
+) -> str:
     """Return the reason of a verdict in one sentence."""
     reason = f"it needs {format_bytes(need.low)} to {format_bytes(need.high)} of {format_bytes(usable.low)}"
     if verdict == "fits":
@@ -378,7 +381,7 @@ def list_notes(request: PlanRequest, job: TrainingJob) -> list[str]:
     return notes
 
 
-def evidence_by_figure(request: PlanRequest, host_peak_moment: str) -> dict[str, str]:
+def list_estimate_provenance(request: PlanRequest, host_peak_moment: str) -> dict[str, str]:
     """Return the kind of evidence of each figure; `host_peak_moment` is when CPU memory is highest."""
     gpu = request.gpu
     sharded = "; the sharded base: computed, what is gathered beside a layer is guessed" if request.fsdp else ""

@@ -6,7 +6,6 @@ A GGUF file is planned by bits per weight of its file type, within 3 % of real f
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,95 +13,30 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..core.foundation.formatting import format_bytes
+from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.base_config import max_positions
 from ..core.training.adapted_model import build_meta_model
 from ..errors import ModelError, UsageError, format_names, nearest
-from .gpu_specs import GIB, Gpu
-from .plan_result import Range, Verdict, add_ranges, fields_as_dict
+from .gpu_specs import GpuSpec
+from .interval import Interval
+from .plan_result import ServingEstimate
 from .planner import judge_memory, largest_fitting
 from .serving_speed import estimate_serving_speed
+from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_rules
 
-ENGINES = {"ollama": "Q4_K_M", "llama.cpp": "Q4_K_M", "vllm": "bf16"}
-"""Engines, each with the precision it serves by default."""
-GGUF_BITS: dict[str, tuple[float, float, float, float]] = {
-    **{name: (bits,) * 4 for name, bits in {
-        "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q5_1": 6.0, "Q5_0": 5.5, "Q4_1": 5.0, "Q4_0": 4.5,
-    }.items()},
-    "Q6_K": (6.5625, 6.5625, 8.5, 8.5),
-    "Q5_K_M": (5.5, 6.01, 6.0, 7.25),
-    "Q5_K_S": (5.5, 5.5, 6.0, 6.0),
-    "Q4_K_M": (4.5, 5.50, 5.5, 7.01),
-    "Q4_K_S": (4.5, 4.65, 5.5, 5.59),
-    "IQ4_NL": (4.5, 4.70, 4.5, 4.71),
-    "IQ4_XS": (4.25, 4.50, 4.5, 4.72),
-    "Q3_K_L": (3.4375, 6.01, 4.5, 6.55),
-    "Q3_K_M": (3.4375, 4.81, 4.5, 5.86),
-    "Q3_K_S": (3.4375, 3.47, 4.5, 4.57),
-    "IQ3_M": (3.4375, 4.03, 4.5, 4.97),
-    "IQ3_S": (3.4375, 3.58, 4.5, 4.57),
-    "Q2_K": (2.625, 3.73, 4.5, 4.77),
-}  # fmt: skip
-"""Bits per weight of GGUF file types, made without an importance matrix; averages fitted to the bases of models/known:
-of most matrices; of `attn_v` and `ffn_down`, which llama.cpp gives more bits in some layers; and of both again for
-matrices whose rows are no multiple of 256, for which it falls back to older types."""
 _VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
 """Names in transformers of the matrices that llama.cpp calls `attn_v` and `ffn_down`; fused Q, K and V count as V."""
 _UNQUANTIZED = re.compile(r"(^|\.)(wpe|gate|router)$")
 """Position embeddings and routers of experts, which GGUF files keep in float32."""
-VLLM_BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4 + 20 / 128, "nf4": 4.5}
-"""Bits per weight of vLLM's linear layers; embedding and head stay at 16. int4 is AWQ or GPTQ in groups of 128 (scale
-and zero point), nf4 bitsandbytes without its second quantization (a 32-bit scale for 64 weights)."""
-LLAMA_CACHES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-VLLM_CACHES = {"bf16": 2.0, "f16": 2.0, "fp8": 1.0}
-"""Bytes of a number in the cache; the first is the engine's default."""
 UBATCH = 512
 """Tokens that llama.cpp computes at once (`--ubatch-size`)."""
 UTILIZATION = 0.92
 """Share of the GPU that vLLM takes (`--gpu-memory-utilization`)."""
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM reserves memory for (`--max-lora-rank`)."""
 METADATA = 32
 """Bytes of a GGUF file for each token of the vocabulary: 23 (SentencePiece) to 61 (byte-level, with its merges)."""
-LLAMA_RUNTIME, VLLM_RUNTIME = Range(GIB // 5, 7 * GIB // 10), Range(GIB // 2, 2 * GIB)
-"""What a CUDA context and libraries take; with vLLM's CUDA graphs, of which logs report 0.3 to 1 GiB."""
 
 
-@dataclass(frozen=True)
-class ServingPlan:
-    """What serving a model takes; sizes in bytes."""
-
-    engine: str
-    precision: str  # of the weights; a GGUF file type for Ollama and llama.cpp
-    context: int  # tokens of one request, prompt and answer
-    sequences: int  # requests of this length at once
-    cache: str  # precision of keys and values
-    merged: bool  # the adapter is part of the weights; else it is loaded beside them
-    file_bytes: int  # of the GGUF file; for vLLM, of the weights
-    bits: float  # per weight, on average over the file
-    parts: dict[str, int]  # on the device: weights, adapter, cache
-    host_bytes: int  # weights that llama.cpp keeps in CPU memory (the token embeddings)
-    compute_bytes: Range  # buffers of a forward pass
-    runtime_bytes: Range  # the device's runtime, libraries and graphs
-    usable_bytes: Range | None  # what the GPU gives the engine, (surely, at most); None without a GPU
-    max_context: int | None  # longest request of so many that surely fits; None without a GPU, 0: none
-    decode_tokens_per_second: Range | None  # of a request, after `context` tokens; None: not known or not on the GPU
-    prefill_tokens_per_second: Range | None  # of a prompt
-    verdict: Verdict | None  # None without a GPU
-    reason: str  # of the verdict, in one sentence
-    evidence: dict[str, str] = field(default_factory=dict)  # kind of evidence by field
-
-    @property
-    def need(self) -> Range:
-        """Bytes that the device needs."""
-        return add_ranges(Range(*[sum(self.parts.values())] * 2), self.compute_bytes, self.runtime_bytes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values; ranges as `{"low", "high"}`."""
-        return fields_as_dict(self, need_bytes=self.need)
-
-
-def plan_serving(
+def estimate_serving(
     config: PreTrainedConfig,
     *,
     engine: str = "ollama",
@@ -111,17 +45,17 @@ def plan_serving(
     sequences: int = 1,
     cache: str | None = None,
     adapter_rank: int | None = None,
-    gpu: Gpu | None = None,
-) -> ServingPlan:
+    gpu: GpuSpec | None = None,
+) -> ServingEstimate:
     """Return what serving a tuned model takes, and whether a GPU has it.
 
     Args:
         config: the base's.
         engine: one of `ENGINES`.
-        precision: one of `GGUF_BITS` for Ollama and llama.cpp, of `VLLM_BITS` for vLLM; None: the engine's default.
+        precision: one of the engine's; None: its default.
         context: tokens of one request, prompt and answer.
         sequences: requests of this length at once.
-        cache: precision of keys and values, one of `LLAMA_CACHES` or `VLLM_CACHES`; None: 16 bits.
+        cache: precision of keys and values, one of the engine's; None: 16 bits.
         adapter_rank: rank of an adapter on every linear layer that is loaded beside the model; None: it is merged.
         gpu: where it runs; None: no verdict.
 
@@ -130,10 +64,9 @@ def plan_serving(
         ModelError: the model's cache is not keys and values of heads (linear attention, Mamba, latent attention).
     """
     engine = _find_name("engine", engine, ENGINES)
-    is_vllm = engine == "vllm"
-    precision = _find_name("precision", precision or ENGINES[engine], VLLM_BITS if is_vllm else GGUF_BITS)
-    caches = VLLM_CACHES if is_vllm else LLAMA_CACHES
-    cache = _find_name("cache", cache or next(iter(caches)), caches)
+    is_vllm, facts = engine == "vllm", ENGINES[engine]
+    precision = _find_name("precision", precision or facts.precision, facts.precisions)
+    cache = _find_name("cache", cache or next(iter(facts.caches)), facts.caches)
     for name, number in (("context", context), ("sequences", sequences), ("adapter_rank", adapter_rank)):
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}", "a whole number from 1")
@@ -150,20 +83,20 @@ def plan_serving(
     batch_tokens, batch_requests = UBATCH, 1
     if is_vllm:
         batch_tokens, batch_requests = (8192, 1024) if gpu is not None and gpu.memory >= 70 * GIB else (2048, 256)
-    runtime = (VLLM_RUNTIME if is_vllm else LLAMA_RUNTIME) if gpu is None or gpu.device == "cuda" else Range(0, 0)
+    runtime = facts.runtime if gpu is None or gpu.device == "cuda" else Interval(0, 0)
 
-    def need_at(length: int) -> tuple[int, Range, Range]:
+    def need_at(length: int) -> tuple[int, Interval, Interval]:
         """Return the bytes of cache, buffers and everything for requests of this length."""
         cached = sequences * cache_bytes(config, length, engine, cache, batch_tokens)
         buffers = _vllm_buffers(text, batch_tokens, batch_requests) if is_vllm else _llama_buffers(text, length)
-        return cached, buffers, add_ranges(Range(*[weights + adapter + cached] * 2), buffers, runtime)
+        return cached, buffers, Interval(*[weights + adapter + cached] * 2) + buffers + runtime
 
     cached, buffers, need = need_at(context)
     reason = f"it takes {format_bytes(need.low)} to {format_bytes(need.high)}"
     usable = verdict = max_context = None
     if gpu is not None:
         low, high = (int(n * UTILIZATION) if is_vllm else n for n in gpu.usable)
-        usable = Range(low, high)
+        usable = Interval(low, high)
         reason += f", and {gpu.name} gives it {format_bytes(low)} to {format_bytes(high)}"
         verdict = judge_memory(need, usable)
         limit = max_positions(config) or context
@@ -183,7 +116,7 @@ def plan_serving(
             sequences=sequences,
             precision=precision,
         )
-    return ServingPlan(
+    return ServingEstimate(
         engine=engine,
         precision=precision,
         context=context,
@@ -212,7 +145,7 @@ def plan_serving(
 
 
 def weight_bytes(model: Any, precision: str) -> tuple[int, int]:
-    """Return the bytes of a model's weights, and of its token embeddings; `precision`: of GGUF_BITS or VLLM_BITS."""
+    """Return the bytes of a model's weights, and of its token embeddings; `precision`: one of an engine's."""
     sizes = _weight_sizes(model, precision)
     embedding = model.get_input_embeddings().weight
     return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
@@ -237,18 +170,23 @@ def active_weights(model: Any, precision: str) -> tuple[float, float]:
 
 
 def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, float]]:
-    """Return kind, weight and bytes of each weight; `precision`: of GGUF_BITS or VLLM_BITS."""
+    """Return kind, weight and bytes of each weight; `precision`: one of an engine's."""
     if precision in VLLM_BITS:
         linear = VLLM_BITS[precision]
-        by_kind = dict.fromkeys(("small", "embedding", "head"), (max(linear, 16.0),) * 2)
-        by_kind |= dict.fromkeys(("matrix", "value_down"), (linear,) * 2)
-    else:
-        most, value_down, most_fallback, value_down_fallback = GGUF_BITS[precision]
-        by_kind = {"small": (32.0, 32.0), "matrix": (most, most_fallback), "embedding": (most, most_fallback)}
-        by_kind["value_down"] = (value_down, value_down_fallback)
-        # The head is in Q8_0 or Q6_K, also if it is tied to the embeddings.
-        by_kind["head"] = (most, most) if most >= 16 else (8.5 if precision == "Q8_0" else 6.5625, 8.5)
-    return [(kind, p, by_kind[kind][width % 256 != 0] * p.numel() / 8) for kind, p, width in _weights(model)]
+        by_kind = dict.fromkeys(("small", "embedding", "head"), max(linear, 16.0))
+        by_kind |= dict.fromkeys(("matrix", "value_down"), linear)
+        return [(kind, p, by_kind[kind] * p.numel() / 8) for kind, p, _ in _weights(model)]
+    gguf_type = GGUF_TYPES[precision]
+
+    def bits(kind: str, width: int) -> float:
+        whole_blocks = width % 256 == 0
+        if kind == "small":
+            return 32.0
+        if kind == "head" and gguf_type.bits < 16:  # it is in Q8_0 or Q6_K, also if it is tied to the embeddings
+            return GGUF_TYPES["Q6_K" if precision != "Q8_0" and whole_blocks else "Q8_0"].bits
+        return gguf_type.bits_of(value_down=kind == "value_down", whole_blocks=whole_blocks or kind == "head")
+
+    return [(kind, p, bits(kind, width) * p.numel() / 8) for kind, p, width in _weights(model)]
 
 
 def cache_bytes(config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH) -> int:
@@ -284,7 +222,7 @@ def cache_bytes(config: PreTrainedConfig, context: int, engine: str, cache: str 
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         values += 2 * heads * head_dim * (sliding if kind == "sliding_attention" else full)
-    return int(values * (LLAMA_CACHES | VLLM_CACHES)[cache])
+    return int(values * ENGINES[engine].caches[cache])
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:
@@ -304,28 +242,29 @@ def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:
 def _adapter_bytes(model: Any, rank: int, is_vllm: bool) -> int:
     """Return the bytes of A and B on every linear layer, in 16 bits; vLLM reserves them for the next larger rank."""
     if is_vllm:
-        if rank > RANKS[-1]:
-            raise UsageError(f"the adapter's rank is {rank}", f"at most {RANKS[-1]}, vLLM's limit", "merge the adapter")
-        rank = next(r for r in RANKS if r >= rank)
+        ranks = load_vllm_rules().ranks
+        if rank > ranks[-1]:
+            raise UsageError(f"the adapter's rank is {rank}", f"at most {ranks[-1]}, vLLM's limit", "merge the adapter")
+        rank = next(r for r in ranks if r >= rank)
     linear = (p for kind, p, _ in _weights(model) if kind in ("matrix", "value_down"))
     return rank * 2 * sum(sum(p.shape[-2:]) * p.numel() // p.shape[-2:].numel() for p in linear)
 
 
-def _llama_buffers(text: Any, context: int) -> Range:
+def _llama_buffers(text: Any, context: int) -> Interval:
     """Return llama.cpp's buffers with flash attention, its default: logits of a batch, and the mask.
 
     258.5 MiB for Llama 3.1 8B and 304 MiB for Qwen 2.5 7B are what it reports; since 2026 it reserves logits for the
     last token alone if it can, which is the low end.
     """
     mask = UBATCH * _round_up(context, 256) * 2
-    return Range(4 * UBATCH * text.hidden_size, 4 * UBATCH * (text.vocab_size + text.hidden_size) + mask)
+    return Interval(4 * UBATCH * text.hidden_size, 4 * UBATCH * (text.vocab_size + text.hidden_size) + mask)
 
 
-def _vllm_buffers(text: Any, batch_tokens: int, requests: int) -> Range:
+def _vllm_buffers(text: Any, batch_tokens: int, requests: int) -> Interval:
     """Return the peak of vLLM's trial pass: an MLP on a full batch, and logits for the sampler."""
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     states = 2 * batch_tokens * (2 * inner + 4 * text.hidden_size)
-    return Range(states // 2, states + 3 * 4 * requests * text.vocab_size)
+    return Interval(states // 2, states + 3 * 4 * requests * text.vocab_size)
 
 
 def _find_name(what: str, name: str, known: Mapping[str, Any]) -> str:

@@ -9,65 +9,72 @@ A token of a prompt takes `2 · weights` operations at a share of a rate. Shares
 imports no torch, so that machines are compared at once.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .gpu_specs import Gpu
-from .plan_result import Range
+from ..core.foundation.json_results import json_key
+from .gpu_specs import GpuSpec
+from .interval import Interval
+from .weight_formats import ENGINES
 
 HBM = 1.4e12
 """Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""
 
 
-class Decoding(NamedTuple):
+class DecodingFit(NamedTuple):
     """How fast an engine decodes on a kind of hardware."""
 
     share: float  # of the bandwidth
     layer_s: float  # seconds that each layer takes beside its traffic
-    spread: Range  # measured speed divided by that of the formula, nine in ten runs
+    spread: Interval  # measured speed divided by that of the formula, nine in ten runs
     points: int  # published runs it is fitted to; 0: guessed
 
 
-class Prefill(NamedTuple):
+class PrefillFit(NamedTuple):
     """How fast an engine reads a prompt on a kind of hardware."""
 
     share: float  # of the rate
     rate: str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
-    spread: Range
+    spread: Interval
     points: int
 
 
-class ServingSpeed(NamedTuple):
+@dataclass(frozen=True)
+class ServingSpeed:
     """Tokens a second of one request."""
 
-    decode: Range
-    prefill: Range
-    evidence: str  # of both
+    decode: Interval = field(metadata=json_key("decode_tokens_per_second"))
+    """Written after a prompt."""
+    prefill: Interval = field(metadata=json_key("prefill_tokens_per_second"))
+    """Of a prompt that is read."""
+    evidence: str
+    """Kind of evidence of both."""
 
 
 DECODING = {
-    ("llama.cpp", "nvidia"): Decoding(0.85, 55e-6, Range(0.84, 1.22), 74),
-    ("llama.cpp", "nvidia hbm"): Decoding(0.60, 100e-6, Range(0.82, 1.15), 9),
-    ("llama.cpp", "amd"): Decoding(0.87, 70e-6, Range(0.84, 1.10), 23),
-    ("llama.cpp", "apple m1, m2"): Decoding(0.72, 155e-6, Range(0.65, 1.20), 14),
-    ("llama.cpp", "apple"): Decoding(0.90, 90e-6, Range(0.80, 1.08), 22),
+    ("llama.cpp", "nvidia"): DecodingFit(0.85, 55e-6, Interval(0.84, 1.22), 74),
+    ("llama.cpp", "nvidia hbm"): DecodingFit(0.60, 100e-6, Interval(0.82, 1.15), 9),
+    ("llama.cpp", "amd"): DecodingFit(0.87, 70e-6, Interval(0.84, 1.10), 23),
+    ("llama.cpp", "apple m1, m2"): DecodingFit(0.72, 155e-6, Interval(0.65, 1.20), 14),
+    ("llama.cpp", "apple"): DecodingFit(0.90, 90e-6, Interval(0.80, 1.08), 22),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
-    ("vllm", "nvidia"): Decoding(0.80, 40e-6, Range(0.75, 1.15), 0),
-    ("vllm", "nvidia hbm"): Decoding(0.78, 20e-6, Range(0.75, 1.15), 0),
-    ("vllm", "amd"): Decoding(0.70, 60e-6, Range(0.6, 1.2), 0),
+    ("vllm", "nvidia"): DecodingFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
+    ("vllm", "nvidia hbm"): DecodingFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
+    ("vllm", "amd"): DecodingFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): Prefill(1.4, "float32", Range(0.6, 1.65), 37),
-    ("llama.cpp", "nvidia hbm"): Prefill(0.25, "float16", Range(0.55, 1.45), 9),
-    ("llama.cpp", "amd"): Prefill(0.66, "float32", Range(0.8, 1.2), 3),
-    ("llama.cpp", "apple m1, m2"): Prefill(0.58, "float32", Range(0.74, 1.28), 12),
-    ("llama.cpp", "apple"): Prefill(0.72, "float32", Range(0.82, 1.15), 5),
-    ("vllm", "nvidia"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
-    ("vllm", "nvidia hbm"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
-    ("vllm", "amd"): Prefill(0.35, "float16", Range(0.5, 1.5), 0),
+    ("llama.cpp", "nvidia"): PrefillFit(1.4, "float32", Interval(0.6, 1.65), 37),
+    ("llama.cpp", "nvidia hbm"): PrefillFit(0.25, "float16", Interval(0.55, 1.45), 9),
+    ("llama.cpp", "amd"): PrefillFit(0.66, "float32", Interval(0.8, 1.2), 3),
+    ("llama.cpp", "apple m1, m2"): PrefillFit(0.58, "float32", Interval(0.74, 1.28), 12),
+    ("llama.cpp", "apple"): PrefillFit(0.72, "float32", Interval(0.82, 1.15), 5),
+    ("vllm", "nvidia"): PrefillFit(0.5, "float16", Interval(0.6, 1.4), 0),
+    ("vllm", "nvidia hbm"): PrefillFit(0.5, "float16", Interval(0.6, 1.4), 0),
+    ("vllm", "amd"): PrefillFit(0.35, "float16", Interval(0.5, 1.5), 0),
 }
 
 
-def hardware_kind(gpu: Gpu) -> str:
+def hardware_kind(gpu: GpuSpec) -> str:
     """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
     if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
         return "nvidia hbm"
@@ -75,7 +82,7 @@ def hardware_kind(gpu: Gpu) -> str:
 
 
 def estimate_serving_speed(
-    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, vocab_size: int,
+    gpu: GpuSpec, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, vocab_size: int,
     sequences: int = 1, precision: str = "Q4_K_M",
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
@@ -92,17 +99,17 @@ def estimate_serving_speed(
         precision: of the weights, by which a measurement of this machine is chosen.
     """
     cached = sequences * cache_bytes
-    if gpu.measured is not None and (found := gpu.measured.find_serving(engine, precision)) is not None:
+    if gpu.measured is not None and (found := gpu.measured.find_serving_fit(engine, precision)) is not None:
         fit, nearest, evidence = found
         prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
         seconds = read_bytes / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
         seconds += layers * fit.layer_s[nearest] + vocab_size * fit.logit_s + fit.token_s
         return ServingSpeed(
-            Range(*(end / seconds for end in fit.spread)),
-            Range(*(end / prompt_seconds for end in fit.spread)),
+            Interval(*(end / seconds for end in fit.spread)),
+            Interval(*(end / prompt_seconds for end in fit.spread)),
             evidence,
         )
-    key = ("llama.cpp" if engine == "ollama" else engine, hardware_kind(gpu))
+    key = (ENGINES[engine].fits_as, hardware_kind(gpu))
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
@@ -111,7 +118,7 @@ def estimate_serving_speed(
     read_seconds = (read_bytes + cached) / (decoding.share * gpu.bandwidth)
     seconds = max(read_seconds, sequences * prompt_seconds) + layers * decoding.layer_s
     return ServingSpeed(
-        Range(*(end / seconds for end in decoding.spread)),
-        Range(*(end / prompt_seconds for end in prefill.spread)),
+        Interval(*(end / seconds for end in decoding.spread)),
+        Interval(*(end / prompt_seconds for end in prefill.spread)),
         "published" if decoding.points and prefill.points else "guessed",
     )

@@ -9,11 +9,11 @@ from ..core.foundation.device import free_memory
 from ..core.foundation.distributed import local_world_size
 from ..core.models.dtype import pick_device, pick_dtype
 from ..errors import UsageError
-from .gpu_specs import THIS_MACHINE, Gpu, add_measured, find_by_name, find_gpu
+from .gpu_specs import THIS_MACHINE, GpuSpec, find_gpu, find_gpus, with_measurement
 from .measured_speeds import load_machine_measurement
 
 
-def detect_gpu(device: str = "auto") -> Gpu:
+def detect_gpu(device: str = "auto") -> GpuSpec:
     """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`.
 
     What `slimtune bench` measured on it is used, on a CPU only if it computed with as many threads.
@@ -22,25 +22,27 @@ def detect_gpu(device: str = "auto") -> Gpu:
     threads = torch.get_num_threads() if gpu.device == "cpu" else 0
     if found is None or (found.name, found.device, found.threads) != (gpu.name, gpu.device, threads):
         return gpu
-    return add_measured(gpu, found)
+    return with_measurement(gpu, found)
 
 
-def _detect_gpu(device: str) -> Gpu:
+def _detect_gpu(device: str) -> GpuSpec:
     picked = pick_device(device)
     bf16 = pick_dtype("auto", picked) is torch.bfloat16
     if picked.type == "cuda":
         name = torch.cuda.get_device_name(picked)
         total = torch.cuda.mem_get_info(picked)[1]
         # A slice of a GPU, or a version with another memory, is not the one of the table.
-        known = (gpu for gpu in find_by_name(name) if abs(gpu.visible - total) < 0.05 * total)
-        gpu = next(known, Gpu(name, "memory", "", "", total, visible=total, source="this machine"))
+        known = (gpu for gpu in find_gpus(name) if abs(gpu.visible - total) < 0.05 * total)
+        gpu = next(known, GpuSpec(name, "memory", "", "", total, visible=total, source="this machine"))
         return replace(gpu, auto_bf16=bf16)
     if picked.type == "mps":
         total = psutil.virtual_memory().total
-        return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16)
+        return GpuSpec(
+            "this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16
+        )
     free = free_memory(torch.device("cpu"))
     others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
-    return Gpu(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
+    return GpuSpec(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 
 
 def require_gpu(name: str, device: str = "auto") -> None:

@@ -27,10 +27,10 @@ from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
+from ..export.export_results import EngineVerdict
 from ..export.exporter import require_plain_base
 from ..export.gguf import PRECISIONS, get_architecture, get_lora_factors, require_quantizer, write_adapter_gguf
 from ..export.merge import load_trained_runs, write_base_gguf
-from ..export.reference_logps import Verdict
 from ..export.served_base import read_precision
 from ..export.verify import Verifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
@@ -50,7 +50,7 @@ class LlamaCppServer(NamedTuple):
 
     models: list[ServedModel]  # the base first
     queue: "LlamaCppQueue"
-    checks: list[Verdict]  # of each run; none if they were left out
+    checks: list[EngineVerdict]  # of each run; none if they were left out
     cache_bytes: int  # keys and values of all slots
 
 

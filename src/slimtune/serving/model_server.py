@@ -15,7 +15,7 @@ import uvicorn
 from ..core.foundation.device import release_cached_memory
 from ..core.foundation.sockets import bind_socket, format_address, is_loopback
 from ..errors import UsageError
-from ..export.reference_logps import Verdict
+from ..export.export_results import EngineVerdict
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp
@@ -70,7 +70,7 @@ class ModelServer:
         self._socket = bind_socket(settings.host, settings.port)
         self.queue: AnswerQueue
         self.unshared: list[ServedModel] = []
-        self.checks: list[Verdict] = []
+        self.checks: list[EngineVerdict] = []
         try:
             if settings.engine == "torch":
                 self._start_torch(named)

@@ -17,7 +17,7 @@ from ..evaluation.charts import html_templates
 from ..evaluation.run_report import memory_charts, render_report, template_functions
 from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
 from ..extras.known_models import load_known_models
-from ..planning.gpu_specs import all_gpus
+from ..planning.gpu_specs import list_gpus
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, Job, Jobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
@@ -132,7 +132,7 @@ class Pages:
             "plan.html.j2",
             page="plan",
             fields=list_fields(RUN_FIELDS),
-            cards=[c for c in all_gpus() if c.trains],
+            cards=[c for c in list_gpus() if c.trains],
             job=self.job_view("plan"),
             **values,
         )

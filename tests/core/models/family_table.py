@@ -17,9 +17,9 @@ from slimtune.core.config import Recipe
 from slimtune.core.training.loss import check_lm_head, forward_backward, make_collator, token_nll
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
-from slimtune.planning.gpu_specs import gpu_with_memory
+from slimtune.planning.gpu_specs import make_gpu_with_memory
 from slimtune.planning.plan_request import build_request
-from slimtune.planning.planner import make_plan
+from slimtune.planning.planner import estimate_resources
 
 FILE = Path(__file__).with_name("family_table.json")
 FAMILIES = """
@@ -115,7 +115,7 @@ def check_run(name, folder, tokenizer):
     })  # fmt: skip
     found = {}
     try:
-        plan = make_plan(build_request(recipe, gpu_with_memory("24GiB")), advise=False)
+        plan = estimate_resources(build_request(recipe, make_gpu_with_memory("24GiB")), advise=False)
         padded = any("padded, not packed" in note for note in plan.notes)
         agrees = padded == bool(packing_unsupported_reason(base))
         found["plan"] = "works" if agrees else "plan and training differ in packing"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from slimtune.core.models import dtype
+from slimtune.core.foundation import cpu
 from slimtune.core.models.dtype import pick_device, pick_dtype
 from slimtune.errors import UsageError
 
@@ -17,12 +17,12 @@ from slimtune.errors import UsageError
 )
 def test_auto_on_cpu(tmp_path, monkeypatch, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
-    monkeypatch.setattr(dtype, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
     assert pick_dtype("auto", "cpu") is expected
 
 
 def test_auto_without_cpuinfo(tmp_path, monkeypatch):
-    monkeypatch.setattr(dtype, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "x"}, raising=False)
     assert pick_dtype("auto", "cpu") is torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")

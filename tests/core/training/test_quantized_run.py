@@ -133,7 +133,7 @@ def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
     assert train(recipe, planner=make_planner(False)).quantization == planned_dtype(recipe) == kind
-    assert merge(recipe.output_dir, tmp_path / "merged")["positions"] > 0
+    assert merge(recipe.output_dir, tmp_path / "merged").comparison.positions > 0
 
 
 @needs_bitsandbytes

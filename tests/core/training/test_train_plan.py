@@ -16,14 +16,14 @@ from slimtune.core.foundation.device import peak_memory, reset_peak_memory
 from slimtune.core.training.memory_probe import pick_longest_micro_batch
 from slimtune.core.training.train import train
 from slimtune.errors import ModelError, RunError
-from slimtune.planning.gpu_specs import Gpu
+from slimtune.planning.gpu_specs import GpuSpec
 from slimtune.planning.plan_request import build_request
-from slimtune.planning.planner import make_plan
+from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu
 
 
 def plan(recipe, lengths, content):
-    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths, content=content))
+    return estimate_resources(build_request(recipe, detect_gpu("cpu"), lengths, content=content))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
 
 @pytest.mark.slow
 def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monkeypatch):
-    small = Gpu("a small machine", "cpu", "", "", 2**28, 2**28)
+    small = GpuSpec("a small machine", "cpu", "", "", 2**28, 2**28)
     monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
     done = slimtune("train", recipe)
     assert done.exit_code == 1
@@ -98,7 +98,7 @@ def test_unplannable_run_is_trained(settings, recipe, slimtune, monkeypatch):
     def strange(*_, **__):
         raise ModelError("this model's step hangs on values")
 
-    monkeypatch.setattr("slimtune.planning.planner.make_plan", strange)
+    monkeypatch.setattr("slimtune.planning.planner.estimate_resources", strange)
     done = slimtune("train", recipe)
     assert done.exit_code == 0, done.stderr
     assert (

@@ -1,6 +1,8 @@
-"""The cores of a CPU: how many this process may use, and how libraries use them."""
+"""This machine's CPU: its name and instruction sets, the cores that this process may use, how libraries use them."""
 
 import os
+import platform
+from pathlib import Path
 
 CPU_SETTINGS = {"GOMP_SPINCOUNT": "8000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """Environment of libgomp and oneDNN, which they read when torch is loaded or first multiplies.
@@ -10,6 +12,29 @@ the other processes that the barrier waits for. Both caches hold compiled produc
 a length of its own: 15 products of one length are used again in all layers, those of older lengths seldom, yet 1,024 of
 them would be kept, 13 MiB more with each step.
 """
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def read_processor() -> str:
+    """Return the name of the processor."""
+    return _read_cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def read_cpu_flags() -> list[str] | None:
+    """Return the instruction sets that Linux names; None on other systems."""
+    if not _CPUINFO.is_file():
+        return None
+    return (_read_cpu_line("flags") or _read_cpu_line("Features")).split()
+
+
+def _read_cpu_line(name: str) -> str:
+    """Return the value of the first line with this name in /proc/cpuinfo; "" if there is none."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def cpu_count() -> int:

@@ -14,10 +14,11 @@ Each field has a string below it that says what it is, with its unit; the schema
     to_json_dict(result) ─▶ {"steps": 30, "validation_loss": null} ─▶ from_json_dict(TrainResult, values)
 
 Fields may be plain values, `Literal`s, paths, lists, tuples, mappings with string keys, and such dataclasses, each or
-None. Three kinds are special, by the metadata of `dataclasses.field`: `json_key("rewards/margins")` gives a key that is
-no Python name, `OMIT_NONE` leaves the key out if the value is None, and `INLINE` puts the items of a mapping or the
-fields of a dataclass beside the other keys. A dataclass with `json_suffixes` (field -> suffix) is written as a key for
-each of its fields, the name of the field that has it and the suffix: an estimate `loss` as `loss` and `loss_ci95`.
+None. Four kinds are special, by the metadata of `dataclasses.field`: `json_key("rewards/margins")` gives a key that is
+no Python name, `OMIT_NONE` leaves the key out if the value is None, `NOT_IN_JSON` leaves out a field that has a
+default, and `INLINE` puts the items of a mapping or the fields of a dataclass beside the other keys. A dataclass with
+`json_suffixes` (field -> suffix) is written as a key for each of its fields, the name of
+the field that has it and the suffix: an estimate `loss` as `loss` and `loss_ci95`.
 """
 
 import ast
@@ -37,6 +38,8 @@ OMIT_NONE: Mapping[str, Any] = {"omit_none": True}
 """Metadata of a field whose key is left out if its value is None."""
 INLINE: Mapping[str, Any] = {"inline": True}
 """Metadata of a mapping or a dataclass whose keys stand beside those of the other fields."""
+NOT_IN_JSON: Mapping[str, Any] = {"not_in_json": True}
+"""Metadata of a field with a default that is only for this process."""
 _JSON_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 
 
@@ -66,9 +69,9 @@ def _has_default(field: Field[Any]) -> bool:
 
 @cache
 def _read_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
-    """Return the fields of a dataclass, and the type of each."""
+    """Return the fields of a dataclass that are in JSON, and the type of each."""
     hints = get_type_hints(cls)
-    return tuple((field, hints[field.name]) for field in dataclasses.fields(cls))
+    return tuple((f, hints[f.name]) for f in dataclasses.fields(cls) if not f.metadata.get("not_in_json"))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

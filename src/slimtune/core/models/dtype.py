@@ -8,11 +8,11 @@ What training and planning must agree about is here (`pick_training_dtype`) and 
 """
 
 import warnings
-from pathlib import Path
 
 import torch
 
 from ...errors import UsageError, format_names, nearest
+from ..foundation.cpu import read_cpu_flags
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
 from .gpu_support import NO_XPU
 
@@ -20,7 +20,6 @@ DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, full) for short, full in DTYPE_ABBREVIATIONS.items() for name in (full, short)
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def pick_device(requested: str | torch.device = "auto") -> torch.device:
@@ -103,12 +102,3 @@ def _multiplies_bf16(device: torch.device) -> bool:
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
         flags = [name for name, value in get_capabilities().items() if value is True]
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
-
-
-def read_cpu_flags() -> list[str] | None:
-    """Return the instruction sets that Linux names for this machine's CPU; None on other systems."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])

@@ -37,14 +37,14 @@ class BytesRange(Protocol):
 
 
 class MemoryPlan(Protocol):
-    """What training takes from a plan: the estimate of its memory on this device (planning/plan_result.py)."""
+    """What training takes from a plan, a dataclass: its memory on this device (planning/plan_result.py)."""
 
     @property
     def max_tokens_per_micro_batch(self) -> int:
         """Most tokens of a micro-batch that fit."""
 
     @property
-    def need(self) -> BytesRange:
+    def need_bytes(self) -> BytesRange:
         """What the device needs, its runtime included."""
 
     @property
@@ -54,9 +54,6 @@ class MemoryPlan(Protocol):
     @property
     def parts(self) -> Mapping[str, int]:
         """Bytes by part, such as "optimizer", at the highest point of a step."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values for plan.json."""
 
 
 @dataclass
@@ -147,7 +144,7 @@ class PreparedRun:
 
 def planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:
     """Return the fewest and most planned bytes, as `peak_memory(reserved=True)` counts them."""
-    need, runtime = plan.need, plan.runtime_bytes
+    need, runtime = plan.need_bytes, plan.runtime_bytes
     if device.type != "cuda":
         return int(need.low), int(need.high)
     return int(need.low - runtime.low), int(need.high - runtime.high)  # the runtime is outside of the allocator

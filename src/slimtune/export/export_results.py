@@ -1,0 +1,252 @@
+"""What `slimtune export`, `verify`, `merge` and `push` print as JSON. It imports no torch."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.foundation.formatting import format_bytes, format_duration
+from ..core.foundation.json_results import INLINE, OMIT_NONE
+
+MIN_EFFECT_SHARE = 0.9
+"""Share of the adapter's effect in a merged model below which there is a warning."""
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """The result of comparing one engine with the trained adapter; differences, KL and effect in nats."""
+
+    engine: str
+    """What was compared."""
+    precision: str
+    """Of its weights."""
+    prompts: int = 0
+    """Rendered prompts."""
+    prompts_equal: int = 0
+    """Prompts that become the same token ids."""
+    positions: int = 0
+    """Next tokens compared."""
+    max_difference: float = math.nan
+    """Of log p, at the worst position."""
+    mean_difference: float = math.nan
+    """Of log p, on average."""
+    kl: float = math.nan
+    """Kullback-Leibler divergence, on average."""
+    effect: float = math.nan
+    """How far the adapter moves log p, on average."""
+    strength: float = math.nan
+    """Share of the effect that arrives."""
+    base_max_difference: float = math.nan
+    """Of the untouched base in this engine; null: not asked."""
+    base_mean_difference: float = math.nan
+    """Of the untouched base in this engine; null: not asked."""
+    answers: int = 0
+    """Greedy answers."""
+    answers_equal: int = 0
+    """Answers that are equal token by token."""
+    limit: str = ""
+    """The tolerance."""
+    passed: bool | None = None
+    """Whether it is the trained model; null: not checked."""
+    failed: bool = False
+    """Whether a program failed before anything could be compared."""
+    reason: str = ""
+    """Why it did not pass, or was not checked."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `slimtune export --json` prints."""
+
+    run: str
+    """The run or adapter folder."""
+    out: str
+    """The folder that was written."""
+    to: str
+    """The format."""
+    files: dict[str, int]
+    """Bytes by name."""
+    facts: Mapping[str, Any] = field(metadata=INLINE)
+    """Facts of the format, as they are in the manifest."""
+    commands: list[str]
+    """Shell lines that use the export."""
+    notes: list[str]
+    """What the user should know, one sentence each."""
+    check: EngineVerdict
+    """Of the engine; `passed` is null if it could not be checked."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the files, what was lost, and the notes."""
+        for file, size in self.files.items():
+            yield f"{self.out}/{file}  {format_bytes(size)}"
+        if conversion := self.facts.get("conversion"):
+            yield f"as a LoRA: {conversion['error']:.2%} of the change is lost"
+        yield from (f"note: {note}" for note in self.notes)
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `slimtune verify --json` prints."""
+
+    path: str
+    """The run or export."""
+    run: str
+    """The run that it was made from."""
+    passed: bool
+    """Whether everything that could be checked is the trained model, and something could."""
+    checks: list[EngineVerdict]
+    """One for each engine."""
+
+    def explain_failure(self) -> str:
+        """Return which engines differ, or could not be asked."""
+        if failed := [c.engine for c in self.checks if c.passed is False]:
+            return f"not the trained model: {', '.join(failed)}"
+        return f"not proven: {', '.join(c.engine for c in self.checks if c.passed is None)}"
+
+
+@dataclass(frozen=True)
+class MergeComparison:
+    """How far a merged model is from base and adapter, over next tokens (of a classifier: over logits), in nats."""
+
+    dtype: str
+    """Of the merged weights."""
+    max_difference: float
+    """Of log p between merged and adapted model, at the worst position."""
+    mean_difference: float
+    """Of log p, on average."""
+    effect: float
+    """How far the adapter moves the base's log p, on average."""
+    strength: float
+    """Share of the effect that arrives; null if the adapter has none."""
+    positions: int
+    """Next tokens (texts) compared."""
+
+
+@dataclass(frozen=True)
+class MergedFacts:
+    """What the manifest of a merged folder says beside the run."""
+
+    comparison: MergeComparison = field(metadata=INLINE)
+    """Against base and adapter."""
+    fingerprint: str
+    """Of the base."""
+    adapter_sha256: str | None = field(default=None, metadata=OMIT_NONE)
+    """SHA-256 of the adapter's file; absent for a classifier."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `slimtune merge --json` prints."""
+
+    run: str
+    """The run or adapter folder."""
+    out: str
+    """The folder that was written."""
+    bytes: int
+    """Of all files."""
+    parameters: int
+    """Numbers of the model."""
+    comparison: MergeComparison = field(metadata=INLINE)
+    """Against base and adapter."""
+    seconds: float
+    """That it took."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the size, how far the models differ, and what is left of the adapter's effect."""
+        c = self.comparison
+        yield (
+            f"{self.out}: {format_bytes(self.bytes)} in {c.dtype}, {format_duration(self.seconds)}; merged and adapted "
+            f"model differ by {c.mean_difference:.2g} nats on average ({c.max_difference:.2g} at most), where the "
+            f"adapter changes the base by {c.effect:.2g}"
+        )
+        if math.isfinite(c.strength):
+            yield f"{c.strength:.1%} of the adapter's effect survives in {c.dtype}"
+
+    def warning(self) -> str:
+        """Return that too much of the adapter's effect is lost; "" if it is not."""
+        c = self.comparison
+        if not c.strength < MIN_EFFECT_SHARE:
+            return ""
+        return f"{c.dtype} cannot hold so small a change: {1 - c.strength:.0%} of it is lost; --dtype float32 keeps it"
+
+
+@dataclass(frozen=True)
+class PushedCommit:
+    """The commit that `slimtune push` made."""
+
+    url: str
+    """Of the repository."""
+    private: bool
+    """Whether only its owner sees it."""
+    revision: str
+    """The branch."""
+    commit: str
+    """The commit's hash."""
+    commit_url: str
+    """The commit's address."""
+    created: bool
+    """Whether the repository is new."""
+    committed: bool
+    """Whether there is a new commit."""
+
+
+@dataclass(frozen=True)
+class PushContents:
+    """What `slimtune push` uploads."""
+
+    run: str
+    """The run, adapter or export."""
+    repo_id: str
+    """The repository, OWNER/NAME."""
+    kind: str
+    """What is uploaded: adapter, checkpoint or gguf."""
+    base: str | None
+    """The base's name in the files."""
+    files: dict[str, int]
+    """Bytes by name."""
+    bytes: int
+    """Of all files."""
+    eval_file: str | None
+    """File of the run with the card's held-out result."""
+    skipped: list[str]
+    """Files that are not uploaded."""
+    notes: list[str]
+    """What the user should know, one sentence each."""
+
+
+@dataclass(frozen=True)
+class PushPreview:
+    """What `slimtune push --dry-run --json` prints."""
+
+    contents: PushContents = field(metadata=INLINE)
+    """What would be uploaded."""
+    card: str
+    """The model card."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the files and the card."""
+        yield from _list_files(self.contents)
+        yield f"\nnothing was sent; the model card would be:\n\n{self.card}"
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What `slimtune push --json` prints."""
+
+    contents: PushContents = field(metadata=INLINE)
+    """What was uploaded."""
+    pushed: PushedCommit = field(metadata=INLINE)
+    """Where it is."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the files and where they are."""
+        yield from _list_files(self.contents)
+        place = f"{self.pushed.url} ({'private' if self.pushed.private else 'public'}), {self.pushed.revision}"
+        count, size = len(self.contents.files), format_bytes(self.contents.bytes)
+        yield f"{place} at {self.pushed.commit[:8]}: {count} files, {size}"
+
+
+def _list_files(contents: PushContents) -> Iterator[str]:
+    yield from (f"{name}  {format_bytes(size)}" for name, size in contents.files.items())
+    if contents.skipped:
+        yield f"not uploaded: {', '.join(contents.skipped)}"

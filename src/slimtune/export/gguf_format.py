@@ -1,0 +1,189 @@
+"""The export for llama.cpp: adapter.gguf beside a GGUF of the base; merged: model.gguf, a whole model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.foundation.json_results import OMIT_NONE
+from ..errors import ModelError, UsageError, format_names, nearest
+from .export_format import (
+    CONVERT_TO_LORA,
+    LICENCE_FILES,
+    MERGED,
+    ExportFormat,
+    ExportJob,
+    LoraConversion,
+    WrittenExport,
+    flag,
+)
+from .export_results import EngineVerdict
+
+if TYPE_CHECKING:
+    from ..core.models.model_source import ModelSource
+    from ..generation.inference_engines import InferenceEngine
+    from .verify import EngineCheck, Verifier
+
+ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
+ADAPTER_ENGINE, MODEL_ENGINE = "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"
+PRECISION = flag(
+    "f32, f16; merged also bf16, q8_0, and what llama-quantize makes: Q4_K_M.", "--precision", "--quantize"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufExportFacts:
+    """What the manifest of an export for llama.cpp says beside the run."""
+
+    architecture: str | None = field(default=None, metadata=OMIT_NONE)
+    """Of an adapter's base, by llama.cpp's name."""
+    alpha: float | None = field(default=None, metadata=OMIT_NONE)
+    """Of an adapter's file."""
+    ranks: list[int] | None = field(default=None, metadata=OMIT_NONE)
+    """Different ranks of an adapter, ascending."""
+    tensors: int | None = field(default=None, metadata=OMIT_NONE)
+    """Tensors of an adapter's file."""
+    bytes: int | None = field(default=None, metadata=OMIT_NONE)
+    """Of an adapter's file."""
+    conversion: LoraConversion | None = field(default=None, metadata=OMIT_NONE)
+    """How the adapter became a LoRA; absent if it is one."""
+    precision: str = "f32"
+    """Of the weights."""
+
+
+@dataclass(frozen=True)
+class GgufFormat(ExportFormat):
+    """A GGUF for llama.cpp.
+
+    An adapter's precision is "f32" (the default) or "f16"; a merged model's also "bf16", "q8_0", or what llama.cpp's
+    `llama-quantize` makes, such as "Q4_K_M" (by default "f16").
+    """
+
+    kind: ClassVar[str] = "gguf"
+    facts: ClassVar[type] = GgufExportFacts
+    upload_kind: ClassVar[str] = "gguf"
+    upload_marker: ClassVar[str] = r".*\.gguf"
+    upload_files: ClassVar[str] = rf".+\.gguf|README\.md|{LICENCE_FILES}"
+
+    merged: bool | None = field(default=None, metadata=MERGED)
+    precision: str | None = field(default=None, metadata=PRECISION)
+    convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
+
+    def resolve(self) -> GgufFormat:
+        """Return the format with the precision as files have it; UsageError for impossible options."""
+        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_quantizer
+
+        precision = self.precision
+        if precision and precision.lower() in PRECISIONS:
+            precision = precision.lower()
+        if self.merged and self.convert_to_lora is not None:
+            raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
+        if precision is not None and self.merged and precision not in PRECISIONS:
+            require_quantizer(precision)
+        elif precision is not None and not self.merged and precision not in ADAPTER_DTYPES:
+            message = f"an adapter in {precision!r}{nearest(precision, ADAPTER_DTYPES)}"
+            raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
+        return replace(self, precision=precision)
+
+    def require_base(self, base: ModelSource) -> None:
+        """Raise ModelError if llama.cpp's converter is needed and missing."""
+        if self.merged and base.kind != "gguf":
+            from .gguf import require_converter
+
+            require_converter()
+
+    def write(self, job: ExportJob) -> WrittenExport:
+        """Write adapter.gguf or model.gguf."""
+        from .gguf import quantize_afterwards, write_adapter_gguf
+        from .merge import write_merged_gguf
+
+        model: Any = job.loaded.model
+        if self.merged:
+            file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
+            with quantize_afterwards(file, precision) as (whole, written):
+                write_merged_gguf(job.loaded, job.run, whole, written)
+            chat = shlex.join(["llama-cli", "-m", str(job.out / MODEL_GGUF)])
+            return WrittenExport(GgufExportFacts(precision=precision), [chat, *_list_serve_commands(model, job.run)])
+        adapter, conversion = model.active_adapters[0], None
+        if self.convert_to_lora is not None:
+            report = model.to_lora(adapter, self.convert_to_lora)
+            conversion = LoraConversion(model.peft_config[adapter].name, error=report.error)
+            adapter = report.adapter
+        facts = write_adapter_gguf(job.folder / ADAPTER_GGUF, model, adapter, self.precision or "f32")
+        source = job.loaded.base.source
+        base = source.path if source.kind == "gguf" else "BASE.gguf"
+        command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.out / ADAPTER_GGUF)])
+        return WrittenExport(replace(facts, conversion=conversion), [command, *_list_serve_commands(model, job.run)])
+
+    def verify_folder(self, verifier: Verifier, folder: Path, facts: Any) -> EngineVerdict:
+        """Compare the GGUF in llama.cpp with the trained adapter."""
+        from .verify import get_conversion_tolerance
+
+        adapter, model, precision = folder / ADAPTER_GGUF, folder / MODEL_GGUF, facts.precision
+        if adapter.is_file():
+            tolerance = get_conversion_tolerance(facts)
+            served_base = getattr(facts, "ollama_base", None)
+            return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
+        if not model.is_file():
+            reason = f"{folder} contains nothing that can be checked"
+            return EngineVerdict(self.kind, precision, reason=reason)
+        open_base = verifier.open_base_in(precision)
+        return verifier.verify_engine(
+            MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), open_base=open_base
+        )
+
+    def list_run_checks(self, verifier: Verifier) -> Iterator[EngineCheck]:
+        """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
+        if self.kind != GgufFormat.kind:  # Ollama reads the same files
+            return
+        from ..generation.inference_engines import LlamaCppInferenceEngine
+        from .gguf import write_adapter_gguf
+        from .merge import write_merged_gguf
+        from .verify import EngineCheck
+
+        adapter, whole = verifier.folder / ADAPTER_GGUF, verifier.folder / MODEL_GGUF
+
+        def open_adapter() -> InferenceEngine:
+            write_adapter_gguf(adapter, verifier.model)
+            return verifier.open_beside_base(adapter)
+
+        def open_whole() -> InferenceEngine:
+            verifier.require_mergeable()
+            write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
+            return verifier.open_llama_cpp(whole)
+
+        yield EngineCheck(ADAPTER_ENGINE, "f32", open_adapter, LlamaCppInferenceEngine.without_adapter)
+        yield EngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
+
+    def hint_if_different(self) -> str:
+        """Return what to do if llama.cpp differs from the trained adapter."""
+        hint = super().hint_if_different()
+        if self.merged and self.precision != "f32":
+            return f"--precision f32, which holds smaller changes; if it differs, too, {hint}"
+        return hint
+
+    def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
+        """Raise ModelError if a GGUF file is damaged."""
+        from ..extras.gguf_loading import read_gguf
+
+        for file in (folder / n for n in files if n.endswith(".gguf")):
+            try:
+                read_gguf(file)
+            except ImportError as e:
+                raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
+            except Exception as e:  # the reader fails in many ways
+                raise ModelError(
+                    f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again"
+                ) from e
+        return f"{folder.resolve().name} as GGUF"
+
+
+def _list_serve_commands(model: Any, run: Path) -> list[str]:
+    """Return the command that answers from llama.cpp without its programs, if it can serve the run: [] or one."""
+    from ..core.adapters.export_support import get_export_formats
+
+    serve = shlex.join(["slimtune", "serve", str(run), "--engine", "llama.cpp"])
+    return [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_formats(model).gguf else []

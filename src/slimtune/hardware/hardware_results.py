@@ -1,0 +1,250 @@
+"""What `slimtune plan`, `gpus`, `choose` and `cost` print as JSON, beside the estimates and offers themselves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.foundation.formatting import format_count, format_duration
+from ..core.foundation.json_results import INLINE
+from ..planning.gpu_specs import GpuFacts
+from ..planning.interval import Interval
+from ..planning.measured_speeds import MachineMeasurement
+from ..planning.plan_result import Figure, MemoryVerdict, ResourceEstimate, ServingEstimate
+from .machine_choice import ApiPrice, MachineOffer
+from .run_cost import RunCost
+
+MILLION = 1_000_000
+"""Tokens of a run whose rows are not known."""
+
+
+def name_tokens(tokens: int) -> str:
+    """Return what is trained, as text: a million tokens stand for a run whose rows are not known."""
+    return "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
+
+
+@dataclass(frozen=True)
+class PlannedCost:
+    """What the tokens of a planned run take."""
+
+    tokens: int
+    """Trained in the whole run; a million if the rows are not known."""
+    run: RunCost = field(metadata=INLINE)
+    """Time, energy and money."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A planned run: what it takes on a GPU, and its cost."""
+
+    estimate: ResourceEstimate = field(metadata=INLINE)
+    """Memory, sizes and speed."""
+    cost: PlannedCost | None
+    """Time, energy and money; null if the speed is unknown."""
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the answer as label and text, the notes last; "" is the label of the verdict's reason."""
+        yield from self.estimate.lines()
+        if self.cost is not None:
+            name, hours = name_tokens(self.cost.tokens), self.cost.run.hours
+            name += "" if self.cost.tokens == MILLION else ","
+            text = f"{name} in {(hours * 3600).format(format_duration)}"
+            yield "time", ", ".join(filter(None, (text, self.cost.run.format_rent())))
+        yield from (("note", note) for note in self.estimate.notes)
+
+    def list_figures(self, *, unified_memory: bool) -> Iterator[Figure]:
+        """Yield the sizes of the run, its time, energy and rent."""
+        yield from self.estimate.list_run_figures(unified_memory=unified_memory)
+        if self.cost is None:
+            return
+        run = self.cost.run
+        yield Figure(name_tokens(self.cost.tokens), (run.hours * 3600).format(format_duration), "cost")
+        if run.kwh is not None:
+            yield Figure("", run.kwh.format("{:.2g} kWh".format), "cost")
+        if run.rent is not None:
+            yield Figure("", run.rent.format("{:.2g} $".format), "rent")
+
+
+@dataclass(frozen=True)
+class UnplannedMethod:
+    """A method whose run could not be planned."""
+
+    method: str
+    """Its name."""
+    why: str
+    """The reason, in one line."""
+
+
+@dataclass(frozen=True)
+class PlanDetails:
+    """What every answer of `slimtune plan --json` has."""
+
+    plans: list[PlannedRun]
+    """The run of each method."""
+    unfit: list[UnplannedMethod]
+    """The methods that could not be planned."""
+    serve: ServingEstimate | None
+    """What serving the tuned model takes; null without --serve."""
+    plot: Path | None
+    """The file with the bars; null without --plot."""
+    recipe: Path | None
+    """The recipe that was written; null without --write."""
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What `slimtune plan --json` prints for one run."""
+
+    run: PlannedRun = field(metadata=INLINE)
+    """The run, also the only item of `plans`."""
+    details: PlanDetails = field(metadata=INLINE)
+    """Everything else."""
+
+
+@dataclass(frozen=True)
+class MethodPlansResult:
+    """What `slimtune plan --json` prints for several methods."""
+
+    model: str
+    """The base."""
+    card: str
+    """The GPU's name."""
+    details: PlanDetails = field(metadata=INLINE)
+    """The plans."""
+
+
+@dataclass(frozen=True)
+class GpusResult:
+    """What `slimtune gpus --json` prints."""
+
+    cards: list[GpuFacts]
+    """The GPUs."""
+
+
+@dataclass(frozen=True)
+class JudgedGpu:
+    """A GPU, and whether a run fits on it."""
+
+    facts: GpuFacts = field(metadata=INLINE)
+    """Of the GPU."""
+    verdict: MemoryVerdict
+    """Whether the run fits."""
+    need_bytes: Interval
+    """Bytes that the run needs on it."""
+
+
+@dataclass(frozen=True)
+class SuitedGpusResult:
+    """What `slimtune gpus --for MODEL --json` prints."""
+
+    model: str
+    """The base."""
+    smallest: str | None
+    """The GPU with the least memory on which the run surely fits; null: none."""
+    plans: list[ResourceEstimate]
+    """The run on the smallest GPU of each kind."""
+    cards: list[JudgedGpu]
+    """The GPUs that slimtune trains on, the smallest first."""
+
+
+@dataclass(frozen=True)
+class GpuComparisonResult:
+    """What `slimtune gpus GPU GPU --json` prints."""
+
+    model: str | None
+    """The base; null if no run is asked about."""
+    tokens: int | None
+    """Of the run; a million if the rows are not known."""
+    machines: list[MachineOffer]
+    """The machines, in the order that was given."""
+
+
+@dataclass(frozen=True)
+class RankedOffer:
+    """A machine that the run fits on."""
+
+    offer: MachineOffer = field(metadata=INLINE)
+    """The machine."""
+    reason: str
+    """Its price and the time of the run."""
+
+
+@dataclass(frozen=True)
+class ChooseResult:
+    """What `slimtune choose --json` prints."""
+
+    model: str
+    """The base."""
+    tokens: int
+    """Of the run; a million if the rows are not known."""
+    here: MachineOffer | None
+    """This machine, if it was measured."""
+    need_bytes: dict[str, Interval]
+    """Bytes that the run needs, by the largest GPU of each kind."""
+    buy: list[RankedOffer]
+    """Machines to buy, the cheapest first."""
+    rent: list[RankedOffer]
+    """Machines to rent, the cheapest run first."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What `slimtune bench --json` prints."""
+
+    measurement: MachineMeasurement = field(metadata=INLINE)
+    """The speeds of this machine."""
+    file: Path
+    """Where the measurement is stored."""
+    row: dict[str, str]
+    """The measurement by the columns of the table of GPUs."""
+
+
+@dataclass(frozen=True)
+class PurchaseCost:
+    """What a run costs on a machine that is bought."""
+
+    dollars: Interval | None
+    """Price of the machine; null: not known."""
+    run: Interval | None
+    """Dollars of a run's electricity; null: its power is not known."""
+
+
+@dataclass(frozen=True)
+class RentalCost:
+    """What a run costs on a machine that is rented."""
+
+    name: str
+    """Who rents it out."""
+    run: Interval
+    """Dollars of a run."""
+
+
+@dataclass(frozen=True)
+class ServiceCost:
+    """What a run costs at a service that fine-tunes."""
+
+    price: ApiPrice = field(metadata=INLINE)
+    """The service and its price."""
+    run: float
+    """Dollars of a run."""
+
+
+@dataclass(frozen=True)
+class CostResult:
+    """What `slimtune cost --json` prints."""
+
+    model: str
+    """The base."""
+    tokens: int
+    """Of the run; a million if the rows are not known."""
+    machine: MachineOffer
+    """The machine to buy or to rent."""
+    buy: PurchaseCost
+    """The run on it if it is bought."""
+    rent: list[RentalCost]
+    """The run on it if it is rented."""
+    services: list[ServiceCost]
+    """The run at services that fine-tune."""
+    runs_to_break_even: Interval | None
+    """Runs after which buying is cheaper than the cheapest rent; null: never, or a price is not known."""
+    runs_in_a_month: int
+    """As given."""
