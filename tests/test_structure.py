@@ -20,7 +20,9 @@ OPTIONAL_PACKAGES = {
     "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "ray", "sacrebleu", "scipy",
     "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
-MOST_CORE_LINES, MOST_ARROWS_OUT = 17_900, 53  # on the way to 15,000 and 0
+MOST_FUNCTION_LINES, MOST_INTERNAL_IMPORTS, MOST_DOUBLE_NAMES = 80, 20, 4
+METHOD_FILES = {"config.py", "modules.py"}  # a method's folder has these two
+MOST_CORE_LINES, MOST_ARROWS_OUT = 18_100, 53  # on the way to 15,000 and 0
 SLOW_PACKAGES = {"datasets", "huggingface_hub", "numpy", "pyarrow", "regex", "torch", "transformers"}
 
 
@@ -89,6 +91,35 @@ def test_core_is_small():
 
 def test_core_imports_no_part():
     assert len(imports_of_parts()) <= MOST_ARROWS_OUT, "\n".join(imports_of_parts())
+
+
+def test_functions_of_the_core_are_short():
+    found = []
+    for file, tree in TREES.items():
+        for node in ast.walk(tree) if folder_of(file).startswith("core") else ():
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_FUNCTION_LINES:
+                found.append(f"{file.relative_to(SOURCE)}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert found == []
+
+
+def test_modules_of_the_core_import_few_others():
+    found = {}
+    for file, tree in TREES.items():
+        modules = {m.rpartition(".")[0] for node in ast.walk(tree) for m in imported_modules(node, file)}
+        ours = {m for m in modules if m.startswith("slimtune.")}
+        if folder_of(file).startswith("core") and len(ours) > MOST_INTERNAL_IMPORTS:
+            found[str(file.relative_to(SOURCE))] = len(ours)
+    assert found == {}
+
+
+def test_file_names_are_told_from_each_other():
+    names = Counter(file.name for file in TREES if file.name not in ("__init__.py", "__main__.py"))
+    double = [name for name, count in names.items() if count > 1 and name not in METHOD_FILES]
+    assert len(double) <= MOST_DOUBLE_NAMES, double
+
+
+def test_folders_at_the_top_are_few():
+    assert len({folder_of(file).partition("/")[0] for file in TREES if len(file.relative_to(SOURCE).parts) > 1}) <= 15
 
 
 def test_every_registered_part_exists():

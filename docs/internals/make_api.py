@@ -1,0 +1,74 @@
+"""Write docs/api.md: every public name with its signature and docstring, in groups, and how to do a run from Python.
+
+    python docs/internals/make_api.py
+
+The text between the groups is here; which names exist, and in which module each one is, says `slimtune.__all__`.
+"""
+
+from pathlib import Path
+
+import slimtune
+from slimtune.compat.public_names import HOMES
+
+PAGE = Path(__file__).parents[1] / "api.md"
+HEAD = (Path(__file__).parent / "api_examples.md").read_text(encoding="utf-8")
+GROUPS = {
+    "Add an adapter": ["get_peft_model", "PeftConfig", "get_peft_config", "inject_adapter_in_model",
+                       "prepare_model_for_kbit_training", "find_kappa_target_modules"],
+    "The adapted model": ["PeftModel", "PeftMixedModel", "PeftModelFor*", "AutoPeftModel*", "find_modules_without_gradient",
+                          "get_layer_status", "get_model_status", "load_run"],
+    "Methods": ["*Config"],
+    "Start from something better than noise": ["initialize_*", "get_eva_state_dict", "replace_lora_weights_loftq",
+                                               "preprocess_*"],
+    "Train": ["parameter_groups", "create_loraplus_optimizer", "cast_mixed_precision_params", "shift_tokens_right"],
+    "Files and weights": ["*state_dict", "load_peft_weights", "convert_to_lora", "save_as_lora", "hotswap_adapter",
+                          "prepare_model_for_compiled_hotswap"],
+    "Names that code written for PEFT uses": ["*"],
+}  # fmt: skip
+"""Heading → names, with `*` for any letters; a name is under the first heading that has it."""
+OPTIONS = {
+    "PeftConfig": "    options:\n      members: [from_pretrained, save_pretrained]\n",
+    "PeftModel": '    options:\n      inherited_members: true\n      filters: ["!^_"]\n',
+}
+ERRORS = """## Errors
+
+`except PeftError` and `except NoMatchingPeftModuleError` work as with PEFT: they are names of the first two classes.
+
+"""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a name fits a pattern with at most one `*`."""
+    before, star, after = pattern.partition("*")
+    return name == pattern if not star else name.startswith(before) and name.endswith(after)
+
+
+def group_names() -> dict[str, list[str]]:
+    """Return the public names under the first heading that has them, in the order of the patterns."""
+    left = [name for name in slimtune.__all__ if HOMES[name] != "errors"]
+    groups = {}
+    for heading, patterns in GROUPS.items():
+        found = [name for pattern in patterns for name in left if matches(name, pattern)]
+        groups[heading] = list(dict.fromkeys(found))
+        left = [name for name in left if name not in groups[heading]]
+    return groups
+
+
+def make_page() -> str:
+    """Return the text of the page."""
+    parts = [HEAD]
+    for heading, names in group_names().items():
+        parts.append(f"## {heading}\n\n")
+        for name in names:
+            if callable(getattr(slimtune, name)):
+                parts.append(f"::: slimtune.{HOMES[name]}.{name}\n{OPTIONS.get(name, '')}\n")
+            else:
+                doc = (Path(slimtune.__file__).parent / f"{HOMES[name].replace('.', '/')}.py").read_text()
+                after = doc.partition(f"\n{name}")[2].partition('"""')[2].partition('"""')[0]
+                parts.append(f"`{name}`: {' '.join(after.split()) or 'a table that PEFT has, too.'}\n\n")
+    errors = ("SlimtuneError", "TargetError", "ConfigError", "AdapterError")
+    return "".join(parts) + ERRORS + "\n".join(f"::: slimtune.errors.{name}\n" for name in errors)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page(), encoding="utf-8")
