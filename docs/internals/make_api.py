@@ -11,7 +11,52 @@ import slimtune
 from slimtune.compat.public_names import HOMES
 
 PAGE = Path(__file__).parents[1] / "api.md"
-HEAD = (Path(__file__).parent / "api_examples.md").read_text(encoding="utf-8")
+HEAD = """# Python
+
+Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says `from peft import …`.
+Every name on this page is imported from `slimtune` itself. The settings of each method are on [its page](methods/README.md),
+several adapters on one model have [a page of their own](adapters.md).
+
+```python
+from transformers import AutoModelForCausalLM
+from slimtune import LoraConfig, PeftModel, get_peft_model
+
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=8, target_modules="all-linear"))
+model.print_trainable_parameters()
+...                                                  # the Trainer, or your own loop
+model.save_pretrained("adapter")                     # adapter_model.safetensors, adapter_config.json
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "adapter")
+merged = model.merge_and_unload()
+```
+
+## Plan, train, evaluate, export
+
+What the commands do, as functions. Each returns a dataclass whose fields are the keys of the command's `--json`
+([schemas](schemas.md)); an error is a `SlimtuneError` with `message`, `expected` and `hint`.
+
+```python
+from pathlib import Path
+
+from slimtune.core.config import load_recipe
+from slimtune.core.training.train import train
+from slimtune.evaluation.evaluate import evaluate
+from slimtune.export.exporter import ExportOptions, export
+from slimtune.planning.plan_request import build_request
+from slimtune.planning.planner import make_plan
+from slimtune.planning.this_machine import detect_gpu
+
+recipe = load_recipe(None, {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/mine"})
+plan = make_plan(build_request(recipe, detect_gpu("auto")))       # no weight is loaded
+print(plan.verdict, plan.reason)
+result = train(recipe)                                            # runs/mine: adapter/, result.json, report.html
+print(result.validation_loss, result.tokens_per_second)
+judged = evaluate(Path("runs/mine"))                              # base against tuned, on held-out rows
+print(judged.verdict)
+export(Path("runs/mine"), "gguf", Path("gguf"), ExportOptions())  # written, then checked in llama.cpp
+model = slimtune.load_run("runs/mine").model                      # a PeftModel on its base
+```
+
+"""
 GROUPS = {
     "Add an adapter": ["get_peft_model", "PeftConfig", "get_peft_config", "inject_adapter_in_model",
                        "prepare_model_for_kbit_training", "find_kappa_target_modules"],
