@@ -13,9 +13,9 @@ from slimtune.compat.public_names import HOMES
 PAGE = Path(__file__).parents[1] / "api.md"
 HEAD = """# Python
 
-Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says `from peft import …`.
-Every name on this page is imported from `slimtune` itself. The settings of each method are on [its page](methods/README.md),
-several adapters on one model have [a page of their own](adapters.md).
+Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says
+`from peft import …`. Every name on this page is imported from `slimtune` itself. The settings of each method are on
+[its page](methods/README.md), several adapters on one model have [a page of their own](adapters.md).
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -60,8 +60,8 @@ model = slimtune.load_run("runs/mine").model                      # a PeftModel 
 GROUPS = {
     "Add an adapter": ["get_peft_model", "PeftConfig", "get_peft_config", "inject_adapter_in_model",
                        "prepare_model_for_kbit_training", "find_kappa_target_modules"],
-    "The adapted model": ["PeftModel", "PeftMixedModel", "PeftModelFor*", "AutoPeftModel*", "find_modules_without_gradient",
-                          "get_layer_status", "get_model_status", "load_run"],
+    "The adapted model": ["PeftModel", "PeftMixedModel", "PeftModelFor*", "AutoPeftModel*",
+                          "find_modules_without_gradient", "get_layer_status", "get_model_status", "load_run"],
     "Methods": ["*Config"],
     "Start from something better than noise": ["initialize_*", "get_eva_state_dict", "replace_lora_weights_loftq",
                                                "preprocess_*"],

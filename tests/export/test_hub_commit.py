@@ -9,9 +9,9 @@ import pytest
 from hub_server import TOKEN
 from huggingface_hub import constants
 
-from slimtune.core.foundation import hub as hub_module
-from slimtune.core.foundation.hub import commit_files
 from slimtune.errors import RunError, SlimtuneError, UsageError
+from slimtune.extras import hub_commits as hub_module
+from slimtune.extras.hub_commits import commit_files
 
 FILES = {"README.md": b"---\ntags:\n- a\n---\n# A\n", "a.json": b"{}", "b.safetensors": b"\0" * 999}
 

@@ -14,10 +14,10 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import config_fingerprint
-from ..core.foundation.hub import require_repo_id
 from ..core.models.base_config import load_base_config
 from ..core.models.model_source import ModelSource, resolve_model
 from ..errors import RunError, SlimtuneError
+from ..extras.hub_commits import require_repo_id
 from ..extras.known_models import PACKAGED, load_known_models
 
 log = logging.getLogger(__name__)

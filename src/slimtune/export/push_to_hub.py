@@ -21,13 +21,13 @@ from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_config
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.files import read_json, to_json
 from ..core.foundation.formatting import format_bytes
-from ..core.foundation.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import load_checkpoint_config
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_names
 from ..extras import model_card
+from ..extras.hub_commits import CommitResult, commit_files, refuse_tokens, require_repo_id
 from ..extras.model_card import CARD_FILE, strip_local_paths
 from .base_model_info import BaseModelInfo, get_base_model_info
 from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES

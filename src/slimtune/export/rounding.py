@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapters.layer_inputs import collect_layer_inputs, second_moment
 from ..core.config import Recipe
 from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows
@@ -27,6 +26,7 @@ from ..core.kernels.linear_layers import layer_kind
 from ..core.models.dtype import pick_dtype
 from ..core.training.datasets import open_rows_for_objective
 from ..errors import SlimtuneError
+from ..extras.layer_inputs import collect_layer_inputs, second_moment
 
 ROWS = 32
 """Rows whose inputs decide; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""

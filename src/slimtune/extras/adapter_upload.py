@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo
 
 from ..core.adapters.peft_config import CONFIG_FILE, write_config
 from ..core.adapters.peft_model import PeftModel
-from ..core.foundation.hub import commit_files, require_repo_id
+from .hub_commits import commit_files, require_repo_id
 from .model_card import CARD_FILE, public_base, render_saved_card, strip_local_paths, write_model_card
 
 log = logging.getLogger(__name__)

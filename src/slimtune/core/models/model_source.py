@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ...errors import ModelError, UsageError, format_names, nearest
-from ..foundation.product_names import nearest_product, same_family
 from ..foundation.registry import Registry
 
 if TYPE_CHECKING:
@@ -62,6 +61,9 @@ class KnownModels(Protocol):
 
     def find_known(self, spec: str) -> KnownBase | None:
         """Return the base with this alias, Hub id or spelling."""
+
+    def find_similar_aliases(self, name: str) -> tuple[str, list[str]]:
+        """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
 
 
 class BaseReader(Protocol):
@@ -125,12 +127,12 @@ def resolve_model(spec: str) -> ModelSource:
 
 def unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    aliases = _list_aliases()
-    close = nearest_product(name, aliases) or nearest(name, _file_names(Path()))
-    family = same_family(name, aliases)
-    known = (
-        f"one of {format_names(family)}" if family and not close else f"an alias, such as {format_names(aliases, 4)}"
-    )
+    found = [catalog.find_similar_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
+    close = next((close for close, _ in found if close), "") or nearest(name, _file_names(Path()))
+    family = [alias for _, aliases in found for alias in aliases]
+    known = f"an alias, such as {format_names(_list_aliases(), 4)}"
+    if family and not close:
+        known = f"one of {format_names(family)}"
     return UsageError(f"there is no base {name!r}{close}", f"{known}; {_FORMS}")
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
-from ...core.adapters.layer_inputs import load_statistics, record_layer_inputs, save_statistics
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import get_weight
 from ...errors import ConfigError
+from ...extras.layer_inputs import load_statistics, record_layer_inputs, save_statistics
 from .init_configs import CordaConfig as CordaConfig
 
 _DAMPING, _LARGEST_ERROR = 0.01, 0.05

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.adapters.layer_inputs import ROWS, collect_layer_inputs, second_moment
 from ...core.data.tokenized_dataset import split_rows
 from ...core.kernels.linear_layers import get_weight, is_quantized
 from ...errors import UsageError, format_names
+from ...extras.layer_inputs import ROWS, collect_layer_inputs, second_moment
 from .init_configs import LoftQConfig as LoftQConfig
 
 _DAMPING = 0.1

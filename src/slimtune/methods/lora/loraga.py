@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
-from ...core.adapters.layer_inputs import load_statistics, save_statistics
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import is_quantized, is_transposed
 from ...errors import ConfigError
+from ...extras.layer_inputs import load_statistics, save_statistics
 from .init_configs import LoraGAConfig as LoraGAConfig
 
 _GRADIENT = "_peft_loraga_grad"

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session, 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ...errors import RunError, SlimtuneError, UsageError, exception_chain
+from ..errors import RunError, SlimtuneError, UsageError, exception_chain
 
 log = logging.getLogger(__name__)
 

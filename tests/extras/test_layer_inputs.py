@@ -1,7 +1,7 @@
 import torch
 from models_zoo import llama
 
-from slimtune.core.adapters.layer_inputs import MAX_INPUTS, collect_layer_inputs
+from slimtune.extras.layer_inputs import MAX_INPUTS, collect_layer_inputs
 
 
 def test_inputs_of_layers():

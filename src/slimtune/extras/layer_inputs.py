@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ...errors import UsageError
-from ..foundation.files import write_atomic
-from ..kernels.linear_layers import layer_sizes
+from ..core.foundation.files import write_atomic
+from ..core.kernels.linear_layers import layer_sizes
+from ..errors import UsageError
 
 ROWS = 64
 """Rows that LoftQ takes its inputs from."""
