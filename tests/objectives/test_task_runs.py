@@ -170,7 +170,7 @@ def test_best_against_worst_trains_two_answers_of_a_list(make):
 
 
 def test_settings_of_dpo_are_checked(make):
-    with pytest.raises(UsageError, match=r"label_smoothing is 0\.1, and loss_type sigmoid has none"):
+    with pytest.raises(UsageError, match=r"task\.label_smoothing: got 0\.1, and loss_type sigmoid has none"):
         make({"name": "dpo", "label_smoothing": 0.1}, "run")
     with pytest.raises(UsageError, match=r"data\.format: got 'chat', and task is dpo"):
         make("dpo", "run", data={"format": "chat"})

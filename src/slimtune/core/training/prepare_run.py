@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from ...errors import SlimtuneError
-from ..adapters.adapter_files import save_adapter
 from ..config import Recipe
 from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
@@ -26,16 +24,16 @@ from ..foundation.json_results import to_json_dict
 from ..models.base_config import get_hidden_size
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
-from .datasets import Datasets, load_training_datasets
+from .datasets import load_training_datasets
 from .forgetting_budget import choose_general_rows, read_budget_text
 from .loss import build_collator
 from .memory_probe import compare_with_plan
 from .memory_savings import compile_layers
 from .prepared_run import MemoryPlan, PreparedRun
 from .progress_logger import ProgressLogger, start_trackers
-from .resuming import drop_later_metrics, resolve_start, start_or_resume
+from .resuming import create_run_dir, drop_later_metrics, resolve_start, start_or_resume
 from .run_description import describe_default_rate, describe_run, describe_steps
-from .run_dir import INIT_ADAPTER, RunDir, RunLock
+from .run_dir import RunDir, RunLock
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
@@ -142,18 +140,6 @@ def remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> Ite
         if not keep and distributed.is_main_process():
             shutil.rmtree(run.path)
         raise
-
-
-def create_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: Datasets, init_model: Any) -> None:
-    """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
-
-    def write_start(run: RunDir) -> None:
-        lock.acquire()
-        write_json(run.data_file, {name: report and report.to_json() for name, report in data.data_reports.items()})
-        if init_model is not None:
-            save_adapter(init_model, run.path / INIT_ADAPTER, "default")
-
-    RunDir.create(run.path, recipe, write_start)
 
 
 def find_longest(lengths: Sequence[ExampleLength]) -> int:

@@ -17,9 +17,10 @@ from ..adapters.adapter_tensors import load_adapter_tensors
 from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
 from ..foundation import distributed
-from ..foundation.files import to_json, write_atomic
+from ..foundation.files import to_json, write_atomic, write_json
 from . import checkpoint
 from .checkpoint import TrainingState
+from .datasets import Datasets
 from .optimizer import build_optimizer
 from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary
@@ -86,6 +87,18 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
     settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
     return dataclasses.replace(recipe, method=MethodSettings(name=config.name, settings=settings))
+
+
+def create_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: Datasets, init_model: Any) -> None:
+    """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
+
+    def write_start(run: RunDir) -> None:
+        lock.acquire()
+        write_json(run.data_file, {name: report and report.to_json() for name, report in data.data_reports.items()})
+        if init_model is not None:
+            adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
+
+    RunDir.create(run.path, recipe, write_start)
 
 
 def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
