@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from ..core.config import Recipe
+from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
 from ..core.data.general_text import WINDOW, read_general_text, tokenize_general_text
@@ -105,6 +105,20 @@ class EvalSettings:
             raise UsageError("--judge compares answers, and none are asked for", hint="--generate 50")
 
 
+@dataclass(frozen=True)
+class EvalSections:
+    """The sections of a recipe that an evaluation reads."""
+
+    data: DataSettings
+    task: TaskSettings
+    train: TrainSettings
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Self:
+        """Return a recipe's sections."""
+        return cls(recipe.data, recipe.task, recipe.train)
+
+
 def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     """Compare base and tuned model and return what `slimtune eval --json` prints.
 
@@ -133,28 +147,28 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         require_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        own = read_as_pairs(run_dir.load_recipe(), file) if run_dir else None
-        rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.objective())
+        own = read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
+        rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.task.build_objective())
         deque(rows.require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    recipe = read_as_pairs(trained.recipe or make_eval_recipe(trained, file), file)
-    objective = recipe.objective()
+    sections = read_as_pairs(choose_eval_sections(trained, file), file)
+    objective = sections.task.build_objective()
     writes_text = objective.task_type == "CAUSAL_LM"
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
-    examples, row_report, training_rows = load_unseen_rows(trained, recipe, file, settings.split)
+    examples, row_report, training_rows = load_unseen_rows(trained, sections, file, settings.split)
     # A prompt that leaves no room for an answer is refused before anything is scored.
-    asked = _prepare_prompts(trained, recipe, file, examples, settings) if settings.generate else None
+    asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []
     if settings.general_text is not None and writes_text:
         context = max_positions(model.config) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
-    comparison = _build_comparison(trained, recipe, examples, longest, file or "the training file", settings)
+    comparison = _build_comparison(trained, sections, examples, longest, file or "the training file", settings)
     measures, scores = comparison.measure()
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
     parts: dict[str, Any] = {}
@@ -168,9 +182,9 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     reasons = [*list_missing_rows(measures.different_rows), *comparison.list_reasons_not_better(measures)]
     result = comparison.result_type(
         run=str(run),
-        task=recipe.task.name,
+        task=sections.task.name,
         split=None if settings.data is not None else settings.split,
-        data=str(file or recipe.data.train),
+        data=str(file or sections.data.train),
         training_rows=training_rows,
         measures=measures,
         improved=not reasons,
@@ -207,12 +221,12 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
 
 def _prepare_prompts(
-    trained: TrainedModel, recipe: Recipe, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
+    trained: TrainedModel, sections: EvalSections, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
 ) -> tuple[dict[str, GenerationModel], list[EvalPrompt]]:
     """Return base and tuned model and their held-out prompts; raise UsageError if one leaves no room for an answer."""
     models = make_base_and_tuned(trained)
-    file = file or recipe.data.train
-    rows = open_rows_for_objective(file, recipe.data, recipe.objective()).require_valid_rows()
+    file, objective = file or sections.data.train, sections.task.build_objective()
+    rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
     prompts = sample_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
@@ -220,18 +234,18 @@ def _prepare_prompts(
 
 
 def _build_comparison(
-    trained: TrainedModel, recipe: Recipe, examples: TokenizedDataset, longest: int, place: object,
+    trained: TrainedModel, sections: EvalSections, examples: TokenizedDataset, longest: int, place: object,
     settings: EvalSettings,
 ) -> ModelComparison[Any]:  # fmt: skip
     """Return the comparison of the run's objective; `longest` are the tokens of the longest row that it scores."""
     model: Any = trained.model
-    objective = recipe.objective()
-    kind = PairObjective if recipe.data.format in objective.named_formats else type(objective)
+    objective = sections.task.build_objective()
+    kind = PairObjective if sections.data.format in objective.named_formats else type(objective)
     comparison_class = next(COMPARISONS[c] for c in kind.__mro__ if c in COMPARISONS)
     return comparison_class(
         model,
         examples,
-        build_collator(recipe.train, model, trained.base.tokenizer, longest),
+        build_collator(sections.train, model, trained.base.tokenizer, longest),
         objective,
         trained.classes,
         place=place,
@@ -270,7 +284,7 @@ def judge_eval(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalV
 
 
 def load_unseen_rows(
-    trained: TrainedModel, recipe: Recipe, file: Path | None, split: str
+    trained: TrainedModel, sections: EvalSections, file: Path | None, split: str
 ) -> tuple[TokenizedDataset, TokenizationStats, int | None]:
     """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
 
@@ -284,18 +298,21 @@ def load_unseen_rows(
     tokenizer = trained.base.tokenizer
     trained_rows: list[int] | None = None
     if file is None:
-        datasets = load_datasets(recipe, tokenizer)
+        assert trained.recipe is not None  # an adapter folder names no rows: a file is required
+        datasets = load_datasets(trained.recipe, tokenizer)
         examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
-            none = f"{getattr(recipe.data, f'{split}_fraction')} of {report.kept} rows is none"
+            none = f"{getattr(sections.data, f'{split}_fraction')} of {report.kept} rows is none"
             expected = f"data.{split} in the recipe, or a file"
             raise UsageError(f"training set no rows aside: {none}", expected, "--data FILE")
         learned = set(datasets.train.documents.hashes())
         trained_rows = [i for i, key in enumerate(examples.documents.hashes()) if key in learned]
     else:
-        examples, report = load_eval_dataset(file, recipe.data, recipe.objective(), tokenizer, trained.classes)
+        examples, report = load_eval_dataset(
+            file, sections.data, sections.task.build_objective(), tokenizer, trained.classes
+        )
         if trained.recipe is not None:
-            trained_rows = find_rows_trained_on(trained.recipe, recipe, file, examples)
+            trained_rows = find_rows_trained_on(EvalSections.from_recipe(trained.recipe), sections, file, examples)
     if trained_rows is None:
         return examples, report, None
     if len(trained_rows) == len(examples.documents):
@@ -311,25 +328,25 @@ def load_unseen_rows(
 
 
 def find_rows_trained_on(
-    trained_recipe: Recipe, eval_recipe: Recipe, file: Path, examples: TokenizedDataset
+    training: EvalSections, evaluation: EvalSections, file: Path, examples: TokenizedDataset
 ) -> list[int] | None:
-    """Return which rows (or documents) of a file, read by `eval_recipe`, a run of `trained_recipe` was trained on.
+    """Return which rows (or documents) of a file, read as `evaluation` says, a run was trained on.
 
     A run that learned answers alone was trained on a pair if it learned the chosen one. None: the training rows cannot
     be read.
     """
-    answers_alone = eval_recipe.data.format in eval_recipe.objective().named_formats
+    answers_alone = evaluation.data.format in evaluation.task.build_objective().named_formats
 
-    def read(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
-        found = open_rows_for_objective(path, recipe.data, recipe.objective())
+    def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
+        found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
         rows = (split_answers(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
-    evaluated = list(read(eval_recipe, file))
+    evaluated = list(read(evaluation, file))
     wanted = {key for _, key in evaluated}
     try:
-        trained = {key for _, key in read(trained_recipe, eval_recipe.data.train) if key in wanted}
+        trained = {key for _, key in read(training, evaluation.data.train) if key in wanted}
     except SlimtuneError:
         return None
     # Rows that were dropped have no example; the others are in the order of the file.
@@ -338,26 +355,27 @@ def find_rows_trained_on(
     return [i for i, key in enumerate(keys) if key in trained]
 
 
-def make_eval_recipe(trained: TrainedModel, file: Path | None) -> Recipe:
-    """Return what stands for the recipe of an adapter folder. Its base may be any, so rows are not packed."""
-    sections: dict[str, Any] = {"data": {"train": str(file)}, "train": {"packing": False}}
+def choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalSections:
+    """Return a run's sections, or those for an adapter folder. Its base may be any, so its rows are not packed."""
+    if trained.recipe is not None:
+        return EvalSections.from_recipe(trained.recipe)
+    task = TaskSettings()
     if trained.classes is not None:
-        sections["task"] = {"name": "classification" if trained.classes.names else "reward"}
-    return Recipe.from_dict({"model": trained.base.source.spec, **sections, "output_dir": str(trained.adapter)})
+        task = TaskSettings(name="classification" if trained.classes.names else "reward")
+    return EvalSections(DataSettings(train=file or Path()), task, TrainSettings(packing=False))
 
 
-def read_as_pairs(recipe: Recipe, file: Path | None) -> Recipe:
-    """Return the recipe with the format of preference pairs, if the file has them and the run learned answers."""
-    if "preference" not in recipe.objective().named_formats or file is None:
-        return recipe
+def read_as_pairs(sections: EvalSections, file: Path | None) -> EvalSections:
+    """Return the sections with the format of preference pairs, if the file has them and the run learned answers."""
+    if "preference" not in sections.task.build_objective().named_formats or file is None:
+        return sections
     try:
         found = open_rows(file).format
     except SlimtuneError:  # it needs the recipe's columns, or has an error that is reported as it is read
-        return recipe
+        return sections
     if found != "preference":
-        return recipe
-    pairs = dataclasses.replace(recipe.data, format="preference", columns={}, ignore_columns=[])
-    return dataclasses.replace(recipe, data=pairs)
+        return sections
+    return replace(sections, data=replace(sections.data, format="preference", columns={}, ignore_columns=[]))
 
 
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:

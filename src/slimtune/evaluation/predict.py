@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.config import TrainSettings
 from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.files import require_output_file, to_json, write_atomic
@@ -21,7 +22,6 @@ from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_columns import parse_record
 from ..extras.row_files import find_parts
-from .evaluate import make_eval_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,8 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
             errors.add(row.line, f"has {len(ids)} tokens, and the model's context holds {context}", row.file)
         examples.append({"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), "line": row.line})
     errors.check()
-    recipe = trained.recipe or make_eval_recipe(trained, None)
-    collator = build_collator(recipe.train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
+    train = trained.recipe.train if trained.recipe is not None else TrainSettings(packing=False)
+    collator = build_collator(train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
     scores = score_examples(model, examples, collator, lambda batch: row_logits(model, batch).double())
     logits = np.array([scores[i] for i in range(len(examples))])
     if not np.isfinite(logits).all():

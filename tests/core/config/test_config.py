@@ -380,6 +380,24 @@ except Exception as e:
     assert done.stdout.strip() == "True False", done.stdout + done.stderr
 
 
+def test_a_wrong_setting_is_answered_without_torch(tmp_path):
+    code = """
+import sys
+from slimtune.cli import main
+try:
+    main()
+except SystemExit as e:
+    print(e.code, "torch" in sys.modules)
+"""
+    flags = ["train", "--model", "smollm2-135m", "--data", tmp_path / "no.jsonl", "--out", tmp_path / "run",
+             "--set", "method.rnak=3", "--set", "task.beta=1", "--batch-size", "0"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 False", done.stdout + done.stderr
+    for line in ("4 problems", "method.rnak: no such field", "task.beta: no such field", "train.batch_size: got 0",
+                 "data.train: there is no file"):  # fmt: skip
+        assert line in done.stderr
+
+
 def test_task_is_checked_as_a_section():
     recipe = make_recipe(task="sft")
     assert (recipe.task.name, recipe.objective().name) == ("sft", "sft")

@@ -400,7 +400,7 @@ class TargetedConfig(PeftConfig):
                     hint = "put the layer numbers into the regular expression"
                     yield FieldError(name, message, f"{name}=None", hint)
         fields = {n: getattr(self, n) for n in ("target_modules", "exclude_modules")}
-        texts = {n: [text] for n, text in fields.items() if isinstance(text, str)}
+        texts = {n: [text] for n, text in fields.items() if isinstance(text, str) and text != "all-linear"}
         layers = self.layers_pattern or []
         texts |= {"layers_pattern": [layers] if isinstance(layers, str) else layers}
         for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():

@@ -81,7 +81,7 @@ class Recipe(Section):
 
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""
-        return objective_class(self.task.name)(**self.task.settings)
+        return self.task.build_objective()
 
     def resolve_learning_rate(self, rows: int, hidden_size: int) -> Self:
         """Return the recipe with a number for its learning rate.

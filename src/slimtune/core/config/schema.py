@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings, setting
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS
+from .objective_registry import objective_class
 
 
 def _read_number(value: Any) -> Any:
@@ -150,6 +151,10 @@ class TaskSettings(Section):
     )
     settings: dict[str, Any] = field(default_factory=dict)
     """The objective's own fields, with their defaults."""
+
+    def build_objective(self) -> Any:
+        """Return the objective, an `Objective`."""
+        return objective_class(self.name)(**self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **_to_plain(self.settings)}

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from ...errors import ModelError, UsageError, format_names, nearest
 from ..foundation.registry import Registry
 
@@ -111,6 +109,8 @@ def resolve_model(spec: str) -> ModelSource:
         if known.packaged is not None:
             return _resolve_packaged(known.alias, known.packaged)
         return ModelSource("hub", known.hub_id, known.hub_id.split("/")[-1], known.hub_id)
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # a fifth of a second, and few names need it
+
     try:
         validate_repo_id(spec)
         is_hub_id = spec.count("/") == 1 and path.suffix.lower() not in _FILE_TYPES
