@@ -54,6 +54,7 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "slimtune.folder_writers": {"model_card": "slimtune.extras.model_card:write_model_card"},
     "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
+    "slimtune.base_quantizations": dict.fromkeys(("nf4", "int8", "fp4"), "slimtune.extras.bitsandbytes_loading"),
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_template"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},

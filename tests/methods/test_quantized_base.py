@@ -10,13 +10,9 @@ from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.kernels.linear_layers import is_quantized
-from slimtune.core.models.quantization import (
-    KINDS,
-    dequantize_model,
-    disable_wrong_repacking,
-    make_quantization_options,
-)
+from slimtune.core.models.quantization import KINDS, dequantize_model, make_quantization_options
 from slimtune.export.merged_weights import MergedWeights
+from slimtune.extras import bitsandbytes_loading
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -36,7 +32,7 @@ def bases(tmp_path_factory):
         model = llama(dtype=torch.float32)
         _, told = make_quantization_options(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
-        disable_wrong_repacking(model)
+        bitsandbytes_loading.prepare_model(model)
         return model
 
     return make

@@ -26,7 +26,7 @@ from .base_config import PreparedBase, prepare_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import translate_load_errors
 from .model_source import BASE_READERS, ModelSource
-from .quantization import disable_wrong_repacking, make_quantization_options
+from .quantization import BASE_QUANTIZATIONS, make_quantization_options
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,8 @@ def load_base(
             "a folder of a base alone",
             "move adapter_config.json and the adapter's weights to a folder of their own",
         )
-    if quantization is not None:
-        disable_wrong_repacking(model)
+    if quantization is not None and quantization in BASE_QUANTIZATIONS.names():
+        BASE_QUANTIZATIONS.load(quantization).prepare_model(model)
     _check_weights(model, tokenizer, info, opened.source, task, warn=head is None)
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:

@@ -1,29 +1,40 @@
-"""Bases quantized by bitsandbytes, and in which quantization a checkpoint is stored.
-
-    nf4    4 bits per value, a scale per 64 values, the scales in 8 bits (double quantization): 4.13 bits
-    int8   8 bits per value, a scale per row
-
-Only linear layers are quantized: the head, what is tied to it, embeddings and norms keep the base's dtype, in which
-every layer computes.
-"""
+"""In which quantization a checkpoint is stored or loaded, and how a quantized base becomes a plain one."""
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_names, install_command, nearest
-from ..foundation.dtype_names import dtype_name
+from ..foundation.registry import Registry
 from ..kernels.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
 STORED = (*KINDS, "fp4")
 """Quantizations in which bitsandbytes can store a checkpoint."""
-_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantizedLoading(Protocol):
+    """How the library that quantizes a base loads it."""
+
+    def make_load_options(
+        self, config: PreTrainedConfig, kind: str, is_stored: bool, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained`; `is_stored`: the checkpoint is quantized already.
+
+        Writes into `config` the dtype in which a stored checkpoint computes. Raises UsageError for a dtype in which it
+        cannot compute, ModelError if the library is missing.
+        """
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Change what is wrong in a base that was just loaded."""
+
+
+BASE_QUANTIZATIONS: Registry[QuantizedLoading] = Registry("slimtune.base_quantizations", "quantization of bases")
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -54,8 +65,8 @@ def make_quantization_options(
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
 
-    A checkpoint that bitsandbytes quantized is loaded as it is stored, but computes in `dtype`, which is written into
-    `config`. Checkpoints of other libraries are left to transformers.
+    A checkpoint that is quantized is loaded as it is stored, but computes in `dtype`, which may be written into
+    `config`. What no part of `BASE_QUANTIZATIONS` takes is left to transformers.
 
     Args:
         config: the base's config.
@@ -74,40 +85,9 @@ def make_quantization_options(
             "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
         )
     used = stored or kind
-    if used not in STORED:
+    if used is None or used not in BASE_QUANTIZATIONS.names():
         return used, {}
-    if dtype not in _COMPUTE_DTYPES:
-        names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
-        raise UsageError(f"a base in {used} cannot compute in {dtype_name(dtype)}", names)
-    require_bitsandbytes(f"a base in {used}")
-    options: dict[str, Any] = {"device_map": {"": device}}
-    if stored is None and used == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif stored is None:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=used,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif used != "int8":
-        stored_settings: Any = config.quantization_config
-        stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)
-    return used, options
-
-
-def disable_wrong_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a way that would be wrong or fail.
-
-    On CPUs with AVX-512 BF16, bitsandbytes repacks a layer's weight for a faster kernel when the layer first runs in
-    evaluation mode. That rounds to bf16 whatever the layer computes in, and fails if a row is not a whole number of
-    blocks or the number of rows is not a multiple of 32.
-    """
-    for module in model.modules():
-        layer: Any = module
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
-            whole = layer.in_features % layer.weight.quant_state.blocksize == 0 and layer.out_features % 32 == 0
-            layer.support_avx512bf16_for_cpu = whole and layer.compute_dtype == torch.bfloat16
+    return used, BASE_QUANTIZATIONS.load(used).make_load_options(config, used, stored is not None, dtype, device)
 
 
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
