@@ -13,7 +13,7 @@ import pytest
 from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.adapters.peft_config import PeftConfig, TargetedConfig
-from slimtune.core.adapters.prompt_config import PromptLearningConfig
+from slimtune.extras.prompt_learning.prompt_config import PromptLearningConfig
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")

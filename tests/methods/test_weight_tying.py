@@ -66,10 +66,14 @@ def test_tied_tensors_that_differ_in_a_file_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "tie", "message"),
     [
-        (LoraConfig(**TARGETS), True, "`ensure_weight_tying` is not set to True"),
-        (LoKrConfig(target_modules=["lm_head"]), True, "no implementation exists to tie"),
-        (LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True), True, "no tied modules are added"),
-        (LoraConfig(**TARGETS, ensure_weight_tying=True), False, "no tied modules were found"),
+        (LoraConfig(**TARGETS), True, "ensure_weight_tying is not True"),
+        (LoKrConfig(target_modules=["lm_head"]), True, "the method cannot tie its adapters"),
+        (
+            LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True),
+            True,
+            "no module that is tied to the embedding is in",
+        ),
+        (LoraConfig(**TARGETS, ensure_weight_tying=True), False, "no module that is tied to the embedding exists"),
         (LoraConfig(trainable_token_indices=[1], ensure_weight_tying=True), False, "does not have tied weights"),
     ],
 )

@@ -27,6 +27,7 @@ WORDS = [
         r"an nn.MultiheadAttention cannot run a mixed batch",
         "lora.MultiheadAttention does not support mixed adapter batches",
     ),
+    (r"a LoRA on their parameters cannot run", "lora.ParamWrapper does not support mixed adapter batches yet."),
     # adapters of a model
     (
         r"the adapter's name '(.+)' is a part of '(.+)', the start",
@@ -220,8 +221,14 @@ def install():
     from slimtune.core.adapters.adapter_module import MergeUnsupported
     from slimtune.errors import SlimtuneError
 
-    for error in (SlimtuneError, MergeUnsupported):
-        error.__str__ = lambda self: add_peft_words(Exception.__str__(self))
+    def init_error(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.args = (add_peft_words(self.args[0]),)
+
+    def init_merge_error(self, *args):
+        self.args = (add_peft_words(str(args[0])),)
+
+    init, SlimtuneError.__init__, MergeUnsupported.__init__ = SlimtuneError.__init__, init_error, init_merge_error
     warn = warnings.warn
 
     def warn_in_peft_words(message, category=None, stacklevel=1, **more):

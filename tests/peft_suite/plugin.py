@@ -1,7 +1,8 @@
 """A pytest plugin for HF PEFT's tests: puts the `peft` under test on the path and writes one JSON line a test.
 
 Environment: PEFT_SUITE_PATH, the folder whose `peft` is tested (the shim, or real PEFT); PEFT_SUITE_OUT, the file of
-JSON lines; PEFT_SUITE_TESTS, the folder of PEFT's tests; PEFT_SUITE_SKIP, JSON lines whose tests are not run. A test
+JSON lines; PEFT_SUITE_TESTS, the folder of PEFT's tests; PEFT_SUITE_SKIP, JSON lines whose tests are not run.
+slimtune's errors and warnings say PEFT's sentences here, too (`peft_words.py`), which PEFT's tests look for. A test
 that needs the Hub is skipped, and one that makes the config of a method that slimtune lacks is not run. With
 `--collect-only` there is a line for each test that would run.
 """
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 
 import accelerate.utils  # noqa: F401
+import peft_words
 import pytest
 import transformers.utils.import_utils as transformers_utils
 
@@ -57,6 +59,8 @@ def write_row(**row):
 
 def pytest_configure(config):
     OUT.write_text("")
+    if Path(os.environ["PEFT_SUITE_PATH"]).name == "shim":
+        peft_words.install()
     for mark in ("single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
         config.addinivalue_line("markers", mark)
 

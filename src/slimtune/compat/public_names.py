@@ -32,7 +32,7 @@ PUBLIC = {
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ),
     "extras.lora_optimizers": ("create_loraplus_optimizer",),
-    "core.adapters.prompt_config": ("PromptLearningConfig",),
+    "extras.prompt_learning.prompt_config": ("PromptLearningConfig",),
     "compat.kbit_training": ("prepare_model_for_kbit_training",),
     "core.adapters.adapter_tensors": ("get_peft_model_state_dict",),
     "compat.state_dicts": (

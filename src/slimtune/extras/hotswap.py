@@ -48,12 +48,11 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: what to do if the model is already compiled.
     """
     if check_compiled not in ("error", "warn", "ignore"):
-        message = f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
-        raise UsageError(message)
+        raise UsageError(f"check_compiled is {check_compiled!r}", "'error', 'warn' or 'ignore'")
     if _is_compiled(model):
         message = "prepare_model_for_compiled_hotswap was called with a model that is already compiled"
         if check_compiled == "error":
-            raise UsageError(message, hint="Call prepare_model_for_compiled_hotswap *before* compiling the model")
+            raise UsageError(message, hint="call it before torch.compile")
         if check_compiled == "warn":
             warnings.warn(f"{message} and will be compiled again", stacklevel=2)
     model = _unwrap(model)
@@ -70,14 +69,11 @@ def prepare_model_for_compiled_hotswap(
                 raise UsageError(message, hint=f"model.to_lora({adapter!r}, rank) makes one")
             rank = target_rank or module.r
             if module.r > rank:
-                # PEFT's words.
-                message = f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger"
-                raise UsageError(f"{message} ({module.r}): {adapter!r} at {name}", "the largest rank of all adapters")
+                message = f"target_rank is {rank}, and adapter {adapter!r} has rank {module.r} at {name}"
+                raise UsageError(message, "the largest rank of all adapters")
             if rank % module.groups:
-                layer = f"Trying to pad a Conv2d LoRA adapter with groups={module.groups} to target rank {rank}"
-                why = f"but the target rank is not divisible by {module.groups}"
-                what = f"Please choose a target rank that is divisible by {module.groups}"
-                raise UsageError(f"{layer}, {why}. {what}.")
+                message = f"target_rank is {rank}, and {name} is a convolution with groups={module.groups}"
+                raise UsageError(message, f"a target_rank that {module.groups} divides")
     for adapter, modules in lora_adapters.items():
         _pad_adapter(model, adapter, {n: target_rank or m.r for n, m in modules.items()})
 
@@ -103,7 +99,7 @@ def hotswap_adapter(
     tensors, config = read_adapter(model, model_name_or_path, None, False, hub)
     types = [str(c.peft_type) for c in (model.peft_config[adapter_name], config)]
     if types[0] != types[1]:
-        raise AdapterError(f"Incompatible PEFT types found: {types[0]} and {types[1]}")
+        raise AdapterError(f"{model_name_or_path} is an adapter of {types[1]}, and {adapter_name!r} of {types[0]}")
     temporary = next(n for n in map("hotswap{}".format, itertools.count()) if n not in model.peft_config)
     model.add_adapter(temporary, config, strict=False)
     try:
@@ -203,5 +199,5 @@ def _is_compiled(model: Any) -> bool:
 def _unwrap(model: Any) -> PeftModel:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
-        raise UsageError(f"No adapter layers found on the model: a {type(model).__name__} has no adapters")
+        raise UsageError(f"a {type(model).__name__} has no adapters", "an adapted model")
     return model

@@ -143,7 +143,7 @@ class LoraConversion(PeftModel):
         self.require_free_name(adapter_name)
         for name in names:
             if "parameters" in self.match_report(name).kinds.values():
-                message = f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r})"
+                message = f"adapter {name!r} has target_parameters, which a weighted sum does not support"
                 raise TargetError(message, "adapters without target_parameters")
         kind, kinds = str(combination_type), get_args(CombinationType)
         counts = f"{len(names)} adapters and {len(weights)} weights are given"
@@ -198,9 +198,7 @@ class LoraConversion(PeftModel):
         self.require_adapter(adapter_name)
         self.require_free_name(new_name)
         is_rank = not isinstance(rank, bool) and (0 < rank <= 1 if isinstance(rank, float) else rank >= 1)
-        says = f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}"
-        says = says if isinstance(rank, float) else f"Passing a rank of {rank} doesn't make sense"  # PEFT's words
-        _require(is_rank, says, "a whole number, 1 and up; or a fraction in (0, 1]")
+        _require(is_rank, f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
         self.require_unmerged()
         with self.disable_adapter():
             deltas = collect_weight_deltas(self, [adapter_name], [1.0])
@@ -242,11 +240,10 @@ def save_as_lora(
 def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) -> Iterator[LoraReport]:
     config = getattr(model, "peft_config", {}).get(adapter)
     if config is None or config.is_prompt_learning or config.is_adaption_prompt:
-        # PEFT's words.
-        message = "Could not detect any layer that supports LoRA conversion"
-        raise NotConvertible(message, "a model with an adapter that changes weights")
+        message = f"the model has no adapter {adapter!r} that a LoRA could approximate"
+        raise NotConvertible(message, "an adapter that changes weights")
     if config.name == "lora":
-        warnings.warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter changes its rank", stacklevel=4)
+        warnings.warn(f"{adapter!r} is a LoRA already: the conversion changes only its rank", stacklevel=4)
     names = (f"{adapter}_as_lora{'_' * n}" for n in range(len(model.peft_config) + 1))
     report = model.to_lora(adapter, rank, next(n for n in names if n not in model.peft_config), progressbar)
     try:
@@ -267,9 +264,7 @@ def collect_weight_deltas(
     """
     copied = Counter(name for adapter in adapters for name in model.match_report(adapter).copied)
     if both := [name for name, count in copied.items() if count > 1]:
-        # PEFT's words come first.
-        what = "Cannot add weighted adapters if they target the same module with modules_to_save, but found"
-        raise UsageError(f"{what} {len(both)} such instance(s).: {format_names(both)}")
+        raise UsageError(f"several of the adapters train {format_names(both)} in full", "one that does at most")
     found: dict[str, list[WeightDelta]] = {}
     for adapter, coefficient in zip(adapters, coefficients, strict=True):
         report = model.match_report(adapter)

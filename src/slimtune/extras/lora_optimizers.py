@@ -129,8 +129,7 @@ def create_lorafa_optimizer(
         given = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
         for name, value in given.items():
             if value != getattr(config, name, value):
-                what = f"`{name}={value}` was passed to create_lorafa_optimizer"
-                message = f"{what}, and adapter {adapter!r} has another one"
+                message = f"{name} is {value}, and adapter {adapter!r} has another one"
                 raise ConfigError(message, f"{getattr(config, name)}, as in its config")
     scales: dict[int, float] = {}
     for adapter in model.peft_config:

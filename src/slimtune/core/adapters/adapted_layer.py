@@ -285,7 +285,7 @@ def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     """Return a weight that is read without a call of the module, with the updates of the active adapters."""
     active, adapters = layer.active_state, layer.adapters
     if any(name in adapters for name in active.row_adapters or ()):
-        message = "lora.MultiheadAttention does not support mixed adapter batches"
+        message = "an nn.MultiheadAttention cannot run a mixed batch, since its weight is read without a call"
         raise MixedBatchError(message, hint="set_adapter, and batches that use one adapter")
     names = layer.selection.names if active.row_adapters is None else []
     modules: list[Any] = [adapters[n] for n in names if n in adapters]

@@ -12,8 +12,8 @@ several adapters of different methods run, and merge, in the order in which they
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
-    "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `prompt.py`
-    "model"       the whole backbone                `virtual_embeddings()`: see `prompt.py`;
+    "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `prompt_modules.py`
+    "model"       the whole backbone                `virtual_embeddings()`: see `prompt_modules.py`;
                                                     or `SharedParameterHolder`
 
 An adapter module never sees another adapter, a quantized weight or a transposed weight layout: the adapted layer

@@ -342,9 +342,7 @@ def _describe_version() -> str:
     try:
         commit = _get_commit_hash(__package__.partition(".")[0])
     except Exception as e:  # a broken installation must not keep anybody from training
-        # PEFT's words.
-        what = "A dev version of PEFT is used but there was an error while trying to determine the commit hash"
-        warnings.warn(f"{what} of {FORMAT_VERSION}: {e}", PeftWarning, stacklevel=4)
+        warnings.warn(f"the commit of {FORMAT_VERSION} could not be found: {e}", PeftWarning, stacklevel=4)
     return f"{FORMAT_VERSION}@{commit or 'UNKNOWN'}"
 
 

@@ -126,18 +126,16 @@ def _match_targets(
     found = [n for n in modules if is_target(n, config, targets)]
     matched = [n for n in found if n not in whole]
     if strict:
-        _check_every_name_matches(model, modules, config, targets, matched)
+        _check_every_name_matches(model, modules, config, targets)
     if matched or further:
         return matched
-    # PEFT's words come first.
     if found:
-        message = "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
-        message += f"target modules and modules to save: {format_names(found)} is trained in full"
+        message = f"target_modules only matches {format_names(found)}, which is trained in full"
         raise TargetError(message, "a target outside modules_to_save and the head of the task")
     if not whole:
-        says = "All modules were excluded" if getattr(config, "exclude_modules", None) else ""
-        says = says or f"Target modules {targets} not found in the base model"
-        raise _nothing_matches(f"{says}. target_modules={targets!r}", targets, modules)
+        excluded = getattr(config, "exclude_modules", None)
+        without = f" without exclude_modules={excluded!r}" if excluded else ""
+        raise _nothing_matches(f"target_modules={targets!r}{without}", targets, modules)
     return []
 
 
@@ -157,8 +155,7 @@ def _check_no_target_twice(modules: Modules, kinds: dict[str, SiteKind], further
     if twice := [n for n in further if n in kinds]:
         message = f"{format_names(twice)} is a target and also changed by another field of the config"
         if further[twice[0]] == "parameters":
-            layer = f"layer {twice[0]!r} of type {type(modules[twice[0]]).__name__}"
-            message = f"Trying to wrap an `nn.Parameter` of {layer}, which is not a valid target. {message}"
+            message += f": a parameter of {twice[0]!r}, a {type(modules[twice[0]]).__name__}"
         raise TargetError(message, hint="take it out of target_modules, or use two adapters")
 
 
@@ -263,16 +260,15 @@ def _add_tied_modules(modules: Modules, config: Any, names: list[str], tied: lis
 
 
 def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> None:
-    """Warn where the modules tied to the embedding and `ensure_weight_tying` do not fit; PEFT's words."""
+    """Warn where the modules tied to the embedding and `ensure_weight_tying` do not fit."""
     asked, own = getattr(config, "ensure_weight_tying", None), set(tied) & set(chosen)
     message = ""
     if asked:
-        where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
+        where = "is in modules_to_save or target_modules" if tied else "exists in the model"
         if not own and not getattr(config, "trainable_token_indices", None):
-            message = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
+            message = f"ensure_weight_tying is True, but no module that is tied to the embedding {where}"
     elif own:
-        why = "no implementation exists to tie the adapters"
-        why = why if asked is None else "`ensure_weight_tying` is not set to True"
+        why = "the method cannot tie its adapters" if asked is None else "ensure_weight_tying is not True"
         rest = format_names([n for n in tied if n not in own])
         apart = f"is tied to {rest}, which does not change with it" if rest else "are tied, but change separately"
         message = f"{format_names(sorted(own))} {apart}: {why}"
@@ -315,7 +311,7 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
             return []
         if default is None:
             kind = model_type(model) or type(model).__name__
-            message = f"Please specify `target_modules`: there is no default for {kind!r}"
+            message = f"target_modules is not given, and there is no default for {kind!r}"
             hint = 'name the modules, or set target_modules="all-linear"'
             raise TargetError(message, _describe_targets(modules), hint)
         return default
@@ -356,9 +352,8 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
             f"name the {config.kinds[0]} modules inside it" if kind is None else "",
         )
     if getattr(module, "in_proj_weight", module) is None:
-        # PEFT's words.
-        what = "Only same embed for query/key/value is supported as of now for MultiheadAttention"
-        raise TargetError(f"{what}: {name} has separate weights", "one in_proj_weight for all three")
+        message = f"{name} is an nn.MultiheadAttention with separate weights for query, key and value"
+        raise TargetError(message, "one in_proj_weight for all three")
     mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
     forward = vars(next(mro))["forward"]
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale") and forward is not nn.Embedding.forward:
@@ -368,9 +363,8 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     parent = modules.get(name.rpartition(".")[0], model)
     if is_uncalled(parent, name):
         what = f"a {type(parent).__name__} reads its weight without calling it, so an adapter would be skipped"
-        why = "is incompatible with Mamba-based models" if hasattr(parent, "A_log") else "cannot be adapted"
         hint = f'exclude_modules=["{name.rpartition(".")[2]}"]; "all-linear" leaves it out'
-        raise TargetError(f"{name} {why}: {what}", "other modules", hint)
+        raise TargetError(f"{name} cannot be adapted: {what}", "other modules", hint)
     if kind == "conv" and any("causal_conv1d" in n for n in vars(sys.modules[type(parent).__module__])):
         raise TargetError(
             f"{name} belongs to a {type(parent).__name__}, whose GPU kernels read its weight and skip an adapter"
@@ -381,9 +375,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     return kind
 
 
-def _check_every_name_matches(
-    model: nn.Module, modules: Modules, config: Any, targets: list[str] | str, matched: list[str]
-) -> None:
+def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, targets: list[str] | str) -> None:
     for field_name in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field_name, None) or []
         if isinstance(wanted, str) and field_name == "target_modules":
@@ -393,20 +385,15 @@ def _check_every_name_matches(
             w if isinstance(w, str) else w[0] for w in names if not any(matches_regex_or_names(w, n) for n in modules)
         ]
         if unmatched:
-            says = f"No modules were targeted for adaptation. Target modules {unmatched} not found in the base model. "
-            says = "" if matched else says  # PEFT's words
-            raise _nothing_matches(f"{says}{field_name}: {format_names(unmatched)}", unmatched, modules)
+            raise _nothing_matches(f"{field_name}: {format_names(unmatched)}", unmatched, modules)
     parameters = [f"{n}.{p}" for n, m in modules.items() for p in m._parameters]
     wanted = getattr(config, "target_parameters", None) or []
     if unmatched := [w for w in wanted if not any(matches_regex_or_names([w], p) for p in parameters)]:
         if top := [w for w in unmatched if w in model._parameters]:
-            message = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {top[0]!r})"
+            message = f"target_parameters: {top[0]!r} belongs to the model itself, not to a module in it"
             raise TargetError(message, "a parameter of a module inside the model")
         last_parts = dict.fromkeys(p.rsplit(".", 1)[-1] for p in parameters)
         message = f"target_parameters: {format_names(unmatched)} matches no parameter"
-        if not getattr(config, "target_modules", None):
-            peft_says = "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
-            message = f"{peft_says}these arguments. {message}"
         raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:

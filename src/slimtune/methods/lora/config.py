@@ -319,8 +319,8 @@ class LoraConfig(PatternedConfig):
         r, alpha = self.get_rank(name), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
-            what = f"the targeted layer of type {type(site.module).__name__} has no bias"  # PEFT's words
-            what = f"`lora_bias=True` was passed but {what}, so the adapter cannot be merged: {site.name}"
+            what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"
+            what += ": the adapter cannot be merged"
             warnings.warn(what, PeftWarning, stacklevel=2)
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)

@@ -33,19 +33,16 @@ class ConvLora(LoraModule):
         conv: Any = site.module
         self.name, self.groups = site.name, conv.groups
         if r % conv.groups:
-            what = f"Targeting a {type(conv).__name__} with groups={conv.groups} and rank {r}"  # PEFT's words
-            why = "Currently, support is limited to conv layers where the rank is divisible by groups"
-            other = "Either choose a different rank or do not target this specific layer"
-            raise ConfigError(f"{what}. {why}. {other}.", hint=f"rank_pattern={{{site.name!r}: {conv.groups}}}")
+            message = f"the rank is {r}, and {site.name} is a {type(conv).__name__} with groups={conv.groups}"
+            hint = f"rank_pattern={{{site.name!r}: {conv.groups}}}, or leave it out of target_modules"
+            raise ConfigError(message, f"a rank that {conv.groups} divides", hint)
         if self.init == "lora_ga":
             self.init = True  # as in PEFT, so that a model with other layers can start from its gradients
         if not isinstance(self.init, bool) and self.init != "gaussian":
             message = f"init_lora_weights is {self.init!r}, and {site.name} is a convolution"
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")
         if conv.groups > 1 and not site.loading:
-            # The words of PEFT's warning.
-            what = "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported."
-            warnings.warn(f"{site.name}: {what}", stacklevel=2)
+            warnings.warn(f"{site.name} has groups={conv.groups}: a LoRA on it cannot be merged", stacklevel=2)
         self.lora_dropout = dropout(config.lora_dropout)
         cls, device = _CLASSES[len(conv.kernel_size)], site.init_device
         geometry = {n: getattr(conv, n) for n in ("stride", "padding", "dilation", "padding_mode")}

@@ -252,10 +252,8 @@ class AttentionWeightLora(LinearLora):
         wrong += ["init_lora_weights"] if config.init_lora_weights in ("eva", "corda", "lora_ga") else []
         if wrong:
             value = getattr(config, wrong[0])
-            what = "DoRA" if wrong[0] == "use_dora" else f"{wrong[0]}={value!r}"
-            plain = f"please set {wrong[0]} to {isinstance(value, str)}"  # PEFT's words
-            message = f"MultiheadAttention does not support {what} (yet), {plain}"
-            raise ConfigError(message, hint=f"or take {site.name} out of target_modules")
+            message = f"{wrong[0]} is {value!r}, which an nn.MultiheadAttention ({site.name}) does not support"
+            raise ConfigError(message, str(isinstance(value, str)), f"or take {site.name} out of target_modules")
         if config.lora_dropout and not site.loading:
             what = "lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT"
             warnings.warn(f"{site.name}: {what}", stacklevel=2)

@@ -107,8 +107,7 @@ class ParameterLora(LoraModule):
         return base.run_base_with(weights, *args, **kwargs)
 
     def forward_batch_rows(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
-        # The experts see tokens, of which they do not know the row.
-        message = "lora.ParamWrapper does not support mixed adapter batches yet."
+        message = "experts do not know a token's row, so a LoRA on their parameters cannot run a mixed batch"
         raise UsageError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
 
     def note_reached_experts(self) -> None:

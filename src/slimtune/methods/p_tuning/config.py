@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.peft_config import setting
-from ...core.adapters.prompt_config import PromptLearningConfig
+from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site

@@ -22,9 +22,8 @@ class PromptEncoder(nn.Module):
             self.lstm_head = nn.LSTM(hidden, h, layers, dropout=p, bidirectional=True, batch_first=True, device=device)
             sizes = [(2 * h, 2 * h), (2 * h, hidden)]
         elif config.encoder_num_layers != 2:
-            # PEFT's words.
-            text = "the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are used."
-            warnings.warn(f"for {config.encoder_reparameterization_type}, {text}", stacklevel=2)
+            text = f"encoder_num_layers is {config.encoder_num_layers}, and the prompt encoder has 2 layers"
+            warnings.warn(f"{text}: only an LSTM has another number", stacklevel=2)
         linears = [nn.Linear(*size, device=device) for size in sizes]
         self.mlp_head = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
 

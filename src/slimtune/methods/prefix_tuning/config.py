@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...core.adapters.architectures import text_config
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
-from ...core.adapters.prompt_config import PromptLearningConfig
 from ...errors import ModelError, format_names
+from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
@@ -53,7 +53,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
-        from ...core.adapters import prompt
+        from ...extras.prompt_learning import prompt_modules as prompt
         from .modules import find_key_shape
 
         found = prompt.find_backbones(model)
@@ -75,9 +75,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Return the backbone, where the prefix is stored, and every attention module that can take its part."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        from ...core.adapters import prompt
         from ...core.attention.attention_functions import find_layers_without_attention, has_attention_interface
         from ...core.attention.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning import prompt_modules as prompt
 
         found = prompt.find_backbones(model)
         name = found.decoder or found.reader

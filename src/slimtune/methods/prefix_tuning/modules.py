@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ...core.adapters import prompt
 from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.adapters.architectures import text_config
 from ...core.attention.learned_prefix import AttentionPrefix, RowMask
 from ...core.foundation.chat_rendering import render_chat_template
 from ...errors import ConfigError, UsageError
+from ...extras.prompt_learning import prompt_modules as prompt
 
 
 class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):

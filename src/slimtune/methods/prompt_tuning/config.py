@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
-from ...core.adapters.prompt_config import PromptLearningConfig
+from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters import prompt
 from ...core.adapters.adapter_module import AdapterModule, Site
+from ...extras.prompt_learning import prompt_modules as prompt
 
 
 class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):

@@ -42,16 +42,13 @@ def find_trainable_rows(
     for key, ids in tokens.items():
         names = [n for n in modules if matches_regex_or_names([key], n)]
         if not names:
-            # PEFT's words, as below.
-            message = f"Target modules {{{key!r}}} not found in the base model. trainable_token_indices: "
-            message += f"{key!r} matches no embedding{nearest(key, modules)}"
+            message = f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}"
             raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
         chosen |= dict.fromkeys(names, ids)
     owners: dict[int, str] = {}
     for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
         if name.endswith(tuple(modules_to_save)):
-            message = "The embedding layer is already marked to be trained fully: "
-            message += f"{name} is in modules_to_save and also has trainable tokens"
+            message = f"{name} is in modules_to_save and also has trainable tokens"
             raise TargetError(message, "one of the two")
         size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
         if max(chosen[name]) >= size:

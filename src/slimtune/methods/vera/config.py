@@ -39,7 +39,7 @@ class VeraConfig(TargetedConfig):
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where A and B are stored."""
-        from ...core.adapters.prompt import find_backbone_name
+        from ...extras.prompt_learning.prompt_modules import find_backbone_name
 
         return {find_backbone_name(model): "model"}
 

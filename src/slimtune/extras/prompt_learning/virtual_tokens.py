@@ -1,6 +1,6 @@
 """One call of a backbone with virtual tokens in front: its positions, attention masks and cache.
 
-`core/adapters/prompt.py` shows where the virtual tokens go.
+`prompt_modules.py` shows where the virtual tokens go.
 """
 
 import inspect
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from ...core.adapters.adapter_module import AdapterModule, BaseForward
+from ...core.attention.attention_functions import LAYOUT_KWARG, original_attention
+from ...core.attention.learned_prefix import make_mask
+from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError, UsageError
-from ..attention.attention_functions import LAYOUT_KWARG, original_attention
-from ..attention.learned_prefix import make_mask
-from ..attention.packed_layout import RowMask
-from .adapter_module import AdapterModule, BaseForward
 
 
 class BackboneCall:

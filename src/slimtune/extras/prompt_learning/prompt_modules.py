@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.auto import modeling_auto
 
+from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.architectures import text_config
+from ...core.attention.attention_functions import SUPPORTED_ATTENTION, original_attention
+from ...core.attention.learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, RowMask
 from ...errors import ModelError, UsageError, format_names
-from ..attention.attention_functions import SUPPORTED_ATTENTION, original_attention
-from ..attention.learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, RowMask
-from .adapter_module import AdapterModule, BaseForward, Site
-from .architectures import text_config
 from .virtual_tokens import BackboneCall
 
 CACHES = frozenset(["cache", "past_key_values"])

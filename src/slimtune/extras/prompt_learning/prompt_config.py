@@ -1,4 +1,4 @@
-"""The settings that prompt-learning methods share; `prompt.py` has their modules."""
+"""The settings that prompt-learning methods share; `prompt_modules.py` has their modules."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.adapters.architectures import text_config
+from ...core.adapters.config_fields import FieldError, setting
+from ...core.adapters.peft_config import PeftConfig, SiteKind
 from ...errors import ModelError, format_names
-from .architectures import text_config
-from .config_fields import FieldError, setting
-from .peft_config import PeftConfig, SiteKind
 
 if TYPE_CHECKING:
-    from .adapter_module import AdapterModule
+    from ...core.adapters.adapter_module import AdapterModule
 
 
 @dataclass
@@ -43,7 +43,7 @@ class PromptLearningConfig(PeftConfig):
             yield self.error("num_virtual_tokens", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
-        from .prompt import embedding_width, find_backbones
+        from .prompt_modules import embedding_width, find_backbones
 
         found = find_backbones(model)
         text = text_config(model)
@@ -57,15 +57,15 @@ class PromptLearningConfig(PeftConfig):
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the module that reads the embeddings, and the decoder that attends to its output."""
-        from .prompt import find_backbones
+        from .prompt_modules import find_backbones
 
         found = find_backbones(model)
         return dict.fromkeys([found.reader, *([] if found.decoder is None else [found.decoder])], "model")
 
     def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:
         """Raise ModelError if a forward pass of the model did not call the backbone that has the virtual tokens."""
-        from ..attention.learned_prefix import OTHER_METHODS
-        from .prompt import BackboneModule
+        from ...core.attention.learned_prefix import OTHER_METHODS
+        from .prompt_modules import BackboneModule
 
         missed = [n for n, m in modules.items() if isinstance(m, BackboneModule) and not m.calls]
         if missed:
