@@ -63,15 +63,15 @@ WORDS = [
     ),
     (r"both have their own copy of", "Only one adapter can be set at a time for ModulesToSaveWrapper"),
     (
-        r"the config names the base (.+), and the model is (.+), which",
+        r"base_model_name_or_path of the config is (.+), and the model is (.+), which",
         r"The PEFT config's `base_model_name_or_path` was renamed from \1 to \2",
     ),
     (r"the model already has adapters \(", "You are trying to modify a model with PEFT for a second time."),
     # merging and conversion
     (r"has no bias, into which", "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"),
     (
-        r"contains NaN or Inf after merging (.+): the adapter",
-        r"NaNs detected in the merged weights. The adapter {names} seems to be broken",
+        r"contains NaN or Inf after merging: the adapter (.+) seems",
+        r"NaNs detected in the merged weights. The adapter \1 seems to be broken",
     ),
     (
         r"^rank is (\S+)",
