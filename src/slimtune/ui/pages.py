@@ -17,7 +17,6 @@ from ..evaluation.charts import html_templates
 from ..evaluation.run_report import memory_charts, render_report, template_functions
 from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
 from ..extras.known_models import load_known_models
-from ..planning.gpu_specs import list_gpus
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, Job, Jobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
@@ -57,13 +56,18 @@ class Pages:
         workspace: the working folder.
         program: `slimtune`.
         chat_program: the process of a chat.
+        gpus: name and bytes of memory of each GPU that a plan can be made for.
     """
 
     def __init__(
-        self, workspace: Workspace, program: Sequence[str] = SLIMTUNE, chat_program: Sequence[str] = CHAT_WORKER
+        self,
+        workspace: Workspace,
+        program: Sequence[str] = SLIMTUNE,
+        chat_program: Sequence[str] = CHAT_WORKER,
+        gpus: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.workspace, self.jobs = workspace, Jobs(workspace.root, program)
-        self.chat_program = chat_program
+        self.chat_program, self.gpus = chat_program, gpus
         self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
@@ -132,7 +136,7 @@ class Pages:
             "plan.html.j2",
             page="plan",
             fields=list_fields(RUN_FIELDS),
-            cards=[c for c in list_gpus() if c.trains],
+            gpus=self.gpus,
             job=self.job_view("plan"),
             **values,
         )

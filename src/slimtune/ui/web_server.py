@@ -4,7 +4,7 @@ import importlib
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +21,13 @@ CONNECTIONS = 64
 
 
 def serve(
-    folder: Path, *, host: str, port: int, max_upload: int, announce: Callable[[str, bool], None]
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    max_upload: int,
+    announce: Callable[[str, bool], None],
+    gpus: Sequence[tuple[str, int]] = (),
 ) -> tuple[str, list[Job]]:
     """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
 
@@ -31,6 +37,7 @@ def serve(
         port: its port; 0: one that is free.
         max_upload: bytes of a file that is uploaded.
         announce: gets the page's address with its token, and whether only this machine reaches it.
+        gpus: name and bytes of memory of each GPU that a plan can be made for.
 
     Raises:
         UsageError: the address or port cannot be bound.
@@ -38,7 +45,7 @@ def serve(
     sock = bind_socket(host, port)
     port = sock.getsockname()[1]
     token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
-    pages = Pages(Workspace(folder))
+    pages = Pages(Workspace(folder), gpus=gpus)
     app = Guard(build_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
