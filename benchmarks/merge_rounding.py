@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from slimtune.export.expected_logps import Reference, make_texts
 from slimtune.export.merge import load_trained
 from slimtune.export.merged_weights import MergedWeights
-from slimtune.export.reference_logps import Reference, make_texts
 from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 

@@ -8,7 +8,7 @@ command in its CPU form:
 
     vllm serve BASE …     becomes     .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model BASE …
 
-with all adapters, in float32. Every adapter then goes through the gate (`export/reference_logps.py`): token ids of
+with all adapters, in float32. Every adapter then goes through the gate (`export/expected_logps.py`): token ids of
 rendered prompts, log p under teacher forcing over 200 positions at least, within 0.01 nats at the worst, and greedy
 answers. One adapter, "control", is written wrong on purpose: with rank and alpha patterns left out, as releases that do
 not know them read it; the gate must refuse it. Then adapters that vLLM refuses are offered to it, and its own words
@@ -47,9 +47,9 @@ from slimtune.core.models.model_source import resolve_model
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, SlimtuneError
+from slimtune.export.expected_logps import QUESTIONS, Reference, Text, Tolerance, compare_engine
 from slimtune.export.export_results import EngineVerdict
 from slimtune.export.merge import load_trained
-from slimtune.export.reference_logps import QUESTIONS, Reference, Text, Tolerance, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
 from slimtune.extras.gguf_loading import make_hf_folder
 from slimtune.extras.row_files import read_rows

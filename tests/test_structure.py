@@ -21,7 +21,6 @@ OPTIONAL_PACKAGES = {
     "sentencepiece", "starlette", "submitit", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
 MOST_FUNCTION_LINES, MOST_INTERNAL_IMPORTS, MOST_DOUBLE_NAMES = 80, 20, 4
-METHOD_FILES = {"config.py", "modules.py"}  # a method's folder has these two
 MOST_CORE_LINES, MOST_ARROWS_OUT = 18_100, 53  # on the way to 15,000 and 0
 SLOW_PACKAGES = {"datasets", "huggingface_hub", "numpy", "pyarrow", "regex", "torch", "transformers"}
 
@@ -114,7 +113,7 @@ def test_modules_of_the_core_import_few_others():
 
 def test_file_names_are_told_from_each_other():
     names = Counter(file.name for file in TREES if file.name not in ("__init__.py", "__main__.py"))
-    double = [name for name, count in names.items() if count > 1 and name not in METHOD_FILES]
+    double = [name for name, count in names.items() if count > 1]
     assert len(double) <= MOST_DOUBLE_NAMES, double
 
 

@@ -18,9 +18,9 @@ from slimtune.cli import app
 from slimtune.core.models.loader import load_base
 from slimtune.diagnostics.knowledge import find_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
+from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
-from slimtune.export import reference_logps as reference
 from slimtune.export import served_base
 from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest

@@ -20,7 +20,7 @@ from tiny_ggufs import MAKERS, model_of, write
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
-from slimtune.export.reference_logps import Reference, Text, compare_engine
+from slimtune.export.expected_logps import Reference, Text, compare_engine
 from slimtune.generation.inference_engines import LlamaCppInferenceEngine
 
 gguf = pytest.importorskip("gguf")

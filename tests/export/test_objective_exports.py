@@ -14,11 +14,11 @@ from slimtune.cli import app
 from slimtune.core.data.example_lengths import count_row_tokens
 from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
-from slimtune.export import reference_logps as reference
+from slimtune.export import expected_logps as reference
 from slimtune.export import rounding
+from slimtune.export.expected_logps import QUESTIONS, make_texts
 from slimtune.export.exporter import export
 from slimtune.export.merge import merge
-from slimtune.export.reference_logps import QUESTIONS, make_texts
 from slimtune.export.verify import verify
 
 USER, SAYS = {"role": "user"}, {"role": "assistant"}

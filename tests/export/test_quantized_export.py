@@ -7,7 +7,7 @@ from hand_run import make_run
 from tiny_gguf import write_tiny_base
 
 from slimtune.errors import AdapterError
-from slimtune.export import reference_logps as reference
+from slimtune.export import expected_logps as reference
 from slimtune.export.exporter import export
 from slimtune.export.verify import verify
 from slimtune.extras.gguf_loading import make_hf_folder

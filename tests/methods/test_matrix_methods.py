@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from slimtune import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import BaseForward
 from slimtune.errors import AdapterError, ConfigError, TargetError
-from slimtune.methods.lokr.modules import factorize
-from slimtune.methods.oft.modules import nearest_divisor
+from slimtune.methods.lokr.lokr_modules import factorize
+from slimtune.methods.oft.oft_modules import nearest_divisor
 from slimtune.methods.shira import ShiraConfig
 from slimtune.methods.vera import VeraConfig
 

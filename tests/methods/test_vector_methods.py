@@ -10,9 +10,9 @@ from slimtune import HiraConfig, LoraConfig, MissConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import ConfigError, TargetError
 from slimtune.methods.bitfit import BitFitConfig
-from slimtune.methods.ia3.config import SCALED, IA3Config
-from slimtune.methods.ia3.modules import ScaledInput
-from slimtune.methods.ln_tuning.config import NORMS, LNTuningConfig
+from slimtune.methods.ia3.ia3_config import SCALED, IA3Config
+from slimtune.methods.ia3.ia3_modules import ScaledInput
+from slimtune.methods.ln_tuning.ln_tuning_config import NORMS, LNTuningConfig
 
 
 def sort_values(table):

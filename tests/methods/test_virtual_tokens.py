@@ -12,7 +12,7 @@ import slimtune
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
-from slimtune.methods.prefix_tuning.modules import (
+from slimtune.methods.prefix_tuning.prefix_tuning_modules import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )

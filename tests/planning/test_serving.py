@@ -16,13 +16,7 @@ from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
-from slimtune.planning.serving_memory import (
-    METADATA,
-    active_weights,
-    cache_bytes,
-    estimate_serving,
-    weight_bytes,
-)
+from slimtune.planning.serving_memory import METADATA, active_weights, cache_bytes, estimate_serving, weight_bytes
 from slimtune.planning.serving_speed import DECODING, estimate_serving_speed
 from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 

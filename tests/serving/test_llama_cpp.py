@@ -19,8 +19,8 @@ import slimtune
 from slimtune.cli import app
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, UsageError
+from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
-from slimtune.export import reference_logps as reference
 from slimtune.serving import llama_cpp_server as llama_cpp
 from slimtune.serving.model_server import ModelServer, ServeSettings
 

@@ -12,7 +12,7 @@ from ..core.adapters.peft_config import CONFIG_FILE as CONFIG_NAME
 from ..core.adapters.peft_config import PeftType, get_peft_config
 from ..core.adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..errors import format_names, nearest
-from ..methods.ia3.config import SCALED
+from ..methods.ia3.ia3_config import SCALED
 from . import tuner_layers as peft_layers
 from . import tuner_models as tuner
 from .tuner_models import inject_adapter_in_model

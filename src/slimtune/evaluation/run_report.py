@@ -22,16 +22,7 @@ from ..core.foundation.files import require_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
-from .charts import (
-    ChartEstimate,
-    Series,
-    histogram,
-    html_templates,
-    interval_chart,
-    is_number,
-    line_chart,
-    stacked_bar,
-)
+from .charts import ChartEstimate, Series, histogram, html_templates, interval_chart, is_number, line_chart, stacked_bar
 from .estimate import Estimate
 from .eval_result import (
     BaselineMeasures,

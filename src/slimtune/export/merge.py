@@ -43,11 +43,11 @@ from ..errors import AdapterError, RunError
 from ..extras.model_card import render_card
 from ..generation.inference_engines import TransformersInferenceEngine
 from . import gguf
+from .expected_logps import Reference, get_tolerance, make_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedFacts, MergeResult
 from .manifest import write_manifest
 from .merged_weights import MergedWeights, round_weight, save_merged_weights
-from .reference_logps import Reference, get_tolerance, make_texts
 from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)

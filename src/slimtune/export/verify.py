@@ -28,12 +28,12 @@ from ..generation.inference_engines import (
     VllmClient,
 )
 from . import merge as merging
+from .expected_logps import Reference, Tolerance, compare_engine, get_tolerance, make_texts
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
 from .gguf import ToolError
 from .manifest import ExportManifest, read_manifest
 from .ollama import find_base
-from .reference_logps import Reference, Tolerance, compare_engine, get_tolerance, make_texts
 from .served_base import ServedBase, check_served_base, read_precision
 
 

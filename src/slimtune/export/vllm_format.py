@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
 from ..errors import UsageError
-from .export_format import (
-    CONVERT_TO_LORA,
-    MERGED,
-    NAME,
-    ExportFormat,
-    ExportJob,
-    LoraConversion,
-    WrittenExport,
-    flag,
-)
+from .export_format import CONVERT_TO_LORA, MERGED, NAME, ExportFormat, ExportJob, LoraConversion, WrittenExport, flag
 from .export_results import EngineVerdict
 
 if TYPE_CHECKING:

@@ -25,14 +25,7 @@ from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorColl
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import shorten
 from ..errors import DataError, UsageError, format_names, nearest
-from .row_columns import (
-    ColumnChoice,
-    detect_format,
-    explain_loss,
-    load_formats,
-    parse_record,
-    validate_format_options,
-)
+from .row_columns import ColumnChoice, detect_format, explain_loss, load_formats, parse_record, validate_format_options
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
 DETECTION_ROWS = 20  # records from which a format is recognized

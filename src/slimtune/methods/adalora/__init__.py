@@ -17,4 +17,4 @@ Paper: https://arxiv.org/abs/2303.10512. File format: PEFT's `lora_A`, `lora_E`,
 config's `rank_pattern` says which ranks these are.
 """
 
-from .config import AdaLoraConfig as AdaLoraConfig
+from .adalora_config import AdaLoraConfig as AdaLoraConfig

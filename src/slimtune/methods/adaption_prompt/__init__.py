@@ -10,4 +10,4 @@ Paper: https://arxiv.org/abs/2303.16199. File format: PEFT's `…self_attn.adapt
 `…self_attn.adaption_gate (1)`. In GPT-2 the second term is added after the output projection, as in PEFT.
 """
 
-from .config import AdaptionPromptConfig as AdaptionPromptConfig
+from .adaption_prompt_config import AdaptionPromptConfig as AdaptionPromptConfig

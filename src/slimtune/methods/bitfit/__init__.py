@@ -6,4 +6,4 @@ models have no biases: `new_biases` adds some, which the merged model then has n
 Paper: https://arxiv.org/abs/2106.10199. File format: PEFT's layout with the key `bitfit_bias`; PEFT lacks this method.
 """
 
-from .config import BitFitConfig as BitFitConfig
+from .bitfit_config import BitFitConfig as BitFitConfig

@@ -16,4 +16,4 @@ https://arxiv.org/abs/2110.04366. PEFT lacks this method; the file has the tenso
 `adapter_down.weight`, `.bias`, `adapter_up.weight`, `.bias`, and `scaling` where it is learned.
 """
 
-from .config import BottleneckConfig as BottleneckConfig
+from .bottleneck_config import BottleneckConfig as BottleneckConfig

@@ -9,4 +9,4 @@ Paper: https://openreview.net/pdf?id=TwJrTz9cRS. File format: PEFT's `hira_A`, `
 `hira_embedding_A (r, rows)`, `hira_embedding_B (dim, r)`.
 """
 
-from .config import HiraConfig as HiraConfig
+from .hira_config import HiraConfig as HiraConfig

@@ -9,4 +9,4 @@ Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 
 convolution `(1, channels, 1, …)`.
 """
 
-from .config import IA3Config as IA3Config
+from .ia3_config import IA3Config as IA3Config

@@ -9,4 +9,4 @@ their changes.
 Paper: https://arxiv.org/abs/2312.11420. File format: PEFT's `ln_tuning_layers.weight`, `ln_tuning_layers.bias`.
 """
 
-from .config import LNTuningConfig as LNTuningConfig
+from .ln_tuning_config import LNTuningConfig as LNTuningConfig

@@ -19,5 +19,5 @@ Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/
 `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, and with `use_effective_conv2d` `hada_t1`, `hada_t2`.
 """
 
-from .config import LoHaConfig as LoHaConfig
-from .config import LycorisConfig as LycorisConfig
+from .loha_config import LoHaConfig as LoHaConfig
+from .loha_config import LycorisConfig as LycorisConfig

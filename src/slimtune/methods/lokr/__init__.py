@@ -15,4 +15,4 @@ Papers: LyCORIS https://arxiv.org/abs/2309.14859, FedPara https://arxiv.org/abs/
 `lokr_w1`, `lokr_w2`, or `lokr_w1_a`, `lokr_w1_b`, `lokr_w2_a`, `lokr_w2_b`, `lokr_t2`.
 """
 
-from .config import LoKrConfig as LoKrConfig
+from .lokr_config import LoKrConfig as LoKrConfig

@@ -14,5 +14,5 @@ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File
 `lora_B.weight`; for an embedding `lora_embedding_A (r, rows)`, `lora_embedding_B (dim, r)`.
 """
 
-from .config import LoraConfig as LoraConfig
-from .config import LoraRuntimeConfig as LoraRuntimeConfig
+from .lora_config import LoraConfig as LoraConfig
+from .lora_config import LoraRuntimeConfig as LoraRuntimeConfig

@@ -11,4 +11,4 @@ in = out. D starts at zero, so the model starts unchanged. Merged: W + Dᵀ S.
 Paper: https://arxiv.org/abs/2409.15371. File format: PEFT's `miss_block`.
 """
 
-from .config import MissConfig as MissConfig
+from .miss_config import MissConfig as MissConfig

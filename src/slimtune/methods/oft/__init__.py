@@ -18,4 +18,4 @@ Papers: OFT https://arxiv.org/abs/2306.07280, OFTv2 https://arxiv.org/abs/2506.1
 `oft_R.weight (in / k, k (k - 1) / 2)`; for an embedding, whose output is rotated, `oft_embedding_R.weight`.
 """
 
-from .config import OFTConfig as OFTConfig
+from .oft_config import OFTConfig as OFTConfig

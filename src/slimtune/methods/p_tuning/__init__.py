@@ -11,4 +11,4 @@ Paper: https://arxiv.org/abs/2103.10385. File format: PEFT's `prompt_embeddings 
 E and f as `prompt_encoder.…`, so that training can continue. A file without them (PEFT's) loads as a table P.
 """
 
-from .config import PromptEncoderConfig as PromptEncoderConfig
+from .p_tuning_config import PromptEncoderConfig as PromptEncoderConfig

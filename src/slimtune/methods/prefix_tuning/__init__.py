@@ -10,4 +10,4 @@ Paper: https://arxiv.org/abs/2101.00190. File format: PEFT's `prompt_embeddings 
 with a projection also the network's own tensors, as `prompt_encoder.…`, so that training can continue.
 """
 
-from .config import PrefixTuningConfig as PrefixTuningConfig
+from .prefix_tuning_config import PrefixTuningConfig as PrefixTuningConfig

@@ -9,4 +9,4 @@ Paper: https://arxiv.org/abs/2104.08691. File format: PEFT's one tensor `prompt_
 the logits have no positions for the virtual tokens.
 """
 
-from .config import PromptTuningConfig as PromptTuningConfig
+from .prompt_tuning_config import PromptTuningConfig as PromptTuningConfig

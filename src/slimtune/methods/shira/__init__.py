@@ -7,4 +7,4 @@ Paper: https://arxiv.org/abs/2406.13175. File format: PEFT's `shira_weight (n)` 
 columns of the entries in row-major order.
 """
 
-from .config import ShiraConfig as ShiraConfig
+from .shira_config import ShiraConfig as ShiraConfig

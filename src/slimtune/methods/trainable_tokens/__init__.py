@@ -10,4 +10,4 @@ File format: PEFT's `trainable_tokens_delta`, which holds V itself, not a differ
 uses the modules of this file. https://huggingface.co/docs/peft/package_reference/trainable_tokens
 """
 
-from .config import TrainableTokensConfig as TrainableTokensConfig
+from .trainable_tokens_config import TrainableTokensConfig as TrainableTokensConfig

@@ -8,4 +8,4 @@ Paper: https://arxiv.org/abs/2310.11454. File format: PEFT's `vera_lambda_d`, `v
 `save_projection` is off, `base_model.vera_A`, `base_model.vera_B`.
 """
 
-from .config import VeraConfig as VeraConfig
+from .vera_config import VeraConfig as VeraConfig

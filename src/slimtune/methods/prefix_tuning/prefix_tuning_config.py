@@ -54,7 +54,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
         from ...extras.prompt_learning import prompt_modules as prompt
-        from .modules import find_key_shape
+        from .prefix_tuning_modules import find_key_shape
 
         found = prompt.find_backbones(model)
         layers, heads, size = find_key_shape(model, found.decoder or found.reader)
@@ -97,7 +97,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        from .modules import CachedPrefix, LayerPrefix, StoredPrefix, make_start
+        from .prefix_tuning_modules import CachedPrefix, LayerPrefix, StoredPrefix, make_start
 
         start = make_start(self, sites[0])
         if len(sites) == 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from .config import OFTConfig
+from .oft_config import OFTConfig
 
 
 class BlockRotation(nn.Module):

@@ -54,6 +54,6 @@ class LNTuningConfig(TargetedConfig):
         return super().default_targets(model) or norms or None
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import TrainedNorm
+        from .ln_tuning_modules import TrainedNorm
 
         return TrainedNorm(site)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, SharedParameterHolder, Site
 from ...core.kernels.dropout import dropout
-from .config import VeraConfig
+from .vera_config import VeraConfig
 
 
 class Projections(SharedParameterHolder):

@@ -40,7 +40,7 @@ class MissConfig(TargetedConfig):
             yield self.error("miss_dropout", "0 with 'bat'")
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import LinearBat, LinearMiss
+        from .miss_modules import LinearBat, LinearMiss
 
         in_, out, r, bat = site.in_features, site.out_features, self.r, self.init_weights == "bat"
         layer = f"{site.name} ({in_} inputs, {out} outputs)"

@@ -74,14 +74,14 @@ class IA3Config(TargetedConfig):
             self.feedforward_modules = list(SCALED[kind][1])
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import ScaledInput, ScaledOutput, matches_ending
+        from .ia3_modules import ScaledInput, ScaledOutput, matches_ending
 
         is_feedforward = matches_ending(self.feedforward_modules or [], site.name)
         return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the factors at all sites; each of feedforward_modules must match one of them."""
-        from .modules import matches_ending
+        from .ia3_modules import matches_ending
 
         given = self.feedforward_modules or []
         default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else given

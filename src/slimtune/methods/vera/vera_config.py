@@ -50,7 +50,7 @@ class VeraConfig(TargetedConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the trained vectors of each layer, and A and B at the backbone."""
-        from .modules import LinearVera, Projections
+        from .vera_modules import LinearVera, Projections
 
         layers = [s for s in sites if s.kind != "model"]
         if not layers:

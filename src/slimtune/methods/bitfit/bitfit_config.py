@@ -29,7 +29,7 @@ class BitFitConfig(TargetedConfig):
     def default_targets(self, model: Any) -> list[str] | None:
         """Return the linear layers and norms that have a bias; with `new_biases` the others too."""
         from ...core.kernels.linear_layers import layer_kind
-        from .modules import has_bias
+        from .bitfit_modules import has_bias
 
         layers = {n: m for n, m in model.named_modules() if layer_kind(m) in self.kinds}
         if self.new_biases:
@@ -45,12 +45,12 @@ class BitFitConfig(TargetedConfig):
         return with_bias
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import AddedBias
+        from .bitfit_modules import AddedBias
 
         return AddedBias(site)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        from .modules import has_bias
+        from .bitfit_modules import has_bias
 
         without_bias = [s.name for s in sites if not has_bias(s.module)]
         if without_bias and not self.new_biases:

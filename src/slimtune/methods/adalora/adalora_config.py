@@ -11,7 +11,7 @@ from ...core.adapters.architectures import DEFAULT_TARGETS
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ...errors import ConfigError, PeftWarning
-from ..lora.config import LoraConfig
+from ..lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ class AdaLoraConfig(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
-        from .modules import LinearAdaLora
+        from .adalora_modules import LinearAdaLora
 
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
         if site.kind == "conv":
@@ -108,7 +108,7 @@ class AdaLoraConfig(TargetedConfig):
 
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the scores from this step's gradients, and set the ranks beyond the budget to zero."""
-        from .modules import allocate_ranks
+        from .adalora_modules import allocate_ranks
 
         if self.total_step is None:
             raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
@@ -127,7 +127,7 @@ class AdaLoraConfig(TargetedConfig):
 
     def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
-        from .modules import compute_orthogonality_error
+        from .adalora_modules import compute_orthogonality_error
 
         if not self.orth_reg_weight or not adapter_modules:
             return None

@@ -15,7 +15,7 @@ from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, text_config
 from ...core.kernels.dropout import dropout
 from ...core.kernels.linear_layers import layer_kind
 from ...errors import TargetError, format_names
-from .config import BottleneckConfig
+from .bottleneck_config import BottleneckConfig
 
 _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_proj")
 """Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""

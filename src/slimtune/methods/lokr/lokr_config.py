@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import setting
-from ..loha.config import LycorisConfig
+from ..loha.loha_config import LycorisConfig
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site
@@ -33,6 +33,6 @@ class LoKrConfig(LycorisConfig):
             yield self.error("decompose_factor", "-1, or at least 1")
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import ConvLoKr, LinearLoKr
+        from .lokr_modules import ConvLoKr, LinearLoKr
 
         return (ConvLoKr if site.kind == "conv" else LinearLoKr)(site, self)

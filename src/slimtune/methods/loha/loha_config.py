@@ -54,6 +54,6 @@ class LoHaConfig(LycorisConfig):
     init_weights: bool = setting(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import ConvLoHa, LinearLoHa
+        from .loha_modules import ConvLoHa, LinearLoHa
 
         return (ConvLoHa if site.kind == "conv" else LinearLoHa)(site, self)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...core.adapters.adapter_module import Site
-from ..loha.modules import ConvLycoris, LycorisModule, rebuild_kernel
-from .config import LoKrConfig
+from ..loha.loha_modules import ConvLycoris, LycorisModule, rebuild_kernel
+from .lokr_config import LoKrConfig
 
 
 class LinearLoKr(LycorisModule):

@@ -19,14 +19,14 @@ from ...core.adapters.peft_config import (
     setting,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
-from ..trainable_tokens.config import are_unique_token_ids
+from ..trainable_tokens.trainable_tokens_config import are_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_init
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ...core.adapters.adapter_module import AdapterModule, BaseChange, Site, SiteKind
-    from ..trainable_tokens.modules import TrainableRowsSpec
+    from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
 @dataclass
@@ -260,7 +260,7 @@ class LoraConfig(PatternedConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         from ...core.adapters.targets import find_tied_modules
-        from ..trainable_tokens.modules import build_token_modules
+        from ..trainable_tokens.trainable_tokens_modules import build_token_modules
         from .layers import TiedEmbeddingLora, TiedLinearLora, double_out_projections
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
@@ -277,7 +277,7 @@ class LoraConfig(PatternedConfig):
         return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
-        from ..trainable_tokens.modules import find_trainable_rows
+        from ..trainable_tokens.trainable_tokens_modules import find_trainable_rows
 
         tokens = self.trainable_token_indices
         return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
-    from .modules import TrainableRowsSpec
+    from .trainable_tokens_modules import TrainableRowsSpec
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TrainableTokensConfig(TargetedConfig):
 
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
-        from .modules import find_input_embedding_name
+        from .trainable_tokens_modules import find_input_embedding_name
 
         if self.target_modules is None:
             self.target_modules = find_input_embedding_name(model)
@@ -49,7 +49,7 @@ class TrainableTokensConfig(TargetedConfig):
         return {n: rows.kind for n, rows in self._find_trainable_rows(model).items() if not self._is_target(n)}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        from .modules import build_token_modules
+        from .trainable_tokens_modules import build_token_modules
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_token_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
@@ -63,7 +63,7 @@ class TrainableTokensConfig(TargetedConfig):
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         from ...core.kernels.linear_layers import layer_kind
-        from .modules import find_trainable_rows
+        from .trainable_tokens_modules import find_trainable_rows
 
         tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
         return find_trainable_rows(model, tokens, self.modules_to_save or ())

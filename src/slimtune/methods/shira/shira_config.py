@@ -39,7 +39,7 @@ class ShiraConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         import torch
 
-        from .modules import SparseUpdate, choose_entries
+        from .shira_modules import SparseUpdate, choose_entries
 
         inputs, outputs = site.in_features, site.out_features
         n, size = self.r * (inputs + outputs), inputs * outputs

@@ -51,7 +51,7 @@ class OFTConfig(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
-        from .modules import BlockRotation, ConvOft, EmbeddingOft, LinearOft, nearest_divisor
+        from .oft_modules import BlockRotation, ConvOft, EmbeddingOft, LinearOft, nearest_divisor
 
         if site.kind == "conv":
             site.require_ungrouped("OFT")

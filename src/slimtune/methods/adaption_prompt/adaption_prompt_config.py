@@ -58,7 +58,7 @@ class AdaptionPromptConfig(PeftConfig):
         return dict.fromkeys(matching[-count:], "attention")
 
     def build(self, site: Site) -> AdapterModule:
-        from .modules import GatedPrompt, Gpt2GatedPrompt
+        from .adaption_prompt_modules import GatedPrompt, Gpt2GatedPrompt
 
         module: Any = site.module
         if hasattr(module, "c_attn"):

@@ -42,7 +42,7 @@ class HiraConfig(TargetedConfig):
         import torch
         from torch import nn
 
-        from .modules import ConvHira, EmbeddingHira, LinearHira
+        from .hira_modules import ConvHira, EmbeddingHira, LinearHira
 
         r = get_pattern_value(self.rank_pattern, site.name, self.r)
         # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.

@@ -101,7 +101,7 @@ class BottleneckConfig(TargetedConfig):
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the chosen sub-layers in every layer."""
         from ...core.adapters.targets import layer_index
-        from .modules import find_sublayer, find_transformer_layers
+        from .bottleneck_modules import find_sublayer, find_transformer_layers
 
         layers, targets = find_transformer_layers(model), []
         numbers = {layer_index(name, None) for name in layers} - {None}
@@ -137,7 +137,7 @@ class BottleneckConfig(TargetedConfig):
         """Return the adapter at `site`, with its layer's own size."""
         from ...core.adapters.targets import layer_index
         from ...core.kernels.linear_layers import layer_kind, layer_sizes
-        from .modules import Bottleneck
+        from .bottleneck_modules import Bottleneck
 
         module = site.module
         sizes = layer_sizes(module) if layer_kind(module) == "linear" else (site.in_features, site.out_features)

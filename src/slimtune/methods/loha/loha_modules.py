@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.kernels.dropout import draw_output_mask
 from ...core.kernels.recompute import recompute_linear
-from .config import LoHaConfig, LycorisConfig
+from .loha_config import LoHaConfig, LycorisConfig
 
 _FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 

@@ -11,7 +11,7 @@ from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.kernels.dropout import dropout
 from ...core.kernels.linear_layers import is_quantized
 from ...core.kernels.recompute import recompute_linear
-from .config import MissConfig
+from .miss_config import MissConfig
 
 
 class LinearMiss(AdapterModule):
