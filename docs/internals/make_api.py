@@ -8,9 +8,10 @@ The text between the groups is here; which names exist, and in which module each
 from pathlib import Path
 
 import slimtune
-from slimtune.compat.public_names import HOMES
+from slimtune.compat.public_names import HOMES, find_config_homes
 
 PAGE = Path(__file__).parents[1] / "api.md"
+ALL_HOMES = {**find_config_homes(), **HOMES}
 HEAD = """# Python
 
 Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says
@@ -90,7 +91,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def group_names() -> dict[str, list[str]]:
     """Return the public names under the first heading that has them, in the order of the patterns."""
-    left = [name for name in slimtune.__all__ if HOMES[name] != "errors"]
+    left = [name for name in slimtune.__all__ if ALL_HOMES[name] != "errors"]
     groups = {}
     for heading, patterns in GROUPS.items():
         found = [name for pattern in patterns for name in left if matches(name, pattern)]
@@ -106,9 +107,9 @@ def make_page() -> str:
         parts.append(f"## {heading}\n\n")
         for name in names:
             if callable(getattr(slimtune, name)):
-                parts.append(f"::: slimtune.{HOMES[name]}.{name}\n{OPTIONS.get(name, '')}\n")
+                parts.append(f"::: slimtune.{ALL_HOMES[name]}.{name}\n{OPTIONS.get(name, '')}\n")
             else:
-                doc = (Path(slimtune.__file__).parent / f"{HOMES[name].replace('.', '/')}.py").read_text()
+                doc = (Path(slimtune.__file__).parent / f"{ALL_HOMES[name].replace('.', '/')}.py").read_text()
                 after = doc.partition(f"\n{name}")[2].partition('"""')[2].partition('"""')[0]
                 parts.append(f"`{name}`: {' '.join(after.split()) or 'a table that PEFT has, too.'}\n\n")
     errors = ("SlimtuneError", "TargetError", "ConfigError", "AdapterError")

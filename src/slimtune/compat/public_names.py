@@ -56,7 +56,9 @@ PUBLIC = {
     "methods.lora.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
     "methods.p_tuning.p_tuning_config": ("PromptEncoderReparameterizationType",),
     "methods.p_tuning.p_tuning_modules": ("PromptEncoder",),
-    "methods.prefix_tuning.prefix_tuning_modules": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
+    "methods.prefix_tuning.prefix_tuning_modules": (
+        "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+    ),
     "methods.prompt_tuning.prompt_tuning_config": ("PromptTuningInit",),
     "core.training.optimizer": ("parameter_groups",),
     "core.training.trained_model": ("load_run",),

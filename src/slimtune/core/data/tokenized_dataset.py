@@ -44,12 +44,12 @@ class TokenizedDataset(Sequence[Example]):
     def __init__(
         self, table: Any, indices: np.ndarray | None = None, columns: Mapping[str, np.ndarray] | None = None
     ) -> None:
-        self._table = table
-        self._indices = np.arange(table.num_rows) if indices is None else indices
+        self.table = table
+        self.indices = np.arange(table.num_rows) if indices is None else indices
         self._columns = dict(columns or {})
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: Any) -> Any:
         """Return one example, or a list of them for a slice."""
@@ -62,13 +62,13 @@ class TokenizedDataset(Sequence[Example]):
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example, int64 [N]."""
-        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table["input_ids"].chunks]
-        return np.concatenate([np.zeros(0, np.int64), *chunks])[self._indices]
+        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self.table["input_ids"].chunks]
+        return np.concatenate([np.zeros(0, np.int64), *chunks])[self.indices]
 
     @property
     def example_lengths(self) -> list[ExampleLength]:
         """The length of each example (core/data/example_lengths.py)."""
-        if self._table["row_lengths"].null_count == self._table.num_rows:
+        if self.table["row_lengths"].null_count == self.table.num_rows:
             return list(self.lengths.tolist())
         return [measure_example([ids for ids, _ in split_rows(example)]) for example in self]
 
@@ -85,7 +85,7 @@ class TokenizedDataset(Sequence[Example]):
     @property
     def lines(self) -> list[int]:
         """The line of each example in its file."""
-        lines: list[int] = self._table["line"].to_numpy()[self._indices].tolist()
+        lines: list[int] = self.table["line"].to_numpy()[self.indices].tolist()
         return lines
 
     @property
@@ -110,12 +110,12 @@ class TokenizedDataset(Sequence[Example]):
     @property
     def classes(self) -> list[list[str]]:
         """Names of the classes of each example."""
-        return [names or [] for names in self._table["classes"].take(self._indices).to_pylist()]
+        return [names or [] for names in self.table["classes"].take(self.indices).to_pylist()]
 
     def select(self, indices: np.ndarray) -> "TokenizedDataset":
         """Return the dataset of these examples, in this order; no token is copied."""
         columns = {name: values[indices] for name, values in self._columns.items()}
-        return TokenizedDataset(self._table, self._indices[indices], columns)
+        return TokenizedDataset(self.table, self.indices[indices], columns)
 
     def with_columns(self, **columns: np.ndarray) -> Self:
         """Return the dataset with more values of each example, arrays [N, …]."""
@@ -126,7 +126,7 @@ class TokenizedDataset(Sequence[Example]):
 
     def hashes(self) -> list[int]:
         """Return a hash of the tokens of each row, which is the same in every process."""
-        return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self._indices]  # of integers: not salted
+        return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self.indices]  # of integers: not salted
 
     def groups(self) -> np.ndarray:
         """Return the number of each row's group, int64 [N]; rows with the same tokens are one group."""
@@ -135,30 +135,30 @@ class TokenizedDataset(Sequence[Example]):
     def digest(self) -> str:
         """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
         digest = hashlib.sha256(self.documents.lengths.tobytes())
-        for i in self._indices:
+        for i in self.indices:
             ids, supervised = self._read_arrays(i)
             digest.update(np.where(supervised, ~ids, ids).tobytes())
-            digest.update("\0".join(self._table["classes"][i].as_py() or []).encode())
-            digest.update(str(self._table["row_scores"][i].as_py() or "").encode())
+            digest.update("\0".join(self.table["classes"][i].as_py() or []).encode())
+            digest.update(str(self.table["row_scores"][i].as_py() or "").encode())
         return digest.hexdigest()
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         """Return one example, or its tokens from `start` to `end`."""
-        index = self._indices[number]
+        index = self.indices[number]
         ids, supervised = (values[start:end] for values in self._read_arrays(index))
         labels = np.where(supervised, ids, IGNORE_INDEX)
-        row_lengths, row_scores = (self._table[name][index].as_py() for name in ("row_lengths", "row_scores"))
+        row_lengths, row_scores = (self.table[name][index].as_py() for name in ("row_lengths", "row_scores"))
         return {
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
-            "line": self._table["line"][index].as_py(),
+            "line": self.table["line"][index].as_py(),
             **({"row_lengths": row_lengths} if row_lengths else {}),
             **({"row_scores": row_scores} if row_scores else {}),
             **{name: values[number].tolist() for name, values in self._columns.items()},
         }
 
     def _read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, supervised = (self._table[name][index].values for name in ("input_ids", "supervised"))
+        ids, supervised = (self.table[name][index].values for name in ("input_ids", "supervised"))
         return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
 
 
@@ -169,12 +169,12 @@ class AnswerSubset(TokenizedDataset):
     """
 
     def __init__(self, examples: TokenizedDataset, answer_indices: tuple[int, ...]) -> None:
-        super().__init__(examples._table, examples._indices, examples._columns)
+        super().__init__(examples.table, examples.indices, examples._columns)
         self.answer_indices = answer_indices
 
     @property
     def lengths(self) -> np.ndarray:
-        rows = self._table["row_lengths"].take(self._indices).to_pylist()
+        rows = self.table["row_lengths"].take(self.indices).to_pylist()
         return np.array([sum(lengths[place] for place in self.answer_indices) for lengths in rows], np.int64)
 
     def select(self, indices: np.ndarray) -> "AnswerSubset":

@@ -36,7 +36,7 @@ class DocumentWindows(TokenizedDataset):
     def __init__(
         self, documents: TokenizedDataset, max_seq_len: int, bos: int | None = None, seed: int | None = None
     ) -> None:
-        super().__init__(documents._table, documents._indices)  # lines, hashes and the digest are the documents'
+        super().__init__(documents.table, documents.indices)  # lines, hashes and the digest are the documents'
         self._documents, self.max_seq_len, self.bos, self.seed = documents, max_seq_len, bos, seed
         self._prefix = [] if bos is None else [bos]
         self._cut(None)
