@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-from slimtune.core.adapters.export_support import ExportFormats
 from slimtune.core.data.tokenize import TokenizationStats
-from slimtune.core.training.train_result import ExportFormatsResult, TokenizedRowsResult, TrainResult
+from slimtune.core.training.train_result import ExportFormats, ExportFormatsResult, TokenizedRowsResult, TrainResult
 
 TRAIN_ROWS = TokenizationStats(max_seq_len=1024, rows=779, kept=779, tokens=64700, supervised_tokens=36400, longest=251)
 TRAIN_RESULT = TrainResult(

@@ -18,8 +18,8 @@ from models_zoo import llama, shake
 
 import slimtune
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import SlimtuneError
+from slimtune.export.export_support import get_export_formats
 from slimtune.export.gguf import get_lora_factors
 from slimtune.export.vllm import list_vllm_refusals
 

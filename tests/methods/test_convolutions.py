@@ -12,8 +12,8 @@ from torch import nn
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import ConfigError, TargetError
+from slimtune.export.export_support import get_export_formats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups > 1", "ignore:.*block", "ignore:.*invalid shape")
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

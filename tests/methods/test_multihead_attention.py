@@ -9,8 +9,8 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import ConfigError, TargetError, UsageError
+from slimtune.export.export_support import get_export_formats
 
 NAMES = [f"base_model.model.mha.{part}lora_{m}.weight" for part in ("", "base_layer.out_proj.") for m in "AB"]
 

@@ -8,8 +8,8 @@ from models_zoo import gemma3, gpt2, llama, run, shake, tokens
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.export_support import get_export_formats
 from slimtune.errors import ConfigError, TargetError, UsageError
+from slimtune.export.export_support import get_export_formats
 
 RANGES = [[0, 1], [0, 2], [1, 2]]
 SETTINGS = {"target_modules": ["q_proj", "down_proj"], "layer_replication": RANGES, "r": 2}

@@ -11,8 +11,8 @@ from tiny_families import build
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
-from slimtune.core.kernels.low_rank_weight import LowRankWeight
 from slimtune.errors import ConfigError, SlimtuneError, TargetError
+from slimtune.methods.lora.low_rank_weight import LowRankWeight
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "llama4_text")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

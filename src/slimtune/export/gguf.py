@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapters.export_support import Factors, collect_low_rank_factors, get_export_formats
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 from ..extras.gguf_loading import import_gguf
+from .export_support import Factors, collect_low_rank_factors, get_export_formats
 from .gguf_format import GgufExportFacts
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}

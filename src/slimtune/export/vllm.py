@@ -21,12 +21,6 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from ..core.adapters import adapter_files
-from ..core.adapters.export_support import (
-    Factors,
-    get_export_formats,
-    lora_incompatibilities,
-    plain_lora_incompatibilities,
-)
 from ..core.adapters.peft_config import CONFIG_FILE, write_config
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
@@ -38,6 +32,7 @@ from ..extras.lora_conversion import rank_settings
 from ..methods.lora.init_configs import is_subtracted_init
 from ..planning.weight_formats import load_vllm_rules
 from .export_format import LoraConversion, WrittenExport
+from .export_support import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
 from .vllm_format import VllmExportFacts
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"

@@ -13,9 +13,9 @@ import torch
 import uvicorn
 
 from ..core.foundation.device import release_cached_memory
-from ..core.foundation.sockets import bind_socket, format_address, is_loopback
 from ..errors import UsageError
 from ..export.export_results import EngineVerdict
+from ..extras.sockets import bind_socket, format_address, is_loopback
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ..core.foundation.formatting import format_bytes
-from ..core.foundation.sockets import is_loopback
+from ..extras.sockets import is_loopback
 
 COOKIE = "slimtune-ui"
 MAX_FORM = 1 << 20

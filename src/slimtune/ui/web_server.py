@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..core.foundation.sockets import bind_socket, format_address, is_loopback
+from ..extras.sockets import bind_socket, format_address, is_loopback
 from .command_jobs import Job
 from .pages import Pages
 from .request_security import Guard

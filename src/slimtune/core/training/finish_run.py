@@ -7,7 +7,6 @@ from typing import Any
 
 from ...errors import RunError, format_names
 from ..adapters import adapter_files
-from ..adapters.export_support import get_export_formats
 from ..foundation import distributed
 from ..foundation.device import peak_memory
 from ..foundation.dtype_names import dtype_name
@@ -20,9 +19,11 @@ from .best_adapter import keep_best_adapter
 from .oom_recovery import EVENT
 from .run_description import count_held_out_rows
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
-from .train_result import ExportFormatsResult, TokenizedRowsResult, TrainResult
+from .train_result import ExportFormats, ExportFormatsResult, TokenizedRowsResult, TrainResult
 from .training_loop import TrainingLoop
 
+EXPORT_SUPPORT: Registry[Callable[..., ExportFormats]] = Registry("slimtune.export_support", "list of export formats")
+"""Functions that return the export formats of a model's adapter."""
 RUN_REPORTS: Registry[Callable[[RunDir], Any]] = Registry("slimtune.run_reports", "run report")
 """Functions that write a report into the folder of a run that has ended, from the files in it."""
 
@@ -113,7 +114,7 @@ def save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         untrained_experts=untrained,
         data_report=TokenizedRowsResult(data.train_stats, data.validation_stats),
         export_formats=ExportFormatsResult(
-            base.source.kind, get_export_formats(model, on_published_base=not changes_base)
+            base.source.kind, EXPORT_SUPPORT.load("formats")(model, on_published_base=not changes_base)
         ),
         versions=read_versions(),
     )

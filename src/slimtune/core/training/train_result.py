@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..adapters.export_support import ExportFormats
 from ..data.tokenize import TokenizationStats
 from ..foundation.json_results import INLINE
 
@@ -38,6 +37,20 @@ class TokenizedRowsResult:
     """Of the training file."""
     validation: TokenizationStats | None
     """Of the validation file; null: validation rows are split from the training file."""
+
+
+@dataclass(frozen=True)
+class ExportFormats:
+    """The export formats that an adapter supports."""
+
+    merged: bool
+    """Base and adapter as one model."""
+    gguf: bool
+    """A GGUF file that llama.cpp (and Ollama) adds to the base."""
+    vllm: bool
+    """A LoRA that vLLM adds to the base."""
+    as_lora: bool
+    """A LoRA that approximates the adapter, for vLLM."""
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.adapters.architectures import model_type
 from ...core.adapters.name_patterns import find_pattern
 from ...core.adapters.targets import find_targets, shorten_names
-from ...core.kernels.low_rank_weight import LowRankWeight, Term
 from ...errors import ConfigError, TargetError, UsageError, format_names
 from .init import init_weights
 from .layers import LoraModule
+from .low_rank_weight import LowRankWeight, Term
 
 TRANSPARENT_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 """transformers' ways to run experts (`_experts_implementation`) whose products `LowRankWeight` knows."""

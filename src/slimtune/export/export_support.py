@@ -3,12 +3,12 @@
 Requirements on the base model (an architecture that llama.cpp or vLLM knows) are checked at export time.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ...errors import format_names
+from ..core.training.train_result import ExportFormats
+from ..errors import format_names
 
 Factors = tuple[Tensor, Tensor, float]
 """`A (r, in)`, `B (out, r)` and the scale of an update; of stacked experts `(experts, r, in)`, `(experts, out, r)`."""
@@ -20,20 +20,6 @@ _NOT_IN_VLLM = {
     "trainable_token_indices": "vLLM does not load single rows of an embedding",
 }
 """Fields of a config whose value, if there is one, no LoRA in vLLM can express."""
-
-
-@dataclass(frozen=True)
-class ExportFormats:
-    """The export formats that an adapter supports."""
-
-    merged: bool
-    """Base and adapter as one model."""
-    gguf: bool
-    """A GGUF file that llama.cpp (and Ollama) adds to the base."""
-    vllm: bool
-    """A LoRA that vLLM adds to the base."""
-    as_lora: bool
-    """A LoRA that approximates the adapter, for vLLM."""
 
 
 def get_export_formats(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportFormats:

@@ -3,7 +3,7 @@
 import ipaddress
 import socket
 
-from ...errors import UsageError
+from ..errors import UsageError
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
