@@ -45,14 +45,14 @@ def bench(
     file, row = measurement_file(), make_table_row(found)
     if not as_json:
         if export:
-            console().print(format_csv(row), soft_wrap=True)
+            console().print(_format_csv(row), soft_wrap=True)
         else:
             print_fields(found.lines())
             console().print(f"\nstored in {file}; plan, choose and gpus use it", soft_wrap=True)
     return BenchResult(found, file, row)
 
 
-def format_csv(row: dict[str, str]) -> str:
+def _format_csv(row: dict[str, str]) -> str:
     """Return a row with its heading as CSV, without a line break at the end."""
     text = io.StringIO()
     writer = csv.DictWriter(text, row, lineterminator="\n")

@@ -37,7 +37,7 @@ the trained adapter, in nats; strength: share of the adapter's effect that arriv
 HELP = "A run, an adapter, or what export or merge wrote."
 
 
-def add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--to` and a flag for each option of the export formats; the command gets them as `to` and `options`.
 
     They are built when the command runs or shows its help: formats of other packages are looked for then.
@@ -101,7 +101,7 @@ def _read_format_options(to: str, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-@add_format_flags
+@_add_format_flags
 def export_run(
     run: Run,
     to: str,

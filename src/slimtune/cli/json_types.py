@@ -26,7 +26,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
 """`module:class` of the results of each command; several if the output depends on the run or on the arguments."""
 
 
-def load_json_types(command: str) -> list[Any]:
+def _load_json_types(command: str) -> list[Any]:
     """Return the result types of a command."""
     package = __package__.rpartition(".")[0]
     found = []
@@ -38,7 +38,7 @@ def load_json_types(command: str) -> list[Any]:
 
 def make_command_schema(command: str) -> dict[str, Any]:
     """Return the JSON Schema of what a command prints with `--json`."""
-    schemas = [json_schema(cls) for cls in load_json_types(command)]
+    schemas = [json_schema(cls) for cls in _load_json_types(command)]
     start = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     if len(schemas) == 1:
         return start | schemas[0]

@@ -77,7 +77,7 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return decorate
 
 
-def refuse_repeated_flags(names: Iterable[str]) -> None:
+def _refuse_repeated_flags(names: Iterable[str]) -> None:
     """Raise UsageError for a flag that is given twice: one of the two would be ignored."""
     for name, count in Counter(names).items():
         if count > 1:
@@ -98,7 +98,7 @@ def check_flags_once(command: Any, args: Sequence[str]) -> None:
             next(rest, None)  # its value may look like a flag
         if not param.multiple:
             given.append(param.opts[0])
-    refuse_repeated_flags(given)
+    _refuse_repeated_flags(given)
 
 
 def add_trust_flag(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
     from ..core.config.recipe_loading import parse_override, parse_yaml
 
     overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
-    refuse_repeated_flags(f"--set {path}" for path, _ in overrides)
+    _refuse_repeated_flags(f"--set {path}" for path, _ in overrides)
     known = {s.path: s for s in list_settings(Recipe)}
     values: dict[str, Any] = {}
     for name, value in flags.items():

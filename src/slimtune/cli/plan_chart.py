@@ -27,7 +27,7 @@ COLOURS = {"W": "#a6cee3", "D": "#fdbf6f", "G": "#fb9a99", "O": "#cab2d6", "A": 
 ALLOCATOR = "the allocator may add"
 
 
-def bar_ends(plan: ResourceEstimate) -> list[float]:
+def _bar_ends(plan: ResourceEstimate) -> list[float]:
     """Return the byte at which each part of a plan's bar ends, and at last what the allocator may add."""
     return [*accumulate(plan.parts.get(part, 0) for part in PARTS), plan.need_bytes.high]
 
@@ -46,7 +46,7 @@ def draw_bars(plans: Sequence[ResourceEstimate], gpu: GpuSpec, console: Console)
     rows = [Text(f"{gives} {line}".rjust(left + 1) if len(gives) < left else " " * left + f"{line} {gives}")]
     for plan, result in zip(plans, results, strict=True):
         cells = [(" ", Style())] * width
-        for cell, (start, end) in zip([*letters, (dot, Style())], pairwise([0.0, *bar_ends(plan)]), strict=True):
+        for cell, (start, end) in zip([*letters, (dot, Style())], pairwise([0.0, *_bar_ends(plan)]), strict=True):
             for i in range(round(start * width / shown), min(round(end * width / shown), width)):
                 cells[i] = cell
         for i in lines:
@@ -76,7 +76,7 @@ def write_plot(plans: Sequence[ResourceEstimate], path: str | Path) -> None:
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9, 1.9 + 0.42 * len(plans)), layout="constrained")
         axes = figure.add_subplot()
-        ends = [[0.0, *(min(end / GIB, shown) for end in bar_ends(p))] for p in plans]
+        ends = [[0.0, *(min(end / GIB, shown) for end in _bar_ends(p))] for p in plans]
         looks: list[tuple[str, dict[str, Any]]]
         looks = [(f"{letter} {part}", {"color": COLOURS[letter]}) for letter, part in zip(COLOURS, PARTS, strict=True)]
         looks.append((ALLOCATOR, {"facecolor": "white", "edgecolor": "#777777", "hatch": "///"}))

@@ -55,7 +55,7 @@ def find_faults(facts: MachineFacts) -> list[Finding]:
     return sorted(findings, key=lambda finding: not finding.is_fault)
 
 
-def pick_wheel(facts: MachineFacts) -> str:
+def _pick_wheel(facts: MachineFacts) -> str:
     """Return the command that installs torch for this machine's NVIDIA GPU, after its driver and architecture."""
     driver = max((int(gpu.driver.partition(".")[0]) for gpu in facts.smi_gpus), default=0)
     capability = max((gpu.capability for gpu in facts.smi_gpus if gpu.capability), default=None)
@@ -88,7 +88,7 @@ def _has_nvidia(facts: MachineFacts) -> bool:
 # --- torch and what is built for it ----------------------------------------------------------------------------------
 
 
-def check_torch_import(facts: MachineFacts) -> Iterator[Finding]:
+def _check_torch_import(facts: MachineFacts) -> Iterator[Finding]:
     """Torch is installed, but importing it fails."""
     if facts.torch.error:
         command = _install("cu128" if _has_nvidia(facts) else "cpu") + " --no-cache-dir"
@@ -96,7 +96,7 @@ def check_torch_import(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("torch cannot be imported", evidence, [command], "torch-import-fails")
 
 
-def check_packages(facts: MachineFacts) -> Iterator[Finding]:
+def _check_packages(facts: MachineFacts) -> Iterator[Finding]:
     """A package was built for another version of torch, or bitsandbytes is older than slimtune needs."""
     if facts.conflicts:
         packages = " ".join(dict.fromkeys(conflict.split()[0] for conflict in facts.conflicts))
@@ -111,7 +111,7 @@ def check_packages(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("bitsandbytes is too old for 4-bit and 8-bit bases", evidence, commands, "bitsandbytes-missing")
 
 
-def check_mac(facts: MachineFacts) -> Iterator[Finding]:
+def _check_mac(facts: MachineFacts) -> Iterator[Finding]:
     """An Intel Python runs on an Apple chip; or torch there has no MPS, or macOS is too old for it."""
     torch = facts.torch
     if facts.is_translated:
@@ -129,7 +129,7 @@ def check_mac(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(problem, f"torch {torch.version}", commands, "mps-fallback")
 
 
-def check_build(facts: MachineFacts) -> Iterator[Finding]:
+def _check_build(facts: MachineFacts) -> Iterator[Finding]:
     """Torch is built for CPUs, or for another vendor than that of the GPU."""
     torch, amd = facts.torch, _find_gpu(facts, "AMD")
     if torch.error or not torch.version or torch.gpus:
@@ -139,7 +139,7 @@ def check_build(facts: MachineFacts) -> Iterator[Finding]:
         problem = f"torch is built for {'ROCm' if torch.hip else 'CPUs only'}, and the GPU is NVIDIA's"
         evidence = f"torch {torch.version}; nvidia-smi sees {gpu.name} with driver {gpu.driver}"
         page = "wheel-for-other-vendor" if torch.hip else "torch-cpu-build"
-        yield Finding(problem, evidence, [pick_wheel(facts)], page)
+        yield Finding(problem, evidence, [_pick_wheel(facts)], page)
     # Systems other than Linux have wheels of AMD's own.
     if amd is not None and not torch.hip and not _has_nvidia(facts) and facts.system == "Linux":
         problem = f"torch is built for {f'CUDA {torch.cuda}' if torch.cuda else 'CPUs only'}, and the GPU is AMD's"
@@ -150,7 +150,7 @@ def check_build(facts: MachineFacts) -> Iterator[Finding]:
 # --- NVIDIA ----------------------------------------------------------------------------------------------------------
 
 
-def check_nvidia_smi(facts: MachineFacts) -> Iterator[Finding]:
+def _check_nvidia_smi(facts: MachineFacts) -> Iterator[Finding]:
     """`nvidia-smi` says itself what is wrong."""
     text = facts.nvidia_smi
     said = " ".join(text.split())[:200]
@@ -171,7 +171,7 @@ def check_nvidia_smi(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(problem, said, ["sudo usermod -aG video,render $USER"], "device-permission")
 
 
-def check_nvidia_driver(facts: MachineFacts) -> Iterator[Finding]:
+def _check_nvidia_driver(facts: MachineFacts) -> Iterator[Finding]:
     """There is an NVIDIA GPU on the bus, and no driver; or a container was started without the GPU."""
     gpu = _find_gpu(facts, "NVIDIA")
     if gpu is None or facts.smi_gpus or facts.nvidia_smi:
@@ -193,7 +193,7 @@ def check_nvidia_driver(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(problem, evidence, commands, "nvidia-driver-missing")
 
 
-def check_driver_age(facts: MachineFacts) -> Iterator[Finding]:
+def _check_driver_age(facts: MachineFacts) -> Iterator[Finding]:
     """NVIDIA's driver is too old for the CUDA that torch is built with, or for the GPU."""
     torch = facts.torch
     if not torch.cuda or not facts.smi_gpus or torch.gpus or facts.system != "Linux":
@@ -201,13 +201,13 @@ def check_driver_age(facts: MachineFacts) -> Iterator[Finding]:
     driver, needed = facts.smi_gpus[0].driver, LEAST_DRIVERS.get(int(torch.cuda.partition(".")[0]), 0)
     if (major := int(driver.partition(".")[0])) < needed:
         newer_driver = "sudo ubuntu-drivers install && sudo reboot"
-        commands = [newer_driver, pick_wheel(facts)] if major >= LEAST_DRIVERS[12] else [newer_driver]
+        commands = [newer_driver, _pick_wheel(facts)] if major >= LEAST_DRIVERS[12] else [newer_driver]
         problem = f"NVIDIA's driver is too old for this torch ({torch.version})"
         evidence = f"driver {driver}; CUDA {torch.cuda} needs {needed} or newer"
         yield Finding(problem, evidence, commands, "driver-wheel-mismatch")
 
 
-def check_architecture(facts: MachineFacts) -> Iterator[Finding]:
+def _check_architecture(facts: MachineFacts) -> Iterator[Finding]:
     """The wheel has no kernels for the NVIDIA GPU's compute capability."""
     built = {int(found[1]) for name in facts.torch.architectures if (found := re.match(r"(?:sm|compute)_(\d+)", name))}
     ptx = [int(found[1]) for name in facts.torch.architectures if (found := re.match(r"compute_(\d+)", name))]
@@ -219,11 +219,11 @@ def check_architecture(facts: MachineFacts) -> Iterator[Finding]:
         fits = any(each // 10 == gpu.capability[0] and each <= number for each in built)
         if not fits and not any(each <= number for each in ptx):
             evidence = f"{gpu.name} is sm_{number}; torch {facts.torch.version}: {' '.join(facts.torch.architectures)}"
-            yield Finding(f"torch has no kernels for {gpu.name}", evidence, [pick_wheel(facts)], "no-kernel-image")
+            yield Finding(f"torch has no kernels for {gpu.name}", evidence, [_pick_wheel(facts)], "no-kernel-image")
             return
 
 
-def check_hidden_gpus(facts: MachineFacts) -> Iterator[Finding]:
+def _check_hidden_gpus(facts: MachineFacts) -> Iterator[Finding]:
     """A variable hides the GPUs from torch."""
     names = ("CUDA_VISIBLE_DEVICES",) if facts.torch.cuda else ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     count = len(facts.smi_gpus) if facts.torch.cuda else len(facts.gfx)
@@ -239,7 +239,7 @@ def check_hidden_gpus(facts: MachineFacts) -> Iterator[Finding]:
             return
 
 
-def check_mig(facts: MachineFacts) -> Iterator[Finding]:
+def _check_mig(facts: MachineFacts) -> Iterator[Finding]:
     """MIG splits a GPU into slices, of which a process gets one, or has made none."""
     for number, gpu in enumerate(facts.smi_gpus):
         if gpu.is_mig and not gpu.slices:
@@ -260,12 +260,12 @@ def check_mig(facts: MachineFacts) -> Iterator[Finding]:
             return
 
 
-def check_cuda_start(facts: MachineFacts) -> Iterator[Finding]:
+def _check_cuda_start(facts: MachineFacts) -> Iterator[Finding]:
     """Driver, wheel and GPU fit, and CUDA does not start all the same."""
     torch = facts.torch
-    if not torch.cuda or not facts.smi_gpus or torch.gpus or any(check_driver_age(facts)):
+    if not torch.cuda or not facts.smi_gpus or torch.gpus or any(_check_driver_age(facts)):
         return
-    if any(check_hidden_gpus(facts)):
+    if any(_check_hidden_gpus(facts)):
         return
     if facts.system == "Linux" and not facts.is_wsl and "nvidia-uvm" not in facts.nvidia_devices:
         problem, evidence = "CUDA cannot start: /dev/nvidia-uvm is missing", "nvidia-smi sees the GPU"
@@ -276,7 +276,7 @@ def check_cuda_start(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("CUDA does not start", " ".join(torch.warning.split())[:200], commands, "cuda-unknown-error")
 
 
-def check_busy_gpu(facts: MachineFacts) -> Iterator[Finding]:
+def _check_busy_gpu(facts: MachineFacts) -> Iterator[Finding]:
     """Other programs hold more than half of a GPU's memory."""
     for gpu in facts.smi_gpus:
         if not gpu.is_mig and gpu.memory_bytes and gpu.used_bytes > gpu.memory_bytes / 2:
@@ -289,7 +289,7 @@ def check_busy_gpu(facts: MachineFacts) -> Iterator[Finding]:
 # --- AMD -------------------------------------------------------------------------------------------------------------
 
 
-def check_amd_driver(facts: MachineFacts) -> Iterator[Finding]:
+def _check_amd_driver(facts: MachineFacts) -> Iterator[Finding]:
     """There is an AMD GPU, and /dev/kfd is missing: no driver, or a container without it."""
     gpu = _find_gpu(facts, "AMD")
     if gpu is None or facts.has_kfd or facts.system != "Linux" or facts.is_wsl or _has_nvidia(facts):
@@ -305,7 +305,7 @@ def check_amd_driver(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("the driver amdgpu is not loaded, or without compute", evidence, commands, "rocm-not-detected")
 
 
-def check_device_permission(facts: MachineFacts) -> Iterator[Finding]:
+def _check_device_permission(facts: MachineFacts) -> Iterator[Finding]:
     """The GPU's device files are there, and this user may not open them."""
     uses_amd = _find_gpu(facts, "AMD") is not None and not _has_nvidia(facts)
     closed = [name for name in facts.unreadable_devices if name.startswith("/dev/nvidia") or uses_amd]
@@ -316,7 +316,7 @@ def check_device_permission(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("this user may not open the GPU's device files", evidence, commands, "device-permission")
 
 
-def check_gfx(facts: MachineFacts) -> Iterator[Finding]:
+def _check_gfx(facts: MachineFacts) -> Iterator[Finding]:
     """HSA_OVERRIDE_GFX_VERSION is missing, or set where it does harm."""
     if not facts.torch.hip or not facts.gfx:
         return
@@ -334,7 +334,7 @@ def check_gfx(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(f"torch has no kernels for {gfx}", evidence, [command], page)
 
 
-def check_rocminfo(facts: MachineFacts) -> Iterator[Finding]:
+def _check_rocminfo(facts: MachineFacts) -> Iterator[Finding]:
     """ROCm's runtime says that it does not start."""
     if facts.rocminfo and facts.has_kfd and not facts.torch.gpus and not facts.unreadable_devices:
         evidence = " ".join(facts.rocminfo.split())[:200]
@@ -344,7 +344,7 @@ def check_rocminfo(facts: MachineFacts) -> Iterator[Finding]:
 # --- memory, CPUs, limits, disks -------------------------------------------------------------------------------------
 
 
-def check_memory(facts: MachineFacts) -> Iterator[Finding]:
+def _check_memory(facts: MachineFacts) -> Iterator[Finding]:
     """The container's memory is nearly used up, or that of the machine; or Linux promises no more than it has."""
     limit, used = facts.memory_limit_bytes, facts.memory_limit_used_bytes or 0
     free, total, page = facts.memory_free_bytes, facts.memory_bytes, "system-memory"
@@ -363,7 +363,7 @@ def check_memory(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(problem, "vm.overcommit_memory is 2", commands, page, False)
 
 
-def check_cpus(facts: MachineFacts) -> Iterator[Finding]:
+def _check_cpus(facts: MachineFacts) -> Iterator[Finding]:
     """Torch starts more threads than the container has CPUs; or other programs use the CPU that trains."""
     quota, threads = facts.cpu_quota, facts.torch.threads
     if quota is not None and threads is not None and threads > max(quota, 1) * 1.5:
@@ -379,7 +379,7 @@ def check_cpus(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("other programs use the processor: training is slow", evidence, commands, "cpu-limit", False)
 
 
-def check_limits(facts: MachineFacts) -> Iterator[Finding]:
+def _check_limits(facts: MachineFacts) -> Iterator[Finding]:
     """A limit of the shell (ulimit) is too low for training."""
     least = {
         "AS": max(facts.memory_bytes, 64 * GIB) if facts.torch.gpus else facts.memory_bytes,  # CUDA reserves addresses
@@ -397,7 +397,7 @@ def check_limits(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding("a limit of this shell is too low for training", "; ".join(texts), commands, page)
 
 
-def check_shared_memory(facts: MachineFacts) -> Iterator[Finding]:
+def _check_shared_memory(facts: MachineFacts) -> Iterator[Finding]:
     """/dev/shm is as small as Docker makes it."""
     size = facts.shared_memory_bytes
     if facts.system == "Linux" and size is not None and size <= 64 << 20:
@@ -406,7 +406,7 @@ def check_shared_memory(facts: MachineFacts) -> Iterator[Finding]:
         yield Finding(problem, f"/dev/shm has {format_bytes(size)}", [command], "shared-memory", False)
 
 
-def check_disk_space(facts: MachineFacts) -> Iterator[Finding]:
+def _check_disk_space(facts: MachineFacts) -> Iterator[Finding]:
     """A disk that training writes to is nearly full, or has no inodes left."""
     for name, disk in facts.disks.items():
         least = GIB if name == "temporary files" else 5 * GIB
@@ -424,7 +424,7 @@ def check_disk_space(facts: MachineFacts) -> Iterator[Finding]:
         return
 
 
-def check_disk_permission(facts: MachineFacts) -> Iterator[Finding]:
+def _check_disk_permission(facts: MachineFacts) -> Iterator[Finding]:
     """The Hub's cache or the folder for temporary files cannot be written."""
     for name, disk in facts.disks.items():
         if not disk.is_writable and name != "this folder":
@@ -434,7 +434,7 @@ def check_disk_permission(facts: MachineFacts) -> Iterator[Finding]:
             return
 
 
-def check_triton(facts: MachineFacts) -> Iterator[Finding]:
+def _check_triton(facts: MachineFacts) -> Iterator[Finding]:
     """Kernels that Triton compiles cannot be loaded from /tmp, which forbids it; or there is no C compiler for them."""
     if facts.noexec_tmp and facts.torch.gpus and "TMPDIR" not in facts.environment:
         tmp = "$HOME/tmp"
@@ -449,7 +449,7 @@ def check_triton(facts: MachineFacts) -> Iterator[Finding]:
 # --- engines and the Hub ---------------------------------------------------------------------------------------------
 
 
-def check_ollama(facts: MachineFacts) -> Iterator[Finding]:
+def _check_ollama(facts: MachineFacts) -> Iterator[Finding]:
     """Ollama runs a model on the CPU, although there is a GPU."""
     has_gpu = _has_nvidia(facts) or _find_gpu(facts, "AMD") is not None or facts.torch.gpus
     for model, processor in facts.ollama_models:
@@ -466,7 +466,7 @@ def check_ollama(facts: MachineFacts) -> Iterator[Finding]:
         return
 
 
-def check_token(facts: MachineFacts) -> Iterator[Finding]:
+def _check_token(facts: MachineFacts) -> Iterator[Finding]:
     """The Hub's token has spaces or line ends in it, which no token has."""
     if facts.token.startswith("malformed: "):
         source = facts.token.removeprefix("malformed: ")
@@ -475,9 +475,9 @@ def check_token(facts: MachineFacts) -> Iterator[Finding]:
 
 
 CHECKS: tuple[MachineCheck, ...] = (
-    check_torch_import, check_mac, check_nvidia_smi, check_nvidia_driver, check_build, check_driver_age,
-    check_architecture, check_hidden_gpus, check_mig, check_cuda_start, check_amd_driver, check_device_permission,
-    check_gfx, check_rocminfo, check_packages, check_memory, check_limits, check_cpus, check_shared_memory,
-    check_disk_space, check_disk_permission, check_triton, check_ollama, check_token, check_busy_gpu,
+    _check_torch_import, _check_mac, _check_nvidia_smi, _check_nvidia_driver, _check_build, _check_driver_age,
+    _check_architecture, _check_hidden_gpus, _check_mig, _check_cuda_start, _check_amd_driver, _check_device_permission,
+    _check_gfx, _check_rocminfo, _check_packages, _check_memory, _check_limits, _check_cpus, _check_shared_memory,
+    _check_disk_space, _check_disk_permission, _check_triton, _check_ollama, _check_token, _check_busy_gpu,
 )  # fmt: skip
 """All checks, in the order of their findings."""

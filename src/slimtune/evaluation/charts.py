@@ -78,7 +78,7 @@ def line_chart(
     lines = []
     for s, group, size in filter(lambda g: g[1], grouped):
         markers, placed = s.markers or len(group) == 1, [place(x, y) for x, y in group]
-        smooth = [place(x, y) for x, y in moving_average(group)] if s.smooth and len(group) >= MIN_SMOOTHED else []
+        smooth = [place(x, y) for x, y in _moving_average(group)] if s.smooth and len(group) >= MIN_SMOOTHED else []
         lines.append({
             "name": s.name, "color": s.color, "points": placed, "markers": markers, "group": size, "smooth": smooth,
         })  # fmt: skip
@@ -94,7 +94,7 @@ def line_chart(
     )
 
 
-def moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return each point with the mean of the values around it, a tenth of the line; the first point stays."""
     half = max(2, len(points) // 20)
     averaged = []
@@ -109,7 +109,7 @@ def interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[flo
 
     `marks` are values with a vertical line, and what they mean.
     """
-    known = [(e, e.interval if is_interval(e.interval) else ()) for e in estimates if is_number(e.value)]
+    known = [(e, e.interval if _is_interval(e.interval) else ()) for e in estimates if is_number(e.value)]
     if not known:
         return Markup()
     values = [x for e, interval in known for x in (e.value, *interval)] + [x for x, _ in marks]
@@ -223,7 +223,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_interval(value: Any) -> TypeGuard[Sequence[float]]:
+def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
     """Return whether a value is `[low, high]` of finite numbers."""
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
 

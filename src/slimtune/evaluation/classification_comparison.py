@@ -33,7 +33,7 @@ class ClassificationComparison(ModelComparison[ClassificationMeasures]):
     def measure(self) -> tuple[ClassificationMeasures, RowFigures]:
         assert self.classes is not None
         names, multi_label = self.classes.names, self.classes.multi_label
-        scores = score_examples(self.model, self.examples, self.collator, partial(score_classes, self.model))
+        scores = score_examples(self.model, self.examples, self.collator, partial(_score_classes, self.model))
         values = np.array([scores[i] for i in range(len(self.examples))])
         logits, losses = values[:, :-1], values[:, -1]
         labels = np.array([e["label"] for e in self.examples])
@@ -53,7 +53,7 @@ class ClassificationComparison(ModelComparison[ClassificationMeasures]):
             return ", ".join(name for name, is_one in zip(names, row, strict=True) if is_one) or "none"
 
         measures = ClassificationMeasures(
-            **vars(measure_against_baseline(self, losses, accuracy, name_set(frequent))),
+            **vars(_measure_against_baseline(self, losses, accuracy, name_set(frequent))),
             macro_f1=f1,
             classes=[
                 ClassScore(
@@ -78,7 +78,7 @@ class ClassificationComparison(ModelComparison[ClassificationMeasures]):
         return _list_reasons_not_above_baseline(measures, f"always answering {measures.baseline!r}")
 
 
-def measure_against_baseline(
+def _measure_against_baseline(
     comparison: ModelComparison[Any], losses: np.ndarray, accuracy: PairedEstimate, baseline: str
 ) -> BaselineMeasures:
     """Return numbers of rows, mean loss, and accuracy beside a baseline's (the second one that was compared)."""
@@ -93,7 +93,7 @@ def measure_against_baseline(
     )
 
 
-def score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
+def _score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return the logits of each row and its unweighted loss [N, classes + 1]."""
     logits = row_logits(model, batch)
     losses = label_losses(logits, {**batch, "label_weight": batch["label_weight"] * 0 + 1}).view(len(logits), -1)
@@ -119,7 +119,7 @@ class RewardComparison(ModelComparison[RewardMeasures]):
         accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
         margin = self.compare(chosen, rejected)
         measures = RewardMeasures(
-            **vars(measure_against_baseline(self, losses, accuracy, "chance")),
+            **vars(_measure_against_baseline(self, losses, accuracy, "chance")),
             margin=margin.difference,
             chosen_reward=margin.first.value,
             rejected_reward=margin.second.value,

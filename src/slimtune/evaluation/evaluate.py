@@ -147,7 +147,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         require_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        own = read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
+        own = _read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
         rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.task.build_objective())
         deque(rows.require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
@@ -155,12 +155,12 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    sections = read_as_pairs(choose_eval_sections(trained, file), file)
+    sections = _read_as_pairs(_choose_eval_sections(trained, file), file)
     objective = sections.task.build_objective()
     writes_text = objective.task_type == "CAUSAL_LM"
     if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
-    examples, row_report, training_rows = load_unseen_rows(trained, sections, file, settings.split)
+    examples, row_report, training_rows = _load_unseen_rows(trained, sections, file, settings.split)
     # A prompt that leaves no room for an answer is refused before anything is scored.
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []
@@ -179,7 +179,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
             parts["forgetting"] = measure_forgetting(
                 str(settings.general_text), general, score_general, budget, **draws
             )
-    reasons = [*list_missing_rows(measures.different_rows), *comparison.list_reasons_not_better(measures)]
+    reasons = [*_list_missing_rows(measures.different_rows), *comparison.list_reasons_not_better(measures)]
     result = comparison.result_type(
         run=str(run),
         task=sections.task.name,
@@ -255,7 +255,7 @@ def _build_comparison(
     )
 
 
-def list_missing_rows(different_rows: int) -> list[str]:
+def _list_missing_rows(different_rows: int) -> list[str]:
     """Return the reason why so few rows show nothing; empty if there are enough."""
     rows = "1 row is" if different_rows == 1 else f"{different_rows} different rows are"
     reason = f"{rows} too few to show that the tuned model is better: {MIN_EVAL_ROWS} are the least"
@@ -283,7 +283,7 @@ def judge_eval(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalV
     return EvalVerdict(passed=not reasons, reasons=reasons, warning=warning)
 
 
-def load_unseen_rows(
+def _load_unseen_rows(
     trained: TrainedModel, sections: EvalSections, file: Path | None, split: str
 ) -> tuple[TokenizedDataset, TokenizationStats, int | None]:
     """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
@@ -312,7 +312,7 @@ def load_unseen_rows(
             file, sections.data, sections.task.build_objective(), tokenizer, trained.classes
         )
         if trained.recipe is not None:
-            trained_rows = find_rows_trained_on(EvalSections.from_recipe(trained.recipe), sections, file, examples)
+            trained_rows = _find_rows_trained_on(EvalSections.from_recipe(trained.recipe), sections, file, examples)
     if trained_rows is None:
         return examples, report, None
     if len(trained_rows) == len(examples.documents):
@@ -327,7 +327,7 @@ def load_unseen_rows(
     return examples, report, len(trained_rows)
 
 
-def find_rows_trained_on(
+def _find_rows_trained_on(
     training: EvalSections, evaluation: EvalSections, file: Path, examples: TokenizedDataset
 ) -> list[int] | None:
     """Return which rows (or documents) of a file, read as `evaluation` says, a run was trained on.
@@ -355,7 +355,7 @@ def find_rows_trained_on(
     return [i for i, key in enumerate(keys) if key in trained]
 
 
-def choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalSections:
+def _choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalSections:
     """Return a run's sections, or those for an adapter folder. Its base may be any, so its rows are not packed."""
     if trained.recipe is not None:
         return EvalSections.from_recipe(trained.recipe)
@@ -365,7 +365,7 @@ def choose_eval_sections(trained: TrainedModel, file: Path | None) -> EvalSectio
     return EvalSections(DataSettings(train=file or Path()), task, TrainSettings(packing=False))
 
 
-def read_as_pairs(sections: EvalSections, file: Path | None) -> EvalSections:
+def _read_as_pairs(sections: EvalSections, file: Path | None) -> EvalSections:
     """Return the sections with the format of preference pairs, if the file has them and the run learned answers."""
     if "preference" not in sections.task.build_objective().named_formats or file is None:
         return sections

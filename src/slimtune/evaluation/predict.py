@@ -77,7 +77,7 @@ def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None)
     """
     start = time.perf_counter()
     run, data, out = Path(run), Path(data), require_output_file(Path(out))
-    rows = read_inputs(data)
+    rows = _read_inputs(data)
     found = predict(load_run(run, device=device), [row for row, _ in rows])
     records = ({**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True))
     write_atomic(out, "".join(to_json(record) + "\n" for record in records))
@@ -94,7 +94,7 @@ def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None)
     )
 
 
-def read_inputs(path: Path) -> list[tuple[Row, Record]]:
+def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')

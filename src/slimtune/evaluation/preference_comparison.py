@@ -135,7 +135,7 @@ class KTOComparison(ModelComparison[KTOMeasures]):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))
             tokens[part] = [s.tokens for s in before]
         options = {"draws": self.draws, "seed": self.seed}
-        preferences = measure_unpaired_preferences(base, tuned, tokens, is_good, self.groups, **options)
+        preferences = _measure_unpaired_preferences(base, tuned, tokens, is_good, self.groups, **options)
         measures = replace(measures, different_rows=len(np.unique(self.groups)))
         return KTOMeasures(**vars(measures), unpaired_preference=preferences), figures
 
@@ -152,7 +152,7 @@ class KTOComparison(ModelComparison[KTOMeasures]):
         return [f"the tuned model {what}: a good answer has a higher reward than a bad one {interval}"]
 
 
-def measure_unpaired_preferences(
+def _measure_unpaired_preferences(
     base: np.ndarray,
     tuned: np.ndarray,
     tokens: np.ndarray,

@@ -63,12 +63,12 @@ def list_eval_lines(result: EvalResult, width: int) -> list[ResultLine]:
         lines, better = [*_list_text_lines(result)], "the tuned model is better"
     else:
         lines, better = [*_list_head_lines(result, width)], "the model is better than its baseline"
-    return [*lines, describe_verdict(result.verdict, better)]
+    return [*lines, _describe_verdict(result.verdict, better)]
 
 
 def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     measures = result.measures
-    yield table_losses(measures)
+    yield _table_losses(measures)
     yield (
         f"loss reduction in 95 % of bootstrap draws: {measures.loss_reduction.low:.4f} to "
         f"{measures.loss_reduction.high:.4f}, over {measures.rows} rows, {measures.tokens} supervised tokens"
@@ -78,11 +78,11 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     if isinstance(result, KTOEvalResult):
         yield from _list_unpaired_lines(result.measures.unpaired_preference)
     if measures.prompt_dependence is not None:
-        yield describe_prompt_dependence(measures.prompt_dependence)
+        yield _describe_prompt_dependence(measures.prompt_dependence)
     if result.forgetting is not None:
-        yield describe_forgetting(result.forgetting)
+        yield _describe_forgetting(result.forgetting)
     if result.training_rows:
-        yield describe_training_rows(result.training_rows)
+        yield _describe_training_rows(result.training_rows)
     if measures.different_rows < measures.rows:
         yield f"only {measures.different_rows} of the {measures.rows} rows differ from each other"
     answers = result.generations or ()
@@ -93,7 +93,7 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     if result.win_rate is not None:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
-        yield from ("", table_tasks(result.tasks))
+        yield from ("", _table_tasks(result.tasks))
 
 
 def _list_head_lines(result: EvalResult, width: int) -> Iterator[ResultLine]:
@@ -117,12 +117,12 @@ def _list_head_lines(result: EvalResult, width: int) -> Iterator[ResultLine]:
         yield ResultTable((f"{measures.rows} rows", "(95 % interval)"), rows)
         yield table_classes(measures)
         if (confusion := table_confusion(measures)) is not None:
-            yield confusion if confusion.width <= width else table_mistakes(measures)
+            yield confusion if confusion.width <= width else _table_mistakes(measures)
     if result.training_rows:
-        yield describe_training_rows(result.training_rows)
+        yield _describe_training_rows(result.training_rows)
 
 
-def describe_verdict(verdict: EvalVerdict, better: str) -> str:
+def _describe_verdict(verdict: EvalVerdict, better: str) -> str:
     """Return the last line: what is `better` if the evaluation passes, else the reasons why it does not."""
     if not verdict.passed:
         return f"verdict: no: {'; '.join(verdict.reasons)}"
@@ -132,7 +132,7 @@ def describe_verdict(verdict: EvalVerdict, better: str) -> str:
 # --- losses and preferences ------------------------------------------------------------------------------------------
 
 
-def table_losses(measures: LossMeasures) -> ResultTable:
+def _table_losses(measures: LossMeasures) -> ResultTable:
     """Return loss, perplexity and token accuracy of base and tuned model, and what was gained."""
     models = (
         ("base", measures.base_loss, measures.base_perplexity, measures.base_accuracy),
@@ -196,7 +196,7 @@ def _list_unpaired_lines(preferences: UnpairedPreferences) -> Iterator[ResultLin
     )
 
 
-def describe_prompt_dependence(dependence: PromptDependence) -> str:
+def _describe_prompt_dependence(dependence: PromptDependence) -> str:
     """Return how much the loss of an answer rises after another row's prompt."""
     return (
         "use of the prompt: after another row's prompt the loss of an answer is higher by "
@@ -205,7 +205,7 @@ def describe_prompt_dependence(dependence: PromptDependence) -> str:
     )
 
 
-def describe_forgetting(forgetting: Forgetting) -> str:
+def _describe_forgetting(forgetting: Forgetting) -> str:
     """Return how much the loss on general text changed, and whether that is allowed."""
     change = forgetting.change
     rose = change.value > 0
@@ -222,7 +222,7 @@ def describe_forgetting(forgetting: Forgetting) -> str:
     )
 
 
-def describe_training_rows(count: int) -> str:
+def _describe_training_rows(count: int) -> str:
     """Return how many rows were left out because the run was trained on them."""
     return f"{count} rows are also training rows, and were left out"
 
@@ -256,7 +256,7 @@ def describe_win_rate(won: WinRate) -> str:
     )
 
 
-def table_tasks(tasks: dict[str, dict[str, TaskScores]]) -> ResultTable:
+def _table_tasks(tasks: dict[str, dict[str, TaskScores]]) -> ResultTable:
     """Return the scores of base and tuned model by task and metric."""
 
     def score(value: float, error: float | None) -> str:
@@ -288,7 +288,7 @@ def table_confusion(measures: ClassificationMeasures) -> ResultTable | None:
     return ResultTable(("label ↓ prediction →", *names), rows)
 
 
-def table_mistakes(measures: ClassificationMeasures) -> ResultTable:
+def _table_mistakes(measures: ClassificationMeasures) -> ResultTable:
     """Return the most frequent pairs of a label and another class that was predicted."""
     names = [c.name for c in measures.classes]
     mistakes = [

@@ -26,7 +26,7 @@ AXES: dict[Cost, tuple[str, int, str]] = {
 
 
 @contextmanager
-def open_figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
+def _open_figure(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
     """Yield a matplotlib figure of this size, in inches, that is written into a `.svg` or `.png` at the end."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def draw_comparison(result: CompareResult, path: Path) -> None:
     height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
     legend = "filled markers are on the Pareto front, bars are 95 % intervals"
     title = f"{result.model}, {result.steps} steps, {len(result.seeds)} seeds: {legend}"
-    with open_figure(path, 10, height, title) as figure:
+    with _open_figure(path, 10, height, title) as figure:
         panels: Any = figure.subplots(1, len(AXES), sharey=True)
         for panel, (cost, (label, unit, scale)) in zip(panels, AXES.items(), strict=True):
             cpu_time = cost == "time" and result.device == "cpu"
@@ -87,7 +87,7 @@ def draw_search(result: TuneResult, ranges: Sequence[Range], path: Path) -> None
     numbers, losses = [n for n, _ in trials], [t.loss for _, t in trials if t.loss is not None]
     columns = min(len(ranges) + 1, MOST_PANELS)
     title = f"{result.model}: {len(result.trials)} trials, {len(trials)} to the end; the line is the best so far"
-    with open_figure(path, 1 + 3 * columns, 3.6, title) as figure:
+    with _open_figure(path, 1 + 3 * columns, 3.6, title) as figure:
         panels: Any = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
         panels[0].set_xlabel("trial")
         panels[0].set_ylabel("validation loss")

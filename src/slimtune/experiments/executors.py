@@ -52,7 +52,7 @@ class Task(Protocol):
         """End it, or never begin it; a run that trains gets the time to write a checkpoint."""
 
 
-def return_error(function: Callable[[], T]) -> T | RunError:
+def _return_error(function: Callable[[], T]) -> T | RunError:
     """Return what a function returns, or the RunError that it raises."""
     try:
         return function()
@@ -90,7 +90,7 @@ class Executor:
 
     def call_all(self, functions: Sequence[Callable[[], T]]) -> Iterator[T | RunError]:
         """Call functions that use this executor, at the same time where it may; give what each returns or raises."""
-        yield from map(return_error, functions)
+        yield from map(_return_error, functions)
 
     def wait_for_files(self, files: Iterable[Path]) -> None:
         """Wait until this machine sees the files that a run has written."""
@@ -164,7 +164,7 @@ class ParallelExecutor(Executor):
 
     def call_all(self, functions: Sequence[Callable[[], T]]) -> Iterator[T | RunError]:
         threads = ThreadPoolExecutor(min(self.runs or MOST_THREADS, max(1, len(functions))))
-        futures = [threads.submit(copy_context().run, return_error, function) for function in functions]
+        futures = [threads.submit(copy_context().run, _return_error, function) for function in functions]
         try:
             for future in futures:
                 yield future.result()

@@ -41,7 +41,7 @@ def forward_backward_runs(
             totals[run] += penalty.detach()
     for group in _group_micro_batches(micro_batches, max_tokens):
         batches = [batch for _, batch in group]
-        joint = concatenate_batches(batches)
+        joint = _concatenate_batches(batches)
         with pack_runs(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
             values = token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
             losses = [
@@ -55,7 +55,7 @@ def forward_backward_runs(
     return totals
 
 
-def concatenate_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _concatenate_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the packed micro-batch of all rows of packed micro-batches, in their order; no prefix is shared anew."""
     layouts, segments = [batch["layout"] for batch in batches], 0
     lengths: list[int] = []

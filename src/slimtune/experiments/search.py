@@ -143,7 +143,7 @@ def run_search(
 def _run_batch(groups: "Sequence[Sequence[TrialRun]]", executor: Executor, log: Callable[[str], None]) -> None:
     """Train trials, those of a group in one process; all of a batch are begun before the first result is used."""
     by_file = {group[0].recipe_file: group for group in groups}
-    launches = [(file, launch_trials(group)) for file, group in by_file.items()]
+    launches = [(file, _launch_trials(group)) for file, group in by_file.items()]
 
     def should_stop(file: Path) -> bool:
         group = by_file[file]
@@ -159,7 +159,7 @@ def _run_batch(groups: "Sequence[Sequence[TrialRun]]", executor: Executor, log: 
             log(f"{run.text}: {run.describe_outcome()}")
 
 
-def launch_trials(group: "Sequence[TrialRun]") -> Launch:
+def _launch_trials(group: "Sequence[TrialRun]") -> Launch:
     """Write the recipes of trials and return what trains them in one process."""
     for run in group:
         run.stop_file.unlink(missing_ok=True)

@@ -144,7 +144,7 @@ def train_together(
         run.start(again, force, load_base)
     alive = [run for run in runs if run.loop is not None]
     loops = [run.loop for run in alive if run.loop is not None]
-    reason = find_reason_against_packing(loops) if loops else ""
+    reason = _find_reason_against_packing(loops) if loops else ""
     if reason and len(loops) > 1:
         loops[0].logger.say(f"the gradients of {len(loops)} runs are computed one after the other: {reason}")
     with loops[0].stop_on_signals() if loops else nullcontext():
@@ -156,7 +156,7 @@ def train_together(
                     run.stop()
             waiting = [run for run in waiting if run.rows]
             if len(waiting) > 1 and not reason:
-                reason = compute_gradients_together(waiting)
+                reason = _compute_gradients_together(waiting)
             for run in waiting:
                 run.run_to_next_step()
                 if any(loop.stop_requested for loop in loops):  # every run ends after its step
@@ -168,7 +168,7 @@ def train_together(
     return outcomes
 
 
-def find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
+def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
     """Return why the gradients of these runs cannot be computed together exactly, "" if they can."""
     for loop in loops:
         if not loop.collator.layout:
@@ -183,7 +183,7 @@ def find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
     return packing_runs_unsupported_reason([loop.model for loop in loops])
 
 
-def compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
+def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
     """Compute and clip the gradients of the next step of each run, for its loop to take.
 
     Returns why the runs must compute their own from now on, "" if they need not: memory ran out, or a layer of the base

@@ -132,7 +132,7 @@ def tune(
             seconds=round(time.perf_counter() - start, 3),
         )
         write_json(output_dir / "tune.json", to_json_dict(result))
-        write_atomic(output_dir / "table.md", format_search(result))
+        write_atomic(output_dir / "table.md", _format_search(result))
         for file in filter(None, (output_dir / "tune.svg", plot)):
             draw_search(result, ranges, file)
     return result
@@ -218,7 +218,7 @@ def describe_search(result: TuneResult) -> str:
     return f"{result.model}: {count} trial{'s' * (count != 1)} of {ranges}."
 
 
-def format_search(result: TuneResult) -> str:
+def _format_search(result: TuneResult) -> str:
     """Return `table.md`."""
     table = format_markdown_table(trial_columns(result), format_trials(result))
     parts = [describe_search(result), table, *list_search_notes(result)]

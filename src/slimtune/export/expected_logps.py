@@ -235,7 +235,7 @@ def compare_engine(
     scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
-    kl = [kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
+    kl = [_kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
     answers = zip(reference.answers, reference.prompts, strict=False)
     equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
     faults, base, paired = reference.find_faults(differences, tolerance), None, differences
@@ -277,7 +277,7 @@ def compare_engine(
     )
 
 
-def kl_divergence(log_probs: Tensor, scores: TokenScores) -> Tensor:
+def _kl_divergence(log_probs: Tensor, scores: TokenScores) -> Tensor:
     """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
 
     `log_probs` `(n - 1, k)` are the adapter's of those tokens.

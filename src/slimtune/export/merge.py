@@ -94,10 +94,10 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
         if quantized:
             forget_quantization_config(model.get_base_model())
-        with translate_merge_errors(run):
+        with _translate_merge_errors(run):
             weights = MergedWeights(model)
         require_disk_space(out, weights.count() * stored.itemsize)
-        with translate_merge_errors(run):
+        with _translate_merge_errors(run):
             _save_checkpoint(loaded, weights, folder, stored, inputs)
         checked = model.dtype if small else stored
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
@@ -149,10 +149,10 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
     adapted = compute_logits(model)
     with model.disable_adapter():
         effect = (adapted - compute_logits(model)).abs().mean().item()
-    with translate_merge_errors(run):
+    with _translate_merge_errors(run):
         weights = MergedWeights(model)
     with atomic_folder(out, weights.count() * stored.itemsize) as folder:
-        with translate_merge_errors(run):
+        with _translate_merge_errors(run):
             _save_checkpoint(loaded, weights, folder, stored)
         trusted = _trusts_code(loaded)
         base = load_base(str(folder), dtype=model.dtype, device="cpu", trust_remote_code=trusted, task="SEQ_CLS")
@@ -198,7 +198,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     transformers maps a checkpoint's files if it is stored in the dtype asked for, and copies them otherwise. A large
     base that is stored in another dtype is first written in the run's dtype beside `out`, and deleted afterwards.
     """
-    dtype, stored = get_trained_dtype(run), None
+    dtype, stored = _get_trained_dtype(run), None
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
@@ -223,7 +223,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
             )
 
 
-def get_trained_dtype(run: Path) -> str | None:
+def _get_trained_dtype(run: Path) -> str | None:
     """Return the dtype a run held its base in; for an adapter folder, the one the base's checkpoint is stored in."""
     folder = find_adapter_folder(run)
     if folder != run:
@@ -244,7 +244,7 @@ def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
 
 def load_trained_runs(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
     """Load the adapters of several runs on one base, as `load_trained` loads one; errors as for `load_runs`."""
-    how = {"dtype": dtype or get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
+    how = {"dtype": dtype or _get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
     loaded = load_runs(runs, **how, device="cpu", unpack=True)
     model: Any = loaded[0].model
     if _is_small(model):
@@ -266,7 +266,7 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
     inputs: dict[str, torch.Tensor] = {}
     if precision in STORED_DTYPES and small:  # f32 holds the change, and q8_0 rounds in blocks
         inputs = collect_rounding_inputs(model, loaded.recipe, loaded.base.tokenizer)
-    with translate_merge_errors(run):
+    with _translate_merge_errors(run):
         model.merge_adapter(safe_merge=True)
     try:
         for name in inputs.keys() & model.adapted_layers().keys():
@@ -291,7 +291,7 @@ def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") ->
 
 
 @contextmanager
-def translate_merge_errors(run: Path) -> Iterator[None]:
+def _translate_merge_errors(run: Path) -> Iterator[None]:
     """Turn MergeUnsupported into an AdapterError that gives the alternatives."""
     try:
         yield

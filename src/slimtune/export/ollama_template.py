@@ -52,7 +52,7 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
     try:
         template = JinjaTemplate(tokenizer, adds_bos)
         chat = infer_template(template)
-        text = write_go_template(chat)
+        text = _write_go_template(chat)
     except UnsupportedTemplate as error:
         reason = str(error)
     except TemplateSyntaxError as error:
@@ -70,7 +70,7 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
     return ConvertedTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
 
 
-def write_go_template(chat: InferredChatFormat) -> str:
+def _write_go_template(chat: InferredChatFormat) -> str:
     """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`."""
     system = ""
     if chat.system == "refused":

@@ -51,7 +51,7 @@ def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
         UsageError: it is another base.
     """
     comparison = Comparison(name, loaded)
-    path = find_ollama_file(name) if path is None else path
+    path = _find_ollama_file(name) if path is None else path
     if path is None:
         return ServedBase(unproven=_check_name(comparison))
     if path.is_dir():
@@ -69,7 +69,7 @@ def read_precision(file: Path) -> str:
     return max(sizes, key=lambda name: sizes[name]).lower()
 
 
-def find_ollama_file(name: str) -> Path | None:
+def _find_ollama_file(name: str) -> Path | None:
     """Return the GGUF of a model that Ollama has on this machine, in $OLLAMA_MODELS or where Ollama puts its models."""
     model, _, tag = name.partition(":") if "/" not in name.rpartition(":")[2] else (name, "", "")
     parts = model.split("/")

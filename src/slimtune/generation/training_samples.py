@@ -43,14 +43,14 @@ def sample_answers(
         [GeneratedAnswer(answering, ids, replace(params, seed=params.seed + n * count + i)) for i in range(count)]
         for n, ids in enumerate(prompts)
     ]
-    with suspend_training(model):
+    with _suspend_training(model):
         generator = TextGenerator(model, max_batch=max_batch)
         generator.generate([answer for group in answers for answer in group])
     return answers
 
 
 @contextmanager
-def suspend_training(model: Any) -> Iterator[None]:
+def _suspend_training(model: Any) -> Iterator[None]:
     """Put an adapted model into evaluation mode inside the `with`.
 
     After it, the mode of each module, the active adapters, the parameters that train and the random states of the CPU

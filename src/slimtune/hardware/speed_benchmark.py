@@ -119,13 +119,13 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
         found["rates"], found["vector_rates"] = measure_products(clock)
 
     def bandwidth() -> None:
-        found["bandwidth"] = measure_bandwidth(clock)
+        found["bandwidth"] = _measure_bandwidth(clock)
 
     def training() -> None:
         found["training"], found["steps"] = measure_training(clock, dtype, found["rates"], found["bandwidth"])
 
     def transformers() -> None:
-        found["serving"] = {"transformers": measure_transformers(clock, dtype)}
+        found["serving"] = {"transformers": _measure_transformers(clock, dtype)}
 
     def llama_cpp() -> None:
         # A process of its own, as a server is: beside torch's threads, OpenMP lets those of llama.cpp sleep at each
@@ -174,7 +174,7 @@ def measure_products(clock: Clock) -> tuple[dict[str, float], dict[str, float]]:
     return rates, vectors
 
 
-def measure_bandwidth(clock: Clock) -> float:
+def _measure_bandwidth(clock: Clock) -> float:
     """Return the bytes a second that a copy of 256 MB reads and writes."""
     source = torch.ones(64_000_000, device=clock.device)
     target = torch.empty_like(source)
@@ -226,7 +226,7 @@ def measure_training(
         MeasuredStep(*size, seconds=measured, fitted_seconds=sum(f * t for f, t in zip(factors, own, strict=True)))
         for size, measured, own in zip(sizes, seconds, terms, strict=True)
     ]
-    spread = widen_spread([step.fitted_seconds / step.seconds for step in steps])
+    spread = _widen_spread([step.fitted_seconds / step.seconds for step in steps])
     arithmetic, traffic, attention, overhead = factors
     return TrainingFit(arithmetic, traffic, attention, overhead, spread), steps
 
@@ -244,7 +244,7 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, 
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
+def _measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = short_dtype_name(dtype).upper()
     works, runs, operations = [], [], []
@@ -261,7 +261,7 @@ def measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
         read = sum(p.nbytes for p in model.parameters() if p is not embedding)
         for length in (PROMPT, SHORT_PROMPT):
             works += [partial(generate, length, 1), partial(generate, length, 1 + NEW_TOKENS)]
-            runs.append((name, float(read), config, cached_bytes(config, length, embedding.element_size())))
+            runs.append((name, float(read), config, _cached_bytes(config, length, embedding.element_size())))
         operations.append(2.0 * PROMPT * (read / embedding.element_size() - embedding.numel()))
     with torch.no_grad():
         seconds = clock.medians(works)
@@ -290,7 +290,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
         for precision, shape in 2 * list(itertools.product(MEASURED_GGUF_TYPES, DECODED)):
             file = Path(folder) / "model.gguf"
             config = make_config(*shape)
-            read_bytes, weights = write_random_gguf(file, config, precision)
+            read_bytes, weights = _write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
             engine = LlamaCppInferenceEngine(
@@ -301,7 +301,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
                 engine.measure_seconds(length, NEW_TOKENS)
                 rounds = [engine.measure_seconds(length, NEW_TOKENS) for _ in range(2)]
                 prompt_s, token_s = (statistics.median(times) for times in zip(*rounds, strict=True))
-                runs.append((precision, float(read_bytes), config, cached_bytes(config, length, 2)))
+                runs.append((precision, float(read_bytes), config, _cached_bytes(config, length, 2)))
                 decoded.append(token_s)
                 if (shape, length) == (DECODED[0], PROMPT):
                     prompts[precision].append(2 * weights / prompt_s)
@@ -312,7 +312,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
     )
 
 
-def cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> float:
+def _cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> float:
     """Return the bytes of keys and values that a new token reads on average after a prompt."""
     heads = config.num_key_value_heads or config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
@@ -339,12 +339,12 @@ def fit_serving(
     inverse, layers = by_precision[: len(precisions)], by_precision[len(precisions) :]
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
-    spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
+    spread = _widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
     layer_s = dict(zip(precisions, layers, strict=True))
     return ServingFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
 
 
-def write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:
+def _write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:
     """Write a Llama whose weights are 0; return the bytes and the weights in matrices that a token takes.
 
     Raises:
@@ -426,7 +426,7 @@ def fit_nonnegative(features: Sequence[Sequence[float]], seconds: Sequence[float
     return [float(x) for x in best / scale]
 
 
-def widen_spread(ratios: Sequence[float]) -> tuple[float, float]:
+def _widen_spread(ratios: Sequence[float]) -> tuple[float, float]:
     """Return the range 1 / x to x that has all ratios of measured speed to the formula's, x at least 1.1."""
     widest = max(1 + LEAST_SPREAD, *(max(r, 1 / r) for r in ratios))
     return 1 / widest, widest

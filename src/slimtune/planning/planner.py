@@ -164,19 +164,19 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         host_bytes=int(host_bytes + RUNTIME["cpu"].high),
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
-        reason=explain_verdict(request, verdict, parts, need, usable),
+        reason=_explain_verdict(request, verdict, parts, need, usable),
         max_seq_len=largest_fitting(
             lambda n: fits([resize_rows(length, lambda _: n) for length in job.lengths]), positions or MAX_SEQ_LEN
         ),
         max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
         tokens_per_second=estimate_speed(work, gpu),
         work=work,
-        evidence=list_estimate_provenance(request, host_peak_moment),
+        evidence=_list_estimate_provenance(request, host_peak_moment),
         notes=[*list_notes(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
         return estimate
-    return replace(estimate, advice=suggest_memory_savings(job, estimate, gpu))
+    return replace(estimate, advice=_suggest_memory_savings(job, estimate, gpu))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
+def _suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
@@ -336,7 +336,7 @@ def _possible_changes(job: TrainingJob, gpu: GpuSpec) -> list[tuple[str, JobChan
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def explain_verdict(
+def _explain_verdict(
     request: PlanRequest, verdict: MemoryVerdict, parts: dict[str, int], need: Interval, usable: Interval
 ) -> str:
     """Return the reason of a verdict in one sentence."""
@@ -381,7 +381,7 @@ def list_notes(request: PlanRequest, job: TrainingJob) -> list[str]:
     return notes
 
 
-def list_estimate_provenance(request: PlanRequest, host_peak_moment: str) -> dict[str, str]:
+def _list_estimate_provenance(request: PlanRequest, host_peak_moment: str) -> dict[str, str]:
     """Return the kind of evidence of each figure; `host_peak_moment` is when CPU memory is highest."""
     gpu = request.gpu
     sharded = "; the sharded base: computed, what is gathered beside a layer is guessed" if request.fsdp else ""

@@ -85,7 +85,7 @@ def start_llama_cpp(
         RunError: the disk is full, or llama.cpp differs from a trained adapter.
     """
     for run in runs.values():
-        require_gguf_form(run)
+        _require_gguf_form(run)
     if precision is not None and precision not in PRECISIONS:
         require_quantizer(precision)
     loaded = load_trained_runs([*runs.values()])
@@ -125,7 +125,7 @@ def start_llama_cpp(
     return LlamaCppServer(models, queue, checks, cache_bytes)
 
 
-def require_gguf_form(run: Path) -> None:
+def _require_gguf_form(run: Path) -> None:
     """Raise UsageError unless llama.cpp can add a run's adapter to its base; no weight is loaded."""
     require_causal_lm_run(run)
     folder = find_adapter_folder(run)

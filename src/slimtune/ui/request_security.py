@@ -77,7 +77,7 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
-                raise HTTPException(413, describe_limit(limit))
+                raise HTTPException(413, _describe_limit(limit))
             return message
 
         await self.app(scope, receive_bounded, send_with_headers)
@@ -117,11 +117,11 @@ class Guard:
         """Return an answer for a body that is announced as larger than `limit` bytes."""
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > limit:
-            return PlainTextResponse(describe_limit(limit), 413)
+            return PlainTextResponse(_describe_limit(limit), 413)
         return None
 
 
-def describe_limit(limit: int) -> str:
+def _describe_limit(limit: int) -> str:
     """Return what is said of a body that is too large."""
     return f"the request is too large: the page takes {format_bytes(limit)}; copy a larger file into the working folder"
 

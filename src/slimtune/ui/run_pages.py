@@ -58,13 +58,13 @@ def read_status(run: RunDir) -> RunStatus:
             writer = {}
         if writer.get("host") not in (None, socket.gethostname()):
             return RunStatus("elsewhere", None)
-        if is_training(writer):
+        if _is_training(writer):
             return RunStatus("training", writer["process"])
         return RunStatus("done" if run.result_file.is_file() else "killed", None)
     return RunStatus("done" if run.result_file.is_file() else "stopped", None)
 
 
-def is_training(writer: dict[str, Any]) -> bool:
+def _is_training(writer: dict[str, Any]) -> bool:
     """Return whether the process that a run's writer file names is still the one that wrote it."""
     try:
         process = psutil.Process(writer["process"])

@@ -51,7 +51,7 @@ def mix_hashes(first: Array, second: Array, third: Array) -> Array:
     return first * _MIX[0] + second * _MIX[1] + third * _MIX[2]
 
 
-def hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
+def _hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     """Return uint32 hashes of the trigrams of all rows, one row after another, and int64 [N + 1]: where each begins."""
     lengths = np.array([len(r) for r in rows], dtype=np.int64)
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
@@ -71,7 +71,7 @@ def hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
 
 def find_common_trigrams(rows: list[list[int]]) -> Array:
     """Return the hashes, sorted, of the trigrams that more than `COMMON_SHARE` of these rows have."""
-    hashes, starts = hash_trigrams(rows)
+    hashes, starts = _hash_trigrams(rows)
     owners = np.repeat(np.arange(len(rows), dtype=np.uint64), np.diff(starts))
     once_per_row = np.unique(owners << np.uint64(32) | hashes).astype(np.uint32)  # the lower half is the hash
     values, counts = np.unique(once_per_row, return_counts=True)
@@ -84,7 +84,7 @@ def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], comm
     `common` are the sorted hashes of trigrams that do not count.
     """
     signatures = np.zeros((len(rows), 2 * HASHES), dtype=np.uint8)
-    hashes, starts = hash_trigrams(rows)
+    hashes, starts = _hash_trigrams(rows)
     if not len(hashes):
         return signatures, np.zeros(len(rows), dtype=bool)
     counted = np.ones(len(hashes), dtype=bool)

@@ -149,7 +149,7 @@ class DataReportBuilder:
             tokens=stats.tokens,
             supervised_tokens=stats.supervised_tokens,
             supervised_share=stats.supervised_tokens / stats.tokens if stats.tokens else 0.0,
-            lengths=measure_lengths(facts.stats_by_row["length"]),
+            lengths=_measure_lengths(facts.stats_by_row["length"]),
             max_seq_len=stats.max_seq_len,
             overlong=OverlongRows(overlong.count, overlong.lines),
             windows=windows,
@@ -222,7 +222,7 @@ def list_notes(facts: RowFacts, eos_token: str | None) -> list[str]:
     return notes
 
 
-def measure_lengths(lengths: Array) -> LengthStatistics:
+def _measure_lengths(lengths: Array) -> LengthStatistics:
     """Return the statistics of the rows' tokens, int64 [N]."""
     if not len(lengths):
         return LengthStatistics(0, 0, 0, 0, 0, [])

@@ -156,7 +156,7 @@ def _make_pair_finding(
 # --- columns and lengths ----------------------------------------------------------------------------------------------
 
 
-def check_columns(facts: RowFacts) -> Iterator[Finding]:
+def _check_columns(facts: RowFacts) -> Iterator[Finding]:
     """Rows mean something else without a column that is not used."""
     if columns := facts.source.lossy_columns:
         first = max(columns, key=lambda c: c.rows)
@@ -165,7 +165,7 @@ def check_columns(facts: RowFacts) -> Iterator[Finding]:
         )
 
 
-def check_lengths(facts: RowFacts) -> Iterator[Finding]:
+def _check_lengths(facts: RowFacts) -> Iterator[Finding]:
     """Rows are too long: what happens to them, and how long the longest is."""
     if (rows := facts.groups.get("too-long")) is None:
         return
@@ -179,7 +179,7 @@ def check_lengths(facts: RowFacts) -> Iterator[Finding]:
 # --- rows that are like other rows ------------------------------------------------------------------------------------
 
 
-def check_duplicates(facts: RowFacts) -> Iterator[Finding]:
+def _check_duplicates(facts: RowFacts) -> Iterator[Finding]:
     """Rows repeat an earlier row, or nearly."""
     lines, texts = facts.stats_by_row["line"], facts.stats_by_row["hashes"][:, 0]
     repeated, first = find_repeats(texts)
@@ -190,7 +190,7 @@ def check_duplicates(facts: RowFacts) -> Iterator[Finding]:
     yield from _make_pair_finding("near-duplicate", lines[near[new]], lines[match[new]], prefix)
 
 
-def check_contradictions(facts: RowFacts) -> Iterator[Finding]:
+def _check_contradictions(facts: RowFacts) -> Iterator[Finding]:
     """Rows have another short answer, or another label, than an earlier row with the same prompt."""
     rows = facts.stats_by_row
     if facts.source.format in PAIR_FORMATS:
@@ -203,7 +203,7 @@ def check_contradictions(facts: RowFacts) -> Iterator[Finding]:
     yield from _make_pair_finding(code, lines[again[other]], lines[before[other]])
 
 
-def check_same_answers(facts: RowFacts) -> Iterator[Finding]:
+def _check_same_answers(facts: RowFacts) -> Iterator[Finding]:
     """Many rows have one answer to different prompts."""
     lines, words, (_, prompts, answers) = (
         facts.stats_by_row["line"], facts.stats_by_row["words"], facts.stats_by_row["hashes"].T,
@@ -231,7 +231,7 @@ def _is_labelled(facts: RowFacts) -> bool:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
+def _check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
     """Pairs prefer the answer that an earlier pair of the same prompt rejects."""
     rows = facts.stats_by_row
     if facts.source.format not in PAIR_FORMATS or not len(rows):
@@ -246,7 +246,7 @@ def check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
     yield from _make_pair_finding("contradictory-pair", rows["line"][later], matches, relation="contradicts")
 
 
-def check_answer_lengths(facts: RowFacts) -> Iterator[Finding]:
+def _check_answer_lengths(facts: RowFacts) -> Iterator[Finding]:
     """The better answer of most pairs is the longer one, or the shorter one: a model may learn the length alone."""
     if (pairs := measure_pairs(facts)) is None:
         return
@@ -271,10 +271,10 @@ def measure_pairs(facts: RowFacts) -> PairLengths | None:
     longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
     decided = longer + shorter
     share = longer / decided if decided else None
-    return PairLengths(longer, shorter, len(rows) - decided, share, [*estimate_share(longer, decided)])
+    return PairLengths(longer, shorter, len(rows) - decided, share, [*_estimate_share(longer, decided)])
 
 
-def estimate_share(hits: int, rows: int) -> tuple[float, float]:
+def _estimate_share(hits: int, rows: int) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson's)."""
     if not rows:
         return 0.0, 1.0
@@ -287,7 +287,7 @@ def estimate_share(hits: int, rows: int) -> tuple[float, float]:
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
-def check_label_count(facts: RowFacts) -> Iterator[Finding]:
+def _check_label_count(facts: RowFacts) -> Iterator[Finding]:
     """All rows have one label, or one class."""
     labels = facts.labels
     if len(labels) != 1:
@@ -299,7 +299,7 @@ def check_label_count(facts: RowFacts) -> Iterator[Finding]:
         yield _make_class_finding("one-class", [rows], repr(name))
 
 
-def check_classes(facts: RowFacts) -> Iterator[Finding]:
+def _check_classes(facts: RowFacts) -> Iterator[Finding]:
     """Classes are too rare, or written in two ways."""
     labels = facts.labels
     if facts.source.format != "classification" or not labels:
@@ -324,7 +324,7 @@ def _make_class_finding(code: str, classes: Collection[RowGroup], example: str) 
 # --- validation rows --------------------------------------------------------------------------------------------------
 
 
-def check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
+def _check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
     """Validation rows are invalid, or have labels that no training row has."""
     if facts.validation is None:
         return
@@ -343,7 +343,7 @@ def check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
         yield _make_class_finding("unseen-label", [*unseen.values()], f"{path}: {format_names(unseen, 6)}")
 
 
-def check_overlap(facts: RowFacts) -> Iterator[Finding]:
+def _check_overlap(facts: RowFacts) -> Iterator[Finding]:
     """Rows are validation rows, too, or nearly."""
     if facts.validation is None:
         return
@@ -361,7 +361,7 @@ def check_overlap(facts: RowFacts) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    check_columns, check_lengths, check_duplicates, check_contradictions, check_same_answers,
-    check_contradictory_pairs, check_answer_lengths, check_label_count, check_classes, check_validation_rows,
-    check_overlap,
+    _check_columns, _check_lengths, _check_duplicates, _check_contradictions, _check_same_answers,
+    _check_contradictory_pairs, _check_answer_lengths, _check_label_count, _check_classes, _check_validation_rows,
+    _check_overlap,
 )  # fmt: skip
