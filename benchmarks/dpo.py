@@ -82,8 +82,8 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
 
     import slimtune
     from slimtune.compat.peft_registration import skip_registration
-    from slimtune.core.attention.attention_functions import packed_attention
-    from slimtune.core.config.objective_registry import objective_class
+    from slimtune.core.attention.attention_functions import enable_packed_attention
+    from slimtune.core.config.objective_registry import load_objective_class
     from slimtune.core.data.example_lengths import count_row_tokens
     from slimtune.core.data.rows import Row
     from slimtune.core.data.tokenize import tokenize_dataset
@@ -108,12 +108,12 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
         reference = score_row_logps(model, data, collator)
     prepare = time.perf_counter() - started
     examples = [e | {"reference": reference[i]} for i, e in enumerate(data)]
-    objective: Any = objective_class("dpo")(beta=BETA)
+    objective: Any = load_objective_class("dpo")(beta=BETA)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=True)
     size, at = spec["batch"], 0
     turns.say(ready=True, prepare=prepare)
     model.train()
-    with packed_attention(model):
+    with enable_packed_attention(model):
         while turns.wait():
             step = examples[at : at + size]
             at += size

@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 from slimtune.core.adapters.adapter_strength import AdapterStrength
-from slimtune.core.data.general_text import BUILT_IN_TEXT, numbers_by_kind, read_general_text
+from slimtune.core.data.general_text import BUILT_IN_TEXT, group_row_numbers_by_kind, read_general_text
 from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.forgetting_budget import choose_general_rows, worst_change
 from slimtune.core.training.loss import build_collator, score_supervised_rows
@@ -26,7 +26,7 @@ def main() -> None:
     trained = load_run(parser.parse_args().run)
     validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
     general = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, trained.base.tokenizer, 8192)
-    kinds = numbers_by_kind(general)
+    kinds = group_row_numbers_by_kind(general)
     collator = build_collator(trained.recipe.train, trained.model, trained.base.tokenizer, 512)
     strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()
 

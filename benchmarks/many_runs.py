@@ -72,7 +72,7 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
     import torch
 
     from slimtune.core.data.collator import Collator
-    from slimtune.core.foundation.device import disable_malloc_trim, peak_memory
+    from slimtune.core.foundation.device import count_peak_memory, disable_malloc_trim
     from slimtune.core.training.base_model import load_base_model
     from slimtune.core.training.datasets import load_datasets
 
@@ -102,7 +102,7 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
         found["seconds"] += time.perf_counter() - started
         found["losses"].append(loss.item())
         model.unload()
-    return {**found, "peak_bytes": peak_memory(torch.device("cpu"))}
+    return {**found, "peak_bytes": count_peak_memory(torch.device("cpu"))}
 
 
 def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from slimtune.core.adapters.method_registry import method_names
+from slimtune.core.adapters.method_registry import list_methods
 from slimtune.core.adapters.peft_config import CONFIG_FILE
 from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
@@ -218,7 +218,7 @@ def free_port() -> int:
 
 def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
     """Give adapters of SmolLM2 as slimtune saves them, each of a kind that vLLM refuses."""
-    methods = {f"method {n}": {"name": n, **NEEDED.get(n, {})} for n in method_names() if n != "lora"}
+    methods = {f"method {n}": {"name": n, **NEEDED.get(n, {})} for n in list_methods() if n != "lora"}
     for label, settings in {**{k: {"name": "lora", **v} for k, v in REFUSED.items()}, **methods}.items():
         recipe = Recipe.from_dict(
             {"model": {"name": BASE}, "data": {"train": "none"}, "output_dir": "none", "method": settings}

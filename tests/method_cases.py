@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import slimtune
-from slimtune.core.adapters.method_registry import METHODS, config_class, method_names
+from slimtune.core.adapters.method_registry import METHODS, config_class, list_methods
 from slimtune.core.adapters.peft_config import PeftConfig
 
 
@@ -86,7 +86,7 @@ CASES: dict[str, Case] = {
     "adalora": Case("AdaLoraConfig", {"init_r": 5, "target_r": 2, "lora_alpha": 16, **ALL}, {"init_r": 3}),
 }  # fmt: skip
 # A third party's method runs with its own defaults.
-CASES |= {name: Case(name, ALL) for name in set(method_names()) - set(METHODS.built_in_names())}
+CASES |= {name: Case(name, ALL) for name in set(list_methods()) - set(METHODS.built_in_names())}
 
 
 def config(method: str, base: str = "llama", **more: Any) -> PeftConfig:

@@ -57,7 +57,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         collator.max_tokens = room // parts
         return collator.make_micro_batches(rows)
 
-    ExitStack().enter_context(register.packed_attention(model))
+    ExitStack().enter_context(register.enable_packed_attention(model))
     return Way(model, passes, lambda batch, targets: step_loss(model, batch, targets))
 
 

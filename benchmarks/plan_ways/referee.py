@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.core.attention.attention_functions import packed_attention
-from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.example_lengths import ExampleLength, count_row_tokens
 from slimtune.core.training.loss import forward_backward, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
@@ -55,7 +55,7 @@ def _train(job: TrainingJob) -> int:
 
     pairs = any(isinstance(length, tuple) for length in job.lengths)
     most = max(len(count_row_tokens(length)) for length in job.lengths)  # the reference of shorter lists is padded
-    objective: Any = objective_class("dpo" if pairs else "sft")()
+    objective: Any = load_objective_class("dpo" if pairs else "sft")()
 
     def draw(length: ExampleLength) -> dict[str, Any]:
         prefix, *answers = (0, length) if isinstance(length, int) else length
@@ -78,7 +78,7 @@ def _train(job: TrainingJob) -> int:
         model.update_and_allocate(number)
         optimizer.zero_grad()
 
-    with packed_attention(model):
+    with enable_packed_attention(model):
         step(1)
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]

@@ -24,7 +24,7 @@ from worker import Row, Turns, serve
 
 import slimtune
 from slimtune.core.adapters.adapter_module import BaseForward
-from slimtune.core.attention.attention_functions import LAYOUT_KWARG, empty_mask, packed_attention
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_packed_attention, make_placeholder_mask
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import disable_malloc_trim
 from slimtune.core.models.loader import load_base
@@ -48,7 +48,7 @@ def all_logits_loss(model: Any, batch: dict[str, Any], supervised: int) -> Tenso
     """The loss as a model's own has it: logits of every position in fp32, then cross-entropy over all of them."""
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     if "layout" in batch:
-        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
+        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": make_placeholder_mask(batch["input_ids"].device)}
     logits = model(**inputs, use_cache=False).logits[0].float()
     columns = batch["logits_to_keep"][batch["hidden_index"]]
     assert len(columns.unique()) == len(columns), "a position has two targets: labels cannot say so"
@@ -91,7 +91,7 @@ def main() -> None:
 
     loss_of = all_logits_loss if "logits" in off else step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-    with contextlib.nullcontext() if "layout" in off else packed_attention(model):
+    with contextlib.nullcontext() if "layout" in off else enable_packed_attention(model):
         facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.max_tokens}
         serve(turns, model, passes, loss_of, **facts)
 

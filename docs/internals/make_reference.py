@@ -12,7 +12,7 @@ import yaml
 
 from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe
-from slimtune.core.config.objective_registry import objective_class, objective_names
+from slimtune.core.config.objective_registry import list_objectives, load_objective_class
 
 PAGE = Path(__file__).parents[1] / "recipe.md"
 
@@ -30,8 +30,8 @@ def settings_table(section: str) -> str:
 def objectives_table() -> str:
     """Return the table of the objectives' own settings."""
     lines = ["| task | what the rows teach | setting | takes | default | what it does |", "| --- " * 6 + "|"]
-    for name in objective_names():
-        cls = objective_class(name)
+    for name in list_objectives():
+        cls = load_objective_class(name)
         first = f"`{name}` | {cls.summary}"
         for s in list_settings(cls):
             lines.append(f"| {first} | `task.{s.name}` | {s.expected} | {s.default} | {s.description} |")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import MambaConfig
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import METHODS, config_class, method_names
+from slimtune.core.adapters.method_registry import METHODS, config_class, list_methods
 from slimtune.core.config.method_settings import fill_recipe_defaults
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
@@ -30,7 +30,7 @@ def described(slimtune_json) -> dict:
 
 
 def test_every_method_is_described_as_its_class(described):
-    assert list(described) == list(method_names())
+    assert list(described) == list(list_methods())
     for name, method in described.items():
         cls = config_class(name)
         assert method["summary"]
@@ -45,7 +45,7 @@ def test_table(slimtune):
     lines = slimtune("methods", columns=200).stdout.splitlines()
     rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in lines if line and line[0] != " "}
     assert rows["method"] == ["method", "changes", "exports", "what it is"]
-    assert set(rows) > set(method_names())
+    assert set(rows) > set(list_methods())
     assert rows["lora"][2] == "file, merged, lora"
     assert rows["bottleneck"][2] == "file"
     assert max(map(len, slimtune("methods").stdout.splitlines())) <= 80
@@ -86,7 +86,7 @@ def test_unknown_names(slimtune, args, message):
 
 def test_sizes_are_those_of_real_adapters(slimtune, slimtune_json, base, tmp_path):
     sizes = {m["name"]: m for m in slimtune_json("methods", "--model", base)["methods"]}
-    assert set(sizes) == set(method_names())
+    assert set(sizes) == set(list_methods())
     for name in ("lora", "bottleneck", "prompt_tuning"):
         cls = config_class(name)
         settings = fill_recipe_defaults({}, cls)

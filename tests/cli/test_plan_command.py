@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hand_plan import FULL, GIB, hand_plan
 
-from slimtune.core.adapters.method_registry import method_names
+from slimtune.core.adapters.method_registry import list_methods
 from slimtune.core.config import load_recipe
 from slimtune.core.foundation.formatting import format_duration
 from slimtune.core.foundation.json_results import to_json_dict
@@ -141,7 +141,7 @@ def test_config_alone_is_planned_by_the_longest_row(requests, slimtune, tiny_fol
 def test_all_methods(slimtune, slimtune_json, requests):
     result = slimtune_json(*BASE, "--method", "all,full", "--rank", 3)
     unfit = {u["method"]: u["why"] for u in result["unfit"]}
-    assert {p["method"] for p in result["plans"]} | set(unfit) == set(method_names())
+    assert {p["method"] for p in result["plans"]} | set(unfit) == set(list_methods())
     assert unfit["bottleneck"] == "found 0 of the 2 layers"
     assert "token_indices is []" in unfit["trainable_tokens"]
     ranks = {r.method.name: getattr(r.method, "r", None) for r in requests}  # only where a method has a rank

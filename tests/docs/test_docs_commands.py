@@ -18,8 +18,8 @@ import typer
 
 from slimtune.cli import app
 from slimtune.cli.options import check_flags_once
-from slimtune.core.config.recipe import read_sections
-from slimtune.core.config.recipe_loading import parse_override, parse_yaml, set_field
+from slimtune.core.config.recipe import parse_recipe_sections
+from slimtune.core.config.recipe_loading import parse_override, parse_yaml, set_tree_value
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -80,9 +80,9 @@ def check_command(line: str) -> None:
     for method in methods if methods != ["all"] else []:
         tree: dict = {}
         for path, value in (NEEDED | {"method.name": method} | settings).items():
-            set_field(tree, path, value)
+            set_tree_value(tree, path, value)
         # It raises for a setting that does not exist; `data` has no task, which may not take the format.
-        read_sections(tree, line, optional=["model.name"] if name == "data" else [])
+        parse_recipe_sections(tree, line, optional=["model.name"] if name == "data" else [])
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -74,7 +74,7 @@ def test_missing_package_is_named(monkeypatch, text, package):
 def test_runs_train_at_the_same_time_on_their_share_of_the_machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(executors, "cpu_count", lambda: 8)
+    monkeypatch.setattr(executors, "count_usable_cpus", lambda: 8)
     together, environments = threading.Barrier(3), []
 
     def launch(*, environment, should_stop):

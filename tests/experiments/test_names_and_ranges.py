@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimtune.core.adapters.method_registry import method_names
+from slimtune.core.adapters.method_registry import list_methods
 from slimtune.errors import ConfigError, UsageError
 from slimtune.experiments.candidates import build_candidates, split_settings
 from slimtune.experiments.search_space import parse_ranges
@@ -21,7 +21,7 @@ def test_variants_and_short_names():
 
 def test_all_is_every_method():
     found = build_candidates(["ia3", "all"], {}, {})
-    assert {c.label for c in found} == set(method_names())
+    assert {c.label for c in found} == set(list_methods())
     assert [c.label for c in found if not c.from_all] == ["ia3"]
 
 

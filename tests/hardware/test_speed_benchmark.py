@@ -50,7 +50,7 @@ FOUND = MachineMeasurement(
 def stored(tmp_path, monkeypatch):
     """A stored measurement of this machine."""
     monkeypatch.setenv("SLIMTUNE_BENCH", str(tmp_path / "data" / "bench.json"))
-    monkeypatch.setattr(store, "read_processor", lambda: "a CPU")
+    monkeypatch.setattr(store, "read_processor_name", lambda: "a CPU")
     return save_measurement(FOUND)
 
 
@@ -90,7 +90,7 @@ def test_stored_measurement_comes_back(stored):
 def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, monkeypatch):
     save_measurement(replace(FOUND, threads=FOUND.threads + 1))
     assert detect_gpu("cpu").measured is None
-    monkeypatch.setattr(store, "read_processor", lambda: "another CPU")
+    monkeypatch.setattr(store, "read_processor_name", lambda: "another CPU")
     assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="is not measured"):
         find_gpu("this machine")

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from slimtune import LoraConfig, PeftConfig, get_peft_model
 from slimtune.core.adapters.config_fields import list_settings
-from slimtune.core.adapters.method_registry import config_class, method_names
+from slimtune.core.adapters.method_registry import config_class, list_methods
 from slimtune.errors import ConfigError, TargetError
 
 BAD_SETTINGS = [
@@ -80,7 +80,7 @@ def test_configs_need_no_torch():
     assert "LoraConfig" in done.stdout
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", list_methods())
 def test_every_field_is_declared_once(method):
     """Every field has its help, and its default is in its range."""
     shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version", "runtime_config"}

@@ -11,7 +11,7 @@ from torch import nn
 
 from slimtune import get_peft_model
 from slimtune.core.adapters.method_registry import METHODS
-from slimtune.core.attention.attention_functions import LAYOUT_KWARG, packed_attention
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
 from slimtune.core.kernels import activation_offload
@@ -67,7 +67,7 @@ def packed_loss_and_gradients(model):
         loss = step_loss(model, make_collator(model, 0)(ROWS))
         return loss if regularization is None else loss + regularization
 
-    with packed_attention(model) as is_packed:
+    with enable_packed_attention(model) as is_packed:
         assert is_packed
         return loss_and_gradients(model, compute_loss)
 
@@ -146,7 +146,7 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
     model = prepare(get_peft_model(base, config(method, "llama")))
     collator = make_collator(model, 0)
     needed = step.measure_activation_bytes(model, collator, 120)
-    monkeypatch.setattr(step, "free_memory", lambda device: 2 * needed)
+    monkeypatch.setattr(step, "count_free_memory", lambda device: 2 * needed)
     assert step.auto_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
 
 
@@ -162,7 +162,7 @@ def test_layers_share_the_masks_behind_a_prefix():
 def test_a_packed_sequence_has_one_adapter(names):
     model = adapted("prompt_tuning")
     batch = make_collator(model, 0)(ROWS)
-    with packed_attention(model), pytest.raises(UsageError, match="a packed batch, which is a single row"):
+    with enable_packed_attention(model), pytest.raises(UsageError, match="a packed batch, which is a single row"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from slimtune.core.attention.attention_functions import packed_attention
-from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import make_collator, score_objective, step_loss
 
@@ -40,7 +40,7 @@ def take_pair(example, i, j):
 
 def compute(model, objective, examples, collator, items=None):
     items = objective.count_items(examples) if items is None else items
-    with packed_attention(model):
+    with enable_packed_attention(model):
         loss = sum(step_loss(model, collator([e]), items, objective) for e in examples)
         gradient = torch.autograd.grad(loss, model.model.norm.weight)[0]
     return loss.item(), gradient
@@ -59,7 +59,7 @@ def test_loss_is_the_mean_of_trls_losses_of_all_pairs(tiny_llama):
     ]
     pairs = [take_pair(lists[0], *p) for p in ((0, 1), (0, 2), (1, 2))]
     pairs += [take_pair(lists[1], *p) for p in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))] + [take_pair(lists[2], 0, 1)]
-    simpo, padded = objective_class("simpo")(beta=1.5, simpo_gamma=0.4), Collator(0, packing=False)
+    simpo, padded = load_objective_class("simpo")(beta=1.5, simpo_gamma=0.4), Collator(0, packing=False)
     cpo = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=1.5, simpo_gamma=0.4, label_smoothing=0.0,
                           accelerator=SimpleNamespace(device="cpu"))  # fmt: skip
     losses = []
@@ -82,7 +82,7 @@ def test_loss_is_the_mean_of_trls_losses_of_all_pairs(tiny_llama):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_dpo_of_a_list_is_that_of_its_pairs(tiny_llama, loss_type):
     """The test of TRL's trainer proves DPO's loss of a pair; here a list of two is that, and of four their mean."""
-    model, dpo = tiny_llama().double(), objective_class("dpo")(beta=0.3, loss_type=loss_type)
+    model, dpo = tiny_llama().double(), load_objective_class("dpo")(beta=0.3, loss_type=loss_type)
     padded, shared = Collator(0, packing=False), make_collator(model, 0)
     two, four = make_list([4, 7], [1.0, 0.5]), make_list([4, 7, 3, 5], [4.0, 3.0, 2.0, 1.0], 3)
     four_pairs = [take_pair(four, i, j) for i, j in itertools.combinations(range(4), 2)]

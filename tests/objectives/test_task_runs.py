@@ -13,7 +13,7 @@ from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_pa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from slimtune.core.data.tokenized_dataset import split_rows
+from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
@@ -238,7 +238,7 @@ def test_reference_of_a_continued_adapter_is_what_peft_computes(make, tiny_folde
     reference = load_file(Path(recipe.output_dir) / "reference.safetensors")
     for part in ("train", "validation"):
         for example, logps in zip(getattr(data, part), reference[part], strict=True):
-            for (ids, labels), logp in zip(split_rows(example), logps, strict=True):
+            for (ids, labels), logp in zip(split_example_rows(example), logps, strict=True):
                 with torch.no_grad():
                     log_probs = theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
                 learned = [t for t in range(1, len(ids)) if labels[t] != -100]

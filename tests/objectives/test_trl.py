@@ -8,8 +8,8 @@ import torch
 from tiny_families import build_family
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.attention.attention_functions import packed_attention
-from slimtune.core.config.objective_registry import objective_class
+from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import make_collator, score_objective, score_row_logps, step_loss
 
@@ -65,7 +65,7 @@ def take_step(model, examples, objective, collator, groups=None):
     rows = objective.prepare_step(examples, lambda rows: score_rows(model, rows, collator))
     batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
     num_items = objective.count_items(rows)
-    with packed_attention(model):
+    with enable_packed_attention(model):
         loss = sum(step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
         loss.backward()
     return loss.item(), get_gradients(model)
@@ -122,7 +122,7 @@ def test_dpo(loss_type, tiny_llama, tiny_tokenizer, tmp_path, wide):
     ids = [row[m].tolist() for row, m in zip(batch["input_ids"], masks, strict=True)]
     learned = [row[m].bool().tolist() for row, m in zip(batch["completion_mask"], masks, strict=True)]
     examples = add_reference(model, make_examples(ids, learned), Collator(0, packing=False))
-    objective = objective_class("dpo")(**settings)
+    objective = load_objective_class("dpo")(**settings)
     for groups in ([[0, 1, 2]], [[0], [1, 2]]):
         assert_step(model, examples, objective, groups, expected, expected_gradients)
 
@@ -149,12 +149,12 @@ def test_simpo_and_orpo(tiny_llama, wide):
     def get_logps(average: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return CPOTrainer.get_batch_logps(logits, labels, average_log_prob=average).chunk(2)
 
-    simpo = objective_class("simpo")(beta=1.5, simpo_gamma=0.4, label_smoothing=0.2)
+    simpo = load_objective_class("simpo")(beta=1.5, simpo_gamma=0.4, label_smoothing=0.2)
     cpo = {"alpha": 0.0, "loss_type": "simpo", "beta": 1.5, "simpo_gamma": 0.4, "label_smoothing": 0.2}
     losses, _, _ = CPOTrainer.cpo_loss(SimpleNamespace(**vars(me), **cpo), *get_logps(True))
     assert step_loss(model, batch, 2, simpo).item() == pytest.approx(losses.mean().item(), abs=1e-9)
 
-    orpo = objective_class("orpo")(beta=0.3)
+    orpo = load_objective_class("orpo")(beta=0.3)
     ratios = ORPOTrainer.odds_ratio_loss(SimpleNamespace(**vars(me), beta=0.3), *get_logps(True))[0]
     nll = -get_logps(False)[0].sum() / sum(len(row) - 4 for row in ids[:2])
     items = orpo.count_items(examples)
@@ -186,7 +186,7 @@ def test_packed_and_shared_equal_padded(family, task):
     model = get_peft_model(
         build_family(family).float(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
-    objective, pairs = objective_class(task)(), make_pairs()
+    objective, pairs = load_objective_class(task)(), make_pairs()
     packed, padded = make_collator(model, 0, max_tokens=48), Collator(0, packing=False)
     assert packed.share_prefix
     assert packed(pairs[:1])["input_ids"].shape[1] == 12 + 5 + 9

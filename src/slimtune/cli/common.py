@@ -118,7 +118,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     if "RANK" in os.environ:
         from ..core.foundation import distributed
 
-        if not distributed.claim_error_report(known):
+        if not distributed.claim_error_printing(known):
             return known.exit_code, None
     screen = error_console()
     screen.print(Text.assemble(("error: ", ERROR), escape_controls(known.message)))

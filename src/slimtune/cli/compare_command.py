@@ -57,7 +57,7 @@ def compare(
     require_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
-    from ..core.config.recipe import load_tree
+    from ..core.config.recipe import load_recipe_tree
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import build_candidates, require_candidates, split_settings
 
@@ -67,7 +67,7 @@ def compare(
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_settings(settings.items())
     require_candidates(names, method_settings, tasks=tasks is not None)
-    tree = load_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
+    tree = load_recipe_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_grid
 
@@ -128,7 +128,7 @@ def tune(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..core.config.recipe import apply_settings, load_tree, read_sections
+    from ..core.config.recipe import load_recipe_tree, parse_recipe_sections, replace_recipe_values
     from ..evaluation.charts import require_figure_path
     from ..experiments.search_space import check_ranges, parse_ranges
 
@@ -137,9 +137,9 @@ def tune(
     place = None if on is None else parse_place(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = {"output_dir": "runs/run", **load_tree(recipe, settings, ["output_dir"], find_missing_inputs)}
+    tree = {"output_dir": "runs/run", **load_recipe_tree(recipe, settings, ["output_dir"], find_missing_inputs)}
     # A wrong name or value is answered at once, before torch is imported.
-    check_ranges(ranges, lambda values: read_sections(apply_settings(tree, values), "--over"))
+    check_ranges(ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over"))
     folder = out if out is not None else Path(f"{tree['output_dir']}-tune")
 
     from ..experiments.tuning import tune as search

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 from typer import Argument, Option
 
-from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import escape_controls
 from ..errors import DataError
 from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
@@ -46,22 +46,22 @@ def data_report(
     would refuse them. Without --model, only rows and columns are counted.
     """
     if html is not None:
-        html = require_output_file(html.expanduser())
+        html = resolve_output_file(html.expanduser())
     for rows in (file, settings.get("data.validation")):
         require_rows(rows, settings.get("data.format"))
     if "model.name" in settings:
         require_base(str(settings["model.name"]))
     from ..core.config import DataSettings, ModelSettings, TrainSettings
-    from ..core.config.recipe import load_sections
+    from ..core.config.recipe import build_recipe_sections
     from ..evaluation.data_report.report_builder import make_data_report
 
     settings = {"data.train": str(file), **settings}
-    data, train = load_sections(settings, DataSettings, TrainSettings)
+    data, train = build_recipe_sections(settings, DataSettings, TrainSettings)
     tokenizer, model = None, None
     if "model.name" in settings or "model" in settings:
         from ..core.training.base_model import load_base_tokenizer
 
-        (base,) = load_sections(settings, ModelSettings)
+        (base,) = build_recipe_sections(settings, ModelSettings)
         tokenizer, model = load_base_tokenizer(base, data.chat_template), base.name
     report = make_data_report(
         file,

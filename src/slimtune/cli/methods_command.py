@@ -37,9 +37,9 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..core.adapters.method_registry import config_class, method_names, require_method
+    from ..core.adapters.method_registry import config_class, list_methods, resolve_method_name
 
-    names = [require_method(name)] if name is not None else method_names()
+    names = [resolve_method_name(name)] if name is not None else list_methods()
     if model is not None:
         require_base(model, weights=False)
 
@@ -105,7 +105,7 @@ def _describe_rate(name: str) -> str:
 
 def _describe_method(cls: Any, has_fields: bool) -> dict[str, Any]:
     from ..core.adapters.method_registry import METHODS
-    from ..core.config.method_settings import fill_recipe_defaults, method_fields
+    from ..core.config.method_settings import fill_recipe_defaults, list_recipe_method_fields
 
     constants = {n: getattr(cls, n) for n in ("kinds", "learning_rate", "mergeable", "ships_as_lora")}
     doc, module_doc = inspect.getdoc(cls) or "", METHODS.load(cls.name).__doc__ or ""
@@ -125,7 +125,7 @@ def _describe_method(cls: Any, has_fields: bool) -> dict[str, Any]:
                 "flag": flags.get(field.name),
                 "help": field.description,
             }
-            for field in sorted(method_fields(cls).values(), key=lambda field: field.name not in own)
+            for field in sorted(list_recipe_method_fields(cls).values(), key=lambda field: field.name not in own)
         ]
     return described
 

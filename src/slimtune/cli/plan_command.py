@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
 from .common import Json, console, print_fields, table
@@ -166,7 +166,7 @@ def _require_writable(path: Path, jobs: RunsToPlan) -> None:
         raise UsageError(f"{str(path)!r} is not a name for a recipe", "a name that ends in .yaml")
     if path.exists():
         raise UsageError(f"{path} exists", "a new file: a recipe is not overwritten")
-    require_output_file(path)
+    resolve_output_file(path)
 
 
 # --- what people see -------------------------------------------------------------------------------------------------

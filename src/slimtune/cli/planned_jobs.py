@@ -105,19 +105,19 @@ def _load_recipes(
 ) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
-    from ..core.config.method_settings import full_names
-    from ..core.config.recipe import apply_settings, read_tree
+    from ..core.config.method_settings import get_full_field_names
+    from ..core.config.recipe import read_optional_recipe_tree, replace_recipe_values
 
     path = find_recipe(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
     find_more = partial(find_missing_inputs, weights=False, rows=path is not None or "data.train" in settings)
-    tree = read_tree(path, settings)
+    tree = read_optional_recipe_tree(path, settings)
     section = tree.get("method")
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
     methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
     settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-    accepted = {method: set(full_names(method)) for method in methods}
+    accepted = {method: set(get_full_field_names(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
@@ -128,7 +128,9 @@ def _load_recipes(
         chosen = {} if is_own else {"method": {"name": method}}  # a file's settings are its own method's
         changes = {**base, **chosen, "method.name": method, **own}
         try:
-            recipes[method] = Recipe.from_dict(apply_settings(tree, changes), str(path or "the flags"), find_more)
+            recipes[method] = Recipe.from_dict(
+                replace_recipe_values(tree, changes), str(path or "the flags"), find_more
+            )
         except UsageError as e:
             errors[method] = e
     if not recipes:
@@ -138,13 +140,13 @@ def _load_recipes(
 
 def _list_methods(text: Any) -> list[str]:
     """Return the methods that a text names, "lora,ia3" or "all"; they exist."""
-    from ..core.adapters.method_registry import method_names, require_method
+    from ..core.adapters.method_registry import list_methods, resolve_method_name
 
     named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
     if not named:
         raise UsageError("--method names none", "methods as lora,ia3, or all")
-    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
-    return list(dict.fromkeys(map(require_method, expanded)))
+    expanded = (name for part in named for name in (list_methods() if part == "all" else (part,)))
+    return list(dict.fromkeys(map(resolve_method_name, expanded)))
 
 
 def estimate_runs(

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..core.adapters.generated_classes import PickledByRecipe
-from ..core.adapters.model_parts import ResolvedNames
+from ..core.adapters.generated_classes import PickledByClassRecipe
+from ..core.adapters.model_parts import PeftNameLookupMixin
 
 
 class Tuner(nn.Module):
@@ -38,7 +38,7 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class TunerNames(PickledByRecipe, ResolvedNames):
+class TunerNames(PickledByClassRecipe, PeftNameLookupMixin):
     """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
 
     In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the

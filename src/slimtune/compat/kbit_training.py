@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..core.adapters.peft_model import PeftModel
-from ..core.adapters.quantized_layers import disable_cpu_repacking, find_repacking_layers, is_4_bit
+from ..core.adapters.quantized_layers import find_cpu_repacking_layers, is_4_bit, keep_differentiable_4bit_layout
 from ..errors import UsageError
 
 _KEEP_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -27,7 +27,7 @@ def prepare_model_for_kbit_training(
         hint = "prepare_model_for_kbit_training(base) first, then get_peft_model(base, config)"
         raise UsageError("the model already has adapters, which would be frozen with the base", hint=hint)
     model.requires_grad_(False)
-    disable_cpu_repacking(find_repacking_layers(model))
+    keep_differentiable_4bit_layout(find_cpu_repacking_layers(model))
     quantization = getattr(model, "quantization_method", None)
     keep_dtypes = str(getattr(quantization, "value", quantization)) in _KEEP_DTYPES
     if not keep_dtypes:

@@ -9,8 +9,8 @@ from ..core.adapters.targets import (
     ALL_LINEAR,
     find_tied_modules,
     get_base_modules,
-    is_target,
-    list_linear_layers,
+    is_target_module,
+    list_all_linear_targets,
     matches_regex_or_names,
     shorten_names,
 )
@@ -29,13 +29,13 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     parents = [".".join(parts[: i + 1]) for i in range(len(parts))]  # and the name itself
     if any(matches_regex_or_names([name], parent) for name in whole for parent in parents):
         return False
-    return is_target(key, config, config.target_modules or [])
+    return is_target_module(key, config, config.target_modules or [])
 
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """Replace "all-linear" in a config by the ends of the names that it stands for; return the config (PEFT's name)."""
     if str(peft_config.target_modules).lower() == ALL_LINEAR:
-        peft_config.target_modules = set(shorten_names(list_linear_layers(model, peft_config), model))
+        peft_config.target_modules = set(shorten_names(list_all_linear_targets(model, peft_config), model))
     return peft_config
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.adapters.active_adapters import LayerSelection
+from ..core.adapters.active_adapters import LayerAdapterSelection
 from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayer
-from ..core.adapters.merging import merge_adapters, unmerge_adapters
+from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
 from ..core.kernels.low_rank import add_low_rank
 
@@ -317,12 +317,12 @@ class PeftLayer:
         """Merge adapters (None: the active ones) into this layer's parameters."""
         names = [n for n in adapter_names or self._layer.selection.active if n in self._available]
         for layer in self._layers:
-            merge_adapters(type(layer).__name__, layer, names, check=safe_merge)
+            merge_adapters_into_layer(type(layer).__name__, layer, names, check=safe_merge)
 
     def unmerge(self) -> None:
         """Put this layer's original parameters back."""
         for layer in self._layers:
-            unmerge_adapters(layer)
+            unmerge_adapters_from_layer(layer)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what merging an adapter would add to the weight of `base_layer`, in its shape."""
@@ -404,7 +404,7 @@ class PeftLayer:
         own = {"active": now.active, "enabled": now.enabled, **changes}
         for layer in self._layers:
             state.layers_with_own.append(layer)
-            vars(layer)["selection"] = LayerSelection(state, **own)
+            vars(layer)["selection"] = LayerAdapterSelection(state, **own)
 
 
 _LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}

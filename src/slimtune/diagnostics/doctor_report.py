@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from ..core.foundation.cpu import read_cpu_flags
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
-from ..core.foundation.installed_versions import find_version
+from ..core.foundation.installed_versions import find_package_version
 from ..errors import install_command
 from . import machine_facts
 from .machine_checks import Finding, find_faults
@@ -163,7 +163,7 @@ def make_doctor_report() -> DoctorReport:
     return DoctorReport(
         os=platform.platform(),
         python=platform.python_version(),
-        libraries={name: find_version(name) for name in LIBRARIES},
+        libraries={name: find_package_version(name) for name in LIBRARIES},
         torch_build=_describe_build(facts.torch),
         cpu=CpuFacts(facts.cores, facts.torch.threads, [flag for flag in CPU_FLAGS if flag in flags]),
         devices=["cpu", *(f"{gpu.device} ({gpu.name})" for gpu in gpus)],
@@ -172,7 +172,7 @@ def make_doctor_report() -> DoctorReport:
         memory_bytes=facts.memory_bytes,
         memory_free_bytes=facts.memory_free_bytes,
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
-        programs={name: find_version(package) or shutil.which(package) for name, package in PROGRAMS.items()},
+        programs={name: find_package_version(package) or shutil.which(package) for name, package in PROGRAMS.items()},
         extras=_find_missing_packages(),
         device=device,
         dtype=dtype,
@@ -202,10 +202,10 @@ def _list_unused_gpus(facts: MachineFacts, findings: Sequence[Finding]) -> list[
 
 def _find_missing_packages() -> dict[str, list[str]]:
     """Return the packages that each extra lacks; nothing if slimtune runs from its source."""
-    if find_version("slimtune") is None:
+    if find_package_version("slimtune") is None:
         return {}
     required = map(Requirement, importlib.metadata.requires("slimtune") or [])
-    absent = [(r.name, r.marker) for r in required if r.marker is not None and find_version(r.name) is None]
+    absent = [(r.name, r.marker) for r in required if r.marker is not None and find_package_version(r.name) is None]
     return {
         extra: [
             name for name, marker in absent if marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})

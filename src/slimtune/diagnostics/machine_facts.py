@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ..core.foundation.installed_versions import find_version
+from ..core.foundation.installed_versions import find_package_version
 from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_program
 
 try:
@@ -195,7 +195,7 @@ def gather_facts(
         "rocminfo": rocm if any(w in rocm.lower() for w in ("error", "not loaded", "unable", NO_ANSWER)) else "",
         "gfx": tuple(dict.fromkeys(re.findall(r"^\s*Name:\s+(gfx[0-9a-f]+)\s*$", rocm, re.MULTILINE))),
         "groups": tuple(run("id", "-Gn").split()),
-        "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := find_version(name))},
+        "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := find_package_version(name))},
         "conflicts": _find_conflicts(),
         "environment": {name: environment[name] for name in VARIABLES if name in environment},
         "cores": os.cpu_count() or 1,
@@ -297,7 +297,7 @@ def _ask_torch() -> TorchFacts:
     try:
         import torch
     except Exception as error:
-        return TorchFacts(version=find_version("torch") or "", error=f"{type(error).__name__}: {error}")
+        return TorchFacts(version=find_package_version("torch") or "", error=f"{type(error).__name__}: {error}")
     with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why CUDA does not start
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -338,7 +338,7 @@ def list_torch_gpus(driver: str | None) -> list[TorchGpu]:
 
 def _find_conflicts() -> tuple[str, ...]:
     """Return the packages that require another version of torch than the installed one."""
-    torch, found = (find_version("torch") or "").partition("+")[0], []
+    torch, found = (find_package_version("torch") or "").partition("+")[0], []
     for package in COMPANIONS:
         try:
             lines = importlib.metadata.requires(package) or []
@@ -351,7 +351,7 @@ def _find_conflicts() -> tuple[str, ...]:
                 continue
             applies = need.marker is None or need.marker.evaluate({"extra": ""})
             if need.name == "torch" and torch and applies and not need.specifier.contains(torch, prereleases=True):
-                found.append(f"{package} {find_version(package)} requires torch{need.specifier}")
+                found.append(f"{package} {find_package_version(package)} requires torch{need.specifier}")
     return tuple(found)
 
 

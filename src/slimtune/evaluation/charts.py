@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import jinja2
 from markupsafe import Markup
 
-from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, install_command
 
@@ -266,7 +266,7 @@ def require_figure_path(path: str | Path) -> Path:
         raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib, which is not installed", hint=install_command("plot"))
-    return require_output_file(path)
+    return resolve_output_file(path)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -25,9 +25,9 @@ from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
-from ..core.foundation.files import require_output_file, write_json
+from ..core.foundation.files import resolve_output_file, write_json
 from ..core.foundation.json_results import to_json_dict
-from ..core.foundation.progress_bars import name_progress
+from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.models.base_config import max_positions
 from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
 from ..core.training.loss import build_collator
@@ -144,7 +144,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     if run_dir is not None:
-        require_output_file(run_dir.report_file)
+        resolve_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
         own = _read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
@@ -175,7 +175,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     if general:
         score_general = functools.partial(comparison.score_both, place=settings.general_text)
         budget = settings.forgetting_budget
-        with name_progress("general text"):
+        with prefix_progress_name("general text"):
             parts["forgetting"] = measure_forgetting(
                 str(settings.general_text), general, score_general, budget, **draws
             )

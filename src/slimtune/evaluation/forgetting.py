@@ -8,7 +8,7 @@ The budget is exceeded if the whole interval of the change is above it.
 from collections.abc import Callable, Sequence
 
 from ..core.data.collator import Example
-from ..core.data.general_text import numbers_by_kind
+from ..core.data.general_text import group_row_numbers_by_kind
 from ..core.training.loss import RowScore
 from .eval_result import Forgetting, LossChange
 from .statistics import paired_bootstrap
@@ -42,5 +42,5 @@ def measure_forgetting(
         )
 
     whole = compare(range(len(examples)))
-    kinds = {kind: compare(numbers) for kind, numbers in numbers_by_kind(examples).items()}
+    kinds = {kind: compare(numbers) for kind, numbers in group_row_numbers_by_kind(examples).items()}
     return Forgetting(**vars(whole), text=text, budget=budget, within=whole.change.low <= budget, kinds=kinds)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from ..core.data.class_labels import Classes
+from ..core.data.class_labels import ClassLabels
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.foundation.progress_bars import name_progress
+from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import RowScore, score_supervised_rows
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
@@ -37,7 +37,7 @@ class ModelComparison(Generic[Measures]):
     examples: TokenizedDataset
     collator: Collator
     objective: Objective
-    classes: Classes | None  # of a sequence classifier
+    classes: ClassLabels | None  # of a sequence classifier
     place: object  # that the rows are from, for messages
     draws: int  # of the bootstrap
     seed: int  # of the draws and of the shuffled prompts
@@ -72,9 +72,9 @@ class ModelComparison(Generic[Measures]):
         Raises:
             AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `place`.
         """
-        with name_progress("tuned model"):
+        with prefix_progress_name("tuned model"):
             tuned = score_supervised_rows(self.model, rows, self.collator)
-        with self.model.disable_adapter(), name_progress("base"):
+        with self.model.disable_adapter(), prefix_progress_name("base"):
             base = score_supervised_rows(self.model, rows, self.collator)
         for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
             if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:

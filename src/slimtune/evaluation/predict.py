@@ -13,7 +13,7 @@ import torch
 from ..core.config import TrainSettings
 from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
 from ..core.data.tokenize import tokenize_rows
-from ..core.foundation.files import require_output_file, to_json, write_atomic
+from ..core.foundation.files import resolve_output_file, to_json, write_atomic
 from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import max_positions
@@ -76,7 +76,7 @@ def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None)
         DataError: a row is neither a text nor messages; nothing is written.
     """
     start = time.perf_counter()
-    run, data, out = Path(run), Path(data), require_output_file(Path(out))
+    run, data, out = Path(run), Path(data), resolve_output_file(Path(out))
     rows = _read_inputs(data)
     found = predict(load_run(run, device=device), [row for row, _ in rows])
     records = ({**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True))

@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..core.data.tokenized_dataset import AnswerSubset, Example, split_rows
-from ..core.foundation.progress_bars import name_progress
+from ..core.data.tokenized_dataset import AnswerSubset, Example, split_example_rows
+from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import count_targets, score_row_logps
 from ..errors import DataError
 from ..objectives.pair_objective import list_better_and_worse
@@ -50,9 +50,9 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
     result_type = SFTEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        with name_progress("tuned model"):
+        with prefix_progress_name("tuned model"):
             tuned = score_row_logps(self.model, self.examples, self.collator)
-        with self.model.disable_adapter(), name_progress("base"):
+        with self.model.disable_adapter(), prefix_progress_name("base"):
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
         measures, figures, _ = measure_losses(self, AnswerSubset(self.examples, (0,)))
@@ -90,7 +90,7 @@ def measure_preferences(
     def take(values: Sequence[Sequence[float]]) -> np.ndarray:
         return np.array([[values[n][i], values[n][j]] for n, i, j in pairs], float)
 
-    tokens = take([[count_targets({"labels": labels}) for _, labels in split_rows(e)] for e in examples])
+    tokens = take([[count_targets({"labels": labels}) for _, labels in split_example_rows(e)] for e in examples])
     logps = {"base": take(base), "tuned": take(tuned)}
 
     def is_higher(values: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ..core.config import Recipe
 from ..core.config.recipe import MIN_EVAL_ROWS
-from ..core.foundation.files import require_output_file, write_atomic
+from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
@@ -43,7 +43,7 @@ def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]
 
     Returns its path and what is damaged in the run's files, one sentence each.
     """
-    file = run.report_file if out is None else require_output_file(out.expanduser())
+    file = run.report_file if out is None else resolve_output_file(out.expanduser())
     damage: list[str] = []
     write_atomic(file, render_report(run, damage))
     return file, damage

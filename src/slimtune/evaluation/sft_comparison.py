@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.foundation.progress_bars import name_progress
+from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import RowScore
 from .eval_result import LossMeasures, SFTEvalResult, SFTMeasures
 from .model_comparison import ModelComparison, RowFigures
@@ -26,7 +26,7 @@ class SFTComparison(ModelComparison[SFTMeasures]):
         if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = shuffle_prompts(self.examples, self.seed)
             draws = {"draws": self.draws, "seed": self.seed}
-            with name_progress("answers after another row's prompt"):
+            with prefix_progress_name("answers after another row's prompt"):
                 dependence = measure_prompt_dependence(shuffled, base, tuned, self.score_both, **draws)
         return SFTMeasures(**vars(replace(measures, prompt_dependence=dependence))), figures
 

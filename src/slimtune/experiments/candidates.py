@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..core.adapters.method_registry import ALIASES, VARIANTS, config_class, method_names
-from ..core.config.objective_registry import objective_class, objective_names
+from ..core.adapters.method_registry import ALIASES, VARIANTS, config_class, list_methods
+from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.config.recipe_loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
 
@@ -68,8 +68,8 @@ def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, ta
         UsageError: a name, or the first part of an override, is unknown. No method is imported.
     """
     kind, example = ("task", "dpo,simpo,orpo") if tasks else ("method", "lora,ia3,full, or all")
-    known = sorted({*objective_names(), *TASK_VARIANTS} if tasks else {*method_names(), *ALIASES, *VARIANTS})
-    every = {} if tasks else {"all": method_names()}
+    known = sorted({*list_objectives(), *TASK_VARIANTS} if tasks else {*list_methods(), *ALIASES, *VARIANTS})
+    every = {} if tasks else {"all": list_methods()}
     labels = list(dict.fromkeys(n for name in names for n in every.get(name, (name,))))
     if not labels:
         raise UsageError(f"--{kind}s names no {kind}", f"{kind}s as {example}")
@@ -100,7 +100,7 @@ def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Map
 
 def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:
     name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
-    objective = objective_class(name)
+    objective = load_objective_class(name)
     if not objective.takes_format("preference") or objective.task_type != "CAUSAL_LM":
         message = f"the task {label} does not teach a language model from preference pairs"
         raise UsageError(message, "some of dpo,ipo,simpo,orpo,sft")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from ..core.config.objective_registry import objective_class
+from ..core.config.objective_registry import load_objective_class
 from ..core.foundation.files import parse_json, read_json, read_regular_file
 from ..core.foundation.formatting import format_bytes, format_duration, format_markdown_table
 from ..core.training.run_dir import RunDir
@@ -164,7 +164,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Candid
         row_tokens=row_tokens,
         row_weights=[1] * len(row_tokens) if pairs else row_tokens,
         tuned_losses={seed: list(map(get_loss, run_rows)) for seed, run_rows in zip(seeds, rows, strict=True)},
-        rows_per_example=objective_class(task).rows_per_example,
+        rows_per_example=load_objective_class(task).rows_per_example,
         tokens_by_step=tokens_by_step,
     )
 

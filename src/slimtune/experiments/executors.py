@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Protocol, Self, TypeVar
 
-from ..core.foundation.cpu import cpu_count
+from ..core.foundation.cpu import count_usable_cpus
 from ..errors import RunError, UsageError
 from .run_worker import CHECKPOINT_SECONDS, POLL_SECONDS, Launch, WorkerResult, launch_again_if_killed
 
@@ -223,7 +223,7 @@ class LocalExecutor(ParallelExecutor):
         self.runs_per_device = math.ceil(runs / max(1, len(self.gpus)))
         self.environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         # More threads than cores would wait for one another at the end of each product.
-        cores = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // runs)))}
+        cores = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_usable_cpus() // runs)))}
         for i in range(runs):
             gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[i % len(self.gpus)]} if self.gpus else {}
             self.environments.put({**cores, **gpu})

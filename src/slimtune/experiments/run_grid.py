@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Recipe
-from ..core.config.objective_registry import objective_class
+from ..core.config.objective_registry import load_objective_class
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.files import parse_json, read_regular_file
 from ..core.models.dtype import pick_device
@@ -136,7 +136,7 @@ def build_grid(
     """
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
     tasks = [c.task for c in candidates if c.task is not None]
-    longest = sorted(tasks, key=lambda task: objective_class(task["name"]).rows_per_example)[-1:]
+    longest = sorted(tasks, key=lambda task: load_objective_class(task["name"]).rows_per_example)[-1:]
     recipe = Recipe.from_dict({**tree, **({"task": longest[0]} if longest else {}), "output_dir": str(output_dir)})
     grid = Grid(
         tree={k: v for k, v in tree.items() if k != "method"},

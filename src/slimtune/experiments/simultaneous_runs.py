@@ -22,7 +22,7 @@ import torch
 
 from ..core.config import Recipe
 from ..core.config.schema import ModelSettings
-from ..core.data.class_labels import Classes
+from ..core.data.class_labels import ClassLabels
 from ..core.foundation import distributed
 from ..core.foundation.device import release_cached_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
@@ -229,7 +229,7 @@ def _share_base() -> LoadBase:
     """Return a function that loads the base of the first run and gives each run a copy with the same parameters."""
     loaded: list[Base] = []
 
-    def load_base(model: ModelSettings, chat_template: Path | None, classes: Classes | None = None) -> Base:
+    def load_base(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> Base:
         if classes is not None:  # its head is the run's own
             return load_base_model(model, chat_template, classes)
         if not loaded:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.adapters.method_registry import config_class
 from ..core.config import Recipe
-from ..core.config.recipe import apply_settings
+from ..core.config.recipe import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration, format_markdown_table
 from ..core.foundation.json_results import to_json_dict
@@ -74,7 +74,7 @@ def tune(
     recipe = Recipe.from_dict(tree)
 
     def build(values: Mapping[str, Any], run: Path = output_dir) -> Recipe:
-        settings = apply_settings(tree, {**values, "output_dir": str(run.absolute())})
+        settings = replace_recipe_values(tree, {**values, "output_dir": str(run.absolute())})
         return Recipe.from_dict(settings, "--over")
 
     ranges = check_ranges(ranges, build)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.adapters.adapted_layer import ADDED_CHILDREN
-from ..core.adapters.merging import merge_adapters, unmerge_adapters
+from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.adapters.model_with_adapters import mark_embeddings_untied
-from ..core.adapters.quantized_layers import disable_cpu_repacking, find_repacking_layers
+from ..core.adapters.quantized_layers import find_cpu_repacking_layers, keep_differentiable_4bit_layout
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
@@ -47,7 +47,9 @@ class MergedWeights(Mapping[str, Tensor]):
         self._adapters = list(model.active_adapters if adapters is None else adapters)
         self._layers = {n: m for a in self._adapters for n, m in model.adapted_layers(a).items()}
         self._cache: tuple[str, dict[str, Tensor]] | None = None
-        disable_cpu_repacking(find_repacking_layers(model))  # `state_dict` would restore that layout wrongly
+        keep_differentiable_4bit_layout(
+            find_cpu_repacking_layers(model)
+        )  # `state_dict` would restore that layout wrongly
         self._quantized = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and is_quantized(m)}
         own = {f"{n}.{leaf}" for n in self._quantized for leaf in ("weight", "bias")}
         added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ADDED_CHILDREN]
@@ -115,12 +117,12 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
                 values = get_weight(module) if leaf == "weight" and is_quantized(module) else parameter
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-        merge_adapters(name or type(module).__name__, module, adapters, check=True)
+        merge_adapters_into_layer(name or type(module).__name__, module, adapters, check=True)
         replaced = module.original_parameters
         buffers = {n: b.detach().clone() for n, b in module._buffers.items() if n in replaced}
         return {n: p.detach() for n, p in module._parameters.items() if p is not None and p is not wide[n]} | buffers
     finally:
-        unmerge_adapters(module)
+        unmerge_adapters_from_layer(module)
         module._parameters.update(own)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..core.adapters import adapter_files
-from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_config
+from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_adapter_config
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.files import read_json, to_json
 from ..core.foundation.formatting import format_bytes
@@ -182,7 +182,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
-    files: dict[str, Path | bytes] = {CONFIG_FILE: format_config(values).encode(), ADAPTER_FILE: file, **found}
+    files: dict[str, Path | bytes] = {CONFIG_FILE: format_adapter_config(values).encode(), ADAPTER_FILE: file, **found}
     if _is_inside(card, folder) and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")

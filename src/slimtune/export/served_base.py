@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core.foundation.files import read_json
-from ..core.foundation.fingerprint import base_facts
+from ..core.foundation.fingerprint import get_hashed_config_facts
 from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
@@ -95,7 +95,7 @@ def _check_name(comparison: "Comparison") -> str:
         config = load_base_config(name).config
     except SlimtuneError:
         return f"what Ollama serves as {name} is not known here, so its weights were not compared with the base"
-    facts, own = (base_facts(c.to_dict()) for c in (config, comparison.loaded.base.model.config))
+    facts, own = (get_hashed_config_facts(c.to_dict()) for c in (config, comparison.loaded.base.model.config))
     shape = [k for k in ("model_type", "hidden", "layers", "heads", "kv_heads", "intermediate") if k in own]
     if any(facts.get(k) != own[k] for k in shape):
         found, expected = (", ".join(f"{k} {f.get(k)}" for k in shape) for f in (facts, own))

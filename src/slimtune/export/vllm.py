@@ -21,7 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from ..core.adapters import adapter_files
-from ..core.adapters.peft_config import CONFIG_FILE, write_config
+from ..core.adapters.peft_config import CONFIG_FILE, write_adapter_config
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
 from ..core.models.loader import load_tokenizer
@@ -196,9 +196,9 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
         settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
-    write_config(folder, settings)
-    metadata = adapter_files.adapter_tensor_info(model, adapter)[1]
-    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.to_safetensors(tensors, metadata))
+    write_adapter_config(folder, settings)
+    metadata = adapter_files.get_adapter_file_content(model, adapter)[1]
+    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors(tensors, metadata))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, adapter_files.WEIGHTS_FILE))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from ..core.adapters.peft_config import CONFIG_FILE, write_config
+from ..core.adapters.peft_config import CONFIG_FILE, write_adapter_config
 from ..core.adapters.peft_model import PeftModel
 from .hub_commits import commit_files, require_repo_id
 from .model_card import CARD_FILE, public_base, render_saved_card, strip_local_paths, write_model_card
@@ -57,7 +57,7 @@ class AdapterUpload(PeftModel):
             files: dict[str, Path | bytes] = {}
             for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CARD_FILE):
                 if path.name == CONFIG_FILE:
-                    write_config(path.parent, strip_local_paths(json.loads(path.read_text())))
+                    write_adapter_config(path.parent, strip_local_paths(json.loads(path.read_text())))
                 files[str(path.relative_to(folder))] = path
             files[CARD_FILE] = render_saved_card(config, tags or ()).encode()
             message = commit_message or f"Upload {config.peft_type} adapter"

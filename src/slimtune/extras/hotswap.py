@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapters.adapter_files import check_same_settings, read_adapter
+from ..core.adapters.adapter_files import read_adapter_for_model, require_compatible_config
 from ..core.adapters.adapter_tensors import get_adapter_tensors, load_adapter_tensors
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
@@ -96,7 +96,7 @@ def hotswap_adapter(
     live_modules = model.adapter_modules(adapter_name)
     if adapter_name in model.merged_adapters:
         raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
-    tensors, config = read_adapter(model, model_name_or_path, None, False, hub)
+    tensors, config = read_adapter_for_model(model, model_name_or_path, None, False, hub)
     types = [str(c.peft_type) for c in (model.peft_config[adapter_name], config)]
     if types[0] != types[1]:
         raise AdapterError(f"{model_name_or_path} is an adapter of {types[1]}, and {adapter_name!r} of {types[0]}")
@@ -120,7 +120,7 @@ def _match_tensors(model: PeftModel, live: str, new: str, where: Any, compiled: 
     live_modules: dict[str, Any] = dict(model.adapter_modules(live))
     new_modules: dict[str, Any] = dict(model.adapter_modules(new))
     if not all(map(_is_plain_lora, live_modules.values())) or not all(map(_is_resizable, new_modules.values())):
-        check_same_settings(model.peft_config[live], model.peft_config[new], where)
+        require_compatible_config(model.peft_config[live], model.peft_config[new], where)
         old_tensors, new_tensors = get_adapter_tensors(model, live), get_adapter_tensors(model, new)
         if {k: t.shape for k, t in old_tensors.items()} != {k: t.shape for k, t in new_tensors.items()}:
             raise AdapterError(f"{where} has other tensors than {live!r}", "an adapter of the same modules and sizes")

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowReader, RowSource
 from ..core.foundation.files import parse_dataset_id
-from ..core.foundation.formatting import shorten
+from ..core.foundation.formatting import shorten_text
 from ..errors import DataError, UsageError, format_names, nearest
 from .row_columns import ColumnChoice, detect_format, explain_loss, load_formats, parse_record, validate_format_options
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
@@ -296,6 +296,6 @@ def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Loc
     try:
         return read_hf_dataset(load_dataset(name, config, split=split))
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten(str(error), 300)}"
+        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten_text(str(error), 300)}"
         expected = "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split"
         raise UsageError(problem, expected, "check the name and the connection") from error

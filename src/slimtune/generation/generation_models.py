@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..core.adapters.active_adapters import BASE_ROW
-from ..core.data.chat_template import Tools, encode_chat, end_of_turn_ids, get_chat_template, render_prompt
+from ..core.data.chat_template import Tools, encode_chat, find_end_of_turn_ids, get_chat_template, render_prompt
 from ..core.models.base_config import max_positions
 from ..core.training.trained_model import TrainedModel
 from ..errors import DataError, ModelError, UsageError
@@ -97,5 +97,5 @@ def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
         log.debug("the chat template does not show how a turn ends: %s", e)
     else:
         learned = [token for token, learn in zip(chat.input_ids, chat.supervised, strict=True) if learn]
-        ends |= {token for token in learned[-1:] if token in end_of_turn_ids(tokenizer)}
+        ends |= {token for token in learned[-1:] if token in find_end_of_turn_ids(tokenizer)}
     return tuple(sorted(end for end in ends if end is not None))

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from ..core.foundation.formatting import format_bytes
-from ..core.foundation.json_results import json_key
+from ..core.foundation.json_results import make_json_key_metadata
 from ..core.models.gpu_support import NO_XPU
 from ..planning.gpu_specs import GpuSpec, format_checked
 from ..planning.interval import Interval, format_compact, format_three_digits
@@ -31,7 +31,7 @@ WHOLE_MACHINES = ("laptop", "mac", "mini")
 class PurchasePrice:
     """What a machine costs to buy."""
 
-    gpu: str = field(metadata=json_key("card"))
+    gpu: str = field(metadata=make_json_key_metadata("card"))
     """The name of its GPU."""
     dollars: float
     """The price."""
@@ -79,7 +79,7 @@ def list_api_prices() -> tuple[ApiPrice, ...]:
 class MachineOffer:
     """A machine that can be bought or rented, and what a run takes on it."""
 
-    gpu: str = field(metadata=json_key("card"))
+    gpu: str = field(metadata=make_json_key_metadata("card"))
     """The name of its GPU."""
     kind: str
     """What it is sold as: desktop, laptop, workstation, datacentre, mac or mini."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 
-from ..core.foundation.json_results import json_key
+from ..core.foundation.json_results import make_json_key_metadata
 from ..errors import UsageError
 from ..planning.gpu_specs import MAX_AGE, GpuSpec, is_old
 from ..planning.interval import Interval, format_compact
@@ -18,7 +18,7 @@ POWER_FRACTION = Interval(0.6, 1.0)
 class RentPrice:
     """What a GPU costs to rent."""
 
-    gpu: str = field(metadata=json_key("card"))
+    gpu: str = field(metadata=make_json_key_metadata("card"))
     """The GPU's name."""
     dollars_per_hour: float
     """Dollars an hour."""

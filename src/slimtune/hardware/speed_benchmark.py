@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..core.adapters.peft_model import get_peft_model
-from ..core.attention.attention_functions import packed_attention
+from ..core.attention.attention_functions import enable_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
-from ..core.foundation.cpu import read_processor
+from ..core.foundation.cpu import read_processor_name
 from ..core.foundation.device import disable_malloc_trim
 from ..core.foundation.dtype_names import dtype_name, short_dtype_name
 from ..core.foundation.progress_bars import track_progress
@@ -144,7 +144,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
             work()
     return MachineMeasurement(
         name=gpu.name,
-        processor=read_processor(),
+        processor=read_processor_name(),
         threads=torch.get_num_threads() if picked.type == "cpu" else 0,
         date=datetime.date.today().isoformat(),
         versions={"slimtune": __version__, **{n: importlib.metadata.version(n) for n in ("torch", "transformers")}},
@@ -234,7 +234,7 @@ def measure_training(
 def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
     batch = move_to_device(collator(rows), model.device)
-    with packed_attention(model):
+    with enable_packed_attention(model):
         forward_backward(model, [batch])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import config_field
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.training.objective import Batch, Objective
 from ..errors import DataError, format_names, nearest
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.config.schema import DataSettings
-    from ..core.data.class_labels import Classes
+    from ..core.data.class_labels import ClassLabels
     from ..core.training.datasets import Datasets
 
 
@@ -39,7 +39,7 @@ class Classification(Objective):
     task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "SEQ_CLS"
     measures: ClassVar[tuple[str, ...]] = ("nats", "weight", "correct")
 
-    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
+    class_weights: Literal["balanced"] | dict[str, float] | None = config_field(
         None,
         "weight of each class in the loss: balanced (the rarer, the heavier) or weights by label",
         when_null="all are equal",
@@ -75,7 +75,7 @@ class Classification(Objective):
         )
 
     def prepare_rows(
-        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+        self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return rows to evaluate with the ids of their classes, if these are given; they all count alike."""
         if classes is None:
@@ -139,17 +139,19 @@ def label_losses(values: Tensor, batch: Batch) -> Tensor:
 # --- labels as numbers -----------------------------------------------------------------------------------------------
 
 
-def find_classes(train: TokenizedDataset) -> Classes:
+def find_classes(train: TokenizedDataset) -> ClassLabels:
     """Return the classes of training rows; a row without a class, or with several, makes them multi-label.
 
     Raises:
         DataError: all rows have the same single class.
     """
-    from ..core.data.class_labels import Classes
+    from ..core.data.class_labels import ClassLabels
     from ..extras.row_formats.classification import sort_labels
 
     rows = train.classes
-    classes = Classes(tuple(sort_labels(n for names in rows for n in names)), any(len(names) != 1 for names in rows))
+    classes = ClassLabels(
+        tuple(sort_labels(n for names in rows for n in names)), any(len(names) != 1 for names in rows)
+    )
     if not classes.multi_label and len(classes.names) < 2:
         raise DataError(
             f"every training row has the label {classes.names[0]!r}", "rows of two classes or more", "add other rows"
@@ -158,7 +160,7 @@ def find_classes(train: TokenizedDataset) -> Classes:
 
 
 def encode_classes(
-    rows: TokenizedDataset, classes: Classes, weights: Mapping[str, float], path: object
+    rows: TokenizedDataset, classes: ClassLabels, weights: Mapping[str, float], path: object
 ) -> TokenizedDataset:
     """Return rows with `label`, the id of the class, or 0 and 1 for each class, and with `label_weight`.
 
@@ -167,7 +169,7 @@ def encode_classes(
     """
     import numpy as np
 
-    from ..core.data.tokenize import format_lines
+    from ..core.data.tokenize import format_line_numbers
 
     ids = {name: i for i, name in enumerate(classes.names)}
     found = rows.classes
@@ -179,14 +181,16 @@ def encode_classes(
             label[row, [ids[n] for n in names]] = 1
         return rows.with_columns(label=label, label_weight=np.broadcast_to(values, label.shape))
     if several := [line for line, names in zip(rows.lines, found, strict=True) if len(names) != 1]:
-        raise DataError(f"{path}: not one label in {format_lines(several)}", "one label a row, as in the training rows")
+        raise DataError(
+            f"{path}: not one label in {format_line_numbers(several)}", "one label a row, as in the training rows"
+        )
     label = np.array([ids[names[0]] for names in found], np.int64)
     return rows.with_columns(label=label, label_weight=values[label])
 
 
-def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Classes, path: object) -> None:
+def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: ClassLabels, path: object) -> None:
     """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
-    from ..core.data.tokenize import format_lines
+    from ..core.data.tokenize import format_line_numbers
     from ..extras.row_formats.classification import sort_labels
 
     unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
@@ -194,7 +198,7 @@ def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Cla
         strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
         raise DataError(
             f"{path}: {format_names(strange)} is a label of no training row"
-            f"{nearest(strange[0], classes.names)}: {format_lines(lines)}",
+            f"{nearest(strange[0], classes.names)}: {format_line_numbers(lines)}",
             f"a label of the training rows: {format_names(classes.names)}",
             "correct the label, or train on rows of this class: a class seen only here cannot be learned",
         )

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..core.adapters.config_fields import FieldError, setting
+from ..core.adapters.config_fields import FieldError, config_field
 from .pair_objective import RANKED_PAIRS, PairObjective
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class DPO(PairObjective):
     summary: ClassVar[str] = "to prefer the chosen answer to the rejected one, near the base"
     needs_reference: ClassVar[bool] = True
 
-    beta: float = setting(0.1, "how near the model stays to its reference: larger is nearer", gt=0)
-    loss_type: Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "robust"] = setting("sigmoid", "loss of a pair")
-    label_smoothing: float = setting(
+    beta: float = config_field(0.1, "how near the model stays to its reference: larger is nearer", gt=0)
+    loss_type: Literal["sigmoid", "hinge", "ipo", "sigmoid_norm", "robust"] = config_field("sigmoid", "loss of a pair")
+    label_smoothing: float = config_field(
         0.0, "with loss_type robust: probability that the two answers of a pair are swapped", ge=0, lt=0.5
     )
 
-    pairs: Literal["all", "best-worst"] = setting("all", RANKED_PAIRS)
+    pairs: Literal["all", "best-worst"] = config_field("all", RANKED_PAIRS)
 
     def find_conflicts(self) -> Iterator[FieldError]:
         if self.label_smoothing and self.loss_type != "robust":

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import config_field
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
 from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.data.class_labels import Classes
+    from ..core.data.class_labels import ClassLabels
     from ..core.training.prepared_run import PreparedRun
 
 _MAX_PLACES = 16
@@ -53,10 +53,10 @@ class KTO(Objective):
     learning_rate_factor: ClassVar[float] = 0.1
     measures: ClassVar[tuple[str, ...]] = ("label", "log_ratio", "mismatched_log_ratio")
 
-    beta: float = setting(0.1, "how near the model stays to its reference: larger is nearer", gt=0)
-    desirable_weight: float = setting(1.0, "weight of the losses of good answers", ge=0)
-    undesirable_weight: float = setting(1.0, "weight of the losses of bad answers", ge=0)
-    loss_type: Literal["kto", "apo_zero_unpaired"] = setting("kto", "loss of a row")
+    beta: float = config_field(0.1, "how near the model stays to its reference: larger is nearer", gt=0)
+    desirable_weight: float = config_field(1.0, "weight of the losses of good answers", ge=0)
+    undesirable_weight: float = config_field(1.0, "weight of the losses of bad answers", ge=0)
+    loss_type: Literal["kto", "apo_zero_unpaired"] = config_field("kto", "loss of a row")
 
     @property
     def needs_mismatched_rows(self) -> bool:
@@ -69,7 +69,7 @@ class KTO(Objective):
         return ("KTO runs a forward pass before each step, which takes about a quarter of the speed planned here.",)
 
     def prepare_rows(
-        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+        self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return rows with `label`: whether the answer is good."""
         import numpy as np

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import config_field
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, sum_rows
 from .pair_objective import PairObjective
@@ -31,7 +31,7 @@ class ORPO(PairObjective):
 
     formats: ClassVar[tuple[str, ...]] = ("preference",)
 
-    beta: float = setting(0.1, "weight of the preference beside the cross-entropy (λ of the paper)", ge=0)
+    beta: float = config_field(0.1, "weight of the preference beside the cross-entropy (λ of the paper)", ge=0)
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Return the number of pairs and of the supervised tokens of their chosen answers."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..core.data.class_labels import Classes
+    from ..core.data.class_labels import ClassLabels
     from ..core.data.tokenized_dataset import TokenizedDataset
     from ..core.training.prepared_run import PreparedRun
 
@@ -65,7 +65,7 @@ class PairObjective(Objective):
         raise NotImplementedError
 
     def prepare_rows(
-        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+        self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return ranked lists as pairs of their best and worst answer, if the setting `pairs` says so."""
         from ..core.data.tokenized_dataset import AnswerSubset

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import config_field
 from ..core.training.objective import Batch, Objective
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Reward(Objective):
     task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "SEQ_CLS"
     measures: ClassVar[tuple[str, ...]] = ("nats", "chosen", "rejected")
 
-    center_rewards_coefficient: float | None = setting(
+    center_rewards_coefficient: float | None = config_field(
         None,
         "weight of the squared sum of a pair's rewards, which keeps their mean near 0 (0.01)",
         when_null="none",
@@ -41,9 +41,9 @@ class Reward(Objective):
 
     def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
         """Return the rows as they are, for a head with one output."""
-        from ..core.data.class_labels import Classes
+        from ..core.data.class_labels import ClassLabels
 
-        return replace(datasets, classes=Classes())
+        return replace(datasets, classes=ClassLabels())
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         return self.pair_losses(values).sum() / num_items

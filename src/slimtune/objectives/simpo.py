@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..core.adapters.config_fields import setting
+from ..core.adapters.config_fields import config_field
 from .pair_objective import RANKED_PAIRS, PairObjective
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ class SimPO(PairObjective):
     name: ClassVar[str] = "simpo"
     summary: ClassVar[str] = "to prefer the chosen answer per token, without a reference"
 
-    beta: float = setting(2.0, "scale of the rewards", gt=0)
-    simpo_gamma: float = setting(0.5, "margin that the chosen answer's reward must have", ge=0)
-    label_smoothing: float = setting(0.0, "probability that the two answers of a pair are swapped", ge=0, lt=0.5)
+    beta: float = config_field(2.0, "scale of the rewards", gt=0)
+    simpo_gamma: float = config_field(0.5, "margin that the chosen answer's reward must have", ge=0)
+    label_smoothing: float = config_field(0.0, "probability that the two answers of a pair are swapped", ge=0, lt=0.5)
 
-    pairs: Literal["all", "best-worst"] = setting("all", RANKED_PAIRS)
+    pairs: Literal["all", "best-worst"] = config_field("all", RANKED_PAIRS)
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the losses [N] and the rewards β · log p per token [N, 2]."""

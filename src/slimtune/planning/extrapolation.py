@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..core.attention.attention_functions import layout_unsupported_reason, original_attention
-from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
+from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, get_padded_length
 from ..core.data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
 from ..core.foundation.device import simulate_device
 from ..core.kernels.cross_entropy import rows_at_once
@@ -185,4 +185,4 @@ def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
     tokens = sum(map(count_packed_tokens, lengths))
     rows = [n for length in lengths for n in count_row_tokens(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
-    return np.array([1, tokens, tokens if one_long_row else padded_length(tokens), sum(n * n for n in rows)], float)
+    return np.array([1, tokens, tokens if one_long_row else get_padded_length(tokens), sum(n * n for n in rows)], float)

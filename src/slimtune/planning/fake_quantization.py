@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..core.foundation.device import device_type
+from ..core.foundation.device import get_device_type
 from ..core.kernels.linear_layers import layer_sizes
 from ..core.models.quantization import STORED, has_double_quantization, stored_quantization
 from ..errors import ModelError, UsageError, format_names, nearest
@@ -33,7 +33,7 @@ flop_registry.setdefault(torch.ops.aten._int_mm, flop_registry[torch.ops.aten.mm
 
 
 class Params4bit(nn.Parameter):
-    """Two values in a byte; `count_values` knows bitsandbytes' parameters by this name."""
+    """Two values in a byte; `count_parameter_values` knows bitsandbytes' parameters by this name."""
 
 
 class Linear4bit(nn.Linear):
@@ -101,7 +101,7 @@ class Linear8bit(nn.Linear):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         # Columns of x with an outlier are kept once more, in x's dtype. How many depends on the values (about 0.1 %,
         # https://arxiv.org/abs/2208.07339), so they are not counted. On a CPU bitsandbytes dequantizes W in training.
-        if device_type(x.device) == "cpu":
+        if get_device_type(x.device) == "cpu":
             return F.linear(x, self.dequantized(x.dtype), bias)
         half = x.reshape(-1, self.in_features).to(torch.float16)
         scales = half.new_empty(len(half), dtype=torch.float32)  # noqa: F841 (lives until the end of the product)
@@ -119,7 +119,7 @@ class Linear8bit(nn.Linear):
         if dtype is None:
             return self.weight.float() * (self.row_scales.view(-1, 1) / 127)
         weight, steps = self.weight.to(dtype, copy=True), self.row_scales.unsqueeze(1).mul(1 / 127)
-        if device_type(weight.device) == "cpu" and dtype != steps.dtype:
+        if get_device_type(weight.device) == "cpu" and dtype != steps.dtype:
             # On a CPU `mul_` of two dtypes takes an fp32 copy and an fp32 product.
             return weight.copy_(weight.float() * steps)
         return weight.mul_(steps)

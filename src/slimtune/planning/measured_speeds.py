@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.foundation.cpu import read_processor
+from ..core.foundation.cpu import read_processor_name
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import read_json, write_json
 from ..core.foundation.json_results import from_json_dict, to_json_dict
@@ -237,4 +237,4 @@ def load_machine_measurement() -> MachineMeasurement | None:
             raise ValueError("a figure is not above 0")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{file} is damaged: {error}", "what slimtune bench writes", "run it again") from error
-    return found if found.processor == read_processor() else None
+    return found if found.processor == read_processor_name() else None

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.adapters.adapter_module import MergeUnsupported
-from ..core.attention.attention_functions import packed_attention
+from ..core.attention.attention_functions import enable_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
-from ..core.foundation.device import count_simulated_attention, simulate_device
+from ..core.foundation.device import record_simulated_attention_flops, simulate_device
 from ..core.models.lm_head import get_lm_head
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import compute_outputs, forward_backward, get_row_head, make_collator
@@ -122,7 +122,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
             separate_host=job.device == "cuda",
             max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
         )
-        with tracker, count_simulated_attention(tracker.attention_operations), packed_attention(model):
+        with tracker, record_simulated_attention_flops(tracker.attention_operations), enable_packed_attention(model):
             _assign_state(tracker, model, optimizer)
             tracker.assign((*iterate_tensors(pack), *other_packs), "activations")
             for parameter in trained:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from ..core.foundation.formatting import format_bytes, format_count
-from ..core.foundation.json_results import NOT_IN_JSON, json_key
+from ..core.foundation.json_results import NOT_IN_JSON, make_json_key_metadata
 from .interval import Interval, format_three_digits
 
 MemoryVerdict = Literal["fits", "tight", "does not fit"]
@@ -57,7 +57,7 @@ class ResourceEstimate:
     """The base, by the name that was asked for."""
     method: str
     """The method's name."""
-    gpu: str = field(metadata=json_key("card"))
+    gpu: str = field(metadata=make_json_key_metadata("card"))
     """The GPU's name."""
     dtype: str
     """Of the base's weights; "nf4" or "int8" if it is quantized."""

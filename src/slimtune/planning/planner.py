@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..core.adapters.adapter_files import adapter_tensor_info
+from ..core.adapters.adapter_files import get_adapter_file_content
 from ..core.adapters.quantized_layers import count_parameters
 from ..core.attention.attention_functions import packing_unsupported_reason
 from ..core.data.example_lengths import (
     ExampleLength,
     count_packed_tokens,
     count_row_tokens,
-    resize_rows,
+    resize_example_rows,
     unshare_prefix,
 )
 from ..core.foundation.dtype_names import dtype_name
@@ -133,7 +133,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     usual = pick_usual_rows(request, job) if gpu.rates else job
     usual_trace = trace if usual is job else extrapolate_layers(usual)
     longest_row, rows = max(job.row_tokens), len(count_row_tokens(job.lengths[0]))
-    whole = resize_rows(job.lengths[0], lambda _: longest_row)
+    whole = resize_example_rows(job.lengths[0], lambda _: longest_row)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
     work = Workload(
         usual_trace.operator_counts,
@@ -166,7 +166,8 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         verdict=verdict,
         reason=_explain_verdict(request, verdict, parts, need, usable),
         max_seq_len=largest_fitting(
-            lambda n: fits([resize_rows(length, lambda _: n) for length in job.lengths]), positions or MAX_SEQ_LEN
+            lambda n: fits([resize_example_rows(length, lambda _: n) for length in job.lengths]),
+            positions or MAX_SEQ_LEN,
         ),
         max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
         tokens_per_second=estimate_speed(work, gpu),
@@ -258,7 +259,7 @@ def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
 
     adapters = model.adapter_modules("default")
     growth = model.peft_config["default"].max_added_bytes(adapters)
-    tensors, _ = adapter_tensor_info(model, "default")
+    tensors, _ = get_adapter_file_content(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
     return size(tensors.values()) + (growth or 0), size(extra), growth is not None
 
@@ -326,7 +327,7 @@ def _possible_changes(job: TrainingJob, gpu: GpuSpec) -> list[tuple[str, JobChan
 
         def shorten(j: TrainingJob) -> TrainingJob:  # as it is by then: it may have fewer examples
             return replace(
-                j, lengths=tuple(resize_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths)
+                j, lengths=tuple(resize_example_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths)
             )
 
         changes.append((f"--max-seq-len {longest // 2}", shorten))

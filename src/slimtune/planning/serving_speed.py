@@ -12,7 +12,7 @@ imports no torch, so that machines are compared at once.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..core.foundation.json_results import json_key
+from ..core.foundation.json_results import make_json_key_metadata
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .weight_formats import ENGINES
@@ -43,9 +43,9 @@ class PrefillFit(NamedTuple):
 class ServingSpeed:
     """Tokens a second of one request."""
 
-    decode: Interval = field(metadata=json_key("decode_tokens_per_second"))
+    decode: Interval = field(metadata=make_json_key_metadata("decode_tokens_per_second"))
     """Written after a prompt."""
-    prefill: Interval = field(metadata=json_key("prefill_tokens_per_second"))
+    prefill: Interval = field(metadata=make_json_key_metadata("prefill_tokens_per_second"))
     """Of a prompt that is read."""
     evidence: str
     """Kind of evidence of both."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from ..core.foundation.device import free_memory
+from ..core.foundation.device import count_free_memory
 from ..core.foundation.distributed import local_world_size
 from ..core.models.dtype import pick_device, pick_dtype
 from ..errors import UsageError
@@ -40,7 +40,7 @@ def _detect_gpu(device: str) -> GpuSpec:
         return GpuSpec(
             "this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16
         )
-    free = free_memory(torch.device("cpu"))
+    free = count_free_memory(torch.device("cpu"))
     others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
     return GpuSpec(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 

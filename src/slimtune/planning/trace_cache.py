@@ -23,7 +23,7 @@ import torch
 
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
-from ..core.foundation.installed_versions import read_versions
+from ..core.foundation.installed_versions import read_installed_versions
 from ..extras.gguf_loading import cache_root
 from .memory_trace import StepTrace
 from .plan_request import TrainingJob
@@ -91,7 +91,11 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
 def _describe_environment() -> dict[str, Any]:
     files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
     state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
-    return {"versions": read_versions(), "cpu": torch.backends.cpu.get_cpu_capability(), "files": _hash_json(state)}
+    return {
+        "versions": read_installed_versions(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "files": _hash_json(state),
+    }
 
 
 def _hash_json(values: Any) -> str:

@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
-from ..core.data.messages import RowError, check_template_keys, parse_messages_and_train_mask, require_text
+from ..core.data.messages import RowError, parse_messages_and_train_mask, require_template_keys, require_text
 from ..errors import DataError, ModelError, UsageError
 from ..extras.row_formats.chats import read_tools
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
@@ -377,7 +377,7 @@ def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[st
             message = f"the chat template of {model.name!r} does not write tool calls as JSON objects"
             raise ApiError(400, message, "tools", "unsupported_value")
         field = "messages"
-        check_template_keys(messages, get_chat_template(model.tokenizer, tools))
+        require_template_keys(messages, get_chat_template(model.tokenizer, tools))
         if messages[-1]["role"] == "assistant":
             raise ApiError(400, "the last message is the assistant's, so nothing is asked", "messages", "invalid_value")
         return tools, tokenize_chat_prompt(model.tokenizer, messages, tools)

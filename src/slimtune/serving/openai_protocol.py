@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..core.data.messages import RowError, load_json
+from ..core.data.messages import RowError, decode_strict_json
 from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
 from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
@@ -137,7 +137,7 @@ AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Return the request in a body; raise ApiError for the first thing that is wrong with it."""
     try:
-        value = load_json(body.decode())
+        value = decode_strict_json(body.decode())
     except RowError as error:
         raise ApiError(400, f"the request {error}", code="invalid_json") from error
     except (ValueError, RecursionError) as error:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.adapters.config_fields import Setting, list_settings
-from ..core.adapters.method_registry import method_names
+from ..core.adapters.config_fields import SettingSpec, list_settings
+from ..core.adapters.method_registry import list_methods
 from ..core.config import Recipe
-from ..core.config.objective_registry import objective_names
+from ..core.config.objective_registry import list_objectives
 from ..core.config.recipe_loading import parse_override
 from ..errors import UsageError, nearest
 from .workspace import Workspace
@@ -58,8 +58,8 @@ def list_fields(labels: Mapping[str, str]) -> list[Field]:
     return [_make_field(known[path], label) for path, label in labels.items()]
 
 
-def _make_field(setting: Setting, label: str) -> Field:
-    names = {"method.name": method_names, "task.name": objective_names}
+def _make_field(setting: SettingSpec, label: str) -> Field:
+    names = {"method.name": list_methods, "task.name": list_objectives}
     options = list(names[setting.path]()) if setting.path in names else list(setting.choices)
     is_number = {int, float} & set(_members(setting.type))
     limits = f" ({setting.limits})" if setting.limits else ""
@@ -89,7 +89,7 @@ def make_args(workspace: Workspace, choices: Mapping[str, str], command: str) ->
     return args
 
 
-def _check_setting(workspace: Workspace, line: str, known: Mapping[str, Setting]) -> str:
+def _check_setting(workspace: Workspace, line: str, known: Mapping[str, SettingSpec]) -> str:
     """Return a setting as `PATH=VALUE`; what it names as a path is in the working folder."""
     path, value = parse_override(line)
     section = path.partition(".")[0]

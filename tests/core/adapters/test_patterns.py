@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.core.adapters.name_patterns import Pattern, find_pattern
-from slimtune.core.adapters.targets import layer_index
+from slimtune.core.adapters.name_patterns import ModuleNamePattern, find_matching_pattern
+from slimtune.core.adapters.targets import get_layer_index
 from slimtune.errors import ConfigError
 
 ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a.]", r"\d", r"\w", "^", "$", r"\b", "(?=a)", "(?!b)", "(?<=a)", r"(?<!\.)"]
@@ -30,7 +30,7 @@ NAMES = [f"model.layers.{i}.{m}" for i in range(40) for m in ("self_attn.q_proj"
 def test_the_same_matches_as_re(text, name):
     starts = (0, *(i + 1 for i, c in enumerate(name) if c == "."))
     for some in ((0,), starts):
-        assert Pattern(text).matches(name, some) == any(re.compile(text).fullmatch(name, s) for s in some)
+        assert ModuleNamePattern(text).matches(name, some) == any(re.compile(text).fullmatch(name, s) for s in some)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_same_matches_as_re(text, name):
 def test_endless_patterns_end(text):
     started = time.process_time()
     with contextlib.suppress(ConfigError):
-        assert not any(Pattern(text).matches(name) for name in NAMES)
+        assert not any(ModuleNamePattern(text).matches(name) for name in NAMES)
     assert time.process_time() - started < 5
 
 
@@ -59,16 +59,16 @@ def test_endless_patterns_end(text):
 )
 def test_malformed(text, words):
     with pytest.raises(ConfigError, match=words):
-        Pattern(text)
+        ModuleNamePattern(text)
 
 
 def test_end_of_a_name():
-    assert find_pattern(["v", "q_proj"], "model.q_proj") == "q_proj"
-    assert find_pattern(["^q_proj", "eq_proj"], "model.q_proj") is None
+    assert find_matching_pattern(["v", "q_proj"], "model.q_proj") == "q_proj"
+    assert find_matching_pattern(["^q_proj", "eq_proj"], "model.q_proj") is None
 
 
 def test_layer_index():
-    assert layer_index("h.3", None) == 3
-    assert layer_index("layers.0.experts.3.up", None) == 3  # as in PEFT
-    assert layer_index("vision.0.layers.5.up", "layers") == 5
-    assert layer_index("vision.0.layers.5.up", "(.*)*!") is None
+    assert get_layer_index("h.3", None) == 3
+    assert get_layer_index("layers.0.experts.3.up", None) == 3  # as in PEFT
+    assert get_layer_index("vision.0.layers.5.up", "layers") == 5
+    assert get_layer_index("vision.0.layers.5.up", "(.*)*!") is None

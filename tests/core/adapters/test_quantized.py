@@ -12,7 +12,7 @@ from models_zoo import llama, run, shake, tokens
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.quantized_layers import count_values
+from slimtune.core.adapters.quantized_layers import count_parameter_values
 from slimtune.core.kernels.linear_layers import get_weight, is_quantized
 from slimtune.errors import UsageError
 
@@ -134,7 +134,7 @@ def test_gradients_pass_through_an_evaluated_base(evaluated, bases, tmp_path):
 @EVERY_KIND
 def test_parameter_counts_equal_peft(kind, bases):
     full = sum(p.numel() for p in llama(hidden_size=64, intermediate_size=128).parameters())
-    assert sum(count_values(p) for p in bases(kind).parameters()) == full
+    assert sum(count_parameter_values(p) for p in bases(kind).parameters()) == full
     ours = get_peft_model(bases(kind), LoraConfig(r=4))
     theirs = peft.get_peft_model(bases(kind), peft.LoraConfig(r=4))
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()

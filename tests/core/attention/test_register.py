@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from slimtune.core.attention import attention_functions as register
 from slimtune.core.attention.attention_functions import (
     LAYOUT_KWARG,
-    empty_mask,
-    packed_attention,
+    enable_packed_attention,
+    make_placeholder_mask,
     packing_unsupported_reason,
 )
 from slimtune.core.attention.packed_layout import PackedLayout
@@ -29,7 +29,7 @@ def call_packed(model, **more):
     inputs = {
         "input_ids": zoo.tokens(1, TREE.total),
         "position_ids": torch.tensor([TREE.positions()]),
-        "attention_mask": empty_mask(torch.device("cpu")),
+        "attention_mask": make_placeholder_mask(torch.device("cpu")),
         LAYOUT_KWARG: TREE,
     }
     return model(**inputs | {"use_cache": False, **more})
@@ -48,7 +48,7 @@ def test_calls_without_layout(name):
         return logits
 
     before = run()
-    with packed_attention(model):
+    with enable_packed_attention(model):
         call_packed(model)
         assert torch.equal(run(), before)
     assert torch.equal(run(), before)
@@ -58,12 +58,12 @@ def test_calls_without_layout(name):
 def test_attention_is_restored(implementation):
     model = build("llama")
     model.set_attn_implementation(implementation)
-    with packed_attention(model), packed_attention(model) as can:
+    with enable_packed_attention(model), enable_packed_attention(model) as can:
         assert can
         assert model.config._attn_implementation == f"slimtune_{implementation}"
         call_packed(model)
     assert model.config._attn_implementation == implementation
-    with pytest.raises(ZeroDivisionError), packed_attention(model):
+    with pytest.raises(ZeroDivisionError), enable_packed_attention(model):
         1 / 0  # noqa: B018
     assert model.config._attn_implementation == implementation
 
@@ -76,7 +76,7 @@ def test_wrong_calls():
     model = build("llama")
     cache = model(input_ids=zoo.tokens(1, 4), use_cache=True).past_key_values
     other = PackedLayout((20,), (-1,))
-    with packed_attention(model):
+    with enable_packed_attention(model):
         with pytest.raises(ModelError, match="of 21 tokens to 21 keys, but the layout has one row of 20"):
             call_packed(model, **{LAYOUT_KWARG: other})
         with pytest.raises(ModelError, match="from 2 rows of 21 tokens"):
@@ -109,6 +109,6 @@ def test_another_attention_cannot():
     model = build("llama")
     model.set_attn_implementation("flex_attention")
     assert "'flex_attention', not 'sdpa' or 'eager'" in packing_unsupported_reason(model)
-    with packed_attention(model) as can:
+    with enable_packed_attention(model) as can:
         assert not can
         assert model.config._attn_implementation == "flex_attention"

@@ -155,7 +155,7 @@ def test_gpt_oss_learns_its_channel_and_both_ends():
 def test_token_with_a_piece_of_the_header():
     rendered = chat_template.RenderedText("A: b]c!", [(3, 4), (5, 6)])
     offsets = [(0, 2), (2, 4), (4, 6), (6, 7)]  # "A:", " b", "]c" contains a piece of the header, "!"
-    assert chat_template.mask_tokens(rendered, offsets) == [False, True, False, False]
+    assert chat_template.make_supervised_mask(rendered, offsets) == [False, True, False, False]
 
 
 UNUSABLE = {
@@ -182,4 +182,4 @@ def test_unusable_template(name):
 
 def test_slow_tokenizer_is_refused():
     with pytest.raises(ModelError, match="object is not a fast tokenizer"):
-        chat_template.tokenize_texts(object(), ["a"])
+        chat_template.tokenize_rendered_texts(object(), ["a"])

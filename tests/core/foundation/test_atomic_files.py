@@ -18,7 +18,7 @@ from slimtune.core.foundation.files import (  # fmt: skip
     explain_os_error,
     parse_json,
     read_json,
-    require_output_file,
+    resolve_output_file,
     to_json,
     write_atomic,
     write_json,
@@ -113,7 +113,7 @@ def test_only_files_are_replaced(tmp_path, kind):
             path.symlink_to("/dev/null")
     before = path.lstat()
     with pytest.raises(UsageError, match=r"is a (folder|device)"):
-        require_output_file(path)
+        resolve_output_file(path)
     with pytest.raises(UsageError, match=r"it is a (folder|device)"):
         write_atomic(path, "x")
     assert path.lstat().st_ino == before.st_ino
@@ -124,13 +124,13 @@ def test_links_are_followed_within_a_folder(tmp_path):
     inside, outside, sub = tmp_path / "inside", tmp_path / "sub/outside", tmp_path / "link"
     inside.symlink_to("target")
     outside.symlink_to(tmp_path / "target")
-    assert require_output_file(inside) == tmp_path / "target"
+    assert resolve_output_file(inside) == tmp_path / "target"
     with pytest.raises(UsageError, match=f"outside is a link to {tmp_path}/target, in another folder"):
-        require_output_file(outside)
+        resolve_output_file(outside)
     sub.symlink_to("sub")
-    assert require_output_file(sub / "new") == sub / "new", "the folder is the user's choice"
+    assert resolve_output_file(sub / "new") == sub / "new", "the folder is the user's choice"
     with pytest.raises(UsageError, match="there is no folder"):
-        require_output_file(tmp_path / "no/x")
+        resolve_output_file(tmp_path / "no/x")
 
 
 def test_metrics_stay_in_the_run_folder(tmp_path):

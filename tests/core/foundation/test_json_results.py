@@ -13,8 +13,8 @@ from slimtune.core.foundation.json_results import (
     INLINE,
     OMIT_NONE,
     from_json_dict,
-    json_key,
     json_schema,
+    make_json_key_metadata,
     read_field_docs,
     to_json_dict,
 )
@@ -42,7 +42,7 @@ class Result:
     folder: Path
     versions: Versions
     rows: list[tuple[float, str]] = field(default_factory=list)
-    margin: float | None = field(default=None, metadata=json_key("rewards/margin"))
+    margin: float | None = field(default=None, metadata=make_json_key_metadata("rewards/margin"))
     skipped: int | None = field(default=None, metadata=OMIT_NONE)
     measures: Mapping[str, float] = field(default_factory=dict, metadata=INLINE)
 

@@ -12,7 +12,7 @@ from tiny_run import write_rows
 
 import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
-from slimtune.core.attention.attention_functions import packed_attention, packing_unsupported_reason
+from slimtune.core.attention.attention_functions import enable_packed_attention, packing_unsupported_reason
 from slimtune.core.config import Recipe
 from slimtune.core.training.loss import check_lm_head, forward_backward, make_collator, token_nll
 from slimtune.core.training.train import train
@@ -60,7 +60,7 @@ def check_steps(name, folder, tokenizer):
         check_lm_head(model)
         collator = make_collator(model, 0)
         batch = collator(EXAMPLES)
-        with packed_attention(model):
+        with enable_packed_attention(model):
             before = forward_backward(model, [batch])
             unused = find_modules_without_gradient(model)
             with torch.no_grad():
@@ -89,7 +89,7 @@ def check_steps(name, folder, tokenizer):
         if reason := packing_unsupported_reason(model):
             found["packed"] = f"padded: {reason}"
         else:
-            with packed_attention(model), torch.no_grad():
+            with enable_packed_attention(model), torch.no_grad():
                 error = (token_nll(model, batch) - nll_alone(model)).abs().max()
             found["packed"] = "works" if error < 1e-9 else f"the losses differ by {error:.1e}"
         error = (logits(model.merge_and_unload()) - own).abs().max()

@@ -24,7 +24,7 @@ from two_processes import run_trainer
 
 from slimtune import PeftModel
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.step_sharding import StepSharder, balance
+from slimtune.core.data.step_sharding import DataParallelSharder, balance_micro_batches
 from slimtune.core.training import checkpoint
 from slimtune.core.training.train import train
 
@@ -74,7 +74,7 @@ def cut_back(run: Path, step: int) -> None:
 
 @given(costs=st.lists(st.floats(1, 100), min_size=1, max_size=20), processes=st.integers(1, 6))
 def test_micro_batches_are_balanced(costs, processes):
-    assigned = balance(costs, processes)
+    assigned = balance_micro_batches(costs, processes)
     assert sorted(i for own in assigned for i in own) == list(range(len(costs)))
     load = [sum(costs[i] for i in own) for own in assigned]
     # No process has more than another by more than its own last micro-batch.
@@ -94,7 +94,7 @@ def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, pac
     rows = [[1, *range(5, 5 + n)] for n in lengths]
     examples = [{"input_ids": row, "labels": row} for row in rows]
     collator = Collator(0, packing, layout=packing, max_tokens=max_tokens, max_rows=3)
-    found = [StepSharder(collator, 16, processes, r).assign_groups(examples) for r in range(processes)]
+    found = [DataParallelSharder(collator, 16, processes, r).assign_groups(examples) for r in range(processes)]
     assert len({len(groups) for groups, _ in found}) == 1  # as many passes everywhere
     counted = [i for groups, weights in found for g, w in zip(groups, weights, strict=True) if w for i in g]
     assert sorted(counted) == list(range(len(rows)))
@@ -104,14 +104,14 @@ def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, pac
 
 def test_long_rows_cost_more_than_their_tokens():
     def cost(*lengths):
-        return StepSharder(Collator(0, layout=True), 64).cost(
+        return DataParallelSharder(Collator(0, layout=True), 64).cost(
             [{"input_ids": [*range(n)], "labels": [0] * n} for n in lengths]
         )
 
     assert cost(4000) > 4 * cost(1000)
     # 1000 tokens, and 1000 · 1001 / 2 pairs, of which 6 · 64 take what a token takes.
     assert cost(1000) == pytest.approx(1000 + 500500 / 384)
-    padded = StepSharder(Collator(0, packing=False), 64).cost(
+    padded = DataParallelSharder(Collator(0, packing=False), 64).cost(
         [{"input_ids": [1] * n, "labels": [1] * n} for n in (10, 4)]
     )
     assert padded == pytest.approx(20 + 200 / 384)
@@ -224,7 +224,7 @@ def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 def test_other_commands_want_one_process(monkeypatch, slimtune):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("slimtune.core.foundation.distributed.claim_error_report", lambda error: True)
+    monkeypatch.setattr("slimtune.core.foundation.distributed.claim_error_printing", lambda error: True)
     done = slimtune("methods")
     assert done.exit_code == 2
     assert "slimtune methods was started in 4 processes" in done.stderr

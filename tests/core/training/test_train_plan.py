@@ -12,7 +12,7 @@ from tiny_run import distance, recipe_of
 
 import slimtune.planning.this_machine as this_machine
 from slimtune.core.data.collator import Collator
-from slimtune.core.foundation.device import peak_memory, reset_peak_memory
+from slimtune.core.foundation.device import count_peak_memory, reset_peak_memory
 from slimtune.core.training.memory_probe import pick_longest_micro_batch
 from slimtune.core.training.train import train
 from slimtune.errors import ModelError, RunError
@@ -133,6 +133,6 @@ def test_peak_counts_from_the_reset_on():
     cpu = torch.device("cpu")
     with mmap.mmap(-1, 2**28) as big:  # past the allocator, which may keep what it was given
         big.write(b"x" * 2**28)
-        with_it = peak_memory(cpu)
+        with_it = count_peak_memory(cpu)
     reset_peak_memory(cpu)
-    assert peak_memory(cpu) < with_it - 2**27
+    assert count_peak_memory(cpu) < with_it - 2**27

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.method_registry import config_class
-from slimtune.core.attention.attention_functions import packed_attention
+from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.step_sharding import StepSharder
+from slimtune.core.data.step_sharding import DataParallelSharder
 from slimtune.core.foundation import distributed
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
@@ -66,8 +66,8 @@ def compute_gradients(
         apply_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
         frozen = [p for p in model.parameters() if not p.requires_grad and isinstance(p, DTensor)]
         assert 2 * sum(p.to_local().numel() for p in frozen) == sum(p.numel() for p in frozen) > 0
-    part = StepSharder(Collator(0, layout=True, max_tokens=30), 32, processes, rank)(rows_of_step(rows))
-    with packed_attention(model.train()):
+    part = DataParallelSharder(Collator(0, layout=True, max_tokens=30), 32, processes, rank)(rows_of_step(rows))
+    with enable_packed_attention(model.train()):
         for _ in range(2 if shard else 1):  # gathered weights that a pass leaves must not change the next
             model.zero_grad()
             forward_backward(
@@ -186,4 +186,4 @@ if __name__ == "__main__":
     result = {check: globals()[f"check_{check}"](settings) for check in checks.split(",")}
     if distributed.is_main_process():
         Path(out).write_text(json.dumps(result))
-    distributed.shutdown()
+    distributed.destroy_process_group()

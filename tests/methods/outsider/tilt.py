@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimtune.core.adapters.adapter_module import AdapterModule, MergeUnsupported, Site
-from slimtune.core.adapters.config_fields import setting
+from slimtune.core.adapters.config_fields import config_field
 from slimtune.core.adapters.peft_config import TargetedConfig
 
 
@@ -22,7 +22,7 @@ class TiltConfig(TargetedConfig):
     name: ClassVar[str] = "tilt"
     recipe_defaults: ClassVar[dict] = {"target_modules": "all-linear"}
 
-    shift: bool = setting(False, "also train a shift of each output")
+    shift: bool = config_field(False, "also train a shift of each output")
 
     def build(self, site: Site) -> AdapterModule:
         return LinearTilt(site, self.shift)

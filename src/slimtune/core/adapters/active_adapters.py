@@ -12,14 +12,14 @@ BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
 
 
-class LayerRunner(Protocol):
+class MixedAdapterLayerRunner(Protocol):
     """Runs the adapted layers during a call in which rows or spans of tokens use different adapters."""
 
     def run_layer(self, layer: Any, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a layer, of which `base` is the base module's forward; arguments and result are the forward's."""
 
 
-class ChangedTokens(Protocol):
+class ChangedPositions(Protocol):
     """The tokens of a call that one adapter changes."""
 
     def find_indices(self, x: Tensor, layer: str) -> Tensor:
@@ -37,12 +37,12 @@ class ActiveAdapters:
     enabled: bool = True
     """False: the base runs alone."""
     layers_with_own: list[Any] = field(default_factory=list)
-    """Layers whose active adapters differ: see `LayerSelection`."""
-    layer_runner: LayerRunner | None = None
+    """Layers whose active adapters differ: see `LayerAdapterSelection`."""
+    layer_runner: MixedAdapterLayerRunner | None = None
     """During a call in which not all tokens use the same adapters: what runs each adapted layer."""
     row_adapters: tuple[str, ...] | None = None
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
-    changed_tokens: Mapping[str, ChangedTokens] | None = None
+    changed_tokens: Mapping[str, ChangedPositions] | None = None
     """During a call with activated LoRAs: the tokens that each one changes."""
     invocation_starts: Mapping[str, Tensor] | None = None
     """While generating with activated LoRAs: the first position that each one changes, by row of the prompt."""
@@ -70,7 +70,7 @@ class ActiveAdapters:
 
 
 @dataclass
-class LayerSelection:
+class LayerAdapterSelection:
     """The active adapters of one layer that differ from the model's, after `layer.set_adapter` or `enable_adapters`."""
 
     model_state: ActiveAdapters

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MixedBatchError, TargetError, UnsupportedError
-from ..attention.learned_prefix import make_prefix_config_view
+from ..attention.learned_prefix import make_prefix_attention_config
 from ..kernels.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
-from .active_adapters import ActiveAdapters, LayerSelection
+from .active_adapters import ActiveAdapters, LayerAdapterSelection
 from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
-from .architectures import text_config
-from .generated_classes import PickledByRecipe
-from .model_parts import ResolvedNames, load_compat
+from .architectures import get_text_config
+from .generated_classes import PickledByClassRecipe
+from .model_parts import PeftNameLookupMixin, load_compat_hook
 
 ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy")
 """What an adapted module has in addition to its base's attributes."""
@@ -52,7 +52,7 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
         in_features, out_features = layer_sizes(module)
         weight: Any = module._parameters[parameter_names(module)[0]]
     else:
-        in_features = out_features = getattr(text_config(model), "hidden_size", 0)
+        in_features = out_features = getattr(get_text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
@@ -63,13 +63,13 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
-class AdaptedLayer(PickledByRecipe, ResolvedNames):
+class AdaptedLayer(PickledByClassRecipe, PeftNameLookupMixin):
     """Mixed into the class of an adapted module; see the top of this file."""
 
     adapters: nn.ModuleDict
     active_state: ActiveAdapters
     """What all adapted layers of the model share."""
-    selection: ActiveAdapters | LayerSelection
+    selection: ActiveAdapters | LayerAdapterSelection
     """The layer's active adapters: `active_state`, unless others were chosen for this layer."""
     original_parameters: dict[str, nn.Parameter | None] | None
     """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
@@ -134,7 +134,7 @@ class AdaptedLayer(PickledByRecipe, ResolvedNames):
             self.__dict__["current_copy"] = before
 
     def __repr__(self) -> str:
-        return load_compat().format_layer(self, super().__repr__())
+        return load_compat_hook().format_layer(self, super().__repr__())
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
@@ -155,7 +155,7 @@ class AdaptedLayer(PickledByRecipe, ResolvedNames):
 # --- adding and removing adapters -----------------------------------------------------------------------------------
 
 
-def make_adapted(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayer:
+def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayer:
     """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged.
 
     As in PEFT, layers that different methods adapt first have different classes.
@@ -196,7 +196,7 @@ def restore_base_class(module: AdaptedLayer) -> None:
     _set_class(module, type(module).__bases__[1])
 
 
-def copy_parameters(
+def copy_parameters_to_adapter(
     module: AdaptedLayer, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
 ) -> None:
     """Give an adapter its own copy of the module's parameters and buffers `names`; parameters are trainable.
@@ -270,7 +270,7 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
 
     def get_config(self: AdaptedLayer) -> Any:
         takes_prefix = any(m.uses_attention_prefix for m in self.adapters.values())
-        return make_prefix_config_view(self) if takes_prefix else vars(self)["config"]
+        return make_prefix_attention_config(self) if takes_prefix else vars(self)["config"]
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}

@@ -23,9 +23,9 @@ from transformers.core_model_loading import WeightRenaming
 from ...errors import AdapterError, PeftWarning, UsageError, format_names, nearest
 from ..foundation.files import write_atomic
 from ..foundation.fingerprint import config_fingerprint
-from .adapter_tensors import PREFIX, check_sizes, get_peft_model_state_dict
+from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_sizes
 from .model_parts import FOLDER_WRITERS
-from .peft_config import PeftConfig, find_file, write_config
+from .peft_config import PeftConfig, find_or_download_file, write_adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -58,7 +58,7 @@ def read_adapter_file(
     if pickles and not (folder / WEIGHTS_FILE).is_file():
         message = f"{pickles[0]} is a pickle, which can run arbitrary code when it is read"
         raise AdapterError(message, WEIGHTS_FILE, "save the adapter again with safetensors where it was trained")
-    file = find_file(path, WEIGHTS_FILE, subfolder, **hub)
+    file = find_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
     try:
         with safe_open(str(file), framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
@@ -67,7 +67,7 @@ def read_adapter_file(
         raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None
 
 
-def adapter_tensor_info(
+def get_adapter_file_content(
     model: Any,
     adapter: str,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -80,7 +80,7 @@ def adapter_tensor_info(
     return tensors, metadata
 
 
-def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+def serialize_to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
     """Return the two parts of a safetensors file, whose bytes depend on its content alone.
 
     The library writes the metadata in any order.
@@ -110,7 +110,7 @@ def save_adapter(
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    tensors, metadata = adapter_tensor_info(model, adapter, state_dict, save_embedding_layers)
+    tensors, metadata = get_adapter_file_content(model, adapter, state_dict, save_embedding_layers)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     config = model.peft_config[adapter]
     if flat := [k for k, t in tensors.items() if k.endswith(("lora_A.weight", "lora_B.weight")) and t.dim() < 2]:
@@ -130,13 +130,13 @@ def save_adapter(
         base = model.base_model_class
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, values)
-    write_atomic(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata))
+    write_adapter_config(folder, values)
+    write_atomic(folder / WEIGHTS_FILE, serialize_to_safetensors(tensors, metadata))
     for write_file in FOLDER_WRITERS.load_all().values():
         write_file(config, folder, getattr(model, "model_tags", None) or ())
 
 
-def check_same_settings(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:
+def require_compatible_config(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:
     """Raise AdapterError if an adapter's settings give its tensors another meaning than they have in `here`."""
     ours, theirs = here.to_dict(), there.to_dict()
     ignored = _UNCOMPARED_FIELDS | here.training_written_fields
@@ -146,14 +146,14 @@ def check_same_settings(here: PeftConfig, there: PeftConfig, where: str | os.Pat
         raise AdapterError(f"{where} was trained with other settings: {values}", hint="load it under another name")
 
 
-def read_adapter(
+def read_adapter_for_model(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
     # Models written for transformers 4 whose modules were renamed have a mapping from the names of older checkpoints.
     key_mapping = hub.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub = {k: v for k, v in hub.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
-    check_hub_arguments(hub)
+    require_valid_hub_arguments(hub)
     tensors, fingerprint = read_adapter_file(path, **hub)
     tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub)
@@ -162,11 +162,11 @@ def read_adapter(
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
         raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json")
     config.inference_mode = not is_trainable
-    check_sizes(model, config, tensors, path)
+    require_plausible_sizes(model, config, tensors, path)
     return tensors, config
 
 
-def check_hub_arguments(hub: Mapping[str, Any]) -> None:
+def require_valid_hub_arguments(hub: Mapping[str, Any]) -> None:
     """Raise UsageError if an argument is not one of `hf_hub_download`'s."""
     for name in hub.keys() - set(_HUB_ARGUMENTS):
         expected = f"one of {format_names(_HUB_ARGUMENTS)}"

@@ -11,7 +11,7 @@ several adapters of different methods run, and merge, in the order in which they
     "weight"      nn.MultiheadAttention, out_proj   `merge_into(W, b)` alone: W is read without a call of the module
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
-    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
+    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `SubLayerAdapter`
     "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `prompt_modules.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `prompt_modules.py`;
                                                     or `SharedParameterHolder`
@@ -34,7 +34,7 @@ from ..attention.packed_layout import RowMask as RowMask  # methods import it fr
 from ..kernels.linear_layers import get_weight, is_plain_forward, parameter_names
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank
-from .architectures import text_config
+from .architectures import get_text_config
 from .peft_config import SiteKind as SiteKind
 
 WEIGHT_KINDS = frozenset[SiteKind](["linear", "embedding", "conv", "weight"])
@@ -73,7 +73,7 @@ class Site:
     @property
     def config(self) -> Any:
         """Config of the model's text part, None if the model is not a transformers model."""
-        return text_config(self.model)
+        return get_text_config(self.model)
 
     def weight(self) -> Tensor:
         """Return the frozen weight `(out, in)`, dequantized, in fp32 or wider."""
@@ -92,7 +92,7 @@ class Site:
         return tuple(conv.kernel_size)
 
 
-class BaseChange(Protocol):
+class ReversibleBaseChange(Protocol):
     """What a method's config changed in the base before the first adapter was attached, to put it back."""
 
     @property
@@ -302,7 +302,7 @@ class SharedParameterHolder(AdapterModule):
         return weight, bias
 
 
-class Block(AdapterModule):
+class SubLayerAdapter(AdapterModule):
     """Adapter module after a sub-layer: `forward(x, y)` maps its input and output `(..., d)` to `(..., d)`.
 
     If the sub-layer returns a tuple (such as attention output and weights), the first element is adapted.

@@ -227,7 +227,7 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
+def require_plausible_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
     """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
     config = copy.deepcopy(config)
     config.check_model(model)

@@ -49,18 +49,18 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.Dense
 module, in which the linear layer at the end of the MLP takes its place."""
 
 
-def is_uncalled(parent: Any, name: str) -> bool:
+def is_read_without_call(parent: Any, name: str) -> bool:
     """Return whether `parent` reads the weight of its layer `name` without calling the layer (`UNCALLED_LAYERS`)."""
     class_name, last = type(parent).__name__, name.rpartition(".")[2]
     return any(last in layers and re.fullmatch(parents, class_name) for parents, layers in UNCALLED_LAYERS.items())
 
 
-def model_type(model: Any) -> str | None:
+def get_model_type(model: Any) -> str | None:
     """Return `config.model_type` of a transformers model, None for other modules."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def text_config(model: Any) -> Any:
+def get_text_config(model: Any) -> Any:
     """Return the config of a model's text part, None if the model has no config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -2,7 +2,7 @@
 
     @dataclass
     class LoraConfig(DeclaredSettings):
-        r: int = setting(8, "rank of the update", ge=1)
+        r: int = config_field(8, "rank of the update", ge=1)
 
 `list_settings(LoraConfig)` returns the declarations. `LoraConfig(r=0)` raises at the first error of the values;
 `LoraConfig.find_errors({"r": 0})` returns all of them, each with its field. The sections of the recipe, the methods'
@@ -44,7 +44,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 
 
-def setting(
+def config_field(
     default: Any,
     help: str,
     *,
@@ -101,13 +101,13 @@ class FieldError(NamedTuple):
         return ConfigError(self.sentence or self.problem, self.expected, self.hint, field=self.field)
 
 
-def value_error(field: str, value: object, expected: str, hint: str = "", more: str = "") -> FieldError:
+def make_value_error(field: str, value: object, expected: str, hint: str = "", more: str = "") -> FieldError:
     """Return the error for a value; `more` goes on after it: ", and train.fsdp is true"."""
     text = format_value(value) + more
     return FieldError(field, f"got {text}", expected, hint, f"{field} is {text}")
 
 
-def unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str] = ()) -> FieldError:
+def _make_unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str] = ()) -> FieldError:
     """Return the error for an unknown field: with a field of the same name in `paths`, else the nearest of `names`."""
     name = path.rpartition(".")[2]
     elsewhere = {known.rpartition(".")[2]: known for known in paths}
@@ -124,7 +124,7 @@ def format_value(value: object, limit: int = 100) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingSpec:
     """One declared field, as commands, messages and the documentation show it."""
 
     path: str  # dotted, "train.epochs"; in a config the name
@@ -140,7 +140,7 @@ class Setting:
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     given_choices: Any = None
     words: Mapping[Any, str] = dataclasses.field(default_factory=lambda: _PYTHON_WORDS, repr=False)
-    declared: bool = True  # whether by `setting`; others are not checked
+    declared: bool = True  # whether by `config_field`; others are not checked
 
     @property
     def name(self) -> str:
@@ -170,12 +170,12 @@ class Setting:
     @property
     def item_expected(self) -> str:
         """What an item of a list is, `"one of wandb, trackio"`."""
-        return describe_type(typing.get_args(self.type)[0], self.words)
+        return describe_type_hint(typing.get_args(self.type)[0], self.words)
 
     @property
     def expected(self) -> str:
         """What it takes, `"an integer or None, at least 1"`."""
-        kind = describe_type(self.type, self.words, self.choices)
+        kind = describe_type_hint(self.type, self.words, self.choices)
         return self.takes or ", ".join(filter(None, (kind, _describe_bounds(self.bounds))))
 
     def read(self, value: Any) -> Any:
@@ -203,11 +203,11 @@ class Setting:
         in_range = all(_BOUNDS[name][1](x, bound) for name, bound in self.bounds.items() for x in numbers)
         largest = MAX_NUMBER if not {"le", "lt"} & set(self.bounds) else math.inf
         if not all(-MAX_NUMBER <= x <= largest for x in numbers):  # not NaN, either
-            return value_error(self.name, value, f"{self.expected}; at most {MAX_NUMBER:g} in size")
+            return make_value_error(self.name, value, f"{self.expected}; at most {MAX_NUMBER:g} in size")
         if _has_type(value, self.type) and in_range and (not isinstance(value, str) or self._takes_text(value)):
             return None
         near = nearest(value, self.choices) if isinstance(value, str) else ""
-        return value_error(self.name, value, self.expected, more=near)
+        return make_value_error(self.name, value, self.expected, more=near)
 
     def _takes_text(self, value: str) -> bool:
         matches = not self.pattern or bool(re.fullmatch(self.pattern, value, re.DOTALL))
@@ -215,7 +215,7 @@ class Setting:
 
 
 class DeclaredSettings:
-    """Base of dataclasses whose fields are declared with `setting`."""
+    """Base of dataclasses whose fields are declared with `config_field`."""
 
     yaml_words: ClassVar[bool] = False
     """Whether messages say null and true, as a recipe does, instead of None and True."""
@@ -264,7 +264,7 @@ class DeclaredSettings:
 
     def error(self, name: str, expected: str, hint: str = "", more: str = "") -> FieldError:
         """Return the error for the value that a field has."""
-        return value_error(name, getattr(self, name), expected, hint, more)
+        return make_value_error(name, getattr(self, name), expected, hint, more)
 
     @classmethod
     def get_declaring_class(cls) -> type:
@@ -285,16 +285,16 @@ class DeclaredSettings:
         return iter(())
 
 
-def list_settings(cls: Any) -> tuple[Setting, ...]:
+def list_settings(cls: Any) -> tuple[SettingSpec, ...]:
     """Return the settings of a dataclass in its order, inherited ones first; those of a section in place of it."""
     return _list_settings(cls, "")
 
 
 @cache
-def _list_settings(cls: Any, prefix: str) -> tuple[Setting, ...]:
+def _list_settings(cls: Any, prefix: str) -> tuple[SettingSpec, ...]:
     hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
     in_yaml = getattr(cls, "yaml_words", False)
-    found: list[Setting] = []
+    found: list[SettingSpec] = []
     for field in dataclasses.fields(cls):
         hint, metadata = hints[field.name], dict(field.metadata)
         if in_yaml and _is_section(hint):
@@ -305,14 +305,14 @@ def _list_settings(cls: Any, prefix: str) -> tuple[Setting, ...]:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = field.default_factory() if callable(field.default_factory) else field.default
         metadata["flag"] = metadata.get("flag") or f"--{field.name.replace('_', '-')}"
-        found.append(Setting(f"{prefix}{field.name}", hint, None if required else default, required,
+        found.append(SettingSpec(f"{prefix}{field.name}", hint, None if required else default, required,
                              words=_YAML_WORDS if in_yaml else _PYTHON_WORDS,
                              declared="help" in metadata, **metadata))  # fmt: skip
     return tuple(found)
 
 
-def read_settings(
-    known: Mapping[str, Setting],
+def read_section_settings(
+    known: Mapping[str, SettingSpec],
     given: Mapping[str, Any],
     section: str,
     short_names: Mapping[str, str] | None = None,
@@ -339,7 +339,9 @@ def read_settings(
         if full_name not in known:
             suggests = len(errors) < most
             error = (
-                unknown_field_error(path, names or [*known, *short_names], paths) if suggests else FieldError(path, "")
+                _make_unknown_field_error(path, names or [*known, *short_names], paths)
+                if suggests
+                else FieldError(path, "")
             )
             errors.append(error)
             continue
@@ -359,21 +361,21 @@ def _is_section(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, DeclaredSettings)
 
 
-def describe_type(hint: Any, words: Mapping[Any, str] = _PYTHON_WORDS, choices: Iterable[str] = ()) -> str:
+def describe_type_hint(hint: Any, words: Mapping[Any, str] = _PYTHON_WORDS, choices: Iterable[str] = ()) -> str:
     """Return a type as a phrase: `"an integer or None"`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     in_yaml = words is _YAML_WORDS
     if origin is Annotated:
-        return describe_type(arguments[0], words, choices)
+        return describe_type_hint(arguments[0], words, choices)
     if origin in _UNIONS:
-        return " or ".join(dict.fromkeys(describe_type(a, words, choices) for a in arguments))
+        return " or ".join(dict.fromkeys(describe_type_hint(a, words, choices) for a in arguments))
     if origin is Literal or (choices and isinstance(hint, type) and issubclass(hint, str)):
         return _describe_choices(tuple(choices or arguments), in_yaml)
     if origin is list and in_yaml:
         is_choice = typing.get_origin(arguments[0]) is Literal
         return f"a list of {', '.join(typing.get_args(arguments[0])) if is_choice else words[arguments[0]]}"
     if origin is dict and in_yaml:
-        return f"a mapping of {' to '.join(describe_type(a, words) for a in arguments)}"
+        return f"a mapping of {' to '.join(describe_type_hint(a, words) for a in arguments)}"
     if in_yaml:
         return words.get(hint) or "a path"
     return words.get(hint) or str(hint if arguments else getattr(hint, "__name__", hint))

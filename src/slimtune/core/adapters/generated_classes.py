@@ -8,37 +8,37 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Recipe(NamedTuple):
+class ClassRecipe(NamedTuple):
     """How a class is made: `function(*arguments)`."""
 
     function: Callable[..., type]
     arguments: tuple
 
 
-class PickledByRecipe:
+class PickledByClassRecipe:
     """Mixed into made classes: pickle stores the recipe of the object's class instead of its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        return (new_instance, (describe_class(type(self)),), *reduced[2:])
+        return (_new_instance, (_describe_class(type(self)),), *reduced[2:])
 
 
-def describe_class(cls: Any) -> Any:
+def _describe_class(cls: Any) -> Any:
     """Return the recipe of a made class; any other argument as it is."""
     if not isinstance(cls, type) or "_recipe" not in vars(cls):
         return cls
     function, *arguments = vars(cls)["_recipe"]
-    return Recipe(function, tuple(describe_class(a) for a in arguments))
+    return ClassRecipe(function, tuple(_describe_class(a) for a in arguments))
 
 
-def make_class(description: Any) -> Any:
-    """Return the class, or other argument, that `describe_class` described."""
-    if not isinstance(description, Recipe):
+def _make_class(description: Any) -> Any:
+    """Return the class, or other argument, that `_describe_class` described."""
+    if not isinstance(description, ClassRecipe):
         return description
-    return description.function(*(make_class(a) for a in description.arguments))
+    return description.function(*(_make_class(a) for a in description.arguments))
 
 
-def new_instance(description: Any) -> Any:
+def _new_instance(description: Any) -> Any:
     """Return an empty object of the described class."""
-    cls = make_class(description)
+    cls = _make_class(description)
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""Merging: adapters are added to a layer's own parameters, and `unmerge_adapters` puts the original ones back."""
+"""Merging: adapters are added to a layer's parameters; `unmerge_adapters_from_layer` puts the original ones back."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +11,8 @@ from .adapted_layer import AdaptedLayer
 from .adapter_module import MergeUnsupported
 
 
-def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
-    """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
+def merge_adapters_into_layer(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
+    """Merge adapters into the parameters of a module, which keeps the replaced ones for `unmerge_adapters_from_layer`.
 
     If other adapters are merged already, all are merged into the original parameters.
 
@@ -20,7 +20,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
         MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
     """
     adapters = [*module.merged_names, *(a for a in adapters if a not in module.merged_names)]
-    unmerge_adapters(module)
+    unmerge_adapters_from_layer(module)
     merged: dict[str, Tensor] = {}
     owner = next((a for a in adapters if a in module.trained_copies), None)
     if owner is not None:
@@ -71,7 +71,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 
-def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
+def retie_equal_merged_parameters(modules: Iterable[AdaptedLayer]) -> None:
     """Let merged parameters share memory again that were one parameter before and are equal now."""
     first: dict[int, Any] = {}
     for module in modules:
@@ -83,7 +83,7 @@ def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
                 module._parameters[name] = shared
 
 
-def unmerge_adapters(module: AdaptedLayer) -> None:
+def unmerge_adapters_from_layer(module: AdaptedLayer) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:
         for n, tensor in module.original_parameters.items():

@@ -23,18 +23,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @cache
-def method_names() -> tuple[str, ...]:
+def list_methods() -> tuple[str, ...]:
     """Return the names of all methods, built-in and registered by entry points, sorted; none is imported."""
     return tuple(sorted(METHODS.names()))
 
 
-def require_method(name: str) -> str:
+def resolve_method_name(name: str) -> str:
     """Return the name of a method in lower case, without importing it; `"lora"` for PEFT's `"LORA"`.
 
     Raises:
         ConfigError: there is no such method; the error names the known ones and the nearest.
     """
-    method, known = str(name).lower(), method_names()
+    method, known = str(name).lower(), list_methods()
     if method not in known and method in {*ALIASES, *VARIANTS, "qlora"}:
         variant_of, settings = VARIANTS.get(method, (ALIASES.get(method, "lora"), {}))
         flags = "".join(f" --set method.{k}={str(v).lower()}" for k, v in settings.items())
@@ -46,8 +46,8 @@ def require_method(name: str) -> str:
 
 
 def config_class(name: str) -> Any:
-    """Return the config class of a method; name and errors as for `require_method`."""
-    method = require_method(name)
+    """Return the config class of a method; name and errors as for `resolve_method_name`."""
+    method = resolve_method_name(name)
     module = METHODS.load(method)
     # Recognized by attributes: the config base class imports this module, so its class is not available here.
     classes = [c for c in vars(module).values() if hasattr(c, "peft_type") and getattr(c, "name", None) == method]

@@ -54,18 +54,18 @@ FOLDER_WRITERS: Registry[Callable[[PeftConfig, Path, Sequence[str]], None]] = Re
 
 
 @cache
-def load_compat() -> CompatHook:
+def load_compat_hook() -> CompatHook:
     """Return the hook; it is imported with the first adapted model."""
     return COMPAT.load("peft")
 
 
-class ResolvedNames(nn.Module):
+class PeftNameLookupMixin(nn.Module):
     """Mixed into adapted layers, models and backbones: asks the hook for a name that the object itself lacks."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             value = super().__getattr__(name)
         except AttributeError:
-            return load_compat().resolve_name(self, name)
+            return load_compat_hook().resolve_name(self, name)
         # The child of this name has bare parameters; PEFT's are modules of the base's class.
-        return load_compat().resolve_name(self, name) if name == "modules_to_save" else value
+        return load_compat_hook().resolve_name(self, name) if name == "modules_to_save" else value

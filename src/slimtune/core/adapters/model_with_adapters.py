@@ -18,13 +18,13 @@ from torch import nn
 from ...errors import UsageError, format_names, nearest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
-from .adapter_module import AdapterModule, BaseChange, MergeUnsupported
-from .generated_classes import PickledByRecipe
-from .merging import merge_adapters, tie_equal_parameters, unmerge_adapters
-from .model_parts import ResolvedNames, load_compat
+from .adapter_module import AdapterModule, MergeUnsupported, ReversibleBaseChange
+from .generated_classes import PickledByClassRecipe
+from .merging import merge_adapters_into_layer, retie_equal_merged_parameters, unmerge_adapters_from_layer
+from .model_parts import PeftNameLookupMixin, load_compat_hook
 from .peft_config import PeftConfig
-from .quantized_layers import count_parameters, disable_cpu_repacking
-from .targets import MatchReport, find_tied_modules, matches_regex_or_names, select_targets
+from .quantized_layers import count_parameters, keep_differentiable_4bit_layout
+from .targets import TargetMatches, find_tied_modules, matches_regex_or_names, select_targets
 
 
 @dataclass
@@ -40,15 +40,15 @@ class AdapterState:
     was_trainable: dict[str, bool]
     repacking_layers: list[Any]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
-    reports: dict[str, MatchReport] = field(default_factory=dict)
+    reports: dict[str, TargetMatches] = field(default_factory=dict)
     layers: dict[str, dict[str, layer.AdaptedLayer]] = field(default_factory=dict)
     suspended: bool = False
     input_gradients: bool = False
-    base_change: BaseChange | None = None
+    base_change: ReversibleBaseChange | None = None
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
-class ModelWithAdapters(PickledByRecipe, ResolvedNames):
+class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
     """The adapters of a model."""
 
     @property
@@ -76,7 +76,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
     def base_model_class(self) -> Any:
         return self.adapter_state.base_class
 
-    def match_report(self, adapter_name: str | None = None) -> MatchReport:
+    def match_report(self, adapter_name: str | None = None) -> TargetMatches:
         """Return which modules an adapter (None: the active one) changes, and which it does not."""
         return self.adapter_state.reports[self.require_adapter(adapter_name or self.active_adapters[0])]
 
@@ -114,7 +114,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         strict: bool = True,
-    ) -> MatchReport:
+    ) -> TargetMatches:
         """Add another adapter, inactive, and return what it matched.
 
         `strict` is as in `select_targets`, the other arguments as in `get_peft_model`.
@@ -151,7 +151,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
                 tied: dict[int, nn.Parameter] | None = {} if shares_copies else None
                 for name in {**modules, **report.copied}:
-                    adapted = layers[name] = layer.make_adapted(
+                    adapted = layers[name] = layer.swap_to_adapted_class(
                         self.get_submodule(name), state.active_state, peft_config.name
                     )
                     if name in modules:
@@ -159,7 +159,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
                         adapted.adapters[adapter_name] = modules[name]
                     if name in report.copied:
                         names = report.copied[name]
-                        layer.copy_parameters(adapted, adapter_name, names, autocast_adapter_dtype, tied)
+                        layer.copy_parameters_to_adapter(adapted, adapter_name, names, autocast_adapter_dtype, tied)
                 self.set_requires_grad(adapter_name, False)
         except BaseException:
             self.detach_adapter(adapter_name)
@@ -173,9 +173,9 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
         copied = {name.rpartition(".")[0]: [name.rpartition(".")[2]] for name in names}
         for name, parameters in copied.items():
             method = state.configs[adapter_name].name
-            adapted = layer.make_adapted(self.get_submodule(name), state.active_state, method)
+            adapted = layer.swap_to_adapted_class(self.get_submodule(name), state.active_state, method)
             state.layers[adapter_name][name] = adapted
-            layer.copy_parameters(adapted, adapter_name, parameters, autocast=True, tied=None)
+            layer.copy_parameters_to_adapter(adapted, adapter_name, parameters, autocast=True, tied=None)
             adapted.trained_copies[adapter_name].requires_grad_(trains)
         biases, copied = (*report.biases, *names), {**report.copied, **copied}
         state.reports[adapter_name] = replace(report, biases=biases, copied=copied)
@@ -200,7 +200,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set whether the parameters of these adapters train."""
         if requires_grad:
-            disable_cpu_repacking(self.adapter_state.repacking_layers)
+            keep_differentiable_4bit_layout(self.adapter_state.repacking_layers)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for p in self.trainable_parameters(name):
                 p.requires_grad_(requires_grad)
@@ -301,8 +301,8 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
             for name, module in layers.items():
                 present = [a for a in names[name] if a in module.adapters or a in module.trained_copies]
                 if present:
-                    merge_adapters(name or type(self).__name__, module, present, check=safe_merge)
-            tie_equal_parameters(layers.values())
+                    merge_adapters_into_layer(name or type(self).__name__, module, present, check=safe_merge)
+            retie_equal_merged_parameters(layers.values())
         except BaseException:
             self.unmerge_adapter()
             raise
@@ -312,7 +312,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
     def unmerge_adapter(self) -> None:
         """Undo a merge: the base gets its original parameter objects back."""
         for module in self.adapted_layers().values():
-            unmerge_adapters(module)
+            unmerge_adapters_from_layer(module)
         self.adapter_state.active_state.merged = []
         self.adapter_state.active_state.caches.clear()
 
@@ -410,7 +410,7 @@ class ModelWithAdapters(PickledByRecipe, ResolvedNames):
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         if state.base_change is not None:
             state.base_change.undo(self)
-        load_compat().remove_backbone_names(self)
+        load_compat_hook().remove_backbone_names(self)
         del self.__dict__["_slimtune"]
         self.__class__ = state.base_class  # type: ignore[assignment]
         return self

@@ -21,7 +21,7 @@ MAX_SECONDS = 2.0
 """Time that a pattern may take for all names together; a pattern that people write takes microseconds for each."""
 
 
-class Pattern:
+class ModuleNamePattern:
     """A regular expression for module names.
 
     Raises:
@@ -60,27 +60,27 @@ class Pattern:
 
 
 @cache
-def get_pattern(text: str) -> Pattern:
+def compile_name_pattern(text: str) -> ModuleNamePattern:
     """Return the pattern for a text, made once."""
-    return Pattern(text)
+    return ModuleNamePattern(text)
 
 
 def find_pattern_error(text: str) -> ConfigError | None:
     """Return what is wrong with a config's pattern; None: it is well formed."""
     try:
-        get_pattern(text)
+        compile_name_pattern(text)
     except ConfigError as e:
         return e
     return None
 
 
-def find_pattern(patterns: Iterable[str], name: str) -> str | None:
+def find_matching_pattern(patterns: Iterable[str], name: str) -> str | None:
     """Return the first pattern that matches `name` or its end after a dot, or None."""
     starts = (0, *(i + 1 for i, c in enumerate(name) if c == "."))
-    return next((p for p in patterns if get_pattern(p).matches(name, starts)), None)
+    return next((p for p in patterns if compile_name_pattern(p).matches(name, starts)), None)
 
 
-def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """Return the value of the first pattern that matches `name` (see `find_pattern`), or the default."""
-    key = find_pattern(patterns, name)
+def get_value_by_pattern(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """Return the value of the first pattern that matches `name` (see `find_matching_pattern`), or the default."""
+    key = find_matching_pattern(patterns, name)
     return default if key is None else patterns[key]

@@ -23,15 +23,15 @@ from ...compat.peft_registration import register_as_peft_subclass
 from ...errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
 from ..foundation.files import read_json, write_atomic
 from ..foundation.version import __version__
-from .architectures import DEFAULT_TARGETS, model_type
-from .config_fields import DeclaredSettings, FieldError, setting
-from .method_registry import config_class, method_names
-from .name_patterns import find_pattern_error, get_pattern_value
+from .architectures import DEFAULT_TARGETS, get_model_type
+from .config_fields import DeclaredSettings, FieldError, config_field
+from .method_registry import config_class, list_methods
+from .name_patterns import find_pattern_error, get_value_by_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, BaseChange, Site
+    from .adapter_module import AdapterModule, ReversibleBaseChange, Site
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -64,7 +64,7 @@ class PeftType(StrEnum):
     """The methods by PEFT's names: `PeftType.LORA`."""
 
     _ignore_ = "name"
-    for name in method_names():
+    for name in list_methods():
         locals()[name.upper()] = name.upper()
 
 
@@ -97,7 +97,7 @@ class _ConfigMeta(type):
 class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """The fields all methods share.
 
-    A method's own config declares its fields with `setting`; `find_conflicts` has the rules that involve several.
+    A method's own config declares its fields with `config_field`; `find_conflicts` has the rules that involve several.
     """
 
     name: ClassVar[str] = ""
@@ -131,13 +131,13 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     training_written_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that training writes: two adapters with the same settings may differ in them."""
 
-    task_type: str | TaskType | None = setting(
+    task_type: str | TaskType | None = config_field(
         None, "what the model is tuned for; None leaves the model as it is", choices=tuple(TaskType), kw_only=True
     )
     peft_type: str | PeftType | None = dataclasses.field(default=None, kw_only=True)  # set below to the method's
     base_model_name_or_path: str | None = dataclasses.field(default=None, kw_only=True)
     revision: str | None = dataclasses.field(default=None, kw_only=True)
-    inference_mode: bool = setting(False, "attach the adapter frozen", kw_only=True)
+    inference_mode: bool = config_field(False, "attach the adapter frozen", kw_only=True)
     auto_mapping: dict | None = dataclasses.field(default=None, kw_only=True)
     peft_version: str | None = dataclasses.field(default=None, kw_only=True)  # set below to the version that writes it
 
@@ -185,7 +185,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
-    def change_base(self, model: nn.Module) -> BaseChange | None:
+    def change_base(self, model: nn.Module) -> ReversibleBaseChange | None:
         """Change the base's modules before the first adapter is attached; return how to undo it, None without one."""
         return None
 
@@ -274,7 +274,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         """Write `adapter_config.json` into the folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, self.to_dict())
+        write_adapter_config(folder, self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -316,7 +316,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
             ConfigFieldError: the file has no peft_type.
             AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
-        file = find_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
+        file = find_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
         values = cls.from_json_file(file)
         if not values.get("peft_type"):
             message = (
@@ -367,27 +367,27 @@ class TargetedConfig(PeftConfig):
     architecture_targets: ClassVar[Mapping[str | None, list[str]]] = DEFAULT_TARGETS
     """The default targets by `model_type`: PEFT's for LoRA, unless a method has its own."""
 
-    target_modules: list[str] | str | None = setting(
+    target_modules: list[str] | str | None = config_field(
         None,
         'names or dotted suffixes of modules, a regular expression for the full name (a string), or "all-linear": '
         "every linear layer, and with LoRA the experts, except the output head and routers; None: PEFT's choice for "
         "the architecture",
     )
-    exclude_modules: list[str] | str | None = setting(
+    exclude_modules: list[str] | str | None = config_field(
         None, "names, suffixes or a regular expression of modules to leave out of target_modules"
     )
-    layers_to_transform: list[int] | int | None = setting(
+    layers_to_transform: list[int] | int | None = config_field(
         None, "index or indexes, from 0, of the layers to change; None: all", ge=0
     )
-    layers_pattern: list[str] | str | None = setting(
+    layers_pattern: list[str] | str | None = config_field(
         None, "name of the list that holds the layers, where a model has several numbered lists"
     )
-    modules_to_save: list[str] | None = setting(
+    modules_to_save: list[str] | None = config_field(
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        return self.architecture_targets.get(model_type(model))
+        return self.architecture_targets.get(get_model_type(model))
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()
@@ -418,8 +418,10 @@ class PatternedConfig(TargetedConfig):
     alpha_name: ClassVar[str] = "alpha"
     """The field that holds the alpha of layers that no pattern matches."""
 
-    rank_pattern: dict[str, int] = setting({}, "rank of single layers, by their name or pattern", ge=1, kw_only=True)
-    alpha_pattern: dict[str, float] = setting(
+    rank_pattern: dict[str, int] = config_field(
+        {}, "rank of single layers, by their name or pattern", ge=1, kw_only=True
+    )
+    alpha_pattern: dict[str, float] = config_field(
         {}, "alpha of single layers, by their name or pattern", gt=0, kw_only=True
     )
 
@@ -429,23 +431,23 @@ class PatternedConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def get_rank(self, layer_name: str) -> int:
-        return get_pattern_value(self.rank_pattern, layer_name, getattr(self, "r"))  # noqa: B009 (a method's own field)
+        return get_value_by_pattern(self.rank_pattern, layer_name, getattr(self, "r"))  # noqa: B009 (a method's own field)
 
     def get_alpha(self, layer_name: str) -> float:
-        return get_pattern_value(self.alpha_pattern, layer_name, getattr(self, self.alpha_name))
+        return get_value_by_pattern(self.alpha_pattern, layer_name, getattr(self, self.alpha_name))
 
 
-def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+def write_adapter_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write a config's values as the `adapter_config.json` of a folder."""
-    write_atomic(folder / CONFIG_FILE, format_config(values))
+    write_atomic(folder / CONFIG_FILE, format_adapter_config(values))
 
 
-def format_config(values: Mapping[str, Any]) -> str:
+def format_adapter_config(values: Mapping[str, Any]) -> str:
     """Return the text of an `adapter_config.json`."""
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
+def find_or_download_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
     """Return the local path of a file in an adapter's or run's folder, or in a Hub repository (which downloads it).
 
     Raises:

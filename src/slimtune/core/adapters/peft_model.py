@@ -20,13 +20,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UsageError, format_names
-from .adapter_files import check_same_settings, read_adapter, save_adapter
+from .adapter_files import read_adapter_for_model, require_compatible_config, save_adapter
 from .adapter_module import SharedParameterHolder
 from .adapter_tensors import LoadResult, load_adapter_tensors
-from .model_parts import MODEL_MIXINS, load_compat
+from .model_parts import MODEL_MIXINS, load_compat_hook
 from .model_with_adapters import AdapterState, ModelWithAdapters
 from .peft_config import PeftConfig
-from .quantized_layers import find_repacking_layers
+from .quantized_layers import find_cpu_repacking_layers
 
 
 def get_peft_model(
@@ -50,7 +50,7 @@ def get_peft_model(
     Raises:
         TargetError: a target, layer index, pattern or module to save matches nothing.
     """
-    cls = load_compat().model_class(None, mixed=True) if mixed else PeftModel
+    cls = load_compat_hook().model_class(None, mixed=True) if mixed else PeftModel
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision)
 
 
@@ -213,7 +213,7 @@ class PeftModel(ModelWithAdapters):
             settings["ignore_mismatched_sizes"] = ignore_mismatched_sizes
             model.load_adapter(model_id, adapter_name, is_trainable, **settings)
             return model
-        tensors, config = read_adapter(model, model_id, config, is_trainable, hub)
+        tensors, config = read_adapter_for_model(model, model_id, config, is_trainable, hub)
         adapted = cls._attach_first_adapter(model, adapter_name, config, autocast_adapter_dtype, strict=False)
         try:
             load_adapter_tensors(adapted, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
@@ -238,9 +238,9 @@ class PeftModel(ModelWithAdapters):
 
         That adapter must have the same settings. Other arguments and errors are those of `from_pretrained`.
         """
-        tensors, config = read_adapter(self, model_id, config, is_trainable, hub)
+        tensors, config = read_adapter_for_model(self, model_id, config, is_trainable, hub)
         if adapter_name in self.peft_config:
-            check_same_settings(self.peft_config[adapter_name], config, model_id)
+            require_compatible_config(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
                 raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
             return load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
@@ -259,7 +259,7 @@ class PeftModel(ModelWithAdapters):
     def _attach_first_adapter(
         cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, **settings: bool
     ) -> Any:
-        of_task = load_compat().model_class(config.task_type) if cls is PeftModel else None
+        of_task = load_compat_hook().model_class(config.task_type) if cls is PeftModel else None
         peft_model = _make_peft_model(model, of_task or cls)
         try:
             peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, **settings)
@@ -300,10 +300,10 @@ def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
     base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = load_compat().register_class(_make_model_class(base_class, cls), "PeftModel")
-    model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_repacking_layers(model))
+    model.__class__ = load_compat_hook().register_class(_make_model_class(base_class, cls), "PeftModel")
+    model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_cpu_repacking_layers(model))
     assert isinstance(model, PeftModel)
-    load_compat().add_backbone_names(model)
+    load_compat_hook().add_backbone_names(model)
     return model
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..kernels.linear_layers import repack_for_dequantize
 
 
-def find_repacking_layers(model: nn.Module) -> list[Any]:
+def find_cpu_repacking_layers(model: nn.Module) -> list[Any]:
     """Return the 4-bit modules that change their weight's memory layout when they first run in evaluation mode.
 
     bitsandbytes does so on CPUs with AVX-512 BF16. From then on the module rounds to bf16 and no gradient passes
@@ -21,7 +21,7 @@ def find_repacking_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
 
 
-def disable_cpu_repacking(modules: Iterable[Any]) -> None:
+def keep_differentiable_4bit_layout(modules: Iterable[Any]) -> None:
     """Make 4-bit modules keep the layout that gradients pass through; undo the repacking if it has happened."""
     for module in modules:
         module.support_avx512bf16_for_cpu = False
@@ -33,11 +33,11 @@ def disable_cpu_repacking(modules: Iterable[Any]) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (number of trainable parameters, number of all parameters)."""
-    counts = [(count_values(p), p.requires_grad) for p in model.parameters()]
+    counts = [(count_parameter_values(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
-def count_values(parameter: nn.Parameter) -> int:
+def count_parameter_values(parameter: nn.Parameter) -> int:
     """Return the number of values in a parameter; a byte of a 4-bit parameter contains two."""
     return parameter.numel() * (2 * parameter.element_size() if is_4_bit(parameter) else 1)
 

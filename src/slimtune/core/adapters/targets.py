@@ -21,8 +21,8 @@ from ...errors import TargetError, format_names, nearest
 from ..kernels.linear_layers import layer_kind, stored_buffer_names
 from .adapted_layer import ADDED_CHILDREN, AdaptedLayer, can_have_adapters
 from .adapter_module import WEIGHT_KINDS, SiteKind
-from .architectures import HEADS, is_uncalled, model_type, text_config
-from .name_patterns import find_pattern, get_pattern
+from .architectures import HEADS, get_model_type, get_text_config, is_read_without_call
+from .name_patterns import compile_name_pattern, find_matching_pattern
 from .peft_config import PeftConfig
 
 Modules = dict[str, nn.Module]
@@ -37,7 +37,7 @@ _KIND_NAMES = {
 
 
 @dataclass(frozen=True)
-class MatchReport:
+class TargetMatches:
     """Which modules of a base an adapter changes.
 
     Args:
@@ -71,7 +71,7 @@ class MatchReport:
         return "; ".join(parts)
 
 
-def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> MatchReport:
+def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> TargetMatches:
     """Return the modules that `config` selects in `model`, a base with or without adapters.
 
     `strict=False` accepts names that match nothing as long as one matches: for adapters loaded from files, whose
@@ -91,7 +91,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         matched = _add_tied_modules(modules, config, matched, tied)
         kinds = _get_kinds(matched, model, modules, config)
         if strict:
-            parameters = [f"{n}.{p}" for n, names in match_parameters(model, config).items() for p in names]
+            parameters = [f"{n}.{p}" for n, names in find_target_parameters(model, config).items() for p in names]
             _check_every_pattern_matches(config, [*matched, *parameters])
     if strict and not config.trains_every_weight:
         _warn_about_tying(config, tied, [*whole, *kinds])
@@ -105,7 +105,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     copied |= _list_whole_parameters(modules, whole, inside_whole)
     kinds |= further
     rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
-    return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
+    return TargetMatches(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
 
 
 def _match_targets(
@@ -123,7 +123,7 @@ def _match_targets(
             config matches nothing.
     """
     targets = _resolve_targets(model, modules, config)
-    found = [n for n in modules if is_target(n, config, targets)]
+    found = [n for n in modules if is_target_module(n, config, targets)]
     matched = [n for n in found if n not in whole]
     if strict:
         _check_every_name_matches(model, modules, config, targets)
@@ -171,7 +171,7 @@ def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Ite
     return copied
 
 
-def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
+def find_target_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` selects by their full name or its end, by module."""
     wanted = getattr(config, "target_parameters", None) or []
     modules = get_base_modules(model) if wanted else {}
@@ -183,7 +183,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
     """Return the modules that a config's target_modules match, by name."""
     modules = get_base_modules(model)
     targets = _resolve_targets(model, modules, config)
-    return {n: m for n, m in modules.items() if is_target(n, config, targets)}
+    return {n: m for n, m in modules.items() if is_target_module(n, config, targets)}
 
 
 def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = 
     ]
 
 
-def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
+def list_all_linear_targets(model: Any, config: PeftConfig) -> list[str]:
     """Return the names of the modules that "all-linear" stands for.
 
     These are the linear layers without the output head, routers, and what `UNCALLED_LAYERS` lists.
@@ -212,15 +212,15 @@ def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
     if head is None:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
         head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
-    uncalled = set(find_uncalled_layers(model))
+    uncalled = set(find_layers_read_without_call(model))
     linear = (n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head)
     return [n for n in linear if n not in uncalled and not _is_router(n, modules)]
 
 
-def find_uncalled_layers(model: nn.Module) -> list[str]:
+def find_layers_read_without_call(model: nn.Module) -> list[str]:
     """Return the names of the layers whose weights are read without calling them (`UNCALLED_LAYERS`)."""
     modules = get_base_modules(model)
-    return [n for n in modules if is_uncalled(modules.get(n.rpartition(".")[0], model), n)]
+    return [n for n in modules if is_read_without_call(modules.get(n.rpartition(".")[0], model), n)]
 
 
 def shorten_names(names: list[str], model: nn.Module) -> list[str]:
@@ -243,7 +243,7 @@ def find_tied_modules(model: Any) -> list[str]:
     with suppress(AttributeError, NotImplementedError):  # a model of images has none
         embedding = model.get_input_embeddings()
     weight = None if embedding is None else embedding._parameters.get("weight")
-    if weight is None or not getattr(text_config(model), "tie_word_embeddings", True):
+    if weight is None or not getattr(get_text_config(model), "tie_word_embeddings", True):
         return []
     modules = get_base_modules(model)
     tied = [n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is weight]
@@ -279,11 +279,11 @@ def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> No
 def matches_regex_or_names(wanted: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(wanted, str):
-        return get_pattern(wanted).matches(name)
+        return compile_name_pattern(wanted).matches(name)
     return any(name == w or name.endswith(f".{w}") for w in wanted)
 
 
-def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
+def get_layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     """Return the index of a module's layer: the first number in its name, or the one after a pattern."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if i and part.isdecimal()]
@@ -292,7 +292,7 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
         return int(parts[numbers[0]]) if numbers else None
     for pattern in _as_list(patterns):
         for i in numbers:
-            if find_pattern([pattern], ".".join(parts[:i])) is not None:
+            if find_matching_pattern([pattern], ".".join(parts[:i])) is not None:
                 return int(parts[i])
     return None
 
@@ -310,7 +310,7 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
         if default is None and getattr(config, "target_parameters", None):
             return []
         if default is None:
-            kind = model_type(model) or type(model).__name__
+            kind = get_model_type(model) or type(model).__name__
             message = f"target_modules is not given, and there is no default for {kind!r}"
             hint = 'name the modules, or set target_modules="all-linear"'
             raise TargetError(message, _describe_targets(modules), hint)
@@ -320,7 +320,7 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
     if experts := find_expert_parameters(model, getattr(config, "exclude_modules", None)):
         message = f'target_modules="all-linear" leaves out the experts ({format_names(shorten_names(experts, model))})'
         warnings.warn(f"{message}: {config.name} does not adapt them, LoRA does", stacklevel=2)
-    return list_linear_layers(model, config)
+    return list_all_linear_targets(model, config)
 
 
 def _is_router(name: str, modules: Modules) -> bool:
@@ -330,13 +330,13 @@ def _is_router(name: str, modules: Modules) -> bool:
     return any(".".join([*parts[:i], "experts"]) in modules for i in beside)
 
 
-def is_target(name: str, config: Any, targets: list[str] | str) -> bool:
+def is_target_module(name: str, config: Any, targets: list[str] | str) -> bool:
     """Return whether targets match a module's name, and the config neither excludes it nor leaves out its layer."""
     excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
     if (excluded and matches_regex_or_names(excluded, name)) or not matches_regex_or_names(targets, name):
         return False
     by_index = layers is not None and not isinstance(targets, str)
-    return not by_index or layer_index(name, config.layers_pattern) in _as_list(layers)
+    return not by_index or get_layer_index(name, config.layers_pattern) in _as_list(layers)
 
 
 def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig) -> SiteKind:
@@ -361,7 +361,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if kind == "conv" and not forward.__module__.startswith("torch.nn."):
         raise TargetError(f"{name} is a {class_name}, which computes something else than a torch convolution")
     parent = modules.get(name.rpartition(".")[0], model)
-    if is_uncalled(parent, name):
+    if is_read_without_call(parent, name):
         what = f"a {type(parent).__name__} reads its weight without calling it, so an adapter would be skipped"
         hint = f'exclude_modules=["{name.rpartition(".")[2]}"]; "all-linear" leaves it out'
         raise TargetError(f"{name} cannot be adapted: {what}", "other modules", hint)
@@ -397,7 +397,7 @@ def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, t
         raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
-        found = {layer_index(n, config.layers_pattern) for n in modules if matches_regex_or_names(targets, n)}
+        found = {get_layer_index(n, config.layers_pattern) for n in modules if matches_regex_or_names(targets, n)}
         indexes = sorted(i for i in found if i is not None)
         if missing := [i for i in _as_list(layers) if i not in indexes]:
             have = f"layers {indexes[0]} to {indexes[-1]}" if indexes else "no numbered layers"
@@ -408,7 +408,7 @@ def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, t
 def _check_every_pattern_matches(config: Any, matched: list[str]) -> None:
     for name, patterns in getattr(config, "patterns", {}).items():
         for pattern in patterns:
-            if not any(find_pattern([pattern], n) for n in matched):
+            if not any(find_matching_pattern([pattern], n) for n in matched):
                 last_parts = sorted({n.rsplit(".", 1)[-1] for n in matched})
                 similar = nearest(pattern, [*last_parts, *matched])
                 raise TargetError(

@@ -1,4 +1,4 @@
-"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `packed_attention(model)`.
+"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `enable_packed_attention(model)`.
 
 transformers calls attention through a table of functions by name, and passes unknown keyword arguments of the model's
 call on to it. This module registers a second name for "sdpa" and "eager", whose function reads the layout from the
@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import ModelError
-from ..foundation.device import device_type, is_simulated
+from ..foundation.device import get_device_type, is_device_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,
@@ -52,7 +52,7 @@ They pack without shared prefixes."""
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[bool]:
+def enable_packed_attention(model: Any) -> Iterator[bool]:
     """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
 
     Yields whether the model can (see `layout_unsupported_reason`).
@@ -116,7 +116,7 @@ def _foreign_code_reason(model: Any) -> str:
 
 
 def original_attention(implementation: Any) -> Any:
-    """Return the attention implementation that the user chose, inside `packed_attention` too."""
+    """Return the attention implementation that the user chose, inside `enable_packed_attention` too."""
     return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
 
 
@@ -128,7 +128,7 @@ def get_attention_function(module: nn.Module, implementation: str) -> Callable[.
     return next(f["eager_attention_forward"] for f in files if "eager_attention_forward" in f)
 
 
-def empty_mask(device: torch.device) -> Tensor:
+def make_placeholder_mask(device: torch.device) -> Tensor:
     """Return a placeholder mask for calls with a layout: transformers passes a 4-D mask on unchanged."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
@@ -169,14 +169,14 @@ def _attend_packed(
     causal = len(layout.lengths) == 1 and not layout.prefix_keys and (window is None or window >= layout.total)
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
     if plain_sdpa and not long_row and flex_attention_supported(query, key, dropout):
-        if is_simulated():
+        if is_device_simulated():
             out = simulate_tree_attention(query, key, value, layout.count_pairs(window))
         else:
             out = tree_attention(query, key, value, make_tree_mask(layout, window, query.device), scaling)
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]
-    if plain_sdpa and device_type(query.device) == "cpu" and not dropout and same_size:
+    if plain_sdpa and get_device_type(query.device) == "cpu" and not dropout and same_size:
         return attend_by_segment(query, key, value, layout, window, scaling)
 
     # Otherwise: the model's own attention function once per segment, over the keys of the segment's path.

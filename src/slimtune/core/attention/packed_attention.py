@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..foundation.device import add_simulated_attention, device_type, is_simulated
+from ..foundation.device import add_simulated_attention_flops, get_device_type, is_device_simulated
 from .packed_layout import PackedLayout
 
 PART, MAX_SPLIT_TOKENS = 128, 2048
@@ -191,10 +191,12 @@ def _gather_ranges(t: Tensor, segment: Segment) -> Tensor:
 
 def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
     """Return whether flex attention works, and is faster, for `query (1, heads, tokens, size)`."""
-    if device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
+    if get_device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
         return False
     # A subclass is a fake or a distributed tensor.
-    return is_simulated() or (type(query) is Tensor and _find_kernel_options(*_head_shape(query, key)) is not None)
+    return is_device_simulated() or (
+        type(query) is Tensor and _find_kernel_options(*_head_shape(query, key)) is not None
+    )
 
 
 def tree_attention(
@@ -246,7 +248,7 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
     end = (torch.tensor(first) + torch.tensor(subtree)).repeat_interleave(counts)
 
     # Append padding, which attends to itself only, and put the prefix keys in front, which all tokens attend to.
-    pad_q, pad_k = padded_length(total) - total, padded_length(prefix_keys + total) - total - prefix_keys
+    pad_q, pad_k = get_padded_length(total) - total, get_padded_length(prefix_keys + total) - total - prefix_keys
     padding = total + torch.arange(max(pad_q, pad_k))
     vectors = (
         torch.cat([place, padding[:pad_q]]),
@@ -278,7 +280,7 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=attends)
 
 
-def padded_length(tokens: int) -> int:
+def get_padded_length(tokens: int) -> int:
     """Return the length to which a sequence is padded: a power of two."""
     return max(BLOCK, 1 << (tokens - 1).bit_length())
 
@@ -288,7 +290,7 @@ def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor, pairs: in
 
     `pairs` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
     """
-    q, k, v = (_pad_to(t, padded_length(t.shape[2])) for t in (query, key, value))
+    q, k, v = (_pad_to(t, get_padded_length(t.shape[2])) for t in (query, key, value))
     return _FakeAttention.apply(q, k, v, pairs)[:, :, : query.shape[2]]
 
 
@@ -296,7 +298,7 @@ class _FakeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
         ctx.operations = 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * pairs
-        add_simulated_attention(query.dtype, ctx.operations)
+        add_simulated_attention_flops(query.dtype, ctx.operations)
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp)
@@ -305,7 +307,9 @@ class _FakeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, logsumexp = ctx.saved_tensors
-        add_simulated_attention(query.dtype, 5 * ctx.operations // 2)  # five products where the forward pass has two
+        add_simulated_attention_flops(
+            query.dtype, 5 * ctx.operations // 2
+        )  # five products where the forward pass has two
         workspace = torch.empty_like(logsumexp)
         grads = tuple(torch.empty_like(t) for t in (query, key, value))
         del workspace

@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigError
-from ..adapters.config_fields import FieldError, Setting, list_settings, read_settings
+from ..adapters.config_fields import FieldError, SettingSpec, list_settings, read_section_settings
 from ..adapters.method_registry import config_class
-from .objective_registry import objective_class
+from .objective_registry import load_objective_class
 
 
-def method_fields(cls: Any) -> dict[str, Setting]:
+def list_recipe_method_fields(cls: Any) -> dict[str, SettingSpec]:
     """Return the fields of a method's config class that a recipe may set, by name: not those of one process."""
     return {s.name: s for s in list_settings(cls) if s.declared and s.name != "inference_mode"}
 
 
-def full_names(name: str) -> dict[str, str]:
+def get_full_field_names(name: str) -> dict[str, str]:
     """Return the full names of a method's fields by their names and short names; none for an unknown method."""
     try:
         cls = config_class(name)
     except ConfigError:
         return {}
-    return {**{f: f for f in method_fields(cls)}, **cls.short_names}
+    return {**{f: f for f in list_recipe_method_fields(cls)}, **cls.short_names}
 
 
 def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:
@@ -31,11 +31,11 @@ def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any
     defaults = cls.recipe_defaults
     filled = {**{k: v for k, v in defaults.items() if not callable(v)}, **settings}
     computed = {k: v(filled) for k, v in defaults.items() if callable(v) and k not in filled}
-    order = list(method_fields(cls))
+    order = list(list_recipe_method_fields(cls))
     return dict(sorted({**filled, **computed}.items(), key=lambda item: order.index(item[0])))
 
 
-def read_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
+def parse_method_section(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
     """Return name and settings of a `method` section, with full names and all defaults, and every error in it."""
     name = given.get("name", "lora")
     try:
@@ -43,21 +43,21 @@ def read_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldErr
     except ConfigError as e:
         return {"name": str(name)}, [FieldError("method.name", e.message, e.expected)]
     own = {field: value for field, value in given.items() if field != "name"}
-    values, errors = read_settings(method_fields(cls), own, "method", cls.short_names)
+    values, errors = read_section_settings(list_recipe_method_fields(cls), own, "method", cls.short_names)
     settings = fill_recipe_defaults(values, cls)
     return {"name": cls.name, "settings": settings}, errors + _find_conflicts(cls, settings, "method", errors)
 
 
-def read_task(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
+def parse_task_section(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldError]]:
     """Return name and settings of a `task` section, with all defaults, and every error in it."""
     name = given.get("name", "sft")
     try:
-        cls: Any = objective_class(name)
+        cls: Any = load_objective_class(name)
     except ConfigError as e:
         return {"name": str(name)}, [FieldError("task.name", e.message, e.expected)]
     known = {s.name: s for s in list_settings(cls)}
     own = {field: value for field, value in given.items() if field != "name"}
-    values, errors = read_settings(known, own, "task")
+    values, errors = read_section_settings(known, own, "task")
     settings = {field: values.get(field, spec.default) for field, spec in known.items()}
     return {"name": name, "settings": settings}, errors + _find_conflicts(cls, settings, "task", errors)
 

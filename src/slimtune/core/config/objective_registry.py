@@ -14,20 +14,20 @@ OBJECTIVES: Registry[Any] = Registry("slimtune.objectives", "task")
 
 
 @cache
-def objective_names() -> tuple[str, ...]:
+def list_objectives() -> tuple[str, ...]:
     """Return the names of all objectives, the default first; no objective is imported."""
     return tuple(sorted(OBJECTIVES.names(), key=lambda name: (name != "sft", name)))
 
 
-def require_objective(name: str) -> None:
+def _require_objective(name: str) -> None:
     """Raise ConfigError with the nearest name if there is no such objective; no objective is imported."""
-    known = objective_names()
+    known = list_objectives()
     if name not in known:
         raise ConfigError(f"there is no task {name!r}{nearest(str(name), known)}", f"one of {format_names(known)}")
 
 
-def objective_class(name: str) -> "type[Objective]":
+def load_objective_class(name: str) -> "type[Objective]":
     """Return the class of an objective; raise ConfigError with the nearest name if there is none."""
-    require_objective(name)
+    _require_objective(name)
     module = OBJECTIVES.load(name)
     return next(c for c in vars(module).values() if getattr(c, "name", None) == name and isinstance(c, type))

@@ -12,25 +12,25 @@ from typing import Any, Self
 from ...errors import RecipeError, SlimtuneError, format_names
 from ..adapters.config_fields import (
     FieldError,
-    Setting,
+    SettingSpec,
+    config_field,
     format_value,
     list_settings,
-    read_settings,
-    setting,
-    value_error,
+    make_value_error,
+    read_section_settings,
 )
 from ..adapters.method_registry import config_class
 from ..foundation.remote_code import allow_remote_code
-from .method_settings import full_names, read_method, read_task
-from .objective_registry import objective_class
+from .method_settings import get_full_field_names, parse_method_section, parse_task_section
+from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_short_sections,
     find_missing_files,
     format_yaml,
+    make_recipe_paths_absolute,
     parse_overrides,
     read_recipe_tree,
-    resolve_paths,
-    set_field,
+    set_tree_value,
 )
 from .schema import DataSettings, MethodSettings, ModelSettings, PathLike, Section, TaskSettings, TrainSettings
 
@@ -57,7 +57,7 @@ class Recipe(Section):
     task: TaskSettings = field(default_factory=TaskSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
-    output_dir: PathLike = setting(
+    output_dir: PathLike = config_field(
         ..., "run folder, relative to the working folder; it must not hold another run", flag="--out"
     )
 
@@ -73,7 +73,7 @@ class Recipe(Section):
             source: name of the tree in messages.
             find_more: returns further errors in the tree.
         """
-        return cls(**read_sections(tree, source, find_more=find_more))
+        return cls(**parse_recipe_sections(tree, source, find_more=find_more))
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
@@ -114,7 +114,7 @@ class Recipe(Section):
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        raise_errors(find_missing_files(self.data.to_dict()), "the recipe")
+        _raise_errors(find_missing_files(self.data.to_dict()), "the recipe")
 
 
 def load_recipe(
@@ -127,51 +127,53 @@ def load_recipe(
     """
     settings = parse_overrides(overrides)
     source = str(path) if path is not None else "the flags"
-    return Recipe.from_dict(apply_settings(read_tree(path, settings), settings), source, find_more)
+    return Recipe.from_dict(
+        replace_recipe_values(read_optional_recipe_tree(path, settings), settings), source, find_more
+    )
 
 
-def load_tree(
+def load_recipe_tree(
     path: str | Path, overrides: Mapping[str, Any], optional: Collection[str] = (), find_more: FindMore | None = None
 ) -> dict[str, Any]:
     """Return a recipe file's tree with overrides, after every check; settings in `optional` may be missing in it."""
-    tree = apply_settings(read_tree(path, overrides), overrides)
-    read_sections(tree, str(path), optional, find_more)
+    tree = replace_recipe_values(read_optional_recipe_tree(path, overrides), overrides)
+    parse_recipe_sections(tree, str(path), optional, find_more)
     return expand_short_sections(tree)
 
 
-def load_sections(settings: Mapping[str, Any], *classes: type[Section]) -> list[Any]:
+def build_recipe_sections(settings: Mapping[str, Any], *classes: type[Section]) -> list[Any]:
     """Return some sections that overrides by dotted path describe; the others may lack required settings."""
     names = [name for name, section in SECTIONS.items() if section in classes]
     optional = [s.path for s in list_settings(Recipe) if s.path.partition(".")[0] not in names]
-    sections = read_sections(apply_settings({}, settings), "the flags", optional)
+    sections = parse_recipe_sections(replace_recipe_values({}, settings), "the flags", optional)
     return [next(s for s in sections.values() if isinstance(s, cls)) for cls in classes]
 
 
-def read_tree(path: str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def read_optional_recipe_tree(path: str | Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree of a recipe file, empty without one; `settings` say whether the base's own code may run."""
     with allow_remote_code(settings.get("model.trust_remote_code") is True):
         return read_recipe_tree(Path(path).expanduser()) if path is not None else {}
 
 
-def apply_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's tree with other values at dotted paths; a method setting's other spellings are dropped."""
     changed = copy.deepcopy(dict(tree))
     for where, value in settings.items():
         if where.startswith("method.") and isinstance(changed.get("method"), dict):
             _drop_other_spellings(changed["method"], settings, where.removeprefix("method."))
-        set_field(changed, where, value)
+        set_tree_value(changed, where, value)
     return changed
 
 
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
     # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
-    names = full_names(str(overrides.get("method.name", overrides.get("method", method.get("name", "lora")))))
+    names = get_full_field_names(str(overrides.get("method.name", overrides.get("method", method.get("name", "lora")))))
     full_name = names.get(name, name)
     for spelling in [full_name, *(short for short, full in names.items() if full == full_name)]:
         method.pop(spelling, None)
 
 
-def read_sections(
+def parse_recipe_sections(
     tree: Mapping[str, Any], source: str, optional: Collection[str] = (), find_more: FindMore | None = None
 ) -> dict[str, Any]:
     """Return the arguments of the `Recipe` that a tree describes, without the sections that are incomplete.
@@ -186,11 +188,11 @@ def read_sections(
     if not isinstance(tree, Mapping):
         raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_short_sections(copy.deepcopy(dict(tree)))
-    resolve_paths(tree)
-    method, method_errors = read_method(tree.get("method", {}))
-    task, task_errors = read_task(tree.get("task", {}))
+    make_recipe_paths_absolute(tree)
+    method, method_errors = parse_method_section(tree.get("method", {}))
+    task, task_errors = parse_task_section(tree.get("task", {}))
     every = list_settings(Recipe)
-    paths = [s.path for s in every] + [f"method.{name}" for name in full_names(method["name"])]
+    paths = [s.path for s in every] + [f"method.{name}" for name in get_full_field_names(method["name"])]
     sections: dict[str, Any] = {"task": TaskSettings(**task), "method": MethodSettings(**method)}
     errors: list[FieldError] = []
     for name, section in SECTIONS.items():
@@ -198,38 +200,38 @@ def read_sections(
         if not isinstance(given, Mapping):
             errors.append(FieldError(name, f"got {format_value(given)}", f"a section with {format_names(known)}"))
             continue
-        values, found = read_settings(known, given, name, paths=paths, most=MOST_ERRORS)
+        values, found = read_section_settings(known, given, name, paths=paths, most=MOST_ERRORS)
         missing = [s for s in known.values() if s.required and s.name not in given]
         errors += found + [_missing_error(s, f"{name}.{s.name}") for s in missing if f"{name}.{s.name}" not in optional]
         if not found and not missing:
             sections[name] = section(**values)
     output_dir = next(s for s in every if s.path == "output_dir")
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
-    values, found = read_settings({"output_dir": output_dir}, rest, "", names=RECIPE_NAMES, paths=paths)
+    values, found = read_section_settings({"output_dir": output_dir}, rest, "", names=RECIPE_NAMES, paths=paths)
     if "output_dir" not in rest and "output_dir" not in optional:
         found.insert(0, _missing_error(output_dir, "output_dir"))
     errors += [*found, *method_errors, *task_errors]
     if not errors and set(optional) <= {"output_dir"}:
-        errors += find_conflicts(**sections)
+        errors += find_setting_conflicts(**sections)
     more, alone = find_more(tree) if find_more is not None else ([], None)
     if alone is not None and not errors and len(more) == 1:
         raise alone
-    raise_errors([*errors, *more], source)
+    _raise_errors([*errors, *more], source)
     return sections | values
 
 
 RECIPE_NAMES = ("model", "data", "task", "method", "train", "output_dir")
 
 
-def _missing_error(spec: Setting, path: str) -> FieldError:
+def _missing_error(spec: SettingSpec, path: str) -> FieldError:
     return FieldError(path, f"missing (flag {spec.flag})", spec.description)
 
 
-def find_conflicts(
+def find_setting_conflicts(
     model: ModelSettings, data: DataSettings, task: TaskSettings, method: MethodSettings, train: TrainSettings
 ) -> Iterator[FieldError]:
     """Yield the errors that involve settings of several sections, or several settings of one."""
-    objective, budget = objective_class(task.name), train.forgetting_budget
+    objective, budget = load_objective_class(task.name), train.forgetting_budget
     if train.offload_activations and not train.gradient_checkpointing:
         message = "got true, but no activations are checkpointed"
         yield FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too")
@@ -239,10 +241,10 @@ def find_conflicts(
     if budget is not None and objective.task_type != "CAUSAL_LM":
         more = f", and task is {task.name}, whose model has no loss on text"
         expected = "null, or the task of a language model"
-        yield value_error("train.forgetting_budget", budget, expected, more=more)
+        yield make_value_error("train.forgetting_budget", budget, expected, more=more)
     elif budget is not None and train.fsdp:
         expected = "only one of the two"
-        yield value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
+        yield make_value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
     if train.compile and train.fsdp:
         yield FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two")
     if method.settings.get("init_lora_weights") == "loftq" and model.quantization is None:
@@ -251,21 +253,21 @@ def find_conflicts(
         yield FieldError("method.init_lora_weights", message, expected)
     if data.format is not None and not objective.takes_format(data.format):
         expected = " or ".join((*objective.formats, *objective.named_formats))
-        yield value_error("data.format", data.format, expected, more=f", and task is {task.name}")
+        yield make_value_error("data.format", data.format, expected, more=f", and task is {task.name}")
     if data.test is not None and data.test_fraction > 0:
         more = ", and data.test names rows for `slimtune eval`"
-        yield value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
+        yield make_value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
     if data.validation is None and data.validation_fraction + data.test_fraction >= 1:
         more = f", and data.validation_fraction is {data.validation_fraction}: no row is left"
-        yield value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
+        yield make_value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
     if data.validation is None and data.validation_fraction == 0:
         for name in ("early_stopping_patience", "eval_steps"):
             if (value := getattr(train, name)) is not None:
                 expected = f"data.validation, or {name} null"
-                yield value_error(f"train.{name}", value, expected, more=", but there are no validation rows")
+                yield make_value_error(f"train.{name}", value, expected, more=", but there are no validation rows")
 
 
-def raise_errors(errors: Iterable[FieldError], source: str) -> None:
+def _raise_errors(errors: Iterable[FieldError], source: str) -> None:
     """Raise one RecipeError with every error; do nothing if there is none."""
     every = list(errors)
     lines = []

@@ -123,7 +123,7 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_short_sections(tree or {})
-    resolve_paths(tree, path.absolute().parent)
+    make_recipe_paths_absolute(tree, path.absolute().parent)
     _check_trust(tree, path)
     return tree
 
@@ -163,7 +163,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, A
     return dict(given)
 
 
-def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
+def set_tree_value(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set the value at a dotted path, in place; missing sections are created."""
     if path in SHORT_SECTIONS and not isinstance(value, Mapping):
         path = f"{path}.{SHORT_SECTIONS[path]}"
@@ -183,7 +183,7 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
     parent[name] = value
 
 
-def resolve_paths(tree: dict[str, Any], folder: Path | None = None) -> None:
+def make_recipe_paths_absolute(tree: dict[str, Any], folder: Path | None = None) -> None:
     """Make the paths of data and model absolute, in place.
 
     Paths are looked up in `folder`, where those that do not exist stay as they are; None: the working folder.

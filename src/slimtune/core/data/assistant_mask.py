@@ -54,7 +54,7 @@ def find_assistant_spans(full: str, messages: Messages, render: Render, special_
     return spans
 
 
-def replace_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+def replace_tool_call_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
     """Return a tool call with other arguments, as JSON text if its own are."""
     if isinstance(call["function"]["arguments"], str):
         arguments = json.dumps(arguments)
@@ -120,7 +120,7 @@ class _SpanFinder:
 
         # The other call has the same name and id: some templates repeat the name above the result, and some want ids of
         # nine characters.
-        other = replace_arguments(calls[-1], {MARK: MARK})
+        other = replace_tool_call_arguments(calls[-1], {MARK: MARK})
         longer = render_calls([*calls, other])
         if longer is not None and MARK in longer:
             at = common_prefix_length(full, longer)

@@ -23,7 +23,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from ...errors import DataError, ModelError
 from ..foundation.chat_rendering import render_chat_template
-from .assistant_mask import MARK, Span, find_assistant_spans, replace_arguments
+from .assistant_mask import MARK, Span, find_assistant_spans, replace_tool_call_arguments
 from .messages import Messages
 
 Tools = list[dict[str, Any]] | None
@@ -37,7 +37,7 @@ class RenderedText:
     text: str
     spans: list[Span]
     turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
-    thinking: tuple[int, int, int] = (0, 0, 0)  # turns that think, as `messages.check_thinking` counts them
+    thinking: tuple[int, int, int] = (0, 0, 0)  # turns that think, as `messages.count_thinking_turns` counts them
     generation_prompt_differs: bool = False  # whether generation would begin the last turn after another text
 
 
@@ -98,8 +98,8 @@ def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> Toke
         DataError: the template refuses these messages, or leaves one out.
     """
     rendered = render_chat(tokenizer, messages, tools)
-    ids, offsets = tokenize_texts(tokenizer, [rendered.text])
-    return TokenizedRow(ids[0], mask_tokens(rendered, offsets[0]))
+    ids, offsets = tokenize_rendered_texts(tokenizer, [rendered.text])
+    return TokenizedRow(ids[0], make_supervised_mask(rendered, offsets[0]))
 
 
 def render_chat(
@@ -114,10 +114,10 @@ def render_chat(
     Args:
         tokenizer, messages, tools: see `encode_chat`.
         learned: for each message whether it is learned; None: every assistant turn is.
-        special_tokens: `special_token_pattern(tokenizer)`, for callers that render many rows.
+        special_tokens: `compile_special_token_pattern(tokenizer)`, for callers that render many rows.
     """
     template = get_chat_template(tokenizer, tools)
-    special_tokens = special_tokens or special_token_pattern(tokenizer)
+    special_tokens = special_tokens or compile_special_token_pattern(tokenizer)
 
     def render(some: Messages, generation_prompt: bool = False) -> str:
         return render_chat_template(tokenizer, some, tools, add_generation_prompt=generation_prompt, template=template)
@@ -161,7 +161,7 @@ def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> st
     return render(messages)
 
 
-def differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
+def prompt_differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
     """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
 
     So it is if a template ends its prompt with `<think>` and writes none before an answer: then the model is asked
@@ -175,7 +175,7 @@ def differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rend
     return last > 0 and not rendered.text.startswith(prompt)
 
 
-def render_text(tokenizer: Any, prompt: str, completion: str) -> RenderedText:
+def render_without_template(tokenizer: Any, prompt: str, completion: str) -> RenderedText:
     """Return a text without a template: the tokenizer's first token (if it adds one), prompt, completion, its end."""
     if tokenizer.eos_token is None:
         problem = "the tokenizer has no end-of-text token, so a completion would have no end"
@@ -191,7 +191,7 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
 
 
-def tokenize_texts(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
+def tokenize_rendered_texts(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
     """Return ids and character offsets of rendered texts. No special token is added: the template wrote them."""
     if not getattr(tokenizer, "is_fast", False):
         problem = f"{type(tokenizer).__name__} is not a fast tokenizer: it gives no character offsets of its tokens"
@@ -202,7 +202,7 @@ def tokenize_texts(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], l
     return out["input_ids"], out["offset_mapping"]
 
 
-def mask_tokens(rendered: RenderedText, offsets: Sequence[Span]) -> list[bool]:
+def make_supervised_mask(rendered: RenderedText, offsets: Sequence[Span]) -> list[bool]:
     """Return for each token whether it is in a supervised span.
 
     A token that begins before its span is supervised only if its part before the span is white space (`" Hello"` after
@@ -229,12 +229,12 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
         raise ModelError(problem, "one chat template", hint) from error
 
 
-def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
+def find_end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of the tokens that can end a turn: every special and added token."""
     return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 
 
-def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
+def compile_special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern that matches any special or added token; added runs of blanks are left out."""
     known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     return compile_alternatives(t for t in known if t.strip())
@@ -299,7 +299,9 @@ def _message_variants(messages: Messages) -> Iterator[Messages]:
 
 def _replace_all_arguments(message: dict[str, Any], arguments: list[Any]) -> dict[str, Any]:
     calls = zip(message.get("tool_calls", ()), arguments, strict=True)
-    return {**message, "tool_calls": list(itertools.starmap(replace_arguments, calls))} if arguments else message
+    return (
+        {**message, "tool_calls": list(itertools.starmap(replace_tool_call_arguments, calls))} if arguments else message
+    )
 
 
 def _find_missing_call(messages: Messages, render: Callable[[Messages], str]) -> int | None:

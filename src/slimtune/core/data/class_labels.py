@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassLabels:
     """The outputs of a sequence classifier, as its config has them.
 
     `multi_label` says whether a row may have any number of classes. No name: one output, a reward.
@@ -26,7 +26,7 @@ class Classes:
         }
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "Classes":
+    def from_config(cls, config: Mapping) -> "ClassLabels":
         """Return the classes of a config that `config` wrote, or of any sequence classifier."""
         names = tuple(name for _, name in sorted((int(i), str(n)) for i, n in config["id2label"].items()))
         if len(names) == 1 and config.get("problem_type") is None:

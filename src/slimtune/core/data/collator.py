@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..foundation.sequences import IGNORE_INDEX
-from .packing import bin_pack, pack_sequences
-from .tokenized_dataset import Example, split_rows
+from .packing import bin_pack_examples, pack_sequences
+from .tokenized_dataset import Example, split_example_rows
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
@@ -76,7 +76,7 @@ class Collator:
         [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no example has a
         supervised token.
         """
-        rows_of_examples = list(map(split_rows, examples))
+        rows_of_examples = list(map(split_example_rows, examples))
         pairs = [pair for rows in rows_of_examples for pair in rows]
         rows = [list(ids) for ids, _ in pairs]
         if self.packing:
@@ -125,10 +125,10 @@ class Collator:
 
     def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
         """Return the example numbers of each micro-batch of a step, each once; `max_tokens` may lower the own limit."""
-        rows = [[ids for ids, _ in split_rows(e)] for e in examples]
+        rows = [[ids for ids, _ in split_example_rows(e)] for e in examples]
         max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
-            return bin_pack(rows, max_tokens, share_prefix=self.share_prefix)
+            return bin_pack_examples(rows, max_tokens, share_prefix=self.share_prefix)
         longest = [max(map(len, ids)) for ids in rows]
         groups: list[list[int]] = []
         for i in sorted(range(len(rows)), key=lambda i: -longest[i]):  # similar lengths need little padding
@@ -143,7 +143,7 @@ class Collator:
 
     def count_tokens(self, examples: Sequence[Example]) -> int:
         """Return the tokens of one micro-batch of examples, padding included."""
-        rows = [ids for example in examples for ids, _ in split_rows(example)]
+        rows = [ids for example in examples for ids, _ in split_example_rows(example)]
         if self.packing:
             return len(pack_sequences(rows, share_prefix=self.share_prefix).tokens)
         return len(rows) * max(map(len, rows))

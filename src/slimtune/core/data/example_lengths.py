@@ -28,7 +28,7 @@ class RowContent(NamedTuple):
 ALL_SUPERVISED = RowContent()
 
 
-def measure_example(rows: Sequence[Tokens]) -> ExampleLength:
+def measure_example_length(rows: Sequence[Tokens]) -> ExampleLength:
     """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
     if len(rows) == 1:
         return len(rows[0])
@@ -52,7 +52,7 @@ def unshare_prefix(length: ExampleLength) -> ExampleLength:
     return length if isinstance(length, int) else (0, *count_row_tokens(length))
 
 
-def resize_rows(length: ExampleLength, resize: Callable[[int], int]) -> ExampleLength:
+def resize_example_rows(length: ExampleLength, resize: Callable[[int], int]) -> ExampleLength:
     """Return the length of an example whose rows have `resize(tokens)` tokens, and its prompt or what fits of it."""
     if isinstance(length, int):
         return resize(length)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError, UsageError, nearest
-from ..foundation.formatting import shorten
+from ..foundation.formatting import shorten_text
 from .chat_template import encode_chat
 from .collator import IGNORE_INDEX, Example
 from .rows import ROW_READERS, InvalidRow, RowErrorCollector
@@ -19,7 +19,7 @@ WINDOW = 256
 """Most tokens of a row made of plain text. The rows of one text are few, and an interval needs many."""
 
 
-class TextPiece(NamedTuple):
+class GeneralTextPiece(NamedTuple):
     """A piece of general text."""
 
     line: int  # in its file
@@ -27,7 +27,7 @@ class TextPiece(NamedTuple):
     content: str | list[dict[str, str]]  # plain text, or messages
 
 
-def read_general_text(file: Path) -> list[TextPiece]:
+def read_general_text(file: Path) -> list[GeneralTextPiece]:
     """Return the pieces of a file: a `.txt` file is one piece, any other file is read as JSONL.
 
     Raises:
@@ -40,7 +40,7 @@ def read_general_text(file: Path) -> list[TextPiece]:
     errors = RowErrorCollector(
         file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line'
     )
-    pieces: list[TextPiece] = []
+    pieces: list[GeneralTextPiece] = []
     reader = ROW_READERS.load(file.suffix if file.suffix == ".txt" else ".jsonl")
     for found in (reader.read_document or reader.read)(file):
         if isinstance(found, InvalidRow):
@@ -48,7 +48,7 @@ def read_general_text(file: Path) -> list[TextPiece]:
         elif (piece := _parse_piece(*found)) is not None:
             pieces.append(piece)
         else:
-            errors.add(found[0], f"is neither a text nor messages: {shorten(str(found[1]))}")
+            errors.add(found[0], f"is neither a text nor messages: {shorten_text(str(found[1]))}")
         if errors.full:
             break
     if not pieces and not errors.messages:
@@ -57,20 +57,20 @@ def read_general_text(file: Path) -> list[TextPiece]:
     return pieces
 
 
-def _parse_piece(line: int, record: dict[str, Any]) -> TextPiece | None:
+def _parse_piece(line: int, record: dict[str, Any]) -> GeneralTextPiece | None:
     kind = str(record.get("kind", "text"))
     match record:
         case {"text": str(content)} if content.strip():
-            return TextPiece(line, kind, content)
+            return GeneralTextPiece(line, kind, content)
         case {"messages": [_, *_] as messages}:
             keys = ("role", "content")
             if all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in keys) for m in messages):
-                return TextPiece(line, kind, [{k: m[k] for k in keys} for m in messages])
+                return GeneralTextPiece(line, kind, [{k: m[k] for k in keys} for m in messages])
     return None
 
 
 def tokenize_general_text(
-    pieces: Sequence[TextPiece], file: Path, tokenizer: Any, max_tokens: int = 2 * WINDOW
+    pieces: Sequence[GeneralTextPiece], file: Path, tokenizer: Any, max_tokens: int = 2 * WINDOW
 ) -> list[Example]:
     """Return rows to score, each with its `kind`: every token of a plain text, the assistant's tokens of messages.
 
@@ -105,7 +105,7 @@ def tokenize_general_text(
     return examples
 
 
-def numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
+def group_row_numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
     """Return the numbers of the rows of each kind, kinds and rows in their order."""
     kinds: dict[str, list[int]] = {}
     for number, row in enumerate(rows):

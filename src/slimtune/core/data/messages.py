@@ -7,7 +7,7 @@
 `parse_messages_and_train_mask` returns this form, which every chat template takes. Tool arguments are an object here,
 whether the file has an object or JSON text. Content may be a list of text parts; they are joined without a separator,
 as templates that take such a list join them. An assistant's message may have a key of `REASONING_KEYS`, and a role may
-be "developer", if the chat template reads them (`check_template_keys`). A message may have a `weight` (1: learned, 0:
+be "developer", if the chat template reads them (`require_template_keys`). A message may have a `weight` (1: learned, 0:
 not); it is returned apart and never reaches a template. An unknown key is an error, because it would change the text
 of the turn or be lost.
 """
@@ -69,7 +69,7 @@ def _validate_message(message: Any, name: str) -> dict[str, Any]:
     require_strings(message, ("role",), name)
     role, calls = message["role"], message.get("tool_calls")
     if isinstance(message.get("content"), list):
-        message = {**message, "content": join_parts(message["content"], f"{name}.content")}
+        message = {**message, "content": _join_parts(message["content"], f"{name}.content")}
     if role != "assistant" or not calls or message.get("content") is not None:  # calls need no text
         require_strings(message, ("content",), name)
     if role not in MESSAGE_KEYS:
@@ -97,7 +97,7 @@ def _validate_message(message: Any, name: str) -> dict[str, Any]:
     return valid
 
 
-def join_parts(parts: list[Any], name: str) -> str:
+def _join_parts(parts: list[Any], name: str) -> str:
     """Return the text of OpenAI's list of content parts; raise RowError for a part that is not text."""
     texts = []
     for i, part in enumerate(parts):
@@ -109,7 +109,7 @@ def join_parts(parts: list[Any], name: str) -> str:
     return "".join(texts)
 
 
-def check_template_keys(messages: Messages, template: str) -> None:
+def require_template_keys(messages: Messages, template: str) -> None:
     """Raise RowError for the role "developer" or a key of `REASONING_KEYS` that a chat template does not read."""
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
@@ -141,7 +141,7 @@ def get_thinking(message: dict[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def check_thinking(
+def count_thinking_turns(
     messages: Messages, rendered: str, turns: list[tuple[int, int]], learned: Sequence[bool] | None
 ) -> tuple[int, int, int]:
     """Return how many turns of a rendered conversation think: learned with it, kept but not learned, left out.
@@ -179,15 +179,15 @@ def check_thinking(
 def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
-        raise RowError(f"{name} is not an object but {json_type(function)}", "bad-tool-call")
+        raise RowError(f"{name} is not an object but {get_json_type_name(function)}", "bad-tool-call")
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"{name} names no function{nearest('name', function)}", "bad-tool-call")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = parse_json(arguments or "{}", f"{name}.arguments", "bad-tool-call")
+        arguments = parse_json_cell(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
-        raise RowError(f"{name}.arguments is not an object but {json_type(arguments)}", "bad-tool-call")
-    check_depth(arguments, f"{name}.arguments")
+        raise RowError(f"{name}.arguments is not an object but {get_json_type_name(arguments)}", "bad-tool-call")
+    require_limited_depth(arguments, f"{name}.arguments")
     valid = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return valid if call.get("id") is None else valid | {"id": require_text(call["id"], f"{name}.id")}
 
@@ -206,27 +206,27 @@ def _is_learned(message: dict[str, Any], name: str) -> bool:
 def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:
     """Raise RowError if a value is not an object, or one of these keys is missing or not a string."""
     if not isinstance(value, dict):
-        raise RowError(f"{name} is not an object but {json_type(value)}", "wrong-type")
+        raise RowError(f"{name} is not an object but {get_json_type_name(value)}", "wrong-type")
     for key in keys:
         if key not in value:
             raise RowError(f"{name} has no {key!r}{nearest(key, value)}", "missing-key")
         if not isinstance(value[key], str):
-            raise RowError(f"{name}.{key} is not a string but {json_type(value[key])}", "wrong-type")
+            raise RowError(f"{name}.{key} is not a string but {get_json_type_name(value[key])}", "wrong-type")
 
 
 def require_list(value: Any, name: str) -> list[Any]:
     """Return a list, which may be given as JSON text as in a CSV file; raise RowError for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value, name)
+        value = parse_json_cell(value, name)
     if not isinstance(value, list):
-        raise RowError(f"{name!r} is not a list but {json_type(value)}", "wrong-type")
+        raise RowError(f"{name!r} is not a list but {get_json_type_name(value)}", "wrong-type")
     return value
 
 
 def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
     """Return a text; raise RowError if it is not a text, is blank, or contains half of a character."""
     if not isinstance(value, str):
-        raise RowError(f"{name} is not a string but {json_type(value)}", "wrong-type")
+        raise RowError(f"{name} is not a string but {get_json_type_name(value)}", "wrong-type")
     if not allow_empty and not value.strip():
         raise RowError(f"{name} is empty", "empty-content")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
@@ -246,7 +246,7 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_make_object)
 """Decodes JSON; raises RowError for a key that is given twice."""
 
 
-def load_json(text: str) -> Any:
+def decode_strict_json(text: str) -> Any:
     """Return the value of a JSON text; exceptions are those of `STRICT_JSON.decode`, which is slower."""
     try:
         value, end = STRICT_JSON.raw_decode(text)
@@ -257,7 +257,7 @@ def load_json(text: str) -> Any:
     return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
 
 
-def check_depth(value: Any, name: str) -> None:
+def require_limited_depth(value: Any, name: str) -> None:
     """Raise RowError if lists and objects are nested so deep that a template or another process could not take them."""
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -268,17 +268,17 @@ def check_depth(value: Any, name: str) -> None:
     raise RowError(f"{name} is nested more than {MAX_DEPTH} deep", "too-deep")
 
 
-def parse_json(value: str, name: str, code: str = "bad-json") -> Any:
+def parse_json_cell(value: str, name: str, code: str = "bad-json") -> Any:
     """Return the value of a JSON text; raise RowError if it does not parse."""
     try:
-        return load_json(value)
+        return decode_strict_json(value)
     except RowError as error:
         raise RowError(f"{name} {error}", error.code) from error
     except (ValueError, RecursionError) as error:
         raise RowError(f"{name} does not parse as JSON: {value[:80]}", code) from error
 
 
-def json_type(value: Any) -> str:
+def get_json_type_name(value: Any) -> str:
     """Return the name of a value's type in JSON."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,7 +1,7 @@
 """Packing rows into one sequence without padding: which rows go together, and how a shared prefix is stored once.
 
     pack_sequences   rows → one sequence of segments, a tree: a prefix that several rows share is one segment above them
-    bin_pack         examples, of one or several rows → groups with at most so many packed tokens each
+    bin_pack_examples  examples, of one or several rows → groups with at most so many packed tokens each
 
 The hidden state of a token depends only on the row up to it, so a shared prefix is computed once for all its rows. The
 first supervised token of a row may be predicted by the last token of a shared segment.
@@ -15,13 +15,13 @@ from ..foundation.sequences import common_prefix_length
 from .example_lengths import MIN_SHARED_TOKENS, Tokens
 
 _WINDOW = 256
-"""Examples that `bin_pack` compares with one another, because the time grows with its square."""
+"""Examples that `bin_pack_examples` compares with one another, because the time grows with its square."""
 _BALANCE_TRIALS, _BALANCED = 4, 1.05
 """Most limits tried to balance groups, and how much above the mean the largest may be."""
 
 
 @dataclass(frozen=True)
-class PackedSequence:
+class _PackedSequence:
     """Rows in one sequence."""
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class PackedSequence:
         return [start + t for start, n in self.segments[row] for t in range(n)]
 
 
-def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> PackedSequence:
+def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> _PackedSequence:
     """Put rows into one sequence; a shared prefix of at least `MIN_SHARED_TOKENS` tokens is stored once."""
     tokens: list[int] = []
     lengths: list[int] = []
@@ -63,10 +63,10 @@ def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> Pack
     else:
         for r, row in enumerate(rows):
             add_segment(row, -1, [r])
-    return PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), segments)
+    return _PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), segments)
 
 
-def bin_pack(
+def bin_pack_examples(
     examples: Sequence[Sequence[Tokens]], max_tokens: int | None, *, share_prefix: bool = True
 ) -> list[list[int]]:
     """Return groups of example numbers, each of at most `max_tokens` packed tokens; a longer example is alone.

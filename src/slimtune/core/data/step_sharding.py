@@ -17,13 +17,13 @@ from typing import Any
 
 from .collator import IGNORE_INDEX, Collator, Example
 from .packing import pack_sequences
-from .tokenized_dataset import split_rows
+from .tokenized_dataset import split_example_rows
 
 _SLACK = (1.0, 1.1, 1.3)
 """Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
 
 
-class StepSharder:
+class DataParallelSharder:
     """Makes the share of process `rank` of `world_size` in an optimizer step; `hidden_size` is the model's."""
 
     def __init__(self, collator: Collator, hidden_size: int, world_size: int = 1, rank: int = 0) -> None:
@@ -50,7 +50,7 @@ class StepSharder:
             return groups, [1.0] * len(groups)
         groups = self._divide_step(groups, examples)
         costs = self._costs(groups, examples)
-        assigned = balance(costs, self.world_size)
+        assigned = balance_micro_batches(costs, self.world_size)
         own = assigned[self.rank]
         repeated = own[-1] if own else min(range(len(groups)), key=costs.__getitem__)
         missing = max(map(len, assigned)) - len(own)
@@ -64,7 +64,7 @@ class StepSharder:
 
         def slowest(groups: list[list[int]]) -> float:
             costs = self._costs(groups, examples)
-            return max(sum(costs[i] for i in own) for own in balance(costs, self.world_size))
+            return max(sum(costs[i] for i in own) for own in balance_micro_batches(costs, self.world_size))
 
         return min((self._split_groups(g, examples) for g in tried), key=slowest)
 
@@ -87,7 +87,7 @@ class StepSharder:
 
     def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the packed tokens of a micro-batch, and its (query, key) pairs."""
-        rows = [ids for e in examples for ids, _ in split_rows(e)]
+        rows = [ids for e in examples for ids, _ in split_example_rows(e)]
         if not self.collator.packing:
             longest = max(map(len, rows))
             return longest * len(rows), longest * longest * len(rows)
@@ -95,7 +95,7 @@ class StepSharder:
         return len(packed.tokens), sum(position + 1 for position in packed.layout.positions())
 
 
-def balance(costs: Sequence[float], world_size: int) -> list[list[int]]:
+def balance_micro_batches(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """Assign micro-batches, the costliest first, to the process with the least work; return the numbers of each."""
     assigned: list[list[int]] = [[] for _ in range(world_size)]
     load = [0.0] * world_size

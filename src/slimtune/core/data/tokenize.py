@@ -19,7 +19,7 @@ from ...errors import DataError, UsageError, format_names, nearest
 from ..foundation.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
-from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
+from .messages import REASONING_KEYS, RowError, count_thinking_turns, get_thinking, require_template_keys
 from .parallel import parallel_map
 from .row_observer import RowObserver
 from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_answers
@@ -109,14 +109,14 @@ def tokenize_rows(
     A text with a label gets the tokens that `tokenizer(text)` gives, special ones included; none of them is supervised.
     A preference pair becomes the tokens of its two rows.
     """
-    special_tokens = chat_template.special_token_pattern(tokenizer)
+    special_tokens = chat_template.compile_special_token_pattern(tokenizer)
 
     def render(row: Row) -> RenderedText | TokenizedRow | InvalidRow:
         if row.labels is not None and row.prompt is not None:
             ids = tokenizer(row.prompt, verbose=False)["input_ids"]
             return TokenizedRow(ids, [False] * len(ids))
         if row.completion is not None:
-            return chat_template.render_text(tokenizer, row.prompt or "", row.completion)
+            return chat_template.render_without_template(tokenizer, row.prompt or "", row.completion)
         learned = row.learned
         if train_on == "last_assistant" and row.labels is None:
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
@@ -124,18 +124,18 @@ def tokenize_rows(
         has_keys = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
         try:
             if has_keys:
-                check_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
+                require_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
                 return RenderedText(rendered.text, [])
             thinks = any(get_thinking(message)[0] for message in row.messages)
             if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
-                generation_prompt_differs = chat_template.differs_in_generation(
+                generation_prompt_differs = chat_template.prompt_differs_in_generation(
                     tokenizer, row.messages, row.tools, rendered
                 )
                 rendered = dataclasses.replace(rendered, generation_prompt_differs=generation_prompt_differs)
             if thinks:
-                thinking = check_thinking(row.messages, rendered.text, rendered.turns, learned)
+                thinking = count_thinking_turns(row.messages, rendered.text, rendered.turns, learned)
                 rendered = dataclasses.replace(rendered, thinking=thinking)
             return rendered
         except RowError as error:
@@ -148,13 +148,15 @@ def tokenize_rows(
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
-    tokens = zip(*chat_template.tokenize_texts(tokenizer, texts), strict=True)
+    tokens = zip(*chat_template.tokenize_rendered_texts(tokenizer, texts), strict=True)
     found: list[TokenizedRow | InvalidRow] = []
     for one in rendered:
         if isinstance(one, RenderedText):
             ids, offsets = next(tokens)
             found.append(
-                TokenizedRow(ids, chat_template.mask_tokens(one, offsets), one.thinking, one.generation_prompt_differs)
+                TokenizedRow(
+                    ids, chat_template.make_supervised_mask(one, offsets), one.thinking, one.generation_prompt_differs
+                )
             )
         else:
             found.append(one)
@@ -228,7 +230,7 @@ class BatchTokenizer:
         rows = [row for row in batch if isinstance(row, Row)]
         pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
-        end_ids = chat_template.end_of_turn_ids(self.tokenizer)
+        end_ids = chat_template.find_end_of_turn_ids(self.tokenizer)
         report, limit = (
             TokenizationStats(self.max_seq_len, rows=len(batch)),
             None if self.documents else self.max_seq_len,
@@ -333,14 +335,14 @@ def _check_lengths(
     if Path(path).suffix.lower() == ".txt":
         longer = f"{PARAGRAPH_HINT}, or {longer}"
     if overlong and on_overlong == "error":
-        problem = f"longer than {limit} tokens: {format_lines(overlong)}; the longest has {total.longest}"
+        problem = f"longer than {limit} tokens: {format_line_numbers(overlong)}; the longest has {total.longest}"
         expected = f"rows of at most max_seq_len = {limit} tokens"
         raise DataError(f"{path}: {problem}", expected, f"{longer}=drop or truncate")
     if unsupervised:
         cut = total.truncated > 0
         expected = f"an assistant's token {f'within the first {limit}' if cut else 'after the first one'}"
         hint = "a larger --max-seq-len, or --set data.on_overlong=drop" if cut else "remove these rows"
-        raise DataError(f"{path}: no supervised token in {format_lines(unsupervised)}", expected, hint)
+        raise DataError(f"{path}: no supervised token in {format_line_numbers(unsupervised)}", expected, hint)
     if not total.rows:
         raise DataError(f"{path}: there is no row", "at least one row to learn from")
     if not total.kept:
@@ -349,7 +351,7 @@ def _check_lengths(
         raise DataError(problem, "at least one row to learn from", f"{longer}=truncate")
 
 
-def format_lines(lines: Sequence[int], count: int | None = None) -> str:
+def format_line_numbers(lines: Sequence[int], count: int | None = None) -> str:
     """Return line numbers as text: `lines 3, 9, … (40 more)`; `count` if there are more than are given."""
     count = len(lines) if count is None else count
     shown = lines[:12]

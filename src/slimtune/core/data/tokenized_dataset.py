@@ -13,7 +13,7 @@ import numpy as np
 
 from ..foundation.files import translate_os_errors
 from ..foundation.sequences import IGNORE_INDEX, common_prefix_length
-from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_example
+from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_example_length
 
 SAMPLED_ROWS = 256
 Example = dict[str, Any]
@@ -25,7 +25,7 @@ or lists of numbers, that an objective needs.
 """
 
 
-def split_rows(example: Example) -> list[tuple[list[int], list[int]]]:
+def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
     """Return the tokens and labels of each row of an example."""
     if "row_lengths" not in example:
         return [(example["input_ids"], example["labels"])]
@@ -70,7 +70,7 @@ class TokenizedDataset(Sequence[Example]):
         """The length of each example (core/data/example_lengths.py)."""
         if self.table["row_lengths"].null_count == self.table.num_rows:
             return list(self.lengths.tolist())
-        return [measure_example([ids for ids, _ in split_rows(example)]) for example in self]
+        return [measure_example_length([ids for ids, _ in split_example_rows(example)]) for example in self]
 
     @property
     def content(self) -> RowContent:
@@ -182,7 +182,7 @@ class AnswerSubset(TokenizedDataset):
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         example = super().read(number)
-        answers = split_rows(example)
+        answers = split_example_rows(example)
         rows = [answers[place] for place in self.answer_indices]
         example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
         for i, key in enumerate(("input_ids", "labels")):

@@ -16,7 +16,7 @@ them would be kept, 13 MiB more with each step.
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def read_processor() -> str:
+def read_processor_name() -> str:
     """Return the name of the processor."""
     return _read_cpu_line("model name") or platform.processor() or platform.machine()
 
@@ -37,6 +37,6 @@ def _read_cpu_line(name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
-def cpu_count() -> int:
+def count_usable_cpus() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,7 +50,7 @@ def _set_malloc_options(options: dict[int, int]) -> bool:
     return all(mallopt(name, value) == 1 for name, value in options.items())
 
 
-def free_memory(device: torch.device) -> int:
+def count_free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated; the run's processes on a machine share its CPU memory equally."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -59,13 +59,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // local_world_size()
 
 
-def memory_in_use(device: torch.device) -> int:
+def count_memory_in_use(device: torch.device) -> int:
     """Return the bytes in use now: allocated on the GPU, or this process's resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from now on, where the system can do that."""
+    """Let `count_peak_memory` count from now on, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -73,7 +73,7 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
+def count_peak_memory(device: torch.device, *, reserved: bool = False) -> int:
     """Return the most bytes in use at once: resident in this process; on a GPU by tensors, or `reserved` by torch."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
@@ -99,27 +99,27 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def simulate_device(device_type: str) -> Iterator[None]:
+def simulate_device(get_device_type: str) -> Iterator[None]:
     """Choose kernels and chunks as on a device of this type ("cpu", "cuda", "mps"), wherever the tensors are."""
-    before = _simulated.set(device_type)
+    before = _simulated.set(get_device_type)
     try:
         yield
     finally:
         _simulated.reset(before)
 
 
-def device_type(device: torch.device) -> str:
+def get_device_type(device: torch.device) -> str:
     """Return the kind of a device, or of the simulated one."""
     return _simulated.get() or device.type
 
 
-def is_simulated() -> bool:
+def is_device_simulated() -> bool:
     """Return whether a device is simulated: then nothing is computed, and tensors have only shapes."""
     return _simulated.get() is not None
 
 
 @contextmanager
-def count_as_host_memory() -> Iterator[None]:
+def simulate_host_allocations() -> Iterator[None]:
     """Count what is allocated in the `with` as CPU memory when a device is simulated."""
     before = _host.set(True)
     try:
@@ -134,8 +134,8 @@ def is_host_allocation() -> bool:
 
 
 @contextmanager
-def count_simulated_attention(operations: Counter[torch.dtype]) -> Iterator[None]:
-    """Let `add_simulated_attention` add to these floating point operations, by dtype."""
+def record_simulated_attention_flops(operations: Counter[torch.dtype]) -> Iterator[None]:
+    """Let `add_simulated_attention_flops` add to these floating point operations, by dtype."""
     before = _attention.set(operations)
     try:
         yield
@@ -143,7 +143,7 @@ def count_simulated_attention(operations: Counter[torch.dtype]) -> Iterator[None
         _attention.reset(before)
 
 
-def add_simulated_attention(dtype: torch.dtype, operations: int) -> None:
+def add_simulated_attention_flops(dtype: torch.dtype, operations: int) -> None:
     """Count floating point operations that a simulated kernel stands for: nothing runs that could be counted."""
     if (counter := _attention.get()) is not None:
         counter[dtype] += operations

@@ -93,7 +93,7 @@ def init_distributed() -> bool:
     return True
 
 
-def shutdown() -> None:
+def destroy_process_group() -> None:
     """Wait for all processes and destroy the process group."""
     if dist.is_initialized():
         dist.barrier()
@@ -163,7 +163,7 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def any_process(value: bool) -> bool:
+def any_process_true(value: bool) -> bool:
     """Return whether a value is true in any process."""
     return all_reduce_sum([float(value)])[0] > 0
 
@@ -192,7 +192,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def translate_peer_errors() -> Iterator[None]:
+def raise_peer_gone() -> Iterator[None]:
     """Raise `PeerGone` in place of a communication error inside the block."""
     try:
         yield
@@ -232,14 +232,14 @@ def install_sigterm_watcher(resume_command: str) -> None:
             time.sleep(SIGTERM_GRACE_SECONDS)
             reason += f", and its step did not end within {SIGTERM_GRACE_SECONDS} seconds"
         error = _peer_gone(reason)
-        if claim_error_report(error):
+        if claim_error_printing(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
 
-def claim_error_report(error: SlimtuneError) -> bool:
+def claim_error_printing(error: SlimtuneError) -> bool:
     """Return whether this process prints an error; if so, tell the others.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different

@@ -150,7 +150,7 @@ def require_writable(folder: Path) -> None:
             raise OSError(e.errno, e.strerror, str(folder)) from e
 
 
-def require_output_file(path: Path) -> Path:
+def resolve_output_file(path: Path) -> Path:
     """Return the file that an output at `path` replaces or creates: for a link what it links to, in the same folder.
 
     Raises:
@@ -200,7 +200,7 @@ def write_atomic(path: Path, content: str | bytes | Sequence[bytes | memoryview]
             raise
 
 
-def fsync_folder(path: Path) -> None:
+def _fsync_folder(path: Path) -> None:
     """Make the names in a folder durable, where folders can be opened: not on Windows."""
     if os.name == "nt":
         return
@@ -211,17 +211,17 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def fsync_tree(folder: Path) -> None:
+def _fsync_tree(folder: Path) -> None:
     """Make a folder and its files durable and readable by others, before it is renamed to its final name."""
     os.chmod(folder, 0o755)
     for file in folder.iterdir():
         if file.is_dir():
-            fsync_tree(file)
+            _fsync_tree(file)
             continue
         os.chmod(file, 0o644)  # safetensors and mkdtemp create files that only the owner can read
         with file.open("rb") as f:
             os.fsync(f.fileno())
-    fsync_folder(folder)
+    _fsync_folder(folder)
 
 
 @contextmanager
@@ -254,9 +254,9 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
         lock = _try_lock(folder)
         try:
             yield folder
-            fsync_tree(folder)
+            _fsync_tree(folder)
             os.replace(folder, target)
-            fsync_folder(target.parent)
+            _fsync_folder(target.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -268,7 +268,7 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
 def require_disk_space(path: Path, needed: int, fix: str = "") -> None:
     """Raise RunError unless `needed` bytes are free in the folder of `path`."""
     if shutil.disk_usage(Path(os.path.realpath(path)).parent).free < needed:
-        raise disk_full_error(path, needed, fix)
+        raise _disk_full_error(path, needed, fix)
 
 
 def _temporary_prefix(path: Path) -> str:
@@ -318,7 +318,7 @@ def explain_os_error(
     """
     if is_disk_full(error):
         name = getattr(error, "filename", None)
-        return disk_full_error(path or Path(os.fsdecode(name) if name else Path.cwd() / "a file"), needed, fix)
+        return _disk_full_error(path or Path(os.fsdecode(name) if name else Path.cwd() / "a file"), needed, fix)
     number, name = find_os_error(error, PATH_ERRORS)
     if (number not in PATH_ERRORS and number not in DISK_ERRORS) or (number in PATH_ERRORS and not (name or path)):
         return None
@@ -335,7 +335,7 @@ def explain_os_error(
     return (UsageError if is_usage else RunError)(message, hint=hint)
 
 
-def disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> RunError:
+def _disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> RunError:
     """Return the error for a path that could not be written to a full disk, with the free and the needed bytes."""
     free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
     return RunError(

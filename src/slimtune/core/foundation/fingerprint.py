@@ -36,7 +36,7 @@ FACTS = {
 
 def config_fingerprint(config: Any) -> str:
     """Return 16 hex digits that name the base of a transformers config (anything with `to_dict()`, or a dictionary)."""
-    facts = base_facts(config if isinstance(config, Mapping) else config.to_dict())
+    facts = get_hashed_config_facts(config if isinstance(config, Mapping) else config.to_dict())
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -57,7 +57,7 @@ def hash_weights(model: Any, left_out: Collection[str] = ()) -> dict[str, str]:
     return {kind: digest.hexdigest()[:8] for kind, digest in hashes.items()}
 
 
-def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def get_hashed_config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hashed facts of a config's dictionary under their common names."""
     facts: dict[str, Any] = {}
     for fact, names in FACTS.items():
@@ -73,7 +73,7 @@ def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
         facts["rope"] = rope
     for name, inner in config.items():
         if name.endswith("_config") and name != "quantization_config" and isinstance(inner, Mapping):
-            facts[name] = base_facts(inner)
+            facts[name] = get_hashed_config_facts(inner)
     return facts
 
 

@@ -9,7 +9,7 @@ RECORDED_PACKAGES = (
 """Packages whose versions are in the records of a run."""
 
 
-def find_version(package: str) -> str | None:
+def find_package_version(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
@@ -17,7 +17,7 @@ def find_version(package: str) -> str | None:
         return None
 
 
-def read_versions() -> dict[str, str]:
+def read_installed_versions() -> dict[str, str]:
     """Return the versions of Python and of each recorded package, and the kind of machine, by name."""
-    packages = {package: find_version(package) or "not installed" for package in RECORDED_PACKAGES}
+    packages = {package: find_package_version(package) or "not installed" for package in RECORDED_PACKAGES}
     return {"python": platform.python_version(), "machine": f"{platform.machine()}, {platform.system()}", **packages}

@@ -14,7 +14,8 @@ Each field has a string below it that says what it is, with its unit; the schema
     to_json_dict(result) ─▶ {"steps": 30, "validation_loss": null} ─▶ from_json_dict(TrainResult, values)
 
 Fields may be plain values, `Literal`s, paths, lists, tuples, mappings with string keys, and such dataclasses, each or
-None. Four kinds are special, by the metadata of `dataclasses.field`: `json_key("rewards/margins")` gives a key that is
+None. Four kinds are special, by the metadata of `dataclasses.field`:
+`make_json_key_metadata("rewards/margins")` gives a key that is
 no Python name, `OMIT_NONE` leaves the key out if the value is None, `NOT_IN_JSON` leaves out a field that has a
 default, and `INLINE` puts the items of a mapping or the fields of a dataclass beside the other keys. A dataclass with
 `json_suffixes` (field -> suffix) is written as a key for each of its fields, the name of
@@ -43,7 +44,7 @@ NOT_IN_JSON: Mapping[str, Any] = {"not_in_json": True}
 _JSON_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 
 
-def json_key(key: str) -> Mapping[str, Any]:
+def make_json_key_metadata(key: str) -> Mapping[str, Any]:
     """Return the metadata of a field with this key in JSON."""
     return {"key": key}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..foundation.device import count_as_host_memory
+from ..foundation.device import simulate_host_allocations
 
 MIN_BYTES = 1 << 16
 """Smaller tensors stay where they are."""
@@ -54,7 +54,7 @@ class ActivationOffload:
         if not first or tensor.nbytes < MIN_BYTES:
             return tensor
         self._release_source()
-        with count_as_host_memory():
+        with simulate_host_allocations():
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         offloaded, values = OffloadedTensor(host, tensor.device), tensor.detach()
         if tensor.is_cuda:

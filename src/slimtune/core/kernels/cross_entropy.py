@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..foundation.device import device_type
+from ..foundation.device import get_device_type
 
 Head = Callable[[Tensor], Tensor]
 """A map of hidden states `(n, d)` to logits `(n, vocabulary)`."""
@@ -75,7 +75,7 @@ def nll_and_accuracy(
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
     most = CHUNK_ON_GPU // vocabulary
-    return max(16, most if device_type(device) == "cuda" else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))
+    return max(16, most if get_device_type(device) == "cuda" else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))
 
 
 class _CrossEntropy(torch.autograd.Function):

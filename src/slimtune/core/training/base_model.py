@@ -8,7 +8,7 @@ import torch
 
 from ...errors import ModelError, UsageError, format_names
 from ..config.schema import ModelSettings
-from ..data.class_labels import Classes
+from ..data.class_labels import ClassLabels
 from ..foundation import distributed
 from ..foundation.device import disable_malloc_trim
 from ..models.base_config import get_hidden_size, load_base_config
@@ -17,11 +17,11 @@ from ..models.loader import Base, load_base, load_tokenizer
 from .loss import get_row_head
 from .nonfinite import find_nonfinite_weights
 
-LoadBase = Callable[[ModelSettings, Path | None, Classes | None], Base]
+LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], Base]
 """Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
 
 
-def load_base_model(model: ModelSettings, chat_template: Path | None, classes: Classes | None = None) -> Base:
+def load_base_model(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> Base:
     """Load a base and its tokenizer, with a head for `classes`."""
     base = load_base(
         model.name,

@@ -10,17 +10,17 @@ import torch
 
 from ...errors import DataError, format_names
 from ..config import Recipe
-from ..config.objective_registry import objective_class, objective_names
+from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.chat_template import adds_bos
-from ..data.class_labels import Classes
+from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
 from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
 from ..data.rows import ROW_SOURCES, RowSource
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
 from ..foundation import distributed
-from ..foundation.cpu import cpu_count
+from ..foundation.cpu import count_usable_cpus
 from ..models.quantization import require_bitsandbytes
 from .base_model import load_base_tokenizer
 from .objective import Objective
@@ -41,7 +41,7 @@ class Datasets:
     train_stats: TokenizationStats
     validation_stats: TokenizationStats | None
     data_reports: dict[str, DataReport | None]
-    classes: Classes | None = None  # of a sequence classifier
+    classes: ClassLabels | None = None  # of a sequence classifier
 
     def lengths(self) -> list[ExampleLength]:
         """Return the length of each example, training examples first."""
@@ -59,7 +59,7 @@ def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective
     options = {"columns": data.columns, "ignore_columns": data.ignore_columns}
     rows = ROW_SOURCES.load("files")(path, format=format, **options)
     if rows.format not in (*formats, "unknown"):
-        tasks = [name for name in objective_names() if rows.format in objective_class(name).formats]
+        tasks = [name for name in list_objectives() if rows.format in load_objective_class(name).formats]
         by_name = rows.format in objective.named_formats
         raise DataError(
             f"{path} has rows of the format {rows.format}, and the task {objective.name} does not learn from them",
@@ -149,7 +149,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
 
 
 def load_eval_dataset(
-    path: Path, data: DataSettings, objective: Objective, tokenizer: Any, classes: Classes | None = None
+    path: Path, data: DataSettings, objective: Objective, tokenizer: Any, classes: ClassLabels | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     """Read and tokenize rows for evaluation, with a run's length policy; `classes` are those of a classifier."""
     rows = open_rows_for_objective(path, data, objective)
@@ -168,7 +168,7 @@ def _tokenize(
         on_overlong=data.on_overlong,
         train_on=data.train_on,
         path=rows.path,
-        processes=max(1, cpu_count() // distributed.local_world_size()),
+        processes=max(1, count_usable_cpus() // distributed.local_world_size()),
         observer=observer,
     )
 

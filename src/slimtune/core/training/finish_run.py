@@ -8,11 +8,11 @@ from typing import Any
 from ...errors import RunError, format_names
 from ..adapters import adapter_files
 from ..foundation import distributed
-from ..foundation.device import peak_memory
+from ..foundation.device import count_peak_memory
 from ..foundation.dtype_names import dtype_name
 from ..foundation.files import write_json
 from ..foundation.formatting import format_bytes
-from ..foundation.installed_versions import read_versions
+from ..foundation.installed_versions import read_installed_versions
 from ..foundation.json_results import to_json_dict
 from ..foundation.registry import Registry
 from .best_adapter import keep_best_adapter
@@ -46,7 +46,7 @@ def finish(loop: TrainingLoop) -> TrainResult:
     Raises:
         Interrupted, Terminated: a signal stopped the run before its last step.
     """
-    peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, peak_memory(loop.device))))
+    peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, count_peak_memory(loop.device))))
     raise_if_stopped(loop)
     return distributed.run_on_main(lambda: save_result(loop, peak))
 
@@ -116,7 +116,7 @@ def save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         export_formats=ExportFormatsResult(
             base.source.kind, EXPORT_SUPPORT.load("formats")(model, on_published_base=not changes_base)
         ),
-        versions=read_versions(),
+        versions=read_installed_versions(),
     )
     write_json(run.result_file, to_json_dict(result))
     for write_report in RUN_REPORTS.load_all().values():

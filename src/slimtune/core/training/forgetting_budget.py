@@ -20,8 +20,8 @@ from ..data.collator import Example
 from ..data.general_text import (
     BUILT_IN_TEXT,
     WINDOW,
-    TextPiece,
-    numbers_by_kind,
+    GeneralTextPiece,
+    group_row_numbers_by_kind,
     read_general_text,
     tokenize_general_text,
 )
@@ -34,12 +34,14 @@ BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
-def read_budget_text(budget: float | None, file: Path | None) -> list[TextPiece]:
+def read_budget_text(budget: float | None, file: Path | None) -> list[GeneralTextPiece]:
     """Return the text to measure forgetting on, from a file or the built-in one; none without a budget."""
     return [] if budget is None else read_general_text(file or BUILT_IN_TEXT)
 
 
-def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenizer: Any, model: Any) -> list[Example]:
+def choose_general_rows(
+    pieces: Sequence[GeneralTextPiece], file: Path | None, tokenizer: Any, model: Any
+) -> list[Example]:
     """Return rows of general text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
 
     Args:
@@ -57,7 +59,7 @@ def choose_general_rows(pieces: Sequence[TextPiece], file: Path | None, tokenize
     find_neutral_values(model, "default")
     context = max_positions(model.config) or 4 * WINDOW
     rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
-    kinds = numbers_by_kind(rows)
+    kinds = group_row_numbers_by_kind(rows)
     wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
     chosen: list[Example] = []
     for numbers in kinds.values():

@@ -18,15 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import ModelError, UsageError
 from ..attention.attention_functions import (
     LAYOUT_KWARG,
-    empty_mask,
+    enable_packed_attention,
     layout_unsupported_reason,
-    packed_attention,
+    make_placeholder_mask,
     packing_unsupported_reason,
 )
-from ..config.objective_registry import objective_class
+from ..config.objective_registry import load_objective_class
 from ..config.schema import TrainSettings
 from ..data.collator import IGNORE_INDEX, Collator, Example
-from ..foundation.device import free_memory
+from ..foundation.device import count_free_memory
 from ..foundation.progress_bars import track_progress
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
@@ -85,7 +85,7 @@ def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any
 @cache
 def cross_entropy() -> Objective:
     """Return the objective of supervised fine-tuning, which is the default everywhere."""
-    return objective_class("sft")()
+    return load_objective_class("sft")()
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def cross_entropy() -> Objective:
 def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
-    If the batch has a `layout`, call this inside `packed_attention(model)`, and leave that after the backward pass.
+    If the batch has a `layout`, call this inside `enable_packed_attention(model)`, and the backward pass, too.
     """
     head, h = _head_and_inputs(model, batch)
     if head is None:
@@ -117,7 +117,7 @@ def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     inputs: dict[str, Any] = {"use_cache": False}
     inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
     if "layout" in batch:
-        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
+        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": make_placeholder_mask(batch["input_ids"].device)}
     return inputs
 
 
@@ -269,7 +269,7 @@ def score_examples(
     measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
     model.eval()
     try:
-        with packed_attention(model):
+        with enable_packed_attention(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
@@ -335,7 +335,7 @@ def auto_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int
         return max(longest, enough)
     half, whole = (measure_activation_bytes(model, collator, n) for n in (PROBE_TOKENS // 2, PROBE_TOKENS))
     per_token = max(1.0, (whole - half) / (PROBE_TOKENS - PROBE_TOKENS // 2))
-    available = free_memory(device) / 2 - max(0.0, whole - PROBE_TOKENS * per_token)
+    available = count_free_memory(device) / 2 - max(0.0, whole - PROBE_TOKENS * per_token)
     return int(max(longest, min(enough, available / per_token)))
 
 
@@ -355,7 +355,7 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
     row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
     batch = move_to_device(collator([{"input_ids": row, "labels": row}]), device)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
-    with preserve_rng_state(device), packed_attention(model), hooks:
+    with preserve_rng_state(device), enable_packed_attention(model), hooks:
         loss = step_loss(model.train(), batch)
     del loss
     model.train(was_training)

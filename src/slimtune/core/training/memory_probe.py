@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..attention.attention_functions import packed_attention
+from ..attention.attention_functions import enable_packed_attention
 from ..data.collator import Collator, Example
 from ..data.example_lengths import count_packed_tokens
 from ..data.tokenized_dataset import TokenizedDataset
-from ..foundation.device import peak_memory, reset_peak_memory
+from ..foundation.device import count_peak_memory, reset_peak_memory
 from ..foundation.formatting import format_bytes
 from ..kernels.dropout import preserve_rng_state
 from .loss import forward_backward, move_to_device
@@ -86,7 +86,7 @@ def probe_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, i
     model.train()
     reset_peak_memory(prepared.device)
     try:
-        with preserve_rng_state(prepared.device), packed_attention(model):
+        with preserve_rng_state(prepared.device), enable_packed_attention(model):
             forward_backward(
                 model,
                 [move_to_device(micro_batch, prepared.device)],
@@ -96,4 +96,4 @@ def probe_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, i
     finally:
         model.zero_grad()
         model.train(was_training)
-    return micro_batch["input_ids"].numel(), peak_memory(prepared.device, reserved=True)
+    return micro_batch["input_ids"].numel(), count_peak_memory(prepared.device, reserved=True)

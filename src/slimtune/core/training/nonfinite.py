@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.collator import Collator, Example
-from ..data.tokenize import format_lines
+from ..data.tokenize import format_line_numbers
 from ..kernels.linear_layers import is_finite, list_quantization_scales
 from .loss import score_objective
 from .objective import Objective
@@ -41,6 +41,8 @@ def describe_nonfinite(what: str, value: float, lines: Sequence[int], rows: Sequ
     is_value = f"{what} is {'NaN' if math.isnan(value) else 'Inf'}"
     every = sorted(row["line"] for row in rows)
     if not lines:
-        return f"{is_value}: each row alone has a finite loss; the {name} rows are those of {format_lines(every)}"
+        return (
+            f"{is_value}: each row alone has a finite loss; the {name} rows are those of {format_line_numbers(every)}"
+        )
     share = "every row" if len(lines) == len(every) else f"{len(lines)} of {len(every)} rows"
-    return f"{is_value}: the loss of {share} is NaN or Inf ({format_lines(list(lines))} of the {name} rows)"
+    return f"{is_value}: the loss of {share} is NaN or Inf ({format_line_numbers(list(lines))} of the {name} rows)"

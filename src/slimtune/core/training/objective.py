@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.schema import DataSettings
-    from ..data.class_labels import Classes
+    from ..data.class_labels import ClassLabels
     from ..data.tokenized_dataset import TokenizedDataset
     from .datasets import Datasets
     from .prepared_run import PreparedRun
@@ -30,7 +30,7 @@ ScoreRows = Callable[[Sequence[Example]], Sequence[Sequence[float]]]
 
 @dataclass
 class Objective(DeclaredSettings):
-    """An objective; its fields are its settings, each declared with `adapters.config_fields.setting`.
+    """An objective; its fields are its settings, each declared with `adapters.config_fields.config_field`.
 
     Attributes:
         name: what `task` in a recipe says; the name of the file.
@@ -75,7 +75,7 @@ class Objective(DeclaredSettings):
         return replace(datasets, train=train, validation=validation, test=test)
 
     def prepare_rows(
-        self, rows: TokenizedDataset, classes: Classes | None = None, path: Path | None = None
+        self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return rows to learn or to evaluate with the columns that the loss needs: as they are, unless overridden.
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import RunError, is_out_of_memory
 from ..data.collator import Collator, Example
 from ..foundation import distributed
-from ..foundation.device import peak_memory, release_cached_memory
+from ..foundation.device import count_peak_memory, release_cached_memory
 from ..foundation.formatting import format_bytes
 from ..kernels.dropout import get_rng_states, set_rng_states
 
@@ -44,7 +44,7 @@ def failure_check(model: Any) -> Callable[[bool], bool] | None:
 
     There the others wait inside the failed pass for its weights, and cannot repeat it.
     """
-    return None if isinstance(model, FSDPModule) else distributed.any_process
+    return None if isinstance(model, FSDPModule) else distributed.any_process_true
 
 
 class OomRecovery:
@@ -73,7 +73,7 @@ class OomRecovery:
         *,
         enable_checkpointing: Callable[[], Any] | None = None,
         planned_bytes: int | None = None,
-        any_failed: Callable[[bool], bool] | None = distributed.any_process,
+        any_failed: Callable[[bool], bool] | None = distributed.any_process_true,
     ) -> None:
         self.collator, self.device, self.logger = collator, device, logger
         self._enable_checkpointing, self.any_failed = enable_checkpointing, any_failed
@@ -137,7 +137,7 @@ class OomRecovery:
     def describe(self, error: BaseException) -> OomInfo:
         """Return what is kept of an error."""
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return OomInfo(f"{type(error).__name__}: {line}"[:300], peak_memory(self.device, reserved=True))
+        return OomInfo(f"{type(error).__name__}: {line}"[:300], count_peak_memory(self.device, reserved=True))
 
     def give_up(self, where: str, oom: OomInfo, what: str) -> RunError:
         """Save what can be saved; return the error that ends the run."""
@@ -173,7 +173,7 @@ class OomRecovery:
         undo()
         release_cached_memory(self.device)
         set_rng_states(rng_states)
-        return None, oom or OomInfo("another process ran out of memory", peak_memory(self.device, reserved=True))
+        return None, oom or OomInfo("another process ran out of memory", count_peak_memory(self.device, reserved=True))
 
     def _report(self, where: str, oom: OomInfo, size: str = "", change: str = "", **facts: int | None) -> None:
         used, planned = f"{format_bytes(oom.held_bytes)} were in use", self.planned_bytes

@@ -18,7 +18,7 @@ from ..config import Recipe
 from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..foundation import distributed
-from ..foundation.device import peak_memory
+from ..foundation.device import count_peak_memory
 from ..foundation.files import write_json
 from ..foundation.json_results import to_json_dict
 from ..models.base_config import get_hidden_size
@@ -71,7 +71,7 @@ def prepare(
         plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
-        loading_peak = peak_memory(base.device)
+        loading_peak = count_peak_memory(base.device)
         has_own_rate = recipe.train.learning_rate != "auto"
         recipe = recipe.resolve_learning_rate(len(data.train), get_hidden_size(base.model.config))
         if os.path.isabs(base.source.spec):

@@ -13,7 +13,7 @@ import torch
 from ..config import Recipe
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
-from ..data.step_sharding import StepSharder
+from ..data.step_sharding import DataParallelSharder
 from ..models.loader import Base
 from .checkpoint import TrainingState
 from .datasets import Datasets
@@ -119,7 +119,7 @@ class PreparedRun:
         return math.ceil(len(self.data.train) / self.settings.rows_per_step)
 
     @cached_property
-    def sharder(self) -> StepSharder:
+    def sharder(self) -> DataParallelSharder:
         """What divides the rows of a step over the processes."""
         return build_sharder(self.model, self.collator)
 
@@ -143,7 +143,7 @@ class PreparedRun:
 
 
 def planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:
-    """Return the fewest and most planned bytes, as `peak_memory(reserved=True)` counts them."""
+    """Return the fewest and most planned bytes, as `count_peak_memory(reserved=True)` counts them."""
     need, runtime = plan.need_bytes, plan.runtime_bytes
     if device.type != "cuda":
         return int(need.low), int(need.high)

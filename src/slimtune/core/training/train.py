@@ -12,7 +12,7 @@ from .train_result import TrainResult
 from .training_loop import TrainingLoop
 
 
-@distributed.translate_peer_errors()
+@distributed.raise_peer_gone()
 def train(
     recipe: Recipe,
     *,
@@ -43,5 +43,5 @@ def train(
         loop.run()
         result = finish(loop)
     if created_group:
-        distributed.shutdown()
+        distributed.destroy_process_group()
     return result

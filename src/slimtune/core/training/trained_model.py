@@ -11,7 +11,7 @@ from ..adapters.adapter_files import read_adapter_file
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
-from ..data.class_labels import Classes
+from ..data.class_labels import ClassLabels
 from ..foundation.dtype_names import dtype_name
 from ..foundation.files import read_json
 from ..foundation.remote_code import allow_remote_code
@@ -31,7 +31,7 @@ class TrainedModel:
     base: Base
     adapter: Path
     recipe: Recipe | None
-    classes: Classes | None = None  # of a sequence classifier
+    classes: ClassLabels | None = None  # of a sequence classifier
     adapter_name: str = "default"
 
 
@@ -121,16 +121,16 @@ def require_causal_lm_run(run: str | Path) -> None:
         )
 
 
-def read_class_labels(folder: Path) -> Classes:
+def read_class_labels(folder: Path) -> ClassLabels:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
-        return Classes.from_config(read_json(folder / CONFIG_FILE))
+        return ClassLabels.from_config(read_json(folder / CONFIG_FILE))
     tensors, _ = read_adapter_file(folder)
     heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
     if not heads:
         raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")
     outputs = heads[0].shape[0]
-    return Classes(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
+    return ClassLabels(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
 
 
 def _require_trained_base(run: RunDir, base: Base) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor
 from ...errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
-from ..attention.attention_functions import packed_attention
+from ..attention.attention_functions import enable_packed_attention
 from ..data.collator import Example
-from ..data.general_text import numbers_by_kind
+from ..data.general_text import group_row_numbers_by_kind
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
 from ..kernels.dropout import preserve_rng_state
@@ -110,7 +110,7 @@ class TrainingLoop:
         So several loops of one process can take turns. Signals are theirs to handle.
         """
         self.model.train()
-        with packed_attention(self.model), self.logger.track_training(self.state):
+        with enable_packed_attention(self.model), self.logger.track_training(self.state):
             try:
                 with translate_os_errors(self.run_dir.path):
                     for rows in self.remaining_steps():
@@ -341,7 +341,7 @@ class TrainingLoop:
         scores, _ = self.measure(self.general_rows, objective, alone)
         return {
             kind: objective.summarize(np.array([scores[i] for i in numbers]))["loss"]
-            for kind, numbers in numbers_by_kind(self.general_rows).items()
+            for kind, numbers in group_row_numbers_by_kind(self.general_rows).items()
         }
 
     # --- checkpoints --------------------------------------------------------------------------------------------------

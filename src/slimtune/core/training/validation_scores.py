@@ -3,17 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..adapters.architectures import text_config
+from ..adapters.architectures import get_text_config
 from ..data.collator import Collator, Example
-from ..data.step_sharding import StepSharder
+from ..data.step_sharding import DataParallelSharder
 from ..foundation import distributed
 from .oom_recovery import OomRecovery
 
 
-def build_sharder(model: Any, collator: Collator) -> StepSharder:
+def build_sharder(model: Any, collator: Collator) -> DataParallelSharder:
     """Return what divides rows over the processes of this run."""
-    width = getattr(text_config(model), "hidden_size", 1024)
-    return StepSharder(collator, width, distributed.world_size(), distributed.rank())
+    width = getattr(get_text_config(model), "hidden_size", 1024)
+    return DataParallelSharder(collator, width, distributed.world_size(), distributed.rank())
 
 
 def score_in_parts(
@@ -21,7 +21,7 @@ def score_in_parts(
     where: str,
     model: Any,
     rows: Sequence[Example],
-    sharder: StepSharder,
+    sharder: DataParallelSharder,
     recovery: OomRecovery,
     alone: bool = False,
 ) -> list[list[float]]:

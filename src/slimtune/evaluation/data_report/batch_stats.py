@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ...core.data.chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
+from ...core.data.chat_template import TokenizedRow, compile_alternatives, find_end_of_turn_ids
 from ...core.data.rows import Row, split_answers
 from ...core.data.tokenize import PairedRow
 from ...core.foundation.chat_rendering import render_chat_template
@@ -39,7 +39,7 @@ class BatchStats:
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
     samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
-    thinking: list[int]  # turns that think, as `messages.check_thinking` counts them
+    thinking: list[int]  # turns that think, as `messages.count_thinking_turns` counts them
 
 
 class BatchValidator:
@@ -51,7 +51,7 @@ class BatchValidator:
     def __init__(self, tokenizer: Any, max_seq_len: int) -> None:
         self.max_seq_len = max_seq_len
         self.control_tokens = compile_alternatives(_control_tokens(tokenizer))
-        self.end_ids, self.bos_id = end_of_turn_ids(tokenizer), tokenizer.bos_token_id
+        self.end_ids, self.bos_id = find_end_of_turn_ids(tokenizer), tokenizer.bos_token_id
         self.common_trigrams: Array | None = None
 
     def __call__(self, pairs: Sequence[PairedRow]) -> BatchStats:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...core.data.tokenize import format_lines
+from ...core.data.tokenize import format_line_numbers
 from ...core.foundation.formatting import format_count
-from ...core.foundation.json_results import json_key, to_json_dict
+from ...core.foundation.json_results import make_json_key_metadata, to_json_dict
 from ...errors import DataError
 
 SHOWN_PREFIX = 200
@@ -59,9 +59,9 @@ class PairLengths:
 class HistogramBar:
     """A bar of a histogram."""
 
-    low: int = field(metadata=json_key("from"))
+    low: int = field(metadata=make_json_key_metadata("from"))
     """Fewest tokens of its rows."""
-    high: int = field(metadata=json_key("to"))
+    high: int = field(metadata=make_json_key_metadata("to"))
     """Most tokens of its rows."""
     rows: int
     """Rows of such a length."""
@@ -146,7 +146,7 @@ class DataIssue:
 
     def __str__(self) -> str:
         rows = f"{self.count:,} rows, " if self.count > 1 else ""
-        return f"{self.what}: {rows}{format_lines(self.lines, self.count)}"
+        return f"{self.what}: {rows}{format_line_numbers(self.lines, self.count)}"
 
 
 @dataclass(frozen=True)

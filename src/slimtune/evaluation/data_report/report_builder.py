@@ -11,7 +11,7 @@ from ...core.data.chat_template import adds_bos
 from ...core.data.parallel import parallel_map
 from ...core.data.rows import InvalidRow, Row
 from ...core.data.tokenize import BatchTokenizer, TokenizedBatch, batch_rows
-from ...core.foundation.cpu import cpu_count
+from ...core.foundation.cpu import count_usable_cpus
 from ...errors import nearest
 from ...extras.row_files import RowFile, open_rows
 from ...extras.row_formats.classification import sort_labels
@@ -72,7 +72,7 @@ def make_data_report(
             return builder
         documents = rows.cut_windows is not None
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, builder.measure_batch, documents)
-        for batch in parallel_map(function, batch_rows(rows), processes or cpu_count()):
+        for batch in parallel_map(function, batch_rows(rows), processes or count_usable_cpus()):
             builder.on_batch(batch)
         return builder
 

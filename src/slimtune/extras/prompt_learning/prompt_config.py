@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...core.adapters.architectures import text_config
-from ...core.adapters.config_fields import FieldError, setting
+from ...core.adapters.architectures import get_text_config
+from ...core.adapters.config_fields import FieldError, config_field
 from ...core.adapters.peft_config import PeftConfig, SiteKind
 from ...errors import ModelError, format_names
 
@@ -25,16 +25,16 @@ class PromptLearningConfig(PeftConfig):
     is_prompt_learning: ClassVar[bool] = True
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens"}
 
-    num_virtual_tokens: int | None = setting(None, "number of virtual tokens, typically 10 to 100", ge=1)
-    token_dim: int | None = setting(
+    num_virtual_tokens: int | None = config_field(None, "number of virtual tokens, typically 10 to 100", ge=1)
+    token_dim: int | None = config_field(
         None, "size of a virtual token: of the embeddings, or of all keys of a layer; None: the model's", ge=1
     )
-    num_transformer_submodules: int | None = setting(
+    num_transformer_submodules: int | None = config_field(
         None, "1, or 2 for PEFT's files of an encoder-decoder; None: 2 for task_type SEQ_2_SEQ_LM", ge=1, le=2
     )
-    num_attention_heads: int | None = setting(None, "number of key heads; None: the model's", ge=1)
-    num_layers: int | None = setting(None, "number of layers; None: the model's", ge=1)
-    modules_to_save: list[str] | None = setting(
+    num_attention_heads: int | None = config_field(None, "number of key heads; None: the model's", ge=1)
+    num_layers: int | None = config_field(None, "number of layers; None: the model's", ge=1)
+    modules_to_save: list[str] | None = config_field(
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
 
@@ -46,7 +46,7 @@ class PromptLearningConfig(PeftConfig):
         from .prompt_modules import embedding_width, find_backbones
 
         found = find_backbones(model)
-        text = text_config(model)
+        text = get_text_config(model)
         seq2seq = self.task_type == "SEQ_2_SEQ_LM"
         self.num_transformer_submodules = self.num_transformer_submodules or (2 if seq2seq else 1)
         fits = self.num_transformer_submodules == 1 or found.decoder is not None

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto import modeling_auto
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.adapters.architectures import text_config
+from ...core.adapters.architectures import get_text_config
 from ...core.attention.attention_functions import SUPPORTED_ATTENTION, original_attention
 from ...core.attention.learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, RowMask
 from ...errors import ModelError, UsageError, format_names
@@ -252,7 +252,7 @@ def find_backbones(model: Any) -> Backbones:
             return Backbones(encoders[0] if encoders else decoders[0], decoders[0], causal=not encoders)
     elif len(inner) == 1:
         parameters = inspect.signature(type(model.get_submodule(inner[0])).forward).parameters
-        attends = CACHES & set(parameters) and hasattr(text_config(model), "num_attention_heads")
+        attends = CACHES & set(parameters) and hasattr(get_text_config(model), "num_attention_heads")
         if "use_cache" in parameters and not attends:
             message = f"virtual tokens are not supported for a {name}, which does not cache keys and values"
             raise ModelError(message, "a model with attention in its layers", OTHER_METHODS)

@@ -5,9 +5,9 @@ from typing import Any
 from ...core.data.messages import (
     Messages,
     RowError,
-    check_depth,
-    parse_json,
+    parse_json_cell,
     parse_messages_and_train_mask,
+    require_limited_depth,
     require_list,
     require_strings,
     require_text,
@@ -62,7 +62,7 @@ def convert_sharegpt(value: Any) -> Messages:
             known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
             raise RowError(f"{name} is from the unknown {speaker!r}{known}", "unknown-role")
         if speaker == "function_call":
-            calls = parse_json(turn["value"], f"{name}.value", "bad-tool-call")
+            calls = parse_json_cell(turn["value"], f"{name}.value", "bad-tool-call")
             message["tool_calls"] = calls if isinstance(calls, list) else [calls]
         elif message.get("content") is not None:
             raise RowError(f"{name} has a 'value' and a 'content'", "unknown-key")
@@ -91,7 +91,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"tools[{i}] is not the JSON schema of a function: it has no name", "bad-tool")
-        check_depth(tool, f"tools[{i}]")
+        require_limited_depth(tool, f"tools[{i}]")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 

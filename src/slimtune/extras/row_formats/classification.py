@@ -3,7 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ...core.data.messages import RowError, json_type, parse_messages_and_train_mask, require_list, require_text
+from ...core.data.messages import (
+    RowError,
+    get_json_type_name,
+    parse_messages_and_train_mask,
+    require_list,
+    require_text,
+)
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
 from .chats import read_tools
@@ -47,7 +53,7 @@ def parse_label(value: Any) -> str:
 
 def show_cell(value: Any) -> str:
     """Return a value as errors show it: its JSON type and its beginning."""
-    return "empty" if value in (None, "", {}) else f"{json_type(value)}: {str(value)[:40]}"
+    return "empty" if value in (None, "", {}) else f"{get_json_type_name(value)}: {str(value)[:40]}"
 
 
 CLASSIFICATION = RowFormat(("label",), ("text", "messages", "tools"), _read_classification, by_name_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.architectures import DEFAULT_TARGETS
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import ConfigError, PeftWarning
 from ..lora.lora_config import LoraConfig
 
@@ -52,24 +52,26 @@ class AdaLoraConfig(TargetedConfig):
     recipe_defaults: ClassVar = {"lora_alpha": lambda g: 2 * g.get("init_r", 12), "target_modules": "all-linear"}
     training_written_fields: ClassVar = frozenset({"rank_pattern", "total_step"})
 
-    target_r: int = setting(8, "average rank of a layer at the end", ge=1)
-    init_r: int = setting(12, "rank each layer starts with, at least target_r; typically 1.5 times target_r", ge=1)
-    tinit: int = setting(0, "steps before the first rank is pruned", ge=0)
-    tfinal: int = setting(0, "steps at the end during which the ranks stay fixed", ge=0)
-    deltaT: int = setting(1, "steps between two reallocations", ge=1)
-    beta1: float = setting(0.85, "smoothing of the sensitivities", gt=0, lt=1)
-    beta2: float = setting(0.85, "smoothing of their deviations", gt=0, lt=1)
-    orth_reg_weight: float = setting(0.5, "factor of the regularization loss", ge=0)
-    total_step: int | None = setting(
+    target_r: int = config_field(8, "average rank of a layer at the end", ge=1)
+    init_r: int = config_field(12, "rank each layer starts with, at least target_r; typically 1.5 times target_r", ge=1)
+    tinit: int = config_field(0, "steps before the first rank is pruned", ge=0)
+    tfinal: int = config_field(0, "steps at the end during which the ranks stay fixed", ge=0)
+    deltaT: int = config_field(1, "steps between two reallocations", ge=1)
+    beta1: float = config_field(0.85, "smoothing of the sensitivities", gt=0, lt=1)
+    beta2: float = config_field(0.85, "smoothing of their deviations", gt=0, lt=1)
+    orth_reg_weight: float = config_field(0.5, "factor of the regularization loss", ge=0)
+    total_step: int | None = config_field(
         None, "optimizer steps of the whole training; None: slimtune train fills it in", ge=1
     )
-    rank_pattern: dict[str, list[bool]] | None = setting(None, "which ranks each layer keeps; training writes it")
-    lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / init_r", gt=0)
-    lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
-    init_lora_weights: bool = setting(True, "True: A and B normal with std 0.02, E zero; False: all random, for tests")
-    r: int = setting(8, "not used, as in PEFT: init_r is the rank")
+    rank_pattern: dict[str, list[bool]] | None = config_field(None, "which ranks each layer keeps; training writes it")
+    lora_alpha: float = config_field(8, "scale numerator: the update is scaled by lora_alpha / init_r", gt=0)
+    lora_dropout: float = config_field(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "lora_only"] = config_field("none", BIAS_HELP)
+    init_lora_weights: bool = config_field(
+        True, "True: A and B normal with std 0.02, E zero; False: all random, for tests"
+    )
+    r: int = config_field(8, "not used, as in PEFT: init_r is the rank")
 
     def normalize(self) -> None:
         super().normalize()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import PeftConfig, setting
+from ...core.adapters.peft_config import PeftConfig, config_field
 from ...errors import TargetError, format_names, nearest
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ class AdaptionPromptConfig(PeftConfig):
     short_names: ClassVar = {"tokens": "adapter_len", "layers": "adapter_layers"}
     is_adaption_prompt: ClassVar = True
 
-    target_modules: str | None = setting(None, 'name of the attention modules ("self_attn"); None: found in the model')
-    adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
-    adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
+    target_modules: str | None = config_field(
+        None, 'name of the attention modules ("self_attn"); None: found in the model'
+    )
+    adapter_len: int | None = config_field(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
+    adapter_layers: int | None = config_field(None, "how many layers get them, counted from the top; None: all", ge=1)
 
     def find_missing(self) -> Iterator[FieldError]:
         if self.adapter_len is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...core.adapters.peft_config import TargetedConfig, setting
+from ...core.adapters.peft_config import TargetedConfig, config_field
 from ...errors import TargetError, format_names
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class BitFitConfig(TargetedConfig):
     kinds: ClassVar = ("linear", "norm")
     short_names: ClassVar = {"targets": "target_modules"}
 
-    new_biases: bool = setting(
+    new_biases: bool = config_field(
         False, "add biases where the base has none, by default everywhere but at the output head; cannot be merged"
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import TargetedConfig, setting
+from ...core.adapters.peft_config import TargetedConfig, config_field
 from ...errors import ConfigError, TargetError, format_names
 
 if TYPE_CHECKING:
@@ -48,31 +48,37 @@ class BottleneckConfig(TargetedConfig):
     mergeable: ClassVar = False
     short_names: ClassVar = {"rank": "bottleneck_size", "activation": "non_linearity", "targets": "target_modules"}
 
-    style: Literal["houlsby", "pfeiffer", "parallel"] = setting(
+    style: Literal["houlsby", "pfeiffer", "parallel"] = config_field(
         "pfeiffer", "sets each of the other fields that is None"
     )
-    mh_adapter: bool | None = setting(None, "put an adapter after the attention of each layer; None: by style")
-    output_adapter: bool | None = setting(None, "put one after the feed-forward of each layer; None: by style")
-    original_ln_before: bool | None = setting(
+    mh_adapter: bool | None = config_field(None, "put an adapter after the attention of each layer; None: by style")
+    output_adapter: bool | None = config_field(None, "put one after the feed-forward of each layer; None: by style")
+    original_ln_before: bool | None = config_field(
         None, "put the feed-forward's adapter after the residual sum; None: by style"
     )
-    is_parallel: bool | None = setting(None, "the adapter reads the sub-layer's input, not its output; None: by style")
-    reduction_factor: float | dict[str | int, float] | None = setting(
+    is_parallel: bool | None = config_field(
+        None, "the adapter reads the sub-layer's input, not its output; None: by style"
+    )
+    reduction_factor: float | dict[str | int, float] | None = config_field(
         None, 'hidden size / bottleneck size, or by layer: {"1": 8, "default": 16}; None: by style, 16 or 2', gt=0
     )
-    bottleneck_size: int | None = setting(None, "the bottleneck's size in units, instead of reduction_factor", ge=1)
-    non_linearity: str | None = setting(
+    bottleneck_size: int | None = config_field(
+        None, "the bottleneck's size in units, instead of reduction_factor", ge=1
+    )
+    non_linearity: str | None = config_field(
         None, 'a transformers activation, such as "gelu"; None: by style', choices=_list_activations
     )
-    scaling: float | Literal["learned", "channel"] | None = setting(
+    scaling: float | Literal["learned", "channel"] | None = config_field(
         None, 'factor on the output; "learned": one trained, "channel": one per hidden unit; None: by style, 1 or 4'
     )
-    dropout: float = setting(0.0, "probability of dropping a unit of the adapter's output while training", ge=0, lt=1)
-    init_weights: Literal["mam_adapter", "bert", "houlsby"] = setting(
+    dropout: float = config_field(
+        0.0, "probability of dropping a unit of the adapter's output while training", ge=0, lt=1
+    )
+    init_weights: Literal["mam_adapter", "bert", "houlsby"] = config_field(
         "mam_adapter",
         '"mam_adapter": zero up, so the model starts unchanged; "bert": normal; "houlsby": truncated normal',
     )
-    leave_out: list[int] = setting([], "numbers of the layers without an adapter, from 0", ge=0)
+    leave_out: list[int] = config_field([], "numbers of the layers without an adapter, from 0", ge=0)
 
     def normalize(self) -> None:
         """Fill in the style."""
@@ -100,18 +106,18 @@ class BottleneckConfig(TargetedConfig):
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the chosen sub-layers in every layer."""
-        from ...core.adapters.targets import layer_index
+        from ...core.adapters.targets import get_layer_index
         from .bottleneck_modules import find_sublayer, find_transformer_layers
 
         layers, targets = find_transformer_layers(model), []
-        numbers = {layer_index(name, None) for name in layers} - {None}
+        numbers = {get_layer_index(name, None) for name in layers} - {None}
         unmatched = [i for i in self.leave_out if i not in numbers]
         if unmatched:
             raise TargetError(
                 f"leave_out: {format_names(unmatched)} matches no layer", f"one of {format_names(numbers)}"
             )
         for name, layer in layers.items():
-            if layer_index(name, None) in self.leave_out:
+            if get_layer_index(name, None) in self.leave_out:
                 continue
             if self.mh_adapter:
                 targets.append(find_sublayer(name, layer, "attention", bool(self.is_parallel)))
@@ -123,10 +129,10 @@ class BottleneckConfig(TargetedConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the adapters; each layer number in reduction_factor must be that of an adapted layer."""
-        from ...core.adapters.targets import layer_index
+        from ...core.adapters.targets import get_layer_index
 
         if isinstance(self.reduction_factor, dict):
-            numbers = {str(layer_index(s.name, None)) for s in sites}
+            numbers = {str(get_layer_index(s.name, None)) for s in sites}
             unmatched = [k for k in self.reduction_factor if k not in numbers and k != "default"]
             if unmatched:
                 message = f"reduction_factor: {format_names(unmatched)} matches no adapted layer"
@@ -135,7 +141,7 @@ class BottleneckConfig(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
-        from ...core.adapters.targets import layer_index
+        from ...core.adapters.targets import get_layer_index
         from ...core.kernels.linear_layers import layer_kind, layer_sizes
         from .bottleneck_modules import Bottleneck
 
@@ -143,7 +149,7 @@ class BottleneckConfig(TargetedConfig):
         sizes = layer_sizes(module) if layer_kind(module) == "linear" else (site.in_features, site.out_features)
         if not all(sizes):
             raise TargetError(f"the output size of {site.name} is unknown", "a model whose config has hidden_size")
-        factor, layer = self.reduction_factor, layer_index(site.name, None)
+        factor, layer = self.reduction_factor, get_layer_index(site.name, None)
         if isinstance(factor, dict):
             factor = factor.get(str(layer), factor.get("default"))
         if self.bottleneck_size is None and factor is None:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...core.adapters.adapter_module import Block, Site
-from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, text_config
+from ...core.adapters.adapter_module import Site, SubLayerAdapter
+from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, get_text_config
 from ...core.kernels.dropout import dropout
 from ...core.kernels.linear_layers import layer_kind
 from ...errors import TargetError, format_names
@@ -21,7 +21,7 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 """Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
 
 
-class Bottleneck(Block):
+class Bottleneck(SubLayerAdapter):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
     neutral: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
@@ -65,7 +65,7 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     lists = {n: m for n, m in lists.items() if any(_first_submodule(layer, ATTENTION + FEED_FORWARD) for layer in m)}
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
-    config, text = getattr(model, "config", None), text_config(model)
+    config, text = getattr(model, "config", None), get_text_config(model)
     if text is not config and hasattr(model, "get_decoder"):  # a multimodal model: leave its vision or audio tower out
         decoder_modules = set(model.get_decoder().modules())
         lists = {n: m for n, m in lists.items() if m in decoder_modules}

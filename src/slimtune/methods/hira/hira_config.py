@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ...core.adapters.name_patterns import get_pattern_value
-from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.name_patterns import get_value_by_pattern
+from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, Site
@@ -24,14 +24,14 @@ class HiraConfig(TargetedConfig):
     short_names: ClassVar = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
-    r: int = setting(32, "rank of the factors; typically 8 to 64", ge=1)
-    hira_dropout: float = setting(0.0, "probability of dropping an input of the update while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    init_weights: bool | Literal["gaussian"] = setting(
+    r: int = config_field(32, "rank of the factors; typically 8 to 64", ge=1)
+    hira_dropout: float = config_field(0.0, "probability of dropping an input of the update while training", ge=0, lt=1)
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    init_weights: bool | Literal["gaussian"] = config_field(
         True,
         'True: Kaiming-uniform A; "gaussian": normal A; both with zero B (embeddings: zero A, normal B); False: random',
     )
-    rank_pattern: dict[str, int] = setting({}, "rank of single layers, by name or pattern", ge=1)
+    rank_pattern: dict[str, int] = config_field({}, "rank of single layers, by name or pattern", ge=1)
 
     @property
     def patterns(self) -> dict[str, dict]:
@@ -44,7 +44,7 @@ class HiraConfig(TargetedConfig):
 
         from .hira_modules import ConvHira, EmbeddingHira, LinearHira
 
-        r = get_pattern_value(self.rank_pattern, site.name, self.r)
+        r = get_value_by_pattern(self.rank_pattern, site.name, self.r)
         # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
         kernel = site.require_ungrouped("HiRA") if site.kind == "conv" else ()
         A = torch.randn(r, site.in_features // math.prod(kernel), *kernel, device=site.init_device)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...core.adapters.architectures import model_type
+from ...core.adapters.architectures import get_model_type
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import ConfigError, TargetError, format_names, nearest
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class IA3Config(TargetedConfig):
     architecture_targets: ClassVar = {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
     short_names: ClassVar = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
-    feedforward_modules: list[str] | str | None = setting(
+    feedforward_modules: list[str] | str | None = config_field(
         None, "targets whose input is scaled: names, endings, or a regular expression; None: PEFT's choice; []: none"
     )
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    init_ia3_weights: bool = setting(True, "start at one; False: normal random factors, for tests")
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    init_ia3_weights: bool = config_field(True, "start at one; False: normal random factors, for tests")
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()
@@ -63,7 +63,7 @@ class IA3Config(TargetedConfig):
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""
-        kind = model_type(model)
+        kind = get_model_type(model)
         if self.feedforward_modules is None and kind not in SCALED:
             raise ConfigError(
                 f"feedforward_modules is None, and there is no default for {kind or type(model).__name__!r}",
@@ -84,7 +84,7 @@ class IA3Config(TargetedConfig):
         from .ia3_modules import matches_ending
 
         given = self.feedforward_modules or []
-        default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else given
+        default = SCALED.get(get_model_type(sites[0].model), ([], []))[1] if sites else given
         if given != default and not any(s.loading for s in sites):
             names = [s.name for s in sites]
             for pattern in [given] if isinstance(given, str) else given:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...core.adapters.peft_config import PatternedConfig, setting
+from ...core.adapters.peft_config import PatternedConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ class LycorisConfig(PatternedConfig):
     short_names: ClassVar = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 8, "alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
-    r: int = setting(8, "rank. LoHa: of each product; LoKr: of factors large enough to be products themselves", ge=1)
-    alpha: float = setting(8, "scale numerator: the update is scaled by alpha / r", gt=0)
-    rank_dropout: float = setting(
+    r: int = config_field(
+        8, "rank. LoHa: of each product; LoKr: of factors large enough to be products themselves", ge=1
+    )
+    alpha: float = config_field(8, "scale numerator: the update is scaled by alpha / r", gt=0)
+    rank_dropout: float = config_field(
         0.0, "probability of dropping an output of the update, the same for all rows", ge=0, lt=1
     )
-    module_dropout: float = setting(0.0, "probability of leaving out a layer's update in one step", ge=0, lt=1)
-    use_effective_conv2d: bool = setting(
+    module_dropout: float = config_field(0.0, "probability of leaving out a layer's update in one step", ge=0, lt=1)
+    use_effective_conv2d: bool = config_field(
         False,
         "at Conv1d and Conv2d with a kernel larger than 1: factors that are small convolutions, of fewer parameters",
     )
@@ -51,7 +53,7 @@ class LoHaConfig(LycorisConfig):
     prefix: ClassVar = "hada_"
     learning_rate: ClassVar = 5e-3
 
-    init_weights: bool = setting(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
+    init_weights: bool = config_field(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
 
     def build(self, site: Site) -> AdapterModule:
         from .loha_modules import ConvLoHa, LinearLoHa

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import setting
+from ...core.adapters.peft_config import config_field
 from ..loha.loha_config import LycorisConfig
 
 if TYPE_CHECKING:
@@ -22,10 +22,14 @@ class LoKrConfig(LycorisConfig):
     prefix: ClassVar = "lokr_"
     learning_rate: ClassVar = 3e-3
 
-    decompose_both: bool = setting(False, "make W1 a product too, where r is below half its larger side")
-    decompose_factor: int = setting(-1, "largest size of W1; -1: as near to a square as the layer allows", ge=-1)
-    rank_dropout_scale: bool = setting(False, "rescale the outputs that rank_dropout leaves, so that their mean stays")
-    init_weights: bool | Literal["lycoris"] = setting(True, 'W1 starts at zero; "lycoris": W2; False: none, for tests')
+    decompose_both: bool = config_field(False, "make W1 a product too, where r is below half its larger side")
+    decompose_factor: int = config_field(-1, "largest size of W1; -1: as near to a square as the layer allows", ge=-1)
+    rank_dropout_scale: bool = config_field(
+        False, "rescale the outputs that rank_dropout leaves, so that their mean stays"
+    )
+    init_weights: bool | Literal["lycoris"] = config_field(
+        True, 'W1 starts at zero; "lycoris": W2; False: none, for tests'
+    )
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()

@@ -22,7 +22,7 @@ from ...core.adapters.active_adapters import ActiveAdapters
 from ...core.adapters.peft_model import PeftModel
 from ...core.attention.attention_functions import LAYOUT_KWARG
 from ...core.attention.packed_layout import PackedLayout
-from ...core.foundation.device import is_simulated
+from ...core.foundation.device import is_device_simulated
 from ...errors import UsageError
 from ...extras.mixed_batch import keep_selection_in_checkpoints
 from .alora import NEVER, find_last_invocations
@@ -62,7 +62,7 @@ class ActivatedLoraCalls(PeftModel):
         return unknown or "alora_offsets" in kwargs or super().must_prepare_call(kwargs)
 
 
-class ChangedTokens(NamedTuple):
+class ActivatedLoraPositions(NamedTuple):
     """The tokens of a call that one adapter changes."""
 
     batch: int
@@ -146,7 +146,7 @@ def _find_tokens(
     kwargs: dict[str, Any],
     offsets: Offsets | None,
     cache: Any,
-) -> tuple[dict[str, Tensor], dict[str, ChangedTokens]]:
+) -> tuple[dict[str, Tensor], dict[str, ActivatedLoraPositions]]:
     """Return for each adapter the first changed position of each row, `(batch)`, and the changed tokens."""
     ids = _find_ids(args, kwargs)
     if ids is None:
@@ -181,9 +181,9 @@ def _find_tokens(
     kept = kwargs.get("logits_to_keep")
     kept = torch.arange(length)[-kept:] if isinstance(kept, int) else kept
     # How many tokens are changed depends on values, which a simulation does not have: it assumes all of them.
-    every = torch.arange(batch * length, device=ids.device) if is_simulated() else None
+    every = torch.arange(batch * length, device=ids.device) if is_device_simulated() else None
     indices = {n: mask.reshape(-1).nonzero()[:, 0] if every is None else every for n, mask in masks.items()}
-    return starts, {n: ChangedTokens(batch, length, i, kept) for n, i in indices.items()}
+    return starts, {n: ActivatedLoraPositions(batch, length, i, kept) for n, i in indices.items()}
 
 
 def _warn_about_missing_ids() -> None:

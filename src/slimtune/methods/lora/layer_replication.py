@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ...core.adapters.architectures import text_config
+from ...core.adapters.architectures import get_text_config
 from ...errors import ModelError, TargetError
 
 
@@ -31,12 +31,12 @@ class Replication(NamedTuple):
         setattr(self.parent, self.name, self.layers)
         _number_layers(self.layers)
         for field, value in self.config_values.items():
-            setattr(text_config(model), field, value)
+            setattr(get_text_config(model), field, value)
 
 
 def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Replication:
     """Stack the layers of the ranges `[start, end)` in a model of transformers, in place."""
-    config = text_config(model)
+    config = get_text_config(model)
     count: int = getattr(config, "num_hidden_layers", 0)
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.data.tokenized_dataset import split_rows
+from ...core.data.tokenized_dataset import split_example_rows
 from ...core.kernels.linear_layers import get_weight, is_quantized
 from ...errors import UsageError, format_names
 from ...extras.layer_inputs import ROWS, collect_layer_inputs, second_moment
@@ -37,7 +37,7 @@ def initialize_loftq(model: Any, find_weights: Callable[[], Path], rows: Sequenc
         rows: tokenized examples.
     """
     layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-    ids = [ids for example in rows[:ROWS] for ids, _ in split_rows(dict(example))]
+    ids = [ids for example in rows[:ROWS] for ids, _ in split_example_rows(dict(example))]
     inputs = collect_layer_inputs(model.get_base_model().eval(), layers, ids)
     replace_lora_weights_loftq(model, find_weights(), calibration_inputs=inputs)
 

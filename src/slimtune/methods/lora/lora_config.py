@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.config_fields import FieldError, list_settings, read_settings
+from ...core.adapters.config_fields import FieldError, list_settings, read_section_settings
 from ...core.adapters.peft_config import (
     BIAS_HELP,
     FAN_IN_FAN_OUT_HELP,
     DataInitialization,
     PatternedConfig,
     PeftConfig,
-    setting,
+    config_field,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens.trainable_tokens_config import are_unique_token_ids
@@ -25,7 +25,7 @@ from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, Lora
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, BaseChange, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, ReversibleBaseChange, Site, SiteKind
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -56,18 +56,18 @@ class LoraConfig(PatternedConfig):
     short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
-    r: int = setting(8, "rank of the update; typically 4 to 64", ge=1)
-    lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
-    lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
-    target_parameters: list[str] | None = setting(
+    r: int = config_field(8, "rank of the update; typically 4 to 64", ge=1)
+    lora_alpha: float = config_field(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
+    lora_dropout: float = config_field(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "lora_only"] = config_field("none", BIAS_HELP)
+    target_parameters: list[str] | None = config_field(
         None,
         "names or dotted suffixes of parameters to adapt, such as those of experts: mlp.experts.gate_up_proj; with "
         'target_modules=[] nothing else. None: with "all-linear" the experts',
     )
-    use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
-    init_lora_weights: bool | str = setting(
+    use_rslora: bool = config_field(False, "scale the update by lora_alpha / √r instead")
+    init_lora_weights: bool | str = config_field(
         True,
         'how A and B start. True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa", '
         '"pissa_niter_N" or "olora": the largest parts of the base weight; "orthogonal": random with B A = 0; "mica": '
@@ -75,35 +75,39 @@ class LoraConfig(PatternedConfig):
         'or by gradients, see preprocess_corda and preprocess_loraga; "loftq": the error of quantization; '
         "False: both random, for tests. An embedding starts with zero A and normal B, except with mica and False",
     )
-    use_dora: bool = setting(False, "also train the length of each row of the adapted weight (DoRA)")
-    lora_bias: bool = setting(False, "give B a trained bias; not with a named init_lora_weights or DoRA")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+    use_dora: bool = config_field(False, "also train the length of each row of the adapted weight (DoRA)")
+    lora_bias: bool = config_field(False, "give B a trained bias; not with a named init_lora_weights or DoRA")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = config_field(
         None,
         "ids of tokens whose input embeddings train too, or such lists by embedding; tied output heads follow",
         ge=0,
     )
-    ensure_weight_tying: bool = setting(
+    ensure_weight_tying: bool = config_field(
         False,
         "adapt or train an output head (or another embedding) that is tied to the input embedding together with it, by "
         "the same parameters",
     )
-    alora_invocation_tokens: list[int] | None = setting(
+    alora_invocation_tokens: list[int] | None = config_field(
         None,
         "token ids; the adapter changes only the tokens from their last occurrence in a row on (activated LoRA)",
         ge=0,
     )
-    layer_replication: list[Any] | None = setting(
+    layer_replication: list[Any] | None = config_field(
         None,
         "ranges [start, end) of layers to stack, such as [[0, 4], [2, 5]]: replicas share the base's weights and have "
         "adapters of their own",
     )
-    eva_config: EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
-    corda_config: CordaConfig | dict | None = setting(None, 'settings of "corda", a CordaConfig; None: its defaults')
-    lora_ga_config: LoraGAConfig | dict | None = setting(None, 'settings of "lora_ga", a LoraGAConfig')
-    loftq_config: LoftQConfig | dict[str, Any] = setting({}, 'record of how a "loftq" adapter was made')
+    eva_config: EvaConfig | dict | None = config_field(None, 'settings of "eva", an EvaConfig; None: its defaults')
+    corda_config: CordaConfig | dict | None = config_field(
+        None, 'settings of "corda", a CordaConfig; None: its defaults'
+    )
+    lora_ga_config: LoraGAConfig | dict | None = config_field(None, 'settings of "lora_ga", a LoraGAConfig')
+    loftq_config: LoftQConfig | dict[str, Any] = config_field({}, 'record of how a "loftq" adapter was made')
     runtime_config: LoraRuntimeConfig = dataclasses.field(default_factory=LoraRuntimeConfig)
-    lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
-    freeze_a: bool = setting(
+    lr_ratio: float = config_field(
+        1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0
+    )
+    freeze_a: bool = config_field(
         False, "train B alone, so that of a layer's input only A x is kept (LoRA-FA); not for embeddings; slimtune only"
     )
 
@@ -219,17 +223,19 @@ class LoraConfig(PatternedConfig):
         from ...core.adapters.targets import (
             ALL_LINEAR,
             find_expert_parameters,
-            find_uncalled_layers,
-            list_linear_layers,
+            find_layers_read_without_call,
+            list_all_linear_targets,
             shorten_names,
         )
         from .parameters import find_unsupported_field, target_projections_by_weight
 
         super().fill_from_model(model)
-        if self.target_modules == ALL_LINEAR and (find_expert_parameters(model) or find_uncalled_layers(model)):
+        if self.target_modules == ALL_LINEAR and (
+            find_expert_parameters(model) or find_layers_read_without_call(model)
+        ):
             # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers
             # of Mamba mixers that it then refuses.
-            self.target_modules = shorten_names(list_linear_layers(model, self), model)
+            self.target_modules = shorten_names(list_all_linear_targets(model, self), model)
             experts = find_expert_parameters(model, self.exclude_modules)
             if self.target_parameters is None and experts:
                 names, field = shorten_names(experts, model), find_unsupported_field(self)
@@ -240,17 +246,17 @@ class LoraConfig(PatternedConfig):
                     warnings.warn(message, stacklevel=2)
         target_projections_by_weight(self, model)
 
-    def change_base(self, model: nn.Module) -> BaseChange | None:
+    def change_base(self, model: nn.Module) -> ReversibleBaseChange | None:
         """Replicate the base's layers."""
         from .layer_replication import replicate_layers
 
         return replicate_layers(model, self.layer_replication) if self.layer_replication else None
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        from ...core.adapters.targets import match_parameters
+        from ...core.adapters.targets import find_target_parameters
         from .parameters import find_misread_projections
 
-        parameters: dict[str, SiteKind] = dict.fromkeys(match_parameters(model, self), "parameters")
+        parameters: dict[str, SiteKind] = dict.fromkeys(find_target_parameters(model, self), "parameters")
         parameters |= dict.fromkeys(parameters.keys() & find_misread_projections(model), "linear")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
         if both := [name for name in parameters if name in rows]:
@@ -396,7 +402,7 @@ _INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
-    _, errors = read_settings({s.name: s for s in list_settings(cls)}, given, name)
+    _, errors = read_section_settings({s.name: s for s in list_settings(cls)}, given, name)
     return errors
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import conversion_mapping
 
 from ...core.adapters.adapter_module import BaseForward, Site
-from ...core.adapters.architectures import model_type
-from ...core.adapters.name_patterns import find_pattern
+from ...core.adapters.architectures import get_model_type
+from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.targets import find_targets, shorten_names
 from ...errors import ConfigError, TargetError, UsageError, format_names
 from .init import init_weights
@@ -163,7 +163,7 @@ the model has linear layers of these names, in shared experts and dense layers. 
 def find_misread_projections(model: nn.Module) -> set[str]:
     """Return the names of the linear layers of a model that PEFT takes for experts (`MISREAD_PROJECTIONS`)."""
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # what PEFT reads
-    if families.get(model_type(model)) != "qwen2_moe":
+    if families.get(get_model_type(model)) != "qwen2_moe":
         return set()
     linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
     return {n for n in linear if n.rpartition(".")[2] in MISREAD_PROJECTIONS}
@@ -185,7 +185,7 @@ def target_projections_by_weight(config: Any, model: nn.Module) -> None:
     config.layers_to_transform = config.layers_pattern = None
     config.target_parameters = [*(config.target_parameters or []), *names]
     for patterns in (config.rank_pattern, config.alpha_pattern):
-        for pattern in [p for p in patterns if any(find_pattern([p], n) for n in moved)]:
+        for pattern in [p for p in patterns if any(find_matching_pattern([p], n) for n in moved)]:
             patterns[f"({pattern})\\.weight"] = patterns[pattern]
-            if not any(find_pattern([pattern], n) for n in rest):
+            if not any(find_matching_pattern([pattern], n) for n in rest):
                 del patterns[pattern]

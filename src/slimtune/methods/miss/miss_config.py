@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import BIAS_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import BIAS_HELP, TargetedConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ class MissConfig(TargetedConfig):
     short_names: ClassVar = {"rank": "r", "dropout": "miss_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 32, "target_modules": "all-linear"}
 
-    r: int = setting(64, "length of a part of the input, and rank; at most the layers' inputs", ge=1)
-    miss_dropout: float = setting(0.0, 'probability of dropping an input of the update; not with "bat"', ge=0, lt=1)
-    mini_r: int = setting(1, 'outputs after which "mini" repeats D; must divide the layers\' outputs', ge=1)
-    init_weights: bool | Literal["bat", "mini"] = setting(
+    r: int = config_field(64, "length of a part of the input, and rank; at most the layers' inputs", ge=1)
+    miss_dropout: float = config_field(
+        0.0, 'probability of dropping an input of the update; not with "bat"', ge=0, lt=1
+    )
+    mini_r: int = config_field(1, 'outputs after which "mini" repeats D; must divide the layers\' outputs', ge=1)
+    init_weights: bool | Literal["bat", "mini"] = config_field(
         True,
         'True: plain; "mini": D repeated along the outputs; "bat": an update that depends on W; False: random start',
     )
-    bias: Literal["none", "all", "MiSS_only"] = setting("none", BIAS_HELP)
+    bias: Literal["none", "all", "MiSS_only"] = config_field("none", BIAS_HELP)
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()

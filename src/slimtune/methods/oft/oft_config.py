@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,21 +26,23 @@ class OFTConfig(TargetedConfig):
     short_names: ClassVar = {"block_size": "oft_block_size", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
-    r: int = setting(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
-    oft_block_size: int = setting(
+    r: int = config_field(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
+    oft_block_size: int = config_field(
         32, "inputs rotated together, at least 2; 0: r gives it; becomes the nearest divisor of the inputs", ge=0
     )
-    module_dropout: float = setting(0.0, "fraction of the blocks that are the identity in one step", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    bias: Literal["none", "all", "oft_only"] = setting("none", BIAS_HELP)
-    init_weights: bool = setting(True, "True: zeros, so that R is the identity; False: normal with std 0.1, for tests")
-    coft: bool = setting(False, "keep the rotation small: ‖Q_i‖ at most eps / √(number of blocks)")
-    eps: float = setting(6e-5, "limit of the rotation with coft", gt=0)
-    block_share: bool = setting(False, "one block for all parts of the input")
-    use_cayley_neumann: bool = setting(
+    module_dropout: float = config_field(0.0, "fraction of the blocks that are the identity in one step", ge=0, lt=1)
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "oft_only"] = config_field("none", BIAS_HELP)
+    init_weights: bool = config_field(
+        True, "True: zeros, so that R is the identity; False: normal with std 0.1, for tests"
+    )
+    coft: bool = config_field(False, "keep the rotation small: ‖Q_i‖ at most eps / √(number of blocks)")
+    eps: float = config_field(6e-5, "limit of the rotation with coft", gt=0)
+    block_share: bool = config_field(False, "one block for all parts of the input")
+    use_cayley_neumann: bool = config_field(
         True, "compute R by the series, which is faster; False: by the exact transform, which rotates the opposite way"
     )
-    num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2, le=1000)
+    num_cayley_neumann_terms: int = config_field(5, "terms of the series; 3 means 4, as in PEFT", ge=2, le=1000)
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()

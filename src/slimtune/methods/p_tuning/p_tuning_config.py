@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.peft_config import setting
+from ...core.adapters.peft_config import config_field
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ class PromptEncoderConfig(PromptLearningConfig):
     recipe_defaults: ClassVar = {"num_virtual_tokens": 20}
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 
-    encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = setting(
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = config_field(
         "MLP", 'the network: "MLP" (three linear layers) or "LSTM" (bidirectional, then two linear layers)'
     )
-    encoder_hidden_size: int | None = setting(None, "width of the network; None: the model's hidden size", ge=1)
-    encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1, le=100)
-    encoder_dropout: float = setting(0.0, "probability of dropping an activation between LSTM layers", ge=0, lt=1)
+    encoder_hidden_size: int | None = config_field(None, "width of the network; None: the model's hidden size", ge=1)
+    encoder_num_layers: int = config_field(2, "layers of the LSTM; an MLP always has three", ge=1, le=100)
+    encoder_dropout: float = config_field(0.0, "probability of dropping an activation between LSTM layers", ge=0, lt=1)
 
     def normalize(self) -> None:
         """Replace the enum by its string, as files store it."""

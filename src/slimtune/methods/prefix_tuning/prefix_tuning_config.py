@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.architectures import text_config
+from ...core.adapters.architectures import get_text_config
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import setting
+from ...core.adapters.peft_config import config_field
 from ...errors import ModelError, format_names
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
@@ -30,14 +30,18 @@ class PrefixTuningConfig(PromptLearningConfig):
         "init_weights": lambda g: None if g.get("prefix_projection") or g.get("prefix_tuning_init_text") else "vocab",
     }
 
-    init_weights: Literal["zero", "vocab"] | None = setting(
+    init_weights: Literal["zero", "vocab"] | None = config_field(
         None, 'start of keys and values. None: normal; "zero"; "vocab" (slimtune only): those of random tokens'
     )
-    encoder_hidden_size: int | None = setting(None, "width of the projection; None: the size of a layer's keys", ge=1)
-    prefix_projection: bool = setting(False, "train a small network that computes the keys and values")
-    prefix_tuning_init_text: str | None = setting(None, "start as this text's keys and values; slimtune only")
-    tokenizer_name_or_path: str | None = setting(None, "the tokenizer for that text")
-    tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
+    encoder_hidden_size: int | None = config_field(
+        None, "width of the projection; None: the size of a layer's keys", ge=1
+    )
+    prefix_projection: bool = config_field(False, "train a small network that computes the keys and values")
+    prefix_tuning_init_text: str | None = config_field(None, "start as this text's keys and values; slimtune only")
+    tokenizer_name_or_path: str | None = config_field(None, "the tokenizer for that text")
+    tokenizer_kwargs: dict | None = config_field(
+        None, "arguments for loading the tokenizer; trust_remote_code is refused"
+    )
 
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()
@@ -58,7 +62,9 @@ class PrefixTuningConfig(PromptLearningConfig):
 
         found = prompt.find_backbones(model)
         layers, heads, size = find_key_shape(model, found.decoder or found.reader)
-        self.num_layers = self.num_layers or max(layers, text_config(model).num_hidden_layers if found.decoder else 0)
+        self.num_layers = self.num_layers or max(
+            layers, get_text_config(model).num_hidden_layers if found.decoder else 0
+        )
         self.num_attention_heads = self.num_attention_heads or heads
         self.token_dim = self.token_dim or size * heads
         for name, expected in {"num_attention_heads": heads, "token_dim": size * heads}.items():
@@ -85,7 +91,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         parameters = inspect.signature(type(backbone).forward).parameters
         if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
             return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
-        if other := find_layers_without_attention(text_config(model)):
+        if other := find_layers_without_attention(get_text_config(model)):
             message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(other)}"
             raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
         encodes = not found.causal and found.decoder is None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ...core.adapters.adapter_module import BaseForward, Site
-from ...core.adapters.architectures import text_config
+from ...core.adapters.architectures import get_text_config
 from ...core.attention.learned_prefix import AttentionPrefix, RowMask
 from ...core.foundation.chat_rendering import render_chat_template
 from ...errors import ConfigError, UsageError
@@ -104,7 +104,7 @@ class PrefixProjection(nn.Module):
 
 def find_key_shape(model: Any, backbone: str) -> tuple[int, int, int]:
     """Return the layers of a backbone, and the heads and the head size of its keys, by the model's config."""
-    config = text_config(model)
+    config = get_text_config(model)
     decodes = "decoder" in backbone.split(".")
     names = ("num_decoder_layers", "decoder_layers") if decodes else ()
     layers = next((v for n in names if (v := getattr(config, n, None))), config.num_hidden_layers)

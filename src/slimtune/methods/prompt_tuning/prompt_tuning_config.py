@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import setting
+from ...core.adapters.peft_config import config_field
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ class PromptTuningConfig(PromptLearningConfig):
     recipe_defaults: ClassVar = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
-    prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = setting(
+    prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = config_field(
         "RANDOM", 'the start. "RANDOM": normal; "SAMPLE_VOCAB": random tokens; "TEXT": a text, cut or repeated'
     )
-    prompt_tuning_init_text: str | None = setting(None, 'the text for "TEXT"')
-    tokenizer_name_or_path: str | None = setting(None, 'the tokenizer for "TEXT"')
-    tokenizer_kwargs: dict | None = setting(None, "arguments for loading it; trust_remote_code is refused")
+    prompt_tuning_init_text: str | None = config_field(None, 'the text for "TEXT"')
+    tokenizer_name_or_path: str | None = config_field(None, 'the tokenizer for "TEXT"')
+    tokenizer_kwargs: dict | None = config_field(None, "arguments for loading it; trust_remote_code is refused")
 
     def normalize(self) -> None:
         super().normalize()

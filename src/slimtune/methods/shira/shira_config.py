@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.adapters.architectures import DEFAULT_TARGETS
-from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ class ShiraConfig(TargetedConfig):
     mask_fn: ClassVar[Callable[..., Any] | None] = None
     """`f(layer, r)` returns a mask `(out, in)` of the trained entries; set on a config, as in PEFT, and not saved."""
 
-    r: int = setting(32, "sets the number of entries, r · (in + out); does not limit the rank of the change", ge=1)
-    mask_type: str = setting("random", "how entries are chosen; any other name: by config.mask_fn")
-    random_seed: int | None = setting(
+    r: int = config_field(32, "sets the number of entries, r · (in + out); does not limit the rank of the change", ge=1)
+    mask_type: str = config_field("random", "how entries are chosen; any other name: by config.mask_fn")
+    random_seed: int | None = config_field(
         None, "seed of the random positions; None: torch's default, the same each time", le=2**63 - 1
     )
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    init_weights: bool = setting(True, "start at zero; False: normal random entries, for tests")
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    init_weights: bool = config_field(True, "start at zero; False: normal random entries, for tests")
 
     def build(self, site: Site) -> AdapterModule:
         import torch

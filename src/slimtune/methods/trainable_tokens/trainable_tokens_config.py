@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...core.adapters.config_fields import FieldError
-from ...core.adapters.peft_config import TargetedConfig, setting
+from ...core.adapters.peft_config import TargetedConfig, config_field
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,9 +29,9 @@ class TrainableTokensConfig(TargetedConfig):
     kinds: ClassVar = ("embedding", "linear")
     short_names: ClassVar = {"tokens": "token_indices", "targets": "target_modules"}
 
-    target_modules: list[str] | str | None = setting(None, "the embeddings; None: the model's input embedding")
-    token_indices: list[int] = setting([], "ids of the tokens that train", ge=0)
-    init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
+    target_modules: list[str] | str | None = config_field(None, "the embeddings; None: the model's input embedding")
+    token_indices: list[int] = config_field([], "ids of the tokens that train", ge=0)
+    init_weights: bool = config_field(True, "start as the base's rows; False: random, for tests")
 
     def find_missing(self) -> Iterator[FieldError]:
         if not are_unique_token_ids(self.token_indices):

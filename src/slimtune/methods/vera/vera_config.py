@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...core.adapters.architectures import DEFAULT_TARGETS
-from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
+from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 from ...errors import TargetError
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ class VeraConfig(TargetedConfig):
     short_names: ClassVar = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
-    r: int = setting(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
-    projection_prng_key: int = setting(0, "seed of A and B", le=2**63 - 1)
-    save_projection: bool = setting(
+    r: int = config_field(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
+    projection_prng_key: int = config_field(0, "seed of A and B", le=2**63 - 1)
+    save_projection: bool = config_field(
         True, "write A and B into the file; False: draw them again from the seed, which may differ in another torch"
     )
-    vera_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    d_initial: float = setting(0.1, "start of λ_d; usually 0.1 or less")
-    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
-    bias: Literal["none", "all", "vera_only"] = setting("none", BIAS_HELP)
-    init_weights: bool = setting(True, "True: λ_b zero, λ_d d_initial; False: λ_b one, λ_d normal, for tests")
+    vera_dropout: float = config_field(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    d_initial: float = config_field(0.1, "start of λ_d; usually 0.1 or less")
+    fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "vera_only"] = config_field("none", BIAS_HELP)
+    init_weights: bool = config_field(True, "True: λ_b zero, λ_d d_initial; False: λ_b one, λ_d normal, for tests")
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where A and B are stored."""
