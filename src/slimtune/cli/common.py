@@ -32,7 +32,7 @@ from ..core.foundation.files import explain_os_error, to_json
 from ..core.foundation.formatting import escape_controls
 from ..core.foundation.progress_bars import display_progress
 from ..diagnostics.knowledge import find_code
-from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
+from ..errors import RunError, SlimtuneError, UsageError, exception_chain, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -126,10 +126,22 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if text := getattr(known, name):
             # A hint may be a command to copy, which a terminal must not get in several lines.
             screen.print(f"  {name}: {text}", soft_wrap=name == "hint" or None)
-    code = find_code(f"{known.message}\n{known.expected}\n{known.hint}", known.code)
+    code = find_error_code(error, known)
     screen.print(f"  more: slimtune explain {code}", soft_wrap=True)
     fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")} | {"code": code}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
+
+
+def find_error_code(error: BaseException, shown: SlimtuneError) -> str:
+    """Return the page for an error: the code that was given where it was raised, else by a foreign cause's text.
+
+    torch, CUDA and the Hub have no codes, so the pages have patterns for their texts. Ours are not searched.
+    """
+    if shown.code != type(shown).code:
+        return shown.code
+    start = error.__cause__ or error.__context__ if error is shown else error
+    foreign = [f"{type(e).__name__}: {e}" for e in exception_chain(start)] if start is not None else []
+    return find_code("\n".join(foreign), shown.code) if foreign else shown.code
 
 
 def _find_address() -> str:
@@ -152,7 +164,7 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
     if is_out_of_memory(error):
         message = f"there is not enough memory: {str(error).strip() or 'an allocation failed'}"
         hint = "a smaller --batch-size or --max-seq-len, --dtype bf16, or --gradient-checkpointing"
-        return RunError(message, "memory for the model and a micro-batch", hint)
+        return RunError(message, "memory for the model and a micro-batch", hint, code="system-memory")
     if isinstance(error, ClickError):
         ctx = getattr(error, "ctx", None)
         return UsageError(error.format_message(), hint=f"see `{ctx.command_path} --help`" if ctx is not None else "")

@@ -107,7 +107,12 @@ def make_planner(force: bool) -> "Planner":
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:
             advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
-            raise RunError(f"this run does not fit: {plan.reason}", advice, "change it so, or --force to try anyway")
+            raise RunError(
+                f"this run does not fit: {plan.reason}",
+                advice,
+                "change it so, or --force to try anyway",
+                code="cuda-out-of-memory",
+            )
         return plan
 
     return plan_run

@@ -46,7 +46,12 @@ class AutoPeftModel:
         base = config.base_model_name_or_path
         load_yourself = "load the base yourself, then PeftModel.from_pretrained(base, path)"
         if not base:
-            raise AdapterError(f"{path} does not name its base", "base_model_name_or_path in its config", load_yourself)
+            raise AdapterError(
+                f"{path} does not name its base",
+                "base_model_name_or_path in its config",
+                load_yourself,
+                code="wrong-base",
+            )
         class_name = cls._get_base_class(config, path).replace("AutoModelForFeatureExtraction", "AutoModel")
         # Otherwise transformers asks on the terminal whether to run a base's code, and reads pickles.
         base_settings = {"trust_remote_code": False, "use_safetensors": True, **base_settings}

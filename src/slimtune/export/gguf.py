@@ -96,6 +96,7 @@ def get_architecture(config: Any) -> GgufArchitecture:
             f"one of {format_names(ARCHITECTURES)}",
             "merge it (slimtune merge RUN --out FOLDER) and give FOLDER to llama.cpp's convert_hf_to_gguf.py, which "
             "knows more architectures (--merged does both if the base is not a GGUF); or serve it by vLLM: --to vllm",
+            code="gguf-architecture",
         )
     return ARCHITECTURES[kind]
 
@@ -222,6 +223,7 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",
         "scale · B A on linear layers and experts: llama.cpp adds nothing else to a base",
         hint,
+        code="merge-differs",
     )
 
 

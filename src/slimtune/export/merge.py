@@ -301,6 +301,7 @@ def _translate_merge_errors(run: Path) -> Iterator[None]:
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",
             f"use it beside its base (slimtune generate, chat; PeftModel.from_pretrained){older}",
+            code="merge-differs",
         ) from e
 
 

@@ -61,6 +61,7 @@ class OllamaFormat(GgufFormat):
                 "a name from Ollama's library, or a GGUF of the same base",
                 "leave --no-merged out: llama.cpp's converter makes one GGUF of base and adapter; for an Ollama before "
                 "0.34.1 also --ollama-base NAME (such as llama3.1:8b)",
+                code="llama-cpp-tools",
             )
 
     def write(self, job: ExportJob) -> WrittenExport:

@@ -169,14 +169,18 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     tensors, fingerprint = adapter_files.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
-        raise AdapterError(f"{file} contains no tensors", "the tensors of an adapter", "train it again")
+        raise AdapterError(
+            f"{file} contains no tensors", "the tensors of an adapter", "train it again", code="safetensors-damaged"
+        )
     if broken := [k for k, t in tensors.items() if t.is_floating_point() and not is_finite(t)]:
         names = f"{len(broken)} of {len(tensors)} tensors, such as {format_names(broken, 2)}"
         hint = "use an older checkpoint, or train with a lower learning rate"
         raise AdapterError(f"{file} contains NaN or Inf in {names}", "finite numbers", hint)
     name = recipe.model.name if recipe is not None else config.base_model_name_or_path
     if not name:
-        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+        raise AdapterError(
+            f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
+        )
     notes += _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
     info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)

@@ -151,6 +151,7 @@ class Comparison:
             f"{self.name} is not the base that the adapter was trained on, {self.loaded.base.source.spec}: {found}",
             expected,
             "give the trained base as --ollama-base, or export base and adapter as one model: --merged",
+            code="wrong-base",
         )
 
     def add(self, tensor: str, own: Tensor, shape: tuple[int, ...], rows: Tensor, bits: float) -> None:

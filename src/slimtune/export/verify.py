@@ -189,12 +189,14 @@ class Verifier:
     def require_mergeable(self) -> None:
         config = self.model.active_peft_config
         if not config.mergeable:
-            raise UsageError(f"{config.name} does not change weights, and cannot be merged")
+            raise UsageError(f"{config.name} does not change weights, and cannot be merged", code="merge-differs")
 
     def open_merged(self, folder: Path) -> InferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
         if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
-            raise RunError(f"{folder} has another chat template than the run was trained with")
+            raise RunError(
+                f"{folder} has another chat template than the run was trained with", code="template-mismatch"
+            )
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
     def open_adapter(self, folder: Path) -> InferenceEngine:

@@ -152,7 +152,7 @@ def open_gguf(path: Path) -> Any:
         reader = read_gguf(path)
         values = {name: f.contents() for name, f in reader.fields.items() if name != "tokenizer.ggml.merges"}
     if problem := _find_contradiction(values, reader):
-        raise ModelError(f"{path} is damaged: {problem}", "a whole GGUF file", "download it again")
+        raise ModelError(f"{path} is damaged: {problem}", "a whole GGUF file", "download it again", code="gguf-damaged")
     return reader
 
 

@@ -95,7 +95,9 @@ def hotswap_adapter(
     compiled, model = _is_compiled(model), _unwrap(model)
     live_modules = model.adapter_modules(adapter_name)
     if adapter_name in model.merged_adapters:
-        raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
+        raise UsageError(
+            f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
+        )
     tensors, config = read_adapter_for_model(model, model_name_or_path, None, False, hub)
     types = [str(c.peft_type) for c in (model.peft_config[adapter_name], config)]
     if types[0] != types[1]:

@@ -162,10 +162,12 @@ def _require_token(token: str | bool | None, files: Mapping[str, Path | bytes]) 
     """Return the token, which no file may contain."""
     secret = _find_token(token)
     if not secret:
-        raise UsageError("you are not logged in to the Hub", "a token with write access", LOG_IN)
+        raise UsageError("you are not logged in to the Hub", "a token with write access", LOG_IN, code="hub-token")
     if not re.fullmatch(r"[!-~]+", secret):
         # The HTTP client would raise this with the token in its message.
-        raise UsageError("the token contains spaces, line ends or other invalid characters", "one word", LOG_IN)
+        raise UsageError(
+            "the token contains spaces, line ends or other invalid characters", "one word", LOG_IN, code="hub-token"
+        )
     refuse_tokens(files, secret)
     return secret
 
@@ -187,19 +189,30 @@ def _translate_error(error: BaseException, url: str, created: bool, secret: str)
         status, reason = response.response.status_code, _clean_text(secret, response.server_message or "")
         detail = f"{f': {reason}' if reason else ''}{note}"
         if status == 401:
-            return UsageError(f"the Hub does not accept this token{detail}", "a valid token with write access", LOG_IN)
+            return UsageError(
+                f"the Hub does not accept this token{detail}",
+                "a valid token with write access",
+                LOG_IN,
+                code="hub-token",
+            )
         if status == 403:
             hint = f"give a repository of yours or of your organization, or another token: {LOG_IN}"
-            return UsageError(f"this token may not write to {url}{detail}", "a token with write access", hint)
+            return UsageError(
+                f"this token may not write to {url}{detail}", "a token with write access", hint, code="hub-token"
+            )
         if status == 404:
             return UsageError(f"{url} has no such repository or branch{detail}", "an existing one")
         hint = "push again later" if status == 429 or status >= 500 else ""
         return RunError(f"the Hub answered with error {status} to the upload to {url}{detail}", "a commit", hint)
     if "TimeoutException" in classes:
         message = f"the Hub gave no answer for {TIMEOUT:g} s; {url} shows whether the commit was made"
-        return RunError(message, "an answer", "push again: files that are there already are not committed twice")
+        return RunError(
+            message, "an answer", "push again: files that are there already are not committed twice", code="offline"
+        )
     if "TransportError" in classes:
         message = f"the Hub cannot be reached for {url}: {type(chain[-1]).__name__}{note}"
-        return RunError(message, "a connection", "check the network, HTTPS_PROXY and HF_ENDPOINT, then push again")
+        return RunError(
+            message, "a connection", "check the network, HTTPS_PROXY and HF_ENDPOINT, then push again", code="offline"
+        )
     reason = _clean_text(secret, f"{type(error).__name__}: {chain[-1]}")
     return RunError(f"the upload to {url} failed: {reason}{note}", "one commit", "push again")

@@ -202,7 +202,7 @@ def _check_row_adapters(model: PeftModel, names: Sequence[str], args: tuple, kwa
         raise UsageError(message + nearest(unknown[0], known), f"names among {format_names(known)}")
     if merged := model.merged_adapters:
         message = f"adapter_names is given while {format_names(merged)} is merged into the base"
-        raise UsageError(message, hint="unmerge_adapter() first")
+        raise UsageError(message, hint="unmerge_adapter() first", code="merge-differs")
     active = model.adapter_state.active_state
     if active.layers_with_own:
         raise UsageError("adapter_names is given after adapters were chosen for a layer", hint="model.set_adapter(…)")

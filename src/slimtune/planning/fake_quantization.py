@@ -162,7 +162,9 @@ def quantization_kind(config: PreTrainedConfig, requested: str | None = None) ->
         raise UsageError(f"the checkpoint is stored in {stored}, not in {requested}", f"{stored}, or nothing")
     if stored not in STORED:
         expected = f"16 or 32 bits, {format_names(STORED)}"
-        raise ModelError(f"the checkpoint is stored in {stored}, which cannot be planned", expected)
+        raise ModelError(
+            f"the checkpoint is stored in {stored}, which cannot be planned", expected, code="quantized-base"
+        )
     if stored != "int8" and not has_double_quantization(config):
         return "nf4-single"
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes

@@ -135,7 +135,9 @@ def _require_gguf_form(run: Path) -> None:
         settings = RunDir.open(run).load_recipe().model
         name, revision = settings.name, settings.revision
     if not name:
-        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+        raise AdapterError(
+            f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
+        )
     base = load_checkpoint_config(name, revision=revision)
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:

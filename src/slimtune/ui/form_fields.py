@@ -97,7 +97,11 @@ def _check_setting(workspace: Workspace, line: str, known: Mapping[str, SettingS
         reason = "code of a base runs only if a command in a terminal says so" if "trust" in path else "it has a field"
         raise UsageError(f"{path} cannot be set here: {reason}", "another setting")
     if path not in known and section not in ("method", "task"):
-        raise UsageError(f"there is no setting {path!r}{nearest(path, known)}", "PATH=VALUE, as in docs/recipe.md")
+        raise UsageError(
+            f"there is no setting {path!r}{nearest(path, known)}",
+            "PATH=VALUE, as in docs/recipe.md",
+            code="recipe-error",
+        )
     takes_path = path in known and Path in _members(known[path].type)
     if takes_path and value is not None:
         return f"{path}={workspace.resolve_rows(str(value))}"

@@ -160,7 +160,7 @@ def read_adapter_for_model(
     here = _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
-        raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json")
+        raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json", code="wrong-base")
     config.inference_mode = not is_trainable
     require_plausible_sizes(model, config, tensors, path)
     return tensors, config

@@ -171,7 +171,7 @@ def load_adapter_tensors(
         hint = "load the base named in its adapter_config.json"
         if len(faults) == 1 and "NaN or Inf" in faults[0]:
             hint = "the training that wrote it diverged: load an earlier checkpoint"
-        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
+        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint, code="wrong-base")
     if biases:
         model.copy_biases(adapter, [_get_base_name(k) for k in biases])
         own = get_adapter_tensors(model, adapter)
@@ -244,10 +244,12 @@ def require_plausible_sizes(model: Any, config: PeftConfig, given: Mapping[str, 
                 unsaved += tensor.numel()
             elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * given[key].numel():
                 sizes = f"{key} is {tuple(given[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
-                raise AdapterError(f"{where}: {sizes}", "an adapter_config.json that belongs to the tensors")
+                raise AdapterError(
+                    f"{where}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
+                )
     if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
         message = f"{where}: its config asks for {unsaved:,} values that its file does not have"
-        raise AdapterError(message, "an adapter_config.json that belongs to the tensors")
+        raise AdapterError(message, "an adapter_config.json that belongs to the tensors", code="wrong-base")
 
 
 def _leave_meta_device(model: Any, adapter: str) -> None:

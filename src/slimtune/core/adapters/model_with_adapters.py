@@ -230,7 +230,9 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
         names = self.require_adapters([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         self._require_enabled("delete_adapter")
         if merged := sorted({*names} & {*self.merged_adapters}):
-            raise UsageError(f"{format_names(merged)} is merged into the base", hint="unmerge_adapter() first")
+            raise UsageError(
+                f"{format_names(merged)} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
+            )
         for name in names:
             self.detach_adapter(name)
         if self.peft_config and not self.active_adapters:
@@ -368,7 +370,9 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
     def require_unmerged(self) -> None:
         """Raise if an adapter is merged."""
         if merged := self.merged_adapters:
-            raise UsageError(f"{format_names(merged)} is merged into the base", hint="unmerge_adapter() first")
+            raise UsageError(
+                f"{format_names(merged)} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
+            )
 
     def _require_enabled(self, what: str) -> None:
         if self.adapter_state.suspended:

@@ -242,7 +242,9 @@ class PeftModel(ModelWithAdapters):
         if adapter_name in self.peft_config:
             require_compatible_config(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
-                raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
+                raise UsageError(
+                    f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
+                )
             return load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
         try:

@@ -125,7 +125,9 @@ def render_chat(
     try:
         messages, text = _render_complete(messages, tools, render)
     except TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not valid Jinja: {error}", hint="repair it") from error
+        raise ModelError(
+            f"the chat template is not valid Jinja: {error}", hint="repair it", code="chat-template-roles"
+        ) from error
     except TemplateError as error:
         hint = "change the row, or use another chat template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", hint=hint) from error
@@ -226,7 +228,7 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
         several = isinstance(tokenizer.chat_template, dict)
         problem = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
         hint = "give one: data.chat_template: FILE.jinja in the recipe, or --set data.chat_template=FILE.jinja"
-        raise ModelError(problem, "one chat template", hint) from error
+        raise ModelError(problem, "one chat template", hint, code="chat-template-missing") from error
 
 
 def find_end_of_turn_ids(tokenizer: Any) -> frozenset[int]:

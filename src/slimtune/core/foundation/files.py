@@ -248,7 +248,9 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
                 handle = _try_lock(other)
                 if handle is None:
                     message = f"another process is writing {target}"
-                    raise UsageError(message, "one process for a folder", "wait until it ends, or give another folder")
+                    raise UsageError(
+                        message, "one process for a folder", "wait until it ends, or give another folder", code="resume"
+                    )
                 os.close(handle)  # a process that was killed left it
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         lock = _try_lock(folder)
@@ -342,6 +344,7 @@ def _disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> Ru
         f"the disk is full: {path} could not be written ({format_bytes(free)} free)",
         f"{format_bytes(needed)} free" if needed else "more free space",
         f"free some space, or {fix or 'give a folder on another disk'}",
+        code="disk-full",
     )
 
 

@@ -40,7 +40,9 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
     if kind not in DEVICES[1:] or (index and not index.isdigit()):
         raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
     if kind == "mps" and not mps:
-        raise UsageError("the device is 'mps', and torch finds no Apple GPU", hint="use --device auto")
+        raise UsageError(
+            "the device is 'mps', and torch finds no Apple GPU", hint="use --device auto", code="torch-cpu-build"
+        )
     if kind == "cuda" and int(index or 0) >= gpus:
         hint = "use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)"
         raise UsageError(f"the device is {name!r}, and torch {torch.__version__} finds {gpus} CUDA devices", hint=hint)

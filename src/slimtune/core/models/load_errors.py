@@ -83,15 +83,17 @@ def translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
 
 def remote_code_error(spec: str) -> UsageError:
     """Return the error for a base with Python code of its own."""
-    return UsageError(_REMOTE_CODE.format(spec=spec), hint=_TRUST)
+    return UsageError(_REMOTE_CODE.format(spec=spec), hint=_TRUST, code="remote-code")
 
 
 def _translate(error: Exception, spec: str, what: str) -> SlimtuneError:
     if is_disk_full(error):
-        return RunError(f"the disk is full: {spec!r} could not be written", hint="free some space, or set HF_HOME")
+        return RunError(
+            f"the disk is full: {spec!r} could not be written", hint="free some space, or set HF_HOME", code="disk-full"
+        )
     if is_out_of_memory(error):
         hint = "use --dtype bf16, a smaller base, or a larger machine"
-        return RunError(f"no memory left while loading {spec!r}", hint=hint)
+        return RunError(f"no memory left while loading {spec!r}", hint=hint, code="cuda-out-of-memory")
     kind, chain = type(error).__name__, list(exception_chain(error))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [kind]
     detail = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -173,7 +173,9 @@ def _read_template(given: str | Path | None) -> str | None:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         close = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise UsageError(f"there is no chat template file {str(path)!r}{close}", expected) from error
+        raise UsageError(
+            f"there is no chat template file {str(path)!r}{close}", expected, code="chat-template-missing"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the chat template {str(path)!r} cannot be read: {error}", expected) from error
     if not text.strip():
@@ -212,7 +214,7 @@ def _load_tokenizer(opened: PreparedBase, template: str | None) -> PreTrainedTok
             render_chat_template(tokenizer, [{"role": "user", "content": "x"}])
         except TemplateSyntaxError as error:
             message = f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-            raise UsageError(message, "Jinja text") from error
+            raise UsageError(message, "Jinja text", code="chat-template-roles") from error
         except TemplateError as error:
             # It may need a system message or tools; then rendering the data reports the row.
             log.debug("the chat template does not render a lone user turn: %s", error)
@@ -257,4 +259,5 @@ def _check_weights(
         raise ModelError(
             f"the tokenizer of {source.spec!r} has ids up to {highest}, and the model has {rows} embeddings",
             hint="use the tokenizer of the same checkpoint, or resize the embeddings and save the base",
+            code="cuda-device-assert",
         )

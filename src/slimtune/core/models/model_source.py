@@ -122,7 +122,7 @@ def resolve_model(spec: str) -> ModelSource:
         raise unknown_base_error(spec)
     missing = next(p for p in (*reversed(path.parents), path) if not os.path.exists(p))
     close = nearest(missing.name, _file_names(missing.parent))
-    raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}")
+    raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}", code="repository-not-found")
 
 
 def unknown_base_error(name: str) -> UsageError:
@@ -133,7 +133,7 @@ def unknown_base_error(name: str) -> UsageError:
     known = f"an alias, such as {format_names(_list_aliases(), 4)}"
     if family and not close:
         known = f"one of {format_names(family)}"
-    return UsageError(f"there is no base {name!r}{close}", f"{known}; {_FORMS}")
+    return UsageError(f"there is no base {name!r}{close}", f"{known}; {_FORMS}", code="repository-not-found")
 
 
 def _resolve_packaged(spec: str, packaged: PackagedFile) -> ModelSource:
@@ -158,7 +158,12 @@ def _resolve_file(path: Path, spec: str) -> ModelSource:
         return ModelSource(kind, str(path), path.stem, os.path.abspath(path))
     hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     if path.suffix.lower() in _PICKLES:
-        raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
+        raise ModelError(
+            f"{spec!r} is a pickled checkpoint, which can run code when it is read",
+            "safetensors",
+            hint,
+            code="pickle-checkpoint",
+        )
     raise UsageError(f"{spec!r} is a file, but no GGUF file", f"an alias, {_FORMS}", hint)
 
 
@@ -172,10 +177,17 @@ def _resolve_folder(path: Path, spec: str) -> ModelSource:
             hint = f"name the GGUF file itself: {format_names(ggufs, 4)}"
         elif checkpoints := [str(path / n) for n in names if (path / n / "config.json").is_file()]:
             hint = f"name one of the checkpoints in it: {format_names(checkpoints, 4)}"
-        raise UsageError(f"the folder {spec!r} has no config.json", "a Hugging Face checkpoint", hint)
+        raise UsageError(
+            f"the folder {spec!r} has no config.json", "a Hugging Face checkpoint", hint, code="repository-not-found"
+        )
     if unreadable := [n for n in names if not os.access(path / n, os.R_OK)]:
         problem = f"no permission to read {format_names(unreadable, 3)} in the folder {spec!r}"
-        raise ModelError(problem, "files that this user may read", "chmod a+r, or ask the owner of the folder")
+        raise ModelError(
+            problem,
+            "files that this user may read",
+            "chmod a+r, or ask the owner of the folder",
+            code="disk-permission",
+        )
     _check_weight_index(path)
     pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
     if pickles and not any(n.endswith(".safetensors") for n in names):
@@ -183,6 +195,7 @@ def _resolve_folder(path: Path, spec: str) -> ModelSource:
             f"the folder {spec!r} has its weights only as pickles ({format_names(pickles, 3)}), which can run code",
             "weights in *.safetensors",
             "ask the base's author for safetensors, or convert it with `save_pretrained` if you trust it",
+            code="pickle-checkpoint",
         )
     return ModelSource("folder", str(path), path.resolve().name, os.path.abspath(path))
 

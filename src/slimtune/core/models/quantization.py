@@ -41,7 +41,7 @@ def require_bitsandbytes(what: str) -> None:
     """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         message = f"{what} needs the package bitsandbytes, which is not installed"
-        raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"))
+        raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"), code="bitsandbytes-missing")
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:

@@ -147,6 +147,7 @@ class OomRecovery:
             f"there is not enough memory for {what} ({where} after step {self.step}; {used} were in use): {oom.error}",
             "more free memory, or a run that needs less",
             f"free memory, then resume: {saved}; or start again with {LESS_MEMORY}" if saved else LESS_MEMORY,
+            code="system-memory",
         )
 
     def _try(

@@ -184,7 +184,7 @@ class RunDir:
         file = run.adapter / ADAPTER_FILE
         if require_adapter and not file.is_file():
             message = f"the run in {run.path} has no adapter yet"
-            raise RunError(message, str(file), f"finish it: {run.resume_command()}")
+            raise RunError(message, str(file), f"finish it: {run.resume_command()}", code="resume")
         return run
 
     def resume_command(self) -> str:

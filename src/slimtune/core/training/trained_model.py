@@ -148,6 +148,7 @@ def _require_trained_base(run: RunDir, base: Base) -> None:
             f"the base {base.source.spec} has changed since {run.path} was trained on it: {format_names(changed, 4)}",
             "the weights that the adapter was trained on",
             "put the old base back, or train again",
+            code="wrong-base",
         )
 
 
@@ -170,7 +171,9 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
             **given,
         )
     else:
-        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+        raise AdapterError(
+            f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
+        )
     if recipe is not None:
         _require_trained_base(RunDir(path), base)
     if unpack and base.quantization is not None:
