@@ -57,3 +57,28 @@ def make_comparison(*methods: ComparedMethod, **more: Any) -> CompareResult:
         "pairs": [], "advice": "Take lora.", "on": None, "searched": {}, "left_out": [], "failed": [], "seconds": 1.0,
     }  # fmt: skip
     return CompareResult(**(values | more))
+
+
+def complete_json(schema: dict[str, Any], value: Any) -> Any:
+    """Return a JSON value with zero, "" or null for each required key that it lacks, as the schema says."""
+    schema = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    if isinstance(value, list):
+        return [complete_json(schema.get("items", {}), item) for item in value]
+    if not isinstance(value, dict) or "type" not in schema:
+        return value
+    known, other = schema.get("properties", {}), schema.get("additionalProperties") or {}
+    made = {key: complete_json(known.get(key, other if other is not True else {}), item) for key, item in value.items()}
+    missing = [key for key in schema.get("required", []) if key not in value]
+    intervals = {key: [0.0, 0.0] for key in missing if key.removesuffix("_ci95") in value}
+    return {key: _make_empty(known[key]) for key in missing} | intervals | made
+
+
+def _make_empty(schema: dict[str, Any]) -> Any:
+    kinds = schema.get("type", [s.get("type") for s in schema.get("anyOf", [])])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    empty = {"null": None, "boolean": False, "integer": 0, "number": 0.0, "string": "", "array": []}
+    if "enum" in schema:
+        return schema["enum"][0]
+    if "prefixItems" in schema:
+        return [_make_empty(item) for item in schema["prefixItems"]]
+    return complete_json(schema, {}) if kinds == ["object"] else next(empty[k] for k in empty if k in kinds)
