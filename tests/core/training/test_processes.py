@@ -287,8 +287,8 @@ def test_killed_process_ends_the_run_resumably(settings, tmp_path, rank, fsdp):
     assert f"slimtune train {settings['output_dir']}/recipe.yaml --resume" in message
     assert newest_checkpoint(settings) == "checkpoint-10"
     resumed = train(recipe_of(settings), resume=True)
-    assert metrics(resumed["run"], "train_loss") == pytest.approx(metrics(whole.run, "train_loss"), abs=1e-4)
-    assert distance(whole.run, resumed["run"]) < 1e-4
+    assert metrics(resumed.run, "train_loss") == pytest.approx(metrics(whole.run, "train_loss"), abs=1e-4)
+    assert distance(whole.run, resumed.run) < 1e-4
 
 
 @pytest.mark.faults
