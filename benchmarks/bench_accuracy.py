@@ -101,10 +101,10 @@ def time_llama_cpp(file: Path, threads: int) -> float:
 def decoding_files(folder: Path) -> dict[str, Path]:
     """Return the GGUF files of the base by precision; those that are not there are written."""
     from slimtune.core.models.loader import load_base
-    from slimtune.core.models.model_source import resolve_model
+    from slimtune.core.models.model_source import resolve_model_source
     from slimtune.export.gguf import write_gguf_from_template
 
-    template = Path(resolve_model(BASE).path)
+    template = Path(resolve_model_source(BASE).path)
     files = {"Q4_1": template}
     for precision in ("Q8_0", "F16"):
         files[precision] = file = folder / f"{precision}.gguf"

@@ -19,7 +19,7 @@ from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.models.loader import load_base
-from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.planning.memory_tracker import MemoryTracker
 
@@ -45,7 +45,7 @@ def count_kept_bytes(model, tokens: int) -> int:
     batch = make_collator(model, 0)([{"input_ids": row, "labels": row}])
     with enable_packed_attention(model), MemoryTracker() as tracker:
         tracker.assign([*model.parameters(), *model.buffers()], "model")
-        loss = step_loss(model, batch)
+        loss = compute_step_loss(model, batch)
     kept = sum(tracker.live.values()) - tracker.live["model"]
     del loss
     return kept

@@ -41,7 +41,7 @@ def work(base: str, dtype: str) -> None:
     from slimtune.core.attention.attention_functions import enable_packed_attention
     from slimtune.core.foundation.device import disable_malloc_trim
     from slimtune.core.models.loader import load_base
-    from slimtune.core.training.loss import forward_backward, make_collator, move_to_device
+    from slimtune.core.training.loss import forward_backward, make_collator, move_batch_to_device
     from slimtune.core.training.optimizer import build_optimizer
 
     def said(phase: str) -> None:
@@ -62,7 +62,7 @@ def work(base: str, dtype: str) -> None:
     )
     optimizer = build_optimizer(model)
     with enable_packed_attention(model):
-        forward_backward(model, [move_to_device(p, torch.device("cpu")) for p in packs])
+        forward_backward(model, [move_batch_to_device(p, torch.device("cpu")) for p in packs])
     optimizer.step()
     optimizer.zero_grad()
     said("step")

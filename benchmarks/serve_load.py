@@ -43,7 +43,7 @@ import torch
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.data.chat_template import encode_chat
 from slimtune.core.models.loader import load_base
-from slimtune.core.models.model_source import resolve_model
+from slimtune.core.models.model_source import resolve_model_source
 
 MARKERS = ("granite", "lantern", "orchard", "sparrow")
 QUESTIONS = ("What is love?", "Tell me about the sea.", "Why is the sky blue?", "How are you?", "Name a city.")
@@ -239,7 +239,7 @@ def main() -> None:
         model = options.model
         seconds = options.seconds if way == "serve" else options.peer_seconds
         if way == "llama.cpp":
-            model = options.gguf or resolve_model(options.model).path
+            model = options.gguf or resolve_model_source(options.model).path
         if way == "transformers":
             model = save_base(options.model, folder / "base")
         try:

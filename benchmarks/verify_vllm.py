@@ -43,7 +43,7 @@ from slimtune.core.adapters.peft_config import CONFIG_FILE
 from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
 from slimtune.core.foundation.json_results import to_json_dict
-from slimtune.core.models.model_source import resolve_model
+from slimtune.core.models.model_source import resolve_model_source
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, SlimtuneError
@@ -51,7 +51,7 @@ from slimtune.export.expected_logps import QUESTIONS, Reference, Text, Tolerance
 from slimtune.export.export_results import EngineVerdict
 from slimtune.export.merge import load_trained
 from slimtune.export.vllm import write_vllm_adapter
-from slimtune.extras.gguf_loading import make_hf_folder
+from slimtune.extras.gguf_loading import convert_to_hf_folder
 from slimtune.extras.row_files import read_rows
 from slimtune.generation.inference_engines import VllmClient
 
@@ -223,7 +223,9 @@ def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
         recipe = Recipe.from_dict(
             {"model": {"name": BASE}, "data": {"train": "none"}, "output_dir": "none", "method": settings}
         )
-        model = AutoModelForCausalLM.from_pretrained(make_hf_folder(resolve_model(BASE).path)[0], dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            convert_to_hf_folder(resolve_model_source(BASE).path)[0], dtype=torch.bfloat16
+        )
         config: Any = recipe.method_config()
         model = get_peft_model(model, config)
         model.active_peft_config.base_model_name_or_path = BASE

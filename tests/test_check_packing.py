@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from tiny_families import VOCAB, build
 
-from slimtune.core.training.loss import build_collator, check_lm_head, make_collator
+from slimtune.core.training.loss import build_run_collator, check_lm_head, make_collator
 from slimtune.errors import ModelError, UsageError
 
 CAP = {"final_logit_softcapping": 3.0}
@@ -38,9 +38,9 @@ def test_packing_is_refused_only_where_asked_for(family):
     train = SimpleNamespace(packing=True, share_prefix=True, batch_size=2, max_tokens_per_micro_batch=64)
     recipe, tokenizer = SimpleNamespace(train=train), SimpleNamespace(pad_token_id=0)
     with pytest.raises(UsageError, match=r"(?s)train.packing is true, but .*attention.*train.packing=null"):
-        build_collator(recipe.train, model, tokenizer, 8)
+        build_run_collator(recipe.train, model, tokenizer, 8)
     train.packing = None
-    assert not build_collator(recipe.train, model, tokenizer, 8).packing
+    assert not build_run_collator(recipe.train, model, tokenizer, 8).packing
 
 
 class ScaledLlama(tf.LlamaForCausalLM):

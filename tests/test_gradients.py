@@ -28,7 +28,7 @@ from slimtune.core.adapters.adapted_layer import AdaptedLayer
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import step_loss
+from slimtune.core.training.loss import compute_step_loss
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 WAYS = {
@@ -70,7 +70,7 @@ def backward(model, rows, **sizes):
     with enable_packed_attention(model) as supported:
         assert supported
         for batch in batches:
-            step_loss(model, batch, total).backward()
+            compute_step_loss(model, batch, total).backward()
     return len(batches)
 
 
@@ -152,7 +152,10 @@ def test_wrong_layout_would_show():
     assert batch["layout"].parents == (-1, 0, 0, 0)
     batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
     with enable_packed_attention(model):
-        assert largest_relative_error(get_gradients(model, lambda: step_loss(model, batch).backward()), expected) > 1e-2
+        assert (
+            largest_relative_error(get_gradients(model, lambda: compute_step_loss(model, batch).backward()), expected)
+            > 1e-2
+        )
 
 
 # --- any rows ---------------------------------------------------------------------------------------------------------

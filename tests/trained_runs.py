@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.data.tokenize import tokenize_dataset
-from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.extras.row_files import read_rows
 
 WORDS = {"ash": "grey dust", "bee": "it hums", "cod": "a cold fish", "dew": "wet grass", "elm": "tall shade",
@@ -54,7 +54,7 @@ def train_run(path, base, talks):
         draw = random.Random(0)
         for _ in range(150):
             with enable_packed_attention(model):
-                step_loss(model.train(), collator(draw.sample(examples, 8))).backward()
+                compute_step_loss(model.train(), collator(draw.sample(examples, 8))).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -21,7 +21,7 @@ from slimtune.core.attention import packed_attention, packed_layout
 from slimtune.core.data.collator import Collator
 from slimtune.core.kernels import cross_entropy
 from slimtune.core.kernels.lora_linear import low_rank_linear
-from slimtune.core.training.loss import count_targets, step_loss
+from slimtune.core.training.loss import compute_step_loss, count_targets
 
 LIMIT = 1e-4
 SHAPE = {
@@ -103,7 +103,7 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
     def loss() -> Iterator[Tensor]:
         for pack in packs:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
-            yield step_loss(model, pack, sum(map(count_targets, every)))
+            yield compute_step_loss(model, pack, sum(map(count_targets, every)))
 
     with register.enable_packed_attention(model):
         return gradients(model, loss)

@@ -41,7 +41,7 @@ class Way:
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.core.attention import attention_functions as register
-    from slimtune.core.training.loss import auto_micro_batch_tokens, check_lm_head, make_collator, step_loss
+    from slimtune.core.training.loss import check_lm_head, choose_micro_batch_tokens, compute_step_loss, make_collator
 
     if by_segment:
         register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
@@ -51,14 +51,14 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     collator = make_collator(model, 0)
     check_lm_head(model)
-    room = auto_micro_batch_tokens(model, collator, 1024)
+    room = choose_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:
         collator.max_tokens = room // parts
         return collator.make_micro_batches(rows)
 
     ExitStack().enter_context(register.enable_packed_attention(model))
-    return Way(model, passes, lambda batch, targets: step_loss(model, batch, targets))
+    return Way(model, passes, lambda batch, targets: compute_step_loss(model, batch, targets))
 
 
 def peft(spec: Spec, lay: Callable[[list[Row]], Any] = packed, attention: str = "sdpa", liger: bool = False) -> Way:

@@ -28,7 +28,7 @@ from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_pac
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import disable_malloc_trim
 from slimtune.core.models.loader import load_base
-from slimtune.core.training.loss import auto_micro_batch_tokens, make_collator, step_loss
+from slimtune.core.training.loss import choose_micro_batch_tokens, compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 
 OFF = {
@@ -83,13 +83,13 @@ def main() -> None:
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
     collator = Collator(pad) if "layout" in off else make_collator(model, pad, share_prefix="share" not in off)
     assert collator.layout != ("layout" in off)
-    collator.max_tokens = auto_micro_batch_tokens(model, collator, longest)
+    collator.max_tokens = choose_micro_batch_tokens(model, collator, longest)
     assert ran is None or ran, "plain maps were asked for and others ran"
 
     def passes(rows: list[Row]) -> list[tuple[dict[str, Any], int]]:
         return [(pack, pack["input_ids"].numel()) for pack in collator.make_micro_batches(rows)]
 
-    loss_of = all_logits_loss if "logits" in off else step_loss
+    loss_of = all_logits_loss if "logits" in off else compute_step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
     with contextlib.nullcontext() if "layout" in off else enable_packed_attention(model):
         facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.max_tokens}

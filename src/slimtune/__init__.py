@@ -6,12 +6,12 @@ The public names are in `compat/public_names.py`. They are lazy: `import slimtun
 from typing import Any
 
 from . import parts as parts  # fills the registries of the core before anything reads them
-from .compat.public_names import find_name, list_public_names
+from .compat.public_names import import_public_name, list_public_names
 from .core.foundation.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> Any:
-    value = list_public_names() if name == "__all__" else find_name(__name__, name)
+    value = list_public_names() if name == "__all__" else import_public_name(__name__, name)
     globals()[name] = value
     return value
 

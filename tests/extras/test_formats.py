@@ -16,7 +16,7 @@ from slimtune.core.data.rows import InvalidRow, Row
 from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.errors import DataError, ModelError, UsageError
-from slimtune.extras.row_columns import load_formats, parse_record
+from slimtune.extras.row_columns import load_row_formats, parse_record
 from slimtune.extras.row_files import MAX_COLUMN_SETS, open_rows, read_rows
 
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A lie."}
@@ -236,7 +236,7 @@ def test_unknown_columns(tmp_path):
     with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as error:
         open_rows(path)
     assert "did you mean 'conversations' for 'converstions'?" in error.value.message
-    assert all(f"{name}: {', '.join(f.required)}" in error.value.expected for name, f in load_formats().items())
+    assert all(f"{name}: {', '.join(f.required)}" in error.value.expected for name, f in load_row_formats().items())
 
 
 def test_renamed_columns(tmp_path):
@@ -264,7 +264,7 @@ def test_wrong_format_or_column(tmp_path, options, message):
 
 def test_recipe_names_the_same_formats():
     names, _ = get_args(get_type_hints(DataSettings)["format"])
-    assert list(get_args(names)) == list(load_formats())
+    assert list(get_args(names)) == list(load_row_formats())
 
 
 def supervised_text(row, train_on="assistant", tokenizer=TOK):
@@ -389,4 +389,4 @@ def test_examples_of_the_documentation(tmp_path):
             format, found = read_one(tmp_path, json.loads(row), **named)
             seen.add(format)
             assert found.chosen or found.answers or found.tools or found.labels or supervised_text(found)
-    assert seen == {*load_formats()} - {"document"}
+    assert seen == {*load_row_formats()} - {"document"}

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from slimtune.core.foundation.fingerprint import config_fingerprint
 from slimtune.core.models.base_config import load_base_config, load_checkpoint_config
 from slimtune.core.models.loader import load_base, load_tokenizer
-from slimtune.core.models.model_source import resolve_model
+from slimtune.core.models.model_source import resolve_model_source
 from slimtune.errors import ModelError, RunError
 from slimtune.extras import gguf_loading as gguf
-from slimtune.extras.gguf_loading import cache_root, make_hf_folder, open_gguf
+from slimtune.extras.gguf_loading import convert_to_hf_folder, get_gguf_cache_root, open_checked_gguf_reader
 
 pytest.importorskip("gguf")
 
@@ -53,21 +53,21 @@ def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeyp
 
     file = write()
     parsed = describe()
-    make_hf_folder(file)
-    monkeypatch.setattr(gguf, "read_gguf", lambda _: pytest.fail("the file was parsed"))
+    convert_to_hf_folder(file)
+    monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
     assert describe() == parsed
 
 
 def assert_refused(file, kind, *words):
     with pytest.raises(kind) as caught:
-        make_hf_folder(file)
+        convert_to_hf_folder(file)
     for word in words:
         assert word in str(caught.value)
     assert cached_folders() == []
 
 
 def cached_folders():
-    return sorted(p.name for p in (cache_root() / "bases").glob("*") if not p.name.endswith(".lock"))
+    return sorted(p.name for p in (get_gguf_cache_root() / "bases").glob("*") if not p.name.endswith(".lock"))
 
 
 def llama3_divisors(factor, theta=10000.0, head_dim=8):
@@ -79,12 +79,12 @@ def llama3_divisors(factor, theta=10000.0, head_dim=8):
 
 def test_cache_root(monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", "/a")
-    assert cache_root() == Path("/a")
+    assert get_gguf_cache_root() == Path("/a")
     monkeypatch.delenv("SLIMTUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cache_root() == Path("/b/slimtune")
+    assert get_gguf_cache_root() == Path("/b/slimtune")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_root() == Path.home() / ".cache" / "slimtune"
+    assert get_gguf_cache_root() == Path.home() / ".cache" / "slimtune"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,7 +113,7 @@ def test_same_model(tmp_path, write, tiny_llama, tied, capsys):
 
 def test_folder(write):
     file = write()
-    folder, _ = make_hf_folder(file)
+    folder, _ = convert_to_hf_folder(file)
     stamp = json.loads((folder / "slimtune.json").read_text())
     assert stamp["source"] == "tiny.gguf"
     assert folder.name == f"tiny-{stamp['sha256'][:16]}-fp32-v1"
@@ -133,7 +133,7 @@ def test_digit_splitting(write, pre, expected):
 
 
 def test_unknown_splitting_warns(write, caplog):
-    make_hf_folder(write(pre="of-tomorrow"))
+    convert_to_hf_folder(write(pre="of-tomorrow"))
     assert "splits text as 'of-tomorrow'" in caplog.text
 
 
@@ -215,7 +215,7 @@ def test_random_damage(write):
         data[at : at + 8] = random.choice([bytes(8), b"\xff" * 8, struct.pack("<Q", 2**31), random.randbytes(1)])
         file.write_bytes(data)
         with contextlib.suppress(ModelError):
-            open_gguf(file)
+            open_checked_gguf_reader(file)
 
 
 def test_package_missing(write, monkeypatch):
@@ -233,7 +233,7 @@ def test_full_disk(write, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         assert_refused(file, RunError, "the disk is full", "MiB free")
-    assert make_hf_folder(file)[0].is_dir()
+    assert convert_to_hf_folder(file)[0].is_dir()
 
 
 def test_too_little_space(write, monkeypatch):
@@ -247,25 +247,25 @@ def test_cache_not_writable(write, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RunError, match=r"(?s)cannot be written.*SLIMTUNE_CACHE"):
-        make_hf_folder(write())
+        convert_to_hf_folder(write())
 
 
 def test_damaged_cache_is_rewritten(write, caplog):
-    folder, _ = make_hf_folder(write())
+    folder, _ = convert_to_hf_folder(write())
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    assert make_hf_folder(write())[0] == folder
+    assert convert_to_hf_folder(write())[0] == folder
     assert "damaged" in caplog.text
     assert weights.read_bytes() == whole
 
 
 def test_temporary_folders_of_killed_processes_are_deleted(write, cache):
-    folder, _ = make_hf_folder(write())
+    folder, _ = convert_to_hf_folder(write())
     shutil.rmtree(folder)
     (cache / f".{folder.name}.killed").mkdir()
     (cache / ".other-base.running").mkdir()
-    make_hf_folder(write())
+    convert_to_hf_folder(write())
     assert cached_folders() == sorted([folder.name, ".other-base.running"])
 
 
@@ -278,7 +278,7 @@ def test_two_processes_write_once(write, monkeypatch):
         write_folder(*args)
 
     monkeypatch.setattr(gguf, "_write_folder", count)
-    threads = [threading.Thread(target=lambda: found.append(make_hf_folder(file)[0])) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(convert_to_hf_folder(file)[0])) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,10 +288,10 @@ def test_two_processes_write_once(write, monkeypatch):
 
 
 def test_changed_file_is_another_base(write):
-    first, _ = make_hf_folder(write())
+    first, _ = convert_to_hf_folder(write())
     file = write(seed=1)
     os.utime(file, ns=(1, 1))
-    second, _ = make_hf_folder(file)
+    second, _ = convert_to_hf_folder(file)
     a, b = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (first, second))
     assert not torch.equal(a, b)
 
@@ -302,7 +302,7 @@ def test_smollm2(smollm2_folder):
     import gguf
 
     base = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    tensors = {t.name: t for t in gguf.GGUFReader(resolve_model("smollm2-135m").path).tensors}
+    tensors = {t.name: t for t in gguf.GGUFReader(resolve_model_source("smollm2-135m").path).tensors}
     for name, weight in (
         ("token_embd.weight", base.model.embed_tokens.weight),
         ("blk.7.ffn_down.weight", base.model.layers[7].mlp.down_proj.weight),

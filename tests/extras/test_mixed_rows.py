@@ -9,7 +9,7 @@ from models_zoo import bert_classifier, gpt2, llama, qwen2, run, t5, tokens
 from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig
-from slimtune.core.kernels.lora_linear import add_low_rank_rows, list_equal_group_adapters, stack_mixed_batch_lora
+from slimtune.core.kernels.lora_linear import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
 from slimtune.errors import UsageError
 
 CLOSE = 1e-9
@@ -218,7 +218,7 @@ def test_row_groups():
     assert list_equal_group_adapters(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
-    out = add_low_rank_rows(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
+    out = add_low_rank_per_row(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
     assert torch.equal(out[2:4], y[2:4])
     assert torch.allclose(out[:2], y[:2] + 0.5 * x[:2] @ A.t() @ B.t(), atol=1e-6)
     assert torch.allclose(out[4:], y[4:] + 2.0 * x[4:] @ A[:1].t() @ B[:, :1].t(), atol=1e-6)

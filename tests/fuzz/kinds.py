@@ -407,10 +407,10 @@ def make_gguf(rng: random.Random, folder: Path, changes: int) -> Work:
     file.write_bytes(data)
 
     def work() -> str:
-        from slimtune.extras.gguf_loading import make_hf_folder
+        from slimtune.extras.gguf_loading import convert_to_hf_folder
 
         os.environ["SLIMTUNE_CACHE"] = str(folder / "cache")
-        made, _ = make_hf_folder(file)
+        made, _ = convert_to_hf_folder(file)
         try:
             return check_gguf(made, file)
         finally:

@@ -11,7 +11,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
 from slimtune.core.attention.attention_functions import enable_packed_attention
-from slimtune.core.training.loss import make_collator, token_nll
+from slimtune.core.training.loss import compute_token_nll, make_collator
 from slimtune.core.training.memory_savings import enable_tiled_mlp
 from slimtune.errors import UsageError
 from slimtune.methods.lora.alora import calculate_alora_offsets
@@ -114,12 +114,14 @@ def test_packed_rows_equal_rows_alone():
     collator = make_collator(model, 0)
     assert (collator.layout, collator.share_prefix) == (True, False)
     with torch.no_grad(), enable_packed_attention(model):
-        packed = token_nll(model, collator(rows))
-    alone = torch.cat([token_nll(model, make_collator(model, 0, packing=False)([row])).detach() for row in rows])
+        packed = compute_token_nll(model, collator(rows))
+    alone = torch.cat(
+        [compute_token_nll(model, make_collator(model, 0, packing=False)([row])).detach() for row in rows]
+    )
     assert distance(packed, alone) < CLOSE
     batch = make_collator(llama(), 0)([{k: [9] * 9 + v for k, v in row.items()} for row in rows])  # shares 9 tokens
     with enable_packed_attention(model), pytest.raises(UsageError, match="share a prefix"):
-        token_nll(model, batch)
+        compute_token_nll(model, batch)
 
 
 def test_checkpointed_layers_are_recomputed_with_the_tokens_of_their_call():

@@ -20,7 +20,7 @@ from slimtune.core.training.optimizer import build_optimizer
 from slimtune.errors import ConfigError, UsageError
 from slimtune.extras.lora_optimizers import create_lorafa_optimizer
 from slimtune.methods.lora.dora import DoraCaching, row_norms
-from slimtune.methods.lora.loftq import approximate_error
+from slimtune.methods.lora.loftq import approximate_quantization_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-5  # fp32: peft refuses float64 here
@@ -120,7 +120,10 @@ def test_loftq_with_inputs_lowers_the_output_error():
     g = torch.Generator().manual_seed(4)
     error, few = torch.randn(24, 32, generator=g), torch.randn(300, 3, generator=g)
     inputs = few @ torch.randn(3, 32, generator=g) + 0.2 * torch.randn(300, 32, generator=g)
-    (up, down), (plain_up, plain_down) = approximate_error(error, 4, inputs), approximate_error(error, 4, None)
+    (up, down), (plain_up, plain_down) = (
+        approximate_quantization_error(error, 4, inputs),
+        approximate_quantization_error(error, 4, None),
+    )
     assert (up.shape, down.shape) == ((24, 4), (4, 32))
     with_inputs, plain = (((error - a) @ inputs.t()).norm() for a in (up @ down, plain_up @ plain_down))
     assert with_inputs < 0.5 * plain
@@ -129,7 +132,10 @@ def test_loftq_with_inputs_lowers_the_output_error():
 
 def test_loftq_with_uniform_inputs_is_plain_loftq():
     error = torch.randn(24, 32, generator=torch.Generator().manual_seed(4))
-    (up, down), (plain_up, plain_down) = approximate_error(error, 4, torch.eye(32)), approximate_error(error, 4, None)
+    (up, down), (plain_up, plain_down) = (
+        approximate_quantization_error(error, 4, torch.eye(32)),
+        approximate_quantization_error(error, 4, None),
+    )
     torch.testing.assert_close(up @ down, plain_up @ plain_down, rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from slimtune import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import BaseForward
 from slimtune.errors import AdapterError, ConfigError, TargetError
-from slimtune.methods.lokr.lokr_modules import factorize
+from slimtune.methods.lokr.lokr_modules import factorize_size
 from slimtune.methods.oft.oft_modules import nearest_divisor
 from slimtune.methods.shira import ShiraConfig
 from slimtune.methods.vera import VeraConfig
@@ -81,7 +81,7 @@ def test_factors_equal_the_merge(config):
 def test_sizes_equal_pefts():
     for size in range(1, 130):
         for n in (-1, *range(1, 140)):
-            assert factorize(size, n) == factorization(size, n), (size, n)
+            assert factorize_size(size, n) == factorization(size, n), (size, n)
             assert n < 0 or nearest_divisor(size, n) == OFTLayer.adjust_oft_parameters(None, size, n), (size, n)
 
 

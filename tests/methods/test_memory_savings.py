@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.kernels import activation_offload
-from slimtune.core.training.loss import make_collator, step_loss, token_nll
+from slimtune.core.training.loss import compute_step_loss, compute_token_nll, make_collator
 from slimtune.core.training.memory_savings import (
     apply_memory_savings,
     enable_activation_checkpointing,
@@ -65,7 +65,7 @@ def test_each_saving_alone(saving, dtype, tolerance):
 def test_two_micro_batches_accumulate():
     def backward(model):
         for rows in (ROWS, ROWS[:2]):
-            step_loss(model, make_collator(model, 0)(rows)).backward()
+            compute_step_loss(model, make_collator(model, 0)(rows)).backward()
 
     with compute_in_float64():
         models = adapted("lora"), with_savings(adapted("lora"), **SAVINGS["all"])
@@ -83,7 +83,7 @@ def test_recomputing_repeats_the_dropout():
 
     def loss():
         torch.manual_seed(5)
-        return step_loss(model, make_collator(model, 0)(ROWS))
+        return compute_step_loss(model, make_collator(model, 0)(ROWS))
 
     with compute_in_float64(), enable_packed_attention(model):
         loss().backward()
@@ -106,7 +106,7 @@ def test_activations_with_parameters_get_their_gradients():
     mlp = model.model.layers[0].mlp
     mlp.act_fn = torch.nn.PReLU(dtype=torch.float64)
     with_savings(model)
-    step_loss(model, make_collator(model, 0)(ROWS[:1])).backward()
+    compute_step_loss(model, make_collator(model, 0)(ROWS[:1])).backward()
     assert mlp.act_fn.weight.grad.abs() > 0
 
 
@@ -116,7 +116,7 @@ def test_recomputing_keeps_less():
         with_savings(model.train(), **savings)
         batch = make_collator(model, 0)(ROWS)
         with enable_packed_attention(model):
-            found = saved_for_backward(lambda: step_loss(model, batch), [*model.parameters(), *model.buffers()])
+            found = saved_for_backward(lambda: compute_step_loss(model, batch), [*model.parameters(), *model.buffers()])
         return storage_bytes(found)
 
     assert kept() < 0.7 * kept(tile=10**6)  # one tile changes nothing
@@ -125,9 +125,9 @@ def test_recomputing_keeps_less():
 def test_tiling_changes_no_score():
     model = adapted("lora").eval()
     with torch.no_grad(), compute_in_float64():
-        before = token_nll(model, make_collator(model, 0)(ROWS))
+        before = compute_token_nll(model, make_collator(model, 0)(ROWS))
         assert enable_tiled_mlp(model, 5) == 7  # two norms and a feed-forward in each of two layers, and the last norm
-        after = token_nll(model, make_collator(model, 0)(ROWS))
+        after = compute_token_nll(model, make_collator(model, 0)(ROWS))
     assert (before - after).abs().max() < 1e-12
 
 
@@ -148,7 +148,7 @@ def test_the_feed_forward_runs_twice_not_three_times():
     model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(lambda *_: calls.append(1))
     with enable_packed_attention(model):
         batch = make_collator(model, 0)(ROWS)
-        step_loss(model, batch).backward()
+        compute_step_loss(model, batch).backward()
     assert len(calls) == 2 * -(-batch["input_ids"].shape[1] // 7)
 
 

@@ -16,7 +16,7 @@ from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
 from slimtune.core.kernels import activation_offload
 from slimtune.core.training import loss as step
-from slimtune.core.training.loss import check_lm_head, make_collator, step_loss
+from slimtune.core.training.loss import check_lm_head, compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.errors import UsageError
 
@@ -64,7 +64,7 @@ def packed_loss_and_gradients(model):
 
     def compute_loss():
         regularization = model.regularization_loss()
-        loss = step_loss(model, make_collator(model, 0)(ROWS))
+        loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         return loss if regularization is None else loss + regularization
 
     with enable_packed_attention(model) as is_packed:
@@ -147,7 +147,7 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
     collator = make_collator(model, 0)
     needed = step.measure_activation_bytes(model, collator, 120)
     monkeypatch.setattr(step, "count_free_memory", lambda device: 2 * needed)
-    assert step.auto_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
+    assert step.choose_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
 
 
 def test_layers_share_the_masks_behind_a_prefix():

@@ -10,7 +10,7 @@ import torch
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import make_collator, score_objective, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator, score_objective
 
 PROMPT = [5, 9, 30, 77, 12, 41, 8, 19, 55, 60]
 
@@ -41,7 +41,7 @@ def take_pair(example, i, j):
 def compute(model, objective, examples, collator, items=None):
     items = objective.count_items(examples) if items is None else items
     with enable_packed_attention(model):
-        loss = sum(step_loss(model, collator([e]), items, objective) for e in examples)
+        loss = sum(compute_step_loss(model, collator([e]), items, objective) for e in examples)
         gradient = torch.autograd.grad(loss, model.model.norm.weight)[0]
     return loss.item(), gradient
 

@@ -16,7 +16,7 @@ from slimtune import get_peft_model_state_dict, set_peft_model_state_dict
 from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import forward_backward, make_collator, row_logits, score_objective
+from slimtune.core.training.loss import compute_row_logits, forward_backward, make_collator, score_objective
 from slimtune.errors import DataError
 from slimtune.methods.lora import LoraConfig
 from slimtune.objectives.classification import Classification
@@ -67,7 +67,7 @@ def test_logits_are_those_of_padded_rows(family, packing):
     model = classifier(family)
     collator = make_collator(model, 5, packing=packing)
     with torch.no_grad(), enable_packed_attention(model):
-        ours = row_logits(model, collator(examples()))
+        ours = compute_row_logits(model, collator(examples()))
         theirs = model(**padded()).logits
     assert (ours - theirs).abs().max() < 1e-5
 

@@ -11,7 +11,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import make_collator, score_objective, score_row_logps, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator, score_objective, score_row_logps
 
 ROWS = [
     {"prompt": "Why is it so?", "chosen": " Because of this.", "rejected": " No."},
@@ -66,7 +66,7 @@ def take_step(model, examples, objective, collator, groups=None):
     batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
     num_items = objective.count_items(rows)
     with enable_packed_attention(model):
-        loss = sum(step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
+        loss = sum(compute_step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
         loss.backward()
     return loss.item(), get_gradients(model)
 
@@ -152,17 +152,17 @@ def test_simpo_and_orpo(tiny_llama, wide):
     simpo = load_objective_class("simpo")(beta=1.5, simpo_gamma=0.4, label_smoothing=0.2)
     cpo = {"alpha": 0.0, "loss_type": "simpo", "beta": 1.5, "simpo_gamma": 0.4, "label_smoothing": 0.2}
     losses, _, _ = CPOTrainer.cpo_loss(SimpleNamespace(**vars(me), **cpo), *get_logps(True))
-    assert step_loss(model, batch, 2, simpo).item() == pytest.approx(losses.mean().item(), abs=1e-9)
+    assert compute_step_loss(model, batch, 2, simpo).item() == pytest.approx(losses.mean().item(), abs=1e-9)
 
     orpo = load_objective_class("orpo")(beta=0.3)
     ratios = ORPOTrainer.odds_ratio_loss(SimpleNamespace(**vars(me), beta=0.3), *get_logps(True))[0]
     nll = -get_logps(False)[0].sum() / sum(len(row) - 4 for row in ids[:2])
     items = orpo.count_items(examples)
     expected = nll - ratios.mean()
-    assert step_loss(model, batch, items, orpo).item() == pytest.approx(expected.item(), abs=1e-9)
+    assert compute_step_loss(model, batch, items, orpo).item() == pytest.approx(expected.item(), abs=1e-9)
     (one,) = torch.autograd.grad(expected, model.model.norm.weight)
     (other,) = torch.autograd.grad(
-        sum(step_loss(model, collator([e]), items, orpo) for e in examples), model.model.norm.weight
+        sum(compute_step_loss(model, collator([e]), items, orpo) for e in examples), model.model.norm.weight
     )
     torch.testing.assert_close(other, one, atol=1e-9, rtol=1e-7)
 

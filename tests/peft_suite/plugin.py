@@ -28,9 +28,9 @@ import transformers.utils.import_utils as transformers_utils
 if not transformers_utils.is_peft_available():
     with contextlib.suppress(ImportError):
         import diffusers.utils.import_utils  # noqa: F401
-    from slimtune.compat.peft_registration import peft_installed
+    from slimtune.compat.peft_registration import is_peft_installed
 
-    assert not peft_installed()
+    assert not is_peft_installed()
 sys.path.insert(0, os.environ["PEFT_SUITE_PATH"])
 OUT = Path(os.environ["PEFT_SUITE_OUT"])
 NEEDS_HUB = re.compile(

@@ -16,7 +16,7 @@ from torch import nn
 
 from slimtune import LoraConfig
 from slimtune.core.foundation.device import simulate_device
-from slimtune.core.kernels.linear_layers import get_weight, is_quantized
+from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
 from slimtune.planning.fake_quantization import KINDS, quantization_kind, quantize
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
@@ -52,7 +52,7 @@ def test_same_layers_as_bitsandbytes(make, kind, referee):
     quantized = [name for name, module in fake.named_modules() if is_quantized(module)]
     assert quantized
     for name in quantized:
-        weights = [get_weight(model.get_submodule(name)) for model in (fake, real)]
+        weights = [get_dequantized_weight(model.get_submodule(name)) for model in (fake, real)]
         assert (weights[0].shape, weights[0].dtype) == (weights[1].shape, weights[1].dtype)
 
 

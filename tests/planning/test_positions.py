@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from slimtune.core.config import Recipe
 from slimtune.core.models import base_config
-from slimtune.core.models.base_config import BaseConfig, max_positions
+from slimtune.core.models.base_config import BaseConfig, get_max_positions
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace
@@ -28,9 +28,9 @@ def tiny_base(monkeypatch):
 
 
 def test_names_of_positions():
-    assert max_positions(GPT2) == 512
-    assert max_positions(AutoConfig.for_model("mpt", max_seq_len=99)) == 99
-    assert max_positions(AutoConfig.for_model("bloom")) is None
+    assert get_max_positions(GPT2) == 512
+    assert get_max_positions(AutoConfig.for_model("mpt", max_seq_len=99)) == 99
+    assert get_max_positions(AutoConfig.for_model("bloom")) is None
 
 
 def test_rows_beyond_the_positions_are_refused():
@@ -58,4 +58,4 @@ def test_no_longer_row_is_traced_or_answered(monkeypatch):
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
     plan = estimate_resources(PlanRequest(BaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512
-    assert base_config.max_positions(GPT2) == 512
+    assert base_config.get_max_positions(GPT2) == 512

@@ -6,7 +6,7 @@ import torch
 
 import slimtune
 from slimtune.core.attention.attention_functions import enable_packed_attention
-from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.planning.fake_tensors import fake_mode, make_fake
 
 PREFIX = list(range(3, 14))
@@ -25,7 +25,7 @@ def run_fake_step(name="llama", checkpointing=False, dropout=0.1, collate=None, 
         make_fake(model)
         batch = make_collator(model, 0, **{"packing": True, "share_prefix": True, **(collate or {})})(EXAMPLES)
         with enable_packed_attention(model):
-            step_loss(model, batch).backward()
+            compute_step_loss(model, batch).backward()
     for parameter in model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
         assert parameter.grad is None or (parameter.grad.shape, parameter.grad.dtype) == (

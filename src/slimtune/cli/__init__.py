@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..compat.peft_registration import skip_registration
+from ..compat.peft_registration import disable_peft_registration
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
@@ -91,7 +91,7 @@ def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
-    skip_registration()
+    disable_peft_registration()
     # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.

@@ -60,10 +60,10 @@ def find_missing_inputs(
 
 def require_base(name: str, weights: bool = True) -> None:
     """Raise unless something has a base's name; with `weights`, unless it can have them."""
-    from ..core.models.model_source import find_known, resolve_model
+    from ..core.models.model_source import find_known_base, resolve_model_source
 
-    if weights or not (os.path.exists(Path(name).expanduser()) or find_known(name)):
-        resolve_model(name)
+    if weights or not (os.path.exists(Path(name).expanduser()) or find_known_base(name)):
+        resolve_model_source(name)
 
 
 def require_run(path: Path) -> None:
@@ -86,10 +86,10 @@ def require_rows(path: str | Path | None, format: str | None = None, *, run: Pat
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.config.recipe_loading import read_recipe_tree
     from ..core.training.run_dir import RunDir
-    from ..extras.row_files import find_parts
+    from ..extras.row_files import find_data_files
 
     if path is not None:
         if run is not None and (recipe := RunDir(run).recipe_file).is_file():
             data = read_recipe_tree(recipe).get("data")
             format = data.get("format") if isinstance(data, Mapping) else None
-        find_parts(Path(path), format)
+        find_data_files(Path(path), format)

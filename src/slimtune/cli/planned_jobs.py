@@ -181,12 +181,12 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
     from huggingface_hub import try_to_load_from_cache
 
     from ..core.data.example_lengths import ALL_SUPERVISED
-    from ..core.models.model_source import resolve_model
+    from ..core.models.model_source import resolve_model_source
     from ..core.training.base_model import load_base_tokenizer
     from ..core.training.datasets import load_datasets
 
     try:
-        source = resolve_model(model.spec)
+        source = resolve_model_source(model.spec)
         on_disk = source.kind != "hub" or isinstance(try_to_load_from_cache(source.path, "tokenizer_config.json"), str)
     except SlimtuneError:
         on_disk = False  # only a config.json

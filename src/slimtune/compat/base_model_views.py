@@ -1,8 +1,8 @@
 """PEFT's `base_model`: a tuner around the whole model, which is its `model`. In transformers it is the backbone.
 
-A backbone that is a child of the model is both: its class gets the tuner's names (`TunerNames`). A model that is its
+A backbone that is a child of the model is both: its class gets the names of `PeftTunerNamesMixin`. A model that is its
 own backbone is both, too, because its `model` is itself. Where it has a child of this name, its `base_model` is a
-`Tuner`.
+`PeftTunerOfModel`.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from ..core.adapters.generated_classes import PickledByClassRecipe
 from ..core.adapters.model_parts import PeftNameLookupMixin
 
 
-class Tuner(nn.Module):
+class PeftTunerOfModel(nn.Module):
     """PEFT's `base_model` of a model that is its own backbone and has a child named `model`.
 
     Its `model` is the whole model; every other name, assignment and call goes to the whole model.
@@ -38,7 +38,7 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class TunerNames(PickledByClassRecipe, PeftNameLookupMixin):
+class PeftTunerNamesMixin(PickledByClassRecipe, PeftNameLookupMixin):
     """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
 
     In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
@@ -86,4 +86,4 @@ def remove_backbone_names(model: Any) -> None:
 @cache
 def _make_backbone_class(base: Any) -> Any:
     body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_backbone_class, base)}
-    return type(base.__name__, (TunerNames, base), body)
+    return type(base.__name__, (PeftTunerNamesMixin, base), body)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.adapters.peft_config import PeftConfig
-from ..core.kernels.linear_layers import get_weight
+from ..core.kernels.linear_layers import get_dequantized_weight
 from ..errors import SlimtuneError, UsageError
 from .tuner_layers import LoraLayer
 
@@ -105,7 +105,7 @@ class KappaTuneSelector:
     ) -> None:
         suffixes = moe_param_suffixes or (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
         experts = {n: p for n, p in model.named_parameters() if n.endswith(suffixes) and p.dim() == 3}
-        linear = {n: get_weight(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear = {n: get_dequantized_weight(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         bar = partial(tqdm, desc="Computing condition numbers", disable=not show_progress)
         fits = partial(_fits, size=max_dim_size_to_analyze)
         self.modules = {n: _condition_number(w) for n, w in bar(linear.items()) if fits(w)}

@@ -21,7 +21,7 @@ def resolve_name(owner: nn.Module, name: str) -> Any:
     cause = None
     try:
         if "_slimtune" in attributes:
-            return model_names.find_name(owner, name)  # type: ignore[arg-type]
+            return model_names.get_peft_model_attribute(owner, name)  # type: ignore[arg-type]
         if "_whole_model" in attributes and not name.startswith("_"):
             whole = attributes["_whole_model"]
             return whole if name == "model" else getattr(whole, name)
@@ -29,7 +29,7 @@ def resolve_name(owner: nn.Module, name: str) -> Any:
         cause = e
     if is_layer:
         try:
-            return tuner_layers.find_name(owner, name)
+            return tuner_layers.get_peft_layer_attribute(owner, name)
         except AttributeError as e:
             cause = e
     raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}") from cause

@@ -9,7 +9,7 @@ from ..core.adapters.peft_model import PeftModel
 from ..errors import UsageError
 from ..extras.prompt_learning.prompt_modules import LearnedEmbeddings, find_backbones
 from .adapter_status import get_layer_status, get_model_status
-from .base_model_views import Tuner, get_backbone
+from .base_model_views import PeftTunerOfModel, get_backbone
 from .target_functions import _get_module_names_tied_with_embedding
 
 
@@ -24,7 +24,7 @@ class PeftModelNames(PeftModel):
     _get_module_names_tied_with_embedding = _get_module_names_tied_with_embedding
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # PEFT's `peft_model.model` is the base, so `peft_model.model.model.layers` are its layers: see `find_name`.
+        # PEFT's `peft_model.model` is the base: see `get_peft_model_attribute`.
         backbone = get_backbone(self)
         if name in backbone._modules and name not in self._modules:
             setattr(backbone, name, value)
@@ -57,7 +57,7 @@ class PeftModelNames(PeftModel):
     def base_model(self) -> Any:
         """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `base_model.py`."""
         backbone = get_backbone(self)
-        return Tuner(self) if backbone is self and "model" in self._modules else backbone
+        return PeftTunerOfModel(self) if backbone is self and "model" in self._modules else backbone
 
     def get_base_model(self) -> Any:
         return self  # the same object
@@ -122,7 +122,7 @@ class PeftModelNames(PeftModel):
         return _require_learned(self, adapter_name).tensors()["prompt_embeddings"].detach().cpu()
 
 
-def find_name(model: PeftModel, name: str) -> Any:
+def get_peft_model_attribute(model: PeftModel, name: str) -> Any:
     """Return what PEFT calls `name` on a model that has no such attribute; a base's own modules come first.
 
     `prompt_encoder` has the modules with the learned embeddings and `prompt_tokens` the indices of the virtual tokens,

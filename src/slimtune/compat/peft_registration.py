@@ -11,7 +11,7 @@ same class. Three mechanisms make our models pass. None changes what those libra
    the first slimtune config is created.
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
 
-The commands of `slimtune` call none of these libraries, and leave this out (`skip_registration`): importing peft, or
+The commands of `slimtune` call none of these libraries and use `disable_peft_registration`: importing peft, or
 the Trainer, takes seconds.
 """
 
@@ -23,14 +23,14 @@ from typing import Any
 _skipped = False
 
 
-def skip_registration() -> None:
+def disable_peft_registration() -> None:
     """Make no class known to other libraries in this process."""
     global _skipped
     _skipped = True
 
 
 @cache
-def peft_installed() -> bool:
+def is_peft_installed() -> bool:
     """Return whether HF PEFT can be imported."""
     spec = find_spec("peft")
     # A folder named peft next to a script has no origin.
@@ -40,7 +40,7 @@ def peft_installed() -> bool:
 @cache
 def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
     """Return a subclass of `cls` that is also an instance of `peft.<peft_class>`; `cls` itself without peft."""
-    if _skipped or not peft_installed() or getattr(cls, "_joined", False):
+    if _skipped or not is_peft_installed() or getattr(cls, "_joined", False):
         return cls
     peft = import_module("peft")
     _patch_peft_new(peft.PeftModel)
@@ -61,7 +61,7 @@ def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
 @cache
 def register_with_transformers(model_class: type) -> None:
     """Make transformers' Trainer recognise our `PeftModel` if peft is not installed."""
-    if _skipped or peft_installed():
+    if _skipped or is_peft_installed():
         return
     utils, trainer = import_module("transformers.trainer_utils"), import_module("transformers.trainer")
     if not (hasattr(utils, "_is_peft_model") and hasattr(trainer, "_is_peft_model")):

@@ -133,17 +133,17 @@ MODULES = {
 
 
 @cache
-def find_config_homes() -> dict[str, str]:
+def find_config_modules() -> dict[str, str]:
     """Return the module of each built-in method's config class by the class's name; they import no torch."""
     return {config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
 
 
 def list_public_names() -> list[str]:
     """Return the names of `slimtune` itself, sorted."""
-    return sorted({name for names in PUBLIC.values() for name in names} | set(find_config_homes()))
+    return sorted({name for names in PUBLIC.values() for name in names} | set(find_config_modules()))
 
 
-def find_name(module: str, name: str) -> Any:
+def import_public_name(module: str, name: str) -> Any:
     """Return `slimtune.a.b.name`, where `module` is `slimtune.a.b`.
 
     Raises:
@@ -157,24 +157,24 @@ def find_name(module: str, name: str) -> Any:
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.compat.mapping").find_layer_class(tuner[0], name)
-    home = HOMES.get(name) or (find_config_homes().get(name) if name.endswith("Config") else None)
+    home = HOMES.get(name) or (find_config_modules().get(name) if name.endswith("Config") else None)
     if home is None or home == inner:
-        names = [*HOMES, *find_config_homes()] if name[:1] != "_" else []
+        names = [*HOMES, *find_config_modules()] if name[:1] != "_" else []
         raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
 
 
-def make_getattr(module: str) -> Callable[[str], Any]:
+def make_module_getattr(module: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a module that gives PEFT's names."""
-    return lambda name: find_name(module, name)
+    return lambda name: import_public_name(module, name)
 
 
 class _NamesModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return find_name(self.__name__, name)
+        return import_public_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*HOMES, *find_config_homes()})
+        return sorted({*HOMES, *find_config_modules()})
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -189,7 +189,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
             names = [
                 *HOMES,
-                *find_config_homes(),
+                *find_config_modules(),
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]
             where = f"{package}.{parent}".rstrip(".")

@@ -1,9 +1,9 @@
 """PEFT's names on adapted layers: `layer.lora_A["default"].weight`, `layer.scaling`, `isinstance(layer, LoraLayer)`.
 
 PEFT wraps a module in a layer that holds a dictionary by adapter name for each of its tensors. Here an adapted module
-stays itself and holds one adapter module per adapter (see `adapted_layer.py`). `find_name` translates: a name that
-neither the base module nor its class has is looked up in the adapter modules, and the result is a dictionary of the
-live objects.
+stays itself and holds one adapter module per adapter (see `adapted_layer.py`). `get_peft_layer_attribute` translates: a
+name that neither the base module nor its class has is looked up in the adapter modules, and the result is a dictionary
+of the live objects.
 The base's own names win, so an attention module keeps its own `scaling`.
 """
 
@@ -21,11 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from ..core.adapters.active_adapters import LayerAdapterSelection
 from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayer
 from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
-from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
-from ..core.kernels.low_rank import add_low_rank
+from ..core.kernels.linear_layers import (
+    get_dequantized_weight,
+    get_layer_kind,
+    get_layer_sizes,
+    is_quantized,
+    is_weight_transposed,
+)
+from ..core.kernels.low_rank import add_low_rank_to_weight
 
 
-def find_name(layer: Any, name: str) -> Any:
+def get_peft_layer_attribute(layer: Any, name: str) -> Any:
     """Return what PEFT calls `name` on an adapted layer that has no such attribute.
 
     Raises:
@@ -33,8 +39,8 @@ def find_name(layer: Any, name: str) -> Any:
     """
     # The whole model can be an adapted layer, too; it has names of its own.
     if name in _LAYER_NAMES and "_slimtune" not in vars(layer):
-        return getattr(PeftLayer(layer), name)
-    view = None if name.startswith("_") else view_attribute(layer, name)
+        return getattr(_PeftLayer(layer), name)
+    view = None if name.startswith("_") else _collect_by_adapter(layer, name)
     if view is None:
         raise AttributeError(name)
     return view
@@ -75,11 +81,11 @@ class _WriteThrough:
 _VIEWS: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
 
-class ModuleView(_WriteThrough, nn.ModuleDict):
+class _ModulesByAdapter(_WriteThrough, nn.ModuleDict):
     """The submodules with one name of a layer's adapter modules, by adapter."""
 
 
-class ParameterView(_WriteThrough, nn.ParameterDict):
+class _ParametersByAdapter(_WriteThrough, nn.ParameterDict):
     """The parameters with one name of a layer's adapter modules, by adapter."""
 
 
@@ -109,15 +115,15 @@ class BufferDict(nn.Module, MutableMapping):
         return len(self._buffers)
 
 
-class BufferView(_WriteThrough, BufferDict):
+class _BuffersByAdapter(_WriteThrough, BufferDict):
     """The buffers with one name of a layer's adapter modules, by adapter."""
 
 
-class PerAdapterValues(_WriteThrough, dict):
+class _PerAdapterValues(_WriteThrough, dict):
     """Scalars with one name, such as `scaling`, of a layer's adapter modules, by adapter name."""
 
 
-def view_attribute(layer: Any, name: str) -> Any:
+def _collect_by_adapter(layer: Any, name: str) -> Any:
     """Return what `name` is in each of the layer's adapter modules, by adapter; None if no module has it."""
     sources: dict[str, tuple[nn.Module, str]] = {}
     for adapter, module in layer.adapters.items():
@@ -132,7 +138,12 @@ def view_attribute(layer: Any, name: str) -> Any:
     if (view := _VIEWS.get(key)) is not None:
         return view
     values = {a: _wrap_weight(module, name) for a, (module, name) in sources.items()}
-    types: Any = {nn.Module: ModuleView, nn.Parameter: ParameterView, Tensor: BufferView, object: PerAdapterValues}
+    types: Any = {
+        nn.Module: _ModulesByAdapter,
+        nn.Parameter: _ParametersByAdapter,
+        Tensor: _BuffersByAdapter,
+        object: _PerAdapterValues,
+    }
     view = next(v for t, v in types.items() if all(isinstance(x, t) for x in values.values()))()
     for adapter, value in values.items():
         view[adapter] = value
@@ -166,7 +177,7 @@ class Bnb8bitBackend:
 # --- PEFT's properties and methods of a layer -----------------------------------------------------------------------
 
 
-class PeftLayer:
+class _PeftLayer:
     """What PEFT's `BaseTunerLayer` and its wrappers of trained modules define, for one adapted layer."""
 
     def __init__(self, layer: Any) -> None:
@@ -180,33 +191,33 @@ class PeftLayer:
 
         Where adapters start as a part of the weight (PiSSA), its weight is a copy without that part, as in PEFT.
         """
-        view = without_adapters(self._layer)
+        view = _without_adapters(self._layer)
         adapters = self._layer.adapters.items()
         starts = [m for a, m in adapters if "start_A" in m._buffers and a not in self._layer.merged_names]
         if starts and view.weight.is_floating_point() and not view.weight.is_meta:  # else quantized, or not loaded yet
-            weight = get_weight(view).detach()
+            weight = get_dequantized_weight(view).detach()
             for module in starts:
-                weight = add_low_rank(weight, module.start_A, module.start_B, -module.scale)
-            weight = weight.t() if is_transposed(self._layer) else weight
+                weight = add_low_rank_to_weight(weight, module.start_A, module.start_B, -module.scale)
+            weight = weight.t() if is_weight_transposed(self._layer) else weight
             vars(view)["_parameters"] = {**view._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
         return view
 
     @property
     def in_features(self) -> int:
         """Inputs of the layer: channels of a convolution, rows of an embedding."""
-        return self._layer.in_channels if layer_kind(self._layer) == "conv" else layer_sizes(self._layer)[0]
+        return self._layer.in_channels if get_layer_kind(self._layer) == "conv" else get_layer_sizes(self._layer)[0]
 
     @property
     def out_features(self) -> int:
         """Outputs of the layer: channels of a convolution, columns of an embedding."""
-        return layer_sizes(self._layer)[1]
+        return get_layer_sizes(self._layer)[1]
 
     @property
     def original_module(self) -> nn.Module:
         """The base module, if an adapter trains a copy of it."""
         if not self._copies and not self._has_tokens:
             raise AttributeError("original_module")
-        return without_adapters(self._layer)
+        return _without_adapters(self._layer)
 
     @property
     def parameter_name(self) -> str:
@@ -226,10 +237,10 @@ class PeftLayer:
         modules = {a: m for a, m in self._layer.adapters.items() if "token_indices" in m.peft_values}
         if not modules:
             raise AttributeError("trainable_tokens_original")
-        base: Any = without_adapters(self._layer)
+        base: Any = _without_adapters(self._layer)
         vars(base)["_parameters"] = base._parameters | (self._layer.original_parameters or {})
-        weight = get_weight(base).detach()
-        weight = weight.t() if layer_kind(self._layer) == "embedding" else weight
+        weight = get_dequantized_weight(base).detach()
+        weight = weight.t() if get_layer_kind(self._layer) == "embedding" else weight
         return BufferDict({a: weight[m.token_indices] for a, m in modules.items()})
 
     @property
@@ -248,8 +259,8 @@ class PeftLayer:
         return self.base_layer
 
     def get_base_weight(self) -> Tensor:
-        weight = get_weight(self.base_layer).detach()
-        return weight.t() if is_transposed(self._layer) else weight.reshape(self.base_layer.weight.shape)
+        weight = get_dequantized_weight(self.base_layer).detach()
+        return weight.t() if is_weight_transposed(self._layer) else weight.reshape(self.base_layer.weight.shape)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -333,9 +344,9 @@ class PeftLayer:
                 A, B = (module.lora_A.weight, module.lora_B.weight) if started else module.low_rank()
                 delta = (B @ A) * module.scale
             else:
-                weight = get_weight(self.base_layer).detach().double()
+                weight = get_dequantized_weight(self.base_layer).detach().double()
                 delta = (module.merge_into(weight, None)[0] - weight).to(next(module.parameters()).dtype)
-        return delta.t() if is_transposed(self._layer) else delta.reshape(self.base_layer.weight.shape)
+        return delta.t() if is_weight_transposed(self._layer) else delta.reshape(self.base_layer.weight.shape)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer alone."""
@@ -407,7 +418,7 @@ class PeftLayer:
             vars(layer)["selection"] = LayerAdapterSelection(state, **own)
 
 
-_LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
+_LAYER_NAMES = {name for name in vars(_PeftLayer) if not name.startswith("_")}
 # Private names that scripts written for PEFT use.
 _LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter_names"}
 
@@ -415,10 +426,10 @@ _LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter
 def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
     """Return the trained copies of all parameters of a layer (`modules_to_save`), by adapter; not those of a bias."""
     copies, own = layer.trained_copies.items(), set(layer._parameters)
-    return {a: without_adapters(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
+    return {a: _without_adapters(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
 
 
-def without_adapters(module: Any, adapter: str | None = None) -> Any:
+def _without_adapters(module: Any, adapter: str | None = None) -> Any:
     """Return a module of the base's class that shares everything with `module` but has no adapters.
 
     Its parameters and buffers, and those of its children, are the adapter's trained copies where it has any.
@@ -430,7 +441,7 @@ def without_adapters(module: Any, adapter: str | None = None) -> Any:
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
     vars(view).update({name: value for name, value in vars(module).items() if name not in hidden})
     children = {n: m for n, m in module._modules.items() if not is_adapted or n not in ADDED_CHILDREN}
-    vars(view)["_modules"] = {n: None if m is None else without_adapters(m, adapter) for n, m in children.items()}
+    vars(view)["_modules"] = {n: None if m is None else _without_adapters(m, adapter) for n, m in children.items()}
     if is_adapted and adapter in module.trained_copies:
         copies = module.trained_copies[adapter]
         vars(view)["_parameters"] = copies._parameters
@@ -441,7 +452,7 @@ def without_adapters(module: Any, adapter: str | None = None) -> Any:
 # --- classes for isinstance -----------------------------------------------------------------------------------------
 
 
-class LayerType(type):
+class _LayerType(type):
     """Metaclass of PEFT's layer classes: adapted layers are their instances by what adapts them."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -451,7 +462,7 @@ class LayerType(type):
         raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")
 
 
-class BaseTunerLayer(metaclass=LayerType):
+class BaseTunerLayer(metaclass=_LayerType):
     """A layer with an adapter module of any method."""
 
     methods: ClassVar[tuple[str, ...]] = ()
@@ -489,7 +500,7 @@ class ParamWrapper(LoraLayer):
 def _layer_type(name: str, *methods: str, base: type = BaseTunerLayer) -> Any:
     """Return the class of the layers with an adapter of one of these methods."""
     what = {"methods": methods, "__doc__": f"A layer with a {' or '.join(methods)}.", "__module__": __name__}
-    return LayerType(name, (base,), what)
+    return _LayerType(name, (base,), what)
 
 
 AdaLoraLayer = _layer_type("AdaLoraLayer", "adalora", base=LoraLayer)
@@ -513,7 +524,7 @@ class TrainableTokensLayer(BaseTunerLayer):
         return any("token_indices" in m.peft_values for m in layer.adapters.values())
 
 
-class ModulesToSaveWrapper(metaclass=LayerType):
+class ModulesToSaveWrapper(metaclass=_LayerType):
     """A module that an adapter trains in full."""
 
     @classmethod
@@ -521,15 +532,15 @@ class ModulesToSaveWrapper(metaclass=LayerType):
         return bool(get_whole_copies(layer))
 
 
-class TrainableTokensWrapper(metaclass=LayerType):
+class TrainableTokensWrapper(metaclass=_LayerType):
     """An embedding or output head with trained tokens beside a LoRA."""
 
     @classmethod
     def accepts_as_instance(cls, layer: Any) -> bool:
-        return PeftLayer(layer)._has_tokens
+        return _PeftLayer(layer)._has_tokens
 
 
-class AuxiliaryTrainingWrapper(metaclass=LayerType):
+class AuxiliaryTrainingWrapper(metaclass=_LayerType):
     """A module that an adapter trains in full or in some rows, beside its method."""
 
     @classmethod
@@ -542,4 +553,4 @@ def layer_class(method: Any, base_type: type) -> Any:
     """Return the class of a method's layers of one type, such as PEFT's `lora.Linear`."""
     bases: Any = (base_type, Conv1D) if base_type is nn.Linear else base_type
     body = {"base_type": bases, "__doc__": f"An adapted {base_type.__name__}: {method.__doc__}"}
-    return LayerType(base_type.__name__, (method,), body)
+    return _LayerType(base_type.__name__, (method,), body)

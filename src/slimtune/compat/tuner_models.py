@@ -16,17 +16,20 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel, get_peft_model
 from ..core.adapters.targets import select_targets
 from ..errors import UsageError
-from .base_model_views import Tuner, TunerNames
+from .base_model_views import PeftTunerNamesMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
 from .tuner_layers import BaseTunerLayer
 from .utility_functions import DUMMY_MODEL_CONFIG
 
 
-class TunerMeta(type):
+class _TunerMeta(type):
     """Metaclass of PEFT's tuner classes: the `base_model` of a PeftModel is their instance by its active adapter."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, Tuner | TunerNames | PeftModel) or instance.base_model is not instance:
+        if (
+            not isinstance(instance, PeftTunerOfModel | PeftTunerNamesMixin | PeftModel)
+            or instance.base_model is not instance
+        ):
             return False
         whole = instance.model
         return bool(whole.peft_config) and cls.accepts_as_instance(whole)  # type: ignore[attr-defined]
@@ -44,7 +47,7 @@ class TunerMeta(type):
         return inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict).base_model
 
 
-class BaseTuner(metaclass=TunerMeta):
+class BaseTuner(metaclass=_TunerMeta):
     """The `base_model` of a PeftModel whose adapters belong to layers."""
 
     method: ClassVar[str] = ""
@@ -70,7 +73,7 @@ class BaseTuner(metaclass=TunerMeta):
 def _tuner_type(name: str, method: str, base: type = BaseTuner) -> Any:
     """Return the class of the `base_model` of a PeftModel with an adapter of this method."""
     what = f"The `base_model` of a PeftModel with a {method}."
-    return TunerMeta(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
+    return _TunerMeta(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
 
 
 LoraModel = _tuner_type("LoraModel", "lora")

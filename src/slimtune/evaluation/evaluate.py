@@ -28,9 +28,9 @@ from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import resolve_output_file, write_json
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import prefix_progress_name
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
-from ..core.training.loss import build_collator
+from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
@@ -165,7 +165,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []
     if settings.general_text is not None and writes_text:
-        context = max_positions(model.config) or 4 * WINDOW
+        context = get_max_positions(model.config) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     comparison = _build_comparison(trained, sections, examples, longest, file or "the training file", settings)
@@ -245,7 +245,7 @@ def _build_comparison(
     return comparison_class(
         model,
         examples,
-        build_collator(sections.train, model, trained.base.tokenizer, longest),
+        build_run_collator(sections.train, model, trained.base.tokenizer, longest),
         objective,
         trained.classes,
         place=place,

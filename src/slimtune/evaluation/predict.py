@@ -16,12 +16,12 @@ from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.files import resolve_output_file, to_json, write_atomic
 from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.models.base_config import max_positions
-from ..core.training.loss import build_collator, row_logits, score_examples
+from ..core.models.base_config import get_max_positions
+from ..core.training.loss import build_run_collator, compute_row_logits, score_examples
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_columns import parse_record
-from ..extras.row_files import find_parts
+from ..extras.row_files import find_data_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
-    for file, read in find_parts(path):
+    for file, read in find_data_files(path):
         for found in read():
             row = found if isinstance(found, InvalidRow) else parse_input(found[1], found[0], file)
             if isinstance(row, InvalidRow):
@@ -129,7 +129,7 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     if classes is None:
         hint = f"slimtune generate {trained.adapter.parent if trained.recipe else trained.adapter} lets it answer"
         raise UsageError(f"{trained.adapter} is the adapter of a language model", "a classifier or reward model", hint)
-    context = max_positions(model.config)
+    context = get_max_positions(model.config)
     examples: list[dict[str, Any]] = []
     errors = RowErrorCollector("the rows", hint="shorten or remove these rows")
     for row, tokens in zip(rows, tokenize_rows(rows, tokenizer), strict=True):
@@ -142,8 +142,8 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
         examples.append({"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), "line": row.line})
     errors.check()
     train = trained.recipe.train if trained.recipe is not None else TrainSettings(packing=False)
-    collator = build_collator(train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
-    scores = score_examples(model, examples, collator, lambda batch: row_logits(model, batch).double())
+    collator = build_run_collator(train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
+    scores = score_examples(model, examples, collator, lambda batch: compute_row_logits(model, batch).double())
     logits = np.array([scores[i] for i in range(len(examples))])
     if not np.isfinite(logits).all():
         raise AdapterError("the classifier computes NaN or Inf", "finite logits", "evaluate in float32")

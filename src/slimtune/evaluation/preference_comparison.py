@@ -26,7 +26,7 @@ from ..core.data.tokenized_dataset import AnswerSubset, Example, split_example_r
 from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import count_targets, score_row_logps
 from ..errors import DataError
-from ..objectives.pair_objective import list_better_and_worse
+from ..objectives.pair_objective import list_better_and_worse_rows
 from .estimate import Estimate
 from .eval_result import (
     KTOEvalResult,
@@ -84,7 +84,7 @@ def measure_preferences(
         base, tuned: log p of the answers of each example [N][K].
         compare: compares sums of each example [N] per size [N] with intervals (`ModelComparison.compare`).
     """
-    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_better_and_worse(e.get("row_scores"))]
+    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_better_and_worse_rows(e.get("row_scores"))]
     owners = np.array([n for n, _, _ in pairs])
 
     def take(values: Sequence[Sequence[float]]) -> np.ndarray:

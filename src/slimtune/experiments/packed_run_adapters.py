@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.kernels.linear_layers import layer_kind
-from ..core.kernels.lora_linear import plus_low_rank
+from ..core.kernels.linear_layers import get_layer_kind
+from ..core.kernels.lora_linear import add_low_rank_update
 from ..errors import ModelError
 
 
@@ -36,7 +36,7 @@ def packing_runs_unsupported_reason(models: Sequence[Any]) -> str:
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "a method adds virtual tokens"
         for name, layer in layers.items():
-            if layer_kind(layer) != "linear" or layer.trained_copies or "default" not in layer.adapters:
+            if get_layer_kind(layer) != "linear" or layer.trained_copies or "default" not in layer.adapters:
                 return f"{name} is adapted otherwise than by a low-rank update of a linear layer"
             module: Any = layer.adapters["default"]
             if module.takes_tokens or module.low_rank_factors() is None:
@@ -74,7 +74,7 @@ class PackedRuns:
             raise ModelError(message, "layers that get every token of a packed sequence")
         # `split` and `cat` have backward passes that write each gradient once; slices would add up whole tensors.
         parts = zip(self.runs, base(x).split(self.lengths, -2), x.split(self.lengths, -2), strict=True)
-        return torch.cat([plus_low_rank(y, part, *self.factors[layer][run]) for run, y, part in parts], -2)
+        return torch.cat([add_low_rank_update(y, part, *self.factors[layer][run]) for run, y, part in parts], -2)
 
 
 @contextmanager

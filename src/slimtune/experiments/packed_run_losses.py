@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.training.loss import token_nll
+from ..core.training.loss import compute_token_nll
 from ..core.training.objective import Objective
 from .packed_run_adapters import pack_runs
 
@@ -43,7 +43,7 @@ def forward_backward_runs(
         batches = [batch for _, batch in group]
         joint = _concatenate_batches(batches)
         with pack_runs(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
-            values = token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
+            values = compute_token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
             losses = [
                 objectives[run].loss(own, batch, num_items[run])
                 for own, (run, batch) in zip(values, group, strict=True)

@@ -26,11 +26,11 @@ from ..core.data.class_labels import ClassLabels
 from ..core.foundation import distributed
 from ..core.foundation.device import release_cached_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
-from ..core.models.loader import Base
+from ..core.models.loader import LoadedBase
 from ..core.training.base_model import LoadBase, load_base_model
-from ..core.training.finish_run import Interrupted, finish
-from ..core.training.loss import move_to_device
-from ..core.training.prepare_run import prepare
+from ..core.training.finish_run import Interrupted, save_final_results
+from ..core.training.loss import move_batch_to_device
+from ..core.training.prepare_run import prepare_run
 from ..core.training.train import train
 from ..core.training.train_result import TrainResult
 from ..core.training.training_loop import StepGradients, TrainingLoop
@@ -58,7 +58,7 @@ class RunInTurn:
     def start(self, resume: bool, force: bool, load_base: LoadBase) -> None:
         """Prepare the run, in its turn."""
         with self._turn():
-            prepared = prepare(self.recipe, resume=resume, force=force, load_base=load_base)
+            prepared = prepare_run(self.recipe, resume=resume, force=force, load_base=load_base)
             self.loop = TrainingLoop(prepared, self.take_gradients)
             self.loop.thread_count = None  # the time of a step says nothing while others have their turn
             self._steps = self.loop.iterate_steps()
@@ -69,7 +69,7 @@ class RunInTurn:
             assert self.loop is not None
             self.rows = next(self._steps, ())
             if not self.rows:
-                self.outcome = finish(self.loop)
+                self.outcome = save_final_results(self.loop)
         if self.outcome is not None:
             self.release()
 
@@ -200,7 +200,7 @@ def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
         parts = [loop.sharder(rows) for rows, loop in zip(prepared, loops, strict=True)]
         losses = forward_backward_runs(
             [loop.model for loop in loops],
-            [[move_to_device(batch, loops[0].device) for batch in part["micro_batches"]] for part in parts],
+            [[move_batch_to_device(batch, loops[0].device) for batch in part["micro_batches"]] for part in parts],
             [loop.objective for loop in loops],
             [loop.objective.count_items(rows) for rows, loop in zip(prepared, loops, strict=True)],
             max(loop.collator.max_tokens or 0 for loop in loops),
@@ -227,9 +227,9 @@ def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
 
 def _share_base() -> LoadBase:
     """Return a function that loads the base of the first run and gives each run a copy with the same parameters."""
-    loaded: list[Base] = []
+    loaded: list[LoadedBase] = []
 
-    def load_base(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> Base:
+    def load_base(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> LoadedBase:
         if classes is not None:  # its head is the run's own
             return load_base_model(model, chat_template, classes)
         if not loaded:

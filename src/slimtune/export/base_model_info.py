@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import config_fingerprint
 from ..core.models.base_config import load_base_config
-from ..core.models.model_source import ModelSource, resolve_model
+from ..core.models.model_source import ModelSource, resolve_model_source
 from ..errors import RunError, SlimtuneError
 from ..extras.hub_commits import require_repo_id
 from ..extras.known_models import PACKAGED, load_known_models
@@ -63,7 +63,7 @@ def get_base_model_info(
     notes: list[str] = []
     source: ModelSource | None = None
     try:
-        source = resolve_model(spec)
+        source = resolve_model_source(spec)
     except SlimtuneError as e:
         # The adapter is complete without its base; only what the base would say is missing.
         notes.append(f"the base {Path(spec).name!r} cannot be loaded here: {type(e).__name__}")

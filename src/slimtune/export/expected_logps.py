@@ -38,7 +38,7 @@ from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.dtype_names import short_dtype_name
 from ..core.foundation.progress_bars import track_progress
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import InferenceEngine, TokenScores, TransformersInferenceEngine
@@ -193,7 +193,7 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
         valid = opened.require_valid_rows()
         compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
-    longest = min(max_positions(config) or MAX_TOKENS, MAX_TOKENS)
+    longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []
     for row in compared:
         prompt, ids = "", []

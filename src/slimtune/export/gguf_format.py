@@ -167,11 +167,11 @@ class GgufFormat(ExportFormat):
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if a GGUF file is damaged."""
-        from ..extras.gguf_loading import read_gguf
+        from ..extras.gguf_loading import open_gguf_reader
 
         for file in (folder / n for n in files if n.endswith(".gguf")):
             try:
-                read_gguf(file)
+                open_gguf_reader(file)
             except ImportError as e:
                 raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
             except Exception as e:  # the reader fails in many ways

@@ -35,12 +35,12 @@ from ..core.models.base_config import load_checkpoint_config
 from ..core.models.dtype import pick_dtype
 from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
-from ..core.models.quantization import forget_quantization_config, stored_quantization
+from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run, load_runs
 from ..errors import AdapterError, RunError
-from ..extras.model_card import render_card
+from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
 from . import gguf
 from .expected_logps import Reference, get_tolerance, make_texts
@@ -93,7 +93,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         effect = reference.effect  # measured before the model changes
         inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
         if quantized:
-            forget_quantization_config(model.get_base_model())
+            remove_quantization_config(model.get_base_model())
         with _translate_merge_errors(run):
             weights = MergedWeights(model)
         require_disk_space(out, weights.count() * stored.itemsize)
@@ -188,7 +188,9 @@ def _render_card(loaded: TrainedModel, config: PeftConfig, merge: MergeCompariso
     )
     names = {"title": name, "repo_id": name, "base_id": hub_id, "base_name": source.spec}
     chat = bool(loaded.base.tokenizer.chat_template)
-    return render_card(data, config, merge=to_json_dict(merge), results=RunResults(loaded.recipe), chat=chat, **names)
+    return render_model_card(
+        data, config, merge=to_json_dict(merge), results=RunResults(loaded.recipe), chat=chat, **names
+    )
 
 
 @contextmanager
@@ -203,7 +205,9 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         m = RunDir.open(run).load_recipe().model
         dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
         config = load_checkpoint_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
-        if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
+        if (
+            m.quantization is None and get_stored_quantization(config) is None
+        ):  # a quantized base stays quantized in memory
             stored = dtype_name(config.dtype or torch.float32)
     if stored in (None, dtype) or _is_small(build_meta_model(config, None, torch.float32)):
         yield load_run(run, dtype=dtype, device="cpu")

@@ -22,7 +22,13 @@ from ..core.adapters.model_with_adapters import mark_embeddings_untied
 from ..core.adapters.quantized_layers import find_cpu_repacking_layers, keep_differentiable_4bit_layout
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
-from ..core.kernels.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
+from ..core.kernels.linear_layers import (
+    get_dequantized_weight,
+    get_layer_kind,
+    get_layer_sizes,
+    is_quantized,
+    is_weight_transposed,
+)
 from ..errors import AdapterError
 from .rounding import round_with_inputs
 
@@ -50,7 +56,7 @@ class MergedWeights(Mapping[str, Tensor]):
         keep_differentiable_4bit_layout(
             find_cpu_repacking_layers(model)
         )  # `state_dict` would restore that layout wrongly
-        self._quantized = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and is_quantized(m)}
+        self._quantized = {n: m for n, m in model.named_modules() if get_layer_kind(m) == "linear" and is_quantized(m)}
         own = {f"{n}.{leaf}" for n in self._quantized for leaf in ("weight", "bias")}
         added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ADDED_CHILDREN]
         added += [f"{n}." for n in self._quantized]  # what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`
@@ -79,13 +85,13 @@ class MergedWeights(Mapping[str, Tensor]):
         if leaf in merged:
             return merged[leaf].detach()
         is_packed = leaf == "weight" and module in self._quantized
-        return (get_weight(self._quantized[module]) if is_packed else self._base[name]).detach()
+        return (get_dequantized_weight(self._quantized[module]) if is_packed else self._base[name]).detach()
 
     def outline(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor on `meta` with the shape and dtype it is stored with: parameters in `dtype`."""
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self._quantized:
-            return torch.empty(layer_sizes(self._quantized[module])[::-1], dtype=dtype, device="meta")
+            return torch.empty(get_layer_sizes(self._quantized[module])[::-1], dtype=dtype, device="meta")
         tensor = self._base[name]
         cast = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         return torch.empty(tensor.shape, dtype=dtype if cast else tensor.dtype, device="meta")
@@ -114,7 +120,7 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
     try:
         for leaf, parameter in own.items():
             if parameter is not None:
-                values = get_weight(module) if leaf == "weight" and is_quantized(module) else parameter
+                values = get_dequantized_weight(module) if leaf == "weight" and is_quantized(module) else parameter
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
         merge_adapters_into_layer(name or type(module).__name__, module, adapters, check=True)
@@ -199,6 +205,6 @@ def round_weight(model: Any, name: str, weight: Tensor, dtype: torch.dtype, inpu
     x = inputs.get(module)
     if leaf != "weight" or x is None or len(x) < MIN_INPUTS or torch.equal(nearest, weight):
         return nearest
-    if is_transposed(model.get_submodule(module)):
+    if is_weight_transposed(model.get_submodule(module)):
         return round_with_inputs(weight.t(), x, dtype).t()
     return round_with_inputs(weight, x, dtype)

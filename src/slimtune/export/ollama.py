@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.models.load_errors import translate_load_errors
 from ..errors import UsageError, format_names
 from ..extras.gguf_loading import import_gguf
@@ -101,7 +101,7 @@ def write_modelfile(
         if converted.system is False:
             raise UsageError("the chat template of this model takes no system prompt", hint="leave out --system")
         lines.append(("SYSTEM", system))
-    limit = max_positions(config)
+    limit = get_max_positions(config)
     if num_ctx is not None and (num_ctx < 1 or (limit and num_ctx > limit)):
         raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)

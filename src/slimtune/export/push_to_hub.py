@@ -27,7 +27,7 @@ from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_names
 from ..extras import model_card
-from ..extras.hub_commits import CommitResult, commit_files, refuse_tokens, require_repo_id
+from ..extras.hub_commits import HubCommitResult, commit_files, require_no_tokens, require_repo_id
 from ..extras.model_card import CARD_FILE, strip_local_paths
 from .base_model_info import BaseModelInfo, get_base_model_info
 from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES
@@ -103,7 +103,7 @@ def push(
     )
     result: PushPreview | PushResult
     if dry_run:
-        refuse_tokens(upload.files, token)
+        require_no_tokens(upload.files, token)
         card = upload.files.get(CARD_FILE, b"")
         result = PushPreview(contents, (card.read_bytes() if isinstance(card, Path) else card).decode())
     else:
@@ -187,7 +187,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {CONFIG_FILE: format_adapter_config(values).encode(), ADAPTER_FILE: file, **found}
-    if _is_inside(card, folder) and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
+    if _is_inside(card, folder) and not model_card.is_default_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")
     else:
@@ -220,7 +220,7 @@ def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *
         vllm_command = shlex.join(["vllm", "serve", " ".join(base.name.split()), *options])
     data = model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None)
     facts |= {"title": name, "repo_id": repo_id, "results": results, "vllm_command": vllm_command}
-    return model_card.render_card(data, config, base=base, base_id=base.hub_id, base_name=base.name, **facts)
+    return model_card.render_model_card(data, config, base=base, base_id=base.hub_id, base_name=base.name, **facts)
 
 
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
@@ -312,7 +312,7 @@ def _strip_json(file: Path) -> Path | bytes:
     return file if stripped == values else (to_json(stripped, indent=2) + "\n").encode()
 
 
-def _describe_repository(done: CommitResult, upload: Upload) -> list[str]:
+def _describe_repository(done: HubCommitResult, upload: Upload) -> list[str]:
     """Return what the user should know about the files that were in the repository before."""
     notes = []
     if done.kept:

@@ -22,11 +22,11 @@ from torch import Tensor
 from ..core.config import Recipe
 from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows
-from ..core.kernels.linear_layers import layer_kind
+from ..core.kernels.linear_layers import get_layer_kind
 from ..core.models.dtype import pick_dtype
 from ..core.training.datasets import open_rows_for_objective
 from ..errors import SlimtuneError
-from ..extras.layer_inputs import collect_layer_inputs, second_moment
+from ..extras.layer_inputs import collect_layer_inputs, compute_second_moment
 
 ROWS = 32
 """Rows whose inputs decide; 64 did not bring the outputs nearer (benchmarks/merge_rounding.py)."""
@@ -54,7 +54,7 @@ def round_with_inputs(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Ten
 @functools.lru_cache(maxsize=1)  # layers with the same input (q, k and v) follow one another
 def _factorize(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the order of the columns, the most important first, and M and U of the inputs in that order."""
-    H = second_moment(inputs, damping=0.01)
+    H = compute_second_moment(inputs, damping=0.01)
     order = H.diagonal().argsort(descending=True)  # while most columns can still compensate
     M = torch.linalg.cholesky(H[order][:, order].flip(0, 1)).flip(0, 1).float()
     return order, M, _invert_upper(M)
@@ -83,7 +83,9 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
             rows = list(itertools.islice(opened.require_valid_rows(), ROWS))
     tokenized = [r for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
     ids = [part.input_ids for row in tokenized for part in row.split()]
-    layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}
+    layers = {
+        n: m for n, m in model.named_modules() if get_layer_kind(m) == "linear" and "adapters" not in n.split(".")
+    }
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
     longest = recipe.data.max_seq_len if recipe is not None else None
     # How errors compensate needs no more precision than these inputs have.

@@ -23,7 +23,7 @@ from ..core.foundation.fingerprint import get_hashed_config_facts
 from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
-from ..extras.gguf_loading import import_gguf, read_gguf
+from ..extras.gguf_loading import import_gguf, open_gguf_reader
 from .gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 from .merged_weights import MergedWeights
 
@@ -64,7 +64,7 @@ def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
 def read_precision(file: Path) -> str:
     """Return the precision of a GGUF's weights, as `llama-quantize` calls it: that of its largest share."""
     sizes: dict[str, int] = {}
-    for tensor in read_gguf(file).tensors:
+    for tensor in open_gguf_reader(file).tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
     return max(sizes, key=lambda name: sizes[name]).lower()
 
@@ -107,7 +107,7 @@ def _check_gguf(file: Path, comparison: "Comparison") -> None:
     """Compare a GGUF file's architecture, shapes and values with the base; raise UsageError if they differ."""
     gguf, config = import_gguf(), comparison.loaded.base.model.config
     with translate_load_errors(comparison.name, "GGUF file"):
-        reader = read_gguf(file)
+        reader = open_gguf_reader(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     architecture = get_architecture(config).name

@@ -27,9 +27,9 @@ from ..core.foundation.files import write_atomic
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
-from ..extras.gguf_loading import make_hf_folder
-from ..extras.lora_conversion import rank_settings
-from ..methods.lora.init_configs import is_subtracted_init
+from ..extras.gguf_loading import convert_to_hf_folder
+from ..extras.lora_conversion import make_lora_rank_fields
+from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_rules
 from .export_format import LoraConversion, WrittenExport
 from .export_support import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
@@ -53,7 +53,7 @@ def is_served_unchanged(config: Any) -> bool:
         or plain_lora_incompatibilities(config)
         or config.rank_pattern
         or config.alpha_pattern
-        or is_subtracted_init(config.init_lora_weights)
+        or is_init_subtracted_from_base(config.init_lora_weights)
         or config.r > load_vllm_rules().ranks[-1]
     )
 
@@ -66,7 +66,7 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     if not form:
         rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
         twice = ", twice the config's because its start is subtracted"
-        start = twice if is_subtracted_init(config.init_lora_weights) else ""
+        start = twice if is_init_subtracted_from_base(config.init_lora_weights) else ""
         if rank > rules.ranks[-1]:
             form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules.ranks[-1]}"]
     if other := [n for n, kind in model.match_report(adapter).kinds.items() if kind in ("conv", "weight")]:
@@ -150,7 +150,7 @@ def write_vllm_adapter(
     shapes = {(A.shape[0], scale) for A, _, scale in layers.values()}
     # Whether one r, alpha and use_rslora describe all layers to every release.
     uniform = len(shapes) == 1 and next(iter(shapes))[0] == config.r
-    folded = not uniform or bool(config.alpha_pattern) or is_subtracted_init(config.init_lora_weights)
+    folded = not uniform or bool(config.alpha_pattern) or is_init_subtracted_from_base(config.init_lora_weights)
     rank = max(A.shape[0] for A, _, _ in layers.values())
     trained = dtype_name(loaded.base.dtype)
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
@@ -195,7 +195,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     settings = {k: v for k, v in config.to_dict().items() if k not in config.extension_fields}
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
-        settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
+        settings |= make_lora_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)
     metadata = adapter_files.get_adapter_file_content(model, adapter)[1]
     write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors(tensors, metadata))
@@ -242,7 +242,7 @@ def _locate_base(loaded: TrainedModel) -> tuple[str, str]:
     if source.kind == "hub":
         return source.path, source.path
     # vLLM serves no LoRA on a GGUF: the base is the folder the GGUF was dequantized into, as in training.
-    path = make_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
+    path = convert_to_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
     return str(path.expanduser().resolve()), _to_plain_name(source.name)
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo
 from ..core.adapters.peft_config import CONFIG_FILE, write_adapter_config
 from ..core.adapters.peft_model import PeftModel
 from .hub_commits import commit_files, require_repo_id
-from .model_card import CARD_FILE, public_base, render_saved_card, strip_local_paths, write_model_card
+from .model_card import CARD_FILE, get_public_base_id, render_default_card, strip_local_paths, write_model_card
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class AdapterUpload(PeftModel):
         """
         require_repo_id(repo_id)
         config = self.active_peft_config
-        if not public_base(config):
+        if not get_public_base_id(config):
             name = Path(config.base_model_name_or_path or "").name
             hint = "set base_model_name_or_path of the adapter's config to its Hub id"
             log.warning("others cannot find the base %r: %s", name, hint)
@@ -59,7 +59,7 @@ class AdapterUpload(PeftModel):
                 if path.name == CONFIG_FILE:
                     write_adapter_config(path.parent, strip_local_paths(json.loads(path.read_text())))
                 files[str(path.relative_to(folder))] = path
-            files[CARD_FILE] = render_saved_card(config, tags or ()).encode()
+            files[CARD_FILE] = render_default_card(config, tags or ()).encode()
             message = commit_message or f"Upload {config.peft_type} adapter"
             keep = (CARD_FILE,)
             return commit_files(files, repo_id, message=message, description=commit_description, keep=keep, **hub).info

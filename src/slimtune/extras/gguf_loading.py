@@ -38,7 +38,7 @@ from ..core.foundation.files import atomic_folder
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import read_config_file
 from ..core.models.load_errors import silence_libraries, translate_load_errors
-from ..core.models.quantization import forget_quantization_config
+from ..core.models.quantization import remove_quantization_config
 from ..errors import ModelError, RunError, format_names
 
 log = logging.getLogger(__name__)
@@ -73,14 +73,14 @@ def import_gguf() -> Any:
     return gguf
 
 
-def cache_root() -> Path:
+def get_gguf_cache_root() -> Path:
     """Return slimtune's cache: `$SLIMTUNE_CACHE`, else `$XDG_CACHE_HOME/slimtune`, else `~/.cache/slimtune`."""
     if own := os.environ.get("SLIMTUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
 
 
-def make_hf_folder(path: str | Path) -> tuple[Path, float]:
+def convert_to_hf_folder(path: str | Path) -> tuple[Path, float]:
     """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
 
     Raises:
@@ -115,12 +115,12 @@ def make_hf_folder(path: str | Path) -> tuple[Path, float]:
 
 def read_config(path: Path) -> PreTrainedConfig:
     """Return the config of a GGUF file: of its cached folder, else from its metadata, whose parsing takes seconds."""
-    cached = cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
+    cached = get_gguf_cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
     if any(cached):  # otherwise the file is not hashed
         folder = _locate_folder(path.resolve())[1]
         if _is_complete(folder):
             return read_config_file(folder / "config.json")
-    open_gguf(path)
+    open_checked_gguf_reader(path)
     with translate_load_errors(str(path)):
         return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
 
@@ -132,24 +132,24 @@ def _locate_folder(path: Path) -> tuple[str, Path]:
         digest = _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest, cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
+    return digest, get_gguf_cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
 
 
-def read_gguf(path: Path) -> Any:
+def open_gguf_reader(path: Path) -> Any:
     """Return gguf's reader of a file; exceptions are gguf's and numpy's."""
     from gguf import GGUFReader  # optional
 
     return GGUFReader(str(path))
 
 
-def open_gguf(path: Path) -> Any:
+def open_checked_gguf_reader(path: Path) -> Any:
     """Return gguf's reader of a file whose metadata agree with its tensors.
 
     transformers takes a number of the metadata as it is: one of 2^31 layers would be built, and what is missing gets
     the value of another model. Raise ModelError for a file that contradicts itself, is cut, or lacks a fact.
     """
     with translate_load_errors(str(path), "GGUF file"):
-        reader = read_gguf(path)
+        reader = open_gguf_reader(path)
         values = {name: f.contents() for name, f in reader.fields.items() if name != "tokenizer.ggml.merges"}
     if problem := _find_contradiction(values, reader):
         raise ModelError(f"{path} is damaged: {problem}", "a whole GGUF file", "download it again", code="gguf-damaged")
@@ -259,7 +259,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
     """Return the file's model in float32 and its tokenizer, both ready to be saved."""
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    reader = open_gguf(path)  # first: it notices an incomplete file before the slow part
+    reader = open_checked_gguf_reader(path)  # first: it notices an incomplete file before the slow part
     with translate_load_errors(str(path), "GGUF file"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
@@ -280,7 +280,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
         log.warning("%s contains %d values, the loaded model %d", path.name, stored, loaded_values)
     _set_rope(model.config, reader, path.name)
     _set_splitting(tokenizer, reader, path.name)
-    forget_quantization_config(model)
+    remove_quantization_config(model)
     vars(model.config).pop("_model_name_or_path", None)
     if (longest := getattr(model.config, "max_position_embeddings", None)) and tokenizer.model_max_length > longest:
         tokenizer.model_max_length = longest

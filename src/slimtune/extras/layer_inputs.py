@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..core.foundation.files import write_atomic
-from ..core.kernels.linear_layers import layer_sizes
+from ..core.kernels.linear_layers import get_layer_sizes
 from ..errors import UsageError
 
 ROWS = 64
@@ -39,7 +39,7 @@ def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str,
             handle.remove()
 
 
-def load_statistics(file: str | os.PathLike | None) -> dict[str, Tensor] | None:
+def load_cached_statistics(file: str | os.PathLike | None) -> dict[str, Tensor] | None:
     """Return the tensors of a safetensors file; None if no file is given or it does not exist."""
     if file is None or not Path(file).is_file():
         return None
@@ -52,7 +52,7 @@ def load_statistics(file: str | os.PathLike | None) -> dict[str, Tensor] | None:
         ) from None
 
 
-def save_statistics(file: str | os.PathLike | None, tensors: Mapping[str, Tensor]) -> None:
+def save_cached_statistics(file: str | os.PathLike | None, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as a safetensors file and make its folder; None: nothing."""
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def collect_layer_inputs(
         nonlocal last_input, last_sample
         if x is not last_input:
             last_input = x
-            flat = x.reshape(-1, layer_sizes(layers[name])[0])
+            flat = x.reshape(-1, get_layer_sizes(layers[name])[0])
             last_sample = (flat[positions] if len(flat) == ids.numel() else flat[:0]).cpu()
         samples[name].append(last_sample)
 
@@ -104,7 +104,7 @@ def collect_layer_inputs(
     return {name: joined[key] for name, parts in samples.items() if (key := tuple(map(id, parts))) in joined}
 
 
-def second_moment(inputs: Tensor, damping: float) -> Tensor:
+def compute_second_moment(inputs: Tensor, damping: float) -> Tensor:
     """Return (1/n) XᵀX + λ I of inputs X `(n, in)`, fp64; λ is `damping` times the mean of the diagonal.
 
     λ makes the matrix positive definite, and covers directions that the sample misses.

@@ -37,7 +37,7 @@ from ..core.adapters.method_registry import config_class
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import select_targets
-from ..core.kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
+from ..core.kernels.low_rank import LowRankApproximation, nearest_low_rank, weighted_sum
 from ..errors import TargetError, UsageError, format_names, nearest
 
 CombinationType = Literal[
@@ -49,7 +49,7 @@ LoraPair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class _LoraReport:
     """How well a LoRA approximates the adapter it was made from.
 
     Args:
@@ -74,11 +74,11 @@ class LoraReport:
         )
 
 
-class NotConvertible(UsageError, TypeError):
+class _NotConvertible(UsageError, TypeError):
     """An adapter does more than a LoRA can."""
 
 
-class WeightDelta:
+class _WeightDelta:
     """One adapter's change ΔW of one layer's weight, and its coefficient in a weighted sum.
 
     `factors` are `A (r, in)`, `B (out, r)` in fp32 or wider and the scale; None if the change has no such form.
@@ -162,7 +162,7 @@ class LoraConversion(PeftModel):
             return
         with self.disable_adapter():
             shared = _find_shared_fields([self.peft_config[n] for n in names])
-            deltas = collect_weight_deltas(self, names, weights, shared)
+            deltas = _collect_weight_deltas(self, names, weights, shared)
             kind, rank = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
             how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
@@ -184,7 +184,7 @@ class LoraConversion(PeftModel):
 
     def to_lora(
         self, adapter_name: str, rank: float, new_name: str | None = None, progressbar: bool = False
-    ) -> LoraReport:
+    ) -> _LoraReport:
         """Add a LoRA that approximates an adapter of any method that changes weights, inactive; report its error.
 
         Args:
@@ -201,14 +201,14 @@ class LoraConversion(PeftModel):
         _require(is_rank, f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
         self.require_unmerged()
         with self.disable_adapter():
-            deltas = collect_weight_deltas(self, [adapter_name], [1.0])
+            deltas = _collect_weight_deltas(self, [adapter_name], [1.0])
             layers = tqdm(deltas.items(), desc="Converting to LoRA", disable=not progressbar)
             found = {n: _approximate(d, rank) for n, d in layers}
             _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()}, {})
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
         ranks = {n: f.A.shape[0] for n, f in found.items()}
         errors = {n: math.sqrt(f.squared_error / f.squared_norm) if f.squared_norm else 0.0 for n, f in found.items()}
-        return LoraReport(new_name, adapter_name, ranks, errors, math.sqrt(lost / total) if total else 0.0)
+        return _LoraReport(new_name, adapter_name, ranks, errors, math.sqrt(lost / total) if total else 0.0)
 
 
 def convert_to_lora(
@@ -229,7 +229,7 @@ def save_as_lora(
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: Any = None,
-) -> LoraReport:
+) -> _LoraReport:
     """Write a LoRA that approximates an adapter into the folder `path`; see `convert_to_lora`."""
     with _temporary_lora(model, adapter_name, rank, progressbar) as report:
         save_adapter(model, Path(path), report.adapter)
@@ -237,11 +237,11 @@ def save_as_lora(
 
 
 @contextmanager
-def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) -> Iterator[LoraReport]:
+def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) -> Iterator[_LoraReport]:
     config = getattr(model, "peft_config", {}).get(adapter)
     if config is None or config.is_prompt_learning or config.is_adaption_prompt:
         message = f"the model has no adapter {adapter!r} that a LoRA could approximate"
-        raise NotConvertible(message, "an adapter that changes weights")
+        raise _NotConvertible(message, "an adapter that changes weights")
     if config.name == "lora":
         warnings.warn(f"{adapter!r} is a LoRA already: the conversion changes only its rank", stacklevel=4)
     names = (f"{adapter}_as_lora{'_' * n}" for n in range(len(model.peft_config) + 1))
@@ -252,9 +252,9 @@ def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) ->
         model.detach_adapter(report.adapter)
 
 
-def collect_weight_deltas(
+def _collect_weight_deltas(
     model: Any, adapters: Sequence[str], coefficients: Sequence[float], shared: Collection[str] = ()
-) -> dict[str, list[WeightDelta]]:
+) -> dict[str, list[_WeightDelta]]:
     """Return the weight changes of some adapters by layer, in the model's order.
 
     `shared` are the fields of `_find_shared_fields`: the changes that they describe are not among the result.
@@ -265,7 +265,7 @@ def collect_weight_deltas(
     copied = Counter(name for adapter in adapters for name in model.match_report(adapter).copied)
     if both := [name for name, count in copied.items() if count > 1]:
         raise UsageError(f"several of the adapters train {format_names(both)} in full", "one that does at most")
-    found: dict[str, list[WeightDelta]] = {}
+    found: dict[str, list[_WeightDelta]] = {}
     for adapter, coefficient in zip(adapters, coefficients, strict=True):
         report = model.match_report(adapter)
         if report.biases:
@@ -279,14 +279,14 @@ def collect_weight_deltas(
             if kind not in WEIGHT_KINDS:
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             activated = "alora_invocation_tokens" in shared
-            delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model), activated)
+            delta = _WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model), activated)
             found.setdefault(name, []).append(delta)
     if not found:
         raise UsageError(f"{format_names(adapters)} does not change any weight", "an adapter that does")
     return {n: found[n] for n, _ in model.named_modules() if n in found}
 
 
-def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+def make_lora_rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the fields of a LoraConfig for layers of these ranks with scale 1."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     last_parts = Counter(n.rpartition(".")[2] for n in ranks)
@@ -305,7 +305,7 @@ def _require(condition: bool, message: str, expected: str) -> None:
 
 
 def _resolve_type(
-    deltas: Mapping[str, list[WeightDelta]], kind: str, rank: int | None, single: bool
+    deltas: Mapping[str, list[_WeightDelta]], kind: str, rank: int | None, single: bool
 ) -> tuple[str, int]:
     """Return the combination type and the svd rank to use; raise if the adapters lack the factors or ranks it needs."""
     every = [d for layer in deltas.values() for d in layer]
@@ -330,12 +330,12 @@ def _resolve_type(
     return kind, 0
 
 
-def _concatenate(deltas: list[WeightDelta]) -> LoraPair:
+def _concatenate(deltas: list[_WeightDelta]) -> LoraPair:
     pairs = [(A * (d.coefficient * s), B) for d in deltas for A, B, s in [d.factors]]
     return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
 
 
-def _sum_factors(deltas: list[WeightDelta], how: dict[str, Any]) -> LoraPair:
+def _sum_factors(deltas: list[_WeightDelta], how: dict[str, Any]) -> LoraPair:
     As, Bs, _ = zip(*[d.factors for d in deltas], strict=True)
     scales = [d.coefficient * d.factors[2] for d in deltas]
     roots = [math.sqrt(abs(s)) for s in scales]
@@ -345,8 +345,8 @@ def _sum_factors(deltas: list[WeightDelta], how: dict[str, Any]) -> LoraPair:
 
 
 def _approximate(
-    deltas: list[WeightDelta], rank: float, prune: dict | None = None, clamp: float | None = None, driver: Any = None
-) -> LowRank:
+    deltas: list[_WeightDelta], rank: float, prune: dict | None = None, clamp: float | None = None, driver: Any = None
+) -> LowRankApproximation:
     """Return the low-rank pair nearest to a weighted sum of changes, pruned before if `prune` is given."""
     site, factors = deltas[0].site, [d.factors for d in deltas]
     total_rank = sum(f[0].shape[0] for f in factors if f is not None)
@@ -435,7 +435,7 @@ def _make_lora_config(
         "task_type": next((c.task_type for c in configs if c.task_type), None),
         "fan_in_fan_out": getattr(configs[0], "fan_in_fan_out", False),
         "modules_to_save": list(copied) or None,
-        **rank_settings(ranks),
+        **make_lora_rank_fields(ranks),
         **shared,
     }
     # The shortest description of the targets that matches exactly the layers in `ranks`.
@@ -455,4 +455,4 @@ def _make_lora_config(
 
 def _not_a_weight_change(adapter: str, name: str, why: str) -> UsageError:
     message = f"adapter {adapter!r} cannot become a LoRA, at {name or 'the model'}: {why}"
-    return NotConvertible(message, "an adapter that only changes weights of linear layers and embeddings")
+    return _NotConvertible(message, "an adapter that only changes weights of linear layers and embeddings")

@@ -87,7 +87,9 @@ class LoraFAOptimizer(Optimizer):
                 if parameter.grad is None or _is_A(name):
                     continue
                 A = by_name[name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")]
-                gradient = parameter.grad if A is parameter else precondition_lora_fa_gradient(parameter.grad, A, scale)
+                gradient = (
+                    parameter.grad if A is parameter else _precondition_lora_fa_gradient(parameter.grad, A, scale)
+                )
                 self._update(parameter, gradient, group)
         return loss
 
@@ -105,7 +107,7 @@ class LoraFAOptimizer(Optimizer):
         parameter.mul_(1 - lr * group["weight_decay"])
 
 
-def precondition_lora_fa_gradient(gradient: Tensor, A: Tensor, scale: float) -> Tensor:
+def _precondition_lora_fa_gradient(gradient: Tensor, A: Tensor, scale: float) -> Tensor:
     """Return `(1 / s²) g (A Aᵀ)⁻¹` of B's gradient g `(out, r)` and `A (r, in)`, in g's dtype."""
     wide = A.to(torch.promote_types(A.dtype, torch.float32))
     gram = wide @ wide.t()

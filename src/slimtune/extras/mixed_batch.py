@@ -17,8 +17,8 @@ from ..core.adapters.adapted_layer import AdaptedLayer
 from ..core.adapters.adapter_module import BaseForward
 from ..core.adapters.peft_model import PeftModel
 from ..core.attention.attention_functions import LAYOUT_KWARG
-from ..core.kernels.linear_layers import layer_kind
-from ..core.kernels.lora_linear import add_low_rank_rows, list_equal_group_adapters, stack_mixed_batch_lora
+from ..core.kernels.linear_layers import get_layer_kind
+from ..core.kernels.lora_linear import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
 from ..errors import MixedBatchError, UsageError, format_names, nearest
 
 
@@ -32,20 +32,20 @@ class MixedBatchCalls(PeftModel):
         """
         if adapter_names is None:
             return super().__call__(*args, **kwargs)  # torch.compile stops at a `with`
-        with select_row_adapters(self, adapter_names, args, kwargs):
-            keep_selection_in_checkpoints(self)
+        with _select_row_adapters(self, adapter_names, args, kwargs):
+            make_checkpointing_keep_row_adapters(self)
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate like the base; further arguments as in a call. All beams of a row use the row's adapter."""
-        with select_row_adapters(self, adapter_names, args, kwargs):
+        with _select_row_adapters(self, adapter_names, args, kwargs):
             return super().generate(*args, **kwargs)
 
     def must_prepare_call(self, kwargs: Mapping[str, Any]) -> bool:
         return "adapter_names" in kwargs or super().must_prepare_call(kwargs)
 
 
-class MixedBatchLoraCacheEntry(NamedTuple):
+class _MixedBatchLoraCacheEntry(NamedTuple):
     """The low-rank factors of one layer's rows, stacked, and what they were built from."""
 
     call: tuple
@@ -58,13 +58,13 @@ class MixedBatchLoraCacheEntry(NamedTuple):
     """The source tensors, kept alive so that their `id` in `key` is not reused."""
 
 
-class MixedBatchRunner:
+class _MixedBatchRunner:
     """Runs the adapted layers of one model during its mixed calls."""
 
     def __init__(self, active: ActiveAdapters) -> None:
         self.active = active
         self.call_id = 0
-        self.stacks: dict[nn.Module, MixedBatchLoraCacheEntry] = {}
+        self.stacks: dict[nn.Module, _MixedBatchLoraCacheEntry] = {}
         self._masks: dict[tuple, dict[str, Tensor]] = {}
 
     def run_layer(self, layer: AdaptedLayer, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -72,7 +72,7 @@ class MixedBatchRunner:
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         cached = self._get_cached_factors(layer, x)
         if cached is not None:
-            return add_low_rank_rows(base(*args, **kwargs), x, *cached)
+            return add_low_rank_per_row(base(*args, **kwargs), x, *cached)
         masks = self.get_row_masks(x.shape[0], x.device)
         copies = layer.trained_copies
         # A module that has nothing but children has a copy without tensors.
@@ -86,10 +86,10 @@ class MixedBatchRunner:
             return base(*args, **kwargs)
         inner = (m for module in modules.values() if module.training for m in module.modules())
         drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
-        if layer_kind(layer) == "linear" and not with_copies and not drops_inputs:
+        if get_layer_kind(layer) == "linear" and not with_copies and not drops_inputs:
             factors = {n: m.low_rank_factors() for n, m in modules.items()}
             if all(f is not None for f in factors.values()):
-                return add_low_rank_rows(base(*args, **kwargs), x, *self._stack_factors(layer, x, factors))
+                return add_low_rank_per_row(base(*args, **kwargs), x, *self._stack_factors(layer, x, factors))
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
             plain = BaseForward(layer, plain_base if run is base else run)
@@ -142,7 +142,7 @@ class MixedBatchRunner:
         reused = old is not None and old.key == key
         stacked = old.factors if reused else stack_mixed_batch_lora([factors.get(n) for n in groups], x)  # type: ignore[union-attr]
         call = (self.call_id, x.shape[0], x.dtype)
-        self.stacks[layer] = MixedBatchLoraCacheEntry(call, stacked, key, sources)
+        self.stacks[layer] = _MixedBatchLoraCacheEntry(call, stacked, key, sources)
         return stacked
 
 
@@ -171,14 +171,14 @@ def _run_trained_copies(
 
 
 @contextmanager
-def select_row_adapters(model: PeftModel, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
+def _select_row_adapters(model: PeftModel, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
     """Inside the `with`, each row uses its own adapter; None: all use the active ones."""
     active = model.adapter_state.active_state
     if names is None or not active.enabled:
         yield
         return
     _check_row_adapters(model, names, args, kwargs)
-    runner = active.caches.setdefault("mixed_batch", MixedBatchRunner(active))
+    runner = active.caches.setdefault("mixed_batch", _MixedBatchRunner(active))
     runner.call_id += 1
     active.row_adapters, active.layer_runner = tuple(names), runner
     try:
@@ -216,7 +216,7 @@ def _wrong_row_count(names: Sequence[str], batch: int | None) -> UsageError:
     return UsageError(message, "one name per row", f"{BASE_ROW!r} is a row without an adapter")
 
 
-class CheckpointSelection:
+class _CheckpointSelection:
     """Activation checkpointing that recomputes a layer with the rows' adapters and tokens of its forward pass."""
 
     def __init__(self, checkpoint: Callable[..., Any], active: ActiveAdapters) -> None:
@@ -237,9 +237,9 @@ class CheckpointSelection:
         return self.checkpoint(run_with_selection, *args, **kwargs)
 
 
-def keep_selection_in_checkpoints(model: PeftModel) -> None:
+def make_checkpointing_keep_row_adapters(model: PeftModel) -> None:
     """Let activation checkpointing recompute the layers with the selection of their forward pass."""
     for module in model.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, CheckpointSelection):
-            module._gradient_checkpointing_func = CheckpointSelection(checkpoint, model.adapter_state.active_state)  # type: ignore[assignment]
+        if checkpoint is not None and not isinstance(checkpoint, _CheckpointSelection):
+            module._gradient_checkpointing_func = _CheckpointSelection(checkpoint, model.adapter_state.active_state)  # type: ignore[assignment]

@@ -29,29 +29,29 @@ def write_model_card(config: PeftConfig, folder: Path, tags: Sequence[str] = ())
     As PEFT does, a README.md that somebody else wrote keeps its text and gets only the metadata that the Hub needs.
     """
     file = folder / CARD_FILE
-    if not file.is_file() or is_saved_card(file.read_text(encoding="utf-8")):
-        write_atomic(file, render_saved_card(config, tags))
+    if not file.is_file() or is_default_card(file.read_text(encoding="utf-8")):
+        write_atomic(file, render_default_card(config, tags))
         return
     try:
         card = ModelCard(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
         return  # Invalid metadata is the author's to repair.
-    for key, value in make_card_data(config, public_base(config), tags=tags).to_dict().items():
+    for key, value in make_card_data(config, get_public_base_id(config), tags=tags).to_dict().items():
         old = card.data.get(key)
         card.data[key] = [*old, *(t for t in value if t not in old)] if key == "tags" and old else old or value
     card.data["library_name"] = "peft"
     write_atomic(file, str(card))
 
 
-def render_saved_card(config: PeftConfig, tags: Sequence[str] = ()) -> str:
+def render_default_card(config: PeftConfig, tags: Sequence[str] = ()) -> str:
     """Return the short card of a saved adapter, of which nothing but its config is known."""
-    base_id = public_base(config)
+    base_id = get_public_base_id(config)
     names = {"title": f"{config.name} adapter", "base_name": Path(config.base_model_name_or_path or "").name}
     data = make_card_data(config, base_id, tags=tags)
-    return render_card(data, config, saved=True, saved_marker=SAVED_MARKER, base_id=base_id, **names)
+    return render_model_card(data, config, saved=True, saved_marker=SAVED_MARKER, base_id=base_id, **names)
 
 
-def is_saved_card(text: str) -> bool:
+def is_default_card(text: str) -> bool:
     """Return whether a README.md is the one that saving an adapter writes (in earlier releases without a marker)."""
     return SAVED_MARKER in text or ("\n# An adapter (" in text and "# `peft` reads it, too" in text)
 
@@ -75,7 +75,7 @@ def make_card_data(
     )
 
 
-def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
+def render_model_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
     """Return the text of a card; `values` are further variables of `model_card.md.j2`."""
     config_values = strip_local_paths(config.to_dict()).items()
     settings = {k: v for k, v in config_values if k not in _NOT_SETTINGS and v not in (None, [], {})}
@@ -89,7 +89,7 @@ def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")
 
 
-def public_base(config: PeftConfig) -> str | None:
+def get_public_base_id(config: PeftConfig) -> str | None:
     """Return the base that a config names if it is a Hub id, `org/name`, and not a local folder."""
     name = config.base_model_name_or_path
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None

@@ -18,7 +18,7 @@ def name_tokens(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[a-z]+|\d+(?:\.\d+)?", name.lower()))
 
 
-def nearest_product(name: str, known: Iterable[str]) -> str:
+def suggest_similar_name(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest name with the same numbers and almost the same words, or `""`.
 
     A known name may go on with more words and numbers: `m2` is near to `m2-pro-16gb`.
@@ -38,7 +38,7 @@ def nearest_product(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close!r}?" if close is not None else ""
 
 
-def same_family(name: str, known: Iterable[str]) -> list[str]:
+def list_same_family(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names that begin with the same word, such as every Gemma for `gemma-3-27b`."""
     first = name_tokens(name)[:1]
     return [other for other in known if first and _alike(first[0], name_tokens(other)[0])]

@@ -15,7 +15,7 @@ from ..errors import DataError, UsageError, format_names, nearest
 
 
 @cache
-def load_formats() -> dict[str, RowFormat]:
+def load_row_formats() -> dict[str, RowFormat]:
     """Return all formats by name."""
     return ROW_FORMATS.load_all()
 
@@ -23,7 +23,7 @@ def load_formats() -> dict[str, RowFormat]:
 def parse_record(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
     """Return a record as a row of a format, or what is wrong with it."""
     try:
-        known = load_formats()[format]
+        known = load_row_formats()[format]
         for column in known.required:
             if column not in record:
                 present = f"(keys here: {format_names(record) or 'none'})"
@@ -72,7 +72,7 @@ class ColumnChoice:
 
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
         """Return those of a record's columns that a format does not use and that are not left out by name."""
-        known = load_formats()[format]
+        known = load_row_formats()[format]
         used = {self.columns.get(role, role) for role in (*known.required, *known.optional)}
         return tuple(column for column in present if column not in used and column not in self.ignored)
 
@@ -86,19 +86,19 @@ def _drop_key(turn: Any, key: str) -> Any:
     return {k: v for k, v in turn.items() if k != key}
 
 
-def explain_loss(column: str, format: str, given: bool) -> str:
+def describe_missing_column_effect(column: str, format: str, given: bool) -> str:
     """Return how rows of a format change without a column; empty: it is metadata.
 
     `given`: the format was named, not recognized from the columns.
     """
     name = column.casefold()
-    partner = not given and format in load_formats() and name in load_formats()[format].partner_columns
+    partner = not given and format in load_row_formats() and name in load_row_formats()[format].partner_columns
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
 def validate_format_options(format: str | None, columns: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
-    known = load_formats()
+    known = load_row_formats()
     if format is not None and format not in known:
         problem = f"there is no data format {format!r}{nearest(format, known)}"
         raise UsageError(problem, f"one of {format_names(known)}", "see docs/data.md")
@@ -126,7 +126,7 @@ def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, f
         return format
     records = list(map(choice.apply, records))
     present = list(dict.fromkeys(key for record in records for key in record))
-    known = load_formats()
+    known = load_row_formats()
     fitting = [name for name, f in known.items() if not f.by_name_only and f.fits(present)]
     if len(fitting) > 1:  # a misspelled column in one row is the fault of that row, which reading names
         most = [n for n in fitting if 2 * sum(known[n].fits(list(record)) for record in records) > len(records)]
@@ -142,21 +142,21 @@ def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, f
     if fitting:
         problem = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
         raise DataError(problem, expected, f"--format {fitting[0]}, or another of them")
-    flags, misspelled = suggest_flags(present)
+    flags, misspelled = _suggest_flags(present)
     hints = "".join(f"; did you mean {role!r} for {column!r}?" for role, column in misspelled)
     problem = f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}"
     hint = "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …"
     raise DataError(problem, expected, f"try {', or '.join(flags)}" if flags else hint)
 
 
-def suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Return flags with which rows of these columns have a format, and columns that are misspelled (role, column)."""
     names = {column.casefold(): column for column in present}
-    formats = load_formats().values()
+    formats = load_row_formats().values()
     synonyms = {role: others for f in formats for role, others in f.synonyms.items()}
     flags: list[str] = []
     misspelled: list[tuple[str, str]] = []
-    for name, f in load_formats().items():
+    for name, f in load_row_formats().items():
         if f.either:
             continue
         found: dict[str, str] = {}

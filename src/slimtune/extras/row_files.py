@@ -25,7 +25,14 @@ from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorColl
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import shorten_text
 from ..errors import DataError, UsageError, format_names, nearest
-from .row_columns import ColumnChoice, detect_format, explain_loss, load_formats, parse_record, validate_format_options
+from .row_columns import (
+    ColumnChoice,
+    describe_missing_column_effect,
+    detect_format,
+    load_row_formats,
+    parse_record,
+    validate_format_options,
+)
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
 DETECTION_ROWS = 20  # records from which a format is recognized
@@ -79,7 +86,7 @@ class RowFile(RowSource):
                 if (columns := unused_of.get(present := tuple(record))) is None:
                     names = self._choice.find_unused(present, self.format)
                     for name in names:
-                        loss = explain_loss(name, self.format, self._given)
+                        loss = describe_missing_column_effect(name, self.format, self._given)
                         if loss or len(unused) < MAX_COLUMN_SETS:
                             unused.setdefault(name, UnusedColumn(name, loss, 0, line, file))
                     used |= dict.fromkeys(c for c in present if c not in names)
@@ -130,26 +137,28 @@ class RowFile(RowSource):
     def require_used_columns(self) -> None:
         """Raise DataError for unused columns without which rows mean something else; after an iteration."""
         if columns := self.lossy_columns:
-            known = load_formats()[self.format]
+            known = load_row_formats()[self.format]
             expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
-            problem = f"rows have a column that is not used and changes what they mean: {describe_losses(columns)}"
-            raise DataError(f"{self.path}: {problem}", expected, column_hint(columns))
+            problem = (
+                f"rows have a column that is not used and changes what they mean: {describe_unused_columns(columns)}"
+            )
+            raise DataError(f"{self.path}: {problem}", expected, make_unused_column_hint(columns))
 
     def create_error_collector(self) -> RowErrorCollector:
         """Return an empty collection of errors that says what the rows should look like."""
         if self.format in ("chat", "unknown"):
             return RowErrorCollector(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
-        expected = f"rows of the format {self.format}: {load_formats()[self.format]}"
+        expected = f"rows of the format {self.format}: {load_row_formats()[self.format]}"
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
-def describe_losses(columns: Collection[UnusedColumn]) -> str:
+def describe_unused_columns(columns: Collection[UnusedColumn]) -> str:
     """Return how rows change without columns: `'label': rows that it rates low would be …`."""
     losses = dict.fromkeys(column.loss for column in columns)
     return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)
 
 
-def column_hint(columns: Collection[UnusedColumn]) -> str:
+def make_unused_column_hint(columns: Collection[UnusedColumn]) -> str:
     """Return what to do about unused columns without which rows mean something else."""
     names = [column.name for column in columns]
     flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
@@ -180,7 +189,7 @@ def open_rows(
     """
     path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
     validate_format_options(format, choice.columns)
-    parts = find_parts(path, format)
+    parts = find_data_files(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
         raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
@@ -205,7 +214,7 @@ def read_rows(path: str | Path, **options: Any) -> list[Row]:
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def find_parts(path: Path, format: str | None = None) -> list[Part]:
+def find_data_files(path: Path, format: str | None = None) -> list[Part]:
     """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
         return [(None, _make_reader(path, format))]

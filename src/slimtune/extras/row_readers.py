@@ -74,14 +74,14 @@ def _check_object(line: int, value: Any) -> Located:
     return InvalidRow(line, f"is not a JSON object but {get_json_type_name(value)}: {shown}", "not-an-object")
 
 
-def describe_json_error(error: Exception) -> str:
+def _describe_json_error(error: Exception) -> str:
     """Return why a text does not parse as JSON, with the column if it is known."""
     if isinstance(error, json.JSONDecodeError):
         return f"does not parse as JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     return f"does not parse as JSON ({'nested too deep' if isinstance(error, RecursionError) else 'a huge number'})"
 
 
-def read_jsonl(path: Path) -> Iterator[Located]:
+def _read_jsonl(path: Path) -> Iterator[Located]:
     """Read one JSON object per line; blank lines are skipped."""
     with _open_text(path) as file:
         for line, text in enumerate(_read_lines(file), start=1):
@@ -99,7 +99,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
             except RowError as error:
                 yield InvalidRow(line, str(error), error.code)
             except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
-                yield InvalidRow(line, f"{describe_json_error(error)}: {shorten_text(text)}", "bad-json")
+                yield InvalidRow(line, f"{_describe_json_error(error)}: {shorten_text(text)}", "bad-json")
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -113,7 +113,7 @@ def read_json(path: Path) -> Iterator[Located]:
             text = file.read(JSON_CHUNK)
         text = text.lstrip()
         if not text.startswith("["):
-            yield from read_jsonl(path)
+            yield from _read_jsonl(path)
             return
         between_items = re.compile(r"[ \t\r\n,]*")
         item, at = 1, 1
@@ -131,7 +131,7 @@ def read_json(path: Path) -> Iterator[Located]:
                 if not too_long and (more := file.read(max(JSON_CHUNK, len(text) - at))):
                     text, at = text[at:] + more, 0
                     continue
-                cause = _TOO_LONG if too_long else describe_json_error(error)
+                cause = _TOO_LONG if too_long else _describe_json_error(error)
                 shown = shorten_text(text[at : at + MAX_ROW]) or "the array has no end"
                 yield InvalidRow(item, f"{cause}; the rest of the file is not read: {shown}", "bad-json")
                 return
@@ -148,7 +148,7 @@ def _decode_item(item: int, text: str, at: int) -> tuple[Located, int]:
         return InvalidRow(item, str(error), error.code), json.JSONDecoder().raw_decode(text, at)[1]
 
 
-def read_csv(path: Path, delimiter: str | None = None) -> Iterator[Located]:
+def _read_csv(path: Path, delimiter: str | None = None) -> Iterator[Located]:
     """Read a table with a header; the line is the one on which a record begins. Raise DataError for a wrong header.
 
     Without a `delimiter` it is a comma, or the semicolon if the header has semicolons and no comma: so Excel writes
@@ -209,7 +209,7 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
         )
 
 
-def read_paragraphs(path: Path) -> Iterator[Located]:
+def _read_paragraphs(path: Path) -> Iterator[Located]:
     """Read a text file: each paragraph between blank lines is a record with the column `text`."""
     with _open_text(path) as file:
         lines = enumerate(_read_lines(file), start=1)
@@ -245,7 +245,7 @@ def read_document(path: Path) -> Iterator[Located]:
     yield (1, {"text": whole}) if whole.strip() else InvalidRow(1, "is an empty document", "empty-content")
 
 
-def read_parquet(path: Path) -> Iterator[Located]:
+def _read_parquet(path: Path) -> Iterator[Located]:
     """Read a Parquet file; raise DataError if it is not one, or is incomplete."""
     from pyarrow import ArrowException  # 50 MB that the other readers do not need
     from pyarrow.parquet import ParquetFile
@@ -322,9 +322,9 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-JSONL, JSON, PARQUET = RowReader(read_jsonl), RowReader(read_json), RowReader(read_parquet)
-CSV, TSV = RowReader(read_csv), RowReader(partial(read_csv, delimiter="\t"))
-TEXT = RowReader(read_paragraphs, read_document)
+JSONL, JSON, PARQUET = RowReader(_read_jsonl), RowReader(read_json), RowReader(_read_parquet)
+CSV, TSV = RowReader(_read_csv), RowReader(partial(_read_csv, delimiter="\t"))
+TEXT = RowReader(_read_paragraphs, read_document)
 SUFFIX_HINTS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "decompress it first: gunzip -k {name} (bunzip2, unxz, unzstd)"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name the file or the folder"),

@@ -6,7 +6,7 @@ import socket
 from ..errors import UsageError
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
+def open_listening_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address; port 0 is any that is free.
 
     Raises:

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.data.chat_template import Tools, encode_chat, find_end_of_turn_ids, get_chat_template, render_prompt
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.training.trained_model import TrainedModel
 from ..errors import DataError, ModelError, UsageError
 
@@ -57,7 +57,7 @@ def make_base_and_tuned(trained: TrainedModel) -> dict[str, GenerationModel]:
 def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> GenerationModel:
     """Return the base (`BASE_ROW`) or an adapter of an adapted model, with its end tokens and context."""
     ends = frozenset(find_end_tokens(getattr(model, "generation_config", None), tokenizer))
-    context = max_positions(model.config)
+    context = get_max_positions(model.config)
     virtual_tokens = getattr(model.peft_config.get(adapter), "num_virtual_tokens", None) or 0
     return GenerationModel(adapter, tokenizer, ends, None if context is None else context - virtual_tokens)
 

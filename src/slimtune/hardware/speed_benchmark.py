@@ -36,7 +36,7 @@ from ..core.foundation.dtype_names import dtype_name, short_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.foundation.version import __version__
 from ..core.models.dtype import pick_device, pick_dtype
-from ..core.training.loss import forward_backward, make_collator, move_to_device
+from ..core.training.loss import forward_backward, make_collator, move_batch_to_device
 from ..core.training.memory_savings import apply_memory_savings
 from ..core.training.optimizer import build_optimizer
 from ..errors import ModelError, install_command
@@ -233,7 +233,7 @@ def measure_training(
 
 def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
-    batch = move_to_device(collator(rows), model.device)
+    batch = move_batch_to_device(collator(rows), model.device)
     with enable_packed_attention(model):
         forward_backward(model, [batch])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

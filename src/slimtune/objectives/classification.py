@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..core.config.schema import DataSettings
     from ..core.data.class_labels import ClassLabels
-    from ..core.training.datasets import Datasets
+    from ..core.training.datasets import RunDatasets
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Classification(Objective):
         ge=0,
     )
 
-    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
+    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
         """Return the rows with the ids and weights of their classes.
 
         Raises:
@@ -56,22 +56,22 @@ class Classification(Objective):
         from ..core.training.datasets import open_rows_for_objective
 
         rows = datasets.train
-        classes = find_classes(rows)
+        classes = _find_classes(rows)
         given = self.class_weights if isinstance(self.class_weights, dict) else {}
         if unknown := [name for name in given if name not in classes.names]:
             problem = f"task.class_weights names {format_names(unknown)}, which no training row has"
             raise DataError(f"{problem}{nearest(unknown[0], classes.names)}", f"one of {format_names(classes.names)}")
         if data.test is not None and data.test.exists():  # read later, when a class that is missing is too late
             test = open_rows_for_objective(data.test, data, self)
-            require_known_labels(((r.line, r.labels or ()) for r in test if isinstance(r, Row)), classes, data.test)
+            _require_known_labels(((r.line, r.labels or ()) for r in test if isinstance(r, Row)), classes, data.test)
         counts = dict(Counter(name for names in rows.classes for name in names))
         weights = self.compute_class_weights(counts, len(rows), classes.multi_label)
         return replace(
             datasets,
             classes=classes,
-            train=encode_classes(rows, classes, weights, data.train),
-            validation=encode_classes(datasets.validation, classes, weights, data.validation or data.train),
-            test=encode_classes(datasets.test, classes, weights, data.test or data.train),
+            train=_encode_classes(rows, classes, weights, data.train),
+            validation=_encode_classes(datasets.validation, classes, weights, data.validation or data.train),
+            test=_encode_classes(datasets.test, classes, weights, data.test or data.train),
         )
 
     def prepare_rows(
@@ -80,7 +80,7 @@ class Classification(Objective):
         """Return rows to evaluate with the ids of their classes, if these are given; they all count alike."""
         if classes is None:
             return rows
-        return encode_classes(rows, classes, dict.fromkeys(classes.names, 1.0), path)
+        return _encode_classes(rows, classes, dict.fromkeys(classes.names, 1.0), path)
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> float:
         """Return the summed weights of the labels; of several labels a row the number of rows and classes."""
@@ -139,18 +139,18 @@ def label_losses(values: Tensor, batch: Batch) -> Tensor:
 # --- labels as numbers -----------------------------------------------------------------------------------------------
 
 
-def find_classes(train: TokenizedDataset) -> ClassLabels:
+def _find_classes(train: TokenizedDataset) -> ClassLabels:
     """Return the classes of training rows; a row without a class, or with several, makes them multi-label.
 
     Raises:
         DataError: all rows have the same single class.
     """
     from ..core.data.class_labels import ClassLabels
-    from ..extras.row_formats.classification import sort_labels
+    from ..extras.row_formats.classification import sort_class_names
 
     rows = train.classes
     classes = ClassLabels(
-        tuple(sort_labels(n for names in rows for n in names)), any(len(names) != 1 for names in rows)
+        tuple(sort_class_names(n for names in rows for n in names)), any(len(names) != 1 for names in rows)
     )
     if not classes.multi_label and len(classes.names) < 2:
         raise DataError(
@@ -159,7 +159,7 @@ def find_classes(train: TokenizedDataset) -> ClassLabels:
     return classes
 
 
-def encode_classes(
+def _encode_classes(
     rows: TokenizedDataset, classes: ClassLabels, weights: Mapping[str, float], path: object
 ) -> TokenizedDataset:
     """Return rows with `label`, the id of the class, or 0 and 1 for each class, and with `label_weight`.
@@ -173,7 +173,7 @@ def encode_classes(
 
     ids = {name: i for i, name in enumerate(classes.names)}
     found = rows.classes
-    require_known_labels(zip(rows.lines, found, strict=True), classes, path)
+    _require_known_labels(zip(rows.lines, found, strict=True), classes, path)
     values = np.array([weights[name] for name in classes.names])
     if classes.multi_label:
         label = np.zeros((len(found), len(ids)), np.int64)
@@ -188,14 +188,14 @@ def encode_classes(
     return rows.with_columns(label=label, label_weight=values[label])
 
 
-def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: ClassLabels, path: object) -> None:
+def _require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: ClassLabels, path: object) -> None:
     """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
     from ..core.data.tokenize import format_line_numbers
-    from ..extras.row_formats.classification import sort_labels
+    from ..extras.row_formats.classification import sort_class_names
 
     unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
     if unknown:
-        strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
+        strange, lines = sort_class_names(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
         raise DataError(
             f"{path}: {format_names(strange)} is a label of no training row"
             f"{nearest(strange[0], classes.names)}: {format_line_numbers(lines)}",

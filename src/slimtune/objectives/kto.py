@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.adapters.config_fields import config_field
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
-from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_rows
+from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_tokens_by_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,15 +78,15 @@ class KTO(Objective):
 
     def prepare_run(self, prepared: PreparedRun) -> None:
         """Put the rows beside their mismatched ones, if the loss needs these, and compute the reference of both."""
-        from .reference_logps import add_reference
+        from .reference_logps import add_reference_logps
 
         data, settings, longest = prepared.data, prepared.settings, prepared.recipe.data.max_seq_len
         if self.needs_mismatched_rows:
             data.train, data.validation = (
-                MismatchedRows(rows, settings.rows_per_step, longest, settings.seed)
+                MismatchedAnswerRows(rows, settings.rows_per_step, longest, settings.seed)
                 for rows in (data.train, data.validation)
             )
-        add_reference(prepared)
+        add_reference_logps(prepared)
 
     def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
         """Return the examples without their mismatched rows, and with the `kl` that is estimated on these."""
@@ -112,7 +112,7 @@ class KTO(Objective):
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the summed losses of the micro-batch's rows, divided by the step's rows."""
-        log_ratios = -sum_rows(values, batch) - batch["reference"][:, 0].to(values.dtype)
+        log_ratios = -sum_tokens_by_row(values, batch) - batch["reference"][:, 0].to(values.dtype)
         kl = batch["kl"].to(values.dtype) if self.needs_mismatched_rows else 0.0
         return self.row_losses(log_ratios, batch["label"], kl).sum() / num_items
 
@@ -120,7 +120,9 @@ class KTO(Objective):
         """Return label and log ratio of each row, and the log ratio of its mismatched row (0 without one)."""
         import torch
 
-        log_ratios = -sum_rows(values.double(), batch).view(len(batch["label"]), -1) - batch["reference"].double()
+        log_ratios = (
+            -sum_tokens_by_row(values.double(), batch).view(len(batch["label"]), -1) - batch["reference"].double()
+        )
         label, unknown = batch["label"].double()[:, None], torch.zeros_like(log_ratios[:, :1])
         return torch.cat([label, log_ratios, unknown], dim=1)[:, : len(self.measures)]
 
@@ -147,7 +149,7 @@ def _split_example(example: Example) -> tuple[Example, Example]:
     return own, {key: values[end:] for key, values in tokens.items()} | {"line": example["line"]}
 
 
-class MismatchedRows(TokenizedDataset):
+class MismatchedAnswerRows(TokenizedDataset):
     """Rows in the order of their steps; each example is a row and its prompt with the answer of another row.
 
     The answers of a step are rotated by one place, or by as many as leave the fewest rows with an answer to their own

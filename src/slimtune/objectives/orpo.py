@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import config_field
 from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, sum_rows
+from ..core.training.objective import Batch, sum_tokens_by_row
 from .pair_objective import PairObjective
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ORPO(PairObjective):
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the micro-batch's share of both parts."""
         pairs, tokens = num_items
-        chosen_nll = sum_rows(values, batch).view(-1, 2)[:, 0]
+        chosen_nll = sum_tokens_by_row(values, batch).view(-1, 2)[:, 0]
         return chosen_nll.sum() / tokens + self._odds_losses(values, batch)[0].sum() / pairs
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ class ORPO(PairObjective):
         import torch
 
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        return self._compare((-sum_rows(values, batch) / tokens.clamp_min(1)).view(-1, 2))
+        return self._compare((-sum_tokens_by_row(values, batch) / tokens.clamp_min(1)).view(-1, 2))
 
     def _compare(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         import torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.training.objective import Batch, Example, Objective, sum_rows
+from ..core.training.objective import Batch, Example, Objective, sum_tokens_by_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best answer against its worst"
 
 
-def list_better_and_worse(scores: Sequence[float] | None) -> list[tuple[int, int]]:
+def list_better_and_worse_rows(scores: Sequence[float] | None) -> list[tuple[int, int]]:
     """Return the numbers of the better and of the worse row of each pair of an example.
 
     Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
@@ -74,13 +74,13 @@ class PairObjective(Objective):
 
     def prepare_run(self, prepared: PreparedRun) -> None:
         if self.needs_reference:
-            from .reference_logps import add_reference
+            from .reference_logps import add_reference_logps
 
-            add_reference(prepared)
+            add_reference_logps(prepared)
 
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return the number of pairs."""
-        return sum(len(list_better_and_worse(e.get("row_scores"))) for e in examples)
+        return sum(len(list_better_and_worse_rows(e.get("row_scores"))) for e in examples)
 
     def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
         """Return losses and rewards of all pairs, and the number of pairs of each example."""
@@ -88,7 +88,7 @@ class PairObjective(Objective):
 
         ends = list(itertools.accumulate(batch["example_rows"]))
         pairs = [
-            [(end - rows + i, end - rows + j) for i, j in list_better_and_worse(scores)]
+            [(end - rows + i, end - rows + j) for i, j in list_better_and_worse_rows(scores)]
             for end, rows, scores in zip(ends, batch["example_rows"], batch["row_scores"], strict=True)
         ]
         numbers = [row for some in pairs for pair in some for row in pair]
@@ -103,7 +103,7 @@ class PairObjective(Objective):
             parts = zip(batch["reference"], batch["example_rows"], strict=True)
             reference = take(torch.cat([logps[:rows] for logps, rows in parts]).to(values.dtype))
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        losses, rewards = self.pair_losses(take(-sum_rows(values, batch)), take(tokens), reference)
+        losses, rewards = self.pair_losses(take(-sum_tokens_by_row(values, batch)), take(tokens), reference)
         return losses, rewards, [*map(len, pairs)]
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.config.schema import DataSettings
-    from ..core.training.datasets import Datasets
+    from ..core.training.datasets import RunDatasets
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Reward(Objective):
         ge=0,
     )
 
-    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
+    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
         """Return the rows as they are, for a head with one output."""
         from ..core.data.class_labels import ClassLabels
 

@@ -24,8 +24,8 @@ from ..core.attention.attention_functions import layout_unsupported_reason, orig
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, get_padded_length
 from ..core.data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
 from ..core.foundation.device import simulate_device
-from ..core.kernels.cross_entropy import rows_at_once
-from ..core.models.base_config import max_positions
+from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
+from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
@@ -143,7 +143,7 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     """
     # At least two MLP tiles, and two chunks of logits: as a third one is computed, nothing is left of the first.
     with simulate_device(job.device):
-        chunk = rows_at_once(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
+        chunk = count_rows_per_logit_chunk(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
     two_chunks = math.ceil(2 * chunk / job.supervised)
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))
     if two_chunks <= MOST_TOKENS:  # a small vocabulary's chunk is longer than most micro-batches
@@ -151,7 +151,7 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     # Padded rows of unequal lengths would not follow the formula, which counts no padding.
     own = job.packing and tokens <= job.micro_batch_tokens <= 2 * tokens
     tokens = job.micro_batch_tokens if own else tokens
-    longest = max_positions(job.base_config) or 2 * tokens
+    longest = get_max_positions(job.base_config) or 2 * tokens
     attention = original_attention(model.config._attn_implementation)
     by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
     columns: list[int] = [0, 1]

@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.device import get_device_type
-from ..core.kernels.linear_layers import layer_sizes
-from ..core.models.quantization import STORED, has_double_quantization, stored_quantization
+from ..core.kernels.linear_layers import get_layer_sizes
+from ..core.models.quantization import STORED, get_stored_quantization, has_double_quantization
 from ..errors import ModelError, UsageError, format_names, nearest
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -115,7 +115,7 @@ class Linear8bit(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W `(out, in)` as forward and backward compute it; by default in fp32, as `get_weight` does."""
+        """Return W `(out, in)` as in the forward pass; by default in fp32, as `get_dequantized_weight` does."""
         if dtype is None:
             return self.weight.float() * (self.row_scales.view(-1, 1) / 127)
         weight, steps = self.weight.to(dtype, copy=True), self.row_scales.unsqueeze(1).mul(1 / 127)
@@ -155,7 +155,7 @@ def quantization_kind(config: PreTrainedConfig, requested: str | None = None) ->
         UsageError: the checkpoint contradicts the request.
         ModelError: the checkpoint is quantized by another library.
     """
-    stored = stored_quantization(config)
+    stored = get_stored_quantization(config)
     if stored is None:
         return requested
     if requested not in (None, stored):
@@ -191,7 +191,7 @@ def quantize(model: Any, kind: str) -> None:
         raise UsageError(f"a {type(model).__name__} has no linear layer beside its head to quantize to {kind}")
     cls, settings = KINDS[kind]
     for layer in layers:
-        sizes = layer_sizes(layer)
+        sizes = get_layer_sizes(layer)
         layer.__class__ = cls  # the layer keeps its name and its place in the model; only its weight changes
         layer.in_features, layer.out_features = sizes
         layer.pack(**settings)

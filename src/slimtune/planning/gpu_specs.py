@@ -14,7 +14,7 @@ from typing import Literal
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..errors import UsageError, format_names
-from ..extras.product_names import nearest_product
+from ..extras.product_names import suggest_similar_name
 from .interval import Interval
 from .measured_speeds import RATE_COLUMNS, MachineMeasurement, load_machine_measurement
 
@@ -262,7 +262,7 @@ def find_gpu(name: str) -> GpuSpec:
         raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
     if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_gpus(sized[1])):
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
-    close = nearest_product(name, [gpu.name for gpu in list_gpus()])
+    close = suggest_similar_name(name, [gpu.name for gpu in list_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 

@@ -23,7 +23,7 @@ from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.device import record_simulated_attention_flops, simulate_device
 from ..core.models.lm_head import get_lm_head
 from ..core.training.adapted_model import build_meta_model
-from ..core.training.loss import compute_outputs, forward_backward, get_row_head, make_collator
+from ..core.training.loss import compute_outputs, forward_backward, get_classifier_head, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
 from .fake_tensors import all_tensors, fake_mode, make_fake
@@ -186,7 +186,7 @@ def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
 def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
     """Start phase "loss" when hidden states reach the head, and the backward phases when gradients reach a layer."""
     head = get_lm_head(model)
-    module = get_row_head(model) if head is None else head.module
+    module = get_classifier_head(model) if head is None else head.module
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def start_on_gradient(states: Any, phase: str) -> None:

@@ -21,7 +21,7 @@ from ..core.data.example_lengths import (
     count_row_tokens,
     unshare_prefix,
 )
-from ..core.models.base_config import BaseConfig, load_base_config, max_positions
+from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
@@ -178,7 +178,7 @@ def build_request(
     model, train = recipe.model, recipe.train
     info = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
-    positions = max_positions(info.config)
+    positions = get_max_positions(info.config)
     longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)
     if positions is not None and longest > positions:
         if lengths or seq_len != DataSettings.max_seq_len:

@@ -22,7 +22,7 @@ from ..core.data.example_lengths import (
 )
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from .extrapolation import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
@@ -81,7 +81,7 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
 
 
 def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
-    gpu, job, positions = request.gpu, request.job(), max_positions(request.model.config)
+    gpu, job, positions = request.gpu, request.job(), get_max_positions(request.model.config)
     model = job.build_model()
     trainable_params, total_params = count_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)

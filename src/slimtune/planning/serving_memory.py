@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.formatting import GIB, format_bytes
-from ..core.models.base_config import max_positions
+from ..core.models.base_config import get_max_positions
 from ..core.training.adapted_model import build_meta_model
 from ..errors import ModelError, UsageError, format_names, nearest
 from .gpu_specs import GpuSpec
@@ -99,7 +99,7 @@ def estimate_serving(
         usable = Interval(low, high)
         reason += f", and {gpu.name} gives it {format_bytes(low)} to {format_bytes(high)}"
         verdict = judge_memory(need, usable)
-        limit = max_positions(config) or context
+        limit = get_max_positions(config) or context
         blocks = largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
     speed = None

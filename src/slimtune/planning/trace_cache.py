@@ -24,7 +24,7 @@ import torch
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
 from ..core.foundation.installed_versions import read_installed_versions
-from ..extras.gguf_loading import cache_root
+from ..extras.gguf_loading import get_gguf_cache_root
 from .memory_trace import StepTrace
 from .plan_request import TrainingJob
 
@@ -43,7 +43,7 @@ def keep_trace(job: TrainingJob, trace: Callable[[], T], **options: Any) -> T:
     """
     if (key := _describe(job, options)) is None:
         return trace()
-    folder = Path(os.environ.get("SLIMTUNE_TRACES") or cache_root() / "traces")
+    folder = Path(os.environ.get("SLIMTUNE_TRACES") or get_gguf_cache_root() / "traces")
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         kept = json.loads(file.read_text())

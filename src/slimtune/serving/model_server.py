@@ -15,7 +15,7 @@ import uvicorn
 from ..core.foundation.device import release_cached_memory
 from ..errors import UsageError
 from ..export.export_results import EngineVerdict
-from ..extras.sockets import bind_socket, format_address, is_loopback
+from ..extras.sockets import format_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp
@@ -67,7 +67,7 @@ class ModelServer:
                 "set SLIMTUNE_API_KEY, which other users of this machine cannot see as they see a flag",
             )
         named = parse_run_names(runs)
-        self._socket = bind_socket(settings.host, settings.port)
+        self._socket = open_listening_socket(settings.host, settings.port)
         self.queue: AnswerQueue
         self.unshared: list[ServedModel] = []
         self.checks: list[EngineVerdict] = []

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from ..core.data.chat_template import get_chat_template
 from ..core.data.messages import RowError, parse_messages_and_train_mask, require_template_keys, require_text
 from ..errors import DataError, ModelError, UsageError
-from ..extras.row_formats.chats import read_tools
+from ..extras.row_formats.chats import parse_tools
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
 from .openai_protocol import (
@@ -372,7 +372,7 @@ def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[st
     try:
         messages, _ = parse_messages_and_train_mask(asked.messages, require_trained_turn=False)
         field = "tools"
-        tools = None if asked.tool_choice == "none" else read_tools(asked.tools)
+        tools = None if asked.tool_choice == "none" else parse_tools(asked.tools)
         if tools and model.tool_calls is None:
             message = f"the chat template of {model.name!r} does not write tool calls as JSON objects"
             raise ApiError(400, message, "tools", "unsupported_value")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..extras.sockets import bind_socket, format_address, is_loopback
+from ..extras.sockets import format_address, is_loopback, open_listening_socket
 from .command_jobs import Job
 from .pages import Pages
 from .request_security import Guard
@@ -42,7 +42,7 @@ def serve(
     Raises:
         UsageError: the address or port cannot be bound.
     """
-    sock = bind_socket(host, port)
+    sock = open_listening_socket(host, port)
     port = sock.getsockname()[1]
     token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
     pages = Pages(Workspace(folder), gpus=gpus)

@@ -13,7 +13,7 @@ import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.quantized_layers import count_parameter_values
-from slimtune.core.kernels.linear_layers import get_weight, is_quantized
+from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -58,7 +58,7 @@ def test_weight_is_what_the_layer_multiplies_by(kind, bases):
     # The first call changes int8's scales; in evaluation mode some CPUs repack 4 bits and round to bf16.
     for training in (True, True, False, False):
         layer.train(training)
-        weight = get_weight(layer).float()
+        weight = get_dequantized_weight(layer).float()
         assert weight.shape == (layer.out_features, layer.in_features)
         with torch.no_grad():
             y = layer(x.clone())

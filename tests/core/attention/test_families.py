@@ -13,7 +13,7 @@ from slimtune.core.attention.attention_functions import (
     layout_unsupported_reason,
     packing_unsupported_reason,
 )
-from slimtune.core.training.loss import forward_backward, make_collator, token_nll
+from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def packing_error(model):
         alone, collator = nll_alone(model), make_collator(model, 0)
         assert collator.packing
         with enable_packed_attention(model):
-            return (token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
+            return (compute_token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUT_FAMILIES | POSITION_FAMILIES))
@@ -78,7 +78,7 @@ def test_gemma3_is_packed_though_bfloat16_rounds_much():
     model = model.bfloat16()
     alone = nll_alone(model)
     with torch.no_grad(), enable_packed_attention(model):
-        packed = token_nll(model, make_collator(model, 0)(EXAMPLES))
+        packed = compute_token_nll(model, make_collator(model, 0)(EXAMPLES))
     assert (packed - alone).abs().mean() > 0.05 * alone.std()
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
@@ -93,7 +93,7 @@ def test_bfloat16_gemma3_is_packed_and_trains():
     assert make_collator(model, 0).packing
     alone = nll_alone(model).mean()
     with torch.no_grad(), enable_packed_attention(model):
-        packed = token_nll(model, batch).mean()
+        packed = compute_token_nll(model, batch).mean()
     assert 1e-4 < abs(packed - alone) / alone < 0.1
     losses = []
     with enable_packed_attention(model.train()):

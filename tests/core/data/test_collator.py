@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import step_loss, token_nll
+from slimtune.core.training.loss import compute_step_loss, compute_token_nll
 from slimtune.errors import DataError
 
 V = 61
@@ -78,10 +78,10 @@ def test_loss_is_that_of_the_rows_alone(model, name):
     expected = nll_of_each_row(model, ROWS)
     batch = COLLATORS[name](ROWS)
     with torch.no_grad(), enable_packed_attention(model):
-        torch.testing.assert_close(token_nll(model, batch), expected, atol=2e-5, rtol=1e-4)
-        assert step_loss(model, batch).item() == pytest.approx(expected.mean().item(), abs=1e-5)
-        assert step_loss(model, batch, 8).item() == pytest.approx(expected.sum().item() / 8, abs=1e-5)
-        one = step_loss(model, COLLATORS[name](ROWS[:1])).item()
+        torch.testing.assert_close(compute_token_nll(model, batch), expected, atol=2e-5, rtol=1e-4)
+        assert compute_step_loss(model, batch).item() == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert compute_step_loss(model, batch, 8).item() == pytest.approx(expected.sum().item() / 8, abs=1e-5)
+        one = compute_step_loss(model, COLLATORS[name](ROWS[:1])).item()
     labels = torch.tensor([ROWS[0]["labels"]])
     own_loss = model(input_ids=torch.tensor([ROWS[0]["input_ids"]]), labels=labels, use_cache=False).loss
     assert one == pytest.approx(own_loss.item(), abs=1e-5)
@@ -111,7 +111,7 @@ def test_any_lengths_and_masks(llama, data):
         assert batch["logits_to_keep"].tolist() == sorted(set(batch["logits_to_keep"].tolist()))
         assert batch["targets"].tolist() == [t for r in rows for t in r["labels"][1:] if t != -100]
         with torch.no_grad(), enable_packed_attention(llama):
-            torch.testing.assert_close(token_nll(llama, batch), expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(compute_token_nll(llama, batch), expected, atol=2e-5, rtol=1e-4)
 
 
 def plain_values(batch):
@@ -145,7 +145,7 @@ def test_rows_of_one_example(llama, name):
     assert (batch["row_targets"], batch["example_rows"], batch["reference"].tolist()) == ((2, 1), (2,), [[0.5, 1.5]])
     with torch.no_grad(), enable_packed_attention(llama):
         torch.testing.assert_close(
-            token_nll(llama, batch), nll_of_each_row(llama, [first, second]), atol=2e-5, rtol=1e-4
+            compute_token_nll(llama, batch), nll_of_each_row(llama, [first, second]), atol=2e-5, rtol=1e-4
         )
 
 

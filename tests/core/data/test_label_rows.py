@@ -9,7 +9,7 @@ from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows, read_rows
-from slimtune.extras.row_formats.classification import sort_labels
+from slimtune.extras.row_formats.classification import sort_class_names
 from slimtune.objectives.kto import KTO
 
 HAM, SPAM = {"text": "See you at noon.", "label": "ham"}, {"text": "You won a prize!", "label": "spam"}
@@ -71,8 +71,8 @@ def test_tokens_are_those_of_the_tokenizer_and_none_is_supervised(read):
 
 
 def test_sort_labels_orders_numbers_by_value():
-    assert sort_labels(["10", "9", "9"]) == ["9", "10"]
-    assert sort_labels(["b", "a", "10"]) == ["10", "a", "b"]
+    assert sort_class_names(["10", "9", "9"]) == ["9", "10"]
+    assert sort_class_names(["b", "a", "10"]) == ["10", "a", "b"]
 
 
 def test_report_finds_rare_and_similar_classes(issues):

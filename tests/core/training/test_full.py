@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from slimtune import get_peft_model
 from slimtune.core.training.base_model import load_base_tokenizer
 from slimtune.core.training.datasets import load_datasets
-from slimtune.core.training.loss import make_collator, step_loss
+from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
@@ -30,7 +30,7 @@ def test_one_step_equals_adamw_on_the_base(full):
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name)
     batch = make_collator(model, tokenizer.pad_token_id, packing=False)(load_datasets(recipe, tokenizer).train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    step_loss(model.train(), batch).backward()
+    compute_step_loss(model.train(), batch).backward()
     optimizer.step()
     expected, trained = dict(model.named_parameters()), adapter(result.run)
     assert trained.keys() == {f"base_model.model.{n}" for n in expected}

@@ -54,7 +54,7 @@ def test_diverged_run_stops_at_its_step(settings, capfd):
         train(recipe_of(settings, learning_rate=1e30, save_steps=1, eval_steps=8))
     folder = Path(settings["output_dir"])
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
-    assert checkpoint.find_damage(newest) == ""
+    assert checkpoint.describe_checkpoint_damage(newest) == ""
     assert f"{newest.name} is from before" in e.value.hint
     assert not (folder / "adapter").exists()
     assert not (folder / "result.json").exists()

@@ -206,7 +206,7 @@ def test_work_that_cannot_be_repeated_ends_the_run_resumably(
 
 def limit_micro_batches(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
     """Let larger micro-batches of training run out of memory; return the list of sizes that ran."""
-    original, ran = loss_module.step_loss, []
+    original, ran = loss_module.compute_step_loss, []
 
     def limited(model: Any, batch: dict[str, Any], *more: Any) -> Any:
         n = batch["input_ids"].numel()
@@ -215,7 +215,7 @@ def limit_micro_batches(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[in
         ran.append(n)
         return original(model, batch, *more)
 
-    monkeypatch.setattr(loss_module, "step_loss", limited)
+    monkeypatch.setattr(loss_module, "compute_step_loss", limited)
     return ran
 
 
@@ -234,14 +234,14 @@ def test_smaller_size_is_kept_when_resumed(packing, plain, undisturbed, tmp_path
 
 
 def test_checkpointing_is_turned_on_when_one_row_does_not_fit(plain, undisturbed, tmp_path, monkeypatch):
-    step_loss = loss_module.step_loss
+    step_loss = loss_module.compute_step_loss
 
     def limited(model: Any, *args: Any) -> Any:
         if model.training and not model.is_gradient_checkpointing:
             raise MemoryError
         return step_loss(model, *args)
 
-    monkeypatch.setattr(loss_module, "step_loss", limited)
+    monkeypatch.setattr(loss_module, "compute_step_loss", limited)
     monkeypatch.setattr(loss_module, "measure_activation_bytes", lambda *_: 0)
     settings = {**plain, "train": {**plain["train"], "max_tokens_per_micro_batch": 1}}
     run = Run(settings, tmp_path / "run")

@@ -64,7 +64,7 @@ def run_checks(names: str, settings: dict[str, Any], tmp_path: Path) -> dict[str
 def cut_back(run: Path, step: int) -> None:
     """Leave a run as it was when it had done so many steps."""
     for folder in checkpoint.list_checkpoints(run / "checkpoints"):
-        if checkpoint.checkpoint_step(folder) > step:
+        if checkpoint.parse_checkpoint_step(folder) > step:
             shutil.rmtree(folder)
     (run / "adapter" / "adapter_model.safetensors").unlink()
 
@@ -165,7 +165,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
             assert found[name][value] == one[value], value
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
-    cut_back(run, checkpoint.checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))
+    cut_back(run, checkpoint.parse_checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))
     train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
     assert distance(one.run, run) < 1e-4
     # The file is whole, and loads here and in PEFT.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from slimtune.cli.train_command import make_planner
 from slimtune.core.config import Recipe
-from slimtune.core.kernels.linear_layers import get_weight, is_quantized
+from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.core.models import quantization
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.base_model import load_base_model
@@ -61,7 +61,7 @@ def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     module = layer.adapters["default"]
     change = module.scale * module.lora_B.weight @ module.lora_A.weight
     weight = merged.model.layers[0].mlp.up_proj.weight
-    assert torch.allclose(weight, get_weight(layer).float() + change, atol=1e-5)
+    assert torch.allclose(weight, get_dequantized_weight(layer).float() + change, atol=1e-5)
     assert (weight - base - change).abs().max() > 1e-4
 
 
@@ -70,7 +70,7 @@ def test_dequantized_model_keeps_all_other_tensors(settings):
     base = load_base(settings["model"]["name"], dtype="bfloat16", quantization="nf4")
     before = {n: t.clone() for n, t in base.model.state_dict().items() if "norm" in n or "embed" in n}
     frequencies = base.model.model.rotary_emb.inv_freq.clone()
-    weight = get_weight(base.model.model.layers[0].mlp.up_proj)
+    weight = get_dequantized_weight(base.model.model.layers[0].mlp.up_proj)
     plain = quantization.dequantize_model(base.model, torch.bfloat16)
     after = plain.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())

@@ -184,7 +184,7 @@ def test_full_disk_leaves_older_checkpoints(settings, monkeypatch):
         train(recipe_of(settings))
     root = Path(settings["output_dir"]) / "checkpoints"
     assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
-    assert checkpoint.find_damage(root / "checkpoint-4") == ""
+    assert checkpoint.describe_checkpoint_damage(root / "checkpoint-4") == ""
     assert not (root.parent / "adapter").exists()
 
 

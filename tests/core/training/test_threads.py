@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slimtune.core.training.thread_count import STEPS_BETWEEN_TRIALS, ThreadCount
+from slimtune.core.training.thread_count import STEPS_BETWEEN_TRIALS, ThreadCountTuner
 
 
 @pytest.fixture
@@ -12,7 +12,7 @@ def machine(monkeypatch):
     threads, said = [4], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
-    count = ThreadCount(said.append)
+    count = ThreadCountTuner(said.append)
 
     def take(steps, speeds, share):
         used = []

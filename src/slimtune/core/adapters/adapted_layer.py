@@ -30,7 +30,13 @@ from torch import Tensor, nn
 
 from ...errors import MixedBatchError, TargetError, UnsupportedError
 from ..attention.learned_prefix import make_prefix_attention_config
-from ..kernels.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
+from ..kernels.linear_layers import (
+    ReadWeight,
+    get_layer_kind,
+    get_layer_sizes,
+    get_weight_and_bias_names,
+    list_persistent_buffers,
+)
 from .active_adapters import ActiveAdapters, LayerAdapterSelection
 from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
 from .architectures import get_text_config
@@ -48,9 +54,9 @@ _NO_COPIES = nn.ModuleDict()
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
-    if layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
-        in_features, out_features = layer_sizes(module)
-        weight: Any = module._parameters[parameter_names(module)[0]]
+    if get_layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
+        in_features, out_features = get_layer_sizes(module)
+        weight: Any = module._parameters[get_weight_and_bias_names(module)[0]]
     else:
         in_features = out_features = getattr(get_text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
@@ -88,9 +94,9 @@ class AdaptedLayer(PickledByClassRecipe, PeftNameLookupMixin):
         active = self.active_state
         if self.original_parameters is not None or not (self.selection.names or active.layer_runner):
             return base(*args, **kwargs)
-        if layer_kind(self) == "weight":
+        if get_layer_kind(self) == "weight":
             return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
-        if layer_kind(self) is not None and not args:
+        if get_layer_kind(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.layer_runner is not None:
             return active.layer_runner.run_layer(self, base, args, kwargs)
@@ -169,7 +175,7 @@ def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str
     if not can_have_adapters(module):
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
-    names = (*module._parameters, *stored_buffer_names(module))
+    names = (*module._parameters, *list_persistent_buffers(module))
     _set_class(module, _make_adapted_class(base, names, "config" in vars(module), method))
     assert isinstance(module, AdaptedLayer)
     module._modules["adapters"] = nn.ModuleDict()

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedError
 from ..attention.packed_layout import RowMask as RowMask  # methods import it from here
-from ..kernels.linear_layers import get_weight, is_plain_forward, parameter_names
-from ..kernels.lora_linear import low_rank_linear, plus_low_rank
-from ..kernels.low_rank import add_low_rank
+from ..kernels.linear_layers import get_dequantized_weight, get_weight_and_bias_names, is_plain_linear_forward
+from ..kernels.lora_linear import add_low_rank_update, low_rank_linear
+from ..kernels.low_rank import add_low_rank_to_weight
 from .architectures import get_text_config
 from .peft_config import SiteKind as SiteKind
 
@@ -77,11 +77,11 @@ class Site:
 
     def weight(self) -> Tensor:
         """Return the frozen weight `(out, in)`, dequantized, in fp32 or wider."""
-        weight = get_weight(self.module).detach()
+        weight = get_dequantized_weight(self.module).detach()
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def bias(self) -> Tensor | None:
-        return getattr(self.module, parameter_names(self.module)[1], None)
+        return getattr(self.module, get_weight_and_bias_names(self.module)[1], None)
 
     def require_ungrouped(self, method: str) -> tuple[int, ...]:
         """Return a convolution's kernel size; raise UnsupportedError if it has groups, which `method` cannot adapt."""
@@ -126,7 +126,7 @@ class BaseForward:
 
     def bias(self) -> Tensor | None:
         """Return the base's own bias `(out)`, or None."""
-        return getattr(self.module, parameter_names(self.module)[1], None)
+        return getattr(self.module, get_weight_and_bias_names(self.module)[1], None)
 
     def weight(self) -> Tensor:
         """Return the weight `(out, in)` that a call uses: the base's own tensor if there are no inner modules."""
@@ -134,7 +134,7 @@ class BaseForward:
 
     def merge_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return the base and the inner modules merged into one weight `(out, in)` and one bias `(out)` or None."""
-        weight, bias = get_weight(self.module), self.bias()
+        weight, bias = get_dequantized_weight(self.module), self.bias()
         if self.inner_modules:
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
@@ -147,11 +147,11 @@ class BaseForward:
 
         Shapes: `x (..., in)`, `A (r, in)`, `B (out, r)`. `dropout` is a probability in [0, 1).
         """
-        if not self.inner_modules and is_plain_forward(self.run):
-            weight = get_weight(self.module)
+        if not self.inner_modules and is_plain_linear_forward(self.run):
+            weight = get_dequantized_weight(self.module)
             if not weight.requires_grad:
                 return low_rank_linear(x, weight, self.bias(), A, B, scale, dropout)
-        return plus_low_rank(self(x), x, A, B, scale, dropout)
+        return add_low_rank_update(self(x), x, A, B, scale, dropout)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the base's convolution of `x (batch, in, ...)` with another weight matrix, and without bias."""
@@ -231,7 +231,7 @@ class AdapterModule(nn.Module):
         factors = self.low_rank_factors()
         if factors is None:
             raise MergeUnsupported(f"{type(self).__name__} does not change a weight, so it cannot be merged")
-        return add_low_rank(weight, *factors), bias
+        return add_low_rank_to_weight(weight, *factors), bias
 
     def merge_into_parameter(self, name: str, parameter: Tensor) -> Tensor:
         """Return a new value of one of `adapted_parameters`, in the given one's layout; dtypes as in `merge_into`."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear_layers import is_quantized, is_transposed, parameter_names
+from ..kernels.linear_layers import get_weight_and_bias_names, is_quantized, is_weight_transposed
 from .adapted_layer import AdaptedLayer
 from .adapter_module import MergeUnsupported
 
@@ -35,9 +35,9 @@ def merge_adapters_into_layer(name: str, module: AdaptedLayer, adapters: Iterabl
     modules = [m for m in modules if not m.adapted_parameters]
     if modules and is_quantized(module):
         raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
-    weight_name, bias_name = parameter_names(module)
+    weight_name, bias_name = get_weight_and_bias_names(module)
     weight, bias = (merged.get(n, module._parameters.get(n)) for n in (weight_name, bias_name))
-    transposed = is_transposed(module)
+    transposed = is_weight_transposed(module)
     if modules and weight is not None:
         # Compute in fp32 or wider, and round once below.
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import TargetError, format_names, nearest
-from ..kernels.linear_layers import layer_kind, stored_buffer_names
+from ..kernels.linear_layers import get_layer_kind, list_persistent_buffers
 from .adapted_layer import ADDED_CHILDREN, AdaptedLayer, can_have_adapters
 from .adapter_module import WEIGHT_KINDS, SiteKind
 from .architectures import HEADS, get_model_type, get_text_config, is_read_without_call
@@ -164,7 +164,7 @@ def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Ite
     copied: dict[str, list[str]] = {}
     for name in inside_whole:
         own = [p for p, tensor in modules[name]._parameters.items() if tensor is not None]
-        own += stored_buffer_names(modules[name])
+        own += list_persistent_buffers(modules[name])
         # A module with nothing but children is adapted, too, so that it has PEFT's names: its copy is that of theirs.
         if own or (name in whole and can_have_adapters(modules[name]) and "forward" not in vars(modules[name])):
             copied[name] = own
@@ -188,7 +188,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
 
 def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    return {n: m for n, m in find_targets(model, config).items() if layer_kind(m) == "linear"}
+    return {n: m for n, m in find_targets(model, config).items() if get_layer_kind(m) == "linear"}
 
 
 def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = None) -> list[str]:
@@ -213,7 +213,7 @@ def list_all_linear_targets(model: Any, config: PeftConfig) -> list[str]:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
         head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
     uncalled = set(find_layers_read_without_call(model))
-    linear = (n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head)
+    linear = (n for n, m in modules.items() if get_layer_kind(m) == "linear" and m is not head)
     return [n for n in linear if n not in uncalled and not _is_router(n, modules)]
 
 
@@ -343,7 +343,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     """Return the site kind of a target; raise if the method cannot adapt it."""
     if "block" in config.kinds:
         return "block"
-    module, kind = modules[name], layer_kind(modules[name])
+    module, kind = modules[name], get_layer_kind(modules[name])
     class_name = type(module).__name__
     if kind is None or kind not in config.kinds:
         raise TargetError(
@@ -441,7 +441,7 @@ def _describe_targets(modules: Modules) -> str:
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    return layer_kind(module) in WEIGHT_KINDS
+    return get_layer_kind(module) in WEIGHT_KINDS
 
 
 def _as_list(value: Any) -> list:

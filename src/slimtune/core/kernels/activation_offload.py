@@ -24,7 +24,7 @@ MIN_BYTES = 1 << 16
 
 
 @dataclass(eq=False)
-class OffloadedTensor:
+class _OffloadedTensor:
     """One offloaded tensor."""
 
     host: Tensor  # its copy in CPU memory
@@ -38,7 +38,7 @@ class ActivationOffload:
 
     def __init__(self) -> None:
         # Weak references: an autograd graph that is dropped halfway frees its own tensors.
-        self._offloaded: list[weakref.ref[OffloadedTensor]] = []
+        self._offloaded: list[weakref.ref[_OffloadedTensor]] = []
         self._is_first = False
         self._copying: tuple[Tensor, Any] | None = None
 
@@ -49,14 +49,14 @@ class ActivationOffload:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+    def _pack(self, tensor: Tensor) -> Tensor | _OffloadedTensor:
         first, self._is_first = self._is_first, False
         if not first or tensor.nbytes < MIN_BYTES:
             return tensor
         self._release_source()
         with simulate_host_allocations():
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        offloaded, values = OffloadedTensor(host, tensor.device), tensor.detach()
+        offloaded, values = _OffloadedTensor(host, tensor.device), tensor.detach()
         if tensor.is_cuda:
             stream = _copy_stream(tensor.device)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
@@ -68,7 +68,7 @@ class ActivationOffload:
         self._offloaded.append(weakref.ref(offloaded))
         return offloaded
 
-    def _unpack(self, saved: Tensor | OffloadedTensor) -> Tensor:
+    def _unpack(self, saved: Tensor | _OffloadedTensor) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         self._release_source()
@@ -86,7 +86,7 @@ class ActivationOffload:
             self._fetch(previous)
         return tensor
 
-    def _fetch(self, offloaded: OffloadedTensor) -> None:
+    def _fetch(self, offloaded: _OffloadedTensor) -> None:
         """Start to copy a tensor back, unless that has started."""
         if offloaded.fetched is not None:
             return

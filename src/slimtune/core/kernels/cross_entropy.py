@@ -39,10 +39,12 @@ def chunked_cross_entropy(
         scale: factor on the logits.
         cap: soft cap on the logits; None: none.
     """
-    return _CrossEntropy.apply(h, weight, targets, bias, scale, cap, rows_at_once(weight.shape[0], h.device))
+    return _CrossEntropy.apply(
+        h, weight, targets, bias, scale, cap, count_rows_per_logit_chunk(weight.shape[0], h.device)
+    )
 
 
-def target_nll(
+def compute_target_nll(
     h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> Tensor:
     """Return the negative log-likelihoods `(n)` for any head; it runs again in the backward pass, so it may train."""
@@ -51,7 +53,7 @@ def target_nll(
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
         return F.cross_entropy(logits, wanted, reduction="none")
 
-    rows = rows_at_once(vocabulary, h.device)
+    rows = count_rows_per_logit_chunk(vocabulary, h.device)
     chunks = zip(h.split(rows), targets.split(rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([chunk_loss(*c) for c in chunks])
@@ -63,7 +65,7 @@ def nll_and_accuracy(
     h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return each target's negative log-likelihood `(n)`, and whether it is the most likely token `(n)`."""
-    rows = rows_at_once(vocabulary, h.device)
+    rows = count_rows_per_logit_chunk(vocabulary, h.device)
     losses, correct = [h.new_zeros(0, dtype=_wide_dtype(h))], [targets.new_zeros(0, dtype=torch.bool)]
     for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
@@ -72,7 +74,7 @@ def nll_and_accuracy(
     return torch.cat(losses), torch.cat(correct)
 
 
-def rows_at_once(vocabulary: int, device: torch.device) -> int:
+def count_rows_per_logit_chunk(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
     most = CHUNK_ON_GPU // vocabulary
     return max(16, most if get_device_type(device) == "cuda" else max(CHUNK // vocabulary, min(ENOUGH_ROWS, most)))

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
-def dropout(probability: float) -> nn.Module:
+def make_dropout(probability: float) -> nn.Module:
     """Return a dropout module; for probability 0 an identity."""
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
 def active_dropout_p(module: nn.Module) -> float:
-    """Return the probability with which a module made by `dropout` drops an input in its current mode."""
+    """Return the probability with which a module made by `make_dropout` drops an input in its current mode."""
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
-def draw_output_mask(num_outputs: int, drop_probability: float, *, rescale: bool) -> Tensor:
+def draw_output_dropout_mask(num_outputs: int, drop_probability: float, *, rescale: bool) -> Tensor:
     """Draw which outputs of an update are kept, as 0 or 1 `(num_outputs)`; with `rescale` their mean is 1."""
     # On the CPU, as in PEFT.
     mask = (torch.rand(num_outputs) > drop_probability).float()

@@ -14,7 +14,7 @@ ReadWeight = nn.MultiheadAttention | NonDynamicallyQuantizableLinear
 """Modules whose weight is read without a call of the module; the second class is that of the first one's `out_proj`."""
 
 
-def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "weight", "norm"] | None:
+def get_layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "weight", "norm"] | None:
     """Return what kind of layer `module` is, None for other modules."""
     if isinstance(module, ReadWeight):
         return "weight"
@@ -29,47 +29,49 @@ def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "wei
     return "norm" if is_norm else None
 
 
-def is_plain_forward(run: Any) -> bool:
+def is_plain_linear_forward(run: Any) -> bool:
     """Return whether `run`, a partial, is the forward of an unquantized linear layer and nothing else."""
     return getattr(run, "func", None) in (nn.Linear.forward, Conv1D.forward)
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_weight_transposed(module: nn.Module) -> bool:
     """Return whether the module stores its weight as `(in, out)`, as Conv1D and Embedding do."""
     return isinstance(module, Conv1D | nn.Embedding)
 
 
-def parameter_names(module: nn.Module) -> tuple[str, str]:
+def get_weight_and_bias_names(module: nn.Module) -> tuple[str, str]:
     """Return the names of a layer's weight and bias."""
     return ("in_proj_weight", "in_proj_bias") if isinstance(module, nn.MultiheadAttention) else ("weight", "bias")
 
 
-def stored_buffer_names(module: nn.Module) -> list[str]:
+def list_persistent_buffers(module: nn.Module) -> list[str]:
     """Return the names of a module's buffers that belong to its state dict, such as a BatchNorm's statistics."""
     hidden = module._non_persistent_buffers_set
     return [n for n, buffer in module._buffers.items() if buffer is not None and n not in hidden]
 
 
-def layer_sizes(module: nn.Module) -> tuple[int, int]:
+def get_layer_sizes(module: nn.Module) -> tuple[int, int]:
     """Return `(in_features, out_features)` of a layer, the sizes of its matrix; both are the width for a norm."""
     if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
         return module.in_features, module.out_features
-    weight: Any = getattr(module, parameter_names(module)[0])
+    weight: Any = getattr(module, get_weight_and_bias_names(module)[0])
     if isinstance(module, Convolution):
         return weight[0].numel(), weight.shape[0]
     return (
-        (weight.shape[-1], weight.shape[0]) if layer_kind(module) == "weight" else (weight.shape[0], weight.shape[-1])
+        (weight.shape[-1], weight.shape[0])
+        if get_layer_kind(module) == "weight"
+        else (weight.shape[0], weight.shape[-1])
     )
 
 
-def get_weight(module: nn.Module) -> Tensor:
+def get_dequantized_weight(module: nn.Module) -> Tensor:
     """Return a layer's weight as `(out, in)`, a norm's as `(width,)`: dequantized, or else a view of it, no copy.
 
     A convolution's matrix is `(out, in / groups · kernel size)`.
     """
     if hasattr(module, "dequantized"):  # the planner's fake quantized layer
         return module.dequantized()  # type: ignore[operator]
-    weight: Any = getattr(module, parameter_names(module)[0])
+    weight: Any = getattr(module, get_weight_and_bias_names(module)[0])
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -83,7 +85,7 @@ def get_weight(module: nn.Module) -> Tensor:
         return weight.data.to(torch.float32) * (scales.view(-1, 1) / 127)
     if isinstance(module, Convolution):
         return weight.flatten(1)
-    return weight.t() if is_transposed(module) else weight
+    return weight.t() if is_weight_transposed(module) else weight
 
 
 def repack_for_dequantize(data: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import fork_rng, get_rng_state
-from .rms_norm import find_rms_norm, recompute_norm
+from .rms_norm import find_rms_norm_node, recompute_norm_output
 
 
 def low_rank_linear(
@@ -43,21 +43,21 @@ def low_rank_linear(
         scale: s.
         dropout: probability in [0, 1) of dropping an input of A; the others are scaled up.
     """
-    if must_decompose(x):
-        return plus_low_rank(F.linear(x, weight, bias), x, A, B, scale, dropout)
+    if needs_separate_operations(x):
+        return add_low_rank_update(F.linear(x, weight, bias), x, A, B, scale, dropout)
     return _LowRankLinear.apply(x, None, weight, bias, A, B, scale, dropout)
 
 
-def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def add_low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Return `y + s · d(x) Aᵀ Bᵀ` for any `y (..., out)`; other arguments as in `low_rank_linear`."""
-    if not must_decompose(x):
+    if not needs_separate_operations(x):
         return _LowRankLinear.apply(x, y, None, None, A, B, scale, dropout)
     # x is flattened before A, which may have no rows.
     z = F.linear(F.dropout(x, dropout).reshape(-1, x.shape[-1]), A.to(x.dtype))
     return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).t(), alpha=scale).view_as(y)
 
 
-def must_decompose(x: Tensor) -> bool:
+def needs_separate_operations(x: Tensor) -> bool:
     """Return whether separate operations have to run in place of one autograd step."""
     # torch.compile fuses on its own and cannot replay random states; autocast chooses a dtype per operation.
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
@@ -90,7 +90,7 @@ class _LowRankLinear(torch.autograd.Function):
         need_A, need_B = ctx.needs_input_grad[4:6]
         ctx.shape = x.shape
         # x is needed for A's gradient only, and the output of a norm is quickly computed again.
-        ctx.norm = find_rms_norm(x) if need_A else None
+        ctx.norm = find_rms_norm_node(x) if need_A else None
         ctx.save_for_backward(x if need_A and ctx.norm is None else None, z if need_B else None, weight, A, B)
         return out
 
@@ -116,7 +116,7 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if need_A:
             if ctx.norm is not None:
-                x = recompute_norm(ctx.norm)
+                x = recompute_norm_output(ctx.norm)
             if ctx.dropout:
                 with fork_rng(ctx.rng_state, g.device):
                     x = _drop(x, ctx.dropout)
@@ -175,7 +175,7 @@ def stack_mixed_batch_lora(
     return A, B.mul_(scales.view(-1, 1, 1))
 
 
-def add_low_rank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def add_low_rank_per_row(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return `y (batch, ..., out)` plus each row's own update of `x (batch, ..., in)` (see above)."""
     n = A.shape[0]
     z = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class LowRank(NamedTuple):
+class LowRankApproximation(NamedTuple):
     """`A (r, in)` and `B (out, r)` near a change ΔW, with ‖ΔW − B A‖² and ‖ΔW‖²."""
 
     A: Tensor
@@ -20,7 +20,7 @@ class LowRank(NamedTuple):
 @torch.no_grad()
 def nearest_low_rank(
     change: Tensor | tuple[Tensor, Tensor], rank: float, clamp: float | None = None, driver: str | None = None
-) -> LowRank:
+) -> LowRankApproximation:
     """Return the nearest pair of a given rank to a weight change, by SVD.
 
     Args:
@@ -45,10 +45,10 @@ def nearest_low_rank(
         A, B = A.clamp(-limit, limit), B.clamp(-limit, limit)
     if A.shape[0] < r:  # the product had a lower rank than `rank`
         A, B = F.pad(A, (0, 0, 0, r - A.shape[0])), F.pad(B, (0, r - B.shape[1]))
-    return LowRank(A, B, float(S[r:].double().square().sum()), total)
+    return LowRankApproximation(A, B, float(S[r:].double().square().sum()), total)
 
 
-def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def add_low_rank_to_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
     return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
 

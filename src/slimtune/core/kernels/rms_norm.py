@@ -20,12 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
-def find_rms_norm(y: Tensor) -> Any:
+def find_rms_norm_node(y: Tensor) -> Any:
     """Return the autograd node of the `rms_norm` whose output is y; None if y is anything else."""
     return y.grad_fn if hasattr(y.grad_fn, "norm_output") else None
 
 
-def recompute_norm(node: Any) -> Tensor:
+def recompute_norm_output(node: Any) -> Tensor:
     """Return a norm's output again, `(..., d)`, from its autograd node; one tensor for all that need it."""
     if node.norm_output is None:
         x, inverse, weight = node.saved_tensors

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ...errors import ModelError, UsageError, format_names, nearest
 from ..foundation.remote_code import remote_code_allowed
 from .load_errors import remote_code_error, translate_load_errors
-from .model_source import BASE_READERS, ModelSource, find_known, resolve_model, unknown_base_error
+from .model_source import BASE_READERS, ModelSource, find_known_base, resolve_model_source, unknown_base_error
 
 SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -51,14 +51,14 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
         ModelError: the base cannot be found, reached or read.
         RunError: the disk or the memory is full.
     """
-    source, seconds = resolve_model(spec), 0.0
+    source, seconds = resolve_model_source(spec), 0.0
     trust_remote_code |= remote_code_allowed()
     location = source.path
     if revision and source.kind != "hub":
         expected = "a revision only with a Hub id"
         raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
     if source.kind in BASE_READERS.names():
-        folder, seconds = BASE_READERS.load(source.kind).make_hf_folder(Path(source.path))
+        folder, seconds = BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))
         location = str(folder)
     hub_options = {"revision": revision} if revision else {}
     # trust_remote_code is always given: without it transformers asks on the terminal.
@@ -68,7 +68,7 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise remote_code_error(spec)
         config = AutoConfig.from_pretrained(location, **options)
-    check_config(config, spec)
+    _require_valid_config(config, spec)
     return PreparedBase(source, location, options, config, seconds)
 
 
@@ -99,7 +99,7 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
         return BaseConfig(file.resolve().parent.name, spec, read_config_file(file, trust_remote_code), str(path))
     if os.path.isfile(path) and (kind := path.suffix.lower().removeprefix(".")) in BASE_READERS.names():
         return BaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
-    if (known := find_known(spec)) is not None:
+    if (known := find_known_base(spec)) is not None:
         loads = known.alias if known.packaged is not None and "/" not in spec else known.hub_id
         return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
@@ -115,7 +115,7 @@ def get_hidden_size(config: PreTrainedConfig) -> int:
     return next((n for name in names if isinstance(n := getattr(text, name, None), int)), 2048)
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
+def get_max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many positions a base has; None if it names no limit."""
     text: Any = config.get_text_config()
     # MPT's name for it is its own.
@@ -139,11 +139,11 @@ def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedC
             problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-    check_config(config, str(path))
+    _require_valid_config(config, str(path))
     return config
 
 
-def check_config(config: PreTrainedConfig, spec: str) -> None:
+def _require_valid_config(config: PreTrainedConfig, spec: str) -> None:
     """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is not a config."""
     try:
         text = config.get_text_config()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.cross_entropy import chunked_cross_entropy, nll_and_accuracy, target_nll
+from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, nll_and_accuracy
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LMHead:
         # An adapted, quantized or offloaded head must be called.
         if frozen and type(module) is nn.Linear and "forward" not in vars(module):
             return chunked_cross_entropy(h, weight, targets, bias=bias, scale=self.scale, cap=self.cap)
-        return target_nll(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
+        return compute_target_nll(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
     def nll_and_accuracy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return −log p of `targets (n)`, and whether each is the most likely token; without gradients."""

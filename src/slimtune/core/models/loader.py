@@ -41,7 +41,7 @@ _NEW_HEAD = {"SEQ_CLS", "TOKEN_CLS"}  # a classification head is new; nothing in
 
 
 @dataclass
-class Base:
+class LoadedBase:
     """A loaded base."""
 
     model: PreTrainedModel  # in evaluation mode
@@ -69,7 +69,7 @@ def load_base(
     task: str = "CAUSAL_LM",
     quantization: str | None = None,
     head: Mapping[str, Any] | None = None,
-) -> Base:
+) -> LoadedBase:
     """Load a base with its tokenizer.
 
     Args:
@@ -122,7 +122,7 @@ def load_base(
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id  # for classification heads and `generate`
-    return Base(
+    return LoadedBase(
         model=model.eval(),
         tokenizer=tokenizer,
         source=opened.source,
@@ -156,7 +156,7 @@ def load_tokenizer(
 def download_weights(source: ModelSource, revision: str | None = None) -> Path:
     """Return the folder with a base's weight files as they are stored; those of a Hub id are downloaded if missing."""
     if source.kind in BASE_READERS.names():
-        return BASE_READERS.load(source.kind).make_hf_folder(Path(source.path))[0]
+        return BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))[0]
     if source.kind == "folder":
         return Path(source.path)
     with translate_load_errors(source.spec):

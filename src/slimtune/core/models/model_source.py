@@ -52,36 +52,36 @@ class KnownBase(NamedTuple):
     packaged: PackagedFile | None  # its weights, so that nothing is downloaded from the Hub
 
 
-class KnownModels(Protocol):
+class KnownModelCatalog(Protocol):
     """A catalog of known bases."""
 
     def list_aliases(self) -> Collection[str]: ...
 
-    def find_known(self, spec: str) -> KnownBase | None:
+    def find_known_base(self, spec: str) -> KnownBase | None:
         """Return the base with this alias, Hub id or spelling."""
 
-    def find_similar_aliases(self, name: str) -> tuple[str, list[str]]:
+    def suggest_aliases(self, name: str) -> tuple[str, list[str]]:
         """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
 
 
-class BaseReader(Protocol):
+class BaseFormatConverter(Protocol):
     """Makes a Hugging Face folder of a base in another format."""
 
-    def make_hf_folder(self, path: Path) -> tuple[Path, float]:
+    def convert_to_hf_folder(self, path: Path) -> tuple[Path, float]:
         """Return the folder, and the seconds spent on making it (0 if it was there); raise ModelError, RunError."""
 
     def read_config(self, path: Path) -> "PreTrainedConfig":
         """Return the base's config without making the folder."""
 
 
-KNOWN_MODELS: Registry[KnownModels] = Registry("slimtune.known_models", "catalog of bases")
-BASE_READERS: Registry[BaseReader] = Registry("slimtune.base_readers", "format of a base")
+KNOWN_MODELS: Registry[KnownModelCatalog] = Registry("slimtune.known_models", "catalog of bases")
+BASE_READERS: Registry[BaseFormatConverter] = Registry("slimtune.base_readers", "format of a base")
 """By the suffix of the files, without its dot; it is the `kind` of their `ModelSource`."""
 
 
-def find_known(spec: str) -> KnownBase | None:
+def find_known_base(spec: str) -> KnownBase | None:
     """Return the known base with this alias, Hub id or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
-    found = (catalog.find_known(spec) for catalog in KNOWN_MODELS.load_all().values())
+    found = (catalog.find_known_base(spec) for catalog in KNOWN_MODELS.load_all().values())
     return next((base for base in found if base is not None), None)
 
 
@@ -89,7 +89,7 @@ def _list_aliases() -> list[str]:
     return [alias for catalog in KNOWN_MODELS.load_all().values() for alias in catalog.list_aliases()]
 
 
-def resolve_model(spec: str) -> ModelSource:
+def resolve_model_source(spec: str) -> ModelSource:
     """Return where a base is, without loading or downloading anything.
 
     Raises:
@@ -105,7 +105,7 @@ def resolve_model(spec: str) -> ModelSource:
             return _resolve_file(path, spec)
         if os.path.isdir(path):
             return _resolve_folder(path, spec)
-    if "/" not in spec and (known := find_known(spec)) is not None:
+    if "/" not in spec and (known := find_known_base(spec)) is not None:
         if known.packaged is not None:
             return _resolve_packaged(known.alias, known.packaged)
         return ModelSource("hub", known.hub_id, known.hub_id.split("/")[-1], known.hub_id)
@@ -127,7 +127,7 @@ def resolve_model(spec: str) -> ModelSource:
 
 def unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    found = [catalog.find_similar_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
+    found = [catalog.suggest_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
     close = next((close for close, _ in found if close), "") or nearest(name, _file_names(Path()))
     family = [alias for _, aliases in found for alias in aliases]
     known = f"an alias, such as {format_names(_list_aliases(), 4)}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_names, install_command, nearest
 from ..foundation.registry import Registry
-from ..kernels.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
+from ..kernels.linear_layers import get_dequantized_weight, get_layer_kind, get_layer_sizes, is_quantized
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
@@ -18,7 +18,7 @@ STORED = (*KINDS, "fp4")
 """Quantizations in which bitsandbytes can store a checkpoint."""
 
 
-class QuantizedLoading(Protocol):
+class QuantizedModelLoader(Protocol):
     """How the library that quantizes a base loads it."""
 
     def make_load_options(
@@ -34,7 +34,7 @@ class QuantizedLoading(Protocol):
         """Change what is wrong in a base that was just loaded."""
 
 
-BASE_QUANTIZATIONS: Registry[QuantizedLoading] = Registry("slimtune.base_quantizations", "quantization of bases")
+BASE_QUANTIZATIONS: Registry[QuantizedModelLoader] = Registry("slimtune.base_quantizations", "quantization of bases")
 
 
 def require_bitsandbytes(what: str) -> None:
@@ -44,7 +44,7 @@ def require_bitsandbytes(what: str) -> None:
         raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"), code="bitsandbytes-missing")
 
 
-def stored_quantization(config: PreTrainedConfig) -> str | None:
+def get_stored_quantization(config: PreTrainedConfig) -> str | None:
     """Return a checkpoint's quantization: "nf4", "fp4", "int8" or the name of another method; None if it has none."""
     settings = _get_settings(config)
     if not settings or settings.get("load_in_8bit"):
@@ -75,7 +75,7 @@ def make_quantization_options(
         device: where the base is loaded to.
         spec: name of the base, for messages.
     """
-    stored = stored_quantization(config)
+    stored = get_stored_quantization(config)
     if kind not in (None, stored, *KINDS):
         raise UsageError(f"quantization is {kind!r}{nearest(str(kind), KINDS)}", f"{format_names(KINDS)}, or nothing")
     if stored is not None and kind not in (None, stored):
@@ -93,18 +93,18 @@ def make_quantization_options(
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
-        if layer_kind(module) != "linear" or not is_quantized(module):
+        if get_layer_kind(module) != "linear" or not is_quantized(module):
             continue
-        plain = nn.Linear(*layer_sizes(module), bias=False, device="meta")
-        plain.weight = nn.Parameter(get_weight(module).to(dtype), requires_grad=False)
+        plain = nn.Linear(*get_layer_sizes(module), bias=False, device="meta")
+        plain.weight = nn.Parameter(get_dequantized_weight(module).to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, plain.train(module.training))
-    forget_quantization_config(model)
+    remove_quantization_config(model)
     return model
 
 
-def forget_quantization_config(model: Any) -> None:
+def remove_quantization_config(model: Any) -> None:
     """Remove what transformers noted about a base's quantization; its layers stay as they are."""
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)

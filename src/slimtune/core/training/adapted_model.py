@@ -21,17 +21,17 @@ from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
 from ..models.dtype import pick_training_dtype
 from ..models.load_errors import translate_load_errors
-from ..models.loader import Base, download_weights, get_auto_class
+from ..models.loader import LoadedBase, download_weights, get_auto_class
 from .base_model import LoadBase, pick_training_device, require_finite_weights
-from .datasets import Datasets
-from .loss import get_row_head
+from .datasets import RunDatasets
+from .loss import get_classifier_head
 from .memory_savings import apply_fsdp, apply_memory_savings
 from .run_dir import find_adapter_folder
 
 
 def load_adapted_base(
-    recipe: Recipe, data: Datasets, init_adapter: Path | None, load_base: LoadBase, force: bool
-) -> tuple[Base, PeftModel]:
+    recipe: Recipe, data: RunDatasets, init_adapter: Path | None, load_base: LoadBase, force: bool
+) -> tuple[LoadedBase, PeftModel]:
     """Load the recipe's base on the device of this process, and attach its adapter; return both.
 
     A base that is sharded (train.fsdp) is loaded to CPU memory, by one process of a machine at a time.
@@ -50,11 +50,11 @@ def load_adapted_base(
     place: dict[str, Any] = {"device": "cpu" if shard else str(device), "dtype": dtype_name(dtype)}
     settings = replace(recipe.model, **place)
 
-    def load() -> tuple[Base, PeftModel]:
+    def load() -> tuple[LoadedBase, PeftModel]:
         base = load_base(settings, recipe.data.chat_template, data.classes)
         if not force:
             require_finite_weights(base)
-        model = attach_adapter(base, recipe, init_adapter, data.train)
+        model = _attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
             apply_fsdp(model, mesh, device)
             base.device = device
@@ -63,8 +63,8 @@ def load_adapted_base(
     return distributed.run_on_all_ranks(load, in_turns=shard)
 
 
-def attach_adapter(
-    base: Base, recipe: Recipe, init_adapter: Path | None = None, rows: Sequence[Example] = ()
+def _attach_adapter(
+    base: LoadedBase, recipe: Recipe, init_adapter: Path | None = None, rows: Sequence[Example] = ()
 ) -> PeftModel:
     """Attach the recipe's method to the base, in place, or load an adapter to continue training.
 
@@ -75,7 +75,7 @@ def attach_adapter(
         rows: training rows, for an initialization from data.
     """
     torch.manual_seed(recipe.train.seed)
-    head = get_row_head(base.model)
+    head = get_classifier_head(base.model)
     if head is not None and base.new_weights:  # as transformers does, here with the run's seed
         torch.nn.init.normal_(head.weight, std=getattr(base.model.config.get_text_config(), "initializer_range", 0.02))
     if init_adapter is not None:
@@ -85,7 +85,7 @@ def attach_adapter(
         initialize = config.defer_initialization()
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
-        exclude_other_inputs(base.model, config)
+        _exclude_other_inputs(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
             initialize(model, lambda: download_weights(base.source, recipe.model.revision), rows)
@@ -101,7 +101,7 @@ def attach_adapter(
     return model
 
 
-def exclude_other_inputs(model: Any, method: PeftConfig) -> None:
+def _exclude_other_inputs(model: Any, method: PeftConfig) -> None:
     """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
 
     The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.
@@ -149,7 +149,7 @@ def build_meta_model(
         if first is not None:
             first(model)
         if method is not None:
-            exclude_other_inputs(model, method)
+            _exclude_other_inputs(model, method)
             model = get_peft_model(model, method)
     apply_memory_savings(model, checkpointing, offload, tile)
     return model

@@ -13,15 +13,15 @@ from ..foundation import distributed
 from ..foundation.device import disable_malloc_trim
 from ..models.base_config import get_hidden_size, load_base_config
 from ..models.dtype import pick_device
-from ..models.loader import Base, load_base, load_tokenizer
-from .loss import get_row_head
+from ..models.loader import LoadedBase, load_base, load_tokenizer
+from .loss import get_classifier_head
 from .nonfinite import find_nonfinite_weights
 
-LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], Base]
+LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], LoadedBase]
 """Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
 
 
-def load_base_model(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> Base:
+def load_base_model(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> LoadedBase:
     """Load a base and its tokenizer, with a head for `classes`."""
     base = load_base(
         model.name,
@@ -35,7 +35,7 @@ def load_base_model(model: ModelSettings, chat_template: Path | None, classes: C
         head=None if classes is None else classes.config,
     )
     if classes is not None:
-        require_row_head(base.model)
+        _require_row_head(base.model)
     if base.device.type == "cpu":
         disable_malloc_trim()
     return base
@@ -54,16 +54,16 @@ def read_hidden_size(model: ModelSettings) -> int:
     return get_hidden_size(config)
 
 
-def require_row_head(model: Any) -> None:
+def _require_row_head(model: Any) -> None:
     """Raise ModelError if a sequence classifier does not read its logits with one linear layer `score`."""
-    if not isinstance(get_row_head(model), torch.nn.Linear):
+    if not isinstance(get_classifier_head(model), torch.nn.Linear):
         raise ModelError(
             f"a {type(model).__name__} has no linear head `score` on its last token",
             "a decoder with transformers' head for classification",
         )
 
 
-def require_finite_weights(base: Base) -> None:
+def require_finite_weights(base: LoadedBase) -> None:
     """Raise ModelError if a weight of the base contains NaN or Inf."""
     if names := find_nonfinite_weights(base.model):
         raise ModelError(

@@ -15,7 +15,7 @@ from .train_result import ForgettingResult
 from .training_loop import TrainingLoop
 
 
-class KeptAdapter(NamedTuple):
+class _KeptAdapter(NamedTuple):
     """The adapter that a run keeps."""
 
     step: int
@@ -23,16 +23,16 @@ class KeptAdapter(NamedTuple):
     forgetting: ForgettingResult | None  # None: the run has no budget
 
 
-def keep_best_adapter(loop: TrainingLoop) -> KeptAdapter:
+def restore_best_adapter(loop: TrainingLoop) -> _KeptAdapter:
     """Load the best adapter; with a forgetting budget make it weaker if it is outside, or take an earlier one.
 
     With a budget the better one of two adapters is kept: the best of all, weaker, and the best one inside the budget as
     it is.
     """
     state, budget = loop.state, loop.state.forgetting_budget
-    step, loss = load_best_adapter(loop, state.ranked, state.step)
+    step, loss = _load_best_adapter(loop, state.ranked, state.step)
     if budget is None:
-        return KeptAdapter(step, loss, None)
+        return _KeptAdapter(step, loss, None)
     loop.recovery.any_failed = bool  # the other processes wait
     known = dict(state.forgetting)
     before = forgetting = known[step] if step in known else loop.measure_forgetting(alone=True)
@@ -49,7 +49,7 @@ def keep_best_adapter(loop: TrainingLoop) -> KeptAdapter:
             f"where it forgets {forgetting:.4f}"
         )
         inside = [(other, at) for other, at in state.ranked_inside_budget if loss is None or not loss <= other]
-        if inside and (found := load_best_adapter(loop, inside, -1))[0] >= 0:
+        if inside and (found := _load_best_adapter(loop, inside, -1))[0] >= 0:
             (step, loss), strength = found, 1.0
             before = forgetting = known[step]
     result = ForgettingResult(
@@ -62,10 +62,12 @@ def keep_best_adapter(loop: TrainingLoop) -> KeptAdapter:
         tried=tried,
         change=forgetting,
     )
-    return KeptAdapter(step, loss, result)
+    return _KeptAdapter(step, loss, result)
 
 
-def load_best_adapter(loop: TrainingLoop, ranked: Sequence[tuple[float, int]], loaded: int) -> tuple[int, float | None]:
+def _load_best_adapter(
+    loop: TrainingLoop, ranked: Sequence[tuple[float, int]], loaded: int
+) -> tuple[int, float | None]:
     """Load the first adapter of `ranked`, `(loss, step)`, that is not lost; return its step and validation loss.
 
     `loaded` is the step of the adapter that the model has; it stays if all others are lost. A checkpoint that was
@@ -75,7 +77,7 @@ def load_best_adapter(loop: TrainingLoop, ranked: Sequence[tuple[float, int]], l
         if step == loaded:
             return step, loss
         folder = loop.run_dir.checkpoints / f"{checkpoint.PREFIX}{step}"
-        if damage := checkpoint.find_damage(folder):
+        if damage := checkpoint.describe_checkpoint_damage(folder):
             if (loss, step) == ranked[0]:
                 loop.logger.say(f"the adapter of step {step}, with the lowest validation loss, is lost: {damage}")
             continue

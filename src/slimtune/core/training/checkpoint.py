@@ -120,7 +120,7 @@ class TrainingState:
 # --- folders of checkpoints -------------------------------------------------------------------------------------------
 
 
-def checkpoint_step(folder: Path) -> int:
+def parse_checkpoint_step(folder: Path) -> int:
     """Return the step in a checkpoint folder's name."""
     return int(folder.name.removeprefix(PREFIX))
 
@@ -128,7 +128,7 @@ def checkpoint_step(folder: Path) -> int:
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest first."""
     names = re.compile(PREFIX + "[0-9]+")
-    return sorted((p for p in root.glob(f"{PREFIX}*") if names.fullmatch(p.name)), key=checkpoint_step)
+    return sorted((p for p in root.glob(f"{PREFIX}*") if names.fullmatch(p.name)), key=parse_checkpoint_step)
 
 
 def describe_newest_checkpoint(run: RunDir) -> str:
@@ -144,10 +144,10 @@ def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None])
         write_files(folder)
         checksums = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
         (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1, allow_nan=False))
-        remove(final)
+        delete_path(final)
 
 
-def find_damage(folder: Path) -> str:
+def describe_checkpoint_damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, `""` for nothing."""
     try:
         checksums = read_json(folder / CHECKSUMS_FILE)
@@ -163,17 +163,17 @@ def find_damage(folder: Path) -> str:
     return ""
 
 
-def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+def find_undamaged_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
     """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over."""
     for partial in root.glob(f".{PREFIX}*"):
         say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
-        remove(partial)
+        delete_path(partial)
     damaged: list[Path] = []
     for folder in reversed(list_checkpoints(root)):
-        damage = find_damage(folder)
+        damage = describe_checkpoint_damage(folder)
         if not damage:
             for other in damaged:  # renamed, so that they do not count among those that are kept
-                set_aside(other)
+                rename_as_damaged(other)
             return folder
         say(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
@@ -186,11 +186,11 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
 def delete_old_checkpoints(root: Path, keep: int, best_steps: Collection[int]) -> None:
     """Delete all but the newest `keep` checkpoints and the best ones."""
     for folder in list_checkpoints(root)[:-keep]:
-        if checkpoint_step(folder) not in best_steps:
-            remove(folder)
+        if parse_checkpoint_step(folder) not in best_steps:
+            delete_path(folder)
 
 
-def remove(path: Path) -> None:
+def delete_path(path: Path) -> None:
     """Delete a file, a link or a folder with what it contains, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -198,10 +198,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> Path:
+def rename_as_damaged(path: Path) -> Path:
     """Rename a file or folder to `damaged-<name>`, replacing an older one; return its new path."""
     damaged = path.with_name(f"damaged-{path.name}")
-    remove(damaged)
+    delete_path(damaged)
     return path.rename(damaged)
 
 

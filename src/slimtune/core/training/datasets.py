@@ -28,7 +28,7 @@ from .progress_logger import require_trackers
 
 
 @dataclass
-class Datasets:
+class RunDatasets:
     """The tokenized rows of a run, how many were kept, and the reports of `slimtune data`, by "train" and "validation".
 
     Without a validation file, its rows are split from the training rows and have no report; so are the test rows.
@@ -78,7 +78,7 @@ class _ObservedRows(NamedTuple):
     observer: RowObserver
 
 
-def load_training_datasets(recipe: Recipe, force: bool) -> Datasets:
+def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
     """Check that the recipe's packages are there, and load its rows as they are trained on.
 
     Raises:
@@ -101,7 +101,7 @@ def load_training_datasets(recipe: Recipe, force: bool) -> Datasets:
     return data
 
 
-def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
+def load_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
     """Read, tokenize and report on the training and validation rows of a recipe, and prepare them for its objective.
 
     Raises:
@@ -124,7 +124,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     own = read(data.train)
     other: _ObservedRows | None = None
     reports: dict[str, DataReport | None] = {"validation": None}
-    train, test = split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
+    train, test = _split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
     if data.validation is not None:
         other = read(data.validation, own.observer)
         validation, compared = other.dataset, (str(data.validation), other.observer)
@@ -134,13 +134,13 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
         }
     else:
         count = round((len(train) + len(test)) * data.validation_fraction)
-        train, validation = split_validation_rows(train, count, seed)
+        train, validation = _split_validation_rows(train, count, seed)
         reports = {"train": own.observer.finish(file=data.train, model=name), **reports}
     recipe.method_config().check_rows(train)
-    datasets = Datasets(
-        train=cut_documents(own.file, train, data, tokenizer, seed),
-        validation=cut_documents((other or own).file, validation, data, tokenizer),
-        test=cut_documents(own.file, test, data, tokenizer),
+    datasets = RunDatasets(
+        train=_cut_documents(own.file, train, data, tokenizer, seed),
+        validation=_cut_documents((other or own).file, validation, data, tokenizer),
+        test=_cut_documents(own.file, test, data, tokenizer),
         train_stats=own.stats,
         validation_stats=None if other is None else other.stats,
         data_reports=reports,
@@ -155,7 +155,7 @@ def load_eval_dataset(
     rows = open_rows_for_objective(path, data, objective)
     dataset, stats = _tokenize(rows, data, tokenizer)
     dataset = objective.prepare_rows(dataset, classes, path)
-    return cut_documents(rows, dataset, data, tokenizer), stats
+    return _cut_documents(rows, dataset, data, tokenizer), stats
 
 
 def _tokenize(
@@ -173,7 +173,7 @@ def _tokenize(
     )
 
 
-def cut_documents(
+def _cut_documents(
     rows: RowSource, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
@@ -183,7 +183,7 @@ def cut_documents(
     return cut_windows(dataset, data.max_seq_len, bos, seed)
 
 
-def split_test_rows(
+def _split_test_rows(
     rows: TokenizedDataset, hashes: np.ndarray, fraction: float
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """Return the rows to train on and those set aside for `slimtune eval`.
@@ -196,7 +196,7 @@ def split_test_rows(
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
-def split_validation_rows(rows: TokenizedDataset, count: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+def _split_validation_rows(rows: TokenizedDataset, count: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
     """Return the rows to train on and `count` rows for validation, drawn by the seed; none if no row would be left."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     held_out = np.zeros(len(rows), bool)

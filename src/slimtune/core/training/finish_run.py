@@ -15,7 +15,7 @@ from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_installed_versions
 from ..foundation.json_results import to_json_dict
 from ..foundation.registry import Registry
-from .best_adapter import keep_best_adapter
+from .best_adapter import restore_best_adapter
 from .oom_recovery import EVENT
 from .run_description import count_held_out_rows
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
@@ -40,18 +40,18 @@ class Terminated(RunError):
         self.exit_code = exit_code
 
 
-def finish(loop: TrainingLoop) -> TrainResult:
+def save_final_results(loop: TrainingLoop) -> TrainResult:
     """Save the best adapter, the result and the reports, once all processes have ended the loop; return the result.
 
     Raises:
         Interrupted, Terminated: a signal stopped the run before its last step.
     """
     peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, count_peak_memory(loop.device))))
-    raise_if_stopped(loop)
-    return distributed.run_on_main(lambda: save_result(loop, peak))
+    _raise_if_stopped(loop)
+    return distributed.run_on_main(lambda: _save_result(loop, peak))
 
 
-def raise_if_stopped(loop: TrainingLoop) -> None:
+def _raise_if_stopped(loop: TrainingLoop) -> None:
     """Raise what tells that a signal stopped the run, and how to continue it."""
     step, resume = loop.state.step, loop.run_dir.resume_command()
     if step == loop.state.max_steps or loop.stopped_early:
@@ -64,12 +64,12 @@ def raise_if_stopped(loop: TrainingLoop) -> None:
     raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
 
 
-def save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
+def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
     """Save the best adapter, then the result and the reports; return the result."""
     run, prepared, state, model = loop.run_dir, loop.prepared, loop.state, loop.model
     data, base = prepared.data, prepared.base
     untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
-    kept = keep_best_adapter(loop)
+    kept = restore_best_adapter(loop)
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     if data.classes is not None:  # AutoModelForSequenceClassification needs the labels to make the head

@@ -25,7 +25,7 @@ from ..data.general_text import (
     read_general_text,
     tokenize_general_text,
 )
-from ..models.base_config import max_positions
+from ..models.base_config import get_max_positions
 from .loss import count_targets
 
 GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
@@ -34,7 +34,7 @@ BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
-def read_budget_text(budget: float | None, file: Path | None) -> list[GeneralTextPiece]:
+def read_forgetting_text(budget: float | None, file: Path | None) -> list[GeneralTextPiece]:
     """Return the text to measure forgetting on, from a file or the built-in one; none without a budget."""
     return [] if budget is None else read_general_text(file or BUILT_IN_TEXT)
 
@@ -57,7 +57,7 @@ def choose_general_rows(
     if not pieces:
         return []
     find_neutral_values(model, "default")
-    context = max_positions(model.config) or 4 * WINDOW
+    context = get_max_positions(model.config) or 4 * WINDOW
     rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
     kinds = group_row_numbers_by_kind(rows)
     wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)

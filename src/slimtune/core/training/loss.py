@@ -31,7 +31,7 @@ from ..foundation.progress_bars import track_progress
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
-from .objective import Objective, sum_rows
+from .objective import Objective, sum_tokens_by_row
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
 """Tokens in a micro-batch above which more tokens compute hardly faster (2,048 on a CPU: 4 %)."""
@@ -48,14 +48,14 @@ def make_collator(
     share_prefix = share_prefix and not any(getattr(m, "takes_tokens", False) for m in model.modules())
     packing = packing and not packing_unsupported_reason(model)
     layout = packing and not layout_unsupported_reason(model)
-    if get_row_head(model) is not None:
+    if get_classifier_head(model) is not None:
         own = model.config.get_text_config().pad_token_id
         sizes["pooling_pad_id"] = -1 if own is None else own
         pad_token_id = pad_token_id if own is None else own
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
-def build_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest: int) -> Collator:
+def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest: int) -> Collator:
     """Return the collator for a run's rows and this model; raise ModelError if the model does not support it."""
     if settings.packing and (reason := packing_unsupported_reason(model)):
         raise UsageError(
@@ -70,11 +70,11 @@ def build_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest:
     )
     check_lm_head(model)
     limit = settings.max_tokens_per_micro_batch
-    collator.max_tokens = auto_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
+    collator.max_tokens = choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator
 
 
-def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_batch_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device."""
     tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     if device.type == "mps":  # Metal has no float64
@@ -83,7 +83,7 @@ def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 @cache
-def cross_entropy() -> Objective:
+def load_default_objective() -> Objective:
     """Return the objective of supervised fine-tuning, which is the default everywhere."""
     return load_objective_class("sft")()
 
@@ -91,7 +91,7 @@ def cross_entropy() -> Objective:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
     If the batch has a `layout`, call this inside `enable_packed_attention(model)`, and the backward pass, too.
@@ -103,8 +103,8 @@ def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
     return head.target_nll(h, batch["targets"])
 
 
-def token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return `token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
+def _compute_token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return `compute_token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
     head, h = _head_and_inputs(model, batch)
     if head is None:
         return nll_and_accuracy(h, lambda logits: logits, batch["targets"], h.shape[-1])
@@ -130,13 +130,13 @@ def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, 
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
 
 
-def row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return the logits of a sequence classifier for each row of a collated batch, `(R, classes)` in fp32 or wider.
 
     They are those that transformers pools: of the last token of a row that is no padding.
     """
     logits: list[Tensor] = []
-    hook = get_row_head(model).register_forward_hook(lambda module, args, output: logits.append(output))
+    hook = get_classifier_head(model).register_forward_hook(lambda module, args, output: logits.append(output))
     try:
         model(**_model_inputs(batch))
     finally:
@@ -145,20 +145,22 @@ def row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
-def get_row_head(model: Any) -> Any:
+def get_classifier_head(model: Any) -> Any:
     """Return the head of a sequence classifier; None for other models."""
     return getattr(model, "score", None) if get_lm_head(model) is None else None
 
 
 def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Return what an objective's loss gets for a batch: `row_logits` of a sequence classifier, else `token_nll`."""
-    return row_logits(model, batch) if "row_ends" in batch else token_nll(model, batch)
+    """Return the inputs of the objective's loss: `compute_row_logits` of a classifier, else `compute_token_nll`."""
+    return compute_row_logits(model, batch) if "row_ends" in batch else compute_token_nll(model, batch)
 
 
-def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective | None = None) -> Tensor:
+def compute_step_loss(
+    model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective | None = None
+) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
     values = compute_outputs(model, batch)
-    return (objective or cross_entropy()).loss(
+    return (objective or load_default_objective()).loss(
         values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
     )
 
@@ -186,7 +188,7 @@ def forward_backward(
         num_items = max(1, sum(len(b["targets"]) for b in micro_batches))
     total = torch.zeros((), device=micro_batches[0]["targets"].device)
     for number, batch in enumerate(micro_batches):
-        loss = step_loss(model, batch, num_items, objective)
+        loss = compute_step_loss(model, batch, num_items, objective)
         if weights is not None and weights[number] != 1:
             loss = loss * weights[number]
         if number == 0 and regularize and hasattr(model, "regularization_loss"):
@@ -217,7 +219,7 @@ def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Col
     """Return the score of each row, in the order given; arguments as for `score_examples`."""
 
     def measure(batch: dict[str, Any]) -> Tensor:
-        values = torch.stack([v.double() for v in token_nll_and_accuracy(model, batch)])
+        values = torch.stack([v.double() for v in _compute_token_nll_and_accuracy(model, batch)])
         rows = values.split(batch["row_targets"], dim=1)
         return torch.stack([torch.stack([*row.sum(1), row.new_tensor(row.shape[1])]) for row in rows])
 
@@ -242,7 +244,7 @@ def score_row_logps(
     """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
 
     def measure(batch: dict[str, Any]) -> Sequence[Tensor]:
-        return (-sum_rows(token_nll(model, batch).double(), batch)).split(batch["example_rows"])
+        return (-sum_tokens_by_row(compute_token_nll(model, batch).double(), batch)).split(batch["example_rows"])
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -273,7 +275,7 @@ def score_examples(
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
-                    batch = move_to_device(collator([some[i] for i in group]), device)
+                    batch = move_batch_to_device(collator([some[i] for i in group]), device)
                     measured |= zip((start + i for i in group), measure(batch), strict=True)
     finally:
         model.train(was_training)
@@ -323,7 +325,7 @@ def check_lm_head(model: Any) -> None:
         )
 
 
-def auto_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:
+def choose_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:
     """Return how many tokens to put into a micro-batch: enough to compute fast, if half of the free memory holds them.
 
     The bytes per token are measured in real forward passes of short rows, apart from what a pass takes whatever its
@@ -353,10 +355,10 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
 
     vocabulary = model.config.get_text_config().vocab_size
     row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
-    batch = move_to_device(collator([{"input_ids": row, "labels": row}]), device)
+    batch = move_batch_to_device(collator([{"input_ids": row, "labels": row}]), device)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
     with preserve_rng_state(device), enable_packed_attention(model), hooks:
-        loss = step_loss(model.train(), batch)
+        loss = compute_step_loss(model.train(), batch)
     del loss
     model.train(was_training)
     return sum(saved.values())

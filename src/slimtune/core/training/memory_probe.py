@@ -14,11 +14,11 @@ from ..data.tokenized_dataset import TokenizedDataset
 from ..foundation.device import count_peak_memory, reset_peak_memory
 from ..foundation.formatting import format_bytes
 from ..kernels.dropout import preserve_rng_state
-from .loss import forward_backward, move_to_device
+from .loss import forward_backward, move_batch_to_device
 from .prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
 
 
-def compare_with_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> dict[str, Any]:
+def probe_memory_against_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> dict[str, Any]:
     """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
 
     The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process. What the
@@ -89,7 +89,7 @@ def probe_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, i
         with preserve_rng_state(prepared.device), enable_packed_attention(model):
             forward_backward(
                 model,
-                [move_to_device(micro_batch, prepared.device)],
+                [move_batch_to_device(micro_batch, prepared.device)],
                 objective=prepared.objective,
                 num_items=prepared.objective.count_items(rows),
             )

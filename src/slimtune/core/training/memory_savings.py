@@ -27,8 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from ...errors import UsageError, format_names
 from ..adapters.architectures import FEED_FORWARD
 from ..kernels.activation_offload import ActivationOffload
-from ..kernels.linear_layers import layer_kind
-from ..kernels.lora_linear import must_decompose
+from ..kernels.linear_layers import get_layer_kind
+from ..kernels.lora_linear import needs_separate_operations
 from ..kernels.recompute import gated_linear, run_tiled
 from ..kernels.rms_norm import rms_norm
 
@@ -38,7 +38,7 @@ def apply_memory_savings(
 ) -> None:
     """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
     if not checkpointing and tile is None:
-        recompute_elementwise(model)
+        _recompute_elementwise(model)
     if checkpointing:
         enable_activation_checkpointing(model, offload=offload)
     if tile is not None:
@@ -69,7 +69,7 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
             module._gradient_checkpointing_func = partial(checkpoint_offloaded, module._gradient_checkpointing_func)
 
 
-def recompute_elementwise(model: Any) -> None:
+def _recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
     for module in model.modules():
         # An activation with parameters would get no gradients for them.
@@ -88,14 +88,14 @@ def has_same_forward(module: nn.Module, expected: type[nn.Module]) -> bool:
 
 
 def _forward_gated(module: Any, x: Tensor) -> Tensor:
-    if must_decompose(x) or not torch.is_grad_enabled():
+    if needs_separate_operations(x) or not torch.is_grad_enabled():
         return type(module).forward(module, x)
     return gated_linear(module.act_fn, module.gate_proj(x), module.up_proj(x), module.down_proj)
 
 
 def _forward_norm(module: Any, x: Tensor) -> Tensor:
     plain = x.element_size() != 2 or module.weight.requires_grad or not torch.is_grad_enabled()
-    if plain or must_decompose(x):
+    if plain or needs_separate_operations(x):
         return type(module).forward(module, x)
     return rms_norm(x, module.weight, module.variance_epsilon)
 
@@ -110,11 +110,11 @@ def enable_tiled_mlp(model: Any, tile_size: int) -> int:
         message = "an activated LoRA needs whole rows, and tiles run a few tokens at a time"
         raise UsageError(message, hint="--set train.mlp_tile_size=null")
     modules: list[Any] = []
-    for layer in transformer_layers(model, "turn the tiles off"):
-        found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}
+    for layer in _get_transformer_layers(model, "turn the tiles off"):
+        found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or get_layer_kind(m) == "norm"}
         modules += [m for n, m in found.items() if not any(n.startswith(f"{outer}.") for outer in found)]
     # The norm after the last layer.
-    modules += [m for m in model.modules() if layer_kind(m) == "norm" and m not in set(modules)]
+    modules += [m for m in model.modules() if get_layer_kind(m) == "norm" and m not in set(modules)]
     for module in modules:
         module.forward = partial(_forward_tiled, module, tile_size, vars(module).get("forward"))
     return len(modules)
@@ -141,7 +141,7 @@ def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
     keeps the gathered weight for its backward pass: FSDP2 frees that tensor's storage after the layer's forward pass
     and fills the same storage again before its backward pass. A model in CPU memory is moved layer by layer.
     """
-    layers = transformer_layers(model, "--set train.fsdp=false")
+    layers = _get_transformer_layers(model, "--set train.fsdp=false")
     # The adapter's parameters, trained or fixed, and the base's parameters that it has trained copies of.
     unsharded = {p for p in model.parameters() if p.requires_grad}
     for layer in model.adapted_layers().values():
@@ -170,13 +170,13 @@ def compile_layers(model: Any) -> int:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         message = "torch.compile needs a C++ compiler on a CPU, and there is none"
         raise UsageError(message, "g++ or clang++", "leave out --compile")
-    layers = transformer_layers(model, "leave out --compile")
+    layers = _get_transformer_layers(model, "leave out --compile")
     for layer in layers:
         layer.compile(dynamic=True)
     return len(layers)
 
 
-def transformer_layers(model: Any, hint: str) -> list[nn.Module]:
+def _get_transformer_layers(model: Any, hint: str) -> list[nn.Module]:
     """Return the layers of a transformers model; raise UsageError with the hint if it has none."""
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:

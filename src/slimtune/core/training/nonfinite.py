@@ -28,10 +28,10 @@ def find_nonfinite_weights(model: Any) -> list[str]:
 def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator, objective: Objective) -> list[int]:
     """Return the lines of the rows whose own loss is NaN or Inf; each row is computed alone."""
     alone = {"group_rows": lambda some: [[i] for i in range(len(some))]}
-    return nonfinite_lines(rows, score_objective(model, rows, collator, objective, **alone))
+    return select_nonfinite_lines(rows, score_objective(model, rows, collator, objective, **alone))
 
 
-def nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float]]) -> list[int]:
+def select_nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float]]) -> list[int]:
     """Return the lines of the rows with a score of NaN or Inf."""
     return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
 

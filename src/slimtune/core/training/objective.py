@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..config.schema import DataSettings
     from ..data.class_labels import ClassLabels
     from ..data.tokenized_dataset import TokenizedDataset
-    from .datasets import Datasets
+    from .datasets import RunDatasets
     from .prepared_run import PreparedRun
 
 
@@ -66,7 +66,7 @@ class Objective(DeclaredSettings):
 
     # --- rows: called in this order ---------------------------------------------------------------------------------
 
-    def prepare_datasets(self, datasets: Datasets, data: DataSettings) -> Datasets:
+    def prepare_datasets(self, datasets: RunDatasets, data: DataSettings) -> RunDatasets:
         """Return a run's rows as they are learned: each part by `prepare_rows`, unless overridden.
 
         Called once they are split. A sequence classifier sets `classes`, too.
@@ -131,7 +131,7 @@ class Objective(DeclaredSettings):
         raise NotImplementedError
 
 
-def sum_rows(values: Tensor, batch: Batch) -> Tensor:
+def sum_tokens_by_row(values: Tensor, batch: Batch) -> Tensor:
     """Return the sum of the values of each row's supervised tokens [R]; the rows of an example are neighbours."""
     import torch
 

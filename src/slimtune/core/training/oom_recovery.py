@@ -29,7 +29,7 @@ LESS_MEMORY = "a smaller data.max_seq_len, --dtype bf16 or a smaller base"
 """What takes less memory when the micro-batches cannot get smaller."""
 
 
-class OomInfo(NamedTuple):
+class _FailedTry(NamedTuple):
     """One try that ran out of memory: the first line of its error, and the most bytes in use until then.
 
     The error itself is not kept, since its traceback keeps tensors alive.
@@ -39,7 +39,7 @@ class OomInfo(NamedTuple):
     held_bytes: int
 
 
-def failure_check(model: Any) -> Callable[[bool], bool] | None:
+def make_failure_check(model: Any) -> Callable[[bool], bool] | None:
     """Return the function by which a process learns that another one failed; None for a base that FSDP2 shards.
 
     There the others wait inside the failed pass for its weights, and cannot repeat it.
@@ -134,12 +134,12 @@ class OomRecovery:
             self._enable_checkpointing()
             self._enable_checkpointing, self.checkpointing = None, True
 
-    def describe(self, error: BaseException) -> OomInfo:
+    def describe(self, error: BaseException) -> _FailedTry:
         """Return what is kept of an error."""
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return OomInfo(f"{type(error).__name__}: {line}"[:300], count_peak_memory(self.device, reserved=True))
+        return _FailedTry(f"{type(error).__name__}: {line}"[:300], count_peak_memory(self.device, reserved=True))
 
-    def give_up(self, where: str, oom: OomInfo, what: str) -> RunError:
+    def give_up(self, where: str, oom: _FailedTry, what: str) -> RunError:
         """Save what can be saved; return the error that ends the run."""
         used = format_bytes(oom.held_bytes)
         saved = self.save_before_exit()
@@ -155,10 +155,10 @@ class OomRecovery:
         work: Callable[[], T],
         undo: Callable[[], Any] = lambda: None,
         any_failed: Callable[[bool], bool] = bool,
-    ) -> tuple[T | None, OomInfo | None]:
+    ) -> tuple[T | None, _FailedTry | None]:
         """Return what `work` returns, or what is known of its running out of memory, of which then nothing is left."""
         result: T | None = None
-        oom: OomInfo | None = None
+        oom: _FailedTry | None = None
         rng_states = get_rng_states(self.device)
         try:
             result = work()
@@ -174,9 +174,11 @@ class OomRecovery:
         undo()
         release_cached_memory(self.device)
         set_rng_states(rng_states)
-        return None, oom or OomInfo("another process ran out of memory", count_peak_memory(self.device, reserved=True))
+        return None, oom or _FailedTry(
+            "another process ran out of memory", count_peak_memory(self.device, reserved=True)
+        )
 
-    def _report(self, where: str, oom: OomInfo, size: str = "", change: str = "", **facts: int | None) -> None:
+    def _report(self, where: str, oom: _FailedTry, size: str = "", change: str = "", **facts: int | None) -> None:
         used, planned = f"{format_bytes(oom.held_bytes)} were in use", self.planned_bytes
         if planned is not None and oom.held_bytes > planned:
             excess = oom.held_bytes - planned

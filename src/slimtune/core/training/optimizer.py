@@ -25,16 +25,16 @@ from ..foundation.device import get_device_type
 BLOCK_SIZE, MIN_8BIT_VALUES = 256, 4096
 
 
-def adamw_8bit(groups: Sequence[dict[str, Any]], **settings: Any) -> Optimizer:
-    """Return bitsandbytes' AdamW8bit for parameter groups; `FakeAdamW8bit` if the parameters are fake tensors."""
+def _build_adamw_8bit(groups: Sequence[dict[str, Any]], **settings: Any) -> Optimizer:
+    """Return bitsandbytes' AdamW8bit for parameter groups; `_FakeAdamW8bit` if the parameters are fake tensors."""
     if any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
-        return FakeAdamW8bit(groups, settings)
+        return _FakeAdamW8bit(groups, settings)
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups, **settings)
 
 
-class FakeAdamW8bit(Optimizer):
+class _FakeAdamW8bit(Optimizer):
     """Allocates the memory that AdamW8bit does, for parameters without values."""
 
     quantization_maps: list[torch.Tensor] | None = None
@@ -73,7 +73,7 @@ class FakeAdamW8bit(Optimizer):
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
-    "adamw-8bit": (adamw_8bit, {}),
+    "adamw-8bit": (_build_adamw_8bit, {}),
 }
 """PyTorch's default instead of `fused`, `foreach`, takes temporary tensors of all parameters at once."""
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]

@@ -25,14 +25,19 @@ from ..models.base_config import get_hidden_size
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
-from .forgetting_budget import choose_general_rows, read_budget_text
-from .loss import build_collator
-from .memory_probe import compare_with_plan
+from .forgetting_budget import choose_general_rows, read_forgetting_text
+from .loss import build_run_collator
+from .memory_probe import probe_memory_against_plan
 from .memory_savings import compile_layers
 from .prepared_run import MemoryPlan, PreparedRun
 from .progress_logger import ProgressLogger, start_trackers
-from .resuming import create_run_dir, drop_later_metrics, resolve_start, start_or_resume
-from .run_description import describe_default_rate, describe_run, describe_steps
+from .resuming import (
+    create_locked_run_dir,
+    delete_later_metrics,
+    initialize_or_resume_training,
+    resolve_starting_recipe,
+)
+from .run_description import log_default_learning_rate, log_run_description, log_step_composition
 from .run_dir import RunDir, RunLock
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
@@ -42,16 +47,16 @@ Raises if the run does not fit.
 """
 
 
-def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
+def skip_planning(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
     """Plan no run."""
 
 
-def prepare(
+def prepare_run(
     recipe: Recipe,
     *,
     resume: bool = False,
     init_adapter: Path | None = None,
-    planner: Planner = plan_nothing,
+    planner: Planner = skip_planning,
     force: bool = False,
     load_base: LoadBase = load_base_model,
 ) -> PreparedRun:
@@ -62,11 +67,11 @@ def prepare(
     started, resident = time.perf_counter(), psutil.Process().memory_info().rss
     run = RunDir(Path(recipe.output_dir))
     distributed.install_sigterm_watcher(run.resume_command())
-    with release_on_error(RunLock(run)) as lock:
-        recipe, init_adapter = resolve_start(run, recipe, lock, resume, init_adapter)
+    with _release_on_error(RunLock(run)) as lock:
+        recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
         # Data and plan, before a weight is loaded.
         data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
-        general_text = read_budget_text(recipe.train.forgetting_budget, recipe.data.general_text)
+        general_text = read_forgetting_text(recipe.train.forgetting_budget, recipe.data.general_text)
         lengths = data.lengths()
         plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
@@ -78,15 +83,15 @@ def prepare(
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
             first = model if init_adapter is not None else None
-            distributed.run_on_main(lambda: create_run_dir(run, recipe, lock, data, first))
+            distributed.run_on_main(lambda: create_locked_run_dir(run, recipe, lock, data, first))
 
         logger = ProgressLogger(run, base.device)
-        with remove_unstarted_run(run, logger, keep=resume):
+        with _remove_unstarted_run(run, logger, keep=resume):
             logger.trackers = start_trackers(recipe, run)
-            describe_run(logger, recipe, base, model, data, init_adapter)
+            log_run_description(logger, recipe, base, model, data, init_adapter)
             if not has_own_rate:
-                describe_default_rate(logger, recipe, len(data.train))
-            collator = build_collator(recipe.train, model, base.tokenizer, longest := find_longest(lengths))
+                log_default_learning_rate(logger, recipe, len(data.train))
+            collator = build_run_collator(recipe.train, model, base.tokenizer, longest := _find_longest(lengths))
             limit_micro_batches(collator, longest, plan)
             objective, settings = recipe.objective(), recipe.train
             general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, model)
@@ -106,22 +111,22 @@ def prepare(
                 init_adapter,
             )
             objective.prepare_run(prepared)
-            start_or_resume(prepared, resume)
-            describe_steps(prepared)
+            initialize_or_resume_training(prepared, resume)
+            log_step_composition(prepared)
             if settings.compile:
                 logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
             if plan is not None:
-                probe = compare_with_plan(prepared, plan, resident)
+                probe = probe_memory_against_plan(prepared, plan, resident)
                 if distributed.is_main_process():
                     write_json(run.plan_file, {"plan": to_json_dict(plan), "probe": probe})
         if resume:
-            distributed.run_on_main(lambda: drop_later_metrics(prepared))
+            distributed.run_on_main(lambda: delete_later_metrics(prepared))
         prepared.start_seconds = time.perf_counter() - started
         return prepared
 
 
 @contextmanager
-def release_on_error(lock: RunLock) -> Iterator[RunLock]:
+def _release_on_error(lock: RunLock) -> Iterator[RunLock]:
     """Give the lock back if an error leaves the block."""
     try:
         yield lock
@@ -131,7 +136,7 @@ def release_on_error(lock: RunLock) -> Iterator[RunLock]:
 
 
 @contextmanager
-def remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> Iterator[None]:
+def _remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> Iterator[None]:
     """Close the logger if an error leaves the block, and delete the run folder unless it is to `keep`."""
     try:
         yield
@@ -142,7 +147,7 @@ def remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> Ite
         raise
 
 
-def find_longest(lengths: Sequence[ExampleLength]) -> int:
+def _find_longest(lengths: Sequence[ExampleLength]) -> int:
     """Return the tokens of the longest row."""
     return max(map(max, map(count_row_tokens, lengths)))
 

@@ -14,16 +14,16 @@ from ..config import Recipe
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import DataParallelSharder
-from ..models.loader import Base
+from ..models.loader import LoadedBase
 from .checkpoint import TrainingState
-from .datasets import Datasets
+from .datasets import RunDatasets
 from .loss import score_row_logps
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
-from .oom_recovery import OomRecovery, failure_check
+from .oom_recovery import OomRecovery, make_failure_check
 from .progress_logger import ProgressLogger
 from .run_dir import RunDir, RunLock
-from .validation_scores import build_sharder, score_in_parts
+from .validation_scores import build_sharder, score_across_processes
 
 
 class BytesRange(Protocol):
@@ -76,15 +76,15 @@ class PreparedRun:
         init_adapter: the adapter that the run started from, if there is one.
         start_seconds: time until the first step.
         state: what is done already; more than nothing if the run is resumed.
-        optimizer, scheduler: set by `start_or_resume` (resuming.py).
+        optimizer, scheduler: set by `initialize_or_resume_training` (resuming.py).
     """
 
     recipe: Recipe
     run: RunDir
     lock: RunLock
     logger: ProgressLogger
-    data: Datasets
-    base: Base
+    data: RunDatasets
+    base: LoadedBase
     model: Any
     objective: Objective
     collator: Collator
@@ -133,13 +133,13 @@ class PreparedRun:
             self.logger,
             enable_checkpointing=(lambda: enable_activation_checkpointing(self.model)) if can_checkpoint else None,
             planned_bytes=None if self.plan is None else planned_bytes_range(self.plan, self.device)[1],
-            any_failed=failure_check(self.model),
+            any_failed=make_failure_check(self.model),
         )
 
     def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
         """Return the summed log p of each row of some examples, computed by all processes without gradient."""
         where = "the forward pass before a training step"
-        return score_in_parts(score_row_logps, where, self.model, rows, self.sharder, self.recovery)
+        return score_across_processes(score_row_logps, where, self.model, rows, self.sharder, self.recovery)
 
 
 def planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:

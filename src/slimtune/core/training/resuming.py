@@ -20,13 +20,13 @@ from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
 from . import checkpoint
 from .checkpoint import TrainingState
-from .datasets import Datasets
+from .datasets import RunDatasets
 from .optimizer import build_optimizer
 from .prepared_run import PreparedRun
-from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary
+from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
 
 
-def resolve_start(
+def resolve_starting_recipe(
     run: RunDir, recipe: Recipe, lock: RunLock, resume: bool, init_adapter: Path | None
 ) -> tuple[Recipe, Path | None]:
     """Return the recipe, and the adapter to start from, that a run trains with.
@@ -35,13 +35,13 @@ def resolve_start(
     from brings its method's settings.
     """
     if resume:
-        recipe = distributed.run_on_main(lambda: prepare_resume(run, recipe, lock))
+        recipe = distributed.run_on_main(lambda: _prepare_resume(run, recipe, lock))
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
-    return (recipe if init_adapter is None else with_adapter_config(recipe, init_adapter)), init_adapter
+    return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
 
 
-def prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
+def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
     """Lock a run folder to resume it, after checking the recipe, and delete what a killed run left.
 
     Returns the recipe with the run's learning rate, if it has none of its own.
@@ -50,15 +50,15 @@ def prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
     if recipe.train.learning_rate == "auto":
         rate = run.load_recipe().train.learning_rate
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, learning_rate=rate))
-    check_same_recipe(run, recipe)
+    _require_same_recipe(run, recipe)
     lock.acquire()
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
-        if is_temporary(leftover.name) or leftover.parent == run.checkpoints:
-            checkpoint.remove(leftover)
+        if is_temporary_file_name(leftover.name) or leftover.parent == run.checkpoints:
+            checkpoint.delete_path(leftover)
     return recipe
 
 
-def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
+def _require_same_recipe(run: RunDir, recipe: Recipe) -> None:
     """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
     before, now = run.load_recipe().to_dict(), recipe.to_dict()
     changed = [
@@ -74,7 +74,7 @@ def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
         raise UsageError(message, "the same recipe", f"{run.resume_command()}, or another --out")
 
 
-def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
+def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     """Return the recipe with the method settings of the adapter that training starts from; raise for another method."""
     folder = find_adapter_folder(adapter)
     config = PeftConfig.from_pretrained(folder)
@@ -89,7 +89,7 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     return dataclasses.replace(recipe, method=MethodSettings(name=config.name, settings=settings))
 
 
-def create_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: Datasets, init_model: Any) -> None:
+def create_locked_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: RunDatasets, init_model: Any) -> None:
     """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
 
     def write_start(run: RunDir) -> None:
@@ -101,7 +101,7 @@ def create_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: Datasets, i
     RunDir.create(run.path, recipe, write_start)
 
 
-def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
+def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
     """Seed the random numbers, and build the run's optimizer and schedule.
 
     When resuming, all of them, the adapter and the state are then those of the newest undamaged checkpoint; without a
@@ -117,7 +117,7 @@ def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
     newest = None
     if resume:
         newest = distributed.run_on_main(
-            lambda: checkpoint.find_newest_checkpoint(run.checkpoints, prepared.logger.say)
+            lambda: checkpoint.find_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
         )
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter(prepared.model, newest)
@@ -134,7 +134,7 @@ def start_or_resume(prepared: PreparedRun, resume: bool) -> None:
         num_training_steps=max_steps,
     )
     if newest is not None:
-        restore_state(prepared, newest)
+        _restore_state(prepared, newest)
         if distributed.is_main_process():  # a kill after the last checkpoint was written left the old ones
             state, keep = prepared.state, settings.save_total_limit
             checkpoint.delete_old_checkpoints(run.checkpoints, keep, state.best_steps)
@@ -146,7 +146,7 @@ def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     load_adapter_tensors(model, "default", tensors, where=str(folder))
 
 
-def restore_state(prepared: PreparedRun, folder: Path) -> None:
+def _restore_state(prepared: PreparedRun, folder: Path) -> None:
     """Restore everything but the weights from a checkpoint."""
     values = json.loads((folder / checkpoint.STATE_FILE).read_text())
     collator = prepared.collator
@@ -161,7 +161,7 @@ def restore_state(prepared: PreparedRun, folder: Path) -> None:
     checkpoint.load_rng_state(folder)
 
 
-def drop_later_metrics(prepared: PreparedRun) -> None:
+def delete_later_metrics(prepared: PreparedRun) -> None:
     """Say where a run continues, and delete the metrics of steps that will be repeated."""
     run, state, say = prepared.run, prepared.state, prepared.logger.say
     if state.step == state.max_steps or state.is_out_of_patience(prepared.settings.early_stopping_patience):
@@ -176,6 +176,6 @@ def drop_later_metrics(prepared: PreparedRun) -> None:
     except RunError as e:
         metrics, damage = [], e.message.removeprefix(f"{file}, ")
     if damage:  # the log of the steps is not needed to continue them
-        kept = checkpoint.set_aside(file)
+        kept = checkpoint.rename_as_damaged(file)
         say(f"{file.name}: {damage}; the log begins again, the old one is now {kept.name}")
     write_atomic(file, "".join(to_json(m) + "\n" for m in metrics if m.get("step", 0) <= state.step))

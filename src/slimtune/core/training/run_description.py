@@ -9,8 +9,8 @@ from ..config import Recipe
 from ..config.recipe import MIN_EVAL_ROWS
 from ..foundation import distributed
 from ..foundation.formatting import format_count
-from ..models.loader import Base
-from .datasets import Datasets
+from ..models.loader import LoadedBase
+from .datasets import RunDatasets
 from .prepared_run import PreparedRun
 from .progress_logger import ProgressLogger
 
@@ -18,8 +18,8 @@ FEW_STEPS = 30
 """A run of whole epochs with fewer optimizer steps gets a warning: by default one on fewer than 80 rows."""
 
 
-def describe_run(
-    logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: Datasets, init_adapter: Path | None
+def log_run_description(
+    logger: ProgressLogger, recipe: Recipe, base: LoadedBase, model: Any, data: RunDatasets, init_adapter: Path | None
 ) -> None:
     """Say what is trained, on which rows, and in how many processes."""
     if init_adapter is not None:
@@ -38,7 +38,7 @@ def describe_run(
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
 
 
-def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: Datasets) -> None:
+def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: RunDatasets) -> None:
     logger.say(f"rows: {data.train_stats.text()}")
     for split, rows in (("validation", data.validation), ("test", data.test)):
         if getattr(recipe.data, split) is None and getattr(recipe.data, f"{split}_fraction") > 0:
@@ -48,7 +48,7 @@ def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: Datasets) -> No
             f"{len(documents):,} documents to train on, cut into {len(data.train):,} windows of at most "
             f"{recipe.data.max_seq_len} tokens, elsewhere in each epoch"
         )
-    if (warning := warn_of_few_held_out_rows(recipe, data)) is not None:
+    if (warning := _warn_of_few_held_out_rows(recipe, data)) is not None:
         logger.say(f"warning: {warning}")
     for name, report in data.data_reports.items():
         if report is not None:
@@ -57,13 +57,13 @@ def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: Datasets) -> No
                 logger.say(line)
 
 
-def count_held_out_rows(recipe: Recipe, data: Datasets) -> int | None:
+def count_held_out_rows(recipe: Recipe, data: RunDatasets) -> int | None:
     """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
     split = recipe.eval_split()
     return None if split is None or getattr(recipe.data, split) is not None else len(getattr(data, split).documents)
 
 
-def warn_of_few_held_out_rows(recipe: Recipe, data: Datasets) -> str | None:
+def _warn_of_few_held_out_rows(recipe: Recipe, data: RunDatasets) -> str | None:
     """Return why `slimtune eval` will not be able to say whether the run is better, and the flag that helps."""
     count, split = count_held_out_rows(recipe, data), recipe.eval_split()
     if count is None or count >= MIN_EVAL_ROWS:
@@ -76,14 +76,14 @@ def warn_of_few_held_out_rows(recipe: Recipe, data: Datasets) -> str | None:
     return f"{few} too few: {least}; {way}, or give others to it later: slimtune eval RUN --data held_out.jsonl"
 
 
-def describe_default_rate(logger: ProgressLogger, recipe: Recipe, rows: int) -> None:
+def log_default_learning_rate(logger: ProgressLogger, recipe: Recipe, rows: int) -> None:
     """Say which learning rate the run got, because its recipe has none."""
     steps = recipe.train.count_steps(rows)
     default = f"the default of {recipe.method.name} for {steps} steps over {rows} rows on this base"
     logger.say(f"learning rate: {recipe.train.learning_rate:g}, {default}; --lr sets another")
 
 
-def describe_steps(prepared: PreparedRun) -> None:
+def log_step_composition(prepared: PreparedRun) -> None:
     """Say how the rows of a step are put together, and warn if the steps are few."""
     settings, say = prepared.settings, prepared.logger.say
     steps = settings.count_steps(len(prepared.data.train))

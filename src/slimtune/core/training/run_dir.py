@@ -50,13 +50,13 @@ WRITTEN_FILES = (
 """Files of a run folder that are written under a temporary name first, `.<name>.<random>`."""
 
 
-def is_temporary(name: str) -> bool:
+def is_temporary_file_name(name: str) -> bool:
     """Return whether a file of a run folder has a temporary name; what a user has hidden there is called otherwise."""
     return any(name.startswith(f".{written}.") for written in WRITTEN_FILES)
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class StoredEvaluation:
     """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
 
     name: str
@@ -82,11 +82,11 @@ class RunResults:
     probe: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[StoredEvaluation] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def held_out(self) -> Evaluation | None:
+    def held_out(self) -> StoredEvaluation | None:
         """The first complete evaluation on rows that were not trained on."""
         answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
         classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
@@ -160,7 +160,7 @@ class RunDir:
             raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
         # A start that was killed leaves temporary files and the lock.
         names = sorted(p.name for p in run.path.iterdir()) if run.path.is_dir() else []
-        if names := [n for n in names if n not in (LOCK_FILE, WRITER_FILE) and not is_temporary(n)]:
+        if names := [n for n in names if n not in (LOCK_FILE, WRITER_FILE) and not is_temporary_file_name(n)]:
             is_run = run.recipe_file.name in names
             raise UsageError(
                 f"{run.path} already contains {'another run' if is_run else 'files'}: {format_names(names)}",
@@ -252,7 +252,7 @@ class RunDir:
 
         plan = load_json(self.plan_file, "plan", "probe")
         evaluations = [
-            Evaluation(file.stem.removeprefix("eval-"), values)
+            StoredEvaluation(file.stem.removeprefix("eval-"), values)
             for file in sorted(self.path.glob("eval-*.json"), key=position)
             if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
         ]

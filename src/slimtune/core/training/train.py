@@ -6,8 +6,8 @@ from ..config import Recipe
 from ..foundation import distributed
 from .finish_run import Interrupted as Interrupted
 from .finish_run import Terminated as Terminated
-from .finish_run import finish
-from .prepare_run import Planner, plan_nothing, prepare
+from .finish_run import save_final_results
+from .prepare_run import Planner, prepare_run, skip_planning
 from .train_result import TrainResult
 from .training_loop import TrainingLoop
 
@@ -18,7 +18,7 @@ def train(
     *,
     resume: bool = False,
     init_adapter: Path | None = None,
-    planner: Planner = plan_nothing,
+    planner: Planner = skip_planning,
     force: bool = False,
 ) -> TrainResult:
     """Run a recipe; return what `slimtune train --json` prints.
@@ -38,10 +38,10 @@ def train(
         Terminated: SIGTERM or SIGHUP; a checkpoint was written.
     """
     created_group = distributed.init_distributed()
-    with prepare(recipe, resume=resume, init_adapter=init_adapter, planner=planner, force=force) as prepared:
+    with prepare_run(recipe, resume=resume, init_adapter=init_adapter, planner=planner, force=force) as prepared:
         loop = TrainingLoop(prepared)
         loop.run()
-        result = finish(loop)
+        result = save_final_results(loop)
     if created_group:
         distributed.destroy_process_group()
     return result

@@ -16,8 +16,8 @@ from ..foundation.dtype_names import dtype_name
 from ..foundation.files import read_json
 from ..foundation.remote_code import allow_remote_code
 from ..models.dtype import pick_dtype
-from ..models.loader import Base, load_base, load_tokenizer
-from ..models.model_source import ModelSource, resolve_model
+from ..models.loader import LoadedBase, load_base, load_tokenizer
+from ..models.model_source import ModelSource, resolve_model_source
 from ..models.quantization import dequantize_model
 from .base_model import load_base_model
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
@@ -28,7 +28,7 @@ class TrainedModel:
     """A trained adapter on its base, in evaluation mode; the recipe is None if only an adapter folder was given."""
 
     model: PeftModel
-    base: Base
+    base: LoadedBase
     adapter: Path
     recipe: Recipe | None
     classes: ClassLabels | None = None  # of a sequence classifier
@@ -106,8 +106,8 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
 def resolve_trained_base(run: Path) -> ModelSource:
     """Return where the base of a run or an adapter folder is, without loading it."""
     if (folder := find_adapter_folder(run)) != run:
-        return resolve_model(RunDir.open(run).load_recipe().model.name)
-    return resolve_model(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
+        return resolve_model_source(RunDir.open(run).load_recipe().model.name)
+    return resolve_model_source(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
 
 
 def require_causal_lm_run(run: str | Path) -> None:
@@ -121,7 +121,7 @@ def require_causal_lm_run(run: str | Path) -> None:
         )
 
 
-def read_class_labels(folder: Path) -> ClassLabels:
+def _read_class_labels(folder: Path) -> ClassLabels:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
         return ClassLabels.from_config(read_json(folder / CONFIG_FILE))
@@ -133,7 +133,7 @@ def read_class_labels(folder: Path) -> ClassLabels:
     return ClassLabels(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
 
 
-def _require_trained_base(run: RunDir, base: Base) -> None:
+def _require_trained_base(run: RunDir, base: LoadedBase) -> None:
     """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
     try:
         result = read_json(run.result_file)
@@ -156,7 +156,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
-    classes = read_class_labels(folder) if config.task_type == "SEQ_CLS" else None
+    classes = _read_class_labels(folder) if config.task_type == "SEQ_CLS" else None
     recipe = None
     if folder != path:
         recipe = RunDir.open(path).load_recipe()

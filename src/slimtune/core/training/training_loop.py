@@ -34,11 +34,11 @@ from ..foundation.files import to_json, translate_os_errors, write_atomic
 from ..kernels.dropout import preserve_rng_state
 from . import checkpoint, nonfinite
 from .forgetting_budget import max_loss_increase
-from .loss import cross_entropy, forward_backward, move_to_device, score_objective
+from .loss import forward_backward, load_default_objective, move_batch_to_device, score_objective
 from .objective import Objective
 from .prepared_run import PreparedRun
-from .thread_count import ThreadCount
-from .validation_scores import score_in_parts
+from .thread_count import ThreadCountTuner
+from .validation_scores import score_across_processes
 
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
@@ -94,7 +94,7 @@ class TrainingLoop:
         self.unlogged_steps = self.state.unlogged_steps
         # A thread that waits for a GPU, or for other processes, says nothing about the cores.
         alone_on_cpu = self.device.type == "cpu" and self.processes == 1
-        self.thread_count = ThreadCount(self.logger.say) if alone_on_cpu else None
+        self.thread_count = ThreadCountTuner(self.logger.say) if alone_on_cpu else None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class TrainingLoop:
 
         def work() -> tuple[Tensor, Tensor | None, int, int]:
             part = self.sharder(rows)
-            micro_batches = [move_to_device(b, self.device) for b in part["micro_batches"]]
+            micro_batches = [move_batch_to_device(b, self.device) for b in part["micro_batches"]]
             # Outside of this block several processes keep the same random state, so that the checkpoint that one of
             # them writes serves all. Inside, each has its own dropout, seeded by run, step and process: there is room
             # for 2 ** 20 steps and 2 ** 12 processes.
@@ -310,7 +310,7 @@ class TrainingLoop:
         if math.isfinite(loss):
             self.state.validation_losses.append((self.state.step, loss))
             return
-        lines = nonfinite.nonfinite_lines(self.validation, scores)
+        lines = nonfinite.select_nonfinite_lines(self.validation, scores)
         what = f"the validation loss after step {self.state.step}"
         found = nonfinite.describe_nonfinite(what, loss, lines, self.validation, "validation")
         skip = self.settings.on_nonfinite == "skip"
@@ -325,7 +325,7 @@ class TrainingLoop:
         """
         self.recovery.step = self.state.step
         score = partial(score_objective, objective=objective)
-        scores = score_in_parts(score, "evaluation", self.model, rows, self.sharder, self.recovery, alone=alone)
+        scores = score_across_processes(score, "evaluation", self.model, rows, self.sharder, self.recovery, alone=alone)
         return dict(enumerate(scores)), objective.summarize(np.array(scores))
 
     def measure_forgetting(self, alone: bool = False) -> float:
@@ -337,7 +337,7 @@ class TrainingLoop:
 
     def measure_general_losses(self, alone: bool = False) -> dict[str, float]:
         """Return the loss on each kind of general text."""
-        objective = cross_entropy()
+        objective = load_default_objective()
         scores, _ = self.measure(self.general_rows, objective, alone)
         return {
             kind: objective.summarize(np.array([scores[i] for i in numbers]))["loss"]
@@ -353,7 +353,7 @@ class TrainingLoop:
         root, step = self.run_dir.checkpoints, self.state.step
         self.recovery.step = step
         if root.exists() and not root.is_dir():
-            kept = checkpoint.set_aside(root)
+            kept = checkpoint.rename_as_damaged(root)
             self.logger.say(f"{root} was replaced by a file, which is now {kept.name}")
         self.recovery.retry_once(
             "writing a checkpoint", lambda: checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)
@@ -379,7 +379,7 @@ class TrainingLoop:
     def save_before_exit(self) -> str:
         """Write a checkpoint if the weights are those of a whole step; return how to continue, if at all."""
         root, step = self.run_dir.checkpoints, self.state.step
-        newest = [checkpoint.checkpoint_step(f) for f in checkpoint.list_checkpoints(root)][-1:]
+        newest = [checkpoint.parse_checkpoint_step(f) for f in checkpoint.list_checkpoints(root)][-1:]
         if step and newest != [step] and self.weights_match_state and distributed.is_main_process():
             try:
                 checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)

@@ -16,7 +16,7 @@ def build_sharder(model: Any, collator: Collator) -> DataParallelSharder:
     return DataParallelSharder(collator, width, distributed.world_size(), distributed.rank())
 
 
-def score_in_parts(
+def score_across_processes(
     score: Callable[..., dict[int, list[float]]],
     where: str,
     model: Any,

@@ -14,8 +14,8 @@ from ...core.data.tokenize import BatchTokenizer, TokenizedBatch, batch_rows
 from ...core.foundation.cpu import count_usable_cpus
 from ...errors import nearest
 from ...extras.row_files import RowFile, open_rows
-from ...extras.row_formats.classification import sort_labels
-from ...extras.row_formats.documents import find_cuts
+from ...extras.row_formats.classification import sort_class_names
+from ...extras.row_formats.documents import find_window_cuts
 from .batch_stats import BatchValidator
 from .data_report import (
     DataIssue,
@@ -144,7 +144,7 @@ class DataReportBuilder:
             notes=list_notes(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
             invalid_rows=[InvalidRowNote(row.line, row.cause, row.code) for row in facts.invalid],
             invalid_count=facts.invalid_count,
-            classes={name: facts.labels[name].count for name in sort_labels(facts.labels)},
+            classes={name: facts.labels[name].count for name in sort_class_names(facts.labels)},
             pairs=measure_pairs(facts),
             tokens=stats.tokens,
             supervised_tokens=stats.supervised_tokens,
@@ -173,7 +173,7 @@ class DataReportBuilder:
         if special is None or self.tokenizer is None:
             return None, self.facts.packed_tokens
         lengths = facts.stats_by_row["length"]
-        windows = int(find_cuts(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
+        windows = int(find_window_cuts(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
         # A window inside a document begins with tokens that it does not learn.
         return windows, facts.stats.tokens + (windows - len(lengths)) * special
 

@@ -13,8 +13,8 @@ import numpy as np
 from ...core.data.tokenize import PARAGRAPH_HINT
 from ...core.foundation.formatting import format_count
 from ...errors import format_names
-from ...extras.row_files import column_hint, describe_losses
-from ...extras.row_formats.classification import sort_labels
+from ...extras.row_files import describe_unused_columns, make_unused_column_hint
+from ...extras.row_formats.classification import sort_class_names
 from .data_report import DataIssue, PairLengths
 from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, RowFacts, RowGroup
@@ -161,7 +161,8 @@ def _check_columns(facts: RowFacts) -> Iterator[Finding]:
     if columns := facts.source.lossy_columns:
         first = max(columns, key=lambda c: c.rows)
         yield Finding(
-            "unused-column", RowGroup(first.rows, [first.line], describe_losses(columns), column_hint(columns))
+            "unused-column",
+            RowGroup(first.rows, [first.line], describe_unused_columns(columns), make_unused_column_hint(columns)),
         )
 
 
@@ -308,7 +309,7 @@ def _check_classes(facts: RowFacts) -> Iterator[Finding]:
     rare = {name: rows for name, rows in labels.items() if rows.count < RARE_CLASS_ROWS}
     rarer = {n: rows for n, rows in labels.items() if n not in rare and rows.count * IMBALANCE <= most}
     spellings: dict[str, list[str]] = {}
-    for name in sort_labels(labels):
+    for name in sort_class_names(labels):
         spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
     similar = {name: labels[name] for names in spellings.values() if len(names) > 1 for name in names}
     for code, classes in (("rare-class", rare), ("class-imbalance", rarer), ("similar-labels", similar)):
@@ -331,7 +332,7 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
     path, other = facts.validation
     found = RowGroup()
     if columns := other.source.lossy_columns:
-        line, loss = columns[0].line, describe_losses(columns)
+        line, loss = columns[0].line, describe_unused_columns(columns)
         found = RowGroup(columns[0].rows, [line], f"{path}, line {line}: {loss}")
     if other.invalid_count:
         first = other.invalid[0]

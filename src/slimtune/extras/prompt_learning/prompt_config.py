@@ -43,7 +43,7 @@ class PromptLearningConfig(PeftConfig):
             yield self.error("num_virtual_tokens", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
-        from .prompt_modules import embedding_width, find_backbones
+        from .prompt_modules import find_backbones, get_embedding_width
 
         found = find_backbones(model)
         text = get_text_config(model)
@@ -53,7 +53,7 @@ class PromptLearningConfig(PeftConfig):
         self.require(fits, "num_transformer_submodules", f"1, since a {type(model).__name__} is no encoder-decoder")
         self.num_layers = self.num_layers or getattr(text, "num_hidden_layers", None)
         self.num_attention_heads = self.num_attention_heads or getattr(text, "num_attention_heads", None)
-        self.token_dim = self.token_dim or embedding_width(model.get_submodule(found.reader))
+        self.token_dim = self.token_dim or get_embedding_width(model.get_submodule(found.reader))
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the module that reads the embeddings, and the decoder that attends to its output."""

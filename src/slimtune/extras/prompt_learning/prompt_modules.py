@@ -75,7 +75,7 @@ class PromptModule(BackboneModule):
         super().__init__(task_type)
         found = find_backbones(site.model)
         self.causal = found.causal
-        pooled = not found.causal and pools_first_position(site.model, task_type)
+        pooled = not found.causal and _pools_first_position(site.model, task_type)
         self.keeps_positions = found.decoder is not None or pooled
 
     def virtual_embeddings(self) -> Tensor:
@@ -191,7 +191,7 @@ class LearnedEmbeddings(AdapterModule):
         """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
         if isinstance(self.prompt_encoder, EmbeddingTable):
             return {"prompt_embeddings": self.prompt_encoder.embedding.weight}
-        with torch.no_grad(), evaluation_mode(self.prompt_encoder):
+        with torch.no_grad(), _evaluation_mode(self.prompt_encoder):
             return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
@@ -217,7 +217,7 @@ class EmbeddingTable(nn.Module):
         return self.embedding.weight[:, columns]
 
 
-class Backbones(NamedTuple):
+class _Backbones(NamedTuple):
     """The modules of a model that read token embeddings.
 
     Args:
@@ -231,7 +231,7 @@ class Backbones(NamedTuple):
     causal: bool
 
 
-def find_backbones(model: Any) -> Backbones:
+def find_backbones(model: Any) -> _Backbones:
     """Return the modules that map token embeddings to hidden states: the innermost that take ids, them and a mask.
 
     A head may call a part of its backbone: `OPTForCausalLM` calls `model.decoder`, past `model`. Since each module
@@ -249,14 +249,14 @@ def find_backbones(model: Any) -> Backbones:
     encoders = [n for n in inner if n not in decoders]
     if getattr(model.config, "is_encoder_decoder", False):
         if len(decoders) == 1 and len(encoders) <= 1:
-            return Backbones(encoders[0] if encoders else decoders[0], decoders[0], causal=not encoders)
+            return _Backbones(encoders[0] if encoders else decoders[0], decoders[0], causal=not encoders)
     elif len(inner) == 1:
         parameters = inspect.signature(type(model.get_submodule(inner[0])).forward).parameters
         attends = CACHES & set(parameters) and hasattr(get_text_config(model), "num_attention_heads")
         if "use_cache" in parameters and not attends:
             message = f"virtual tokens are not supported for a {name}, which does not cache keys and values"
             raise ModelError(message, "a model with attention in its layers", OTHER_METHODS)
-        return Backbones(inner[0], None, _is_causal(model))
+        return _Backbones(inner[0], None, _is_causal(model))
     found = f"it has {format_names(inner)}" if inner else "no module of it takes them"
     raise ModelError(f"virtual tokens are not supported for a {name}: {found}", expected, OTHER_METHODS)
 
@@ -276,14 +276,14 @@ def _is_causal(model: Any) -> bool:
     return causal or model.can_generate() or config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def pools_first_position(model: Any, task_type: str | None) -> bool:
+def _pools_first_position(model: Any, task_type: str | None) -> bool:
     """Return whether a head above an encoder reads one position of each row, not each position."""
     names = {c.__name__ for c in type(model).__mro__}
     pooled = ("ForSequenceClassification", "ForMultipleChoice")
     return task_type == "SEQ_CLS" or any(n.endswith(pooled) for n in names)
 
 
-def embedding_width(backbone: Any) -> int:
+def get_embedding_width(backbone: Any) -> int:
     """Return the size of a backbone's token embeddings, which may differ from its hidden size (ELECTRA)."""
     table = backbone.get_input_embeddings()
     return int(getattr(table, "embedding_dim", None) or table.weight.shape[-1])
@@ -295,7 +295,7 @@ def find_backbone_name(model: Any) -> str:
     return name if name in model._modules else ""
 
 
-def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
+def tokenize_prompt_text(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
     """Return the token ids of a text, special tokens included, with the tokenizer of a name or folder."""
     try:
         ids: list[int] = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))(text)["input_ids"]
@@ -310,12 +310,12 @@ def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) ->
 def disable_adapter_for_inference(model: Any) -> Iterator[Any]:
     """Run a model without its adapters, in evaluation mode and without gradients, inside the `with`."""
     has_adapters = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
-    with torch.no_grad(), evaluation_mode(model), model.disable_adapter() if has_adapters else nullcontext():
+    with torch.no_grad(), _evaluation_mode(model), model.disable_adapter() if has_adapters else nullcontext():
         yield model
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode inside the `with`, and restore each submodule's own mode after it."""
     modes = {m: m.training for m in module.modules()}
     module.eval()

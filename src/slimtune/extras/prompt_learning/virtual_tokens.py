@@ -62,7 +62,7 @@ class BackboneCall:
         start = self._extend_positions_and_mask(n, own_rows, cached, need_mask=rows is not None)
         if not cached:
             virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(self.batch, -1, -1)
-            self.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
+            self.inputs["inputs_embeds"] = _insert_columns(virtual, embeds, start, 1)
         out = self.run_and_mark_cache(base, module, n)
         if not cached:
             out = _remove_positions(out, start, n)
@@ -225,7 +225,7 @@ class BackboneCall:
         start = None
         if _is_2d(mask):
             start = mask.long().argmax(1, keepdim=True)
-            mask = insert_columns(rows[:, None].expand(-1, n).to(mask.dtype), mask, start, 1)
+            mask = _insert_columns(rows[:, None].expand(-1, n).to(mask.dtype), mask, start, 1)
         elif mask is not None:
             mask = self._extend_prepared_mask(mask, n, rows, positions, cached)
         shifted = positions + n * rows[:, None]
@@ -233,7 +233,7 @@ class BackboneCall:
             first = positions[..., :1]
             if start is not None:
                 first = positions.gather(-1, start.expand(*positions.shape[:-1], 1))
-            shifted = insert_columns(first + columns, shifted, start, -1)
+            shifted = _insert_columns(first + columns, shifted, start, -1)
         self.inputs["attention_mask"] = mask
         if self.takes_positions:
             self.inputs["position_ids"] = shifted
@@ -284,7 +284,7 @@ class BackboneCall:
         return None if kinds == {"full_attention"} else window
 
 
-def insert_columns(new: Tensor, tensor: Tensor, start: Tensor | None, dim: int) -> Tensor:
+def _insert_columns(new: Tensor, tensor: Tensor, start: Tensor | None, dim: int) -> Tensor:
     """Return `tensor` with `new` inserted along `dim`, in each row before column `start (batch, 1)`; None: in front."""
     both = torch.cat([new, tensor], dim=dim)
     if start is None:
@@ -294,7 +294,7 @@ def insert_columns(new: Tensor, tensor: Tensor, start: Tensor | None, dim: int) 
     return both.gather(dim, _expand_index(source, both, dim))
 
 
-def remove_columns(states: Tensor | None, start: Tensor | None, n: int) -> Tensor | None:
+def _remove_columns(states: Tensor | None, start: Tensor | None, n: int) -> Tensor | None:
     """Return states `(batch, n + length, hidden)` without `n` positions from `start (batch, 1)`; None: the first."""
     if states is None or start is None:
         return states if states is None else states[:, n:]
@@ -303,10 +303,10 @@ def remove_columns(states: Tensor | None, start: Tensor | None, n: int) -> Tenso
 
 
 def _remove_positions(out: Any, start: Tensor | None, n: int) -> Any:
-    """Return a backbone's output without the hidden states of `n` positions, as in `remove_columns`."""
-    changed: dict[str, Any] = {"last_hidden_state": remove_columns(out.last_hidden_state, start, n)}
+    """Return a backbone's output without the hidden states of `n` positions, as in `_remove_columns`."""
+    changed: dict[str, Any] = {"last_hidden_state": _remove_columns(out.last_hidden_state, start, n)}
     if getattr(out, "hidden_states", None) is not None:
-        changed["hidden_states"] = tuple(remove_columns(h, start, n) for h in out.hidden_states)
+        changed["hidden_states"] = tuple(_remove_columns(h, start, n) for h in out.hidden_states)
     return replace(out, **changed)
 
 

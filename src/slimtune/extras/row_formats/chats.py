@@ -24,13 +24,13 @@ SHAREGPT_ROLES = {
 
 
 def _read_chat(record: Record) -> Fields:
-    return chat_fields(record, *parse_messages_and_train_mask(record["messages"]))
+    return make_chat_fields(record, *parse_messages_and_train_mask(record["messages"]))
 
 
 def _read_sharegpt(record: Record) -> Fields:
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    messages = [*system, *convert_sharegpt(record["conversations"])]
-    return chat_fields(record, *parse_messages_and_train_mask(messages, "conversations"))
+    messages = [*system, *_convert_sharegpt(record["conversations"])]
+    return make_chat_fields(record, *parse_messages_and_train_mask(messages, "conversations"))
 
 
 def _read_instruction(record: Record) -> Fields:
@@ -45,7 +45,7 @@ def _read_instruction(record: Record) -> Fields:
     return {"messages": messages}
 
 
-def convert_sharegpt(value: Any) -> Messages:
+def _convert_sharegpt(value: Any) -> Messages:
     """Return a ShareGPT conversation (`from`, `value`) as messages that are not validated yet.
 
     Turns that have a role instead of `from` stay as they are.
@@ -72,17 +72,17 @@ def convert_sharegpt(value: Any) -> Messages:
     return messages
 
 
-def chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
+def make_chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
     """Return the fields of a conversation; `learned` says for each message whether the model learns it."""
     every_turn = tuple(m["role"] == "assistant" for m in messages)
     return {
         "messages": messages,
         "learned": None if learned == every_turn else learned,
-        "tools": read_tools(record.get("tools")),
+        "tools": parse_tools(record.get("tools")),
     }
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
+def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return the JSON schemas of functions as OpenAI writes them, None for no tools; raise RowError for a wrong one."""
     if value is None or value in ("", []):
         return None

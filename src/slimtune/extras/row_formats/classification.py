@@ -12,7 +12,7 @@ from ...core.data.messages import (
 )
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
-from .chats import read_tools
+from .chats import parse_tools
 
 
 def _read_classification(record: Record) -> Fields:
@@ -21,7 +21,7 @@ def _read_classification(record: Record) -> Fields:
     label = record["label"]
     if isinstance(label, str) and label.lstrip().startswith("["):
         label = require_list(label, "label")  # as a CSV file has it
-    labels = tuple(parse_label(name) for name in (label if isinstance(label, list) else [label]))
+    labels = tuple(_parse_label(name) for name in (label if isinstance(label, list) else [label]))
     if len(set(labels)) < len(labels):
         raise RowError(f"names a label twice: {format_names(labels)}", "bad-label")
     fields: Fields = {"messages": [], "labels": labels}
@@ -30,17 +30,17 @@ def _read_classification(record: Record) -> Fields:
     fields["messages"], _ = parse_messages_and_train_mask(record["messages"], require_trained_turn=False)
     if not fields["messages"]:
         raise RowError("'messages' is empty", "empty-content")
-    return fields | {"tools": read_tools(record.get("tools"))}
+    return fields | {"tools": parse_tools(record.get("tools"))}
 
 
-def sort_labels(names: Iterable[str]) -> list[str]:
+def sort_class_names(names: Iterable[str]) -> list[str]:
     """Return the names of classes, each once, in the order of their ids: sorted, numbers by their value."""
     unique = set(names)
     numbers = all(name.isdecimal() for name in unique)
     return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def parse_label(value: Any) -> str:
+def _parse_label(value: Any) -> str:
     """Return the name of a class: a text, an integer or a boolean; raise RowError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with gaps is read as one of floats
@@ -48,10 +48,10 @@ def parse_label(value: Any) -> str:
         return require_text(value, "'label'").strip()
     if isinstance(value, bool | int):
         return str(value)
-    raise RowError(f"'label' is {show_cell(value)}: wanted the name or the number of a class", "bad-label")
+    raise RowError(f"'label' is {format_cell(value)}: wanted the name or the number of a class", "bad-label")
 
 
-def show_cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """Return a value as errors show it: its JSON type and its beginning."""
     return "empty" if value in (None, "", {}) else f"{get_json_type_name(value)}: {str(value)[:40]}"
 

@@ -20,7 +20,7 @@ import numpy as np
 from ...core.data.rows import RowFormat
 from ...core.data.tokenized_dataset import IGNORE_INDEX, Example, TokenizedDataset
 from ...errors import UsageError
-from .texts import read_text
+from .texts import parse_text_record
 
 
 class DocumentWindows(TokenizedDataset):
@@ -84,9 +84,9 @@ class DocumentWindows(TokenizedDataset):
         Without `rng`, first windows are as long as they can be, so that some window is as long as any of an epoch.
         """
         lengths = self._documents.lengths
-        counts, low, high = find_cuts(lengths, self.max_seq_len, len(self._prefix), vary=self.seed is not None)
+        counts, low, high = find_window_cuts(lengths, self.max_seq_len, len(self._prefix), vary=self.seed is not None)
         first = high if rng is None else rng.integers(low, high, endpoint=True)
-        w = window_size(self.max_seq_len, len(self._prefix))
+        w = _get_window_size(self.max_seq_len, len(self._prefix))
         self._owners = np.repeat(np.arange(len(lengths)), counts)
         number = np.arange(len(self._owners)) - np.repeat(np.cumsum(counts) - counts, counts)
         end = 1 + first[self._owners] + number * w
@@ -94,7 +94,7 @@ class DocumentWindows(TokenizedDataset):
         self._ends = np.where(number == counts[self._owners] - 1, lengths[self._owners], end)
 
 
-def window_size(max_seq_len: int, prefix: int) -> int:
+def _get_window_size(max_seq_len: int, prefix: int) -> int:
     """Return the most predicted tokens of a window inside a document; raise UsageError if there is none.
 
     `prefix` tokens and one token of context come before them.
@@ -105,13 +105,13 @@ def window_size(max_seq_len: int, prefix: int) -> int:
     return max_seq_len - 1 - prefix
 
 
-def find_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool) -> tuple[Any, Any, Any]:
+def find_window_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool) -> tuple[Any, Any, Any]:
     """Return the number of windows of each document, and the least and most predicted tokens of its first window.
 
     `lengths` are the documents' tokens. If the cuts must `vary`, a document whose fewest windows leave little room to
     move them has one window more.
     """
-    w, predicted = window_size(max_seq_len, prefix), np.maximum(lengths - 1, 0)
+    w, predicted = _get_window_size(max_seq_len, prefix), np.maximum(lengths - 1, 0)
     counts = -(-predicted // w)
     counts += vary & (2 * (counts * w - predicted) + 1 < w)
     room = counts * w - predicted
@@ -120,4 +120,4 @@ def find_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool)
     return np.where(whole, 1, counts), np.where(whole, predicted, low), np.where(whole, predicted, high)
 
 
-DOCUMENT = RowFormat(("text",), (), read_text, by_name_only=True, cut_windows=DocumentWindows)
+DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=DocumentWindows)

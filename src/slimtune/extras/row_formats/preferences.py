@@ -6,9 +6,9 @@ from typing import Any
 from ...core.data.messages import Messages, RowError, parse_messages_and_train_mask, require_list, require_text
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
-from .chats import read_tools
-from .classification import show_cell
-from .texts import read_prompt_completion
+from .chats import parse_tools
+from .classification import format_cell
+from .texts import parse_prompt_completion
 
 ANSWER_KEYS = ("response", "content", "answer")
 SCORE_KEYS = ("score", "overall_score", "rank")
@@ -60,8 +60,8 @@ def _read_unpaired_preference(record: Record) -> Fields:
     named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
     if not isinstance(named, bool):
         wanted = "wanted true for a good answer, false for a bad one"
-        raise RowError(f"'label' is {show_cell(label)}: {wanted}", "bad-label")
-    return read_prompt_completion(record) | {"is_good": named}
+        raise RowError(f"'label' is {format_cell(label)}: {wanted}", "bad-label")
+    return parse_prompt_completion(record) | {"is_good": named}
 
 
 def _parse_answer(value: Any, name: str) -> Messages | str:
@@ -74,7 +74,7 @@ def _prompt_fields(record: Record) -> Fields:
     if isinstance(record["prompt"], str):
         return {"messages": [], "prompt": require_text(record["prompt"], "'prompt'")}
     messages, _ = parse_messages_and_train_mask(record["prompt"], "prompt", require_trained_turn=False)
-    return {"messages": messages, "tools": read_tools(record.get("tools"))}
+    return {"messages": messages, "tools": parse_tools(record.get("tools"))}
 
 
 def _parse_score(value: Any, number: int) -> float:
@@ -83,7 +83,7 @@ def _parse_score(value: Any, number: int) -> float:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise RowError(f"the score of answer {number + 1} is {show_cell(value)}: wanted a number", "bad-score")
+        raise RowError(f"the score of answer {number + 1} is {format_cell(value)}: wanted a number", "bad-score")
     return score
 
 

@@ -2,10 +2,10 @@
 
 from ...core.data.messages import RowError, parse_messages_and_train_mask, require_text
 from ...core.data.rows import Fields, Record, RowFormat
-from .chats import chat_fields
+from .chats import make_chat_fields
 
 
-def read_prompt_completion(record: Record) -> Fields:
+def parse_prompt_completion(record: Record) -> Fields:
     """Return the fields of a prompt with its completion: two texts, or two lists of messages."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -15,10 +15,10 @@ def read_prompt_completion(record: Record) -> Fields:
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
     after, learned = parse_messages_and_train_mask(completion, "completion")
-    return chat_fields(record, before + after, (False,) * len(before) + learned)
+    return make_chat_fields(record, before + after, (False,) * len(before) + learned)
 
 
-def read_text(record: Record) -> Fields:
+def parse_text_record(record: Record) -> Fields:
     """Return the fields of a text that is learned whole."""
     return {"messages": [], "completion": require_text(record["text"], "'text'")}
 
@@ -26,7 +26,7 @@ def read_text(record: Record) -> Fields:
 PROMPT_COMPLETION = RowFormat(
     ("prompt", "completion"),
     ("tools",),
-    read_prompt_completion,
+    parse_prompt_completion,
     note="texts without a chat template",
     synonyms={"completion": ("response", "answer", "output", "reply")},
     partner_columns=("input",),
@@ -34,7 +34,7 @@ PROMPT_COMPLETION = RowFormat(
 TEXT = RowFormat(
     ("text",),
     (),
-    read_text,
+    parse_text_record,
     synonyms={"text": ("content", "document", "body")},
     partner_columns=(
         "prompt", "question", "instruction", "input", "answer", "response", "output", "completion", "target", "summary",

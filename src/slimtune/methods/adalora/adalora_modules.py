@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import active_dropout_p, dropout
-from ...core.kernels.linear_layers import layer_kind
+from ...core.kernels.dropout import active_dropout_p, make_dropout
+from ...core.kernels.linear_layers import get_layer_kind
 
 
 class LinearAdaLora(AdapterModule):
@@ -27,7 +27,7 @@ class LinearAdaLora(AdapterModule):
         # PEFT's divisor; by the rank a layer starts with, not the rank it keeps.
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
         self.config, self.pattern_key = config, f"{site.name}.lora_E"
-        self.lora_dropout = dropout(config.lora_dropout)
+        self.lora_dropout = make_dropout(config.lora_dropout)
         # In PEFT's order: one seed gives the same adapter in both libraries.
         self.lora_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
         self.lora_E = nn.Parameter(torch.randn(r, 1, device=site.init_device))
@@ -42,7 +42,7 @@ class LinearAdaLora(AdapterModule):
         self.averages: dict[str, Tensor] = {}
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        if layer_kind(base.module) == "conv":
+        if get_layer_kind(base.module) == "conv":
             A, B, scale = self.low_rank_factors()
             return base(x) + base.convolve(self.lora_dropout(x), (B @ A).to(x.dtype)) * scale
         return base.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))

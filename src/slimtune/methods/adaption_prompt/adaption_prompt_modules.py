@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.attention.learned_prefix import AttentionPrefix, gated_prefix_attention
 from ...core.attention.packed_layout import RowMask
-from ...core.kernels.linear_layers import get_weight
+from ...core.kernels.linear_layers import get_dequantized_weight
 from ...extras.prompt_learning.prompt_modules import AttentionModule
 
 
@@ -38,7 +38,7 @@ class GatedPrompt(AttentionModule):
         if rows is None:
             return linear(P)
         # In a mixed batch the layer may carry adapters of other rows: use the base's weight only.
-        return F.linear(P, get_weight(linear).to(P.dtype), linear.bias)  # type: ignore[arg-type]
+        return F.linear(P, get_dequantized_weight(linear).to(P.dtype), linear.bias)  # type: ignore[arg-type]
 
 
 class Gpt2GatedPrompt(GatedPrompt):

@@ -107,7 +107,7 @@ class BottleneckConfig(TargetedConfig):
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the chosen sub-layers in every layer."""
         from ...core.adapters.targets import get_layer_index
-        from .bottleneck_modules import find_sublayer, find_transformer_layers
+        from .bottleneck_modules import find_sublayer_name, find_transformer_layers
 
         layers, targets = find_transformer_layers(model), []
         numbers = {get_layer_index(name, None) for name in layers} - {None}
@@ -120,11 +120,11 @@ class BottleneckConfig(TargetedConfig):
             if get_layer_index(name, None) in self.leave_out:
                 continue
             if self.mh_adapter:
-                targets.append(find_sublayer(name, layer, "attention", bool(self.is_parallel)))
+                targets.append(find_sublayer_name(name, layer, "attention", bool(self.is_parallel)))
             if self.original_ln_before:
                 targets.append(name)
             elif self.output_adapter:
-                targets.append(find_sublayer(name, layer, "feed-forward", bool(self.is_parallel)))
+                targets.append(find_sublayer_name(name, layer, "feed-forward", bool(self.is_parallel)))
         return targets
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
@@ -142,11 +142,11 @@ class BottleneckConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
         from ...core.adapters.targets import get_layer_index
-        from ...core.kernels.linear_layers import layer_kind, layer_sizes
+        from ...core.kernels.linear_layers import get_layer_kind, get_layer_sizes
         from .bottleneck_modules import Bottleneck
 
         module = site.module
-        sizes = layer_sizes(module) if layer_kind(module) == "linear" else (site.in_features, site.out_features)
+        sizes = get_layer_sizes(module) if get_layer_kind(module) == "linear" else (site.in_features, site.out_features)
         if not all(sizes):
             raise TargetError(f"the output size of {site.name} is unknown", "a model whose config has hidden_size")
         factor, layer = self.reduction_factor, get_layer_index(site.name, None)

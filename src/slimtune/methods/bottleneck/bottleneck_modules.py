@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from ...core.adapters.adapter_module import Site, SubLayerAdapter
 from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, get_text_config
-from ...core.kernels.dropout import dropout
-from ...core.kernels.linear_layers import layer_kind
+from ...core.kernels.dropout import make_dropout
+from ...core.kernels.linear_layers import get_layer_kind
 from ...errors import TargetError, format_names
 from .bottleneck_config import BottleneckConfig
 
@@ -30,7 +30,7 @@ class Bottleneck(SubLayerAdapter):
         super().__init__()
         self.is_parallel = config.is_parallel
         self.activation = F.leaky_relu if config.non_linearity == "leakyrelu" else ACT2FN[config.non_linearity]
-        self.dropout = dropout(config.dropout)
+        self.dropout = make_dropout(config.dropout)
         # In the order of the `adapters` library: one seed gives the same adapter in both libraries.
         self.adapter_down = nn.Linear(inputs, size, device=site.init_device)
         self.adapter_up = nn.Linear(size, outputs, device=site.init_device)
@@ -78,7 +78,7 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     return layers
 
 
-def find_sublayer(name: str, layer: nn.Module, what: Literal["attention", "feed-forward"], parallel: bool) -> str:
+def find_sublayer_name(name: str, layer: nn.Module, what: Literal["attention", "feed-forward"], parallel: bool) -> str:
     """Return the full name of the module that returns a sub-layer's output, without its residual."""
     paths = ATTENTION if what == "attention" else FEED_FORWARD
     path = _first_submodule(layer, paths)
@@ -92,7 +92,7 @@ def find_sublayer(name: str, layer: nn.Module, what: Literal["attention", "feed-
         children = format_names(n for n, _ in layer.named_children())
         message = f"the layer {name} ({type(layer).__name__}) has no known {what}; it has {children}"
         raise TargetError(message, f"one of {format_names(paths)}", "name the modules to adapt in target_modules")
-    if parallel and layer_kind(module) is not None:
+    if parallel and get_layer_kind(module) is not None:
         message = f"the {what} of {name} is not a module ({path} gives its output), so its input is unknown"
         raise TargetError(message, "style 'houlsby' or 'pfeiffer'")
     return f"{name}.{path}"

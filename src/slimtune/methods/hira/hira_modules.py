@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward
-from ...core.kernels.dropout import dropout
+from ...core.kernels.dropout import make_dropout
 from ...core.kernels.linear_layers import is_quantized
 
 
@@ -19,7 +19,7 @@ class LinearHira(AdapterModule):
 
     def __init__(self, A: Tensor, B: Tensor, dropout_p: float) -> None:
         super().__init__()
-        self.hira_A, self.hira_B, self.hira_dropout = nn.Parameter(A), nn.Parameter(B), dropout(dropout_p)
+        self.hira_A, self.hira_B, self.hira_dropout = nn.Parameter(A), nn.Parameter(B), make_dropout(dropout_p)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         y, weight = base(x), base.weight()

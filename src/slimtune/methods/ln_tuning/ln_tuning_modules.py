@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.linear_layers import is_quantized, is_transposed, layer_kind
+from ...core.kernels.linear_layers import get_layer_kind, is_quantized, is_weight_transposed
 from ...errors import TargetError
 
 
@@ -16,7 +16,7 @@ class TrainedNorm(AdapterModule):
         super().__init__()
         if is_quantized(site.module):
             raise TargetError(f"{site.name} is quantized, so it cannot train", "norms, or a base in 16 or 32 bits")
-        self.is_transposed = is_transposed(site.module)
+        self.is_transposed = is_weight_transposed(site.module)
         self.ln_tuning_layers = nn.Module()
         for name in ("weight", "bias"):
             base: Any = getattr(site.module, name, None)
@@ -28,7 +28,7 @@ class TrainedNorm(AdapterModule):
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         trained = dict(self.ln_tuning_layers.named_parameters())
         # The copies keep their dtype, since 16 bits would round away what they learn; these layers allow one dtype.
-        has_one_dtype = isinstance(base.module, nn.LayerNorm) or layer_kind(base.module) == "linear"
+        has_one_dtype = isinstance(base.module, nn.LayerNorm) or get_layer_kind(base.module) == "linear"
         inputs = x.to(trained["weight"].dtype) if has_one_dtype else x
         y = base.run_base_with(trained, inputs)
         if base.inner_modules:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import draw_output_mask
+from ...core.kernels.dropout import draw_output_dropout_mask
 from ...core.kernels.recompute import recompute_linear
 from .loha_config import LoHaConfig, LycorisConfig
 
@@ -32,7 +32,7 @@ class LycorisModule(AdapterModule):
         """Return an update `(..., out)` with some outputs set to zero while training."""
         if not (self.training and self.rank_dropout):
             return update
-        return update * draw_output_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
+        return update * draw_output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
 
     def add_factors(self, site: Site, shapes: Mapping[str, tuple[int, ...]], zero: str | None) -> None:
         """Create the factors, Kaiming-uniform except `zero`, in PEFT's order: one seed gives equal adapters in both."""
@@ -104,14 +104,14 @@ class LinearLoHa(LycorisModule):
         if not hasattr(self, "hada_t1"):
             return self.scale * _multiply(w1a, w1b, w2a, w2b)
         t1, t2 = self.get_factors(_KERNELS, dtype)
-        return self.scale * rebuild_kernel(t1, w1a, w1b) * rebuild_kernel(t2, w2a, w2b)
+        return self.scale * rebuild_conv_kernel(t1, w1a, w1b) * rebuild_conv_kernel(t2, w2a, w2b)
 
 
 class ConvLoHa(LinearLoHa, ConvLycoris):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) ∗ x` for a convolution."""
 
 
-def rebuild_kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def rebuild_conv_kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the matrix `Σ_pq a_po t_pqk b_qi (out, in · k1 · k2)` of `t (r, r, k1, k2)`, `a (r, out)`, `b (r, in)`."""
     return torch.einsum("pqkl,po,qi->oikl", t, a, b).flatten(1)
 

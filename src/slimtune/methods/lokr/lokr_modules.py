@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapters.adapter_module import Site
-from ..loha.loha_modules import ConvLycoris, LycorisModule, rebuild_kernel
+from ..loha.loha_modules import ConvLycoris, LycorisModule, rebuild_conv_kernel
 from .lokr_config import LoKrConfig
 
 
@@ -16,8 +16,8 @@ class LinearLoKr(LycorisModule):
     def __init__(self, site: Site, config: LoKrConfig) -> None:
         super().__init__(site, config, rescale=config.rank_dropout_scale)
         kernel: tuple[int, ...] = site.module.kernel_size if site.kind == "conv" else ()  # type: ignore[assignment]
-        m, n = factorize(site.in_features // math.prod(kernel), config.decompose_factor)
-        p, q = factorize(site.out_features, config.decompose_factor)
+        m, n = factorize_size(site.in_features // math.prod(kernel), config.decompose_factor)
+        p, q = factorize_size(site.out_features, config.decompose_factor)
         self.shape = (p, q, m, n)
         w1 = {"lokr_w1": (p, m)}
         if config.decompose_both and self.r < max(p, m) / 2:
@@ -59,7 +59,7 @@ class LinearLoKr(LycorisModule):
         """Return `s · W1 ⊗ W2`."""
         w2 = self.get_factors(self.w2_names, dtype)
         if len(w2) == 3:
-            w2 = [rebuild_kernel(w2[2], w2[0], w2[1])]
+            w2 = [rebuild_conv_kernel(w2[2], w2[0], w2[1])]
         w1, W2 = self._get_scaled_w1(dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]
         # Of a W2 (q, n, k) PEFT multiplies the last two dimensions by W1, so a Conv1d's weight has another order.
         return (
@@ -84,7 +84,7 @@ def _times_transposed(X: Tensor, W: Tensor) -> Tensor:
     return (X.reshape(-1, X.shape[-1]) @ W.t()).unflatten(0, X.shape[:2])
 
 
-def factorize(size: int, most: int = -1) -> tuple[int, int]:
+def factorize_size(size: int, most: int = -1) -> tuple[int, int]:
     """Return two factors of `size`: `most` first where it divides, else the largest factor up to `most` and √size."""
     if most > 0 and size % most == 0:
         return most, size // most

@@ -24,7 +24,7 @@ from ...core.attention.attention_functions import LAYOUT_KWARG
 from ...core.attention.packed_layout import PackedLayout
 from ...core.foundation.device import is_device_simulated
 from ...errors import UsageError
-from ...extras.mixed_batch import keep_selection_in_checkpoints
+from ...extras.mixed_batch import make_checkpointing_keep_row_adapters
 from .alora import NEVER, find_last_invocations
 
 Offsets = Sequence[int | None]
@@ -42,23 +42,23 @@ class ActivatedLoraCalls(PeftModel):
         the invocation tokens on.
         """
         active = self.adapter_state.active_state
-        if not find_active_invocation_tokens(active, self.peft_config):
+        if not _find_active_invocation_tokens(active, self.peft_config):
             return super().__call__(*args, **kwargs)  # torch.compile stops at a `with`
-        with select_tokens(active, self.peft_config, args, kwargs, alora_offsets) as store_starts:
-            keep_selection_in_checkpoints(self)
+        with _select_tokens(active, self.peft_config, args, kwargs, alora_offsets) as store_starts:
+            make_checkpointing_keep_row_adapters(self)
             out = super().__call__(*args, **kwargs)
             store_starts(out)
         return out
 
     def generate(self, *args: Any, alora_offsets: Offsets | None = None, **kwargs: Any) -> Any:
         """Generate like the base; `alora_offsets` are those of the prompt."""
-        with fix_invocations(self.adapter_state.active_state, self.peft_config, args, kwargs, alora_offsets):
+        with _fix_invocations(self.adapter_state.active_state, self.peft_config, args, kwargs, alora_offsets):
             return super().generate(*args, **kwargs)
 
     def must_prepare_call(self, kwargs: Mapping[str, Any]) -> bool:
         active = self.adapter_state.active_state
         # Called directly, the tokens of an activated LoRA are not known yet.
-        unknown = active.changed_tokens is None and bool(find_active_invocation_tokens(active, self.peft_config))
+        unknown = active.changed_tokens is None and bool(_find_active_invocation_tokens(active, self.peft_config))
         return unknown or "alora_offsets" in kwargs or super().must_prepare_call(kwargs)
 
 
@@ -88,11 +88,11 @@ class ActivatedLoraPositions(NamedTuple):
 
 
 @contextmanager
-def fix_invocations(
+def _fix_invocations(
     active: ActiveAdapters, configs: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], offsets: Offsets | None
 ) -> Iterator[None]:
     """Inside the `with`, calls of the model are steps of a generation, and only its prompt is searched."""
-    invocations = find_active_invocation_tokens(active, configs)
+    invocations = _find_active_invocation_tokens(active, configs)
     if invocations:
         ids = _find_ids(args, kwargs)
         if ids is None:
@@ -107,14 +107,14 @@ def fix_invocations(
 
 
 @contextmanager
-def select_tokens(
+def _select_tokens(
     active: ActiveAdapters, configs: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], offsets: Offsets | None
 ) -> Iterator[Callable[[Any], None]]:
     """Inside the `with`, the adapted layers know which tokens of the call `model(*args, **kwargs)` are changed.
 
     Yields a function to be called with the call's output, which remembers where the rows start to change.
     """
-    invocations = find_active_invocation_tokens(active, configs)
+    invocations = _find_active_invocation_tokens(active, configs)
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     starts, tokens = _find_tokens(active, invocations, args, kwargs, offsets, cache)
 
@@ -132,7 +132,7 @@ def select_tokens(
         active.changed_tokens = before
 
 
-def find_active_invocation_tokens(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
+def _find_active_invocation_tokens(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the invocation tokens of the adapters that run and have them."""
     names = active.names if active.row_adapters is None else active.row_adapters
     found = {n: getattr(configs.get(n), "alora_invocation_tokens", None) for n in names}

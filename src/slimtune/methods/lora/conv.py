@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
-from ...core.kernels.dropout import dropout
+from ...core.kernels.dropout import make_dropout
 from ...errors import ConfigError
 from .dora import CachedNorms
-from .init import init_weights
+from .init import initialize_lora_factors
 from .layers import LoraModule
 
 _CLASSES: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -43,13 +43,13 @@ class ConvLora(LoraModule):
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")
         if conv.groups > 1 and not site.loading:
             warnings.warn(f"{site.name} has groups={conv.groups}: a LoRA on it cannot be merged", stacklevel=2)
-        self.lora_dropout = dropout(config.lora_dropout)
+        self.lora_dropout = make_dropout(config.lora_dropout)
         cls, device = _CLASSES[len(conv.kernel_size)], site.init_device
         geometry = {n: getattr(conv, n) for n in ("stride", "padding", "dilation", "padding_mode")}
         # In PEFT's order: one seed gives the same adapter in both libraries.
         self.lora_A = cls(conv.in_channels, r, conv.kernel_size, bias=False, device=device, **geometry)
         self.lora_B = cls(r, conv.out_channels, 1, groups=conv.groups, bias=config.lora_bias, device=device)
-        init_weights(self.init, self.lora_A, self.lora_B)
+        initialize_lora_factors(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
         if config.freeze_a:
             self.freeze_parameter("lora_A.weight")

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
 from ...core.adapters.targets import find_linear_targets
-from ...core.kernels.linear_layers import get_weight
+from ...core.kernels.linear_layers import get_dequantized_weight
 from ...errors import ConfigError
-from ...extras.layer_inputs import load_statistics, record_layer_inputs, save_statistics
+from ...extras.layer_inputs import load_cached_statistics, record_layer_inputs, save_cached_statistics
 from .init_configs import CordaConfig as CordaConfig
 
 _DAMPING, _LARGEST_ERROR = 0.01, 0.05
 
 
 @dataclass
-class CordaEigens:
+class _CordaEigens:
     """The components of one layer that its adapter starts as: `S_WC (r)`, `U_WC (out, r)`, `V_WC (in, r)`."""
 
     S_WC: Tensor
@@ -52,13 +52,15 @@ def preprocess_corda(
     """
     settings: CordaConfig = lora_config.corda_config
     layers = find_linear_targets(model, lora_config)
-    cached = load_statistics(settings.cache_file)
+    cached = load_cached_statistics(settings.cache_file)
     if cached is not None:
         for name, layer in layers.items():
             parts = {part: cached[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")}
-            layer.eigens = CordaEigens(**{part: t.to(get_weight(layer).device) for part, t in parts.items()})
+            layer.eigens = _CordaEigens(
+                **{part: t.to(get_dequantized_weight(layer).device) for part, t in parts.items()}
+            )
         return
-    covariances = load_statistics(settings.covariance_file)
+    covariances = load_cached_statistics(settings.covariance_file)
     if covariances is None:
         if run_model is None:
             raise ConfigError("preprocess_corda has no run_model, and no file of corda_config exists", "one of them")
@@ -69,18 +71,18 @@ def preprocess_corda(
         if not settings.prune_temporary_fields:
             for name, layer in layers.items():
                 layer.sample_count, layer.covariance_matrix = counts[name], covariances[name]
-        save_statistics(settings.covariance_file, covariances)
+        save_cached_statistics(settings.covariance_file, covariances)
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if settings.verbose:
             print(f"CorDA: decomposing {name}")
         r = lora_config.get_rank(name)
-        covariance = covariances[name].to(get_weight(layer).device)
-        S, U, V = decompose(get_weight(layer).detach().float(), covariance.float())
+        covariance = covariances[name].to(get_dequantized_weight(layer).device)
+        S, U, V = _decompose(get_dequantized_weight(layer).detach().float(), covariance.float())
         kept = slice(None, r) if settings.corda_method == "ipm" else slice(-r, None)
-        layer.eigens = CordaEigens(S[kept].clone(), U[:, kept].clone(), V[:, kept].clone())
+        layer.eigens = _CordaEigens(S[kept].clone(), U[:, kept].clone(), V[:, kept].clone())
         found |= {f"{name}.eigens.{part}": tensor for part, tensor in vars(layer.eigens).items()}
-    save_statistics(settings.cache_file, found)
+    save_cached_statistics(settings.cache_file, found)
 
 
 def _sum_covariances(
@@ -107,7 +109,7 @@ def _sum_covariances(
     return sums, counts
 
 
-def decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `S`, `U (out, k)` and `V (in, k)` with `U S Vᵀ = W (out, in)`, the components of `W C` in order."""
     identity = torch.eye(len(covariance), device=covariance.device)
     damping = _DAMPING
@@ -121,10 +123,10 @@ def decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tenso
     return S, U, (Vh @ inverse).t()
 
 
-def corda_start(site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def take_corda_factors(site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from what `preprocess_corda` left on the layer, which is removed."""
     module: Any = site.module
-    eigens: CordaEigens | None = getattr(module, "eigens", None)
+    eigens: _CordaEigens | None = getattr(module, "eigens", None)
     if eigens is None:
         message = f"{site.name} has no `eigens`, which an adapter with init_lora_weights='corda' starts from"
         raise ConfigError(message, hint="call preprocess_corda(model, config, run_model) before")

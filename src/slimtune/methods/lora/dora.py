@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...core.adapters.adapter_module import BaseForward, Site
-from ...core.kernels.linear_layers import get_weight
-from ...core.kernels.low_rank import add_low_rank
+from ...core.kernels.linear_layers import get_dequantized_weight
+from ...core.kernels.low_rank import add_low_rank_to_weight
 from .layers import EmbeddingLora, LinearLora, LoraModule
 
 
@@ -82,7 +82,7 @@ class _Magnitude(CachedNorms):
         self._cached_squares: tuple[Any, Tensor] | None = None
         norms = torch.ones(site.out_features, device=site.device)
         if not site.loading:
-            weight = get_weight(site.module).detach()
+            weight = get_dequantized_weight(site.module).detach()
             norms = row_norms(self._base_squares(site.module, weight), weight, *self.low_rank(), scale).detach()
         self.lora_magnitude_vector = nn.Parameter(norms.to(site.dtype))
 
@@ -114,7 +114,7 @@ class _Magnitude(CachedNorms):
         """Return None: the update has no low rank."""
 
     def neutral_values(self, site: Site) -> dict[str, Any]:
-        norms = self._base_squares(site.module, get_weight(site.module).detach()).sqrt()
+        norms = self._base_squares(site.module, get_dequantized_weight(site.module).detach()).sqrt()
         return {**super().neutral_values(site), "lora_magnitude_vector": norms}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +122,7 @@ class _Magnitude(CachedNorms):
         (A, B), m = self.low_rank(), self.lora_magnitude_vector
         norms = row_norms(_squared_norms(weight), weight, A, B, self.scale).to(m.dtype)
         c = m.to(weight.dtype) / norms.to(weight.dtype)
-        return add_low_rank(weight, A, B, self.scale) * c[:, None], bias
+        return add_low_rank_to_weight(weight, A, B, self.scale) * c[:, None], bias
 
 
 class LinearDora(_Magnitude, LinearLora):

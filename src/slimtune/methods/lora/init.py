@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
 from ...errors import ConfigError
-from .corda import corda_start
+from .corda import take_corda_factors
 from .init_configs import PISSA_NITER, LoraGAConfig
-from .loraga import loraga_start
+from .loraga import take_loraga_factors
 
 
 @torch.no_grad()
-def init_weights(init: bool | str, A: Any, B: Any, r: int | None = None) -> None:
+def initialize_lora_factors(init: bool | str, A: Any, B: Any, r: int | None = None) -> None:
     """Initialize A `(r, in, ...)` and B `(out, r, ...)` without the base's weight, with PEFT's random numbers.
 
     `r` is the rank where A contains those of several experts.
@@ -55,14 +55,14 @@ def init_weights(init: bool | str, A: Any, B: Any, r: int | None = None) -> None
 
 
 @torch.no_grad()
-def init_from_base_weight(
+def make_lora_factors_from_base(
     init: str, site: Site, r: int, scale: float, loraga: LoraGAConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the weight, or from data."""
     if init == "corda":
-        return corda_start(site, r, scale)
+        return take_corda_factors(site, r, scale)
     if init == "lora_ga":
-        return loraga_start(loraga, site, r, scale)
+        return take_loraga_factors(loraga, site, r, scale)
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
         title = {"mica": "MiCA", "olora": "OLoRA"}.get(init, "PiSSA")

@@ -11,12 +11,12 @@ NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "corda
 PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
 
 
-def is_valid_init(init: Any) -> bool:
+def is_valid_lora_init(init: Any) -> bool:
     """Return whether `init` is a value that init_lora_weights accepts."""
     return isinstance(init, bool) or init in NAMED_INITS or bool(PISSA_NITER.fullmatch(init))
 
 
-def is_subtracted_init(init: Any) -> bool:
+def is_init_subtracted_from_base(init: Any) -> bool:
     """Return whether A and B start as a part of the base's weight, which has to be subtracted again."""
     return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...core.kernels.linear_layers import get_weight
+from ...core.kernels.linear_layers import get_dequantized_weight
 from ...core.kernels.low_rank import nearest_low_rank
 from ...errors import ConfigError
 from .layers import EmbeddingLora, LinearLora
@@ -53,7 +53,7 @@ def reduce_intruder_dimension(
         A, B, scale = old.low_rank_factors()
         # PEFT's order of an embedding: its directions are those of the tokens.
         is_embedding = isinstance(old, EmbeddingLora)
-        weight, change = get_weight(layer).detach().float(), (B.float() @ A.float()) * scale
+        weight, change = get_dequantized_weight(layer).detach().float(), (B.float() @ A.float()) * scale
         if is_embedding:
             weight, change = weight.t(), change.t()
         U_base = torch.linalg.svd(weight, full_matrices=False)[0]

@@ -16,7 +16,7 @@ from ...core.adapters.architectures import get_text_config
 from ...errors import ModelError, TargetError
 
 
-class Replication(NamedTuple):
+class _Replication(NamedTuple):
     """What replication replaced, to put it back."""
 
     ranges: Sequence[Sequence[int]]
@@ -34,7 +34,7 @@ class Replication(NamedTuple):
             setattr(get_text_config(model), field, value)
 
 
-def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Replication:
+def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> _Replication:
     """Stack the layers of the ranges `[start, end)` in a model of transformers, in place."""
     config = get_text_config(model)
     count: int = getattr(config, "num_hidden_layers", 0)
@@ -58,7 +58,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Repli
     config.num_hidden_layers = len(order)
     _number_layers(stacked)
     setattr(parent, name, stacked)
-    return Replication(ranges, parent, name, layers, {**old, "num_hidden_layers": count})
+    return _Replication(ranges, parent, name, layers, {**old, "num_hidden_layers": count})
 
 
 def _copy_layer(layer: nn.Module) -> Any:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import active_dropout_p, dropout
-from ...core.kernels.low_rank import add_low_rank
+from ...core.kernels.dropout import active_dropout_p, make_dropout
+from ...core.kernels.low_rank import add_low_rank_to_weight
 from ...errors import AdapterError, ConfigError
-from .init import init_from_base_weight, init_weights
-from .init_configs import is_subtracted_init
+from .init import initialize_lora_factors, make_lora_factors_from_base
+from .init_configs import is_init_subtracted_from_base
 
 
 class LoraModule(AdapterModule):
@@ -103,19 +103,19 @@ class LinearLora(LoraModule):
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
-        self.lora_dropout = dropout(config.lora_dropout)
+        self.lora_dropout = make_dropout(config.lora_dropout)
         # In PEFT's order: one seed gives the same adapter in both libraries.
         self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.init_device)
         self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.init_device)
-        init_weights(self.init, self.lora_A, self.lora_B)
+        initialize_lora_factors(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
         if config.freeze_a or self.init == "mica":
             self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
-        if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading:
-            A, B = init_from_base_weight(self.init, site, r, scale, config.lora_ga_config)
+        if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.loading:
+            A, B = make_lora_factors_from_base(self.init, site, r, scale, config.lora_ga_config)
             self.lora_A.weight.data.copy_(A)
             self.lora_B.weight.data.copy_(B)
-        if is_subtracted_init(self.init):
+        if is_init_subtracted_from_base(self.init):
             self.register_buffer("start_A", self.lora_A.weight.detach().clone())
             self.register_buffer("start_B", self.lora_B.weight.detach().clone())
 
@@ -137,7 +137,7 @@ class LinearLora(LoraModule):
         return super().low_rank_factors() if self.lora_B.bias is None else None
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return add_low_rank(weight, *self.low_rank(), self.scale), self.add_bias(bias, weight.dtype)
+        return add_low_rank_to_weight(weight, *self.low_rank(), self.scale), self.add_bias(bias, weight.dtype)
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
@@ -152,7 +152,7 @@ class LinearLora(LoraModule):
                     "numbers; computed again, in PEFT as well, it differs a little",
                     stacklevel=2,
                 )
-            A, B = init_from_base_weight(self.init, site, self.lora_A.out_features, self.scale)
+            A, B = make_lora_factors_from_base(self.init, site, self.lora_A.out_features, self.scale)
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
@@ -172,7 +172,7 @@ class EmbeddingLora(LoraModule):
             self.freeze_parameter("lora_embedding_B")
             # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
             if not site.loading:
-                self.lora_embedding_B.data.copy_(init_from_base_weight("mica", site, r, scale)[1])
+                self.lora_embedding_B.data.copy_(make_lora_factors_from_base("mica", site, r, scale)[1])
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A, self.lora_embedding_B
@@ -182,7 +182,7 @@ class EmbeddingLora(LoraModule):
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
 
 
-class TiedLora(LoraModule):
+class _TiedLora(LoraModule):
     """What both kinds of tied modules share: no parameters of their own, and the embedding's module, their owner."""
 
     def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
@@ -198,17 +198,17 @@ class TiedLora(LoraModule):
         return self.owner.r
 
 
-class TiedLinearLora(TiedLora):
+class TiedLinearLora(_TiedLora):
     """`y + s · Aᵀ Bᵀ dropout(x)` with the embedding's A and B, for a linear layer whose weight is the embedding's."""
 
-    peft_values: ClassVar = {**TiedLora.peft_values, "lora_A": "lora_A", "lora_B": "lora_B"}
+    peft_values: ClassVar = {**_TiedLora.peft_values, "lora_A": "lora_A", "lora_B": "lora_B"}
     peft_modules: ClassVar[Collection[str]] = ("lora_A", "lora_B")
     lora_A = property(lambda self: self.owner.lora_embedding_B.t())
     lora_B = property(lambda self: self.owner.lora_embedding_A.t())
 
     def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
         super().__init__(site, config, owner)
-        self.lora_dropout = dropout(config.lora_dropout)
+        self.lora_dropout = make_dropout(config.lora_dropout)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B
@@ -218,16 +218,16 @@ class TiedLinearLora(TiedLora):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # The product of the embedding, so that both round to the same weight.
-        return add_low_rank(weight.t(), *self.owner.low_rank(), self.scale).t(), bias
+        return add_low_rank_to_weight(weight.t(), *self.owner.low_rank(), self.scale).t(), bias
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 
-class TiedEmbeddingLora(TiedLora):
+class TiedEmbeddingLora(_TiedLora):
     """An embedding with the update of the input embedding."""
 
-    peft_values: ClassVar = TiedLora.peft_values | {n: n for n in ("lora_embedding_A", "lora_embedding_B")}
+    peft_values: ClassVar = _TiedLora.peft_values | {n: n for n in ("lora_embedding_A", "lora_embedding_B")}
     lora_embedding_A = property(lambda self: self.owner.lora_embedding_A)
     lora_embedding_B = property(lambda self: self.owner.lora_embedding_B)
 
@@ -263,7 +263,7 @@ class AttentionWeightLora(LinearLora):
         return (*self.low_rank(), self.times * self.scale)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return add_low_rank(weight, *self.low_rank_factors()), bias
+        return add_low_rank_to_weight(weight, *self.low_rank_factors()), bias
 
 
 def double_out_projections(sites: Sequence[Site], modules: Iterable[AdapterModule]) -> None:

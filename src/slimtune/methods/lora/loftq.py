@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...core.data.tokenized_dataset import split_example_rows
-from ...core.kernels.linear_layers import get_weight, is_quantized
+from ...core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from ...errors import UsageError, format_names
-from ...extras.layer_inputs import ROWS, collect_layer_inputs, second_moment
+from ...extras.layer_inputs import ROWS, collect_layer_inputs, compute_second_moment
 from .init_configs import LoftQConfig as LoftQConfig
 
 _DAMPING = 0.1
@@ -70,8 +70,10 @@ def replace_lora_weights_loftq(
     for name, module in layers.items():
         adapter = adapters[name]
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
-        error = _load_tensor(files, f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
-        up, down = approximate_error(error, A.shape[0], (calibration_inputs or {}).get(name))
+        error = (
+            _load_tensor(files, f"{name}.weight").to(A.device, torch.float32) - get_dequantized_weight(module).float()
+        )
+        up, down = approximate_quantization_error(error, A.shape[0], (calibration_inputs or {}).get(name))
         before = A.clone(), B.clone()
         A.copy_(down)
         B.copy_(up / adapter.scale)
@@ -80,13 +82,13 @@ def replace_lora_weights_loftq(
             B.copy_(before[1])
 
 
-def approximate_error(error: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def approximate_quantization_error(error: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return `(out, rank)` and `(rank, in)`, whose product is nearest to the error; both have columns of equal norm."""
     if inputs is None:
         U, S, Vh = torch.linalg.svd(error, full_matrices=False)
         root = S[:rank].sqrt()
         return U[:, :rank] * root, root[:, None] * Vh[:rank]
-    L = torch.linalg.cholesky(second_moment(inputs.to(error.device), _DAMPING))
+    L = torch.linalg.cholesky(compute_second_moment(inputs.to(error.device), _DAMPING))
     U, S, Vh = torch.linalg.svd(error.double() @ L, full_matrices=False)
     down = torch.linalg.solve_triangular(L, Vh[:rank], upper=False, left=False)
     norms = down.norm(dim=1)

@@ -20,7 +20,7 @@ from ...core.adapters.peft_config import (
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens.trainable_tokens_config import are_unique_token_ids
-from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_init
+from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_lora_init
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,7 +130,7 @@ class LoraConfig(PatternedConfig):
     def find_conflicts(self) -> Iterator[FieldError]:
         yield from super().find_conflicts()
         init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
-        if not is_valid_init(init):
+        if not is_valid_lora_init(init):
             expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
             yield self.error("init_lora_weights", expected)
         if init == "orthogonal":
@@ -227,7 +227,7 @@ class LoraConfig(PatternedConfig):
             list_all_linear_targets,
             shorten_names,
         )
-        from .parameters import find_unsupported_field, target_projections_by_weight
+        from .parameters import find_unsupported_field, move_expert_like_targets_to_parameters
 
         super().fill_from_model(model)
         if self.target_modules == ALL_LINEAR and (
@@ -244,7 +244,7 @@ class LoraConfig(PatternedConfig):
                     value = f"{field} is {getattr(self, field)!r}, which they do not support"
                     message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
                     warnings.warn(message, stacklevel=2)
-        target_projections_by_weight(self, model)
+        move_expert_like_targets_to_parameters(self, model)
 
     def change_base(self, model: nn.Module) -> ReversibleBaseChange | None:
         """Replicate the base's layers."""
@@ -254,10 +254,10 @@ class LoraConfig(PatternedConfig):
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         from ...core.adapters.targets import find_target_parameters
-        from .parameters import find_misread_projections
+        from .parameters import find_linears_peft_takes_for_experts
 
         parameters: dict[str, SiteKind] = dict.fromkeys(find_target_parameters(model, self), "parameters")
-        parameters |= dict.fromkeys(parameters.keys() & find_misread_projections(model), "linear")
+        parameters |= dict.fromkeys(parameters.keys() & find_linears_peft_takes_for_experts(model), "linear")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
         if both := [name for name in parameters if name in rows]:
             message = f"target_parameters and trainable_token_indices both change {format_names(both)}"
@@ -266,11 +266,11 @@ class LoraConfig(PatternedConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         from ...core.adapters.targets import find_tied_modules
-        from ..trainable_tokens.trainable_tokens_modules import build_token_modules
+        from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
         from .layers import TiedEmbeddingLora, TiedLinearLora, double_out_projections
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
-        built = build_token_modules([s for s in sites if s.name in trained], trained)
+        built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
         tied = find_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
         for site in sites:
             if site.name not in built and site.name not in tied[1:]:
@@ -345,9 +345,9 @@ class LoraConfig(PatternedConfig):
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
-        from .eva import max_added_bytes
+        from .eva import estimate_max_eva_bytes
 
-        return max_added_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
+        return estimate_max_eva_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
 
     def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]

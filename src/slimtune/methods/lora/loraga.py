@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import Site
 from ...core.adapters.targets import find_linear_targets
-from ...core.kernels.linear_layers import is_quantized, is_transposed
+from ...core.kernels.linear_layers import is_quantized, is_weight_transposed
 from ...errors import ConfigError
-from ...extras.layer_inputs import load_statistics, save_statistics
+from ...extras.layer_inputs import load_cached_statistics, save_cached_statistics
 from .init_configs import LoraGAConfig as LoraGAConfig
 
 _GRADIENT = "_peft_loraga_grad"
@@ -56,10 +56,10 @@ def preprocess_loraga(
             raise ConfigError(
                 f"{name} is quantized, and LoRA-GA needs the gradients of weights", "a base in 16 or 32 bits"
             )
-    gradients = load_statistics(cache_file)
+    gradients = load_cached_statistics(cache_file)
     if gradients is None:
         gradients = {f"{n}.{_GRADIENT}": g for n, g in _average_gradients(model, layers, train_step).items()}
-        save_statistics(cache_file, gradients)
+        save_cached_statistics(cache_file, gradients)
     for name, layer in layers.items():
         setattr(layer, _GRADIENT, gradients[f"{name}.{_GRADIENT}"].to(layer.weight.device))
 
@@ -95,7 +95,7 @@ def _average_gradients(model: nn.Module, layers: dict[str, Any], train_step: Cal
         model.train(was_training)
 
 
-def loraga_start(settings: LoraGAConfig | None, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def take_loraga_factors(settings: LoraGAConfig | None, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from the gradient that `preprocess_loraga` left on the layer; removes it."""
     module: Any = site.module
     if settings is None:
@@ -105,7 +105,7 @@ def loraga_start(settings: LoraGAConfig | None, site: Site, r: int, scale: float
         message = f"{site.name} has no gradient, which an adapter with init_lora_weights='lora_ga' starts from"
         hint = "call preprocess_loraga(model, config, train_step) before"
         raise ConfigError(message, hint=hint)
-    gradient = gradient.float().t() if is_transposed(module) else gradient.float()
+    gradient = gradient.float().t() if is_weight_transposed(module) else gradient.float()
     U, S, V = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
     for_A, for_B = _choose_components(settings.direction, r)
     A, B, S_B = V.t()[: 2 * r][for_A], U[:, : 2 * r][:, for_B], S[: 2 * r][for_B]

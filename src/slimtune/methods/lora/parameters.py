@@ -3,7 +3,7 @@
     W (experts, out, in) + s · B_e A_e for expert e         A (r · experts, in), B (out, r · experts)
 
 A is ordered by expert, then by rank; B by rank, then by expert: PEFT's file format (its `ParamWrapper`). A module whose
-weights are stored as `(experts, in, out)` has `is_transposed`; a matrix `(out, in)` counts as one expert.
+weights are stored as `(experts, in, out)` has `is_weight_transposed`; a matrix `(out, in)` counts as one expert.
 
 The update is not added to the weight: the module's forward gets a `LowRankWeight` in the place of its parameter, so an
 expert's update runs as two thin products on the tokens routed to it.
@@ -23,7 +23,7 @@ from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.targets import find_targets, shorten_names
 from ...errors import ConfigError, TargetError, UsageError, format_names
-from .init import init_weights
+from .init import initialize_lora_factors
 from .layers import LoraModule
 from .low_rank_weight import LowRankWeight, Term
 
@@ -62,7 +62,7 @@ class ParameterLora(LoraModule):
             in_features, out_features = out_features, in_features
         self.lora_A = nn.Linear(in_features, r * self.num_experts, bias=False, device=site.init_device)
         self.lora_B = nn.Linear(r * self.num_experts, out_features, bias=False, device=site.init_device)
-        init_weights(self.init, self.lora_A, self.lora_B, r)
+        initialize_lora_factors(self.init, self.lora_A, self.lora_B, r)
         self.register_buffer("has_gradient", torch.zeros(self.num_experts, dtype=torch.bool), persistent=False)
         self.to(site.device, site.dtype)
         if config.freeze_a:
@@ -160,7 +160,7 @@ the model has linear layers of these names, in shared experts and dense layers. 
 """
 
 
-def find_misread_projections(model: nn.Module) -> set[str]:
+def find_linears_peft_takes_for_experts(model: nn.Module) -> set[str]:
     """Return the names of the linear layers of a model that PEFT takes for experts (`MISREAD_PROJECTIONS`)."""
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # what PEFT reads
     if families.get(get_model_type(model)) != "qwen2_moe":
@@ -169,9 +169,9 @@ def find_misread_projections(model: nn.Module) -> set[str]:
     return {n for n in linear if n.rpartition(".")[2] in MISREAD_PROJECTIONS}
 
 
-def target_projections_by_weight(config: Any, model: nn.Module) -> None:
+def move_expert_like_targets_to_parameters(config: Any, model: nn.Module) -> None:
     """Move the targets of a LoraConfig that PEFT takes for experts from target_modules to target_parameters."""
-    misread = find_misread_projections(model)
+    misread = find_linears_peft_takes_for_experts(model)
     targets = find_targets(model, config) if misread else {}
     if not (moved := [name for name in targets if name in misread]):
         return

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import dropout
+from ...core.kernels.dropout import make_dropout
 from ...core.kernels.linear_layers import is_quantized
 from ...core.kernels.recompute import recompute_linear
 from .miss_config import MissConfig
@@ -22,7 +22,7 @@ class LinearMiss(AdapterModule):
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = site.in_features, site.out_features
-        self.miss_dropout = dropout(config.miss_dropout)
+        self.miss_dropout = make_dropout(config.miss_dropout)
         width = config.mini_r if config.init_weights == "mini" else site.out_features
         self.miss_block = nn.Parameter(torch.zeros(config.r, width, device=site.init_device))
         if config.init_weights is False:

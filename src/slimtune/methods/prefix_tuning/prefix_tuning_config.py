@@ -58,10 +58,10 @@ class PrefixTuningConfig(PromptLearningConfig):
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
         from ...extras.prompt_learning import prompt_modules as prompt
-        from .prefix_tuning_modules import find_key_shape
+        from .prefix_tuning_modules import find_key_value_shape
 
         found = prompt.find_backbones(model)
-        layers, heads, size = find_key_shape(model, found.decoder or found.reader)
+        layers, heads, size = find_key_value_shape(model, found.decoder or found.reader)
         self.num_layers = self.num_layers or max(
             layers, get_text_config(model).num_hidden_layers if found.decoder else 0
         )
@@ -103,9 +103,9 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        from .prefix_tuning_modules import CachedPrefix, LayerPrefix, StoredPrefix, make_start
+        from .prefix_tuning_modules import CachedPrefix, LayerPrefix, StoredPrefix, make_initial_prefix_or_encoder
 
-        start = make_start(self, sites[0])
+        start = make_initial_prefix_or_encoder(self, sites[0])
         if len(sites) == 1:
             return [CachedPrefix(sites[0], start, self)]
         stored = StoredPrefix(sites[0], start, self)

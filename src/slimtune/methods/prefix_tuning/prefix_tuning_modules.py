@@ -58,7 +58,7 @@ class CachedPrefix(StoredPrefix):
         super().__init__(site, start, config)
         found = prompt.find_backbones(site.model)
         self.causal = found.causal or found.decoder is not None
-        self.decoder_layers = find_key_shape(site.model, site.name)[0]
+        self.decoder_layers = find_key_value_shape(site.model, site.name)[0]
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         if rows is not None:
@@ -102,7 +102,7 @@ class PrefixProjection(nn.Module):
         return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
 
 
-def find_key_shape(model: Any, backbone: str) -> tuple[int, int, int]:
+def find_key_value_shape(model: Any, backbone: str) -> tuple[int, int, int]:
     """Return the layers of a backbone, and the heads and the head size of its keys, by the model's config."""
     config = get_text_config(model)
     decodes = "decoder" in backbone.split(".")
@@ -140,7 +140,7 @@ def initialize_kv_prefix_from_text(
     else:
         ids = tokenizer(text)["input_ids"]
     n = num_virtual_tokens or _find_stored_prefix(model, adapter_name).n
-    cache = compute_kv_cache(model, torch.tensor([ids[:max_length][:n]]))
+    cache = _compute_kv_cache(model, torch.tensor([ids[:max_length][:n]]))
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=n
     )
@@ -154,7 +154,7 @@ def initialize_kv_prefix_from_past_key_values(
     `past_key_values` is a transformers cache, or keys and values `(1, kv heads, length, head size)` by layer.
     """
     stored = _find_stored_prefix(model, adapter_name)
-    start = prefix_from_cache(past_key_values, num_virtual_tokens or stored.n)
+    start = _make_prefix_from_cache(past_key_values, num_virtual_tokens or stored.n)
     table = stored.prompt_encoder.embedding.weight
     have, expected = tuple(start.shape), tuple(table.shape)
     if have != expected:
@@ -172,7 +172,7 @@ def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
     return found[0]
 
 
-def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
+def _compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
     """Return the cache after the frozen model has read `ids (1, length)`, complete also with sliding windows."""
     cache = DynamicCache()
     with prompt.disable_adapter_for_inference(model):
@@ -182,7 +182,7 @@ def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
     return cache
 
 
-def prefix_from_cache(cache: Any, n: int) -> Tensor:
+def _make_prefix_from_cache(cache: Any, n: int) -> Tensor:
     """Return the first `n` positions of a cache of one row as `(n, layers · 2 · kv heads · head size)`."""
     layers = [(c.keys, c.values) for c in cache.layers] if hasattr(cache, "layers") else [kv[:2] for kv in cache]
     tensors = [t for keys_and_values in layers for t in keys_and_values]
@@ -194,7 +194,7 @@ def prefix_from_cache(cache: Any, n: int) -> Tensor:
     return torch.stack([t[0, :, :n] for t in tensors]).permute(2, 0, 1, 3).reshape(n, -1)
 
 
-def make_start(config: Any, site: Site) -> Tensor | nn.Module:
+def make_initial_prefix_or_encoder(config: Any, site: Site) -> Tensor | nn.Module:
     """Return the keys and values that a new prefix starts as, or the network that computes them."""
     n: Any = config.num_virtual_tokens
     ids = None
@@ -202,10 +202,10 @@ def make_start(config: Any, site: Site) -> Tensor | nn.Module:
         return PrefixProjection(config, site.init_device)
     if config.prefix_tuning_init_text is not None and not site.loading:
         settings: Any = (config.prefix_tuning_init_text, config.tokenizer_name_or_path, config.tokenizer_kwargs)
-        ids = prompt.tokenize_text(*settings)
+        ids = prompt.tokenize_prompt_text(*settings)
     elif config.init_weights == "vocab" and not site.loading:
         ids = torch.randint(site.config.vocab_size, (n,)).tolist()
     if ids is not None:
-        return prefix_from_cache(compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)
+        return _make_prefix_from_cache(_compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)
     random = nn.Embedding(n, config.num_layers * 2 * config.token_dim, device=site.init_device).weight
     return torch.zeros_like(random) if config.init_weights == "zero" else random

@@ -25,14 +25,14 @@ class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):
         return self.get_embeddings()[: self.n]
 
 
-def build_prompt(config: Any, sites: Sequence[Site], start: Tensor | nn.Module) -> list[AdapterModule]:
+def build_prompt_modules(config: Any, sites: Sequence[Site], start: Tensor | nn.Module) -> list[AdapterModule]:
     """Return the virtual tokens at the first site, and what makes them visible to a decoder at the second."""
-    width = prompt.embedding_width(sites[0].module)
+    width = prompt.get_embedding_width(sites[0].module)
     config.require(config.token_dim == width, "token_dim", f"{width}, as the model's embeddings")
     return [SoftPrompt(sites[0], start, config), *(prompt.EncoderMask(config.num_virtual_tokens) for _ in sites[1:])]
 
 
-def make_start(config: Any, site: Site) -> Tensor:
+def make_initial_embeddings(config: Any, site: Site) -> Tensor:
     """Return the embeddings that a new prompt starts as `(n, hidden)`."""
     n: Any = config.num_virtual_tokens * config.num_transformer_submodules
     # PEFT draws them for every start: one seed gives the same adapter in both libraries.
@@ -44,7 +44,7 @@ def make_start(config: Any, site: Site) -> Tensor:
         ids = torch.randint(0, table.num_embeddings, (n,))
     else:
         settings: Any = (config.prompt_tuning_init_text, config.tokenizer_name_or_path, config.tokenizer_kwargs)
-        text = prompt.tokenize_text(*settings)
+        text = prompt.tokenize_prompt_text(*settings)
         ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
     with prompt.disable_adapter_for_inference(site.model):
         return table(ids.to(table.weight.device))

@@ -39,7 +39,7 @@ class ShiraConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         import torch
 
-        from .shira_modules import SparseUpdate, choose_entries
+        from .shira_modules import SparseUpdate, choose_trained_entries
 
         inputs, outputs = site.in_features, site.out_features
         n, size = self.r * (inputs + outputs), inputs * outputs
@@ -47,4 +47,4 @@ class ShiraConfig(TargetedConfig):
             message = f"r={self.r} is {n:,} entries for {site.name}, which has {size:,}"
             raise ConfigError(message, f"r up to {size // (inputs + outputs)} there")
         indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
-        return SparseUpdate(site, indices if site.loading else choose_entries(self, site, n), self.init_weights)
+        return SparseUpdate(site, indices if site.loading else choose_trained_entries(self, site, n), self.init_weights)

@@ -77,7 +77,7 @@ def _sparse_times(
     return torch.sparse.mm(S, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], sizes[0])
 
 
-def choose_entries(config: Any, site: Site, n: int) -> Tensor:
+def choose_trained_entries(config: Any, site: Site, n: int) -> Tensor:
     """Return the rows and columns of the entries as int32 `(2, n)`, in row-major order."""
     shape = (site.out_features, site.in_features)
     if config.mask_fn is not None:

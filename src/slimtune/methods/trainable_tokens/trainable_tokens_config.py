@@ -49,10 +49,10 @@ class TrainableTokensConfig(TargetedConfig):
         return {n: rows.kind for n, rows in self._find_trainable_rows(model).items() if not self._is_target(n)}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        from .trainable_tokens_modules import build_token_modules
+        from .trainable_tokens_modules import build_trainable_row_modules
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
-        built = build_token_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
+        built = build_trainable_row_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
         return [built[site.name] for site in sites]
 
     def _is_target(self, name: str) -> bool:
@@ -62,10 +62,10 @@ class TrainableTokensConfig(TargetedConfig):
         return bool(self.target_modules and matches_regex_or_names(self.target_modules, name) and not excluded)
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
-        from ...core.kernels.linear_layers import layer_kind
+        from ...core.kernels.linear_layers import get_layer_kind
         from .trainable_tokens_modules import find_trainable_rows
 
-        tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
+        tokens = {n: self.token_indices for n, m in model.named_modules() if get_layer_kind(m) and self._is_target(n)}
         return find_trainable_rows(model, tokens, self.modules_to_save or ())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site, SiteKind
 from ...core.adapters.targets import matches_regex_or_names
-from ...core.kernels.linear_layers import get_weight, layer_kind
+from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
 from ...errors import TargetError, nearest
 
 
@@ -37,7 +37,7 @@ def find_trainable_rows(
     """
     if not isinstance(tokens, Mapping):
         tokens = {find_input_embedding_name(model): tokens}
-    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
+    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if get_layer_kind(m) in ("embedding", "linear")}
     chosen: dict[str, list[int]] = {}
     for key, ids in tokens.items():
         names = [n for n in modules if matches_regex_or_names([key], n)]
@@ -46,17 +46,17 @@ def find_trainable_rows(
             raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
         chosen |= dict.fromkeys(names, ids)
     owners: dict[int, str] = {}
-    for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
+    for name in sorted(chosen, key=lambda n: get_layer_kind(modules[n]) != "embedding"):
         if name.endswith(tuple(modules_to_save)):
             message = f"{name} is in modules_to_save and also has trainable tokens"
             raise TargetError(message, "one of the two")
-        size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
+        size = get_dequantized_weight(modules[name]).shape[1 if get_layer_kind(modules[name]) == "embedding" else 0]
         if max(chosen[name]) >= size:
             raise TargetError(f"trainable tokens: {name} has no row {max(chosen[name])}", f"ids below {size}")
         owners.setdefault(id(modules[name]._parameters["weight"]), name)
     own, shared = {}, {}
     for name, module in modules.items():
-        kind: Any = layer_kind(module)
+        kind: Any = get_layer_kind(module)
         owner = owners.get(id(module._parameters["weight"]))
         if owner is not None and owner != name and chosen.get(name, chosen[owner]) == chosen[owner]:
             shared[name] = TrainableRowsSpec(kind, chosen[owner], owner)
@@ -65,7 +65,7 @@ def find_trainable_rows(
     return own | shared
 
 
-def build_token_modules(
+def build_trainable_row_modules(
     sites: Sequence[Site],
     trained: Mapping[str, TrainableRowsSpec],
     save_shared: bool = False,
@@ -95,7 +95,7 @@ class _TokenRows(AdapterModule):
         if held:
             self.optional = frozenset({"trainable_tokens_delta"})  # type: ignore[misc]
             return
-        weight = get_weight(site.module).detach()
+        weight = get_dequantized_weight(site.module).detach()
         weight = weight.t() if site.kind == "embedding" else weight
         ids = torch.tensor(token_ids, device=site.device)
         if start_as_base:

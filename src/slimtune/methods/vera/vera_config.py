@@ -50,11 +50,11 @@ class VeraConfig(TargetedConfig):
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the trained vectors of each layer, and A and B at the backbone."""
-        from .vera_modules import LinearVera, Projections
+        from .vera_modules import LinearVera, SharedRandomProjections
 
         layers = [s for s in sites if s.kind != "model"]
         if not layers:
             raise TargetError(f"target_modules={self.target_modules!r} matches no module", "linear layers")
         widest = max(s.in_features for s in layers), max(s.out_features for s in layers)
-        shared = next(Projections(s, self, *widest) for s in sites if s.kind == "model")
+        shared = next(SharedRandomProjections(s, self, *widest) for s in sites if s.kind == "model")
         return [shared if s.kind == "model" else LinearVera(s, self, shared) for s in sites]

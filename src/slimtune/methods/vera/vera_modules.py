@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, SharedParameterHolder, Site
-from ...core.kernels.dropout import dropout
+from ...core.kernels.dropout import make_dropout
 from .vera_config import VeraConfig
 
 
-class Projections(SharedParameterHolder):
+class SharedRandomProjections(SharedParameterHolder):
     """A `(r, in)` and B `(out, r)`, random and frozen."""
 
     def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
@@ -36,11 +36,11 @@ class LinearVera(AdapterModule):
     vera_A = property(lambda self: self.held[0].vera_A)
     vera_B = property(lambda self: self.held[0].vera_B)
 
-    def __init__(self, site: Site, config: VeraConfig, shared: Projections) -> None:
+    def __init__(self, site: Site, config: VeraConfig, shared: SharedRandomProjections) -> None:
         super().__init__()
         self.held = (shared,)
         self.sizes = site.in_features, site.out_features
-        self.vera_dropout = dropout(config.vera_dropout)
+        self.vera_dropout = make_dropout(config.vera_dropout)
         # PEFT draws λ_d even where it starts constant: one seed gives the same adapter in both libraries.
         b, d = torch.ones(site.out_features, device=site.init_device), torch.randn(config.r, device=site.init_device)
         if config.init_weights:
