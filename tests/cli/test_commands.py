@@ -15,10 +15,11 @@ from train_results import make_train_result
 from slimtune.cli import COMMANDS
 from slimtune.cli.common import print_fields
 from slimtune.cli.generate_command import AnswerPrinter
+from slimtune.cli.json_schemas import make_json_schema
 from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe
 from slimtune.core.data.general_text import BUILT_IN_TEXT
-from slimtune.core.foundation.json_results import from_json_dict, json_schema, to_json_dict
+from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
 from slimtune.diagnostics import machine_facts as facts
 from slimtune.diagnostics.machine_facts import MachineFacts, SmiGpu, TorchFacts
@@ -255,7 +256,7 @@ def test_train_lists_all_that_is_missing(slimtune):
 
 def evaluated(values: dict, cls: type = SFTEvalResult) -> EvalResult:
     """Return an evaluation with these values; what it lacks is zero."""
-    return from_json_dict(cls, complete_json(json_schema(cls), values))
+    return from_json_dict(cls, complete_json(make_json_schema(cls), values))
 
 
 def test_eval_options(monkeypatch, slimtune):
@@ -360,7 +361,7 @@ def test_merge(replace, slimtune, slimtune_json):
     merged = {"out": "m", "bytes": 2**20, "dtype": "float32", "seconds": 2.0, "max_difference": 1e-6,
               "mean_difference": 1e-7, "effect": 0.5, "strength": 0.75}  # fmt: skip
     calls = replace(
-        "export.merge", "merge", from_json_dict(MergeResult, complete_json(json_schema(MergeResult), merged))
+        "export.merge", "merge", from_json_dict(MergeResult, complete_json(make_json_schema(MergeResult), merged))
     )
     assert "m: 1.0 MiB in float32, 2.0 s" in slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32").stdout
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from ..core.foundation.json_results import json_schema
+from .json_schemas import make_json_schema
 
 JSON_TYPES: dict[str, Sequence[str]] = {
     "train": ("core.training.train_result:TrainResult",),
@@ -38,7 +38,7 @@ def _load_json_types(command: str) -> list[Any]:
 
 def make_command_schema(command: str) -> dict[str, Any]:
     """Return the JSON Schema of what a command prints with `--json`."""
-    schemas = [json_schema(cls) for cls in _load_json_types(command)]
+    schemas = [make_json_schema(cls) for cls in _load_json_types(command)]
     start = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     if len(schemas) == 1:
         return start | schemas[0]

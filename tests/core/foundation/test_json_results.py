@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal
 import jsonschema
 import pytest
 
+from slimtune.cli.json_schemas import make_json_schema, read_field_docs
 from slimtune.core.foundation.json_results import (
     INLINE,
     OMIT_NONE,
     from_json_dict,
-    json_schema,
     make_json_key_metadata,
-    read_field_docs,
     to_json_dict,
 )
 
@@ -69,7 +68,7 @@ def test_what_was_written_is_read_back(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"skipped": 2, "loss": None}, {"rows": [], "measures": {}}])
 def test_what_was_written_fits_the_schema(changes):
-    jsonschema.validate(to_json_dict(a_result(**changes)), json_schema(Result))
+    jsonschema.validate(to_json_dict(a_result(**changes)), make_json_schema(Result))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_a_tolerant_reader_takes_defaults_for_what_it_cannot_read():
 
 
 def test_the_schema_has_the_docs_of_the_fields():
-    schema = json_schema(Result)
+    schema = make_json_schema(Result)
     assert schema["properties"]["loss"] == {
         "type": ["number", "null"],
         "description": "Mean over the last steps,\nin nats.",
@@ -151,7 +150,7 @@ def test_parts_of_a_value_are_keys_of_their_own(inside):
     start = {"loss": 1.0, "loss_ends": [0.5, 1.5], "other": None, "other_ends": None}
     assert values == start | ({"pairs": 3, "margin": 0.5, "margin_ends": [0.25, 0.75]} if inside else {})
     assert from_json_dict(Measured, values) == result
-    schema = json_schema(Measured)
+    schema = make_json_schema(Measured)
     jsonschema.validate(values, schema)
     assert schema["required"] == list(start)
     assert schema["properties"]["loss_ends"]["description"] == "The loss. From low to high."

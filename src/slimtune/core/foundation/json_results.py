@@ -22,13 +22,11 @@ default, and `INLINE` puts the items of a mapping or the fields of a dataclass b
 the field that has it and the suffix: an estimate `loss` as `loss` and `loss_ci95`.
 """
 
-import ast
 import dataclasses
 import inspect
 import math
-import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +39,7 @@ INLINE: Mapping[str, Any] = {"inline": True}
 """Metadata of a mapping or a dataclass whose keys stand beside those of the other fields."""
 NOT_IN_JSON: Mapping[str, Any] = {"not_in_json": True}
 """Metadata of a field with a default that is only for this process."""
-_JSON_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+JSON_TYPE_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 
 
 def make_json_key_metadata(key: str) -> Mapping[str, Any]:
@@ -49,19 +47,20 @@ def make_json_key_metadata(key: str) -> Mapping[str, Any]:
     return {"key": key}
 
 
-def _key(field: Field[Any]) -> str:
+def get_json_key(field: Field[Any]) -> str:
+    """Return the key of a field in JSON."""
     return str(field.metadata.get("key", field.name))
 
 
-def _find_dataclass(kind: Any) -> Any:
+def find_dataclass(kind: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
     members = [m for m in (get_args(kind) or (kind,)) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
 
 
-def _find_suffixes(kind: Any) -> Mapping[str, str]:
+def find_key_suffixes(kind: Any) -> Mapping[str, str]:
     """Return the `json_suffixes` of a dataclass, also if the value may be None; empty if it has none."""
-    return getattr(_find_dataclass(kind), "json_suffixes", {})
+    return getattr(find_dataclass(kind), "json_suffixes", {})
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -69,7 +68,7 @@ def _has_default(field: Field[Any]) -> bool:
 
 
 @cache
-def _read_fields(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
+def list_fields_with_types(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
     """Return the fields of a dataclass that are in JSON, and the type of each."""
     hints = get_type_hints(cls)
     return tuple((f, hints[f.name]) for f in dataclasses.fields(cls) if not f.metadata.get("not_in_json"))
@@ -82,14 +81,14 @@ def to_json_dict(result: Any) -> dict[str, Any]:
     """Return a result as plain values for JSON, its keys in the order of the fields; NaN and Inf become None."""
     values: dict[str, Any] = {}
     cls: Any = type(result)
-    for field, kind in _read_fields(cls):
+    for field, kind in list_fields_with_types(cls):
         value = _to_plain(getattr(result, field.name))
-        if suffixes := _find_suffixes(kind):
-            values |= {_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
+        if suffixes := find_key_suffixes(kind):
+            values |= {get_json_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
         elif field.metadata.get("inline"):
             values |= value or {}
         elif value is not None or not field.metadata.get("omit_none"):
-            values[_key(field)] = value
+            values[get_json_key(field)] = value
     return values
 
 
@@ -132,30 +131,37 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
         raise ValueError(f"{path or 'the result'}: it is no JSON object")
     values: dict[str, Any] = {}
     left = dict(data)
-    inline = [(f, kind) for f, kind in _read_fields(cls) if f.metadata.get("inline")]
-    for field, kind in _read_fields(cls):
+    inline = [(f, kind) for f, kind in list_fields_with_types(cls) if f.metadata.get("inline")]
+    for field, kind in list_fields_with_types(cls):
         if field.metadata.get("inline"):
             continue
-        if suffixes := _find_suffixes(kind):
-            parts = {name: left.pop(key) for name, suffix in suffixes.items() if (key := _key(field) + suffix) in left}
+        if suffixes := find_key_suffixes(kind):
+            parts = {
+                name: left.pop(key)
+                for name, suffix in suffixes.items()
+                if (key := get_json_key(field) + suffix) in left
+            }
             if parts:  # those of a value that is None are None
-                left[_key(field)] = parts if any(part is not None for part in parts.values()) else None
-        where, optional = f"{path}.{_key(field)}".lstrip("."), _has_default(field) or type(None) in get_args(kind)
-        if _key(field) not in left:
+                left[get_json_key(field)] = parts if any(part is not None for part in parts.values()) else None
+        where, optional = (
+            f"{path}.{get_json_key(field)}".lstrip("."),
+            _has_default(field) or type(None) in get_args(kind),
+        )
+        if get_json_key(field) not in left:
             if not optional or (strict and not _has_default(field) and not field.metadata.get("omit_none")):
                 raise ValueError(f"{where}: it is missing")
             if not _has_default(field):
                 values[field.name] = None
             continue
         try:
-            values[field.name] = _read_value(kind, left.pop(_key(field)), strict, where)
+            values[field.name] = _read_value(kind, left.pop(get_json_key(field)), strict, where)
         except ValueError:
             if strict or not optional:
                 raise
             if not _has_default(field):
                 values[field.name] = None
     for field, kind in inline:  # each takes its keys, a mapping all that are left
-        if (inner := _find_dataclass(kind)) is not None:
+        if (inner := find_dataclass(kind)) is not None:
             own = {key: left.pop(key) for key in _list_keys(inner) if key in left}
         else:
             own, left = left, {}
@@ -183,12 +189,12 @@ def _read_value(kind: Any, value: Any, strict: bool, path: str) -> Any:
         return _read_object(kind, value, strict, path)
     if origin is Literal:
         correct = value in args
-    elif _is_mapping(kind):
+    elif is_mapping_type(kind):
         correct = isinstance(value, Mapping)
         if correct:
             item = args[1] if args else Any
             return {key: _read_value(item, v, strict, f"{path}.{key}".lstrip(".")) for key, v in value.items()}
-    elif _is_sequence(kind):
+    elif is_sequence_type(kind):
         correct = isinstance(value, list | tuple)
         if correct:
             items = _item_types(kind, len(value), path)
@@ -207,11 +213,13 @@ def _read_value(kind: Any, value: Any, strict: bool, path: str) -> Any:
     return Path(value) if kind is Path else value
 
 
-def _is_mapping(kind: Any) -> bool:
+def is_mapping_type(kind: Any) -> bool:
+    """Return whether a type hint is a mapping, which is an object in JSON."""
     return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Mapping)
 
 
-def _is_sequence(kind: Any) -> bool:
+def is_sequence_type(kind: Any) -> bool:
+    """Return whether a type hint is a list or a tuple, which is an array in JSON."""
     return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Sequence) and origin is not str
 
 
@@ -226,103 +234,17 @@ def _item_types(kind: Any, count: int, path: str) -> list[Any]:
 
 
 def _describe_kind(kind: Any) -> str:
-    schema = _describe_type(kind)
-    return f"one of {schema['enum']}" if "enum" in schema else f"of the type {schema.get('type', 'any')}"
-
-
-# --- the schema -------------------------------------------------------------------------------------------------------
-
-
-def json_schema(cls: Any) -> dict[str, Any]:
-    """Return the JSON Schema of a result: its fields with their descriptions; those of other results are inside."""
-    required: list[str] = []
-    schema: dict[str, Any] = {"title": cls.__name__, "description": inspect.cleandoc(cls.__doc__ or "")}
-    properties: dict[str, Any] = {}
-    further: Any = False
-    docs = read_field_docs(cls)
-    for field, kind in _read_fields(cls):
-        inner = _describe_type(kind)
-        if suffixes := _find_suffixes(kind):
-            properties |= _describe_suffixed(_key(field), kind, suffixes, docs.get(field.name, ""))
-            required += [_key(field) + suffix for suffix in suffixes.values()]
-            continue
-        if field.metadata.get("inline"):
-            if (inline_class := _find_dataclass(kind)) is not None:
-                inner = json_schema(inline_class)
-            properties |= inner.get("properties", {})
-            required += [] if type(None) in get_args(kind) else inner.get("required", [])
-            further = further or inner.get("additionalProperties", False)
-            continue
-        properties[_key(field)] = inner | ({"description": docs[field.name]} if field.name in docs else {})
-        if not field.metadata.get("omit_none"):
-            required.append(_key(field))
-    return schema | {
-        "type": "object", "properties": properties, "required": required, "additionalProperties": further
-    }  # fmt: skip
+    if get_origin(kind) is Literal:
+        return f"one of {list(get_args(kind))}"
+    name = "object" if is_mapping_type(kind) else "array" if is_sequence_type(kind) else JSON_TYPE_NAMES[kind]
+    return f"of the type {name}"
 
 
 def _list_keys(cls: Any) -> list[str]:
     keys: list[str] = []
-    for field, kind in _read_fields(cls):
-        if field.metadata.get("inline") and (inner := _find_dataclass(kind)) is not None:
+    for field, kind in list_fields_with_types(cls):
+        if field.metadata.get("inline") and (inner := find_dataclass(kind)) is not None:
             keys += _list_keys(inner)
         else:
-            keys += [_key(field) + suffix for suffix in (_find_suffixes(kind) or {"": ""}).values()]
+            keys += [get_json_key(field) + suffix for suffix in (find_key_suffixes(kind) or {"": ""}).values()]
     return keys
-
-
-def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> dict[str, Any]:
-    """Return the properties of a value that is written as a key for each of its parts."""
-    may_be_null = type(None) in get_args(kind)
-    cls = _find_dataclass(kind)
-    docs, properties = read_field_docs(cls), {}
-    for field, part in _read_fields(cls):
-        described = _describe_type(part | None if may_be_null else part)
-        note = docs.get(field.name, "") if suffixes[field.name] else ""
-        properties[key + suffixes[field.name]] = described | {"description": f"{text} {note}".strip()}
-    return properties
-
-
-def _describe_type(kind: Any) -> dict[str, Any]:
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return {}
-    if kind is type(None):
-        return {"type": "null"}
-    if origin in (Union, types.UnionType):
-        members = [_describe_type(member) for member in args]
-        if all([*member] == ["type"] for member in members):
-            return {"type": [member["type"] for member in members]}
-        return {"anyOf": members}
-    if origin is Literal:
-        return {"enum": list(args)}
-    if is_dataclass(kind):
-        return json_schema(kind)
-    if _is_mapping(kind):
-        return {"type": "object", "additionalProperties": _describe_type(args[1]) if args else True}
-    if _is_sequence(kind):
-        if (origin or kind) is tuple and args and args[-1] is not ...:
-            items = {"prefixItems": [_describe_type(a) for a in args], "minItems": len(args), "maxItems": len(args)}
-        else:
-            items = {"items": _describe_type(args[0] if args else Any)}
-        return {"type": "array", **items}
-    return {"type": _JSON_NAMES[kind]}
-
-
-@cache
-def read_field_docs(cls: Any) -> dict[str, str]:
-    """Return the string that stands below each field of a dataclass, by the field's name; those of its bases, too."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        docs |= _find_docs(base)
-    return docs
-
-
-def _find_docs(cls: type) -> Iterator[tuple[str, str]]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield field.target.id, inspect.cleandoc(str(below.value.value))
