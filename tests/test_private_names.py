@@ -30,6 +30,7 @@ IN_MODULES = {
     "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse": "undoing the CPU layout of 4-bit weights",
 }
 OF_OBJECTS = {
+    "_supports_default_dynamic_cache": "whether a model takes a cache that is made outside it",
     "_attn_implementation": "a getter for what `set_attn_implementation` sets",
     "_attn_implementation_internal": "another attention for one layer",
     "_experts_implementation": "how a model runs its experts",

@@ -245,7 +245,7 @@ CASES: list[Case] = [
         {"run/eval-test.json": '{"base_loss": 1, "generations": 5}'},
         "report RUN",
         0,
-        "eval-*.json is damaged",
+        "eval-test.json is damaged",
     ),
     Case(
         "report-metrics-list",

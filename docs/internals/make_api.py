@@ -41,19 +41,19 @@ from pathlib import Path
 from slimtune.core.config import load_recipe
 from slimtune.core.training.train import train
 from slimtune.evaluation.evaluate import evaluate
-from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.exporter import export
 from slimtune.planning.plan_request import build_request
-from slimtune.planning.planner import make_plan
+from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu
 
 recipe = load_recipe(None, {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/mine"})
-plan = make_plan(build_request(recipe, detect_gpu("auto")))       # no weight is loaded
+plan = estimate_resources(build_request(recipe, detect_gpu()))    # no weight is loaded
 print(plan.verdict, plan.reason)
 result = train(recipe)                                            # runs/mine: adapter/, result.json, report.html
 print(result.validation_loss, result.tokens_per_second)
 judged = evaluate(Path("runs/mine"))                              # base against tuned, on held-out rows
 print(judged.verdict)
-export(Path("runs/mine"), "gguf", Path("gguf"), ExportOptions())  # written, then checked in llama.cpp
+export(Path("runs/mine"), "gguf", Path("gguf"))                   # written, then checked in llama.cpp
 model = slimtune.load_run("runs/mine").model                      # a PeftModel on its base
 ```
 
@@ -78,7 +78,7 @@ OPTIONS = {
 }
 ERRORS = """## Errors
 
-`except PeftError` and `except NoMatchingPeftModuleError` work as with PEFT: they are names of the first two classes.
+`PeftError` and `NoMatchingPeftModuleError`, which code written for PEFT catches, are names of the first two classes.
 
 """
 
@@ -112,7 +112,7 @@ def make_page() -> str:
                 doc = (Path(slimtune.__file__).parent / f"{ALL_HOMES[name].replace('.', '/')}.py").read_text()
                 after = doc.partition(f"\n{name}")[2].partition('"""')[2].partition('"""')[0]
                 parts.append(f"`{name}`: {' '.join(after.split()) or 'a table that PEFT has, too.'}\n\n")
-    errors = ("SlimtuneError", "TargetError", "ConfigError", "AdapterError")
+    errors = ("SlimtuneError", "TargetError", "ConfigError", "AdapterError", "PeftWarning")
     return "".join(parts) + ERRORS + "\n".join(f"::: slimtune.errors.{name}\n" for name in errors)
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import slimtune
 from slimtune.cli import app
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
 from slimtune.diagnostics.knowledge import find_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
@@ -229,7 +230,7 @@ def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
     assert "convert_hf_to_gguf.py" in check.reason
     named = export(run, "ollama", tmp_path / "o", {"ollama_base": "mine:8b"}, verify=False)
     assert "FROM mine:8b" in (tmp_path / "o" / "Modelfile").read_text()
-    assert named.template is False
+    assert to_json_dict(named)["template"] is False
 
 
 def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_path, no_llama_cpp, monkeypatch):
@@ -391,7 +392,7 @@ def test_command_line(run, tmp_path):
 
     done = slimtune_("export", str(run), "--to", "gguf", "--out", str(tmp_path / "o"))
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout).check.passed is True
+    assert json.loads(done.stdout)["check"]["passed"] is True
     (tmp_path / "o" / "adapter.gguf").write_bytes((tmp_path / "o" / "adapter.gguf").read_bytes()[:2000])
     done = slimtune_("verify", str(tmp_path / "o"))
     assert done.exit_code == 1

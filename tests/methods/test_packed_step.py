@@ -168,4 +168,4 @@ def test_a_packed_sequence_has_one_adapter(names):
 
 def test_the_docs_list_every_method():
     page = (Path(__file__).parents[2] / "docs/internals/step.md").read_text()
-    assert {m for m in METHODS.built_in_names() if f"\n| [{m}](methods/{m}.md)" not in page} == set()
+    assert {m for m in METHODS.built_in_names() if f"\n| [{m}](../methods/{m}.md)" not in page} == set()

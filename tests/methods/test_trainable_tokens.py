@@ -49,7 +49,7 @@ def test_a_tied_head_shares_the_rows(config, tmp_path):
 def test_two_adapters_with_one_token_in_common_are_refused_together():
     model = get_peft_model(llama(tie=True), TrainableTokensConfig(token_indices=CHOSEN))
     model.add_adapter("other", TrainableTokensConfig(token_indices=[3, 5]))
-    with pytest.raises(UsageError, match="undefined merging behavior"):
+    with pytest.raises(UsageError, match="both train rows"):
         model.set_adapter(["default", "other"])
     model.merge_adapter()
     with pytest.raises(UsageError, match="undefined merging behavior"):

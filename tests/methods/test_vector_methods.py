@@ -64,7 +64,7 @@ def test_bitfit_does_not_merge_new_biases():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True))
     assert len(model.match_report().adapted) == 2 * 7 + 5
     assert "lm_head" in model.match_report().unadapted
-    with pytest.raises(MergeUnsupported, match=r"base layer has no bias: .*layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj has no bias"):
         model.merge_adapter()
 
 

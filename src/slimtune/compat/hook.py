@@ -32,7 +32,12 @@ def resolve_name(owner: nn.Module, name: str) -> Any:
             return tuner_layers.get_peft_layer_attribute(owner, name)
         except AttributeError as e:
             cause = e
-    raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}") from cause
+    try:
+        raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}") from cause
+    finally:
+        # Its traceback holds this frame. In a cycle with the variable, the tensors of all frames below would live until
+        # the garbage collector runs; `hasattr` comes here in every layer of every forward pass.
+        del cause
 
 
 def model_class(task_type: str | None, mixed: bool = False) -> Any:

@@ -275,7 +275,7 @@ def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatc
     fault.at_call(LAYER, "forward", 1, "after")
     fault.arm_at(probe_module, "probe_memory")
     plan = SimpleNamespace(
-        need=SimpleNamespace(low=1, high=1000),
+        need_bytes=SimpleNamespace(low=1, high=1000),
         runtime_bytes=SimpleNamespace(low=0, high=1000),
         parts={"optimizer": 0},
         max_tokens_per_micro_batch=MAX_TOKENS,

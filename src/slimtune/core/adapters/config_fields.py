@@ -388,7 +388,7 @@ def _describe_choices(choices: tuple[Any, ...], in_yaml: bool) -> str:
 
 
 def _describe_bounds(bounds: Mapping[str, float]) -> str:
-    words = [(_BOUNDS[name][0], bound) for name, bound in bounds.items()]
+    words = [(_BOUNDS[name][0], bound) for name, bound in bounds.items() if math.isfinite(bound)]
     return " and ".join(f"{word} {bound if abs(bound) < 1e15 else f'{bound:g}'}" for word, bound in words)
 
 

@@ -171,6 +171,7 @@ class TrainSettings(Section):
         "highest learning rate; auto: the method's own, for LoRA by steps, epochs, rank and the base's width",
         flag="--lr",
         gt=0,
+        lt=math.inf,
     )
     batch_size: int = config_field(8, "rows in a batch", ge=1, le=10**6)
     gradient_accumulation_steps: int = config_field(1, "batches in an optimizer step", ge=1, le=10**6)

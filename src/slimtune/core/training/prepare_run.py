@@ -19,8 +19,6 @@ from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
-from ..foundation.files import write_json
-from ..foundation.json_results import to_json_dict
 from ..models.base_config import get_hidden_size
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
@@ -118,7 +116,7 @@ def prepare_run(
             if plan is not None:
                 probe = probe_memory_against_plan(prepared, plan, resident)
                 if distributed.is_main_process():
-                    write_json(run.plan_file, {"plan": to_json_dict(plan), "probe": probe})
+                    run.write_plan(plan, probe)
         if resume:
             distributed.run_on_main(lambda: delete_later_metrics(prepared))
         prepared.start_seconds = time.perf_counter() - started

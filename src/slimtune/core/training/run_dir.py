@@ -36,6 +36,7 @@ from ..foundation.files import (
     write_atomic,
     write_json,
 )
+from ..foundation.json_results import to_json_dict
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.json"
@@ -194,6 +195,10 @@ class RunDir:
     def load_recipe(self) -> Recipe:
         """Return the recipe of the run, with `output_dir` set to where the folder is now."""
         return load_recipe(self.recipe_file, {"output_dir": str(self.path)})
+
+    def write_plan(self, plan: Any, probe: Mapping[str, Any]) -> None:
+        """Write what was planned (a dataclass), and what the probe of memory found beside it."""
+        write_json(self.plan_file, {"plan": to_json_dict(plan), "probe": probe})
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
