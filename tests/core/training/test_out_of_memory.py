@@ -144,7 +144,7 @@ LAYER = llama.LlamaDecoderLayer
 POINTS: dict[str, tuple[tuple[Any, str], int, tuple[Any, ...]]] = {
     # name: (armed by, in its nth call), (function, its nth call from then on, when)
     "collating": (STEP, 1, (Collator, "__call__", 2)),
-    "moving to the device": (STEP, 1, (loop_module, "move_to_device", 1)),
+    "moving to the device": (STEP, 1, (loop_module, "move_batch_to_device", 1)),
     "forward": (STEP, 1, (LAYER, "forward", 1)),
     "after the last layer": (STEP, 2, (LAYER, "forward", 2, "after")),
     "the loss": (STEP, 1, (LMHead, "target_nll", 1)),
