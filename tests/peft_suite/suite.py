@@ -67,6 +67,7 @@ def set_up(work: Path) -> None:
 
 def run_tests(work: Path, src: Path, rows: Path, arguments: list[str], skip: Path | None = None) -> None:
     """Run pytest on slimtune, or on real PEFT without the tests in `skip`; write `rows` and, beside it, the log."""
+    rows.parent.mkdir(parents=True, exist_ok=True)
     tests = work / "peft_tests"
     settings = {
         **os.environ,
