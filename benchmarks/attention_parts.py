@@ -20,7 +20,7 @@ from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.core.training.optimizer import build_optimizer
-from slimtune.hardware.speed_benchmark import Clock, take_step
+from slimtune.hardware.speed_benchmark import DeviceTimer, run_optimizer_step
 from slimtune.methods.lora import LoraConfig
 
 ROWS = ((96,) * 8, (256,) * 4, (512,) * 2, (730,), (1024,), (2048,))
@@ -36,7 +36,7 @@ def main() -> None:
     base = load_base(args.model, device="cpu").model
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     apply_memory_savings(model.train())
-    optimizer, collator, clock = build_optimizer(model), make_collator(model, 0), Clock(torch.device("cpu"))
+    optimizer, collator, clock = build_optimizer(model), make_collator(model, 0), DeviceTimer(torch.device("cpu"))
     print("| rows | whole | in parts | faster by |\n| --- | ---: | ---: | ---: |")
     for lengths in ROWS:
         ids = [torch.randint(1, model.config.vocab_size, (n,)).tolist() for n in lengths]
@@ -44,8 +44,8 @@ def main() -> None:
         times: list[tuple[float, float]] = []
         for _ in range(args.rounds + 1):
             with patch.object(PackedLayout, "split_segments", lambda layout, *_: layout):
-                whole = clock.seconds(lambda: take_step(model, optimizer, collator, rows))  # noqa: B023
-            parts = clock.seconds(lambda: take_step(model, optimizer, collator, rows))  # noqa: B023
+                whole = clock.seconds(lambda: run_optimizer_step(model, optimizer, collator, rows))  # noqa: B023
+            parts = clock.seconds(lambda: run_optimizer_step(model, optimizer, collator, rows))  # noqa: B023
             times.append((whole, parts))
         whole, parts = (statistics.median(t) for t in zip(*times[1:], strict=True))
         ratio = statistics.median(a / b for a, b in times[1:])

@@ -118,11 +118,11 @@ def planned(base: Path, dtype: str) -> dict[str, int]:
     from transformers import AutoConfig
 
     from slimtune.core.adapters.method_registry import config_class
-    from slimtune.planning.memory_trace import trace_memory
+    from slimtune.planning.memory_trace import trace_training_step
     from slimtune.planning.plan_request import TrainingJob
 
     config = config_class("lora")(**method())
-    traced = trace_memory(
+    traced = trace_training_step(
         TrainingJob(AutoConfig.from_pretrained(base), config, DTYPES[dtype], (TOKENS,) * ROWS, device="cpu")
     )
     start = traced.state["weights"] + traced.state.get("adapters", 0)

@@ -27,9 +27,9 @@ from plan_ways.referee import measured
 from slimtune import LoraConfig
 from slimtune.core.foundation.device import simulate_device
 from slimtune.core.models.base_config import load_base_config
-from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
-from slimtune.planning.gpu_specs import find_gpu
-from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import PlanRequest, TrainingJob
 from slimtune.planning.planner import estimate_resources
@@ -54,7 +54,7 @@ def eight() -> bool:
     print("LoRA r = 16 on all linear maps of Llama 3.1 8B, bf16, 4 x 2048 tokens in one pass")
     print(f"  PEFT, checkpointed                        {peers(job) / 1e9:6.2f} GB")
     for name, how in ways.items():
-        found = trace_memory(replace(job, gradient_checkpointing=True, **how))
+        found = trace_training_step(replace(job, gradient_checkpointing=True, **how))
         beside = f", {found.host_bytes / 1e9:.2f} GB of the machine's" if found.host_bytes else ""
         print(f"  slimtune, {name:32}{found.step / 1e9:6.2f} GB{beside}", flush=True)
     return found.step <= MOST
@@ -66,13 +66,13 @@ def peers(job: TrainingJob) -> int:
     with torch.device("meta"):
         model: Any = tf.AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
         model = peft.get_peft_model(model, config)
-    with fake_mode(), simulate_device("cuda"):
-        make_fake(model)
+    with fake_tensor_mode(), simulate_device("cuda"):
+        replace_meta_with_fake(model)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         with MemoryTracker(512) as tracker:
-            tracker.assign(all_tensors(model), "weights")
+            tracker.assign(list_module_tensors(model), "weights")
             ids = torch.zeros(len(job.lengths), job.lengths[0], dtype=torch.long)
             for _ in range(2):  # the first makes the optimizer's state
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -84,7 +84,7 @@ def peers(job: TrainingJob) -> int:
 def long() -> bool:
     """The longest row on a card of 24 GiB."""
     request = PlanRequest(
-        load_base_config("llama-3.1-8b"), find_gpu("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
+        load_base_config("llama-3.1-8b"), find_gpu_by_name("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
         quantization="nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=TILE,
     )  # fmt: skip
     longest = estimate_resources(request, advise=False).max_seq_len // 10_000 * 10_000
@@ -115,7 +115,7 @@ def real() -> bool:
         mlp_tile_size=1024,
     )
     job = replace(job, quantization="nf4")
-    traced, (state, peak) = trace_memory(job), measured(job)
+    traced, (state, peak) = trace_training_step(job), measured(job)
     held = traced.state_bytes
     error = 100 * (traced.step / peak - 1)
     print("the same made small (6 layers of 512, a row of 8192), real tensors")

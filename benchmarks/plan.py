@@ -34,7 +34,7 @@ from slimtune.core.adapters.method_registry import METHODS, config_class
 from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.core.models.base_config import load_checkpoint_config
-from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import TrainingJob
 
 NEEDED = {
@@ -117,7 +117,7 @@ def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    trace, real = trace_memory(case.job()), measured(case.job())
+    trace, real = trace_training_step(case.job()), measured(case.job())
     plan = trace.state_bytes, trace.step
     return {
         "base": case.base,

@@ -27,8 +27,8 @@ def measured(name: str) -> dict[str, float]:
 
     from slimtune import LoraConfig
     from slimtune.core.models.base_config import load_base_config
-    from slimtune.planning.extrapolation import extrapolate_layers, fit_memory_model
-    from slimtune.planning.gpu_specs import find_gpu
+    from slimtune.planning.extrapolation import extrapolate_step_trace, fit_memory_formula
+    from slimtune.planning.gpu_specs import find_gpu_by_name
     from slimtune.planning.plan_request import PlanRequest
     from slimtune.planning.planner import estimate_resources
 
@@ -36,7 +36,7 @@ def measured(name: str) -> dict[str, float]:
     method = LoraConfig(r=JOB["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     request = PlanRequest(
         load_base_config(name),
-        find_gpu("rtx-3090"),
+        find_gpu_by_name("rtx-3090"),
         method,
         seq_len=JOB["seq_len"],
         gradient_accumulation_steps=JOB["gradient_accumulation_steps"],
@@ -44,11 +44,13 @@ def measured(name: str) -> dict[str, float]:
     )
     job = request.job()
     model = job.build_model()
-    extrapolate_layers(PlanRequest(load_base_config("smollm2-135m"), find_gpu("rtx-3090"), method).job())  # warm up
+    extrapolate_step_trace(
+        PlanRequest(load_base_config("smollm2-135m"), find_gpu_by_name("rtx-3090"), method).job()
+    )  # warm up
     found: dict[str, float] = {}
     for what, run in (
-        ("formula", lambda: fit_memory_model(job, model)),
-        ("trace", lambda: extrapolate_layers(job)),
+        ("formula", lambda: fit_memory_formula(job, model)),
+        ("trace", lambda: extrapolate_step_trace(job)),
         ("plan", lambda: estimate_resources(request)),
     ):
         began = time.process_time()

@@ -44,8 +44,8 @@ from slimtune.core.foundation.device import simulate_device
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import UsageError
-from slimtune.planning.extrapolation import extrapolate_layers
-from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
+from slimtune.planning.extrapolation import extrapolate_step_trace
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from slimtune.planning.interval import Interval
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import TrainingJob
@@ -62,13 +62,13 @@ def fake_cuda() -> Iterator[None]:
     masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
     # LoKr draws random numbers even if it drops nothing.
     drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
-    with fake_mode(), simulate_device("cuda"), masked, drawn:
+    with fake_tensor_mode(), simulate_device("cuda"), masked, drawn:
         yield
 
 
 def model_tensors(model: Any) -> list[torch.Tensor]:
     """Return a model's tensors in the order they are made: the base before its adapter."""
-    return [*(p for p in model.parameters() if not p.requires_grad), *all_tensors(model)]
+    return [*(p for p in model.parameters() if not p.requires_grad), *list_module_tensors(model)]
 
 
 # -- vramcalc: bench.py of the wheel ---------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def vramcalc(row: dict[str, Any]) -> int:
             config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
             model = peft.get_peft_model(model, config)
     with fake_cuda():
-        make_fake(model)
+        replace_meta_with_fake(model)
         model.train()
         model.config.use_cache = False
         if "ckpt" in words:
@@ -154,7 +154,7 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Interval:
     if trained != row["trainable"]:
         raise UsageError(f"{row['method']} trains {trained} parameters here", f"{row['trainable']}, as published")
     with fake_cuda():
-        make_fake(model)
+        replace_meta_with_fake(model)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # its default on CUDA
         with MemoryTracker(512) as tracker:
@@ -261,7 +261,7 @@ def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
             continue
         engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
         published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
-        peak, _ = estimate_peak_memory(job, extrapolate_layers(job))
+        peak, _ = estimate_peak_memory(job, extrapolate_step_trace(job))
         found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
         shape = f"{len(job.lengths)} × {job.lengths[0]}"
         name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"

@@ -25,11 +25,11 @@ from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import config_class
 from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.extras.known_models import load_known_models
-from slimtune.planning.gpu_specs import find_gpu
-from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.plan_request import TrainingJob
-from slimtune.planning.plan_result import Workload
-from slimtune.planning.throughput import UTILIZATION, estimate_speed
+from slimtune.planning.plan_result import TrainingWorkload
+from slimtune.planning.throughput import UTILIZATION, estimate_training_speed
 
 TABLE = json.loads((Path(__file__).parent / "data" / "pace_points.json").read_text(encoding="utf-8"))
 WORK_FIELDS = ("model", "rank", "targets", "last_layers", "lengths", "checkpointing", "quantization")
@@ -64,7 +64,7 @@ def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counte
         # The published full fine-tuning trains the base's own weights, ours fp32 copies of them.
         savings = {"checkpointing": point["checkpointing"], "tile": ONE_TILE}
         plain = None if "rank" in point else build_meta_model(config, None, dtype, **savings)
-        found = trace_memory(job, plain)
+        found = trace_training_step(job, plain)
         trained = found.state.get("adapters") or found.state["weights"]
         return found.operator_counts, 2 * found.state["optimizer"] + 5 * trained
 
@@ -82,7 +82,7 @@ def compare_points() -> list[dict[str, Any]]:
     """Return the points, each with its planned range, the error of the middle, and the share of the roofline."""
     rows = []
     for point in TABLE["points"]:
-        gpu = find_gpu(point["card"])
+        gpu = find_gpu_by_name(point["card"])
         key = json.dumps({k: point[k] for k in WORK_FIELDS if k in point})
         dtype = torch.bfloat16 if gpu.bf16 else torch.float16
         work, optimizer_step_bytes = trace_work(key, gpu.device, dtype)
@@ -90,8 +90,8 @@ def compare_points() -> list[dict[str, Any]]:
             traffic = sum(moved * n for (operations, moved, _), n in work.items() if not operations)
             fused = {(0, traffic // 5, torch.bfloat16): 1}
             work = Counter({k: n for k, n in work.items() if k[0]}) + Counter(fused)
-        band = estimate_speed(
-            Workload(work, {}, sum(point["lengths"]), optimizer_step_bytes, micro_batches=point["passes"]), gpu
+        band = estimate_training_speed(
+            TrainingWorkload(work, {}, sum(point["lengths"]), optimizer_step_bytes, micro_batches=point["passes"]), gpu
         )
         assert band is not None
         real = point["tokens_per_second"]

@@ -16,7 +16,7 @@ from slimtune.core.data.example_lengths import ExampleLength, count_row_tokens
 from slimtune.core.training.loss import forward_backward, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.core.training.optimizer import build_optimizer
-from slimtune.planning.fake_tensors import all_tensors
+from slimtune.planning.fake_tensors import list_module_tensors
 from slimtune.planning.plan_request import TrainingJob
 
 
@@ -83,7 +83,7 @@ def _train(job: TrainingJob) -> int:
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         inner = [t for m in model.modules() for t in quantization_tensors(m)]
-        every = [*all_tensors(model), *inner, *moments]
+        every = [*list_module_tensors(model), *inner, *moments]
         kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in every}
         with record_function("measured step"):
             step(2)

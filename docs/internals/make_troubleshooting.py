@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from slimtune.diagnostics.knowledge import load_pages
+from slimtune.diagnostics.knowledge import load_error_pages
 
 PAGE = Path(__file__).parents[1] / "troubleshooting.md"
 HEAD = """# Troubleshooting
@@ -26,7 +26,7 @@ your command. These are the pages:
 
 def make_page() -> str:
     """Return the index of the pages, and each page under its code."""
-    pages = load_pages().values()
+    pages = load_error_pages().values()
     rows = "".join(f"| [{page.code}](#{page.code}) | {page.title} |\n" for page in pages)
     # Not headings: the site's search shows the heading over what it found, which has to be the page's name.
     bodies = {page.code: re.sub(r"^## (.+)\n", r"**\1**\n\n", page.body, flags=re.MULTILINE) for page in pages}

@@ -22,7 +22,7 @@ from slimtune.core.data.general_text import BUILT_IN_TEXT
 from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
 from slimtune.diagnostics import machine_facts as facts
-from slimtune.diagnostics.machine_facts import MachineFacts, SmiGpu, TorchFacts
+from slimtune.diagnostics.machine_facts import MachineFacts, NvidiaSmiGpu, TorchFacts
 from slimtune.evaluation.eval_result import ClassificationEvalResult, EvalResult, SFTEvalResult
 from slimtune.evaluation.evaluate import EvalSettings
 from slimtune.export.export_results import MergeResult
@@ -472,9 +472,9 @@ def test_doctor(slimtune, slimtune_json):
 
 
 def test_doctor_says_first_what_is_wrong(monkeypatch, slimtune, slimtune_json):
-    gpu = SmiGpu("NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), 24 << 30, 0)
+    gpu = NvidiaSmiGpu("NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), 24 << 30, 0)
     sick = MachineFacts(smi_gpus=(gpu,), torch=TorchFacts("2.9.1+cpu", threads=2), limits={"NOFILE": 64})
-    monkeypatch.setattr(facts, "gather_facts", lambda: sick)
+    monkeypatch.setattr(facts, "gather_machine_facts", lambda: sick)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     text = slimtune("doctor").stdout
     assert text.startswith("2 faults found: trains on the CPU")
@@ -494,7 +494,7 @@ def test_doctor_says_first_what_is_wrong(monkeypatch, slimtune, slimtune_json):
 
 def test_doctor_reports_without_torch(monkeypatch, slimtune, slimtune_json):
     broken = MachineFacts(torch=TorchFacts("2.9.1", error="ImportError: libcudnn.so.9: cannot open shared object file"))
-    monkeypatch.setattr(facts, "gather_facts", lambda: broken)
+    monkeypatch.setattr(facts, "gather_machine_facts", lambda: broken)
     assert slimtune("doctor").stdout.startswith("1 fault found: nothing can be trained")
     assert slimtune_json("doctor")["device"] is None
 

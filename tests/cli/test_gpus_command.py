@@ -3,7 +3,7 @@
 import pytest
 from hand_plan import hand_plan
 
-from slimtune.planning.gpu_specs import find_gpu, list_gpus
+from slimtune.planning.gpu_specs import find_gpu_by_name, list_gpu_specs
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def requests(replace_planner) -> list:
 def test_table(slimtune, requests):
     lines = slimtune("gpus").stdout.splitlines()
     assert lines[0].split() == ["GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind"]
-    assert [line.split()[0] for line in lines[1:]] == [c.name for c in list_gpus()]
+    assert [line.split()[0] for line in lines[1:]] == [c.name for c in list_gpu_specs()]
     by_name = {line.split()[0]: line.split()[1:] for line in lines}
     assert by_name["rtx-3090"] == ["24.0", "GiB", "936", "yes", "yes", "350", "desktop"]
     assert by_name["t4"] == ["16.0", "GiB", "320", "no", "no", "70", "datacentre"]
@@ -69,9 +69,9 @@ def test_kinds(slimtune_json):
 
 def test_json(slimtune_json):
     cards = {c["name"]: c for c in slimtune_json("gpus")["cards"]}
-    assert len(cards) == len(list_gpus())
+    assert len(cards) == len(list_gpu_specs())
     assert all(c["source"] for c in cards.values())
-    gpu = find_gpu("rtx-3090")
+    gpu = find_gpu_by_name("rtx-3090")
     assert cards["rtx-3090"]["memory_bytes"] == gpu.memory
     assert cards["rtx-3090"]["usable_bytes"] == {"low": gpu.usable.low, "high": gpu.usable.high}
     assert cards["rtx-3090"]["flops"] == gpu.rates
@@ -85,12 +85,12 @@ def test_gpus_for_a_job(slimtune):
     assert "llama-3.1-8b with lora needs 18.6 to 19.0 GiB on GPUs in bfloat16" in lines
     names = [line.split()[0] for line in lines if " fits " in line or " tight " in line]
     assert "the smallest that fits: rx-7900-xt, 20.0 GiB" in lines
-    shown = [find_gpu(name) for name in names]
+    shown = [find_gpu_by_name(name) for name in names]
     assert [g.memory for g in shown] == sorted(g.memory for g in shown), "smallest first"
     assert {"rtx-3090", "m3-max-128gb"} <= set(names)
     assert not {"rtx-4080", "v100-32gb"} & set(names), "too small, or too small without bf16"
-    assert find_gpu("rtx-3090").usable.format() in done.stdout
-    known = [g for g in list_gpus() if g.kind in ("desktop", "datacentre", "mac") and g.trains]
+    assert find_gpu_by_name("rtx-3090").usable.format() in done.stdout
+    known = [g for g in list_gpu_specs() if g.kind in ("desktop", "datacentre", "mac") and g.trains]
     assert lines[-1].startswith("slimtune does not train on Intel GPUs: arc-a750, ")
     assert lines[-2] == f"{len(known) - len(shown)} of {len(known)} GPUs are too small"
     assert max(map(len, lines[:-1])) <= 80
@@ -99,9 +99,11 @@ def test_gpus_for_a_job(slimtune):
 def test_job_is_planned_once_for_each_class(slimtune, requests):
     slimtune("gpus", "--for", "llama-3.1-8b")
     classes = [(r.gpu.device, r.gpu.bf16) for r in requests]
-    assert sorted(classes) == sorted({(g.device, g.bf16) for g in list_gpus() if g.trains})
+    assert sorted(classes) == sorted({(g.device, g.bf16) for g in list_gpu_specs() if g.trains})
     for request, of_class in zip(requests, classes, strict=True):  # the smallest, where a batch is split the most
-        assert request.gpu.memory == min(g.memory for g in list_gpus() if g.trains and (g.device, g.bf16) == of_class)
+        assert request.gpu.memory == min(
+            g.memory for g in list_gpu_specs() if g.trains and (g.device, g.bf16) == of_class
+        )
 
 
 def test_given_dtype_makes_fewer_classes(slimtune, requests):
@@ -113,7 +115,7 @@ def test_given_dtype_makes_fewer_classes(slimtune, requests):
 def test_json_for_a_job(slimtune_json):
     result = slimtune_json("gpus", "--for", "llama-3.1-8b", "--kind", "desktop")
     cards = {c["name"]: c for c in result["cards"]}
-    assert set(cards) == {g.name for g in list_gpus() if g.kind == "desktop" and g.trains}
+    assert set(cards) == {g.name for g in list_gpu_specs() if g.kind == "desktop" and g.trains}
     assert (cards["rtx-3090"]["verdict"], cards["rtx-4080"]["verdict"]) == ("fits", "does not fit")
     assert cards["gtx-1080-ti"]["need_bytes"]["high"] > cards["rtx-3090"]["need_bytes"]["high"]
     assert (result["model"], {p["method"] for p in result["plans"]}) == ("llama-3.1-8b", {"lora"})

@@ -14,13 +14,13 @@ from slimtune.core.models.loader import load_tokenizer
 from slimtune.core.training.datasets import load_datasets
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import find_gpu, make_gpu_with_memory
+from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
 from slimtune.planning.interval import Interval
-from slimtune.planning.plan_request import build_request
+from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.this_machine import detect_gpu
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
-CARD = find_gpu("rtx-3090")
+CARD = find_gpu_by_name("rtx-3090")
 BASE = ("plan", "llama-3.1-8b", "--gpu", "rtx 3090")
 
 
@@ -57,7 +57,7 @@ def test_model_alone_is_planned_as_it_trains(requests, slimtune_json):
     (request,) = requests
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "output_dir": "o"})
     assert (request.model.spec, request.method.name) == ("meta-llama/Llama-3.1-8B-Instruct", "lora")
-    assert request == build_request(trained, request.gpu)
+    assert request == build_plan_request(trained, request.gpu)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
     assert request.gpu.name == detect_gpu().name
 
@@ -300,7 +300,7 @@ def test_published_prices_have_a_date(slimtune):
 
 
 def test_old_figures_of_a_card_are_named(slimtune, monkeypatch):
-    monkeypatch.setattr(gpus, "is_old", lambda _: True)
+    monkeypatch.setattr(gpus, "is_date_outdated", lambda _: True)
     assert "figures of rtx-3090 are of 2026-11-26, older than 180 days" in slimtune(*BASE).stdout
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from slimtune.diagnostics import machine_facts as facts
-from slimtune.diagnostics.knowledge import load_pages
-from slimtune.diagnostics.machine_checks import find_faults
-from slimtune.diagnostics.machine_facts import Disk, MachineFacts, TorchFacts, gather_facts
+from slimtune.diagnostics.knowledge import load_error_pages
+from slimtune.diagnostics.machine_checks import find_machine_problems
+from slimtune.diagnostics.machine_facts import DiskFacts, MachineFacts, TorchFacts, gather_machine_facts
 from slimtune.extras import installed_programs
 
 GIB = 1 << 30
@@ -22,9 +22,9 @@ CU128 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 ROCM = ("gfx900", "gfx906", "gfx908", "gfx90a", "gfx1030", "gfx1100", "gfx1101", "gfx1201")
 DISKS = {
-    "this folder": Disk("/home/me", 500 * GIB, 10**7),
-    "the Hub's cache": Disk("/home/me/.cache", 500 * GIB, 10**7),
-    "temporary files": Disk("/tmp", 50 * GIB, 10**6),
+    "this folder": DiskFacts("/home/me", 500 * GIB, 10**7),
+    "the Hub's cache": DiskFacts("/home/me/.cache", 500 * GIB, 10**7),
+    "temporary files": DiskFacts("/tmp", 50 * GIB, 10**6),
 }
 RTX_4090 = "NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 24564, 310"
 RTX_5090 = "NVIDIA GeForce RTX 5090, 580.95.05, 12.0, 32607, 2"
@@ -87,7 +87,7 @@ class Machine:
             "limits": {"NOFILE": 1024}, "disks": DISKS, "shared_memory_bytes": 16 * GIB, "noexec_tmp": False,
             "has_compiler": True, "token": "", "unreadable_devices": (),
         }  # fmt: skip
-        return gather_facts(self.root, run, dict(environment), **(defaults | known))
+        return gather_machine_facts(self.root, run, dict(environment), **(defaults | known))
 
 
 @pytest.fixture
@@ -294,11 +294,11 @@ FAULTS = {
     "ulimit of files": ({"limits": {"NOFILE": 64}}, "open-files", "ulimit -n 4096"),
     "ulimit of file size": ({"limits": {"FSIZE": GIB}}, "open-files", "ulimit -f unlimited"),
     "shared memory": ({"files": DOCKER, "shared_memory_bytes": 64 << 20}, "shared-memory", "--shm-size"),
-    "disk full": ({"disks": {**DISKS, "this folder": Disk("/home/me", GIB // 2)}}, "disk-full", "du -xh"),
-    "no inodes": ({"disks": {**DISKS, "this folder": Disk("/home/me", 90 * GIB, 12)}}, "disk-full", "du -xh"),
-    "cache full": ({"disks": {**DISKS, "the Hub's cache": Disk("/c", 2 * GIB)}}, "disk-full", "HF_HOME="),
+    "disk full": ({"disks": {**DISKS, "this folder": DiskFacts("/home/me", GIB // 2)}}, "disk-full", "du -xh"),
+    "no inodes": ({"disks": {**DISKS, "this folder": DiskFacts("/home/me", 90 * GIB, 12)}}, "disk-full", "du -xh"),
+    "cache full": ({"disks": {**DISKS, "the Hub's cache": DiskFacts("/c", 2 * GIB)}}, "disk-full", "HF_HOME="),
     "cache of root": (
-        {"disks": {**DISKS, "the Hub's cache": Disk("/c", 90 * GIB, None, False)}},
+        {"disks": {**DISKS, "the Hub's cache": DiskFacts("/c", 90 * GIB, None, False)}},
         "disk-permission",
         "chown -R $USER /c",
     ),
@@ -334,10 +334,10 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_with_the_command_that_mends_it(name, machine):
     spec, page, command = FAULTS[name]
-    (finding,) = find_faults(machine(**spec))
+    (finding,) = find_machine_problems(machine(**spec))
     assert finding.page == page, finding
     assert any(command in line for line in finding.commands), finding
-    assert finding.page in load_pages()
+    assert finding.page in load_error_pages()
     assert finding.evidence
 
 
@@ -411,31 +411,31 @@ SOUND = {
 
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_machine_has_no_finding(name, machine):
-    assert find_faults(machine(**SOUND[name])) == []
+    assert find_machine_problems(machine(**SOUND[name])) == []
 
 
 def test_counts():
     assert len(FAULTS) >= 25
     assert len(SOUND) >= 10
     pages = {page for _, page, _ in FAULTS.values()}
-    assert pages <= load_pages().keys()
+    assert pages <= load_error_pages().keys()
 
 
 def test_nothing_is_found_where_nothing_is_known():
-    assert find_faults(MachineFacts()) == []
+    assert find_machine_problems(MachineFacts()) == []
 
 
 def test_a_token_never_becomes_a_fact(tmp_path):
     secret = "hf_" + "s3cret" * 5
     for token in (secret, f"{secret}\n"):
-        facts = gather_facts(tmp_path, lambda *_: "", {"HF_TOKEN": token}, torch=CPU, system="Linux")
+        facts = gather_machine_facts(tmp_path, lambda *_: "", {"HF_TOKEN": token}, torch=CPU, system="Linux")
         assert secret not in repr(facts)
         assert facts.token == ("HF_TOKEN" if token == secret else "malformed: HF_TOKEN")
 
 
 def test_faults_come_before_warnings(machine):
     spec = {"limits": {"NOFILE": 64}, "shared_memory_bytes": 1 << 20, "conflicts": ("vllm 0.11 requires torch==2.8.0",)}
-    kinds = [finding.is_fault for finding in find_faults(machine(**spec))]
+    kinds = [finding.is_fault for finding in find_machine_problems(machine(**spec))]
     assert kinds == [True, True, False]
     assert all(a >= b for a, b in itertools.pairwise(kinds))
 

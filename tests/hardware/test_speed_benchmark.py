@@ -15,19 +15,19 @@ from transformers import LlamaConfig
 from slimtune.errors import RunError, UsageError
 from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
-from slimtune.planning.gpu_specs import find_gpu, load_measured_gpu
+from slimtune.planning.gpu_specs import find_gpu_by_name, load_measured_gpu
 from slimtune.planning.measured_speeds import (
     MachineMeasurement,
-    MeasuredStep,
-    ServingFit,
-    TrainingFit,
+    MeasuredTrainingStep,
+    ServingSpeedFit,
+    TrainingSpeedFit,
     load_machine_measurement,
-    save_measurement,
+    save_machine_measurement,
 )
-from slimtune.planning.plan_result import Workload
+from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.serving_speed import estimate_serving_speed
 from slimtune.planning.this_machine import detect_gpu
-from slimtune.planning.throughput import estimate_speed
+from slimtune.planning.throughput import estimate_training_speed
 
 BF16 = torch.bfloat16
 NARROW = (0.9, 1.1)
@@ -35,14 +35,14 @@ FOUND = MachineMeasurement(
     name="this machine", processor="a CPU", threads=torch.get_num_threads(), date="2026-11-26",
     versions={"slimtune": "1", "torch": "2"}, memory=16 << 30, bf16=True, device="cpu",
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
-    training=TrainingFit(1.5, 0.5, 2.0, 1e-5, NARROW),
+    training=TrainingSpeedFit(1.5, 0.5, 2.0, 1e-5, NARROW),
     serving={
-        "llama.cpp": ServingFit(
+        "llama.cpp": ServingSpeedFit(
             {"Q4_K_M": 1e10, "F16": 2e10}, 1e-10, {"Q4_K_M": 1e-4, "F16": 1e-4}, 1e-8, 0.0,
             {"Q4_K_M": 1e11, "F16": 5e10}, NARROW,
         )
     },
-    steps=[MeasuredStep(512, 4, [128], 0.2, 0.21)], skipped={},
+    steps=[MeasuredTrainingStep(512, 4, [128], 0.2, 0.21)], skipped={},
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def stored(tmp_path, monkeypatch):
     """A stored measurement of this machine."""
     monkeypatch.setenv("SLIMTUNE_BENCH", str(tmp_path / "data" / "bench.json"))
     monkeypatch.setattr(store, "read_processor_name", lambda: "a CPU")
-    return save_measurement(FOUND)
+    return save_machine_measurement(FOUND)
 
 
 def test_fit_finds_the_factors_and_none_below_zero():
@@ -68,7 +68,7 @@ def test_fit_of_decoding():
     for (precision, speed), (size, layers, vocab_size, cached) in itertools.product(speeds.items(), shapes):
         runs.append((precision, size, LlamaConfig(num_hidden_layers=layers, vocab_size=vocab_size), cached))
         seconds.append(size / speed + cached / 3e9 + layers * layer_s[precision] + vocab_size * 1e-8 + 2e-3)
-    fit = bench.fit_serving(("F16", "Q8_0"), runs, seconds, {})
+    fit = bench.fit_serving_speed(("F16", "Q8_0"), runs, seconds, {})
     assert fit.bytes_per_second == pytest.approx(speeds)
     assert fit.layer_s == pytest.approx(layer_s)
     assert (fit.logit_s, fit.token_s, 1 / fit.cached_byte_s) == pytest.approx((1e-8, 2e-3, 3e9))
@@ -77,23 +77,23 @@ def test_fit_of_decoding():
 
 def test_median_is_of_alternating_rounds():
     called = []
-    bench.Clock(torch.device("cpu")).medians([lambda: called.append("a"), lambda: called.append("b")])
+    bench.DeviceTimer(torch.device("cpu")).medians([lambda: called.append("a"), lambda: called.append("b")])
     assert "".join(called[:6]) == "ababba"
 
 
 def test_stored_measurement_comes_back(stored):
     assert load_machine_measurement() == FOUND
-    assert load_measured_gpu().measured == FOUND == find_gpu("This Machine").measured
+    assert load_measured_gpu().measured == FOUND == find_gpu_by_name("This Machine").measured
     assert detect_gpu("cpu").measured == FOUND
 
 
 def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, monkeypatch):
-    save_measurement(replace(FOUND, threads=FOUND.threads + 1))
+    save_machine_measurement(replace(FOUND, threads=FOUND.threads + 1))
     assert detect_gpu("cpu").measured is None
     monkeypatch.setattr(store, "read_processor_name", lambda: "another CPU")
     assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="is not measured"):
-        find_gpu("this machine")
+        find_gpu_by_name("this machine")
 
 
 @pytest.mark.parametrize("change", [{"training": 3}, {"bandwidth": -1}, {"more": 1}, {"serving": {"x": {}}}])
@@ -106,10 +106,10 @@ def test_damaged_measurement_is_an_error(stored, change):
 def test_training_speed_follows_the_fit(stored):
     work = Counter({(4e9, 100, BF16): 10, (0, 2e6, BF16): 100})
     seconds = 1.5 * 10 * 4e9 / 4e11 + 0.5 * 100 * 2e6 / 2e10 + 10 * 1e-5
-    speed = estimate_speed(Workload(work, {}, 1000), load_measured_gpu())
+    speed = estimate_training_speed(TrainingWorkload(work, {}, 1000), load_measured_gpu())
     assert (*speed,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
     seconds += 2.0 * 3e10 / 1e11
-    slower = estimate_speed(Workload(work, {torch.float32: 3e10}, 1000), load_measured_gpu())
+    slower = estimate_training_speed(TrainingWorkload(work, {torch.float32: 3e10}, 1000), load_measured_gpu())
     assert (*slower,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
 
 
@@ -129,11 +129,11 @@ def test_real_steps_and_random_files(monkeypatch):
     monkeypatch.setattr(bench, "TRAINED", {"cpu": ((128, 1), (256, 2))})
     monkeypatch.setattr(bench, "ROWS", {"cpu": ((8,), (16, 16))})
     monkeypatch.setattr(bench, "MOST_ROUNDS", 3)
-    fit, steps = bench.measure_training(bench.Clock(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
+    fit, steps = bench.fit_training_speed(bench.DeviceTimer(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
     assert len(steps) == 4
     assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
     monkeypatch.setattr(bench, "DECODED", ((256, 1, 300), (256, 2, 900), (512, 1, 300)))
-    serving = bench.measure_llama_cpp(torch.device("cpu"))
+    serving = bench.measure_llama_cpp_speed(torch.device("cpu"))
     assert set(serving.prompt_flops) == set(bench.PRECISIONS)
 
 

@@ -10,8 +10,8 @@ from method_cases import CASES
 
 import slimtune
 from slimtune.core.attention.packed_attention import MAX_SPLIT_TOKENS, PART
-from slimtune.planning.extrapolation import TOKENS, extrapolate_layers, extrapolate_merge, fit_memory_model
-from slimtune.planning.memory_trace import BACKWARD, trace_memory, trace_merge
+from slimtune.planning.extrapolation import TOKENS, extrapolate_merge_peak, extrapolate_step_trace, fit_memory_formula
+from slimtune.planning.memory_trace import BACKWARD, trace_merge_peak, trace_training_step
 from slimtune.planning.plan_request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -35,9 +35,9 @@ def make_job(name="llama", depth=6, **settings):
 )
 def test_formula_equals_the_trace(device, checkpointing, method):
     job = make_job(device=device, gradient_checkpointing=checkpointing, method=method)
-    formula = fit_memory_model(job, job.build_model())
+    formula = fit_memory_formula(job, job.build_model())
     for lengths in ((TOKENS,), (3000,), (1000, 1500)):
-        trace = trace_memory(replace(job, lengths=lengths), backward_only=True)
+        trace = trace_training_step(replace(job, lengths=lengths), backward_only=True)
         # On a CPU the formula has a mask of 1.1 MB, which a row of more than 2,048 tokens does not need.
         mask = 4 * PART * (MAX_SPLIT_TOKENS + PART) if (device, lengths) == ("cpu", (3000,)) else 0
         assert formula.peak(lengths) == pytest.approx(trace.peak + mask, rel=0.005)
@@ -50,10 +50,10 @@ def test_formula_of_tiles_and_offloading(lengths):
     """Below the size of a tile it is an upper bound."""
     savings = {"gradient_checkpointing": True, "offload_activations": True, "mlp_tile_size": 2048}
     job = make_job(**savings, lengths=lengths)
-    trace = trace_memory(job)
-    over = fit_memory_model(job, job.build_model()).peak(lengths) - trace.peak
+    trace = trace_training_step(job)
+    over = fit_memory_formula(job, job.build_model()).peak(lengths) - trace.peak
     assert over > 0 if sum(lengths) < 2048 else abs(over) < 0.005 * trace.peak
-    assert extrapolate_layers(job).host_bytes == trace.host_bytes
+    assert extrapolate_step_trace(job).host_bytes == trace.host_bytes
 
 
 @pytest.mark.slow
@@ -62,17 +62,17 @@ def test_formula_of_a_vocabulary_whose_chunks_are_long(supervised):
     """A GPU's chunk of 49,152 logits has 682 rows: 1,024 tokens fill no second one, and say nothing of more tokens."""
     job = make_job(depth=2, lengths=(600,), supervised=supervised)
     job.base_config.get_text_config().vocab_size = 49152
-    formula = fit_memory_model(job, job.build_model()).correct((600,), trace_memory(job))
+    formula = fit_memory_formula(job, job.build_model()).correct((600,), trace_training_step(job))
     for lengths in ((5000,), (9000, 9000)):
-        trace = trace_memory(replace(job, lengths=lengths), backward_only=True)
+        trace = trace_training_step(replace(job, lengths=lengths), backward_only=True)
         assert formula.peak(lengths) == pytest.approx(trace.peak, rel=0.01)
 
 
 @pytest.mark.slow
 def test_one_very_long_row_is_not_padded():
     job = make_job(gradient_checkpointing=True, depth=3)
-    formula = fit_memory_model(job, job.build_model())
-    trace = trace_memory(replace(job, lengths=(70_000,)), backward_only=True)
+    formula = fit_memory_formula(job, job.build_model())
+    trace = trace_training_step(replace(job, lengths=(70_000,)), backward_only=True)
     assert formula.peak((70_000,)) == pytest.approx(trace.peak, rel=0.1)
     assert formula.peak((35_000, 35_000)) > formula.peak((70_000,))
 
@@ -80,7 +80,7 @@ def test_one_very_long_row_is_not_padded():
 @pytest.mark.slow
 def test_kept_attention_scores_grow_with_the_square():
     """Gemma 2 caps its scores, so they are kept: one long row takes more than two of half its length."""
-    gemma, llama = (fit_memory_model(job, job.build_model()) for job in (make_job("gemma2"), make_job()))
+    gemma, llama = (fit_memory_formula(job, job.build_model()) for job in (make_job("gemma2"), make_job()))
     assert gemma.peak((4096,)) > 1.5 * gemma.peak((2048, 2048))
     assert llama.peak((4096,)) == pytest.approx(llama.peak((2048, 2048)), rel=0.01)
 
@@ -89,7 +89,7 @@ def test_kept_attention_scores_grow_with_the_square():
 @pytest.mark.slow
 def test_two_and_three_layers_give_all_layers(name):
     job = make_job(name, lengths=(200,) if name != "gpt2" else (60,))
-    trace, extrapolated = trace_memory(job), extrapolate_layers(job, job.build_model())
+    trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, job.build_model())
     if name == "gemma3":  # whose kinds of layer alternate, which matters in a model this small
         assert extrapolated.peak == pytest.approx(trace.peak, rel=0.02)
         return
@@ -107,15 +107,15 @@ def test_two_and_three_layers_give_all_layers(name):
 def test_layers_that_differ_are_traced_whole(settings):
     method = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     job = make_job(method=method, lengths=(200,))
-    assert extrapolate_layers(job, job.build_model()).phases == trace_memory(job).phases
+    assert extrapolate_step_trace(job, job.build_model()).phases == trace_training_step(job).phases
 
 
 def test_peak_of_a_merge():
     job = make_job()
-    peak = trace_merge(job, torch.float32)
-    assert extrapolate_merge(job, num_params=1000) == peak  # small models are merged in float32
-    assert extrapolate_merge(job, num_params=10**10) < peak
-    assert extrapolate_merge(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None
+    peak = trace_merge_peak(job, torch.float32)
+    assert extrapolate_merge_peak(job, num_params=1000) == peak  # small models are merged in float32
+    assert extrapolate_merge_peak(job, num_params=10**10) < peak
+    assert extrapolate_merge_peak(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
@@ -126,6 +126,6 @@ def test_layers_that_share_keys_are_planned_without_them(family):
     model = job.build_model()
     without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=6).config).build_model()
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())
-    trace, extrapolated = trace_memory(job), extrapolate_layers(job, model)
+    trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, model)
     assert extrapolated.state == trace.state
     assert extrapolated.operator_counts == trace.operator_counts

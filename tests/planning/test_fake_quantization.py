@@ -18,9 +18,9 @@ from slimtune import LoraConfig
 from slimtune.core.foundation.device import simulate_device
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
-from slimtune.planning.fake_quantization import KINDS, quantization_kind, quantize
-from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
-from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.fake_quantization import KINDS, fake_quantize_model, resolve_quantization_kind
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import TrainingJob
 
@@ -46,7 +46,7 @@ def test_same_layers_as_bitsandbytes(make, kind, referee):
     real = referee.quantized(base, kind)
     with torch.device("meta"):
         fake = tf.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
-    quantize(fake, kind)
+    fake_quantize_model(fake, kind)
     shapes = [{n: (p.shape, p.dtype) for n, p in model.named_parameters()} for model in (fake, real)]
     assert shapes[0] == shapes[1]
     quantized = [name for name, module in fake.named_modules() if is_quantized(module)]
@@ -75,8 +75,8 @@ def test_layer_holds_what_bitsandbytes_holds(sizes, kind, referee):
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER))
         layer = model.model.layers[0].self_attn.q_proj = nn.Linear(into, out)
-    quantize(model, kind)
-    assert sum(t.nbytes for t in all_tensors(layer)) == sum(kept.values())
+    fake_quantize_model(model, kind)
+    assert sum(t.nbytes for t in list_module_tensors(layer)) == sum(kept.values())
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_layer_holds_what_bitsandbytes_holds(sizes, kind, referee):
 )
 def test_step_takes_what_a_real_step_takes(kind, method, dtype, settings, tolerance, referee):
     job = make_job(kind, method, dtype, **settings)
-    trace, (state, peak) = trace_memory(job), referee.measured(job)
+    trace, (state, peak) = trace_training_step(job), referee.measured(job)
     assert trace.state_bytes == state
     assert trace.step == pytest.approx(peak, rel=tolerance)
 
@@ -108,7 +108,7 @@ def test_states_in_8_bits():
     sizes = [p.numel() for p in job.build_model().parameters() if p.requires_grad]
     assert {n < 4096 for n in sizes} == {True, False}
     expected = 2 * 1024 + sum(8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256)) for n in sizes)
-    assert trace_memory(job).state["optimizer"] == expected
+    assert trace_training_step(job).state["optimizer"] == expected
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_long_row_with_every_saving(referee):
     """What docs/long_rows.md plans for 8B, made small."""
     job = make_job("nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=64)
     job = replace(job, lengths=(900,))
-    trace, (state, peak) = trace_memory(job), referee.measured(job)
+    trace, (state, peak) = trace_training_step(job), referee.measured(job)
     assert trace.state_bytes == state
     # The CPU's attention kernel works in a megabyte a thread, whatever the sizes; benchmarks/long_rows.py is larger.
     assert 0 <= peak - trace.step < 2**20 * torch.get_num_threads() + 100_000
@@ -131,7 +131,7 @@ def test_no_bitsandbytes(method, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
     job = make_job(kind, method, device="cuda", gradient_checkpointing=True)
     frozen = sum(p.nbytes for p in make_job(None, method).build_model().parameters() if not p.requires_grad)
-    assert trace_memory(job).state["weights"] < frozen / 2
+    assert trace_training_step(job).state["weights"] < frozen / 2
 
 
 @each_kind
@@ -144,13 +144,13 @@ def trace_layer_on_gpu(kind, tokens, name="gate_proj"):
     """Return the peak bytes of a layer's forward and of its backward pass, and those kept between."""
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(BF16)
-    quantize(model, kind)
+    fake_quantize_model(model, kind)
     layer = model.model.layers[0].mlp.get_submodule(name)
-    with fake_mode(), simulate_device("cuda"):
-        make_fake(layer)
+    with fake_tensor_mode(), simulate_device("cuda"):
+        replace_meta_with_fake(layer)
         x = torch.empty(1, tokens, layer.in_features, dtype=BF16, requires_grad=True)
         with MemoryTracker() as tracker:
-            tracker.assign([*all_tensors(layer), x], "weights")
+            tracker.assign([*list_module_tensors(layer), x], "weights")
             before = tracker.peak
             tracker.start_phase("forward")
             y = layer(x)
@@ -179,7 +179,7 @@ def test_layer_on_a_gpu(tokens):
 def test_checkpointing_does_not_free_the_inputs_of_int8():
     """bitsandbytes keeps those of q, k and v, of o, of gate and up, and of down; the last layer's exist in any case."""
     nf4, int8 = (
-        trace_memory(make_job(kind, device="cuda", gradient_checkpointing=True)).parts["activations"]
+        trace_training_step(make_job(kind, device="cuda", gradient_checkpointing=True)).parts["activations"]
         for kind in ("nf4", "int8")
     )
     inputs = 4 * sum(make_job(None).lengths) * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
@@ -201,14 +201,14 @@ FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 )
 def test_kind_of_a_checkpoint(stored, requested, kind):
     config = tf.LlamaConfig(**SIZES, **({"quantization_config": stored} if stored else {}))
-    assert quantization_kind(config, requested) == kind
+    assert resolve_quantization_kind(config, requested) == kind
 
 
 def test_checkpoints_that_cannot_be_planned():
     with pytest.raises(UsageError, match="stored in int8, not in nf4"):
-        quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"load_in_8bit": True}), "nf4")
+        resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"load_in_8bit": True}), "nf4")
     with pytest.raises(ModelError, match="stored in gptq, which cannot be planned"):
-        quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}))
+        resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}))
 
 
 def test_what_cannot_be_quantized():
@@ -219,4 +219,4 @@ def test_what_cannot_be_quantized():
     with torch.device("meta"):
         empty = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 0}))
     with pytest.raises(UsageError, match="no linear layer beside its head"):
-        quantize(empty, "int8")
+        fake_quantize_model(empty, "int8")

@@ -10,16 +10,16 @@ import pytest
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning import this_machine
-from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu, list_gpus, make_gpu_with_memory
+from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs, make_gpu_with_memory
 from slimtune.planning.this_machine import detect_gpu
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))
 
 
 def test_table_is_plausible():
-    assert len({c.name for c in list_gpus()}) == len(list_gpus()) >= 150
-    assert {c.kind for c in list_gpus()} == {"desktop", "laptop", "workstation", "datacentre", "mac", "mini"}
-    for gpu in list_gpus():
+    assert len({c.name for c in list_gpu_specs()}) == len(list_gpu_specs()) >= 150
+    assert {c.kind for c in list_gpu_specs()} == {"desktop", "laptop", "workstation", "datacentre", "mac", "mini"}
+    for gpu in list_gpu_specs():
         assert gpu.source, gpu.name
         assert 0.75 * gpu.memory <= gpu.visible <= gpu.memory
         assert 0 < gpu.usable.low <= gpu.usable.high <= gpu.memory
@@ -62,7 +62,7 @@ PER_FLOAT32 = {
 """How many times faster the matrix units of an architecture are in 16 bits than the plain ones in float32."""
 
 
-@pytest.mark.parametrize("gpu", list_gpus(), ids=lambda g: g.name)
+@pytest.mark.parametrize("gpu", list_gpu_specs(), ids=lambda g: g.name)
 def test_rates_keep_the_ratio_of_their_architecture(gpu):
     if gpu.name == "l40":  # its matrix units run at half the rate of the L40S
         return
@@ -73,9 +73,9 @@ def test_rates_keep_the_ratio_of_their_architecture(gpu):
 
 
 def test_age_of_figures():
-    assert gpus.is_old("2020-01-01")
-    assert not gpus.is_old(datetime.date.today().isoformat())
-    assert gpus.format_checked("2020-01-01") == "2020-01-01, older than 180 days"
+    assert gpus.is_date_outdated("2020-01-01")
+    assert not gpus.is_date_outdated(datetime.date.today().isoformat())
+    assert gpus.format_source_date("2020-01-01") == "2020-01-01, older than 180 days"
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_age_of_figures():
     ],
 )
 def test_names_as_people_write_them(name, found):
-    assert find_gpu(name).name == found
+    assert find_gpu_by_name(name).name == found
 
 
 def test_memory_that_a_chip_does_not_have():
     with pytest.raises(UsageError, match=r"m4-max-48gb.*m4-max-64gb.*m4-max-128gb"):
-        find_gpu("m4 max 80gb")
+        find_gpu_by_name("m4 max 80gb")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_memory_that_a_chip_does_not_have():
 )
 def test_nearest_card_has_the_same_numbers(name, nearest):
     with pytest.raises(UsageError) as caught:
-        find_gpu(name)
+        find_gpu_by_name(name)
     close = f"in the table; did you mean {nearest!r}?" if nearest else "in the table\n"
     assert close in str(caught.value)
 

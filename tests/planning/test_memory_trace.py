@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from slimtune.core.kernels import activation_offload, cross_entropy
 from slimtune.errors import ModelError
-from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
-from slimtune.planning.memory_trace import BACKWARD, trace_memory
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.memory_trace import BACKWARD, trace_training_step
 from slimtune.planning.plan_request import TrainingJob
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -43,7 +43,7 @@ def assert_exact(referee):
 
     def check(job, tolerance=0.003):
         state, peak = referee.measured(copy.deepcopy(job))
-        trace = trace_memory(job)
+        trace = trace_training_step(job)
         assert trace.state_bytes == pytest.approx(state, rel=1e-4)
         assert trace.step == pytest.approx(peak, rel=tolerance)
 
@@ -94,7 +94,8 @@ def test_offloaded_activations_count_as_cpu_memory(monkeypatch):
     """The input of each layer is offloaded from a GPU; two are on the device at the peak."""
     monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     kept, offloaded, cpu = (
-        trace_memory(make_job("llama", "lora", ROWS[4], sizes={"num_hidden_layers": 8}, gradient_checkpointing=True,
+        trace_training_step(make_job("llama", "lora", ROWS[4], sizes={"num_hidden_layers": 8},
+                              gradient_checkpointing=True,
                               device=device, offload_activations=offload))
         for device, offload in (("cuda", False), ("cuda", True), ("cpu", True))
     )  # fmt: skip
@@ -109,19 +110,19 @@ def test_parts():
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = sum(p.nbytes for p in parameters)
     frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - trained
-    trace = trace_memory(job)
+    trace = trace_training_step(job)
     assert trace.state["adapters"] == trained
     assert trace.state["optimizer"] == 2 * trained + 4 * len(parameters)  # two moments, and a step per parameter
     assert frozen <= trace.state["weights"] <= 1.01 * frozen
     gradients = {phase: parts["gradients"] for phase, parts in trace.phases.items()}
     assert gradients == {**dict.fromkeys(trace.phases, trained), "evaluation": 0}  # of the first micro-batch
-    one = trace_memory(make_job("llama", "lora", ((100,), True, 1)))
+    one = trace_training_step(make_job("llama", "lora", ((100,), True, 1)))
     assert one.phases["loss"]["gradients"] == 0
 
 
 def test_backward_only_leaves_out_later_phases():
     job = make_job("llama", "lora")
-    whole, short = trace_memory(job), trace_memory(job, backward_only=True)
+    whole, short = trace_training_step(job), trace_training_step(job, backward_only=True)
     assert whole.state == short.state
     assert short.phases == {p: parts for p, parts in whole.phases.items() if p not in ("optimizer", "evaluation")}
 
@@ -130,7 +131,7 @@ def test_backward_only_leaves_out_later_phases():
 def test_trace_has_no_side_effects(method):
     job = make_job("llama", method)
     before, random = copy.deepcopy((job.base_config.to_dict(), job.method.to_dict())), torch.get_rng_state()
-    assert trace_memory(job) == trace_memory(job)
+    assert trace_training_step(job) == trace_training_step(job)
     assert (job.base_config.to_dict(), job.method.to_dict()) == before
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -155,9 +156,9 @@ class ManyTensors(nn.Module):
 def test_every_tensor_of_a_module_becomes_fake():
     with torch.device("meta"):
         model = ManyTensors()
-    with fake_mode():
-        make_fake(model)
-        tensors = all_tensors(model)
+    with fake_tensor_mode():
+        replace_meta_with_fake(model)
+        tensors = list_module_tensors(model)
         assert all(isinstance(t, FakeTensor) and t.device.type == "cpu" for t in tensors)
         assert {tuple(t.shape) for t in tensors} == {(3, 4), (2,), (5,), (6,), (7,), (2, 2)}
         assert model.tied is model.weight is model.nested[1][0]
@@ -168,7 +169,7 @@ def test_every_tensor_of_a_module_becomes_fake():
 
 
 def test_integers_are_known_until_overwritten():
-    with fake_mode():
+    with fake_tensor_mode():
         mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
         assert not mask.bool().all()
         assert (torch.arange(3) * mask).sum(1).tolist() == [1, 3]
@@ -184,7 +185,7 @@ def test_integers_are_known_until_overwritten():
     "read", [lambda x: bool(x.any()), lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero()]
 )
 def test_reading_unknown_values_is_an_error(read):
-    with pytest.raises(ModelError, match="depends on tensor values"), fake_mode():
+    with pytest.raises(ModelError, match="depends on tensor values"), fake_tensor_mode():
         read(torch.empty(3) + torch.arange(3))
 
 
@@ -192,7 +193,7 @@ def test_reading_unknown_values_is_an_error(read):
 def test_attention_grows_with_the_square_of_a_row(device, of_one, of_two):
     """Of 512² pairs a GPU computes those that attend, a CPU those of 128 tokens with all up to the last of them."""
     long, short = (
-        trace_memory(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
+        trace_training_step(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
         for rows in ((512,), (256, 256))
     )
     heads_times_size, layers = 64, 2

@@ -18,11 +18,16 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
-from slimtune.planning.gpu_specs import GpuSpec, find_gpu, make_gpu_with_memory
-from slimtune.planning.memory_trace import make_examples, shard_base
-from slimtune.planning.plan_request import PlanRequest, build_request
+from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.memory_trace import estimate_sharding_savings, make_dummy_examples
+from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.plan_result import PARTS
-from slimtune.planning.planner import estimate_adapter_file_size, estimate_resources, judge_memory, pick_usual_rows
+from slimtune.planning.planner import (
+    estimate_adapter_file_size,
+    estimate_resources,
+    judge_memory_fit,
+    pick_typical_micro_batches,
+)
 from slimtune.planning.this_machine import detect_gpu
 
 TINY = BaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
@@ -41,8 +46,8 @@ def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
 def test_llama_3_1_8b():
     """LoRA fits 24 GiB, NF4 fits 12 GiB, full fine-tuning with fp32 copies needs 146 GB."""
     request = PlanRequest(
-        load_base_config("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
-        gradient_checkpointing=True,
+        load_base_config("llama-3.1-8b"), find_gpu_by_name("rtx-3090"), lora(16), seq_len=2048,
+        gradient_accumulation_steps=4, gradient_checkpointing=True,
     )  # fmt: skip
     plan = estimate_resources(request)
     assert plan.verdict == "fits"
@@ -51,7 +56,7 @@ def test_llama_3_1_8b():
     assert full.verdict == "does not fit"
     assert full.allocated_bytes == pytest.approx(146e9, rel=0.005)
     assert "the largest parts are optimizer" in full.reason
-    small = replace(request, gpu=find_gpu("rtx-3060-12gb"))
+    small = replace(request, gpu=find_gpu_by_name("rtx-3060-12gb"))
     assert estimate_resources(replace(small, quantization="nf4")).verdict == "fits"
     assert estimate_resources(small, advise=False).reason.endswith(
         "the weights alone (15.0 GiB) are more than the card has"
@@ -127,8 +132,8 @@ def test_bad_request(fields, message):
 @pytest.mark.slow
 def test_plan_for_one_gpu_judges_another():
     plan = plan_tiny()
-    assert judge_memory(plan.need_bytes, ROOMY.usable) == "fits"
-    assert judge_memory(plan.need_bytes, make_gpu_with_memory("100MiB").usable) == "does not fit"
+    assert judge_memory_fit(plan.need_bytes, ROOMY.usable) == "fits"
+    assert judge_memory_fit(plan.need_bytes, make_gpu_with_memory("100MiB").usable) == "does not fit"
 
 
 @pytest.mark.slow
@@ -142,7 +147,7 @@ def test_request_of_a_recipe(tmp_path):
             "output_dir": str(tmp_path / "run"),
         }
     )
-    request = build_request(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])
+    request = build_plan_request(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])
     job = request.job()
     assert job.lengths == (300, 100, 90, 80)  # the longest rows that can come together
     assert (job.micro_batches, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
@@ -153,15 +158,15 @@ def test_request_of_a_recipe(tmp_path):
 def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     rows = (60,) * 8
     request = PlanRequest(TINY, ROOMY, lora(), lengths=rows, quantiles=rows, content=RowContent(40, 0.25))
-    job = pick_usual_rows(request, request.job())
-    pack = Collator(0, layout=True)(make_examples(job.lengths, job.supervised))
+    job = pick_typical_micro_batches(request, request.job())
+    pack = Collator(0, layout=True)(make_dummy_examples(job.lengths, job.supervised))
     assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
     assert estimate_resources(request).work.tokens == 8 * 60
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
 def test_auto_dtype_follows_the_gpu(gpu, dtype):
-    assert str(PlanRequest(TINY, find_gpu(gpu), lora()).job().dtype) == f"torch.{dtype}"
+    assert str(PlanRequest(TINY, find_gpu_by_name(gpu), lora()).job().dtype) == f"torch.{dtype}"
 
 
 # --- pairs and ranked lists: a prompt counts once, and every answer does, as in the step that trains -----------------
@@ -181,9 +186,9 @@ def test_request_counts_every_answer_of_a_list(tiny_folder, tmp_path):
         {"model": str(tiny_folder), "data": "rows.jsonl", "task": "dpo", "train": {"batch_size": 2}, "output_dir": "x"}
     )
     lists = [(9, 5, 4, 3), (20, 1, 1), (9, 5, 5, 5, 5)]
-    assert build_request(recipe, ROOMY, lists).job().lengths == ((9, 5, 5, 5, 5), (20, 1, 1))
+    assert build_plan_request(recipe, ROOMY, lists).job().lengths == ((9, 5, 5, 5, 5), (20, 1, 1))
     apart = recipe_of(recipe.to_dict(), share_prefix=False)
-    assert build_request(apart, ROOMY, lists).job().lengths == ((0, 14, 14, 14, 14), (0, 21, 21))
+    assert build_plan_request(apart, ROOMY, lists).job().lengths == ((0, 14, 14, 14, 14), (0, 21, 21))
 
 
 @pytest.mark.slow
@@ -208,7 +213,7 @@ def test_run_takes_the_tokens_that_are_planned(pairs, tiny_folder, tmp_path):
             "output_dir": str(tmp_path / "run"),
         }
     )
-    train(recipe, planner=lambda *job: estimate_resources(build_request(job[0], detect_gpu("cpu"), job[1])))
+    train(recipe, planner=lambda *job: estimate_resources(build_plan_request(job[0], detect_gpu("cpu"), job[1])))
     record = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert record["plan"]["batch"] == (4 if pairs == "all" else 2)
     assert record["plan"]["max_tokens_per_micro_batch"] == record["probe"]["tokens"]
@@ -220,13 +225,13 @@ LAYER, REST = 2 * 218_112_000, 2 * (2 * 128256 * 4096 + 4096)  # Llama 3.1 8B in
 
 
 def make_request(processes, fsdp):
-    gpu = find_gpu("rtx-3060-12gb")
+    gpu = find_gpu_by_name("rtx-3060-12gb")
     return PlanRequest(load_base_config("llama-3.1-8b"), gpu, lora(16), processes=processes, fsdp=fsdp)
 
 
 def test_saved_bytes():
     total = 32 * LAYER + REST
-    saved, spread = shard_base(make_request(4, fsdp=True).job().build_model(), 4)
+    saved, spread = estimate_sharding_savings(make_request(4, fsdp=True).job().build_model(), 4)
     assert saved == total - (total / 4 + REST + LAYER)
     assert spread == 2 * LAYER
 

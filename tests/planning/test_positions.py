@@ -11,7 +11,7 @@ from slimtune.methods.lora import LoraConfig
 from slimtune.planning import memory_trace
 from slimtune.planning import plan_request as request
 from slimtune.planning.gpu_specs import make_gpu_with_memory
-from slimtune.planning.plan_request import PlanRequest, build_request
+from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.planner import estimate_resources
 
 GPT2 = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=512)
@@ -36,25 +36,25 @@ def test_names_of_positions():
 def test_rows_beyond_the_positions_are_refused():
     for recipe, lengths in ((make_recipe(max_seq_len=600), ()), (make_recipe(), (4, 513))):
         with pytest.raises(UsageError, match=r"tokens, and tiny has 512 positions(.|\n)*--max-seq-len 512"):
-            build_request(recipe, ROOMY, lengths)
+            build_plan_request(recipe, ROOMY, lengths)
 
 
 def test_default_length_is_cut_and_says_so():
-    planned = build_request(make_recipe(), ROOMY)
+    planned = build_plan_request(make_recipe(), ROOMY)
     assert (planned.seq_len, planned.notes) == (512, ("Rows have at most 512 tokens: tiny has no more positions.",))
-    assert build_request(make_recipe(), ROOMY, (5, 512)).notes == ()
+    assert build_plan_request(make_recipe(), ROOMY, (5, 512)).notes == ()
 
 
 @pytest.mark.slow
 def test_no_longer_row_is_traced_or_answered(monkeypatch):
     traced = []
-    real = memory_trace.trace_memory
+    real = memory_trace.trace_training_step
 
     def record(job, *args, **settings):
         traced.extend(job.lengths)
         return real(job, *args, **settings)
 
-    monkeypatch.setattr("slimtune.planning.extrapolation.trace_memory", record)
+    monkeypatch.setattr("slimtune.planning.extrapolation.trace_training_step", record)
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
     plan = estimate_resources(PlanRequest(BaseConfig("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512

@@ -10,9 +10,9 @@ from slimtune.core.models.dtype import pick_device, pick_training_dtype
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.planning import gpu_specs as gpus
-from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu, list_gpus
+from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs
 from slimtune.planning.plan_request import PlanRequest
-from slimtune.planning.planner import estimate_resources, list_notes
+from slimtune.planning.planner import describe_gpu_limits, estimate_resources
 from slimtune.planning.this_machine import detect_gpu
 
 BASE = BaseConfig("tiny", "tiny", llama().config, "")
@@ -63,7 +63,7 @@ def test_this_machine(monkeypatch, machine, expected):
     assert planned(detect_gpu()) == trained() == expected
 
 
-@pytest.mark.parametrize("gpu", [g for g in list_gpus() if g.trains], ids=lambda g: g.name)
+@pytest.mark.parametrize("gpu", [g for g in list_gpu_specs() if g.trains], ids=lambda g: g.name)
 def test_card_of_the_table(monkeypatch, gpu):
     if gpu.vendor == "apple":
         set_machine(monkeypatch, mps=True)
@@ -78,14 +78,18 @@ def test_intel_gpus_do_not_train(monkeypatch):
         assert trained() == planned(detect_gpu())
     with pytest.raises(UsageError, match="does not train on Intel GPUs"):
         pick_device("xpu")
-    assert [g.name for g in list_gpus() if not g.trains] == [g.name for g in list_gpus() if g.vendor == "intel"] != []
+    assert (
+        [g.name for g in list_gpu_specs() if not g.trains]
+        == [g.name for g in list_gpu_specs() if g.vendor == "intel"]
+        != []
+    )
     with pytest.raises(UsageError, match="arc-b580: slimtune does not train on Intel GPUs"):
-        gpus.require_trains(find_gpu("arc-b580"))
+        gpus.require_trainable_gpu(find_gpu_by_name("arc-b580"))
 
 
 def test_float16_is_refused_as_training_refuses_it():
     with pytest.raises(UsageError, match="the weights are float16"):
-        PlanRequest(BASE, find_gpu("t4"), LORA, dtype="float16").job()
+        PlanRequest(BASE, find_gpu_by_name("t4"), LORA, dtype="float16").job()
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,8 @@ def test_float16_is_refused_as_training_refuses_it():
     ],
 )
 def test_notes_say_what_a_default_costs(gpu, words):
-    request = PlanRequest(BASE, find_gpu(gpu), LORA)
-    text = " ".join(list_notes(request, request.job()))
+    request = PlanRequest(BASE, find_gpu_by_name(gpu), LORA)
+    text = " ".join(describe_gpu_limits(request, request.job()))
     assert all(word in text for word in words)
     assert bool(text) == bool(words)
 

@@ -7,7 +7,7 @@ import torch
 import slimtune
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.training.loss import compute_step_loss, make_collator
-from slimtune.planning.fake_tensors import fake_mode, make_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, replace_meta_with_fake
 
 PREFIX = list(range(3, 14))
 ROWS = [PREFIX + list(range(20, 20 + n)) for n in (5, 1, 9)] + [list(range(50, 57))]
@@ -21,8 +21,8 @@ def run_fake_step(name="llama", checkpointing=False, dropout=0.1, collate=None, 
         model = slimtune.get_peft_model(base, slimtune.LoraConfig(**config)).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with fake_mode():
-        make_fake(model)
+    with fake_tensor_mode():
+        replace_meta_with_fake(model)
         batch = make_collator(model, 0, **{"packing": True, "share_prefix": True, **(collate or {})})(EXAMPLES)
         with enable_packed_attention(model):
             compute_step_loss(model, batch).backward()

@@ -9,7 +9,7 @@ import torch
 
 import slimtune
 from slimtune.planning import extrapolation as extrapolate
-from slimtune.planning.extrapolation import extrapolate_layers, extrapolate_merge
+from slimtune.planning.extrapolation import extrapolate_merge_peak, extrapolate_step_trace
 from slimtune.planning.plan_request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -26,22 +26,22 @@ def job():
 def traced(monkeypatch, tmp_path):
     """The jobs that were traced since."""
     monkeypatch.setenv("SLIMTUNE_TRACES", str(tmp_path / "traces"))
-    trace_memory, jobs = extrapolate.trace_memory, []
+    trace_memory, jobs = extrapolate.trace_training_step, []
 
     def count(job, *rest, **options):
         jobs.append(job)
         return trace_memory(job, *rest, **options)
 
-    monkeypatch.setattr(extrapolate, "trace_memory", count)
+    monkeypatch.setattr(extrapolate, "trace_training_step", count)
     return jobs
 
 
 def test_second_plan_traces_nothing(job, traced, tmp_path):
-    first, merge = extrapolate_layers(job), extrapolate_merge(job, 1000)
-    again = extrapolate_layers(replace(job))
+    first, merge = extrapolate_step_trace(job), extrapolate_merge_peak(job, 1000)
+    again = extrapolate_step_trace(replace(job))
     assert len(traced) == 1
     assert (again, list(again.operator_counts.items())) == (first, list(first.operator_counts.items()))
-    assert extrapolate_merge(job, 1000) == merge > 0
+    assert extrapolate_merge_peak(job, 1000) == merge > 0
     assert len(list((tmp_path / "traces").iterdir())) == 2
 
 
@@ -55,9 +55,9 @@ def test_second_plan_traces_nothing(job, traced, tmp_path):
     ],
 )
 def test_other_jobs_are_traced(job, traced, changes):
-    extrapolate_layers(job)
-    extrapolate_layers(replace(job, **changes))
-    extrapolate_layers(job, backward_only=True)
+    extrapolate_step_trace(job)
+    extrapolate_step_trace(replace(job, **changes))
+    extrapolate_step_trace(job, backward_only=True)
     assert len(traced) == 3
 
 
@@ -72,11 +72,11 @@ def test_other_jobs_are_traced(job, traced, changes):
     ],
 )
 def test_damaged_files_are_traced_and_replaced(job, traced, tmp_path, damage):
-    first = extrapolate_layers(job)
+    first = extrapolate_step_trace(job)
     (file,) = (tmp_path / "traces").iterdir()
     text = file.read_text()
     file.write_text(damage(text))
-    assert extrapolate_layers(job) == first
+    assert extrapolate_step_trace(job) == first
     assert len(traced) == 2
     assert file.read_text() == text
 
@@ -88,8 +88,8 @@ def test_code_of_others_and_unwritable_folders_keep_nothing(job, traced, tmp_pat
     masked = slimtune.ShiraConfig(r=2, target_modules=["q_proj"])
     masked.mask_fn = lambda layer, r: torch.ones(1)
     for method in (Own(r=4, target_modules="all-linear"), masked):
-        assert extrapolate.keep_trace(replace(job, method=method), lambda: "traced") == "traced"
+        assert extrapolate.load_or_compute_trace(replace(job, method=method), lambda: "traced") == "traced"
     assert not (tmp_path / "traces").exists()
     monkeypatch.setenv("SLIMTUNE_TRACES", "/dev/null")
-    assert extrapolate_layers(job) == extrapolate_layers(job)
+    assert extrapolate_step_trace(job) == extrapolate_step_trace(job)
     assert len(traced) == 2

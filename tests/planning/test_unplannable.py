@@ -66,7 +66,7 @@ def test_no_memory_is_not_a_fault_of_the_base(monkeypatch):
     def run_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(planner, "fit_memory_model", run_out)
+    monkeypatch.setattr(planner, "fit_memory_formula", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         plan("llama")
 

@@ -27,22 +27,24 @@ def bench(
     folder.
     """
     from ..hardware.hardware_results import BenchResult
-    from ..planning.gpu_specs import make_table_row
-    from ..planning.measured_speeds import load_machine_measurement, measurement_file, save_measurement
+    from ..planning.gpu_specs import make_gpu_table_row
+    from ..planning.measured_speeds import get_measurement_path, load_machine_measurement, save_machine_measurement
 
     if show or export:
         if device is not None:
             raise UsageError(f"--device and --{'show' if show else 'export'} are both given", "one of them")
         found = load_machine_measurement()
         if found is None:
-            raise UsageError("this machine is not measured", f"a measurement in {measurement_file()}", "slimtune bench")
+            raise UsageError(
+                "this machine is not measured", f"a measurement in {get_measurement_path()}", "slimtune bench"
+            )
     else:
         from ..hardware.speed_benchmark import measure_machine
 
         with show_progress():
             found = measure_machine(device or "auto")
-        save_measurement(found)
-    file, row = measurement_file(), make_table_row(found)
+        save_machine_measurement(found)
+    file, row = get_measurement_path(), make_gpu_table_row(found)
     if not as_json:
         if export:
             console().print(_format_csv(row), soft_wrap=True)

@@ -31,7 +31,7 @@ from typer.core import TyperGroup
 from ..core.foundation.files import explain_os_error, to_json
 from ..core.foundation.formatting import escape_controls
 from ..core.foundation.progress_bars import display_progress
-from ..diagnostics.knowledge import find_code
+from ..diagnostics.knowledge import find_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
@@ -292,9 +292,9 @@ def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
 
 def print_age(dates: Iterable[str]) -> None:
     """Say how many of the shown figures may be out of date."""
-    from ..planning.gpu_specs import MAX_AGE, is_old
+    from ..planning.gpu_specs import MAX_AGE, is_date_outdated
 
-    if old := sum(map(is_old, dates)):
+    if old := sum(map(is_date_outdated, dates)):
         console().print(
             f"{old} of these figures were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING
         )

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, Page, load_pages, search_pages
-from ..diagnostics.knowledge.guides import find_guides
+from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
+from ..diagnostics.knowledge.guides import find_command_guides
 from ..errors import UsageError
 from .common import Json, NegativeResult, console, table
 
@@ -29,12 +29,12 @@ def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | Negat
         if not words.strip():
             raise UsageError("the standard input is empty", "the text of an error", "slimtune explain - < log.txt")
     if not words.strip():
-        pages = list(load_pages().values())
+        pages = list(load_error_pages().values())
         if not as_json:
             console().print(table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
         return {"pages": [_summarize(page) for page in pages]}
-    found, nearest = search_pages(words)
-    page, guides = nearest[0] if found else None, [] if found else find_guides(words)
+    found, nearest = search_error_pages(words)
+    page, guides = nearest[0] if found else None, [] if found else find_command_guides(words)
     if not as_json:
         _print_answer(page, nearest[1:] if page else nearest, guides)
     result: dict[str, Any] = _summarize(page) | {"text": page.body} if page else {"code": None}
@@ -43,11 +43,11 @@ def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | Negat
     return result if page else NegativeResult(result)
 
 
-def _summarize(page: Page) -> dict[str, str]:
+def _summarize(page: ErrorPage) -> dict[str, str]:
     return {"code": page.code, "title": page.title}
 
 
-def _print_answer(page: Page | None, others: list[Page], guides: list[tuple[str, str]]) -> None:
+def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[tuple[str, str]]) -> None:
     screen = console()
     if guides:
         screen.print(Text("This is not an error. What answers it:", "bold"))

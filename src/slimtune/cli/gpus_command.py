@@ -45,23 +45,23 @@ def gpus(
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
     from ..hardware.hardware_results import GpusResult
-    from ..planning.gpu_specs import find_gpu, list_gpus, load_measured_gpu
+    from ..planning.gpu_specs import find_gpu_by_name, list_gpu_specs, load_measured_gpu
 
     if names:
         if kind is not None:
             raise UsageError(f"{names[0]!r} and --kind are both given", "one of them")
         if len(names) > MOST:
             raise UsageError(f"{len(names)} GPUs to compare", f"{MOST} at most")
-        found = [find_gpu(name) for name in names]
+        found = [find_gpu_by_name(name) for name in names]
         if len(found) == 1 and job is None:
             if not as_json:
-                from ..hardware.machine_choice import list_gpu_lines
+                from ..hardware.machine_choice import list_gpu_figures
 
-                print_fields(list_gpu_lines(found[0]))
+                print_fields(list_gpu_figures(found[0]))
             return GpusResult([found[0].facts()])
         return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
-    kinds = read_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpus())))
-    shown = [g for g in list_gpus() if g.kind in kinds]
+    kinds = read_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpu_specs())))
+    shown = [g for g in list_gpu_specs() if g.kind in kinds]
     if kind is None and (here := load_measured_gpu()) is not None:
         shown.insert(0, here)
     if job is not None:
@@ -90,7 +90,7 @@ def gpus(
 
 def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as_json: bool) -> SuitedGpusResult:
     """Show which GPUs a run fits on, the smallest first."""
-    from ..hardware.hardware_results import JudgedGpu, SuitedGpusResult
+    from ..hardware.hardware_results import GpuWithVerdict, SuitedGpusResult
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
@@ -124,7 +124,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
         model=jobs.model.name,
         smallest=enough.name if enough is not None else None,
         plans=list(planned.values()),
-        cards=[JudgedGpu(j.gpu.facts(), j.verdict, j.estimate.need_bytes) for j in judged],
+        cards=[GpuWithVerdict(j.gpu.facts(), j.verdict, j.estimate.need_bytes) for j in judged],
     )
 
 
@@ -139,7 +139,7 @@ def _compare(
 ) -> GpuComparisonResult:
     """Show GPUs side by side, and what a run takes on each."""
     from ..hardware.hardware_results import MILLION, GpuComparisonResult
-    from ..hardware.machine_choice import list_comparison_rows, list_offer_sources, make_machine_offer
+    from ..hardware.machine_choice import list_machine_comparison_rows, list_offer_sources, make_machine_offer
 
     tokens, model = 0, None
     estimates: list[Any] = [None] * len(gpus)
@@ -154,7 +154,7 @@ def _compare(
     if not as_json:
         run = None if job is None else "a million tokens" if tokens == MILLION else f"{format_count(tokens)} tokens"
         screen = console()
-        made = table("", *(g.name for g in gpus), rows=list_comparison_rows(offers, run))
+        made = table("", *(g.name for g in gpus), rows=list_machine_comparison_rows(offers, run))
         made.padding = (0, 1, 0, 0)
         screen.print(made)
         if any(offer.price is not None for offer in offers):

@@ -54,10 +54,12 @@ def choose(
     from ..hardware.hardware_results import MILLION, ChooseResult, RankedOffer
     from ..hardware.machine_choice import make_machine_offer, rank_machines
     from ..hardware.run_cost import format_hours, list_rent_prices
-    from ..planning.gpu_specs import list_gpus, load_measured_gpu
+    from ..planning.gpu_specs import list_gpu_specs, load_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
-    gpus = [g for g in list_gpus() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))]
+    gpus = [
+        g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
+    ]
     found, planned = estimate_on_gpus(jobs, gpus, smallest=False)
     offers = [
         make_machine_offer(
@@ -120,15 +122,15 @@ def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -
 
 def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> Any:
     from ..hardware.run_cost import format_dollars, format_hours
-    from ..planning.interval import format_compact, format_three_digits
+    from ..planning.interval import format_interval_compact, format_three_digits
 
     rows = []
     for m in ranked:
         cost = m.cost
         money = format_dollars(m.price) if way == "buy" else format_dollars(cost.rent if cost else None)
-        kwh = format_compact(cost.kwh if cost else None, "{:.2g}".format)
+        kwh = format_interval_compact(cost.kwh if cost else None, "{:.2g}".format)
         power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
-        writes = format_compact(m.serving.decode if m.serving else None, format_three_digits)
+        writes = format_interval_compact(m.serving.decode if m.serving else None, format_three_digits)
         time = format_hours(cost.hours if cost else None)
         rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, time, power, writes))
     headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
@@ -167,11 +169,11 @@ def cost(
         make_machine_offer,
     )
     from ..hardware.run_cost import format_hours, list_rent_prices
-    from ..planning.gpu_specs import find_gpu, format_checked, require_trains
+    from ..planning.gpu_specs import find_gpu_by_name, format_source_date, require_trainable_gpu
     from ..planning.interval import Interval
 
-    spec = find_gpu(gpu)
-    require_trains(spec)
+    spec = find_gpu_by_name(gpu)
+    require_trainable_gpu(spec)
     jobs = load_run_to_plan(job, settings)
     estimate = estimate_runs(jobs, spec, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
@@ -214,7 +216,7 @@ def cost(
         _print_sources([machine], [s.price.date for s in services], sources=sources)
         if sources:
             print_fields(
-                (p.service, f"{p.dollars_per_million} $ a million tokens, {format_checked(p.date)}: {p.source}")
+                (p.service, f"{p.dollars_per_million} $ a million tokens, {format_source_date(p.date)}: {p.source}")
                 for p in (s.price for s in services)
             )
     return result
@@ -236,11 +238,11 @@ def _cost_table(result: CostResult, kwh_price: float) -> Any:
 
 
 def _explain_break_even(result: CostResult) -> str:
-    from ..planning.interval import format_compact
+    from ..planning.interval import format_interval_compact
 
     if (even := result.runs_to_break_even) is not None:
-        months = format_compact(even * (1 / result.runs_in_a_month), _format_number)
-        runs = format_compact(even, _format_number)
+        months = format_interval_compact(even * (1 / result.runs_in_a_month), _format_number)
+        runs = format_interval_compact(even, _format_number)
         return f"buying is cheaper than the cheapest rent after {runs} runs, {months} months"
     if result.buy.dollars and result.rent:
         return "buying is never cheaper than the cheapest rent: electricity alone costs more"

@@ -18,7 +18,7 @@ def models(
     as_json: Json = False,
 ) -> Any:
     """List the bases with a short name: size, licence, context, release, and whether a download needs an account."""
-    from ..planning.known_bases import ModelsResult, list_known_bases
+    from ..planning.known_bases import KnownBasesResult, list_known_bases
 
     bases = list_known_bases(family)
     if not as_json:
@@ -39,4 +39,4 @@ def models(
             console().print()
             for b in bases:
                 print_fields([(b.name, b.format_source())])
-    return ModelsResult(bases)
+    return KnownBasesResult(bases)

@@ -20,9 +20,9 @@ from .options import recipe_flags
 from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs, load_runs_to_plan
 
 if TYPE_CHECKING:
-    from ..hardware.hardware_results import PlannedCost, PlannedRun
+    from ..hardware.hardware_results import PlannedRun, PlannedRunCost
     from ..planning.gpu_specs import GpuSpec
-    from ..planning.plan_result import Figure, ResourceEstimate, ServingEstimate
+    from ..planning.plan_result import LabelledFigure, ResourceEstimate, ServingEstimate
 
 VERDICTS = {
     "fits": "{} fits on {}",
@@ -76,9 +76,15 @@ def plan(
         other = "--gpu" if gpu is not None else "--vram"
         raise UsageError(f"--device and {other} are both given", "one of them: --device is one of this machine's")
     from ..evaluation.charts import require_figure_path
-    from ..planning.gpu_specs import find_gpu, format_checked, is_old, make_gpu_with_memory, require_trains
+    from ..planning.gpu_specs import (
+        find_gpu_by_name,
+        format_source_date,
+        is_date_outdated,
+        make_gpu_with_memory,
+        require_trainable_gpu,
+    )
 
-    spec = find_gpu(gpu) if gpu is not None else make_gpu_with_memory(vram) if vram is not None else None
+    spec = find_gpu_by_name(gpu) if gpu is not None else make_gpu_with_memory(vram) if vram is not None else None
     if plot is not None:
         plot = require_figure_path(plot)
     jobs = load_runs_to_plan(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
@@ -90,15 +96,15 @@ def plan(
         PlanResult,
         UnplannedMethod,
     )
-    from ..planning.serving_memory import estimate_serving
+    from ..planning.serving_memory import estimate_serving_memory
     from ..planning.this_machine import detect_gpu
     from .plan_chart import draw_bars, write_plot
 
     spec = spec or detect_gpu(str(settings.get("model.device", "auto")))
-    require_trains(spec)
+    require_trainable_gpu(spec)
     if write is not None:
         _require_writable(write, jobs)
-    served = estimate_serving(jobs.model.config, gpu=spec, **serving) if serve else None
+    served = estimate_serving_memory(jobs.model.config, gpu=spec, **serving) if serve else None
 
     estimates, errors = estimate_runs(jobs, spec, processes=processes)
     runs = [PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price)) for e in estimates]
@@ -115,8 +121,8 @@ def plan(
         screen = console()
         for part in _render_answer(runs[0]) if len(runs) == 1 else [_estimates_table(estimates)]:
             screen.print(part)
-        if spec.checked and is_old(spec.checked):
-            screen.print(f"note: figures of {spec.name} are of {format_checked(spec.checked)}: --sources has them")
+        if spec.checked and is_date_outdated(spec.checked):
+            screen.print(f"note: figures of {spec.name} are of {format_source_date(spec.checked)}: --sources has them")
         if details and len(runs) == 1:
             for part in _render_details(runs[0], spec):
                 screen.print(part)
@@ -140,15 +146,15 @@ def plan(
 
 def _estimate_cost(
     estimate: ResourceEstimate, tokens: int, gpu: GpuSpec, dollars_per_hour: float | None
-) -> PlannedCost | None:
+) -> PlannedRunCost | None:
     """Return what the tokens of a run take on a GPU; None if its speed is unknown."""
-    from ..hardware.hardware_results import PlannedCost
+    from ..hardware.hardware_results import PlannedRunCost
     from ..hardware.run_cost import estimate_run_cost
 
     if estimate.tokens_per_second is None:
         return None
     cost = estimate_run_cost(estimate.tokens_per_second, tokens, gpu, dollars_per_hour=dollars_per_hour)
-    return PlannedCost(tokens, cost)
+    return PlannedRunCost(tokens, cost)
 
 
 def name_run(estimate: ResourceEstimate) -> str:
@@ -176,7 +182,7 @@ def _verdict_text(estimate: ResourceEstimate) -> str:
     return VERDICTS[estimate.verdict].format(name_run(estimate), estimate.gpu)
 
 
-def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable[Figure]) -> Table:
+def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable[LabelledFigure]) -> Table:
     """Return a table of label, value, and the kind of evidence for the field that the value is of."""
     from ..planning.plan_result import EVIDENCE
 

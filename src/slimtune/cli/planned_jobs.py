@@ -156,13 +156,13 @@ def estimate_runs(
 
     Changes that save memory are only looked for if there is a single run and `advise` is true.
     """
-    from ..planning.plan_request import build_request
+    from ..planning.plan_request import build_plan_request
     from ..planning.planner import estimate_resources
 
     estimates: list[ResourceEstimate] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
-        request = build_request(recipe, gpu, jobs.lengths, processes, jobs.content)
+        request = build_plan_request(recipe, gpu, jobs.lengths, processes, jobs.content)
         print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
         try:
             estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
@@ -230,8 +230,8 @@ def estimate_on_gpus(
     A run is planned once for each class: on its smallest GPU, where a batch is split as far as training splits it if
     memory is short, so the need is what a GPU must have at least; or on its largest.
     """
-    from ..planning.planner import judge_memory
-    from ..planning.throughput import estimate_speed
+    from ..planning.planner import judge_memory_fit
+    from ..planning.throughput import estimate_training_speed
 
     (recipe,) = jobs.recipes.values()
 
@@ -244,6 +244,6 @@ def estimate_on_gpus(
     found = []
     for gpu in gpus:
         estimate = made[class_of(gpu)]
-        speed = estimate_speed(estimate.work, gpu) if estimate.work is not None else estimate.tokens_per_second
-        found.append(GpuEstimate(gpu, estimate, judge_memory(estimate.need_bytes, gpu.usable), speed))
+        speed = estimate_training_speed(estimate.work, gpu) if estimate.work is not None else estimate.tokens_per_second
+        found.append(GpuEstimate(gpu, estimate, judge_memory_fit(estimate.need_bytes, gpu.usable), speed))
     return found, made

@@ -53,7 +53,7 @@ def train_run(
         disable_progress_bar()
     from ..core.config import load_recipe
     from ..core.training.run_dir import RunDir, find_adapter_folder
-    from ..planning.gpu_specs import find_gpu
+    from ..planning.gpu_specs import find_gpu_by_name
 
     recipe = find_recipe(job)
     if job is not None and recipe is None:
@@ -68,17 +68,17 @@ def train_run(
     if init_adapter is not None:
         find_adapter_folder(init_adapter)
     if gpu is not None:
-        find_gpu(gpu)
+        find_gpu_by_name(gpu)
     if not resume:
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
 
     from ..core.foundation import distributed
     from ..core.foundation.json_results import to_json_dict
     from ..core.training.train import train
-    from ..planning.this_machine import require_gpu
+    from ..planning.this_machine import require_gpu_present
 
     if gpu is not None:
-        require_gpu(gpu, loaded.model.device)
+        require_gpu_present(gpu, loaded.model.device)
 
     result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_planner(force), force=force)
     if not distributed.is_main_process():
@@ -93,12 +93,14 @@ def make_planner(force: bool) -> "Planner":
 
     def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryPlan | None":
         from ..core.foundation import distributed
-        from ..planning.plan_request import build_request
+        from ..planning.plan_request import build_plan_request
         from ..planning.planner import estimate_resources
         from ..planning.this_machine import detect_gpu
 
         try:
-            request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content)
+            request = build_plan_request(
+                recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content
+            )
             plan = estimate_resources(request, advise=not force)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"

@@ -28,7 +28,7 @@ def ui(
     require_packages("ui", "ui", ("starlette", "uvicorn", "multipart"))
     if not folder.expanduser().is_dir():
         raise UsageError(f"there is no folder {str(folder)!r}", "the folder with your rows and runs")
-    from ..planning.gpu_specs import list_gpus
+    from ..planning.gpu_specs import list_gpu_specs
     from ..ui.web_server import serve
 
     os.chdir(folder.expanduser())  # commands, and the paths on the page, are relative to it
@@ -40,7 +40,7 @@ def ui(
             screen.print(f"{text} can run commands here", style=WARNING)
         screen.print(f"the page of {Path.cwd().name}: {url}\nCtrl-C stops it", soft_wrap=True)
 
-    gpus = [(gpu.name, gpu.memory) for gpu in list_gpus() if gpu.trains]
+    gpus = [(gpu.name, gpu.memory) for gpu in list_gpu_specs() if gpu.trains]
     url, trainings = serve(Path.cwd(), host=host, port=port, max_upload=max_upload << 20, announce=announce, gpus=gpus)
     for job in trainings:
         error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)

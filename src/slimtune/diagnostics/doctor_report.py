@@ -17,7 +17,7 @@ from ..core.foundation.formatting import format_bytes
 from ..core.foundation.installed_versions import find_package_version
 from ..errors import install_command
 from . import machine_facts
-from .machine_checks import Finding, find_faults
+from .machine_checks import MachineFinding, find_machine_problems
 from .machine_facts import MachineFacts, TorchFacts, TorchGpu, list_torch_gpus
 
 LIBRARIES = (
@@ -97,7 +97,7 @@ class DoctorReport:
     """The device that auto chooses; null if torch cannot be imported."""
     dtype: str | None
     """The dtype of frozen weights that auto chooses."""
-    findings: list[Finding]
+    findings: list[MachineFinding]
     """What is wrong, faults before warnings."""
     facts: MachineFacts
     """Everything that was looked at."""
@@ -149,8 +149,8 @@ class DoctorReport:
 
 def make_doctor_report() -> DoctorReport:
     """Look at this machine, and judge it."""
-    facts = machine_facts.gather_facts()
-    findings = find_faults(facts)
+    facts = machine_facts.gather_machine_facts()
+    findings = find_machine_problems(facts)
     gpus: list[TorchGpu] = []
     device = dtype = None
     if not facts.torch.error:
@@ -191,7 +191,7 @@ def _describe_build(torch: TorchFacts) -> str:
     return "Intel GPUs (XPU)" if torch.xpu else "CPUs only"
 
 
-def _list_unused_gpus(facts: MachineFacts, findings: Sequence[Finding]) -> list[UnusedGpu]:
+def _list_unused_gpus(facts: MachineFacts, findings: Sequence[MachineFinding]) -> list[UnusedGpu]:
     """Return the GPUs that are there, but that torch cannot use, and what to do about each."""
     found = [("NVIDIA", gpu.name) for gpu in facts.smi_gpus]
     found += [(gpu.vendor, gpu.name) for gpu in facts.pci_gpus if gpu.vendor != "NVIDIA" or not facts.smi_gpus]

@@ -1,7 +1,7 @@
 """The facts of a machine: hardware, drivers, torch's build, limits, disks, engines. Nothing here judges them.
 
-`gather_facts` reads files below a root and runs programs; both can be replaced, so that any machine can be simulated.
-Nothing is asked of the network, and no secret is kept: of a token only whether it is there and well formed.
+`gather_machine_facts` reads files below a root and runs programs; both can be replaced, so that any machine can be
+simulated. Nothing is asked of the network, and no secret is kept: of a token only whether it is there and well formed.
 """
 
 import csv
@@ -61,7 +61,7 @@ class MigSlice:
 
 
 @dataclass(frozen=True)
-class SmiGpu:
+class NvidiaSmiGpu:
     """An NVIDIA GPU as `nvidia-smi` sees it; `is_mig`: only its slices can be used, of which there may be none."""
 
     name: str
@@ -106,7 +106,7 @@ class TorchFacts:
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskFacts:
     """A folder that is written to, and what is free there; None where that is not known."""
 
     path: str
@@ -131,7 +131,7 @@ class MachineFacts:
     has_kfd: bool = False
     render_nodes: tuple[str, ...] = ()
     nvidia_smi: str = ""
-    smi_gpus: tuple[SmiGpu, ...] = ()
+    smi_gpus: tuple[NvidiaSmiGpu, ...] = ()
     gfx: tuple[str, ...] = ()
     rocminfo: str = ""
     groups: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ class MachineFacts:
     overcommit: str = ""
     limits: Mapping[str, int] = field(default_factory=dict)
     shared_memory_bytes: int | None = None
-    disks: Mapping[str, Disk] = field(default_factory=dict)
+    disks: Mapping[str, DiskFacts] = field(default_factory=dict)
     noexec_tmp: bool = False
     has_compiler: bool = True
     ollama: str = ""
@@ -158,7 +158,7 @@ class MachineFacts:
     token: str = ""
 
 
-def gather_facts(
+def gather_machine_facts(
     root: Path = Path("/"),
     run: Callable[..., str] = run_program,
     environment: Mapping[str, str] | None = None,
@@ -257,7 +257,7 @@ def _list_unreadable(root: Path) -> tuple[str, ...]:
     return tuple(f"/{path.relative_to(root)}" for path in sorted(closed))
 
 
-def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[SmiGpu, ...]]:
+def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[NvidiaSmiGpu, ...]]:
     """Return what is wrong in the words of `nvidia-smi`, and the GPUs that it sees."""
     fields = "name,driver_version,compute_cap,memory.total,memory.used"
     text = run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
@@ -268,11 +268,11 @@ def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[SmiGpu, ...]]:
         major, _, minor = row[2].partition(".")
         total, used = (int(cell) << 20 if cell.isdecimal() else 0 for cell in row[3:])  # [N/A] where memory is shared
         capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
-        gpus.append(SmiGpu(row[0], row[1], capability, total, used))
+        gpus.append(NvidiaSmiGpu(row[0], row[1], capability, total, used))
     return ("" if gpus else text), _add_slices(gpus, run)
 
 
-def _add_slices(gpus: list[SmiGpu], run: Callable[..., str]) -> tuple[SmiGpu, ...]:
+def _add_slices(gpus: list[NvidiaSmiGpu], run: Callable[..., str]) -> tuple[NvidiaSmiGpu, ...]:
     """Return GPUs with the slices that MIG has made of them."""
     # A question of its own: `nvidia-smi` before version 450 has no such field, and then answers none of the others.
     modes = run("nvidia-smi", "--query-gpu=mig.mode.current", "--format=csv,noheader").splitlines() if gpus else []
@@ -406,7 +406,7 @@ def _find_hub_home(environment: Mapping[str, str]) -> str:
     return environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
 
 
-def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
+def _look_at_disks(environment: Mapping[str, str]) -> dict[str, DiskFacts]:
     home = _find_hub_home(environment)
     cache = environment.get("HF_HUB_CACHE") or home
     temporary = environment.get("TMPDIR", tempfile.gettempdir())
@@ -419,7 +419,7 @@ def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
         if hasattr(os, "statvfs"):
             status = os.statvfs(place)
             inodes = status.f_favail if status.f_files else None  # some file systems make inodes as they need them
-        found[name] = Disk(str(place), shutil.disk_usage(place).free, inodes, os.access(place, os.W_OK))
+        found[name] = DiskFacts(str(place), shutil.disk_usage(place).free, inodes, os.access(place, os.W_OK))
     return found
 
 

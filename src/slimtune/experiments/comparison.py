@@ -17,7 +17,7 @@ from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.remote_code import remote_code_allowed
 from ..errors import RunError, SlimtuneError, UsageError
 from ..evaluation.eval_result import SFTEvalResult
-from ..planning.plan_request import build_request
+from ..planning.plan_request import build_plan_request
 from ..planning.planner import estimate_resources
 from ..planning.this_machine import detect_gpu
 from .candidates import Candidate
@@ -87,7 +87,7 @@ def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Can
             fitting.append(candidate)
             continue
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
-        request = build_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
+        request = build_plan_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
         try:
             plan = estimate_resources(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason

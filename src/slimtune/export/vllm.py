@@ -30,7 +30,7 @@ from ..errors import AdapterError, UsageError, format_names, nearest
 from ..extras.gguf_loading import convert_to_hf_folder
 from ..extras.lora_conversion import make_lora_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
-from ..planning.weight_formats import load_vllm_rules
+from ..planning.weight_formats import load_vllm_lora_rules
 from .export_format import LoraConversion, WrittenExport
 from .export_support import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
 from .vllm_format import VllmExportFacts
@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def round_up_rank(rank: int) -> int:
     """Return the smallest --max-lora-rank that an adapter of this rank fits into; older releases do not have 1."""
-    return next(r for r in load_vllm_rules().ranks if r >= max(rank, 8))
+    return next(r for r in load_vllm_lora_rules().ranks if r >= max(rank, 8))
 
 
 def is_served_unchanged(config: Any) -> bool:
@@ -54,13 +54,13 @@ def is_served_unchanged(config: Any) -> bool:
         or config.rank_pattern
         or config.alpha_pattern
         or is_init_subtracted_from_base(config.init_lora_weights)
-        or config.r > load_vllm_rules().ranks[-1]
+        or config.r > load_vllm_lora_rules().ranks[-1]
     )
 
 
 def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
-    config, rules = model.peft_config[adapter], load_vllm_rules()
+    config, rules = model.peft_config[adapter], load_vllm_lora_rules()
     modules = model.adapter_modules(adapter)
     fixed, form = lora_incompatibilities(config), plain_lora_incompatibilities(config)
     if not form:
@@ -103,7 +103,7 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
         hints.append(f"merge it: {merge}, then vllm serve merged")
         if not fixed and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"}:
             hints.append("convert it to the nearest LoRA: slimtune export … --to vllm --convert-to-lora 64")
-    rules = load_vllm_rules()
+    rules = load_vllm_lora_rules()
     raise AdapterError(
         f"vLLM would refuse the adapter of {run}: {'; '.join([*fixed, *form])}",
         f"a LoRA of rank {rules.ranks[-1]} at most on linear layers (vLLM {rules.version})",
@@ -154,7 +154,7 @@ def write_vllm_adapter(
     rank = max(A.shape[0] for A, _, _ in layers.values())
     trained = dtype_name(loaded.base.dtype)
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
-    notes, rules, architecture = [], load_vllm_rules(), _get_architecture(model)
+    notes, rules, architecture = [], load_vllm_lora_rules(), _get_architecture(model)
     if architecture not in rules.architectures:
         fallback = "it may serve it through transformers, or not at all"
         notes.append(f"vLLM {rules.version} has no class of its own for a {architecture}: {fallback}")

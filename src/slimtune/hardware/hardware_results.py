@@ -9,7 +9,7 @@ from ..core.foundation.json_results import INLINE
 from ..planning.gpu_specs import GpuFacts
 from ..planning.interval import Interval
 from ..planning.measured_speeds import MachineMeasurement
-from ..planning.plan_result import Figure, MemoryVerdict, ResourceEstimate, ServingEstimate
+from ..planning.plan_result import LabelledFigure, MemoryVerdict, ResourceEstimate, ServingEstimate
 from .machine_choice import ApiPrice, MachineOffer
 from .run_cost import RunCost
 
@@ -17,13 +17,13 @@ MILLION = 1_000_000
 """Tokens of a run whose rows are not known."""
 
 
-def name_tokens(tokens: int) -> str:
+def describe_token_count(tokens: int) -> str:
     """Return what is trained, as text: a million tokens stand for a run whose rows are not known."""
     return "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
 
 
 @dataclass(frozen=True)
-class PlannedCost:
+class PlannedRunCost:
     """What the tokens of a planned run take."""
 
     tokens: int
@@ -38,30 +38,30 @@ class PlannedRun:
 
     estimate: ResourceEstimate = field(metadata=INLINE)
     """Memory, sizes and speed."""
-    cost: PlannedCost | None
+    cost: PlannedRunCost | None
     """Time, energy and money; null if the speed is unknown."""
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield the answer as label and text, the notes last; "" is the label of the verdict's reason."""
         yield from self.estimate.lines()
         if self.cost is not None:
-            name, hours = name_tokens(self.cost.tokens), self.cost.run.hours
+            name, hours = describe_token_count(self.cost.tokens), self.cost.run.hours
             name += "" if self.cost.tokens == MILLION else ","
             text = f"{name} in {(hours * 3600).format(format_duration)}"
             yield "time", ", ".join(filter(None, (text, self.cost.run.format_rent())))
         yield from (("note", note) for note in self.estimate.notes)
 
-    def list_figures(self, *, unified_memory: bool) -> Iterator[Figure]:
+    def list_figures(self, *, unified_memory: bool) -> Iterator[LabelledFigure]:
         """Yield the sizes of the run, its time, energy and rent."""
         yield from self.estimate.list_run_figures(unified_memory=unified_memory)
         if self.cost is None:
             return
         run = self.cost.run
-        yield Figure(name_tokens(self.cost.tokens), (run.hours * 3600).format(format_duration), "cost")
+        yield LabelledFigure(describe_token_count(self.cost.tokens), (run.hours * 3600).format(format_duration), "cost")
         if run.kwh is not None:
-            yield Figure("", run.kwh.format("{:.2g} kWh".format), "cost")
+            yield LabelledFigure("", run.kwh.format("{:.2g} kWh".format), "cost")
         if run.rent is not None:
-            yield Figure("", run.rent.format("{:.2g} $".format), "rent")
+            yield LabelledFigure("", run.rent.format("{:.2g} $".format), "rent")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class GpusResult:
 
 
 @dataclass(frozen=True)
-class JudgedGpu:
+class GpuWithVerdict:
     """A GPU, and whether a run fits on it."""
 
     facts: GpuFacts = field(metadata=INLINE)
@@ -142,7 +142,7 @@ class SuitedGpusResult:
     """The GPU with the least memory on which the run surely fits; null: none."""
     plans: list[ResourceEstimate]
     """The run on the smallest GPU of each kind."""
-    cards: list[JudgedGpu]
+    cards: list[GpuWithVerdict]
     """The GPUs that slimtune trains on, the smallest first."""
 
 

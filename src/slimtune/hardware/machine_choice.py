@@ -11,11 +11,11 @@ from typing import Any
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.json_results import make_json_key_metadata
 from ..core.models.gpu_support import NO_XPU
-from ..planning.gpu_specs import GpuSpec, format_checked
-from ..planning.interval import Interval, format_compact, format_three_digits
+from ..planning.gpu_specs import GpuSpec, format_source_date
+from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_serving_speed
-from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours, list_rent_prices, read_prices
+from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours, list_rent_prices, read_price_table
 
 REFERENCE: dict[str, Any] = {
     "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
@@ -62,14 +62,14 @@ class ApiPrice:
 @cache
 def list_purchase_prices(gpu: str = "") -> tuple[PurchasePrice, ...]:
     """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
-    rows = ([*row.values()] for row in read_prices("purchase_prices.csv"))
+    rows = ([*row.values()] for row in read_price_table("purchase_prices.csv"))
     return tuple(PurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
 
 
 @cache
 def list_api_prices() -> tuple[ApiPrice, ...]:
     """Return the prices of `api_prices.csv`."""
-    rows = ([*row.values()] for row in read_prices("api_prices.csv"))
+    rows = ([*row.values()] for row in read_price_table("api_prices.csv"))
     return tuple(
         ApiPrice(name, float(size) if size else None, float(dollars), *rest) for name, size, dollars, *rest in rows
     )
@@ -201,7 +201,7 @@ def rank_machines(
 # --- what is shown, and where it is from ------------------------------------------------------------------------------
 
 
-def list_comparison_rows(offers: Sequence[MachineOffer], run: str | None) -> Iterator[tuple[str, ...]]:
+def list_machine_comparison_rows(offers: Sequence[MachineOffer], run: str | None) -> Iterator[tuple[str, ...]]:
     """Yield a label and a value for each machine; `run` names what is trained, None: nothing."""
 
     def row(label: str, value: Callable[[MachineOffer], str]) -> tuple[str, ...]:
@@ -215,16 +215,19 @@ def list_comparison_rows(offers: Sequence[MachineOffer], run: str | None) -> Ite
     yield row("watts", lambda m: f"{m.watts:.0f}" if m.watts else "-")
     yield row("price", lambda m: format_dollars(m.price))
     yield row(
-        "an 8B writes, t/s", lambda m: format_compact(m.serving.decode if m.serving else None, format_three_digits)
+        "an 8B writes, t/s",
+        lambda m: format_interval_compact(m.serving.decode if m.serving else None, format_three_digits),
     )
-    yield row("reads, t/s", lambda m: format_compact(m.serving.prefill if m.serving else None, format_three_digits))
+    yield row(
+        "reads, t/s", lambda m: format_interval_compact(m.serving.prefill if m.serving else None, format_three_digits)
+    )
     if run is None:
         return
     yield row("training", lambda m: m.verdict or "-")
-    yield row("trains, t/s", lambda m: format_compact(m.tokens_per_second, format_three_digits))
+    yield row("trains, t/s", lambda m: format_interval_compact(m.tokens_per_second, format_three_digits))
     yield row(run, lambda m: format_hours(m.cost.hours if m.cost else None))
     yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
-    yield row("its kWh", lambda m: format_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
+    yield row("its kWh", lambda m: format_interval_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
     if any(m.electricity_dollars for m in offers):
         yield row("its electricity", lambda m: format_dollars(m.electricity_dollars))
 
@@ -235,7 +238,7 @@ def _format_tflops(flops: dict[str, float]) -> str:
     return "-" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-def list_gpu_lines(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
+def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     """Yield the figures of one GPU, its prices and their sources."""
     yield "GPU", f"{gpu.name}, {gpu.kind}, {gpu.vendor} {gpu.architecture}"
     if not gpu.trains:
@@ -251,22 +254,25 @@ def list_gpu_lines(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     if gpu.released:
         yield "released", gpu.released
     yield "source", gpu.source
-    yield "checked", format_checked(gpu.checked)
+    yield "checked", format_source_date(gpu.checked)
     yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_price_sources(gpu.name))
 
 
 def list_price_sources(gpu: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu):
-        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_checked(p.date)}: {p.source}"
+        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_source_date(p.date)}: {p.source}"
     for q in list_rent_prices(gpu):
-        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_checked(q.date)}: {q.source}"
+        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_source_date(q.date)}: {q.source}"
 
 
 def list_offer_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, str]]:
     """Yield where each figure of machines is from, and of what date."""
     for offer in offers:
-        yield offer.gpu, f"{offer.source} (checked {format_checked(offer.checked)})" if offer.checked else offer.source
+        yield (
+            offer.gpu,
+            f"{offer.source} (checked {format_source_date(offer.checked)})" if offer.checked else offer.source,
+        )
         yield from ((amount, source) for _, amount, source in list_price_sources(offer.gpu))
     yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
 

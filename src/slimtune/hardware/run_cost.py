@@ -7,8 +7,8 @@ from importlib.resources import files
 
 from ..core.foundation.json_results import make_json_key_metadata
 from ..errors import UsageError
-from ..planning.gpu_specs import MAX_AGE, GpuSpec, is_old
-from ..planning.interval import Interval, format_compact
+from ..planning.gpu_specs import MAX_AGE, GpuSpec, is_date_outdated
+from ..planning.interval import Interval, format_interval_compact
 
 POWER_FRACTION = Interval(0.6, 1.0)
 """Share of a board's power that it draws in training."""
@@ -49,7 +49,7 @@ class RunCost:
         """Return the rent with the age of its prices, "" if none is known."""
         if self.rent is None:
             return ""
-        old = f", older than {MAX_AGE} days" if any(is_old(p.date) for p in self.prices) else ""
+        old = f", older than {MAX_AGE} days" if any(is_date_outdated(p.date) for p in self.prices) else ""
         spot = "spot " if any("spot" in p.provider for p in self.prices) else ""
         prices = f" ({spot}prices of {min(p.date for p in self.prices)}{old})" if self.prices else ""
         return self.rent.format("{:.2g} $".format) + prices
@@ -94,19 +94,19 @@ def estimate_run_cost(
 @cache
 def list_rent_prices(gpu: str = "") -> tuple[RentPrice, ...]:
     """Return the prices of `rent_prices.csv` for a GPU, by its name in `gpus.csv`; for "", all of them."""
-    rows = ([*row.values()] for row in read_prices("rent_prices.csv"))
+    rows = ([*row.values()] for row in read_price_table("rent_prices.csv"))
     return tuple(RentPrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
 
 
 @cache
-def read_prices(name: str) -> tuple[dict[str, str], ...]:
+def read_price_table(name: str) -> tuple[dict[str, str], ...]:
     """Return the rows of a CSV file of this folder, by the names of its columns."""
     return tuple(csv.DictReader((files(__package__) / name).read_text(encoding="utf-8").splitlines()))
 
 
 def format_dollars(values: Interval | None) -> str:
     """Return money as `0.22 $` or `999–1300 $`, `-` for None."""
-    text = format_compact(values, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")
+    text = format_interval_compact(values, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")
     return text if text == "-" else f"{text} $"
 
 

@@ -46,12 +46,12 @@ from ..methods.lora import LoraConfig
 from ..planning.measured_speeds import (
     LEAST_SPREAD,
     MachineMeasurement,
-    MeasuredStep,
-    ServingFit,
-    TrainingFit,
+    MeasuredTrainingStep,
+    ServingSpeedFit,
+    TrainingSpeedFit,
     compute_step_time_terms,
 )
-from ..planning.memory_trace import trace_memory
+from ..planning.memory_trace import trace_training_step
 from ..planning.plan_request import TrainingJob
 from ..planning.this_machine import detect_gpu
 from ..planning.weight_formats import MEASURED_GGUF_TYPES
@@ -75,7 +75,7 @@ MOST_ROUNDS, LEAST_ROUNDS, SECONDS = 9, 3, 12.0
 
 
 @dataclass
-class Clock:
+class DeviceTimer:
     """Takes times on a device."""
 
     device: torch.device
@@ -111,18 +111,18 @@ class Clock:
 def measure_machine(device: str = "auto") -> MachineMeasurement:
     """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes and 2 to 3 GB."""
     picked = pick_device(device)
-    gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), Clock(picked)
+    gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), DeviceTimer(picked)
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
 
     def products() -> None:
-        found["rates"], found["vector_rates"] = measure_products(clock)
+        found["rates"], found["vector_rates"] = measure_matmul_rates(clock)
 
     def bandwidth() -> None:
         found["bandwidth"] = _measure_bandwidth(clock)
 
     def training() -> None:
-        found["training"], found["steps"] = measure_training(clock, dtype, found["rates"], found["bandwidth"])
+        found["training"], found["steps"] = fit_training_speed(clock, dtype, found["rates"], found["bandwidth"])
 
     def transformers() -> None:
         found["serving"] = {"transformers": _measure_transformers(clock, dtype)}
@@ -131,7 +131,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
         # A process of its own, as a server is: beside torch's threads, OpenMP lets those of llama.cpp sleep at each
         # barrier, and decoding is a third slower.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_parent) as process:
-            result = process.submit(measure_llama_cpp, picked)
+            result = process.submit(measure_llama_cpp_speed, picked)
         try:
             found["serving"]["llama.cpp"] = result.result()
         except ModelError as error:
@@ -159,7 +159,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
 # --- products and memory ----------------------------------------------------------------------------------------------
 
 
-def measure_products(clock: Clock) -> tuple[dict[str, float], dict[str, float]]:
+def measure_matmul_rates(clock: DeviceTimer) -> tuple[dict[str, float], dict[str, float]]:
     """Return by dtype the operations a second of a product with many rows, and the bytes a second of one with one."""
     rates, vectors = {}, {}
     rows, width = (512, 2048) if clock.device.type == "cpu" else (4096, 8192)
@@ -174,7 +174,7 @@ def measure_products(clock: Clock) -> tuple[dict[str, float], dict[str, float]]:
     return rates, vectors
 
 
-def _measure_bandwidth(clock: Clock) -> float:
+def _measure_bandwidth(clock: DeviceTimer) -> float:
     """Return the bytes a second that a copy of 256 MB reads and writes."""
     source = torch.ones(64_000_000, device=clock.device)
     target = torch.empty_like(source)
@@ -185,7 +185,7 @@ def _measure_bandwidth(clock: Clock) -> float:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def make_config(width: int, layers: int, vocab_size: int = VOCABULARY) -> LlamaConfig:
+def make_small_llama_config(width: int, layers: int, vocab_size: int = VOCABULARY) -> LlamaConfig:
     """Return the config of a small Llama."""
     return LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
@@ -195,43 +195,45 @@ def make_config(width: int, layers: int, vocab_size: int = VOCABULARY) -> LlamaC
     )  # fmt: skip
 
 
-def measure_training(
-    clock: Clock, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
-) -> tuple[TrainingFit, list[MeasuredStep]]:
+def fit_training_speed(
+    clock: DeviceTimer, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
+) -> tuple[TrainingSpeedFit, list[MeasuredTrainingStep]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
     kind: Any = clock.device.type
     if kind == "cpu":
         disable_malloc_trim()  # as in a training run
     works, terms, sizes = [], [], []
     for width, layers in TRAINED[kind]:
-        config = make_config(width, layers)
+        config = make_small_llama_config(width, layers)
         method = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device)
         model: Any = get_peft_model(base, method)
         apply_memory_savings(model.train())
         optimizer, collator = build_optimizer(model), make_collator(model, 0)
         for lengths in ROWS[kind]:
-            trace = trace_memory(TrainingJob(config, method, dtype, lengths, device=kind))
+            trace = trace_training_step(TrainingJob(config, method, dtype, lengths, device=kind))
             moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
             terms.append(
                 compute_step_time_terms(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth)
             )
             ids = [torch.randint(1, VOCABULARY, (n,)).tolist() for n in lengths]
             rows = [{"input_ids": row, "labels": row} for row in ids]
-            works.append(partial(take_step, model, optimizer, collator, rows))
+            works.append(partial(run_optimizer_step, model, optimizer, collator, rows))
             sizes.append((width, layers, list(lengths)))
     seconds = clock.medians(works)
     factors = fit_nonnegative(terms, seconds)
     steps = [
-        MeasuredStep(*size, seconds=measured, fitted_seconds=sum(f * t for f, t in zip(factors, own, strict=True)))
+        MeasuredTrainingStep(
+            *size, seconds=measured, fitted_seconds=sum(f * t for f, t in zip(factors, own, strict=True))
+        )
         for size, measured, own in zip(sizes, seconds, terms, strict=True)
     ]
     spread = _widen_spread([step.fitted_seconds / step.seconds for step in steps])
     arithmetic, traffic, attention, overhead = factors
-    return TrainingFit(arithmetic, traffic, attention, overhead, spread), steps
+    return TrainingSpeedFit(arithmetic, traffic, attention, overhead, spread), steps
 
 
-def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
+def run_optimizer_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
     batch = move_batch_to_device(collator(rows), model.device)
     with enable_packed_attention(model):
@@ -244,12 +246,12 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, 
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def _measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
+def _measure_transformers(clock: DeviceTimer, dtype: torch.dtype) -> ServingSpeedFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
     name = short_dtype_name(dtype).upper()
     works, runs, operations = [], [], []
     for shape in DECODED:
-        config = make_config(*shape)
+        config = make_small_llama_config(*shape)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(clock.device).eval()
         model.generation_config.eos_token_id = None
 
@@ -267,10 +269,10 @@ def _measure_transformers(clock: Clock, dtype: torch.dtype) -> ServingFit:
         seconds = clock.medians(works)
     prompts, wholes = seconds[::2], seconds[1::2]
     decoded = [(whole - first) / NEW_TOKENS for first, whole in zip(prompts, wholes, strict=True)]
-    return fit_serving([name], runs, decoded, {name: operations[0] / prompts[0]})
+    return fit_serving_speed([name], runs, decoded, {name: operations[0] / prompts[0]})
 
 
-def measure_llama_cpp(device: torch.device) -> ServingFit:
+def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
     """Return how fast llama.cpp decodes and reads a prompt, for each of `MEASURED_GGUF_TYPES`.
 
     Raises:
@@ -289,7 +291,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
         # Twice: the speed of a machine changes within a minute, and must not decide one shape.
         for precision, shape in 2 * list(itertools.product(MEASURED_GGUF_TYPES, DECODED)):
             file = Path(folder) / "model.gguf"
-            config = make_config(*shape)
+            config = make_small_llama_config(*shape)
             read_bytes, weights = _write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
@@ -307,7 +309,7 @@ def measure_llama_cpp(device: torch.device) -> ServingFit:
                     prompts[precision].append(2 * weights / prompt_s)
             engine.close()
             file.unlink()
-    return fit_serving(
+    return fit_serving_speed(
         MEASURED_GGUF_TYPES, runs, decoded, {p: statistics.median(speeds) for p, speeds in prompts.items()}
     )
 
@@ -319,12 +321,12 @@ def _cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> flo
     return float(per_token * bytes_per_value * (prompt + NEW_TOKENS / 2))
 
 
-def fit_serving(
+def fit_serving_speed(
     precisions: Sequence[str],
     runs: Sequence[tuple[str, float, LlamaConfig, float]],
     seconds: Sequence[float],
     prompts: dict[str, float],
-) -> ServingFit:
+) -> ServingSpeedFit:
     """Fit the seconds of a token to runs of (precision, bytes, config, cached bytes)."""
     features = [
         [
@@ -341,7 +343,7 @@ def fit_serving(
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
     spread = _widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
     layer_s = dict(zip(precisions, layers, strict=True))
-    return ServingFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
+    return ServingSpeedFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
 
 
 def _write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

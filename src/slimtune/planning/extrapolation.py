@@ -27,10 +27,10 @@ from ..core.foundation.device import simulate_device
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
 from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
-from .fake_tensors import all_tensors
-from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
+from .fake_tensors import list_module_tensors
+from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_merge_peak, trace_training_step
 from .plan_request import TrainingJob
-from .trace_cache import keep_trace
+from .trace_cache import load_or_compute_trace
 
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
@@ -38,7 +38,7 @@ MOST_TOKENS = 1 << 14
 """Most tokens that it is fitted to for the sake of a chunk of logits."""
 
 
-def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def extrapolate_step_trace(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
     A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
@@ -47,15 +47,15 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     Args:
         job: what to train.
         model: the job's model on meta. If given, the extrapolated weights are checked against it; it may be used up.
-        backward_only: as in `trace_memory`.
+        backward_only: as in `trace_training_step`.
 
     Raises:
         UsageError: the targets match nothing.
     """
 
     def trace(job: TrainingJob, model: Any = None) -> StepTrace:
-        traced = partial(trace_memory, job, model, backward_only=backward_only)
-        return keep_trace(job, traced, backward_only=backward_only)
+        traced = partial(trace_training_step, job, model, backward_only=backward_only)
+        return load_or_compute_trace(job, traced, backward_only=backward_only)
 
     if job.num_layers <= 3:
         return trace(job, model)
@@ -70,7 +70,7 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     state = extrapolate(two.state, three.state)
     if model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
-        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
             return trace(job, model)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
@@ -83,12 +83,12 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     )
 
 
-def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
+def extrapolate_merge_peak(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
 
     def trace(job: TrainingJob) -> int | None:
-        return keep_trace(job, partial(trace_merge, job, dtype), dtype=dtype)
+        return load_or_compute_trace(job, partial(trace_merge_peak, job, dtype), dtype=dtype)
 
     if job.num_layers <= 3:
         return trace(job)
@@ -104,7 +104,7 @@ def _at_depth(job: TrainingJob, two: int, three: int) -> int:
 
 
 @dataclass(frozen=True)
-class MemoryModel:
+class MemoryFormula:
     """A formula for the memory of a job at any lengths.
 
     Args:
@@ -136,7 +136,7 @@ class MemoryModel:
         return replace(self, state=trace.state_bytes, corrections=shifts, corrected_tokens=int(features[1]))
 
 
-def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
+def fit_memory_formula(job: TrainingJob, model: Any) -> MemoryFormula:
     """Fit the formula of a job, whose model on meta is only read.
 
     If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
@@ -163,7 +163,7 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
         columns.append(3)
         shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
     traces = [
-        extrapolate_layers(replace(job, lengths=lengths), backward_only=lengths is not job.lengths)
+        extrapolate_step_trace(replace(job, lengths=lengths), backward_only=lengths is not job.lengths)
         for lengths in shapes
     ]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]
@@ -172,7 +172,7 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
         solution = np.zeros(4)
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution
-    return MemoryModel(traces[0].state_bytes, coefficients)
+    return MemoryFormula(traces[0].state_bytes, coefficients)
 
 
 def _split_row(tokens: int, longest: int) -> tuple[int, ...]:

@@ -148,7 +148,7 @@ KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
 }
 
 
-def quantization_kind(config: PreTrainedConfig, requested: str | None = None) -> str | None:
+def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = None) -> str | None:
     """Return the one of `KINDS` that a base will be loaded in: the requested one, else that of its checkpoint.
 
     Raises:
@@ -170,7 +170,7 @@ def quantization_kind(config: PreTrainedConfig, requested: str | None = None) ->
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes
 
 
-def quantize(model: Any, kind: str) -> None:
+def fake_quantize_model(model: Any, kind: str) -> None:
     """Quantize the linear layers of a model in place, those that BitsAndBytesConfig would: no head, none tied.
 
     Call it before a method is attached, on a model on meta. Experts in one 3-D parameter stay as they are.

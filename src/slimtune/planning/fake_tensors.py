@@ -1,8 +1,9 @@
 """Fake tensors: the training code runs on tensors that have a shape and a dtype and no values, so nothing is computed.
 
-A `FakeTensor` is PyTorch's own stand-in for a tensor. Inside `fake_mode` every tensor that is made is fake, and every
-operator returns a fake result with the right shape, strides, dtype and storage size. A model built on `meta` becomes a
-model of fake tensors by `make_fake`. It pretends to lie on the CPU: a fake CUDA tensor aborts on a torch without CUDA.
+A `FakeTensor` is PyTorch's own stand-in for a tensor. Inside `fake_tensor_mode` every tensor that is made is fake, and
+every operator returns a fake result with the right shape, strides, dtype and storage size. A model built on `meta`
+becomes a model of fake tensors by `replace_meta_with_fake`. Its device is the CPU: a fake CUDA tensor aborts on a torch
+without CUDA.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from ..errors import ModelError
-from .memory_tracker import iterate_tensors
+from .memory_tracker import iterate_nested_tensors
 
 MAX_KNOWN_INTEGERS = 1 << 20
 """Integer tensors of up to so many elements keep their values."""
@@ -28,7 +29,7 @@ _DEVICE = torch.ops.prim.device.default
 
 
 @contextmanager
-def fake_mode() -> Iterator[None]:
+def fake_tensor_mode() -> Iterator[None]:
     """Make every new tensor a fake one inside the `with`.
 
     Token ids, masks and positions keep their values, because transformers reads them: it builds an attention mask only
@@ -80,10 +81,10 @@ class _KnownIntegers(TorchDispatchMode):
         return self.mode.fake_tensor_converter.from_real_tensor(self.mode, values, make_constant=True)
 
 
-def make_fake(model: nn.Module) -> None:
-    """Replace every meta tensor of a model by a fake CPU tensor; call it inside `fake_mode`.
+def replace_meta_with_fake(model: nn.Module) -> None:
+    """Replace every meta tensor of a model by a fake CPU tensor; call it inside `fake_tensor_mode`.
 
-    Tensors are replaced wherever `all_tensors` finds them; shared and tied tensors stay shared.
+    Tensors are replaced wherever `list_module_tensors` finds them; shared and tied tensors stay shared.
     """
     replaced: dict[int, Tensor] = {}
 
@@ -104,9 +105,9 @@ def make_fake(model: nn.Module) -> None:
         attributes[name] = convert(value)
 
 
-def all_tensors(model: nn.Module) -> list[Tensor]:
+def list_module_tensors(model: nn.Module) -> list[Tensor]:
     """Return parameters, buffers, and the tensors in other attributes of a model's modules, also in lists and dicts."""
-    return [tensor for _, _, value in _module_attributes(model) for tensor in iterate_tensors(value)]
+    return [tensor for _, _, value in _module_attributes(model) for tensor in iterate_nested_tensors(value)]
 
 
 def _module_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:

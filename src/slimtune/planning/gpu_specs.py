@@ -120,7 +120,7 @@ class GpuSpec:
 
     def format_source(self) -> str:
         """Return where its figures are from, and when they were read there."""
-        return f"{self.source} (checked {format_checked(self.checked)})" if self.checked else self.source
+        return f"{self.source} (checked {format_source_date(self.checked)})" if self.checked else self.source
 
     @property
     def usable(self) -> Interval:
@@ -139,7 +139,7 @@ class GpuSpec:
 
 
 @cache
-def list_gpus() -> tuple[GpuSpec, ...]:
+def list_gpu_specs() -> tuple[GpuSpec, ...]:
     """Return every GPU of the table, each once."""
     return tuple({gpu.name: gpu for _, gpu in _rows()}.values())
 
@@ -178,7 +178,7 @@ def _rows() -> list[tuple[list[str], GpuSpec]]:
     return rows
 
 
-def find_gpus(name: str) -> list[GpuSpec]:
+def find_gpus_by_name(name: str) -> list[GpuSpec]:
     """Return the GPUs that a name can mean, the usual one first, of a chip with several memories the smallest first.
 
     Case, spaces, dashes and the vendor's words do not matter; a memory may follow: "M4 Max 64 GB", "MacBook Air M2".
@@ -190,7 +190,7 @@ def find_gpus(name: str) -> list[GpuSpec]:
         return found
     if (sized := _SIZED.fullmatch(name.strip())) is None:
         return []
-    return [gpu for gpu in find_gpus(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
+    return [gpu for gpu in find_gpus_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
 
 
 def load_measured_gpu() -> GpuSpec | None:
@@ -198,15 +198,15 @@ def load_measured_gpu() -> GpuSpec | None:
     found = load_machine_measurement()
     if found is None:
         return None
-    named = find_gpus(found.name) if found.name != THIS_MACHINE else []
+    named = find_gpus_by_name(found.name) if found.name != THIS_MACHINE else []
     known = next((gpu for gpu in named if abs(gpu.visible - found.memory) < 0.05 * gpu.visible), None)
     if known is None:
         kind, vendor = {"cpu": ("cpu", ""), "mps": ("mac", "apple")}.get(found.device, ("memory", ""))
         known = GpuSpec(found.name, kind, vendor, "", found.memory, found.memory, unified=kind == "mac")
-    return with_measurement(known, found)
+    return add_gpu_measurement(known, found)
 
 
-def make_table_row(found: MachineMeasurement) -> dict[str, str]:
+def make_gpu_table_row(found: MachineMeasurement) -> dict[str, str]:
     """Return a measurement by the columns of `gpus.csv`."""
     gpu = load_measured_gpu()
     name = found.processor if found.device == "cpu" else found.name
@@ -225,7 +225,7 @@ def make_table_row(found: MachineMeasurement) -> dict[str, str]:
     return row | {RATE_COLUMNS[dtype]: f"{rate / 1e12:.4g}" for dtype, rate in found.rates.items()}
 
 
-def with_measurement(gpu: GpuSpec, found: MachineMeasurement) -> GpuSpec:
+def add_gpu_measurement(gpu: GpuSpec, found: MachineMeasurement) -> GpuSpec:
     """Return a GPU with what was measured on it."""
     return replace(
         gpu,
@@ -250,34 +250,34 @@ def _normalize(name: str) -> str:
     return _NOISE.sub("", name.lower())
 
 
-def find_gpu(name: str) -> GpuSpec:
+def find_gpu_by_name(name: str) -> GpuSpec:
     """Return the GPU with this name, however it is spelled ("RTX 3090", "rtx-3090").
 
     Raises:
         UsageError: the table has none; the nearest name is given.
     """
-    if matches := find_gpus(name):
+    if matches := find_gpus_by_name(name):
         return matches[0]
     if _normalize(name) == _normalize(THIS_MACHINE):
         raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
-    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_gpus(sized[1])):
+    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_gpus_by_name(sized[1])):
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
-    close = suggest_similar_name(name, [gpu.name for gpu in list_gpus()])
+    close = suggest_similar_name(name, [gpu.name for gpu in list_gpu_specs()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
 
-def is_old(date: str) -> bool:
+def is_date_outdated(date: str) -> bool:
     """Return whether a date, as 2026-11-25, is more than `MAX_AGE` days ago."""
     return (datetime.date.today() - datetime.date.fromisoformat(date)).days > MAX_AGE
 
 
-def format_checked(date: str) -> str:
+def format_source_date(date: str) -> str:
     """Return a date, and whether a figure of that date is old."""
-    return f"{date}, older than {MAX_AGE} days" if is_old(date) else date
+    return f"{date}, older than {MAX_AGE} days" if is_date_outdated(date) else date
 
 
-def require_trains(gpu: GpuSpec) -> None:
+def require_trainable_gpu(gpu: GpuSpec) -> None:
     """Raise UsageError if slimtune does not train on a GPU."""
     if not gpu.trains:
         hint = f"on a machine with {gpu.name} the CPU trains: run `slimtune plan` there"

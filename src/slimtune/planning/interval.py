@@ -37,7 +37,7 @@ class Interval:
         return f"{number if same_unit else first} to {last}"
 
 
-def format_compact(values: Interval | None, format_number: Callable[[float], str]) -> str:
+def format_interval_compact(values: Interval | None, format_number: Callable[[float], str]) -> str:
     """Return an interval as `92–134`, a single value once, `-` for None."""
     if values is None:
         return "-"

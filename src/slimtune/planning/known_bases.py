@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UsageError, format_names
 from ..extras.known_models import load_known_models, read_known_config
-from .gpu_specs import format_checked
+from .gpu_specs import format_source_date
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class KnownBaseFacts:
 
     def format_source(self) -> str:
         """Return its ids, and where its facts are from."""
-        return f"{', '.join([self.hub, *self.ollama])}: {self.source} (checked {format_checked(self.checked)})"
+        return f"{', '.join([self.hub, *self.ollama])}: {self.source} (checked {format_source_date(self.checked)})"
 
 
 @dataclass(frozen=True)
-class ModelsResult:
+class KnownBasesResult:
     """What `slimtune models --json` prints."""
 
     models: list[KnownBaseFacts]

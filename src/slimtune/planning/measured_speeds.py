@@ -28,7 +28,7 @@ from ..core.foundation.files import read_json, write_json
 from ..core.foundation.json_results import from_json_dict, to_json_dict
 from ..errors import RunError
 from .interval import format_three_digits
-from .plan_result import Workload
+from .plan_result import TrainingWorkload
 from .weight_formats import ENGINES, find_nearest_precision
 
 FORMAT = 6
@@ -39,7 +39,7 @@ LEAST_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
-class TrainingFit:
+class TrainingSpeedFit:
     """How long the parts of a training step take here, beside what the measured rates say."""
 
     arithmetic: float
@@ -55,7 +55,7 @@ class TrainingFit:
 
 
 @dataclass(frozen=True)
-class ServingFit:
+class ServingSpeedFit:
     """How fast an engine decodes and reads prompts here; by precision of the weights."""
 
     bytes_per_second: dict[str, float]
@@ -75,7 +75,7 @@ class ServingFit:
 
 
 @dataclass(frozen=True)
-class MeasuredStep:
+class MeasuredTrainingStep:
     """A training step that was measured."""
 
     width: int
@@ -116,11 +116,11 @@ class MachineMeasurement:
     """Bytes a second as a matrix is multiplied with one vector, by dtype."""
     bandwidth: float
     """Bytes a second of a copy, read and written."""
-    training: TrainingFit
+    training: TrainingSpeedFit
     """How long the parts of a training step take."""
-    serving: dict[str, ServingFit]
+    serving: dict[str, ServingSpeedFit]
     """By engine: transformers, llama.cpp."""
-    steps: list[MeasuredStep]
+    steps: list[MeasuredTrainingStep]
     """The measured training steps, with what the fit says of each."""
     skipped: dict[str, str]
     """What was not measured, and why."""
@@ -130,7 +130,7 @@ class MachineMeasurement:
         """The kind of evidence of a prediction."""
         return f"measured here, {self.date}"
 
-    def estimate_step_seconds(self, work: Workload) -> float:
+    def estimate_step_seconds(self, work: TrainingWorkload) -> float:
         """Return the seconds of a micro-batch, with its share of the optimizer's step."""
         step_bytes = work.optimizer_step_bytes / work.micro_batches
         terms = compute_step_time_terms(
@@ -158,7 +158,7 @@ class MachineMeasurement:
         for what, why in self.skipped.items():
             yield what, f"not measured: {why}"
 
-    def find_serving_fit(self, engine: str, precision: str) -> tuple[ServingFit, str, str] | None:
+    def find_serving_fit(self, engine: str, precision: str) -> tuple[ServingSpeedFit, str, str] | None:
         """Return an engine's speed, the measured precision nearest to a wanted one, and the kind of evidence."""
         fit = self.serving.get(ENGINES[engine].fits_as if engine in ENGINES else engine)
         if fit is None:
@@ -203,16 +203,16 @@ def compute_step_time_terms(
     return products, moved, sum(n / rate(dtype) for dtype, n in attention.items()), count
 
 
-def measurement_file() -> Path:
+def get_measurement_path() -> Path:
     """Return where the measurement is stored: `$SLIMTUNE_BENCH`, else `slimtune/bench.json` in the user's data."""
     if own := os.environ.get("SLIMTUNE_BENCH"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "slimtune" / "bench.json"
 
 
-def save_measurement(measured: MachineMeasurement) -> Path:
+def save_machine_measurement(measured: MachineMeasurement) -> Path:
     """Write a measurement where plans find it; return the file."""
-    file = measurement_file()
+    file = get_measurement_path()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"format": FORMAT, **to_json_dict(measured)})
     return file
@@ -224,7 +224,7 @@ def load_machine_measurement() -> MachineMeasurement | None:
     Raises:
         RunError: the file is damaged.
     """
-    file = measurement_file()
+    file = get_measurement_path()
     if not file.is_file():
         return None
     try:

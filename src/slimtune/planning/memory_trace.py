@@ -26,8 +26,8 @@ from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import compute_outputs, forward_backward, get_classifier_head, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
-from .fake_tensors import all_tensors, fake_mode, make_fake
-from .memory_tracker import MemoryTracker, iterate_tensors
+from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .plan_request import TrainingJob
 from .plan_result import PARTS
 
@@ -89,7 +89,7 @@ class StepTrace:
         return sum(self.state.values())
 
 
-def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def trace_training_step(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Run one optimizer step of a job on fake tensors.
 
     Args:
@@ -103,11 +103,11 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     """
     model = job.build_model() if model is None else model
     vocab_size = model.config.get_text_config().vocab_size
-    with fake_mode(), simulate_device(job.device):
-        make_fake(model)
+    with fake_tensor_mode(), simulate_device(job.device):
+        replace_meta_with_fake(model)
         model.train()
-        pack = make_collator(model, 0, packing=job.packing)(make_examples(job.lengths, job.supervised))
-        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_tensors(pack)]
+        pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
+        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_nested_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
         for config in getattr(model, "peft_config", {}).values():
@@ -124,7 +124,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
         )
         with tracker, record_simulated_attention_flops(tracker.attention_operations), enable_packed_attention(model):
             _assign_state(tracker, model, optimizer)
-            tracker.assign((*iterate_tensors(pack), *other_packs), "activations")
+            tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], "gradients"))
             if job.micro_batches > 1:  # every micro-batch but the first adds to the gradients of those before
@@ -150,7 +150,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
-def make_examples(lengths: Sequence[ExampleLength], supervised: float = 1.0) -> list[Example]:
+def make_dummy_examples(lengths: Sequence[ExampleLength], supervised: float = 1.0) -> list[Example]:
     """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else.
 
     Of the other tokens of a row, the last ones are learned, a share of `supervised`.
@@ -167,14 +167,14 @@ def make_examples(lengths: Sequence[ExampleLength], supervised: float = 1.0) -> 
     return examples
 
 
-def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
+def trace_merge_peak(job: TrainingJob, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
-    with fake_mode(), simulate_device("cpu"):
-        make_fake(model)
+    with fake_tensor_mode(), simulate_device("cpu"):
+        replace_meta_with_fake(model)
         with tracker, torch.no_grad():
-            tracker.assign(all_tensors(model), "weights")
+            tracker.assign(list_module_tensors(model), "weights")
             try:
                 model.merge_adapter()
             except (MergeUnsupported, UsageError):
@@ -211,10 +211,10 @@ def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
 
 def _assign_state(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Assign the model and the optimizer to their parts; return the bytes of each part."""
-    tracker.assign(all_tensors(model), "weights")
+    tracker.assign(list_module_tensors(model), "weights")
     if hasattr(model, "peft_config"):
         tracker.assign((p for p in model.parameters() if p.requires_grad), "adapters")
-    tracker.assign(iterate_tensors(optimizer.state), "optimizer")
+    tracker.assign(iterate_nested_tensors(optimizer.state), "optimizer")
     return {part: tracker.live[part] for part in ("weights", "adapters", "optimizer") if tracker.live[part]}
 
 
@@ -238,7 +238,7 @@ def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
 # k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may exist too (3).
 
 
-def shard_base(model: Any, processes: int) -> tuple[int, float]:
+def estimate_sharding_savings(model: Any, processes: int) -> tuple[int, float]:
     """Return the bytes that sharding the base of a model on meta saves, and how many fewer it may save."""
 
     def count_bytes(module: Any) -> int:  # of the base itself: adapters are not sharded
@@ -253,7 +253,7 @@ def shard_base(model: Any, processes: int) -> tuple[int, float]:
     return int(total - low), high - low
 
 
-def shard_trace(trace: StepTrace, saved: int, device: str) -> StepTrace:
+def apply_sharding_savings(trace: StepTrace, saved: int, device: str) -> StepTrace:
     """Return what a traced step takes in one of the processes, if sharding saves so many bytes."""
 
     def shard(parts: dict[str, int]) -> dict[str, int]:

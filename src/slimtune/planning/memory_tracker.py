@@ -97,7 +97,7 @@ class MemoryTracker(TorchDispatchMode):
         if func is _ADD and _accumulates_gradient(*args):
             func = _ADD_IN_PLACE
         out = func(*args, **kwargs)
-        results = list(iterate_tensors(out))
+        results = list(iterate_nested_tensors(out))
         for tensor in results:
             self._count(tensor)
         self._operators += 1
@@ -113,7 +113,7 @@ class MemoryTracker(TorchDispatchMode):
             packet = func._overloadpacket
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
             operations = flops(*args, **kwargs, out_val=out) if flops else 0
-            moved = sum(t.numel() * t.element_size() for t in iterate_tensors((args, kwargs, out)))
+            moved = sum(t.numel() * t.element_size() for t in iterate_nested_tensors((args, kwargs, out)))
             self.operator_counts[operations, moved, results[0].dtype] += 1
             if packet in _FUSED_ATTENTION:
                 first, causal, products = _FUSED_ATTENTION[packet]
@@ -170,16 +170,16 @@ def _count_causal_pairs(tokens: int) -> int:
     return sum(min(queries, tokens - m) * min(tokens, -(-min(m + queries, tokens) // 512) * 512) for m in starts)
 
 
-def iterate_tensors(value: Any) -> Iterator[Tensor]:
+def iterate_nested_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from iterate_tensors(item)
+            yield from iterate_nested_tensors(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from iterate_tensors(item)
+            yield from iterate_nested_tensors(item)
 
 
 def _accumulates_gradient(total: Any, gradient: Any) -> bool:

@@ -26,8 +26,8 @@ from ..core.models.dtype import pick_training_dtype
 from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
-from .fake_quantization import quantization_kind, quantize
-from .gpu_specs import GpuSpec, require_trains
+from .fake_quantization import fake_quantize_model, resolve_quantization_kind
+from .gpu_specs import GpuSpec, require_trainable_gpu
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
@@ -93,7 +93,7 @@ class TrainingJob:
             checkpointing=self.gradient_checkpointing,
             offload=self.offload_activations,
             tile=self.mlp_tile_size,
-            first=partial(quantize, kind=self.quantization) if self.quantization else None,
+            first=partial(fake_quantize_model, kind=self.quantization) if self.quantization else None,
         )
 
 
@@ -149,12 +149,12 @@ class PlanRequest:
         )
 
 
-def pick_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
+def pick_length_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
     """Return `count` of ordered lengths, evenly spread, the longest first."""
     return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
 
 
-def build_request(
+def build_plan_request(
     recipe: Recipe,
     gpu: GpuSpec,
     lengths: Sequence[ExampleLength] = (),
@@ -174,7 +174,7 @@ def build_request(
         UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
         ModelError: the base's config cannot be read, or its quantization cannot be planned.
     """
-    require_trains(gpu)
+    require_trainable_gpu(gpu)
     model, train = recipe.model, recipe.train
     info = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
@@ -202,10 +202,10 @@ def build_request(
         seq_len=seq_len,
         notes=tuple(notes),
         dtype=model.dtype,
-        quantization=quantization_kind(info.config, model.quantization),
+        quantization=resolve_quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
         lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_packed_tokens)),
-        quantiles=pick_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
+        quantiles=pick_length_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,
         content=content,

@@ -19,8 +19,8 @@ EVIDENCE = ("measured", "traced", "computed", "published", "guessed")
 _COMPUTED = Interval(0, 0)
 
 
-class Workload(NamedTuple):
-    """What a run computes, from which its speed on any GPU follows (`throughput.estimate_speed`)."""
+class TrainingWorkload(NamedTuple):
+    """What a run computes, from which its speed on any GPU follows (`throughput.estimate_training_speed`)."""
 
     operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
     attention_operations: Any  # FLOPs of fused attention in one micro-batch, by dtype
@@ -29,7 +29,7 @@ class Workload(NamedTuple):
     micro_batches: int = 1  # in an optimizer step
 
 
-class Figure(NamedTuple):
+class LabelledFigure(NamedTuple):
     """A figure of an estimate as text, and the field whose kind of evidence it has."""
 
     label: str
@@ -107,7 +107,7 @@ class ResourceEstimate:
     """Changes that save memory, the best first."""
     evidence: dict[str, str] = field(default_factory=dict)
     """Kind of evidence by field, with a note where there is one."""
-    work: Workload | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
+    work: TrainingWorkload | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
     """What the run computes; not in JSON."""
     notes: list[str] = field(default_factory=list)
     """What the GPU's dtypes and software, or the base's positions, cost."""
@@ -142,36 +142,38 @@ class ResourceEstimate:
         """Return the tokens a second, "" if they are not known."""
         return self.tokens_per_second.format("{:.0f}".format) if self.tokens_per_second is not None else ""
 
-    def list_memory_figures(self) -> Iterator[Figure]:
+    def list_memory_figures(self) -> Iterator[LabelledFigure]:
         """Yield the memory by part, then what is reserved, needed and usable."""
         for part, size in self.parts.items():
             if part != "runtime" and size:  # a part that is 0 at the highest point of the step is not shown
-                yield Figure(part, format_bytes(size), "parts")
-        yield Figure("tensors, at most", format_bytes(self.allocated_bytes), "allocated_bytes")
-        yield Figure("reserved for them", self.reserved_bytes.format(), "reserved_bytes")
-        yield Figure("runtime", self.runtime_bytes.format(), "runtime_bytes")
-        yield Figure("needed", self.need_bytes.format(), "need_bytes")
-        yield Figure("usable", self.usable_bytes.format(), "usable_bytes")
+                yield LabelledFigure(part, format_bytes(size), "parts")
+        yield LabelledFigure("tensors, at most", format_bytes(self.allocated_bytes), "allocated_bytes")
+        yield LabelledFigure("reserved for them", self.reserved_bytes.format(), "reserved_bytes")
+        yield LabelledFigure("runtime", self.runtime_bytes.format(), "runtime_bytes")
+        yield LabelledFigure("needed", self.need_bytes.format(), "need_bytes")
+        yield LabelledFigure("usable", self.usable_bytes.format(), "usable_bytes")
 
-    def list_run_figures(self, *, unified_memory: bool) -> Iterator[Figure]:
+    def list_run_figures(self, *, unified_memory: bool) -> Iterator[LabelledFigure]:
         """Yield the sizes of the run; with unified memory the CPU's is the GPU's."""
         percent, at_most = f"{100 * self.trainable_fraction:.3g} %", "at most " if self.adapter_bytes_at_most else ""
         trained = f"{format_count(self.trainable_params)} ({percent})"
         micro_batch = f"{_count(self.batch, 'rows')}, {self.max_tokens_per_micro_batch} tokens"
         host = "CPU memory, of the same memory" if unified_memory else "CPU memory"
         longest = f"longest row that fits, {self.batch} at once"
-        yield Figure("micro-batch", micro_batch, "batch")
-        yield Figure("longest row in it", f"{self.seq_len} tokens", "seq_len")
-        yield Figure("micro-batches in a step", str(self.micro_batches), "micro_batches")
-        yield Figure("weights held in", self.dtype, "dtype")
-        yield Figure("trained parameters", trained, "trainable_params")
-        yield Figure("adapter file", at_most + format_bytes(self.adapter_bytes), "adapter_bytes")
-        yield Figure(host, format_bytes(self.host_bytes), "host_bytes")
-        yield Figure("disk, beside the base's files", format_bytes(self.disk_bytes), "disk_bytes")
-        yield Figure(longest, _count(self.max_seq_len, "tokens"), "max_seq_len")
-        yield Figure(f"most rows of {self.seq_len} that fit", _count(self.max_batch_size, "rows"), "max_batch_size")
+        yield LabelledFigure("micro-batch", micro_batch, "batch")
+        yield LabelledFigure("longest row in it", f"{self.seq_len} tokens", "seq_len")
+        yield LabelledFigure("micro-batches in a step", str(self.micro_batches), "micro_batches")
+        yield LabelledFigure("weights held in", self.dtype, "dtype")
+        yield LabelledFigure("trained parameters", trained, "trainable_params")
+        yield LabelledFigure("adapter file", at_most + format_bytes(self.adapter_bytes), "adapter_bytes")
+        yield LabelledFigure(host, format_bytes(self.host_bytes), "host_bytes")
+        yield LabelledFigure("disk, beside the base's files", format_bytes(self.disk_bytes), "disk_bytes")
+        yield LabelledFigure(longest, _count(self.max_seq_len, "tokens"), "max_seq_len")
+        yield LabelledFigure(
+            f"most rows of {self.seq_len} that fit", _count(self.max_batch_size, "rows"), "max_batch_size"
+        )
         speed = self.format_speed()
-        yield Figure("tokens in a second", speed or "not known", "tokens_per_second" if speed else "")
+        yield LabelledFigure("tokens in a second", speed or "not known", "tokens_per_second" if speed else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,21 +237,21 @@ class ServingEstimate:
             written = f"{decode.format(format_three_digits)} tokens/s written behind {self.context} tokens"
             yield "speed", f"{written}, {prefill.format(format_three_digits)} tokens/s of a prompt read"
 
-    def list_memory_figures(self) -> Iterator[Figure]:
+    def list_memory_figures(self) -> Iterator[LabelledFigure]:
         """Yield the memory by part, the file, the longest context and the speed."""
         for part, size in self.parts.items():
-            yield Figure(part, format_bytes(size), part)
-        yield Figure("buffers", self.compute_bytes.format(), "compute_bytes")
-        yield Figure("runtime", self.runtime_bytes.format(), "runtime_bytes")
-        yield Figure("needed", self.need_bytes.format(), "need_bytes")
-        yield Figure("CPU memory", format_bytes(self.host_bytes), "host_bytes")
-        yield Figure("file", format_bytes(self.file_bytes), "file_bytes")
-        yield Figure("longest context", _count(self.max_context or 0, "tokens"), "max_context")
+            yield LabelledFigure(part, format_bytes(size), part)
+        yield LabelledFigure("buffers", self.compute_bytes.format(), "compute_bytes")
+        yield LabelledFigure("runtime", self.runtime_bytes.format(), "runtime_bytes")
+        yield LabelledFigure("needed", self.need_bytes.format(), "need_bytes")
+        yield LabelledFigure("CPU memory", format_bytes(self.host_bytes), "host_bytes")
+        yield LabelledFigure("file", format_bytes(self.file_bytes), "file_bytes")
+        yield LabelledFigure("longest context", _count(self.max_context or 0, "tokens"), "max_context")
         decode, prefill = self.decode_tokens_per_second, self.prefill_tokens_per_second
         if decode is not None and prefill is not None:
             written, read = (n.format(format_three_digits) for n in (decode, prefill))
-            yield Figure("tokens written in a second", written, "decode_tokens_per_second")
-            yield Figure("tokens of a prompt in a second", read, "prefill_tokens_per_second")
+            yield LabelledFigure("tokens written in a second", written, "decode_tokens_per_second")
+            yield LabelledFigure("tokens of a prompt in a second", read, "prefill_tokens_per_second")
 
 
 def _count(n: int, noun: str) -> str:

@@ -25,13 +25,13 @@ from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import get_max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from .extrapolation import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
+from .extrapolation import MemoryFormula, extrapolate_merge_peak, extrapolate_step_trace, fit_memory_formula
 from .gpu_specs import GpuSpec
 from .interval import Interval
-from .memory_trace import StepTrace, shard_base, shard_trace
-from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
-from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, Workload
-from .throughput import estimate_speed
+from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings
+from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_length_quantiles
+from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
+from .throughput import estimate_training_speed
 
 RUNTIME = {"cuda": Interval(0.25e9, 0.75e9), "mps": Interval(0.2e9, 1.0e9), "cpu": Interval(0.45e9, 0.8e9)}
 """Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
@@ -85,7 +85,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     model = job.build_model()
     trainable_params, total_params = count_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)
-    saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
+    saved, spread = estimate_sharding_savings(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason(model)):
         job = replace(job, packing=False)
@@ -94,29 +94,29 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         job = replace(job, lengths=tuple(map(unshare_prefix, job.lengths)))
         content = request.content._replace(shared_prefix=0)
         request = replace(request, quantiles=tuple(map(unshare_prefix, request.quantiles)), content=content)
-    memory_model = fit_memory_model(job, model)
+    memory_model = fit_memory_formula(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
-    job = split_batch(request, job, memory_model)
-    trace = extrapolate_layers(job, model)
+    job = split_batch_to_fit(request, job, memory_model)
+    trace = extrapolate_step_trace(job, model)
     if request.fsdp:
-        trace = shard_trace(trace, saved, job.device)
+        trace = apply_sharding_savings(trace, saved, job.device)
     memory_model = memory_model.correct(job.lengths, trace)
 
     peak, reserved = estimate_peak_memory(job, trace)
     reserved = Interval(reserved.low, reserved.high + spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
     need = reserved + runtime
-    verdict = judge_memory(need, usable)
+    verdict = judge_memory_fit(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
     def fits(lengths: Sequence[ExampleLength]) -> bool:
         now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0)
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
-        return judge_memory(Interval(now, high) + runtime, usable) == "fits"
+        return judge_memory_fit(Interval(now, high) + runtime, usable) == "fits"
 
     adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
     peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
-    if (merge := extrapolate_merge(job, total_params)) is not None:
+    if (merge := extrapolate_merge_peak(job, total_params)) is not None:
         peaks["merge"] = merge
     # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
     # recipe keeps are on disk when the next is written.
@@ -130,12 +130,12 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_peak_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # Memory is for the longest rows, speed for rows as the data has them.
-    usual = pick_usual_rows(request, job) if gpu.rates else job
-    usual_trace = trace if usual is job else extrapolate_layers(usual)
+    usual = pick_typical_micro_batches(request, job) if gpu.rates else job
+    usual_trace = trace if usual is job else extrapolate_step_trace(usual)
     longest_row, rows = max(job.row_tokens), len(count_row_tokens(job.lengths[0]))
     whole = resize_example_rows(job.lengths[0], lambda _: longest_row)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    work = Workload(
+    work = TrainingWorkload(
         usual_trace.operator_counts,
         usual_trace.attention_operations,
         tokens=sum(usual.row_tokens),
@@ -165,15 +165,15 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
         reason=_explain_verdict(request, verdict, parts, need, usable),
-        max_seq_len=largest_fitting(
+        max_seq_len=find_largest_fitting(
             lambda n: fits([resize_example_rows(length, lambda _: n) for length in job.lengths]),
             positions or MAX_SEQ_LEN,
         ),
-        max_batch_size=rows * largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
-        tokens_per_second=estimate_speed(work, gpu),
+        max_batch_size=rows * find_largest_fitting(lambda n: fits([whole] * n), MAX_BATCH_SIZE // rows),
+        tokens_per_second=estimate_training_speed(work, gpu),
         work=work,
         evidence=_list_estimate_provenance(request, host_peak_moment),
-        notes=[*list_notes(request, job), *packing_notes],
+        notes=[*describe_gpu_limits(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
         return estimate
@@ -183,7 +183,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryModel) -> TrainingJob:
+def split_batch_to_fit(request: PlanRequest, job: TrainingJob, memory_model: MemoryFormula) -> TrainingJob:
     """Return the job with as many examples in a micro-batch as fit, as training splits a batch."""
     if len(job.lengths) == 1 or not (request.split_batch or request.max_tokens):
         return job
@@ -194,14 +194,14 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
         need = estimate_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
-        return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
+        return not request.split_batch or judge_memory_fit(need, request.gpu.usable) == "fits"
 
-    count = max(1, largest_fitting(fits, len(job.lengths)))
+    count = max(1, find_largest_fitting(fits, len(job.lengths)))
     micro_batches = -(-len(job.lengths) // count) * request.gradient_accumulation_steps
     return replace(job, lengths=job.lengths[:count], micro_batches=micro_batches)
 
 
-def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
+def pick_typical_micro_batches(request: PlanRequest, job: TrainingJob) -> TrainingJob:
     """Return the job with examples in a micro-batch that stand for all of the data, if their lengths are known."""
     if not request.quantiles:
         return job
@@ -210,7 +210,7 @@ def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
     tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
-    lengths = pick_quantiles(request.quantiles[::-1], count)
+    lengths = pick_length_quantiles(request.quantiles[::-1], count)
     if prefix and count > 1:  # packing stores what all rows begin with once
         lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_row_tokens(length))),)
         supervised = min(1.0, supervised * mean / max(1, mean - prefix))
@@ -229,14 +229,14 @@ def estimate_reserved_memory(device: str, peak: int, state: int) -> Interval:
     return Interval(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
 
 
-def judge_memory(need: Interval, usable: Interval) -> MemoryVerdict:
+def judge_memory_fit(need: Interval, usable: Interval) -> MemoryVerdict:
     """Return whether a device with `usable` bytes, (surely, at most), has the bytes that a run needs."""
     if need.high <= usable.low:
         return "fits"
     return "tight" if need.low <= usable.high else "does not fit"
 
 
-def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+def find_largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     """Return the largest number up to `limit` that fits, 0 if 1 does not."""
     low, high = 0, 1
     while high <= limit and fits(high):
@@ -279,9 +279,9 @@ def _suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: G
 
     def judge(changed: TrainingJob) -> tuple[int, MemoryVerdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
-        trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
+        trace = extrapolate_step_trace(changed, backward_only=changed.optimizer == "adamw")
         peak, reserved = estimate_peak_memory(changed, trace)
-        return estimate.allocated_bytes - peak, judge_memory(reserved + RUNTIME[changed.device], gpu.usable)
+        return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
     useful, advice = [], []
     for text, change in _possible_changes(job, gpu):
@@ -358,7 +358,7 @@ def _explain_verdict(
     return reason
 
 
-def list_notes(request: PlanRequest, job: TrainingJob) -> list[str]:
+def describe_gpu_limits(request: PlanRequest, job: TrainingJob) -> list[str]:
     """Return what the GPU's dtypes and its software cost this run, in whole sentences."""
     gpu, notes = request.gpu, list(request.notes)
     rates = gpu.rates or {}

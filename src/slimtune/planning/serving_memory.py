@@ -20,9 +20,9 @@ from ..errors import ModelError, UsageError, format_names, nearest
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .plan_result import ServingEstimate
-from .planner import judge_memory, largest_fitting
+from .planner import find_largest_fitting, judge_memory_fit
 from .serving_speed import estimate_serving_speed
-from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_rules
+from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_lora_rules
 
 _VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
 """Names in transformers of the matrices that llama.cpp calls `attn_v` and `ffn_down`; fused Q, K and V count as V."""
@@ -36,7 +36,7 @@ METADATA = 32
 """Bytes of a GGUF file for each token of the vocabulary: 23 (SentencePiece) to 61 (byte-level, with its merges)."""
 
 
-def estimate_serving(
+def estimate_serving_memory(
     config: PreTrainedConfig,
     *,
     engine: str = "ollama",
@@ -73,7 +73,7 @@ def estimate_serving(
 
     text = config.get_text_config()
     model = build_meta_model(config, None, torch.bfloat16)
-    file_bytes, embedding_bytes = weight_bytes(model, precision)
+    file_bytes, embedding_bytes = count_weight_bytes(model, precision)
     # llama.cpp reads embeddings from CPU memory; if they are tied to the head, the device has a second copy.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)
     host_bytes = embedding_bytes if separate_memory and not is_vllm else 0
@@ -87,7 +87,7 @@ def estimate_serving(
 
     def need_at(length: int) -> tuple[int, Interval, Interval]:
         """Return the bytes of cache, buffers and everything for requests of this length."""
-        cached = sequences * cache_bytes(config, length, engine, cache, batch_tokens)
+        cached = sequences * count_kv_cache_bytes(config, length, engine, cache, batch_tokens)
         buffers = _vllm_buffers(text, batch_tokens, batch_requests) if is_vllm else _llama_buffers(text, length)
         return cached, buffers, Interval(*[weights + adapter + cached] * 2) + buffers + runtime
 
@@ -98,13 +98,13 @@ def estimate_serving(
         low, high = (int(n * UTILIZATION) if is_vllm else n for n in gpu.usable)
         usable = Interval(low, high)
         reason += f", and {gpu.name} gives it {format_bytes(low)} to {format_bytes(high)}"
-        verdict = judge_memory(need, usable)
+        verdict = judge_memory_fit(need, usable)
         limit = get_max_positions(config) or context
-        blocks = largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
+        blocks = find_largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
     speed = None
     if gpu is not None and verdict != "does not fit":
-        read_bytes, multiplied = active_weights(model, precision)
+        read_bytes, multiplied = count_active_weights(model, precision)
         speed = estimate_serving_speed(
             gpu,
             engine,
@@ -144,14 +144,14 @@ def estimate_serving(
     )
 
 
-def weight_bytes(model: Any, precision: str) -> tuple[int, int]:
+def count_weight_bytes(model: Any, precision: str) -> tuple[int, int]:
     """Return the bytes of a model's weights, and of its token embeddings; `precision`: one of an engine's."""
     sizes = _weight_sizes(model, precision)
     embedding = model.get_input_embeddings().weight
     return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
 
 
-def active_weights(model: Any, precision: str) -> tuple[float, float]:
+def count_active_weights(model: Any, precision: str) -> tuple[float, float]:
     """Return what one token takes: bytes of the weights that it reads, and numbers in matrices it is multiplied with.
 
     Of the token embeddings it reads a row, and of a mixture's experts those that its router picks.
@@ -189,7 +189,9 @@ def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, f
     return [(kind, p, bits(kind, width) * p.numel() / 8) for kind, p, width in _weights(model)]
 
 
-def cache_bytes(config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH) -> int:
+def count_kv_cache_bytes(
+    config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH
+) -> int:
     """Return the bytes of keys and values of one request of `context` tokens.
 
     llama.cpp allocates 256 tokens at a time, vLLM 16. A sliding window also has room for the `batch` tokens that are
@@ -242,7 +244,7 @@ def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:
 def _adapter_bytes(model: Any, rank: int, is_vllm: bool) -> int:
     """Return the bytes of A and B on every linear layer, in 16 bits; vLLM reserves them for the next larger rank."""
     if is_vllm:
-        ranks = load_vllm_rules().ranks
+        ranks = load_vllm_lora_rules().ranks
         if rank > ranks[-1]:
             raise UsageError(f"the adapter's rank is {rank}", f"at most {ranks[-1]}, vLLM's limit", "merge the adapter")
         rank = next(r for r in ranks if r >= rank)

@@ -9,7 +9,7 @@ from ..core.foundation.device import count_free_memory
 from ..core.foundation.distributed import local_world_size
 from ..core.models.dtype import pick_device, pick_dtype
 from ..errors import UsageError
-from .gpu_specs import THIS_MACHINE, GpuSpec, find_gpu, find_gpus, with_measurement
+from .gpu_specs import THIS_MACHINE, GpuSpec, add_gpu_measurement, find_gpu_by_name, find_gpus_by_name
 from .measured_speeds import load_machine_measurement
 
 
@@ -22,7 +22,7 @@ def detect_gpu(device: str = "auto") -> GpuSpec:
     threads = torch.get_num_threads() if gpu.device == "cpu" else 0
     if found is None or (found.name, found.device, found.threads) != (gpu.name, gpu.device, threads):
         return gpu
-    return with_measurement(gpu, found)
+    return add_gpu_measurement(gpu, found)
 
 
 def _detect_gpu(device: str) -> GpuSpec:
@@ -32,7 +32,7 @@ def _detect_gpu(device: str) -> GpuSpec:
         name = torch.cuda.get_device_name(picked)
         total = torch.cuda.mem_get_info(picked)[1]
         # A slice of a GPU, or a version with another memory, is not the one of the table.
-        known = (gpu for gpu in find_gpus(name) if abs(gpu.visible - total) < 0.05 * total)
+        known = (gpu for gpu in find_gpus_by_name(name) if abs(gpu.visible - total) < 0.05 * total)
         gpu = next(known, GpuSpec(name, "memory", "", "", total, visible=total, source="this machine"))
         return replace(gpu, auto_bf16=bf16)
     if picked.type == "mps":
@@ -45,9 +45,9 @@ def _detect_gpu(device: str) -> GpuSpec:
     return GpuSpec(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 
 
-def require_gpu(name: str, device: str = "auto") -> None:
+def require_gpu_present(name: str, device: str = "auto") -> None:
     """Raise UsageError unless this machine has the GPU of the table with this name; `device` as for `pick_device`."""
-    wanted, found = find_gpu(name), detect_gpu(device)
+    wanted, found = find_gpu_by_name(name), detect_gpu(device)
     if found.name != wanted.name and not (found.vendor == "apple" == wanted.vendor and found.memory == wanted.memory):
         hint = f"leave it out to train here; `slimtune plan --gpu {wanted.name}` plans for that GPU"
         raise UsageError(f"--gpu is {wanted.name}, and this would train on {found.name}", "this machine's GPU", hint)

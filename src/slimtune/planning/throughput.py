@@ -11,7 +11,7 @@ Real runs take longer. This sum is 0.38 to 0.95 of what published runs took (`UT
 from ..core.foundation.dtype_names import dtype_name
 from .gpu_specs import GpuSpec
 from .interval import Interval
-from .plan_result import Workload
+from .plan_result import TrainingWorkload
 
 UTILIZATION = Interval(0.38, 0.95)
 """The roofline's seconds divided by those of published runs (benchmarks/data/pace_points.json), nine in ten of them."""
@@ -20,7 +20,7 @@ KERNEL_LAUNCH_S = 8e-6
 a micro-batch at 256 tokens, and no less at 512)."""
 
 
-def estimate_speed(work: Workload, gpu: GpuSpec) -> Interval | None:
+def estimate_training_speed(work: TrainingWorkload, gpu: GpuSpec) -> Interval | None:
     """Return trained tokens a second of a run on a GPU; None if the GPU's rates are unknown.
 
     Only a measured GPU has a speed for fused attention; for the others it is part of `UTILIZATION`.

@@ -36,7 +36,7 @@ KNOWN = {"slimtune", "peft", "transformers", "builtins"}
 """Packages whose classes are in the key by their versions."""
 
 
-def keep_trace(job: TrainingJob, trace: Callable[[], T], **options: Any) -> T:
+def load_or_compute_trace(job: TrainingJob, trace: Callable[[], T], **options: Any) -> T:
     """Return what `trace()` returns, a StepTrace or a number of bytes, from the disk if it is there.
 
     `options` are what it depends on besides the job.

@@ -120,7 +120,7 @@ class VllmRules:
 
 
 @cache
-def load_vllm_rules() -> VllmRules:
+def load_vllm_lora_rules() -> VllmRules:
     """Return the rules of vLLM, as `benchmarks/vllm_ways/facts.py` writes them."""
     text = (files(__package__) / "vllm_rules.json").read_text(encoding="utf-8")
     return from_json_dict(VllmRules, json.loads(text))

@@ -18,7 +18,7 @@ from slimtune.core.training.loss import check_lm_head, compute_token_nll, forwar
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
 from slimtune.planning.gpu_specs import make_gpu_with_memory
-from slimtune.planning.plan_request import build_request
+from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 
 FILE = Path(__file__).with_name("family_table.json")
@@ -115,7 +115,7 @@ def check_run(name, folder, tokenizer):
     })  # fmt: skip
     found = {}
     try:
-        plan = estimate_resources(build_request(recipe, make_gpu_with_memory("24GiB")), advise=False)
+        plan = estimate_resources(build_plan_request(recipe, make_gpu_with_memory("24GiB")), advise=False)
         padded = any("padded, not packed" in note for note in plan.notes)
         agrees = padded == bool(packing_unsupported_reason(base))
         found["plan"] = "works" if agrees else "plan and training differ in packing"

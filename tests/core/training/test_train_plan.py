@@ -17,13 +17,13 @@ from slimtune.core.training.memory_probe import pick_longest_micro_batch
 from slimtune.core.training.train import train
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpu_specs import GpuSpec
-from slimtune.planning.plan_request import build_request
+from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu
 
 
 def plan(recipe, lengths, content):
-    return estimate_resources(build_request(recipe, detect_gpu("cpu"), lengths, content=content))
+    return estimate_resources(build_plan_request(recipe, detect_gpu("cpu"), lengths, content=content))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from .guides import find_definition, find_guides
+from .guides import find_command_guides, find_glossary_definition
 
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
@@ -34,7 +34,7 @@ _QUOTES = str.maketrans("", "", "\"'`\\")
 
 
 @dataclass(frozen=True)
-class Page:
+class ErrorPage:
     """A page: its code, its title, texts that errors contain, and Markdown with cause, check, fix and source."""
 
     code: str
@@ -45,7 +45,7 @@ class Page:
 
 
 @cache
-def load_pages() -> dict[str, Page]:
+def load_error_pages() -> dict[str, ErrorPage]:
     """Return all pages by code."""
     pages = {}
     for file in sorted(Path(__file__).parent.glob("*.md")):
@@ -53,7 +53,7 @@ def load_pages() -> dict[str, Page]:
         # Its YAML has one JSON text a line: the title and the patterns. A YAML parser takes 0.2 s for all pages.
         front, _, hints = front.partition("\nhints:")
         (title, *patterns), weak = _read_texts(front), _read_texts(hints)
-        pages[file.stem] = Page(file.stem, title, tuple(patterns), tuple(weak), body.strip())
+        pages[file.stem] = ErrorPage(file.stem, title, tuple(patterns), tuple(weak), body.strip())
     return pages
 
 
@@ -61,19 +61,19 @@ def _read_texts(lines: str) -> list[str]:
     return [json.loads(line[line.index('"') :]) for line in lines.splitlines() if '"' in line]
 
 
-def find_code(text: str, default: str) -> str:
+def find_error_code(text: str, default: str) -> str:
     """Return the code of the page whose patterns fit an error's text best; `default` if none fits."""
-    scores = {page.code: _score_patterns(text, page.patterns) for page in load_pages().values()}
+    scores = {page.code: _score_patterns(text, page.patterns) for page in load_error_pages().values()}
     best = max(scores, key=lambda code: scores[code])
     return best if scores[best] else default
 
 
-def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
+def search_error_pages(text: str, most: int = 3) -> tuple[bool, list[ErrorPage]]:
     """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
-    pages = load_pages()
+    pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
         return True, [pages[code]]
-    if find_definition(text):
+    if find_glossary_definition(text):
         return False, []
     words, coverage = _score_words(text)
     scores = {
@@ -83,7 +83,7 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
     if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
         return True, [pages[code] for code in ranked[:most] if any(scores[code][:2])]
-    if find_guides(text):
+    if find_command_guides(text):
         return False, []
     first, second = sorted(words.values(), reverse=True)[:2]
     found = coverage >= _LEAST_COVERAGE or (coverage > 0 and first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
@@ -134,7 +134,7 @@ def _build_index() -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, 
     """Return each page's words in its title, those in its title and patterns, how often each word occurs in it; and in
     how many pages each word occurs."""
     titles, subjects, counts = {}, {}, {}
-    for code, page in load_pages().items():
+    for code, page in load_error_pages().items():
         titles[code] = set(_split_words(f"{code} {page.title}".replace("-", " ")))
         head = " ".join((page.title, *page.patterns, *page.hints))
         subjects[code] = titles[code] | {*_split_words(head)}

@@ -34,7 +34,7 @@ _DEFINITION = re.compile(
 _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
 
 
-def find_guides(text: str) -> list[tuple[str, str]]:
+def find_command_guides(text: str) -> list[tuple[str, str]]:
     """Return the commands and texts that answer a short question about no error, each with what it does or says."""
     if len(text) > MOST_QUESTION:
         return []
@@ -43,12 +43,12 @@ def find_guides(text: str) -> list[tuple[str, str]]:
     return (
         [(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
         + [(title, quick[title]) for asked, title in QUICK_ANSWERS if any(f" {part} " in words for part in asked)]
-        or find_definition(text)
+        or find_glossary_definition(text)
         or [pair for pair in [_load_terms().get(_normalize(text))] if pair]
     )
 
 
-def find_definition(text: str) -> list[tuple[str, str]]:
+def find_glossary_definition(text: str) -> list[tuple[str, str]]:
     """Return the word of the glossary that a question asks the meaning of, with its definition; nothing if none."""
     asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", text[: MOST_QUESTION + 1].lower())))
     found = _load_terms().get(_normalize(asked[1] or asked[2])) if asked else None
