@@ -51,7 +51,7 @@ def _unpickle_error(
     return kind(message, expected, hint, field=field, code=code)
 
 
-def install_command(extra: str) -> str:
+def format_install_command(extra: str) -> str:
     """Return the command that adds an extra to the installed slimtune.
 
     slimtune is not on PyPI: pip keeps the installed one and fetches what the extra adds.
@@ -183,7 +183,7 @@ def is_disk_full(error: BaseException) -> bool:
     return _chain_says(error, (errno.ENOSPC, errno.EDQUOT), DISK_FULL_TEXTS)
 
 
-def find_os_error(error: BaseException, direct: Container[int] = ()) -> tuple[int | None, str | None]:
+def find_errno_and_file(error: BaseException, direct: Container[int] = ()) -> tuple[int | None, str | None]:
     """Return number and file name of the OSError in an exception or its causes; None where there is none.
 
     Libraries in Rust give the number only in a text. A number in `direct` counts only for the exception itself: a file

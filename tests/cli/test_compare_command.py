@@ -41,7 +41,7 @@ def calls(monkeypatch) -> list:
         found.append((grid, plot, place))
         return RESULT
 
-    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setattr(comparison, "run_comparison", compare)
     return found
 
 
@@ -71,7 +71,7 @@ def test_json_default_folder_and_search(recipe, calls, slimtune_json, tmp_path):
 
 def test_failed_run_is_exit_code_1(recipe, slimtune, monkeypatch):
     failed = FailedRun(method="lora", seed=8, why="no memory")
-    monkeypatch.setattr(comparison, "compare", lambda *_, **__: replace(RESULT, failed=[failed]))
+    monkeypatch.setattr(comparison, "run_comparison", lambda *_, **__: replace(RESULT, failed=[failed]))
     done = slimtune("compare", recipe, "--methods", "lora", "--json")
     assert (done.exit_code, json.loads(done.stdout)["failed"]) == (1, [to_json_dict(failed)])
     assert "Failed: lora, seed 8 (no memory)." in slimtune("compare", recipe, "--methods", "lora").stdout

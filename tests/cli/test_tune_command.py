@@ -33,7 +33,7 @@ def recipe(tiny_folder, tmp_path):
 @pytest.fixture
 def calls(monkeypatch) -> list:
     found: list = []
-    monkeypatch.setattr(search, "tune", lambda *args, **how: found.append((args, how)) or RESULT)
+    monkeypatch.setattr(search, "run_tuning", lambda *args, **how: found.append((args, how)) or RESULT)
     return found
 
 

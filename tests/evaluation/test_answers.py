@@ -9,9 +9,14 @@ from run_answers import RunAnswers
 
 from slimtune.core.data.rows import Row
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.eval_result import AnswerPair, CheckValues, read_eval_result
+from slimtune.evaluation.eval_result import AnswerCheckScores, AnswerPair, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.generated_answers import build_check, measure_repetition, sample_prompts, summarize_checks
+from slimtune.evaluation.generated_answers import (
+    average_answer_checks,
+    build_answer_check,
+    measure_repetition,
+    select_eval_prompts,
+)
 
 
 def test_answers_equal_those_of_generate(run):
@@ -33,19 +38,20 @@ def test_answers_equal_those_of_generate(run):
 def test_prompts_are_spread_over_the_rows():
     talk = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     rows = [Row(talk, line) for line in range(1, 101)]
-    prompts = sample_prompts(rows, [{"line": line} for line in range(11, 61)], 3)
+    prompts = select_eval_prompts(rows, [{"line": line} for line in range(11, 61)], 3)
     assert [p.line for p in prompts] == [11, 35, 60]
     assert (prompts[0].messages, prompts[0].reference) == (talk[:3], "d")
-    assert len(sample_prompts(rows, [{"line": 1}], 5)) == 1
+    assert len(select_eval_prompts(rows, [{"line": 1}], 5)) == 1
 
 
 def test_summary():
     checks = [
-        {"ended": CheckValues(base=b, tuned=True), "tokens": CheckValues(base=2, tuned=n)} for b, n in ((1, 1), (0, 4))
+        {"ended": AnswerCheckScores(base=b, tuned=True), "tokens": AnswerCheckScores(base=2, tuned=n)}
+        for b, n in ((1, 1), (0, 4))
     ]
-    summary = {"ended": CheckValues(base=0.5, tuned=1.0), "tokens": CheckValues(base=2.0, tuned=2.5)}
+    summary = {"ended": AnswerCheckScores(base=0.5, tuned=1.0), "tokens": AnswerCheckScores(base=2.0, tuned=2.5)}
     answers = [AnswerPair(line=1, prompt=[], reference="", base="a", tuned="b", checks=c) for c in checks]
-    assert summarize_checks(answers) == summary
+    assert average_answer_checks(answers) == summary
 
 
 def test_prompt_without_room_fails_before_scoring(run, tmp_path):
@@ -68,26 +74,26 @@ def test_prompt_without_room_fails_before_scoring(run, tmp_path):
     ],
 )
 def test_check(name, answer, passes):
-    assert build_check(name)(answer, "a dull day") is passes
+    assert build_answer_check(name)(answer, "a dull day") is passes
 
 
 def test_json_schema(tmp_path):
     pytest.importorskip("jsonschema")
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"type": "object", "required": ["word"], "properties": {"word": {"type": "string"}}}))
-    check = build_check(f"json-schema:{file}")
+    check = build_answer_check(f"json-schema:{file}")
     assert [check(a, "") for a in ('{"word": "a"}', '{"word": 1}', "{}", "word")] == [True, False, False, False]
     file.write_text('{"type": "objekt"}')
     with pytest.raises(UsageError, match="not a valid JSON schema: 'objekt'"):
-        build_check(f"json-schema:{file}")
+        build_answer_check(f"json-schema:{file}")
     with pytest.raises(UsageError, match="No such file"):
-        build_check(f"json-schema:{tmp_path / 'none.json'}")
+        build_answer_check(f"json-schema:{tmp_path / 'none.json'}")
 
 
 def test_chrf_equals_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
     expected = sacrebleu.sentence_chrf("a dull dog", ["a dull day"]).score
-    assert build_check("chrf")("a dull dog", "a dull day") == pytest.approx(expected)
+    assert build_answer_check("chrf")("a dull dog", "a dull day") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def test_repetition(text, share):
 )
 def test_bad_check(name, message):
     with pytest.raises(UsageError, match=message):
-        build_check(name)
+        build_answer_check(name)
 
 
 @pytest.mark.parametrize(("name", "package"), [("chrf", "sacrebleu"), ("json-schema:x", "jsonschema")])
@@ -117,4 +123,4 @@ def test_missing_package(monkeypatch, name, package):
     for module in (package, "sacrebleu.metrics.chrf"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
     with pytest.raises(ModelError, match=f"needs the package {package}"):
-        build_check(name)
+        build_answer_check(name)

@@ -14,13 +14,13 @@ from slimtune.errors import UsageError
 from slimtune.evaluation.charts import (
     MAX_POINTS,
     ChartEstimate,
-    Series,
-    format_number,
-    histogram,
-    interval_chart,
-    line_chart,
+    ChartLine,
+    choose_axis_ticks,
+    format_chart_number,
+    render_interval_chart,
+    render_length_histogram,
+    render_line_chart,
     require_figure_path,
-    round_ticks,
     save_figure,
 )
 
@@ -32,7 +32,7 @@ def test_ticks_enclose_the_range(a, b, about):
     low, high = min(a, b), max(a, b)
     if high - low < 1e-6 * max(1, abs(low), abs(high)):
         return
-    ticks = round_ticks(low, high, about)
+    ticks = choose_axis_ticks(low, high, about)
     step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
     slack = 1e-6 * step
     assert low - step - slack < ticks[0] <= low + slack
@@ -44,12 +44,12 @@ def test_ticks_enclose_the_range(a, b, about):
 
 @pytest.mark.parametrize("value", [0, 4, -1e-9])
 def test_single_value_is_inside_its_axis(value):
-    ticks = round_ticks(value, value, 4)
+    ticks = choose_axis_ticks(value, value, 4)
     assert ticks[0] < value < ticks[-1]
 
 
 def test_line_is_where_its_axis_says():
-    chart = Page(line_chart("Loss", "nats", [Series("training", "one", [(1, 4.0), (2, 3.0), (5, 2.0)])]))
+    chart = Page(render_line_chart("Loss", "nats", [ChartLine("training", "one", [(1, 4.0), (2, 3.0), (5, 2.0)])]))
     assert chart.all("polyline")[0]["points"] == "0.0,0.0 250.0,500.0 1000.0,1000.0"
     assert [a["style"] for a in chart.all("span") if "top" in (a.get("style") or "")] == [
         f"top:{at}%" for at in ("100.0", "75.0", "50.0", "25.0", "0.0")
@@ -58,21 +58,23 @@ def test_line_is_where_its_axis_says():
 
 
 def test_nan_is_left_out():
-    assert not line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, math.inf)])])
-    chart = Page(line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, 3.0)]), Series("b", "two", [])]))
+    assert not render_line_chart("Loss", "", [ChartLine("a", "one", [(1, math.nan), (2, math.inf)])])
+    chart = Page(
+        render_line_chart("Loss", "", [ChartLine("a", "one", [(1, math.nan), (2, 3.0)]), ChartLine("b", "two", [])])
+    )
     assert len(chart.all("line", "dot")) == 1, "a single point shows no line, so it gets a marker"
-    assert not interval_chart([ChartEstimate("base", "one", None, [1, 2], "")])
+    assert not render_interval_chart([ChartEstimate("base", "one", None, [1, 2], "")])
 
 
 def test_many_points_are_averaged():
     n = 10 * MAX_POINTS + 5
-    chart = Page(line_chart("Loss", "", [Series("training", "one", [(i, float(i % 2)) for i in range(n)])]))
+    chart = Page(render_line_chart("Loss", "", [ChartLine("training", "one", [(i, float(i % 2)) for i in range(n)])]))
     assert len(chart.all("rect", "hit")) <= MAX_POINTS
     assert "each point is the mean of 11 logged values" in chart.text
 
 
 def test_interval_is_where_its_axis_says():
-    chart = Page(interval_chart([ChartEstimate("loss", "two", 0.8, [0.7, 0.9], "text")], [(0.0, "")]))
+    chart = Page(render_interval_chart([ChartEstimate("loss", "two", 0.8, [0.7, 0.9], "text")], [(0.0, "")]))
     (interval,), (dot,), (mark,) = (chart.all("line", kind) for kind in ("range", "dot", "mark"))
     assert [t for t in chart.texts if t in ("0", "0.5", "1")] == ["0", "0.5", "1"]
     assert [float(x) for x in (interval["x1"], dot["x1"], interval["x2"], mark["x1"])] == [700, 800, 900, 0]
@@ -80,19 +82,19 @@ def test_interval_is_where_its_axis_says():
 
 def test_histogram_columns_are_adjacent():
     bins = [{"from": 31 + 22 * i, "to": 52 + 22 * i, "rows": n} for i, n in enumerate([96, 230, 190, 112])]
-    chart = Page(histogram(bins, limit=75))
+    chart = Page(render_length_histogram(bins, limit=75))
     columns = [(float(c["x"]), float(c["width"]), float(c["height"])) for c in chart.all("rect", "column")]
     assert [x + wide for x, wide, _ in columns] == pytest.approx([*(x for x, _, _ in columns[1:]), 1000], abs=0.2)
     assert [height for _, _, height in columns] == pytest.approx([1000 * n / 230 for n in (96, 230, 190, 112)], abs=0.1)
     assert float(chart.all("line", "limit")[0]["x1"]) == pytest.approx(1000 * (75 - 31) / 88, abs=0.1)
-    assert not histogram([])
+    assert not render_length_histogram([])
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0005, "5e-4"), (0, "0"), (523.4, "523"), (4.0834, "4.083"), (-0.00012, "-1.2e-4")]
 )
 def test_format_number(value, text):
-    assert format_number(value) == text
+    assert format_chart_number(value) == text
 
 
 def test_figure_file(tmp_path):

@@ -15,9 +15,13 @@ from slimtune.core.data.tokenize import BATCH_SIZE, tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.evaluation.data_report import near_duplicates as near
 from slimtune.evaluation.data_report.report_builder import DataReportBuilder, make_data_report
-from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, Finding, judge_finding
-from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, RowGroup
-from slimtune.evaluation.data_report.text_checks import find_rendered_format, find_text_issues, is_placeholder
+from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding, make_data_issue
+from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, AffectedRows
+from slimtune.evaluation.data_report.text_checks import (
+    detect_rendered_chat_format,
+    find_text_issues,
+    is_placeholder_answer,
+)
 from slimtune.extras.row_files import open_rows
 
 WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon",
@@ -171,17 +175,17 @@ def test_text_issue(text, code):
 
 
 def test_rendered_text_begins_with_its_format():
-    assert find_rendered_format("<s>[INST] Hi [/INST]") == "Llama 2"
-    assert find_rendered_format("\n<|im_start|>user\nHi<|im_end|>") == "ChatML"
-    assert find_rendered_format("### Instruction:\nAdd.\n\n### Response:\n") == "Alpaca"
+    assert detect_rendered_chat_format("<s>[INST] Hi [/INST]") == "Llama 2"
+    assert detect_rendered_chat_format("\n<|im_start|>user\nHi<|im_end|>") == "ChatML"
+    assert detect_rendered_chat_format("### Instruction:\nAdd.\n\n### Response:\n") == "Alpaca"
     for text in ("[INST] begins a turn", "### Instruction:\nWeigh it.", "See <|im_start|>user", "Human: a being"):
-        assert find_rendered_format(text) is None
+        assert detect_rendered_chat_format(text) is None
 
 
 def test_placeholder_answers():
-    assert all(map(is_placeholder, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
+    assert all(map(is_placeholder_answer, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
     answers = ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)")
-    assert not any(map(is_placeholder, answers))
+    assert not any(map(is_placeholder_answer, answers))
 
 
 def test_hashes_ignore_white_space_and_unicode_form():
@@ -197,7 +201,9 @@ def test_near_duplicates_have_the_true_similarity():
         rows.append(list(rows[i]))
         for at in rng.sample(range(120), changed):
             rows[-1][at] = rng.randrange(5000)
-    signatures, comparable = near.compute_signatures(rows, [[True] * len(r) for r in rows], np.zeros(0, np.uint32))
+    signatures, comparable = near.compute_minhash_signatures(
+        rows, [[True] * len(r) for r in rows], np.zeros(0, np.uint32)
+    )
     assert comparable.all()
     found = dict(zip(*(x.tolist() for x in near.find_near_duplicates(signatures)), strict=True))
     for i in range(20):
@@ -216,20 +222,20 @@ def test_common_trigrams_do_not_count():
     shared, own = list(range(40)), list(range(100, 130))
     common = near.find_common_trigrams([[*shared, 200 + i, 300 + i] for i in range(20)])
     rows, supervised = [shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43]
-    assert near.compute_signatures(rows, supervised, common)[1].tolist() == [True, False]
+    assert near.compute_minhash_signatures(rows, supervised, common)[1].tolist() == [True, False]
     assert len(near.find_common_trigrams([own])) == 0
-    assert near.compute_signatures([], [], common)[0].shape == (0, 2 * near.HASHES)
-    assert near.compute_signatures([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [False, False]
+    assert near.compute_minhash_signatures([], [], common)[0].shape == (0, 2 * near.HASHES)
+    assert near.compute_minhash_signatures([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [False, False]
 
 
 def test_repeats_name_the_first():
-    again, first = near.find_repeats(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
+    again, first = near.find_repeated_values(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
     assert (again.tolist(), first.tolist()) == ([2, 3, 5], [0, 1, 0])
 
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
 def test_severity_depends_on_the_share_of_rows(count, severity):
-    found = judge_finding(Finding("mojibake", RowGroup(count)), rows=100)
+    found = make_data_issue(RowFinding("mojibake", AffectedRows(count)), rows=100)
     assert (found.severity, found.count) == (severity, count)
 
 

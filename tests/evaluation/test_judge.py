@@ -9,7 +9,7 @@ import pytest
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.eval_result import AnswerPair, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.judge import MAX_CHARACTERS, build_judge, judge_answers, measure_win_rate
+from slimtune.evaluation.judge import MAX_CHARACTERS, build_answer_judge, judge_answer_pairs, measure_win_rate
 
 ASK = [{"role": "user", "content": "Define hope."}]
 JUDGES = """
@@ -63,12 +63,12 @@ def server():
 
 def judged(judge, pairs):
     answers = [AnswerPair(line=1, prompt=ASK, reference="", base=b, tuned=t, checks={}) for b, t in pairs]
-    return measure_win_rate("me", judge_answers(answers, judge), draws=200, seed=0)
+    return measure_win_rate("me", judge_answer_pairs(answers, judge), draws=200, seed=0)
 
 
 def test_wins_ties_and_lengths_by_hand(judges):
     pairs = [("bad", "a good one"), ("good", "bad"), ("bad", "bad too"), ("bad", "good")]
-    found = judged(build_judge(f"{judges}:named"), pairs)
+    found = judged(build_answer_judge(f"{judges}:named"), pairs)
     assert [getattr(found, k) for k in ("prompts", "wins", "losses", "ties", "unclear")] == [4, 2, 1, 1, 0]
     assert found.win_rate.value == pytest.approx(2.5 / 4)
     assert found.win_rate.low < 0.5 < found.win_rate.high
@@ -77,12 +77,12 @@ def test_wins_ties_and_lengths_by_hand(judges):
 
 
 def test_preference_for_the_first_place_is_a_tie(judges):
-    found = judged(build_judge(f"{judges}:first"), [("a", "b")] * 3)
+    found = judged(build_answer_judge(f"{judges}:first"), [("a", "b")] * 3)
     assert (found.ties, found.win_rate.value, found.consistent, found.longer_won) == (3, 0.5, 0, None)
 
 
 def test_scores_decide(judges):
-    assert judged(build_judge(f"{judges}:longer"), [("a", "bb"), ("a", "bbb")]).win_rate.value == 1
+    assert judged(build_answer_judge(f"{judges}:longer"), [("a", "bb"), ("a", "bbb")]).win_rate.value == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_scores_decide(judges):
 )
 def test_bad_functions(judges, name, message):
     with pytest.raises(UsageError, match=message):
-        judged(build_judge(f"{judges}:{name}"), [("a", "b")])
+        judged(build_answer_judge(f"{judges}:{name}"), [("a", "b")])
 
 
 @pytest.mark.parametrize(
@@ -110,21 +110,21 @@ def test_names_of_no_judge(judges, name, message, monkeypatch):
     monkeypatch.chdir(judges.parent)
     (judges.parent / "broken.py").write_text("import nothing_there")
     with pytest.raises(UsageError, match=message):
-        build_judge(name)
+        build_answer_judge(name)
 
 
 def test_chat_endpoint_judges_both_orders(server, monkeypatch):
     url, handler = server
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     handler.replies = {"good": "It is finer: [[B]] no, [[A]]", "bad": "B.", "odd": "I cannot say"}
-    found = judged(build_judge(url), [("bad", "good"), ("good", "bad"), ("fair", "fair"), ("odd", "good")])
+    found = judged(build_answer_judge(url), [("bad", "good"), ("good", "bad"), ("fair", "fair"), ("odd", "good")])
     assert [getattr(found, k) for k in ("wins", "losses", "ties", "unclear")] == [1, 1, 1, 1]
     assert found.win_rate.value == 0.5
     path, headers, body = handler.requests[0]
     assert (path, body["model"], body["temperature"]) == ("/v1/chat/completions", "tiny-judge", 0)
     assert headers["Authorization"] == "Bearer secret"
     assert "<user>\nDefine hope.\n</user>" in body["messages"][1]["content"]
-    build_judge(f"{url}#other")(ASK, "x" * 99999, "y")
+    build_answer_judge(f"{url}#other")(ASK, "x" * 99999, "y")
     body = handler.requests[-1][2]
     assert body["model"] == "other"
     assert len(body["messages"][1]["content"]) < MAX_CHARACTERS + 200
@@ -132,7 +132,7 @@ def test_chat_endpoint_judges_both_orders(server, monkeypatch):
 
 def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
     url, handler = server
-    judge = build_judge(url)
+    judge = build_answer_judge(url)
     for status in (307, 401):
         handler.status = status
         with pytest.raises(ModelError, match=f"the judge at {url} refused /chat/completions: {status}"):
@@ -140,9 +140,9 @@ def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
     monkeypatch.setattr("slimtune.evaluation.judge.MAX_REPLY_BYTES", 3)
     handler.status = 200
     with pytest.raises(ModelError, match="sends more than 3 bytes"):
-        build_judge(url)
+        build_answer_judge(url)
     with pytest.raises(ModelError, match=r"no judge answers at http://127\.0\.0\.1:1/v1"):
-        build_judge("http://127.0.0.1:1/v1")
+        build_answer_judge("http://127.0.0.1:1/v1")
 
 
 def test_win_rate_of_a_run(run, judges):

@@ -10,7 +10,7 @@ from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.statistics import (
     bootstrap_auc,
     compute_perplexity,
-    estimate_over_seeds,
+    estimate_mean_difference,
     holm_correction,
     mark_pareto_optimal,
     paired_bootstrap,
@@ -114,7 +114,10 @@ def test_one_seed_equals_the_bootstrap():
     tokens = rng.integers(5, 60, 400)
     base = rng.gamma(2.0, 2.0, 400) * tokens
     tuned = base - tokens * rng.normal(0.3, 0.5, 400)
-    (found, _), boot = estimate_over_seeds([base - tuned], tokens), paired_bootstrap(base, tuned, tokens).difference
+    (found, _), boot = (
+        estimate_mean_difference([base - tuned], tokens),
+        paired_bootstrap(base, tuned, tokens).difference,
+    )
     assert found.value == pytest.approx(boot.value)
     assert found.ci95 == pytest.approx(boot.ci95, abs=0.1 * (boot.high - boot.low))
 
@@ -127,7 +130,7 @@ def test_coverage_over_seeds(seeds, seed_sd, row_sd):
     for _ in range(400):
         # The rows are a sample, the seeds are a sample, and each row answers each seed in its own way.
         each = 0.5 + rng.normal(0, row_sd, 80) + rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, 0.2, (seeds, 80))
-        found, _ = estimate_over_seeds(each * tokens, tokens)
+        found, _ = estimate_mean_difference(each * tokens, tokens)
         hits += found.low <= 0.5 <= found.high
     assert hits / 400 >= 0.93
 
@@ -135,14 +138,14 @@ def test_coverage_over_seeds(seeds, seed_sd, row_sd):
 def test_p_value_is_where_the_interval_reaches_zero():
     rng = np.random.default_rng(3)
     nats = rng.normal(0.1, 0.5, (3, 40)) + rng.normal(0, 0.05, (3, 1))
-    found, p = estimate_over_seeds(nats, [1] * 40)
+    found, p = estimate_mean_difference(nats, [1] * 40)
     assert (p < 0.05) == (found.low > 0)
-    assert estimate_over_seeds(nats - found.low, [1] * 40)[1] == pytest.approx(0.05, abs=1e-6)
+    assert estimate_mean_difference(nats - found.low, [1] * 40)[1] == pytest.approx(0.05, abs=1e-6)
 
 
 def test_seed_noise_widens_the_interval():
     rows = np.random.default_rng(2).normal(0.5, 0.3, 60)
-    (steady, steady_p), (noisy, noisy_p) = (estimate_over_seeds([(rows + s) * 10 for s in shifts], [10] * 60)
+    (steady, steady_p), (noisy, noisy_p) = (estimate_mean_difference([(rows + s) * 10 for s in shifts], [10] * 60)
                      for shifts in ((0, 0, 0), (-0.2, 0.0, 0.2)))  # fmt: skip
     assert noisy.value == pytest.approx(steady.value)
     assert noisy.high - noisy.low > 3 * (steady.high - steady.low)
@@ -150,7 +153,7 @@ def test_seed_noise_widens_the_interval():
 
 
 def test_no_difference():
-    assert estimate_over_seeds([[0.0] * 5] * 3, [3] * 5) == (exact(0.0), 1.0)
+    assert estimate_mean_difference([[0.0] * 5] * 3, [3] * 5) == (exact(0.0), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_no_difference():
 )
 def test_bad_differences(nats, tokens):
     with pytest.raises(ValueError, match="two rows or more"):
-        estimate_over_seeds(nats, tokens)
+        estimate_mean_difference(nats, tokens)
 
 
 def test_holm_correction():

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.evaluation.estimate import Estimate
-from slimtune.evaluation.eval_result import Forgetting, PromptDependence
-from slimtune.evaluation.evaluate import EvalSettings, evaluate, judge_eval
+from slimtune.evaluation.eval_result import ForgettingMeasures, PromptDependence
+from slimtune.evaluation.evaluate import EvalSettings, decide_eval_verdict, evaluate
 from slimtune.evaluation.sft_comparison import SFTComparison
 
 
@@ -73,7 +73,7 @@ def dependence(base: float, tuned: Estimate, change: Estimate, *, passed: bool) 
 
 KEPT = dependence(0.2, estimate(0.1, 0.3), estimate(-0.1, 0.1), passed=True)
 LOST = dependence(0.13, estimate(0.03, 0.08, 0.05), estimate(-0.13, -0.04), passed=False)
-OVER = Forgetting(
+OVER = ForgettingMeasures(
     text="t", tokens=9, base_loss=1.0, tuned_loss=1.3, change=estimate(0.2, 0.4), budget=0.1, within=False, kinds={}
 )
 
@@ -89,7 +89,7 @@ OVER = Forgetting(
 )
 def test_warning_of_few_rows(measures, others, warning):
     result = replace(make_sft_result(prompt_dependence=KEPT, **measures), **others)
-    assert judge_eval(result, []).warning.endswith(warning)
+    assert decide_eval_verdict(result, []).warning.endswith(warning)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_warning_of_few_rows(measures, others, warning):
 )
 def test_reasons(measures, forgetting, reasons):
     result = replace(make_sft_result(**{"prompt_dependence": KEPT, **measures}), forgetting=forgetting)
-    verdict = judge_eval(result, SFTComparison.list_reasons_not_better(result.measures))
+    verdict = decide_eval_verdict(result, SFTComparison.list_reasons_not_better(result.measures))
     assert verdict.passed is (not reasons)
     for reason, expected in zip(verdict.reasons, reasons, strict=True):
         assert expected in f"{reason}."

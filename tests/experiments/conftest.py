@@ -20,7 +20,7 @@ from slimtune.evaluation.estimate import Estimate
 from slimtune.experiments import comparison as compare
 from slimtune.experiments import run_worker as worker
 from slimtune.experiments.candidates import build_candidates
-from slimtune.experiments.run_grid import Grid, build_grid
+from slimtune.experiments.run_grid import ComparisonGrid, build_comparison_grid
 from slimtune.experiments.run_worker import WorkerResult
 
 PLANS: dict[str, Any] = {}
@@ -40,13 +40,13 @@ def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
+def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., ComparisonGrid]:
     """Make a grid: `grid("lora", "ia3", seeds=2, tokens=900)`."""
 
-    def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **settings: Any) -> Grid:
+    def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **settings: Any) -> ComparisonGrid:
         tokens, overrides = settings.pop("tokens", 900), settings.pop("overrides", {})
         candidates = build_candidates(labels, tree, overrides)
-        return build_grid(
+        return build_comparison_grid(
             tree, candidates, seeds=seeds, tokens=tokens, trials=trials, output_dir=tmp_path / out, **settings
         )
 
@@ -68,16 +68,16 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
-            errors = worker.run_cells(files, trial=trial, force=force)
+            errors = worker.train_and_evaluate_recipes(files, trial=trial, force=force)
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
         failed = {str(file): e.message for file, e in errors.items()}
         return WorkerResult("" if len(files) > 1 else failed.pop(str(files[0]), ""), False, 0.0, failed)
 
     monkeypatch.setattr(compare, "estimate_resources", plan_once)
-    monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)
-    monkeypatch.setattr(compare, "launch_worker", launch_worker)
-    monkeypatch.setattr("slimtune.experiments.search.launch_worker", launch_worker)
+    monkeypatch.setattr(compare, "write_comparison_chart", lambda *_: None)
+    monkeypatch.setattr(compare, "run_worker_process", launch_worker)
+    monkeypatch.setattr("slimtune.experiments.search.run_worker_process", launch_worker)
     return started
 
 
@@ -112,7 +112,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
             write_results(file)
         return {}
 
-    monkeypatch.setattr(worker, "run_cells", run_cells)
+    monkeypatch.setattr(worker, "train_and_evaluate_recipes", run_cells)
     return in_process
 
 

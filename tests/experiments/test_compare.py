@@ -17,8 +17,8 @@ from tiny_run import write_rows
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.experiments import comparison as module
-from slimtune.experiments.comparison import compare
-from slimtune.experiments.comparison_chart import draw_comparison
+from slimtune.experiments.comparison import run_comparison
+from slimtune.experiments.comparison_chart import write_comparison_chart
 from slimtune.experiments.comparison_folder import SETTINGS_FILE
 from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, FailedRun, LeftOutMethod
 from slimtune.experiments.run_worker import WorkerResult
@@ -40,8 +40,8 @@ def by_method(result: CompareResult) -> dict[str, ComparedMethod]:
 @pytest.mark.slow
 def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     log: list[str] = []
-    monkeypatch.setattr(module, "draw_comparison", draw_comparison)
-    result = compare(grid("lora", "ia3"), log.append, plot=tmp_path / "p.png")
+    monkeypatch.setattr(module, "write_comparison_chart", write_comparison_chart)
+    result = run_comparison(grid("lora", "ia3"), log.append, plot=tmp_path / "p.png")
     assert in_process == ["lora-7", "ia3-7", "lora-8", "ia3-8"]
     out = tmp_path / "c"
     assert {p.name for p in out.iterdir()} >= {"settings.json", "compare.json", "table.md", "compare.svg"}
@@ -74,27 +74,27 @@ def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, kill_after):
-    whole = compare(grid("lora", "prompt", out="whole"))
+    whole = run_comparison(grid("lora", "prompt", out="whole"))
     del in_process[:]
     kill_after(5)
     with pytest.raises(BaseException, match="killed"):
-        compare(grid("lora", "prompt"))
+        run_comparison(grid("lora", "prompt"))
     assert in_process == ["lora-7", "prompt-7"]
     log: list[str] = []
-    result = compare(grid("lora", "prompt"), log.append)
+    result = run_comparison(grid("lora", "prompt"), log.append)
     assert in_process[2:] == ["prompt-7", "lora-8", "prompt-8"]
     assert {"[1/4] lora, seed 7: already done", "[2/4] prompt, seed 7: resuming"} <= set(log)
     assert figures(result) == figures(whole)
     del in_process[:]
-    assert figures(compare(grid("lora", "prompt"))) == figures(whole)
+    assert figures(run_comparison(grid("lora", "prompt"))) == figures(whole)
     assert in_process == []
 
 
 @pytest.mark.slow
 def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
-    alone = by_method(compare(grid("lora", "ia3", out="alone")))
+    alone = by_method(run_comparison(grid("lora", "ia3", out="alone")))
     del in_process[:]
-    result = compare(grid("lora", "ia3", at_once=2))
+    result = run_comparison(grid("lora", "ia3", at_once=2))
     assert in_process == ["lora-7", "lora-8", "ia3-7", "ia3-8"]
     assert result.failed == []
     for name, line in by_method(result).items():
@@ -105,15 +105,15 @@ def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
 
 
 def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
-    launch_worker = module.launch_worker
+    launch_worker = module.run_worker_process
 
     def fail(files, **how):
         failed = files[0].stem == "lora-7"
         return WorkerResult("the disk is full", False, 0.0) if failed else launch_worker(files, **how)
 
-    monkeypatch.setattr(module, "launch_worker", fail)
+    monkeypatch.setattr(module, "run_worker_process", fail)
     settings = grid("lora", "ia3")
-    result = compare(settings)
+    result = run_comparison(settings)
     assert result.failed == [FailedRun(method="lora", seed=7, why="the disk is full")]
     assert {name: line.seeds for name, line in by_method(result).items()} == {"lora": [8], "ia3": [7, 8]}
     assert [(m.method, m.ranked) for m in result.methods] == [("ia3", True), ("lora", False)]
@@ -123,31 +123,31 @@ def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypa
     table = (settings.output_dir / "table.md").read_text()
     assert "Failed: lora, seed 7 (the disk is full)." in table
     assert "lora has 1 of 2 seeds, so it is not ranked." in table
-    monkeypatch.setattr(module, "launch_worker", launch_worker)
-    assert compare(grid("lora", "ia3")).failed == []
+    monkeypatch.setattr(module, "run_worker_process", launch_worker)
+    assert run_comparison(grid("lora", "ia3")).failed == []
     assert without_training == ["ia3-7", "lora-8", "ia3-8", "lora-7"]
 
 
 def test_other_settings_in_the_folder(grid, without_training, tree):
-    compare(grid("lora", seeds=1))
+    run_comparison(grid("lora", seeds=1))
     with pytest.raises(UsageError, match="tokens: 900 before, 600 now"):
-        compare(grid("lora", seeds=1, tokens=600))
+        run_comparison(grid("lora", seeds=1, tokens=600))
     tree["train"]["batch_size"] = 3
     with pytest.raises(UsageError, match=r"train\.batch_size: 6 before, 3 now"):
-        compare(grid("lora", seeds=1))
+        run_comparison(grid("lora", seeds=1))
     tree["train"]["batch_size"] = 6
     with pytest.raises(UsageError, match=r"methods\.lora\.settings\.r: 4 before, 8 now"):
-        compare(grid("lora", seeds=1, overrides={"lora.r": 8}))
+        run_comparison(grid("lora", seeds=1, overrides={"lora.r": 8}))
     with open(tree["data"]["test"], "a") as f:
         f.write(Path(tree["data"]["test"]).read_text())
     with pytest.raises(UsageError, match="SHA-256"):
-        compare(grid("lora", seeds=1))
+        run_comparison(grid("lora", seeds=1))
     assert without_training == ["lora-7"]
 
 
 def test_methods_and_seeds_can_be_added(grid, without_training):
-    compare(grid("lora", seeds=1))
-    result = compare(grid("ia3", "lora", seeds=2))
+    run_comparison(grid("lora", seeds=1))
+    result = run_comparison(grid("ia3", "lora", seeds=2))
     assert without_training == ["lora-7", "ia3-7", "ia3-8", "lora-8"]
     assert {name: line.seeds for name, line in by_method(result).items()} == {"lora": [7, 8], "ia3": [7, 8]}
     assert set(json.loads((grid("lora").output_dir / SETTINGS_FILE).read_text())["methods"]) == {"lora", "ia3"}
@@ -162,12 +162,12 @@ def test_method_that_does_not_fit_is_left_out(grid, without_training, monkeypatc
         return dataclasses.replace(plan, verdict="does not fit", reason="too big") if too_big else plan
 
     monkeypatch.setattr(module, "estimate_resources", make_small_plan)
-    result = compare(grid("lora", "ia3", seeds=1))
+    result = run_comparison(grid("lora", "ia3", seeds=1))
     assert result.left_out == [LeftOutMethod(method="ia3", why="too big")]
     assert without_training == ["lora-7"]
     assert "Left out: ia3 (too big)." in (grid("lora").output_dir / "table.md").read_text()
     with pytest.raises(RunError, match="no method fits this machine: too big"):
-        compare(grid("ia3", out="other"))
+        run_comparison(grid("ia3", out="other"))
     assert not grid("ia3", out="other").output_dir.exists()
 
 
@@ -175,11 +175,11 @@ def test_unsuited_method_is_left_out_of_all_but_refused_by_name(grid, without_tr
     settings = grid("all", seeds=1)
     assert "token_indices" in settings.excluded["trainable_tokens"]
     chosen = tuple(c for c in settings.candidates if c.label in ("lora", "bitfit"))  # Llama has no biases
-    result = compare(dataclasses.replace(settings, candidates=chosen))
+    result = run_comparison(dataclasses.replace(settings, candidates=chosen))
     assert without_training == ["lora-7"]
     assert {x.method for x in result.left_out} == {"bitfit", "trainable_tokens"}
     with pytest.raises(UsageError, match="bias"):
-        compare(grid("lora", "bitfit", out="named"))
+        run_comparison(grid("lora", "bitfit", out="named"))
     with pytest.raises(RecipeError, match="token_indices"):
         grid("trainable_tokens")
 
@@ -188,7 +188,7 @@ def test_second_process_is_refused(grid, without_training):
     settings = grid("lora", seeds=1)
     settings.output_dir.mkdir()
     with FileLock(settings.output_dir / ".lock"), pytest.raises(UsageError, match="another slimtune compare works"):
-        compare(settings)
+        run_comparison(settings)
     assert without_training == []
 
 
@@ -200,7 +200,7 @@ def test_wrong_input_writes_nothing(grid, tree, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"contains 'thesis.tex', which belongs to no comparison"):
-        compare(grid("lora"))
+        run_comparison(grid("lora"))
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["thesis.tex"]
     tree["data"] |= {"validation": None, "validation_fraction": 0}
     with pytest.raises(UsageError, match="no validation rows to search learning rates on"):
@@ -230,18 +230,18 @@ def test_length_and_validation_of_a_run(grid, tree):
 
 def test_different_rows_cannot_be_compared(grid, without_training):
     settings = grid("lora", "ia3", seeds=1)
-    compare(settings)
+    run_comparison(settings)
     metrics = settings.run_dir(settings.candidates[0], 7).metrics_file
     metrics.write_text(metrics.read_text().replace('"trained_tokens": ', '"trained_tokens": 1'))
     with pytest.raises(RunError, match="trained on different rows"):
-        compare(settings)
+        run_comparison(settings)
 
 
 def test_faulty_rows_are_refused_unless_forced(grid, tree, without_training):
     write_rows(Path(tree["data"]["train"]), 24, answer="!")
     with pytest.raises(DataError, match="placeholder as the answer"):
         grid("lora")
-    assert compare(grid("lora", seeds=1, force=True)).failed == []
+    assert run_comparison(grid("lora", seeds=1, force=True)).failed == []
 
 
 @pytest.mark.faults

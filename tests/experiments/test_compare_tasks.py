@@ -8,9 +8,9 @@ from row_files import write_jsonl
 from slimtune.errors import UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.candidates import build_candidates
-from slimtune.experiments.comparison import compare
-from slimtune.experiments.comparison_chart import draw_comparison
-from slimtune.experiments.run_grid import build_grid
+from slimtune.experiments.comparison import run_comparison
+from slimtune.experiments.comparison_chart import write_comparison_chart
+from slimtune.experiments.run_grid import build_comparison_grid
 
 RECIPE = {"method": {"name": "lora", "rank": 4}, "task": {"name": "dpo", "beta": 0.2}}
 
@@ -44,7 +44,7 @@ def test_wrong_tasks(tasks, overrides, message):
 
 @pytest.mark.slow
 def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "draw_comparison", draw_comparison)
+    monkeypatch.setattr(module, "write_comparison_chart", write_comparison_chart)
     for name, start, count in (("train", 0, 24), ("test", 100, 12)):
         rows = [
             {"prompt": f"say {i}: ", "chosen": "abc " * (1 + i % 4), "rejected": "xyz " * (1 + i % 3)}
@@ -55,8 +55,8 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
     tree["data"] |= {"validation_fraction": 0.0, "format": "preference"}
     rates = {f"{task}.learning_rate": 2e-2 for task in ("dpo", "ipo", "sft")}
     candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, tasks=True)
-    grid = build_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
-    result = compare(grid)
+    grid = build_comparison_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
+    result = run_comparison(grid)
     assert result.failed == []
     found = {line.method: line for line in result.methods}
     assert set(found) == {"dpo", "ipo", "sft"}

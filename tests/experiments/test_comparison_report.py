@@ -3,7 +3,7 @@
 import pytest
 from hand_results import make_comparison, make_difference, make_method
 
-from slimtune.experiments.comparison_report import format_markdown, format_row, mark_fronts
+from slimtune.experiments.comparison_report import format_comparison_markdown, format_comparison_row, mark_pareto_fronts
 from slimtune.experiments.experiment_results import RateSearch
 from slimtune.experiments.method_advice import choose_method, format_advice
 
@@ -53,13 +53,13 @@ def test_sentence_without_a_choice():
         "No method has finished its runs, so there is nothing to advise. Not ranked, because a run failed: lora."
     )
     assert advise([make_method("lora", 0.01)]).startswith("Take none of them: the loss reduction of the best, lora,")
-    assert format_row(failed)[-1] == "not ranked"
+    assert format_comparison_row(failed)[-1] == "not ranked"
 
 
 def test_what_does_not_help_is_best_for_nothing():
     methods = [make_method("lora", 0.5), make_method("ia3", -0.2, size=1, memory=1, time=1)]
     methods.append(make_method("full", 0.9, size=1, memory=1, time=1, ranked=False))
-    assert [m.front for m in mark_fronts(methods)] == [["memory", "size", "time"], [], []]
+    assert [m.front for m in mark_pareto_fronts(methods)] == [["memory", "size", "time"], [], []]
 
 
 @pytest.mark.parametrize("incomplete", [False, True])
@@ -67,11 +67,11 @@ def test_markdown_table(incomplete):
     lora = make_method("lora", 0.5, front=["memory", "size"], seeds=[1] if incomplete else [1, 2])
     searched = {"lora": RateSearch(rate=2e-4, at_the_edge=incomplete, trials=[])}
     result = make_comparison(lora, make_method("ia3", 0.4, seeds=[1, 2]), searched=searched)
-    assert format_row(lora) == (
+    assert format_comparison_row(lora) == (
         "lora", "0.0002 default", "1.25 %", "10.0 MiB", "2.0 GiB", "1 min 0 s", "4.000", "0.500 [0.480, 0.520]",
         "memory, size",
     )  # fmt: skip
-    table = format_markdown(result)
+    table = format_comparison_markdown(result)
     assert "3 steps, 1,000 to 1,010 trained tokens per run, 2 seeds; 9 held-out rows" in table
     assert "| ia3 | 0.0002 default | 1.25 % |" in table
     assert table.endswith("Take lora.\n")

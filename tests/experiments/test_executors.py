@@ -16,13 +16,13 @@ from slimtune.errors import RunError, UsageError
 from slimtune.experiments import comparison as comparison
 from slimtune.experiments import executors, places, search
 from slimtune.experiments.clusters import RayTask, SlurmExecutor
-from slimtune.experiments.comparison import compare
+from slimtune.experiments.comparison import run_comparison
 from slimtune.experiments.comparison_folder import lock_output_dir
-from slimtune.experiments.executors import LocalExecutor, ParallelExecutor, Place
-from slimtune.experiments.places import open_executor, parse_place
+from slimtune.experiments.executors import ExecutorSpec, LocalExecutor, ParallelExecutor
+from slimtune.experiments.places import make_executor, parse_executor_spec
 from slimtune.experiments.run_worker import WorkerResult
-from slimtune.experiments.search_space import parse_ranges
-from slimtune.experiments.tuning import tune
+from slimtune.experiments.search_space import parse_setting_ranges
+from slimtune.experiments.tuning import run_tuning
 
 DONE = WorkerResult("", False, 0.0)
 
@@ -42,7 +42,7 @@ def files(*names: str) -> list[Path]:
 )
 def test_places(monkeypatch, text, kind, runs, address, parameters):
     monkeypatch.setattr(places, "find_spec", lambda _: True)
-    assert parse_place(text) == Place(text, kind, runs, address, parameters)
+    assert parse_executor_spec(text) == ExecutorSpec(text, kind, runs, address, parameters)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_places(monkeypatch, text, kind, runs, address, parameters):
 def test_place_that_is_not_understood(monkeypatch, text, message):
     monkeypatch.setattr(places, "find_spec", lambda _: True)
     with pytest.raises(UsageError, match=message):
-        parse_place(text)
+        parse_executor_spec(text)
 
 
 @pytest.mark.parametrize(("text", "package"), [("ray", "ray"), ("slurm:time=5", "submitit")])
 def test_missing_package_is_named(monkeypatch, text, package):
     monkeypatch.setattr(places, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=f"needs {package}, not installed here") as e:
-        parse_place(text)
+        parse_executor_spec(text)
     assert e.value.hint == f"pip install 'slimtune[{text.partition(':')[0]}]'"
 
 
@@ -82,7 +82,7 @@ def test_runs_train_at_the_same_time_on_their_share_of_the_machine(monkeypatch):
         environments.append(environment)
         return DONE
 
-    with open_executor(parse_place("local:3"), Path()) as executor:
+    with make_executor(parse_executor_spec("local:3"), Path()) as executor:
         results = dict(executor.run((file, launch) for file in files("a", "b", "c", "d", "e", "f")))
     assert set(map(str, results)) == set("abcdef")
     assert not any(result.error for result in results.values())
@@ -102,7 +102,7 @@ def test_killed_run_is_started_again_twice():
 
         return Path(name), launch
 
-    with open_executor(parse_place("local:1"), Path()) as executor:
+    with make_executor(parse_executor_spec("local:1"), Path()) as executor:
         results = dict(executor.run([start("a"), start("b")]))
     assert results[Path("a")][:2] == ("", False)
     assert results[Path("a")].restarts == 1
@@ -127,7 +127,7 @@ def test_interrupt_reaches_every_run():
             raise KeyboardInterrupt
         return False
 
-    with pytest.raises(KeyboardInterrupt), open_executor(parse_place("local:2"), Path()) as executor:
+    with pytest.raises(KeyboardInterrupt), make_executor(parse_executor_spec("local:2"), Path()) as executor:
         list(executor.run(((file, launch) for file in files("a", "b", "c")), interrupt))
     assert interrupted == [1, 1]
 
@@ -137,16 +137,16 @@ def test_run_that_is_no_longer_wanted_ends_alone():
         while not should_stop():
             time.sleep(0.01)
 
-    with open_executor(parse_place("local:2"), Path()) as executor:
+    with make_executor(parse_executor_spec("local:2"), Path()) as executor:
         launches = [(Path("a"), launch), (Path("b"), lambda **_: DONE)]
         results = dict(executor.run(launches, lambda file: file.name == "a"))
     assert {file.name: result.stopped for file, result in results.items()} == {"a": True, "b": False}
 
 
 def test_comparison_at_the_same_time_has_the_numbers_of_one_after_another(grid, without_training):
-    alone = compare(grid("lora", seeds=6, out="alone"))
+    alone = run_comparison(grid("lora", seeds=6, out="alone"))
     log: list[str] = []
-    result = compare(grid("lora", seeds=6), log.append, place=parse_place("local:4"))
+    result = run_comparison(grid("lora", seeds=6), log.append, place=parse_executor_spec("local:4"))
     same = {"output_dir": "", "seconds": 0.0, "on": None}
     assert replace(result, **same) == replace(alone, **same)
     assert (result.on, alone.on) == ("local:4", None)
@@ -163,7 +163,7 @@ def test_method_too_large_for_this_machine_is_tried_on_others(grid, without_trai
     monkeypatch.setattr(comparison, "estimate_resources", refuse)
     monkeypatch.setattr(LocalExecutor, "is_remote", True)
     log: list[str] = []
-    assert compare(grid("lora", seeds=1), log.append, place=parse_place("local:2")).left_out == []
+    assert run_comparison(grid("lora", seeds=1), log.append, place=parse_executor_spec("local:2")).left_out == []
     assert "plan: lora does not fit this machine" in log[0]
 
 
@@ -187,15 +187,15 @@ def flat_losses(monkeypatch):
         return DONE
 
     launch.interrupt_at = None
-    monkeypatch.setattr(search, "launch_worker", launch)
-    monkeypatch.setattr("slimtune.experiments.tuning.draw_search", lambda *_: None)
+    monkeypatch.setattr(search, "run_worker_process", launch)
+    monkeypatch.setattr("slimtune.experiments.tuning.write_search_chart", lambda *_: None)
     return launch
 
 
 def test_search_at_the_same_time_resumes_with_the_same_values(tree, tmp_path, flat_losses):
     def run(out, trials=9):
-        ranges = parse_ranges(["train.learning_rate=log:1e-5..1e-2"])
-        found = tune(tree, ranges, tmp_path / out, trials=trials, place=parse_place("local:4")).trials
+        ranges = parse_setting_ranges(["train.learning_rate=log:1e-5..1e-2"])
+        found = run_tuning(tree, ranges, tmp_path / out, trials=trials, place=parse_executor_spec("local:4")).trials
         return [(t.values, t.outcome, t.loss) for t in found]
 
     whole = run("whole")
@@ -210,7 +210,13 @@ def test_search_at_the_same_time_resumes_with_the_same_values(tree, tmp_path, fl
 
 def test_search_needs_the_number_of_trials_at_a_time(tree, tmp_path):
     with pytest.raises(UsageError, match="does not say how many trials") as e:
-        tune(tree, parse_ranges(["method.r=2,4"]), tmp_path / "t", trials=2, place=Place("ray", "ray", None))
+        run_tuning(
+            tree,
+            parse_setting_ranges(["method.r=2,4"]),
+            tmp_path / "t",
+            trials=2,
+            place=ExecutorSpec("ray", "ray", None),
+        )
     assert e.value.expected == "a number, as ray:4"
     assert not (tmp_path / "t").exists()
 
@@ -224,7 +230,7 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     settings.output_dir.mkdir()
     with lock_output_dir(settings.output_dir, settings.settings(), "comparison"):
         pass  # before its executor makes a folder there
-    result = compare(settings, place=parse_place("slurm:time=30"))
+    result = run_comparison(settings, place=parse_executor_spec("slurm:time=30"))
     assert result.failed == []
     assert {m.method: m.seeds for m in result.methods} == {"lora": [7], "ia3": [7]}
     assert len(list((settings.output_dir / "slurm").glob("*_submitted.pkl"))) == 2
@@ -246,7 +252,7 @@ def test_lost_cluster_is_named():
         def submit(self, recipe_file, launch):
             return RayTask(Lost(), None)
 
-    executor = LostExecutor(Place("ray", "ray", None), Path())
+    executor = LostExecutor(ExecutorSpec("ray", "ray", None), Path())
     with pytest.raises(RunError, match="connection to Ray is lost") as e, executor:
         list(executor.run([(Path("a"), None)]))
     assert e.value.hint == "once Ray runs again, the same command continues"
@@ -263,7 +269,7 @@ def test_job_that_still_runs_is_found_again(monkeypatch, tmp_path):
         def done(self, force_check=False):
             return self.job_id == "over"
 
-    executor = SlurmExecutor(Place("slurm:time=5", "slurm", None, None, {"time": "5"}), tmp_path)
+    executor = SlurmExecutor(ExecutorSpec("slurm:time=5", "slurm", None, None, {"time": "5"}), tmp_path)
     executor.job_class = Job
     executor.executor.submit = lambda *_: Job(None, "new")
     (tmp_path / "runs.job").write_text('{"job": "runs"}')

@@ -4,8 +4,8 @@ import pytest
 
 from slimtune.core.adapters.method_registry import list_methods
 from slimtune.errors import ConfigError, UsageError
-from slimtune.experiments.candidates import build_candidates, split_settings
-from slimtune.experiments.search_space import parse_ranges
+from slimtune.experiments.candidates import build_candidates, split_candidate_settings
+from slimtune.experiments.search_space import parse_setting_ranges
 
 LORA = {"method": {"name": "lora", "rank": 16}}
 
@@ -27,7 +27,7 @@ def test_all_is_every_method():
 
 def test_overrides_of_single_methods():
     pairs = [("train.batch_size", 4), ("model", "m"), ("dora.r", 4), ("lora.learning_rate", "1e-3")]
-    of_recipe, overrides = split_settings(pairs)
+    of_recipe, overrides = split_candidate_settings(pairs)
     assert of_recipe == {"train.batch_size": 4, "model": "m"}
     found = {c.label: c for c in build_candidates(["lora", "dora"], LORA, overrides)}
     assert found["dora"].settings == {"r": 4, "use_dora": True}
@@ -53,7 +53,7 @@ def test_wrong_names_and_overrides(labels, overrides, message):
 
 
 def test_numbers_choices_and_short_sections():
-    rate, rank, targets, method = parse_ranges([
+    rate, rank, targets, method = parse_setting_ranges([
         "train.learning_rate = log:1e-5..1e-2", "method.r=8,16,8", "method.target_modules=[q_proj,v_proj],all-linear",
         "method=lora,ia3",
     ])  # fmt: skip
@@ -81,12 +81,12 @@ def test_numbers_choices_and_short_sections():
 )
 def test_wrong_range(text, message):
     with pytest.raises(UsageError) as error:
-        parse_ranges([text])
+        parse_setting_ranges([text])
     assert message in f"{error.value.message} {error.value.expected}"
 
 
 def test_same_path_twice_and_nothing():
     with pytest.raises(UsageError, match=r"--over method\.r is given twice"):
-        parse_ranges(["method.r=1,2", "method.r=2,4"])
+        parse_setting_ranges(["method.r=1,2", "method.r=2,4"])
     with pytest.raises(UsageError, match="nothing to search"):
-        parse_ranges([])
+        parse_setting_ranges([])

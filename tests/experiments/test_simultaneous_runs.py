@@ -14,7 +14,7 @@ from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import simultaneous_runs as together
-from slimtune.experiments.packed_run_adapters import share_parameters
+from slimtune.experiments.packed_run_adapters import copy_sharing_parameters
 from slimtune.experiments.simultaneous_runs import train_together
 
 
@@ -134,7 +134,7 @@ def test_interrupted_runs_are_resumed(make, monkeypatch, tmp_path):
 
 def test_base_is_in_memory_once(tiny_llama):
     model = tiny_llama()
-    copy = share_parameters(model)
+    copy = copy_sharing_parameters(model)
     tensors = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert {t.data_ptr() for t in (*copy.parameters(), *copy.buffers())} == tensors
     assert {*model.modules()}.isdisjoint(copy.modules())

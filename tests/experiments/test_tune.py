@@ -14,11 +14,11 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.train import train
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import search
-from slimtune.experiments.comparison import compare
+from slimtune.experiments.comparison import run_comparison
 from slimtune.experiments.executors import Executor
 from slimtune.experiments.run_worker import WorkerResult
-from slimtune.experiments.search_space import parse_ranges
-from slimtune.experiments.tuning import search_learning_rate, tune
+from slimtune.experiments.search_space import parse_setting_ranges
+from slimtune.experiments.tuning import run_tuning, search_learning_rate
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def quadratic(monkeypatch):
         return WorkerResult("", False, 0.0)
 
     launch.best, launch.interrupt_at, launch.tried = 1e-3, None, tried
-    monkeypatch.setattr(search, "launch_worker", launch)
+    monkeypatch.setattr(search, "run_worker_process", launch)
     return launch
 
 
@@ -83,7 +83,7 @@ def test_rate_at_the_edge_is_reported(grid, quadratic):
 
 
 def test_failed_trial_is_an_error(grid, monkeypatch):
-    monkeypatch.setattr(search, "launch_worker", lambda *_, **__: WorkerResult("the disk is full", False, 0.0))
+    monkeypatch.setattr(search, "run_worker_process", lambda *_, **__: WorkerResult("the disk is full", False, 0.0))
     settings = grid("lora", trials=2)
     with pytest.raises(RunError, match=r"the trial with train.learning_rate 0.005 failed: the disk is full"):
         search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
@@ -91,7 +91,7 @@ def test_failed_trial_is_an_error(grid, monkeypatch):
 
 @pytest.mark.slow
 def test_comparison_uses_the_rates_and_no_test_row(grid, in_process):
-    result = compare(grid("lora", "ia3", seeds=1, tokens=500, trials=2))
+    result = run_comparison(grid("lora", "ia3", seeds=1, tokens=500, trials=2))
     assert in_process[-2:] == ["lora-7", "ia3-7"]
     assert len(in_process) == 6
     out = grid("lora").output_dir
@@ -108,7 +108,7 @@ def tune_tree(tree, tmp_path):
 
     def run(*over: str, trials: int | None = 4, **how):
         log: list[str] = []
-        return tune(tree, parse_ranges(over), tmp_path / "t", log.append, trials=trials, **how), log
+        return run_tuning(tree, parse_setting_ranges(over), tmp_path / "t", log.append, trials=trials, **how), log
 
     return run
 
@@ -139,11 +139,11 @@ def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypa
         too_big = load_recipe(files[0]).method.settings["r"] == 8
         return WorkerResult("no memory", False, 0.0) if too_big else quadratic(files, **how)
 
-    monkeypatch.setattr(search, "launch_worker", fail_at_8)
+    monkeypatch.setattr(search, "run_worker_process", fail_at_8)
     result, log = tune_tree("method.r=4,8", trials=9)
     assert [(t.outcome, t.why) for t in result.trials] == [("complete", ""), ("failed", "no memory")]
     assert "trial 2 of 2: method.r 8: failed: no memory" in log
-    monkeypatch.setattr(search, "launch_worker", quadratic)
+    monkeypatch.setattr(search, "run_worker_process", quadratic)
     again, _ = tune_tree("method.r=4,8", trials=9)
     assert [t.outcome for t in again.trials] == ["complete", "complete"]
 
@@ -156,11 +156,11 @@ def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
             pass
         return WorkerResult("", True, 0.0)
 
-    monkeypatch.setattr(search, "launch_worker", wait)
+    monkeypatch.setattr(search, "run_worker_process", wait)
     result, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3, minutes=0.001)
     assert len(result.trials) == 1
     assert "stopped after 0.001 minutes; the same command continues it" in log[-1]
-    monkeypatch.setattr(search, "launch_worker", quadratic)
+    monkeypatch.setattr(search, "run_worker_process", quadratic)
     again, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3)
     assert [t.run for t in again.trials] == ["trial-1", "trial-2", "trial-4"]
 
@@ -173,7 +173,7 @@ def test_trial_outside_of_the_forgetting_budget_is_pruned(tune_tree, tree, quadr
         write_jsonl(run / "metrics.jsonl", lines)
         return result
 
-    monkeypatch.setattr(search, "launch_worker", launch_and_forget)
+    monkeypatch.setattr(search, "run_worker_process", launch_and_forget)
     tree["train"]["forgetting_budget"], tree["method"]["r"] = 0.1, 8
     forgetful = None
     before = tune_tree("method.r=8,6,4,3,2", trials=5)[0].trials
@@ -222,7 +222,7 @@ def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadrati
             quadratic([file], **how)
         return WorkerResult("", all_stopped, 0.0)
 
-    monkeypatch.setattr(search, "launch_worker", launch_group)
+    monkeypatch.setattr(search, "run_worker_process", launch_group)
     result, _ = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=12, at_once=3)
     assert list(map(len, groups)) == [3] * 4
     outcomes = {t.run: t.outcome for t in result.trials}

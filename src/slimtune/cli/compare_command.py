@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError
-from ..experiments.places import PLACES, parse_place
+from ..experiments.places import PLACES, parse_executor_spec
 from .common import Json, NegativeResult, console, print_progress, table
 from .input_checks import find_missing_inputs, require_packages
 from .options import recipe_flags
@@ -59,17 +59,17 @@ def compare(
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
     from ..core.config.recipe import load_recipe_tree
     from ..evaluation.charts import require_figure_path
-    from ..experiments.candidates import build_candidates, require_candidates, split_settings
+    from ..experiments.candidates import build_candidates, resolve_candidate_labels, split_candidate_settings
 
-    place = None if on is None else parse_place(on)
+    place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
-    recipe_settings, method_settings = split_settings(settings.items())
-    require_candidates(names, method_settings, tasks=tasks is not None)
+    recipe_settings, method_settings = split_candidate_settings(settings.items())
+    resolve_candidate_labels(names, method_settings, tasks=tasks is not None)
     tree = load_recipe_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
     from ..experiments import comparison as comparison
-    from ..experiments.run_grid import build_grid
+    from ..experiments.run_grid import build_comparison_grid
 
     if tasks is not None and isinstance(data := tree.get("data"), dict):
         data.setdefault("format", "preference")
@@ -80,25 +80,30 @@ def compare(
     folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
     how["at_once"] = at_once
-    grid = build_grid(tree, candidates, output_dir=folder.expanduser(), **how)
-    result = comparison.compare(grid, print_progress, plot=plot, place=place)
+    grid = build_comparison_grid(tree, candidates, output_dir=folder.expanduser(), **how)
+    result = comparison.run_comparison(grid, print_progress, plot=plot, place=place)
     if not as_json:
         _print_comparison(result)
     return NegativeResult(result) if result.failed or not result.methods else result
 
 
 def _print_comparison(result: "CompareResult") -> None:
-    from ..experiments.comparison_report import describe_comparison_setup, format_terminal_row, list_columns, list_notes
+    from ..experiments.comparison_report import (
+        describe_comparison_limits,
+        describe_comparison_setup,
+        format_terminal_row,
+        list_comparison_columns,
+    )
 
     screen = console()
     screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result.methods)
-    columns = list_columns(result.methods, terminal=True)
+    columns = list_comparison_columns(result.methods, terminal=True)
     methods = table(*columns, left=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
     if result.methods:
         screen.print(methods)
-    for note in list_notes(result):
+    for note in describe_comparison_limits(result):
         screen.print(note)
     screen.print(f"\n{result.advice}", style="bold")
     screen.print(f"files in {result.output_dir}: compare.json, table.md, compare.svg")
@@ -130,19 +135,19 @@ def tune(
     """
     from ..core.config.recipe import load_recipe_tree, parse_recipe_sections, replace_recipe_values
     from ..evaluation.charts import require_figure_path
-    from ..experiments.search_space import check_ranges, parse_ranges
+    from ..experiments.search_space import check_and_mark_ranges, parse_setting_ranges
 
-    ranges = parse_ranges(over)
+    ranges = parse_setting_ranges(over)
     require_packages("tune", "compare", TUNE_PACKAGES)
-    place = None if on is None else parse_place(on)
+    place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
     tree = {"output_dir": "runs/run", **load_recipe_tree(recipe, settings, ["output_dir"], find_missing_inputs)}
     # A wrong name or value is answered at once, before torch is imported.
-    check_ranges(ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over"))
+    check_and_mark_ranges(ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over"))
     folder = out if out is not None else Path(f"{tree['output_dir']}-tune")
 
-    from ..experiments.tuning import tune as search
+    from ..experiments.tuning import run_tuning as search
 
     limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
     how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot, "place": place}
@@ -154,17 +159,22 @@ def tune(
 
 
 def _print_search(result: "TuneResult") -> None:
-    from ..experiments.tuning import describe_search, format_trials, list_search_notes, trial_columns
+    from ..experiments.tuning import (
+        describe_search_limits,
+        describe_search_setup,
+        format_trial_rows,
+        list_trial_columns,
+    )
 
     screen = console()
-    screen.print(describe_search(result))
-    rows = format_trials(result)
+    screen.print(describe_search_setup(result))
+    rows = format_trial_rows(result)
     losses = [math.inf if t.loss is None else t.loss for t in result.trials]
     by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
-    screen.print(table(*trial_columns(result), rows=by_loss[:SHOWN]))
+    screen.print(table(*list_trial_columns(result), rows=by_loss[:SHOWN]))
     if len(rows) > SHOWN:
         screen.print(f"… and {len(rows) - SHOWN} more in table.md")
-    for note in list_search_notes(result):
+    for note in describe_search_limits(result):
         screen.print(note)
     screen.print(f"files in {result.output_dir}: best.yaml, tune.json, table.md, tune.svg")
     screen.print(f"next: slimtune train {result.best_recipe}", soft_wrap=True)

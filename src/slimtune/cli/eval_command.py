@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from ..evaluation.result_lines import ResultHeading, ResultLine, list_eval_lines
+from ..evaluation.result_lines import ResultHeading, ResultLine, format_eval_result
 from .common import WARNING, Device, Json, NegativeResult, Run, console, error_console, show_progress, table
 from .input_checks import require_rows, require_run
 
@@ -80,7 +80,7 @@ def eval_run(
     with show_progress():
         result = evaluate(run, settings)
     if not as_json:
-        _print_lines(list_eval_lines(result, console().width))
+        _print_lines(format_eval_result(result, console().width))
     return result if result.verdict.passed else NegativeResult(result)
 
 
@@ -94,9 +94,9 @@ def report_run(
     `slimtune train` and `slimtune eval` write it when they finish.
     """
     from ..core.training.run_dir import RunDir
-    from ..evaluation.run_report import write_report
+    from ..evaluation.run_report import write_run_report
 
-    file, damage = write_report(RunDir.open(run, require_adapter=False), out)
+    file, damage = write_run_report(RunDir.open(run, require_adapter=False), out)
     for sentence in damage:
         error_console().print(f"warning: {sentence}", style=WARNING)
     if not as_json:

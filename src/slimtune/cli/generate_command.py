@@ -87,7 +87,7 @@ def predict(
     require_rows(data)
     from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
-    from ..evaluation.predict import TextPrediction, parse_input, predict, predict_file
+    from ..evaluation.predict import TextPrediction, parse_prediction_input, predict, predict_file
 
     if data is not None and out is not None:
         with show_progress():
@@ -98,7 +98,7 @@ def predict(
                 rows = [("mean reward", f"{result.mean_reward:.4f}")]
             console().print(table(f"{result.rows} rows in {out}", "", rows=rows))
         return result
-    row = parse_input({"text": text})
+    row = parse_prediction_input({"text": text})
     if isinstance(row, InvalidRow):
         raise DataError(f"the text {row.cause}", "a text")
     (prediction,) = predict(load_run(run, device=device), [row])

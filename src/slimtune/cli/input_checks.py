@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SlimtuneError, UsageError, install_command
+from ..errors import SlimtuneError, UsageError, format_install_command
 
 if TYPE_CHECKING:
     from ..core.adapters.config_fields import FieldError
@@ -32,7 +32,7 @@ def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
     """
     if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
-        raise UsageError(message, hint=install_command(extra))
+        raise UsageError(message, hint=format_install_command(extra))
 
 
 def find_missing_inputs(

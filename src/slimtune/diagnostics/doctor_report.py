@@ -15,7 +15,7 @@ from ..core.foundation.cpu import read_cpu_flags
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.installed_versions import find_package_version
-from ..errors import install_command
+from ..errors import format_install_command
 from . import machine_facts
 from .machine_checks import MachineFinding, find_machine_problems
 from .machine_facts import MachineFacts, TorchFacts, TorchGpu, list_torch_gpus
@@ -144,7 +144,7 @@ class DoctorReport:
 
     def list_missing_extras(self) -> list[tuple[str, str]]:
         """Return what could be added, and the command that installs it."""
-        return [(EXTRAS[e], install_command(e)) for e, missing in self.extras.items() if missing and e in EXTRAS]
+        return [(EXTRAS[e], format_install_command(e)) for e, missing in self.extras.items() if missing and e in EXTRAS]
 
 
 def make_doctor_report() -> DoctorReport:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes
-from ..errors import UsageError, format_names, install_command
+from ..errors import UsageError, format_install_command, format_names
 
 BOX = 1000.0
 MAX_POINTS = 300
@@ -29,7 +29,7 @@ FIGURE_SUFFIXES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
-class Series:
+class ChartLine:
     """One line of a chart."""
 
     name: str  # shown in the legend
@@ -50,8 +50,8 @@ class ChartEstimate:
     text: str  # shown below it
 
 
-def line_chart(
-    title: str, unit: str, series: Sequence[Series], tall: bool = False, mark: tuple[Any, str] = (None, "")
+def render_line_chart(
+    title: str, unit: str, series: Sequence[ChartLine], tall: bool = False, mark: tuple[Any, str] = (None, "")
 ) -> Markup:
     """Return a chart of values over training steps; empty where there is no point.
 
@@ -59,7 +59,7 @@ def line_chart(
     """
     grouped = []
     for s in series:
-        points = [p for p in s.points if all(map(is_number, p))]
+        points = [p for p in s.points if all(map(is_finite_number, p))]
         size = math.ceil(len(points) / MAX_POINTS) or 1
         groups = [points[i : i + size] for i in range(0, len(points), size)]
         grouped.append((s, [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups], size))
@@ -67,13 +67,13 @@ def line_chart(
     if not points:
         return Markup()
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    heights = [y for _, y in points] + [y for y in mark[:1] if is_number(y)]
-    axis = round_ticks(min(heights), max(heights), 4)
+    heights = [y for _, y in points] + [y for y in mark[:1] if is_finite_number(y)]
+    axis = choose_axis_ticks(min(heights), max(heights), 4)
     y0, y1 = axis[0], axis[-1]
 
     def place(x: float, y: float) -> tuple[float, float, str]:
         across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        return round(across * BOX, 1), round((y1 - y) / (y1 - y0) * BOX, 1), f"step {x:g}: {format_number(y)}"
+        return round(across * BOX, 1), round((y1 - y) / (y1 - y0) * BOX, 1), f"step {x:g}: {format_chart_number(y)}"
 
     lines = []
     for s, group, size in filter(lambda g: g[1], grouped):
@@ -90,7 +90,7 @@ def line_chart(
         lines=lines,
         xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
         ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
-        mark=((y1 - mark[0]) / (y1 - y0) * 100, mark[1]) if is_number(mark[0]) else (),
+        mark=((y1 - mark[0]) / (y1 - y0) * 100, mark[1]) if is_finite_number(mark[0]) else (),
     )
 
 
@@ -104,16 +104,16 @@ def _moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, 
     return averaged
 
 
-def interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
+def render_interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
     """Return estimates below each other on one axis; empty where none has a value.
 
     `marks` are values with a vertical line, and what they mean.
     """
-    known = [(e, e.interval if _is_interval(e.interval) else ()) for e in estimates if is_number(e.value)]
+    known = [(e, e.interval if _is_interval(e.interval) else ()) for e in estimates if is_finite_number(e.value)]
     if not known:
         return Markup()
     values = [x for e, interval in known for x in (e.value, *interval)] + [x for x, _ in marks]
-    axis = round_ticks(min(values), max(values), 3)
+    axis = choose_axis_ticks(min(values), max(values), 3)
 
     def place(x: float) -> float:
         return round((x - axis[0]) / (axis[-1] - axis[0]) * BOX, 1)
@@ -126,7 +126,7 @@ def interval_chart(estimates: Sequence[ChartEstimate], marks: Sequence[tuple[flo
     )
 
 
-def stacked_bar(
+def render_stacked_bar(
     title: str,
     parts: Mapping[str, Any],
     *,
@@ -144,37 +144,37 @@ def stacked_bar(
         measured: a vertical line.
         capacity: what the bar may take at most, drawn behind it.
     """
-    shown = {name: size for name, size in parts.items() if is_number(size) and size > 0}
-    full = max([sum(shown.values()), *(x for x in (*predicted, measured, capacity) if is_number(x))])
+    shown = {name: size for name, size in parts.items() if is_finite_number(size) and size > 0}
+    full = max([sum(shown.values()), *(x for x in (*predicted, measured, capacity) if is_finite_number(x))])
     if not shown:
         return Markup()
 
     def place(size: Any) -> float | None:
-        return round(size / full * BOX, 1) if is_number(size) else None
+        return round(size / full * BOX, 1) if is_finite_number(size) else None
 
     pieces, start = [], 0.0
     for name, size in shown.items():
         pieces.append((name, place(start), place(size), format_bytes(size)))
         start += size
-    known = [x for x in predicted if is_number(x)]
+    known = [x for x in predicted if is_finite_number(x)]
     return _render(
         "stacked_bar",
         title=title,
         note=note,
         pieces=pieces,
         predicted=[*map(place, known), " to ".join(dict.fromkeys(map(format_bytes, known)))] if len(known) == 2 else [],
-        measured=(place(measured), format_bytes(measured)) if is_number(measured) else (),
+        measured=(place(measured), format_bytes(measured)) if is_finite_number(measured) else (),
         capacity=place(capacity),
     )
 
 
-def histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None, note: str = "") -> Markup:
+def render_length_histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None, note: str = "") -> Markup:
     """Return the number of rows by length in tokens; empty where there is no row.
 
     A bin has `from`, `to` (tokens, inclusive) and `rows`, and there are no gaps. `limit` is the longest length that is
     kept, drawn as a line; `note` stands beside the title.
     """
-    bins = [b for b in bins if all(is_number(b.get(k)) for k in ("from", "to", "rows")) and b["to"] >= b["from"]]
+    bins = [b for b in bins if all(is_finite_number(b.get(k)) for k in ("from", "to", "rows")) and b["to"] >= b["from"]]
     most = max((b["rows"] for b in bins), default=0)
     if not most:
         return Markup()
@@ -193,12 +193,12 @@ def histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None, note: str = 
         "histogram",
         columns=columns,
         note=note,
-        limit=(place(limit), limit) if is_number(limit) and first <= limit <= end else (),
+        limit=(place(limit), limit) if is_finite_number(limit) and first <= limit <= end else (),
         xs=[(0, f"{first:g} tokens"), (50, f"{math.floor((first + end) / 2):,}"), (100, f"{bins[-1]['to']:,g}")],
     )
 
 
-def round_ticks(low: float, high: float, about: int) -> list[float]:
+def choose_axis_ticks(low: float, high: float, about: int) -> list[float]:
     """Return numbers that enclose `low` to `high`, in equal steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         spread = abs(low) / 2 or 0.5
@@ -210,7 +210,7 @@ def round_ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def format_number(value: float) -> str:
+def format_chart_number(value: float) -> str:
     """Return a value as text: `0.0005 -> '5e-4'`, `523.4 -> '523'`, `4.0834 -> '4.083'`."""
     if value and abs(value) < 0.001:
         digits, _, power = f"{value:.2e}".partition("e")
@@ -218,18 +218,18 @@ def format_number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
     """Return whether a value is `[low, high]` of finite numbers."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_finite_number, value))
 
 
 @cache
-def html_templates(folder: str = "evaluation") -> jinja2.Environment:
+def make_jinja_environment(folder: str = "evaluation") -> jinja2.Environment:
     """Return the environment of the HTML templates; it escapes all text, and a missing key is empty.
 
     `folder` of this package has templates, too; they may import those of reports.
@@ -244,11 +244,11 @@ def html_templates(folder: str = "evaluation") -> jinja2.Environment:
 
 
 def _render(macro: str, **values: Any) -> Markup:
-    return getattr(html_templates().get_template("charts.html.j2").module, macro)(**values)
+    return getattr(make_jinja_environment().get_template("charts.html.j2").module, macro)(**values)
 
 
 def _format_tick(value: float, largest: float) -> str:
-    return format_number(value) if abs(largest) < 0.01 else f"{value:.6g}"
+    return format_chart_number(value) if abs(largest) < 0.01 else f"{value:.6g}"
 
 
 # --- files drawn by matplotlib ---------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def require_figure_path(path: str | Path) -> Path:
         hint = f"--plot {path.with_suffix('.svg')}"
         raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib, which is not installed", hint=install_command("plot"))
+        raise UsageError("plots need matplotlib, which is not installed", hint=format_install_command("plot"))
     return resolve_output_file(path)
 
 

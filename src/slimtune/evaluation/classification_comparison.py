@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.training.loss import compute_row_logits, score_examples, score_objective
 from ..objectives.classification import label_losses
 from .eval_result import (
-    BaselineMeasures,
+    BaselineComparisonMeasures,
     ClassificationEvalResult,
     ClassificationMeasures,
     ClassScore,
@@ -80,9 +80,9 @@ class ClassificationComparison(ModelComparison[ClassificationMeasures]):
 
 def _measure_against_baseline(
     comparison: ModelComparison[Any], losses: np.ndarray, accuracy: PairedEstimate, baseline: str
-) -> BaselineMeasures:
+) -> BaselineComparisonMeasures:
     """Return numbers of rows, mean loss, and accuracy beside a baseline's (the second one that was compared)."""
-    return BaselineMeasures(
+    return BaselineComparisonMeasures(
         rows=len(comparison.examples),
         different_rows=len(np.unique(comparison.groups)),
         loss=float(losses.mean()),
@@ -100,7 +100,7 @@ def _score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
     return torch.cat([logits, losses.mean(1, keepdim=True)], dim=1).double()
 
 
-def _list_reasons_not_above_baseline(measures: BaselineMeasures, baseline: str) -> list[str]:
+def _list_reasons_not_above_baseline(measures: BaselineComparisonMeasures, baseline: str) -> list[str]:
     """Return why the accuracy is not better than that of a baseline, one sentence; empty if it is."""
     low, high = measures.accuracy_gain.ci95
     if low > 0:

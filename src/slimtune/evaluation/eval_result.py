@@ -5,7 +5,7 @@
                 ├─ ClassificationEvalResult             accuracy, F1, confusion table
                 └─ RewardEvalResult                     accuracy and margin on pairs
 
-What is measured on the rows is a `RowMeasures` of its own; in JSON its keys stand beside the others.
+What is measured on the rows is a `EvalMeasures` of its own; in JSON its keys stand beside the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ WHO: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowMeasures:
+class EvalMeasures:
     """What is measured on the rows."""
 
     rows: int
@@ -49,7 +49,7 @@ class PromptDependence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossMeasures(RowMeasures):
+class LossMeasures(EvalMeasures):
     """Losses of base and tuned model on the supervised tokens; of preference rows, on the good answers."""
 
     tokens: int
@@ -165,7 +165,7 @@ class KTOMeasures(LossMeasures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineMeasures(RowMeasures):
+class BaselineComparisonMeasures(EvalMeasures):
     """Accuracy of a model with a head beside that of a baseline."""
 
     loss: float
@@ -197,7 +197,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationMeasures(BaselineMeasures):
+class ClassificationMeasures(BaselineComparisonMeasures):
     """Measures of a classifier."""
 
     macro_f1: Estimate
@@ -209,7 +209,7 @@ class ClassificationMeasures(BaselineMeasures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardMeasures(BaselineMeasures):
+class RewardMeasures(BaselineComparisonMeasures):
     """Measures of a reward model on pairs."""
 
     margin: Estimate
@@ -238,7 +238,7 @@ class LossChange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forgetting(LossChange):
+class ForgettingMeasures(LossChange):
     """Forgetting on general text."""
 
     text: str
@@ -252,7 +252,7 @@ class Forgetting(LossChange):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckValues:
+class AnswerCheckScores:
     """A check of answers by base and tuned model."""
 
     base: bool | float
@@ -275,7 +275,7 @@ class AnswerPair:
     """Answer of the base."""
     tuned: str
     """Answer of the tuned model."""
-    checks: dict[str, CheckValues]
+    checks: dict[str, AnswerCheckScores]
     """Checks of both answers by their names."""
     judged: tuple[int | None, int | None] | None = field(default=None, metadata=OMIT_NONE)
     """Verdicts of a judge with the base's answer first, and with the tuned model's first: 1 if the tuned model's is
@@ -311,7 +311,7 @@ class WinRate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskScores:
+class LmEvalTaskScores:
     """A metric of an lm-evaluation-harness task."""
 
     base: float
@@ -355,7 +355,7 @@ class EvalResult:
     """File of the rows."""
     training_rows: int | None
     """Rows that are also training rows and were left out; null: the training rows cannot be read."""
-    measures: RowMeasures = field(metadata=INLINE)
+    measures: EvalMeasures = field(metadata=INLINE)
     improved: bool
     """Whether the tuned model is better on the rows."""
     verdict: EvalVerdict
@@ -377,15 +377,15 @@ class TextEvalResult(EvalResult):
     """Evaluation of a model that writes text."""
 
     measures: LossMeasures = field(metadata=INLINE)
-    forgetting: Forgetting | None = None
+    forgetting: ForgettingMeasures | None = None
     """Loss on general text; null: not measured."""
     generations: Sequence[AnswerPair] | None = None
     """Answers of both models to held-out prompts; null: none were asked for."""
-    generation_summary: dict[str, CheckValues] | None = None
+    generation_summary: dict[str, AnswerCheckScores] | None = None
     """Mean of each check of the answers; of a check that is true or false, the share."""
     win_rate: WinRate | None = None
     """How often a judge prefers the tuned model's answer; null: without a judge."""
-    tasks: dict[str, dict[str, TaskScores]] | None = None
+    tasks: dict[str, dict[str, LmEvalTaskScores]] | None = None
     """Scores by task of lm-evaluation-harness and by metric; null: none were asked for."""
 
 

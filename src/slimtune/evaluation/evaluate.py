@@ -48,16 +48,16 @@ from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generated_answers import (
     EvalPrompt,
-    build_check,
+    average_answer_checks,
+    build_answer_check,
     generate_base_and_tuned_answers,
-    sample_prompts,
-    summarize_checks,
+    select_eval_prompts,
 )
-from .judge import build_judge, judge_answers, measure_win_rate
-from .lm_eval import find_tasks, run_tasks
+from .judge import build_answer_judge, judge_answer_pairs, measure_win_rate
+from .lm_eval import load_task_manager, run_lm_eval_tasks
 from .model_comparison import ModelComparison
 from .preference_comparison import KTOComparison, PreferenceComparison
-from .run_report import write_report
+from .run_report import write_run_report
 from .sft_comparison import SFTComparison
 
 COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
@@ -139,9 +139,9 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     """
     start = time.perf_counter()
     run, settings = Path(run), settings or EvalSettings()
-    checks = {name: build_check(name) for name in settings.checks}
-    judge = None if settings.judge is None else build_judge(settings.judge)
-    task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
+    checks = {name: build_answer_check(name) for name in settings.checks}
+    judge = None if settings.judge is None else build_answer_judge(settings.judge)
+    task_manager = load_task_manager(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     if run_dir is not None:
         resolve_output_file(run_dir.report_file)
@@ -199,24 +199,24 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
-        result = replace(result, verdict=judge_eval(result, reasons), seconds=seconds)
+        result = replace(result, verdict=decide_eval_verdict(result, reasons), seconds=seconds)
         if run_dir is not None:
             write_json(run_dir.evaluation_file(name), to_json_dict(result))
             write_json(run_dir.scores_file(name), scores, indent=None)
-            write_report(run_dir)
+            write_run_report(run_dir)
         return result
 
     result = save(result)  # the figures stay if generation or a task fails
     if isinstance(result, TextEvalResult):
         if asked is not None:
             answers = generate_base_and_tuned_answers(TextGenerator(model), *asked, checks, settings.max_new_tokens)
-            result = save(replace(result, generations=answers, generation_summary=summarize_checks(answers)))
+            result = save(replace(result, generations=answers, generation_summary=average_answer_checks(answers)))
             if judge is not None:
-                answers = judge_answers(answers, judge)
+                answers = judge_answer_pairs(answers, judge)
                 won = measure_win_rate(str(settings.judge), answers, **draws)
                 result = save(replace(result, generations=answers, win_rate=won))
         if settings.tasks:
-            result = save(replace(result, tasks=run_tasks(trained, settings.tasks, task_manager)))
+            result = save(replace(result, tasks=run_lm_eval_tasks(trained, settings.tasks, task_manager)))
     return result
 
 
@@ -227,7 +227,7 @@ def _prepare_prompts(
     models = make_base_and_tuned(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
-    prompts = sample_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
+    prompts = select_eval_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
     return models, prompts
@@ -262,7 +262,7 @@ def _list_missing_rows(different_rows: int) -> list[str]:
     return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def judge_eval(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
+def decide_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
     """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
     reasons, unread = list(reasons_not_improved), False
     if isinstance(result, TextEvalResult):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from ..core.data.collator import Example
 from ..core.data.general_text import group_row_numbers_by_kind
 from ..core.training.loss import RowScore
-from .eval_result import Forgetting, LossChange
+from .eval_result import ForgettingMeasures, LossChange
 from .statistics import paired_bootstrap
 
 DEFAULT_BUDGET = 0.1
@@ -22,7 +22,7 @@ def measure_forgetting(
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
     budget: float,
     **bootstrap: int,
-) -> Forgetting:
+) -> ForgettingMeasures:
     """Compare the losses of base and tuned model on the pieces of a general text.
 
     `text` names it, `score_both` scores rows by base and tuned model, `budget` is in nats per token, `bootstrap` is
@@ -43,4 +43,4 @@ def measure_forgetting(
 
     whole = compare(range(len(examples)))
     kinds = {kind: compare(numbers) for kind, numbers in group_row_numbers_by_kind(examples).items()}
-    return Forgetting(**vars(whole), text=text, budget=budget, within=whole.change.low <= budget, kinds=kinds)
+    return ForgettingMeasures(**vars(whole), text=text, budget=budget, within=whole.change.low <= budget, kinds=kinds)

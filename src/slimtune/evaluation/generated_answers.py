@@ -26,11 +26,11 @@ import numpy as np
 from ..core.data.collator import Example
 from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
-from ..errors import ModelError, UsageError, install_command, nearest
+from ..errors import ModelError, UsageError, format_install_command, nearest
 from ..generation.answer_queue import GeneratedAnswer, SamplingParams
 from ..generation.generation_models import GenerationModel, Message
 from ..generation.text_generator import TextGenerator
-from .eval_result import AnswerPair, CheckValues
+from .eval_result import AnswerCheckScores, AnswerPair
 
 Check = Callable[[str, str], bool | float]
 """Maps answer and reference to a measurement."""
@@ -45,7 +45,7 @@ class EvalPrompt(NamedTuple):
     line: int
 
 
-def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int) -> list[EvalPrompt]:
+def select_eval_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int) -> list[EvalPrompt]:
     """Return up to `count` prompts, spread evenly over the evaluated rows.
 
     Raises:
@@ -91,16 +91,16 @@ def generate_base_and_tuned_answers(
                 reference=prompt.reference,
                 base=texts["base"],
                 tuned=texts["tuned"],
-                checks={name: CheckValues(**values) for name, values in measured.items()},
+                checks={name: AnswerCheckScores(**values) for name, values in measured.items()},
             )
         )
     return pairs
 
 
-def summarize_checks(answers: Sequence[AnswerPair]) -> dict[str, CheckValues]:
+def average_answer_checks(answers: Sequence[AnswerPair]) -> dict[str, AnswerCheckScores]:
     """Return the mean of each check for base and tuned model; for checks that are true or false, the share."""
     return {
-        name: CheckValues(
+        name: AnswerCheckScores(
             base=float(np.mean([a.checks[name].base for a in answers])),
             tuned=float(np.mean([a.checks[name].tuned for a in answers])),
         )
@@ -115,7 +115,7 @@ def measure_repetition(text: str) -> float:
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
-def build_check(name: str) -> Check:
+def build_answer_check(name: str) -> Check:
     """Return the check that a name stands for.
 
     Raises:
@@ -169,4 +169,4 @@ def _import(module: str, check: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         message = f"the check {check} needs the package {module.partition('.')[0]}, which is not installed"
-        raise ModelError(message, hint=install_command("eval")) from e
+        raise ModelError(message, hint=format_install_command("eval")) from e

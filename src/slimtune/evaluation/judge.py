@@ -41,7 +41,7 @@ MAX_CHARACTERS = 8000
 MAX_REPLY_TOKENS, MAX_REPLY_BYTES = 512, 1 << 20
 
 
-def build_judge(name: str) -> Judge:
+def build_answer_judge(name: str) -> Judge:
     """Return the judge that a name stands for.
 
     Raises:
@@ -110,7 +110,7 @@ def _build_http_judge(name: str) -> Judge:
     return compare
 
 
-def judge_answers(answers: Sequence[AnswerPair], judge: Judge) -> list[AnswerPair]:
+def judge_answer_pairs(answers: Sequence[AnswerPair], judge: Judge) -> list[AnswerPair]:
     """Return the answers with the judge's verdicts on them in both orders."""
 
     def sign(value: float | None) -> int | None:

@@ -15,11 +15,11 @@ from typing import Any
 
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.training.trained_model import TrainedModel
-from ..errors import ModelError, UsageError, install_command, nearest
-from .eval_result import WHO, TaskScores
+from ..errors import ModelError, UsageError, format_install_command, nearest
+from .eval_result import WHO, LmEvalTaskScores
 
 
-def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
+def load_task_manager(names: Sequence[str], folder: Path | None) -> Any:
     """Return the harness's task manager after checking that it knows every named task.
 
     Raises:
@@ -28,7 +28,7 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     """
     if importlib.util.find_spec("lm_eval") is None:
         message = "--tasks needs the package lm-eval, which is not installed"
-        raise ModelError(message, hint=install_command("tasks"))
+        raise ModelError(message, hint=format_install_command("tasks"))
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-path {folder} is not a folder", "a folder of task YAML files")
     with _errors_only():
@@ -43,10 +43,12 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     return manager
 
 
-def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict[str, dict[str, TaskScores]]:
+def run_lm_eval_tasks(
+    trained: TrainedModel, names: Sequence[str], manager: Any
+) -> dict[str, dict[str, LmEvalTaskScores]]:
     """Return the scores of base and tuned model by task and metric.
 
-    `names` are tasks or groups, and `manager` is what `find_tasks` returned.
+    `names` are tasks or groups, and `manager` is what `load_task_manager` returned.
 
     Raises:
         ModelError: the harness could not run a task; its message is included.
@@ -74,7 +76,7 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
                     "tasks whose data is on this machine, or a network to fetch it",
                     "--tasks-path FOLDER with tasks on local data (docs/eval.md)",
                 ) from e
-    scores: dict[str, dict[str, TaskScores]] = {}
+    scores: dict[str, dict[str, LmEvalTaskScores]] = {}
     for task, metrics in results["tuned"]["results"].items():
         higher_is_better = results["tuned"].get("higher_is_better", {}).get(task, {})
         for key, value in metrics.items():
@@ -87,7 +89,7 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
                 error = figures.get(f"{metric}_stderr,{aggregation}")
                 found |= {who: figures[key], f"{who}_stderr": error if isinstance(error, int | float) else None}
             name = metric if aggregation == "none" else f"{metric} ({aggregation})"
-            scores.setdefault(task, {})[name] = TaskScores(**found, higher_is_better=higher_is_better.get(metric))
+            scores.setdefault(task, {})[name] = LmEvalTaskScores(**found, higher_is_better=higher_is_better.get(metric))
     return scores
 
 

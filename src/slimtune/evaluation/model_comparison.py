@@ -18,10 +18,10 @@ from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import RowScore, score_supervised_rows
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
-from .eval_result import EvalResult, RowMeasures
+from .eval_result import EvalMeasures, EvalResult
 from .statistics import PairedEstimate, paired_bootstrap
 
-Measures = TypeVar("Measures", bound=RowMeasures)
+Measures = TypeVar("Measures", bound=EvalMeasures)
 RowFigures = list[dict[str, Any]]
 """The figures of each row that `scores-<split>.json` keeps."""
 

@@ -100,7 +100,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
     for file, read in find_data_files(path):
         for found in read():
-            row = found if isinstance(found, InvalidRow) else parse_input(found[1], found[0], file)
+            row = found if isinstance(found, InvalidRow) else parse_prediction_input(found[1], found[0], file)
             if isinstance(row, InvalidRow):
                 errors.add(row.line, row.cause, row.file, row.hint)
             elif not isinstance(found, InvalidRow):
@@ -113,7 +113,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     return rows
 
 
-def parse_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
+def parse_prediction_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
     """Return a record with a text or messages as a row to classify; a label that it has is not read."""
     return parse_record({**record, "label": "?"}, "classification", line, file)
 

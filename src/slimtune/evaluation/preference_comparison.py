@@ -38,7 +38,7 @@ from .eval_result import (
     UnpairedPreferences,
 )
 from .model_comparison import ModelComparison, RowFigures
-from .sft_comparison import measure_losses
+from .sft_comparison import measure_base_and_tuned_losses
 from .statistics import PairedEstimate, bootstrap_auc, format_interval
 
 Logps = Sequence[Sequence[float]]
@@ -55,7 +55,7 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
         with self.model.disable_adapter(), prefix_progress_name("base"):
             base = score_row_logps(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        measures, figures, _ = measure_losses(self, AnswerSubset(self.examples, (0,)))
+        measures, figures, _ = measure_base_and_tuned_losses(self, AnswerSubset(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
@@ -129,7 +129,7 @@ class KTOComparison(ModelComparison[KTOMeasures]):
             hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
             raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
-        measures, figures, scores_of_good = measure_losses(replace(self, examples=good), good)
+        measures, figures, scores_of_good = measure_base_and_tuned_losses(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))
         for part, (before, after) in ((is_good, scores_of_good), (~is_good, self.score_both(bad))):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 
 from .estimate import Estimate
 from .eval_result import (
+    AnswerCheckScores,
     AnswerPair,
-    CheckValues,
     ClassificationEvalResult,
     ClassificationMeasures,
     EvalResult,
     EvalVerdict,
-    Forgetting,
+    ForgettingMeasures,
     KTOEvalResult,
+    LmEvalTaskScores,
     LossMeasures,
     PairPreferences,
     PromptDependence,
     RewardEvalResult,
     SFTEvalResult,
-    TaskScores,
     TextEvalResult,
     UnpairedPreferences,
     WinRate,
@@ -57,7 +57,7 @@ ResultLine = str | ResultHeading | ResultTable
 """A sentence ("" for a blank line), a heading, or a table."""
 
 
-def list_eval_lines(result: EvalResult, width: int) -> list[ResultLine]:
+def format_eval_result(result: EvalResult, width: int) -> list[ResultLine]:
     """Return what is said of an evaluation, its verdict last; no table but that of losses is wider than `width`."""
     if isinstance(result, TextEvalResult):
         lines, better = [*_list_text_lines(result)], "the tuned model is better"
@@ -68,7 +68,7 @@ def list_eval_lines(result: EvalResult, width: int) -> list[ResultLine]:
 
 def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     measures = result.measures
-    yield _table_losses(measures)
+    yield _make_loss_table(measures)
     yield (
         f"loss reduction in 95 % of bootstrap draws: {measures.loss_reduction.low:.4f} to "
         f"{measures.loss_reduction.high:.4f}, over {measures.rows} rows, {measures.tokens} supervised tokens"
@@ -89,11 +89,11 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     for answer in answers:
         yield from _list_answer_lines(answer)
     if result.generation_summary:
-        yield from ("", table_checks(result.generation_summary, len(answers)))
+        yield from ("", make_check_table(result.generation_summary, len(answers)))
     if result.win_rate is not None:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
-        yield from ("", _table_tasks(result.tasks))
+        yield from ("", _make_task_table(result.tasks))
 
 
 def _list_head_lines(result: EvalResult, width: int) -> Iterator[ResultLine]:
@@ -115,9 +115,9 @@ def _list_head_lines(result: EvalResult, width: int) -> Iterator[ResultLine]:
             ("loss", f"{measures.loss:.4f}"),
         ]
         yield ResultTable((f"{measures.rows} rows", "(95 % interval)"), rows)
-        yield table_classes(measures)
-        if (confusion := table_confusion(measures)) is not None:
-            yield confusion if confusion.width <= width else _table_mistakes(measures)
+        yield make_class_table(measures)
+        if (confusion := make_confusion_table(measures)) is not None:
+            yield confusion if confusion.width <= width else _make_mistake_table(measures)
     if result.training_rows:
         yield _describe_training_rows(result.training_rows)
 
@@ -132,7 +132,7 @@ def _describe_verdict(verdict: EvalVerdict, better: str) -> str:
 # --- losses and preferences ------------------------------------------------------------------------------------------
 
 
-def _table_losses(measures: LossMeasures) -> ResultTable:
+def _make_loss_table(measures: LossMeasures) -> ResultTable:
     """Return loss, perplexity and token accuracy of base and tuned model, and what was gained."""
     models = (
         ("base", measures.base_loss, measures.base_perplexity, measures.base_accuracy),
@@ -205,7 +205,7 @@ def _describe_prompt_dependence(dependence: PromptDependence) -> str:
     )
 
 
-def _describe_forgetting(forgetting: Forgetting) -> str:
+def _describe_forgetting(forgetting: ForgettingMeasures) -> str:
     """Return how much the loss on general text changed, and whether that is allowed."""
     change = forgetting.change
     rose = change.value > 0
@@ -236,7 +236,7 @@ def _list_answer_lines(answer: AnswerPair) -> Iterator[ResultLine]:
         yield f"{who}: {text.strip() or '(empty)'}"
 
 
-def table_checks(summary: dict[str, CheckValues], answers: int) -> ResultTable:
+def make_check_table(summary: dict[str, AnswerCheckScores], answers: int) -> ResultTable:
     """Return the means of checks over so many answers of base and tuned model."""
     rows = [(name, f"{means.base:.3g}", f"{means.tuned:.3g}") for name, means in summary.items()]
     return ResultTable((f"mean of {answers} answers", "base", "tuned"), rows)
@@ -256,7 +256,7 @@ def describe_win_rate(won: WinRate) -> str:
     )
 
 
-def _table_tasks(tasks: dict[str, dict[str, TaskScores]]) -> ResultTable:
+def _make_task_table(tasks: dict[str, dict[str, LmEvalTaskScores]]) -> ResultTable:
     """Return the scores of base and tuned model by task and metric."""
 
     def score(value: float, error: float | None) -> str:
@@ -273,13 +273,13 @@ def _table_tasks(tasks: dict[str, dict[str, TaskScores]]) -> ResultTable:
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def table_classes(measures: ClassificationMeasures) -> ResultTable:
+def make_class_table(measures: ClassificationMeasures) -> ResultTable:
     """Return rows, precision, recall and F1 of each class."""
     rows = [(c.name, str(c.rows), f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}") for c in measures.classes]
     return ResultTable(("class", "rows", "precision", "recall", "F1"), rows)
 
 
-def table_confusion(measures: ClassificationMeasures) -> ResultTable | None:
+def make_confusion_table(measures: ClassificationMeasures) -> ResultTable | None:
     """Return the number of rows by label and prediction; None if a row may have several classes."""
     if measures.confusion is None:
         return None
@@ -288,7 +288,7 @@ def table_confusion(measures: ClassificationMeasures) -> ResultTable | None:
     return ResultTable(("label ↓ prediction →", *names), rows)
 
 
-def _table_mistakes(measures: ClassificationMeasures) -> ResultTable:
+def _make_mistake_table(measures: ClassificationMeasures) -> ResultTable:
     """Return the most frequent pairs of a label and another class that was predicted."""
     names = [c.name for c in measures.classes]
     mistakes = [

@@ -22,34 +22,43 @@ from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
-from .charts import ChartEstimate, Series, histogram, html_templates, interval_chart, is_number, line_chart, stacked_bar
+from .charts import (
+    ChartEstimate,
+    ChartLine,
+    is_finite_number,
+    make_jinja_environment,
+    render_interval_chart,
+    render_length_histogram,
+    render_line_chart,
+    render_stacked_bar,
+)
 from .estimate import Estimate
 from .eval_result import (
-    BaselineMeasures,
+    BaselineComparisonMeasures,
     ClassificationMeasures,
-    Forgetting,
+    EvalMeasures,
+    ForgettingMeasures,
     KTOMeasures,
     LossMeasures,
     RewardMeasures,
-    RowMeasures,
     SFTMeasures,
 )
-from .result_lines import ResultTable, describe_win_rate, table_checks, table_classes, table_confusion
-from .saved_evaluations import find_held_out, read_saved_evaluations
+from .result_lines import ResultTable, describe_win_rate, make_check_table, make_class_table, make_confusion_table
+from .saved_evaluations import find_held_out_evaluation, read_saved_evaluations
 
 
-def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
+def write_run_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
     """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one.
 
     Returns its path and what is damaged in the run's files, one sentence each.
     """
     file = run.report_file if out is None else resolve_output_file(out.expanduser())
     damage: list[str] = []
-    write_atomic(file, render_report(run, damage))
+    write_atomic(file, render_run_report(run, damage))
     return file, damage
 
 
-def render_report(run: RunDir, damage: list[str] | None = None) -> str:
+def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
     """Return the page of a run as HTML; `damage` gets a sentence for each damaged file or part.
 
     Where a file is missing, the page names the command that creates it.
@@ -84,11 +93,11 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         results=r,
         errors=errors,
         evaluations=evaluations,
-        held_out=find_held_out(r, evaluations),
+        held_out=find_held_out_evaluation(r, evaluations),
         shares_prefix=recipe.train.packing is not False and recipe.train.share_prefix,
-        memory_charts=memory_charts,
+        memory_charts=render_memory_charts,
         plan_rows=_plan_rows,
-        training_charts=training_charts,
+        training_charts=render_training_charts,
     )
 
 
@@ -110,11 +119,13 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
             return Markup('<p class="missing">not shown: {}</p>').format(damage)
 
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
-    page = html_templates().get_template("report.html.j2")
-    return page.render(**values, errors=errors, guard=guard, style=style, version=__version__, **template_functions())
+    page = make_jinja_environment().get_template("report.html.j2")
+    return page.render(
+        **values, errors=errors, guard=guard, style=style, version=__version__, **list_template_functions()
+    )
 
 
-def template_functions() -> dict[str, Any]:
+def list_template_functions() -> dict[str, Any]:
     """Return the functions that the templates call, by their names there."""
     return {
         "fixed": fixed,
@@ -134,7 +145,7 @@ def template_functions() -> dict[str, Any]:
         "measure_charts": _draw_measures,
         "class_table": _find_class_table,
         "confusion_table": _find_confusion_table,
-        "check_table": table_checks,
+        "check_table": make_check_table,
         "win_rate_text": describe_win_rate,
         "check_value": _check_value,
     }
@@ -145,7 +156,7 @@ def template_functions() -> dict[str, Any]:
 
 def _of_number(to_text: Callable[..., str]) -> Callable[..., str]:
     """Return the function that gives a dash for everything but finite numbers."""
-    return lambda value, *options: to_text(value, *options) if is_number(value) else "–"
+    return lambda value, *options: to_text(value, *options) if is_finite_number(value) else "–"
 
 
 fixed = _of_number(lambda x, digits=3: f"{x:.{digits}f}".replace("-", "−"))
@@ -186,16 +197,16 @@ def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
     return need.get("low"), need.get("high"), r.result.get("peak_bytes")
 
 
-def memory_charts(r: RunResults) -> list[Markup]:
+def render_memory_charts(r: RunResults) -> list[Markup]:
     """Return charts of the planned memory, with what a run measured, if it did."""
     low, high, peak = _peaks(r)
     parts = r.plan.get("parts") or {}
-    bars = [stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
+    bars = [render_stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
     usable = (r.plan.get("usable_bytes") or {}).get("low")
-    if is_number(usable) and usable and is_number(high):
+    if is_finite_number(usable) and usable and is_finite_number(high):
         title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
         note = f"at most {percent(high / usable)} of {format_bytes(usable)} is planned"
-        bars.append(stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
+        bars.append(render_stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
     return [bar for bar in bars if bar]
 
 
@@ -203,7 +214,7 @@ def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
     """Return what was planned and measured: name, planned, measured, and whether they agree (None: unknown)."""
 
     def agrees(value: Any, low: Any, high: Any) -> bool | None:
-        return low <= value <= high if all(map(is_number, (value, low, high))) else None
+        return low <= value <= high if all(map(is_finite_number, (value, low, high))) else None
 
     plan, result, probe, (low, high, peak) = r.plan, r.result, r.probe, _peaks(r)
     rows = [("peak memory", _range(low, high, size), size(peak), agrees(peak, low, high) if low != high else None)]
@@ -220,7 +231,7 @@ def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
     tokens, measured = result.get("trained_tokens"), result.get("tokens_per_second")
     planned = _range(slow, fast, whole) if speed else "unknown"
     rows.append(("tokens/s", planned, whole(measured), agrees(measured, slow, fast)))
-    known = all(is_number(x) and x > 0 for x in (slow, fast)) and is_number(tokens)
+    known = all(is_finite_number(x) and x > 0 for x in (slow, fast)) and is_finite_number(tokens)
     planned = _range(tokens / fast, tokens / slow, format_duration) if known else "unknown"
     rows.append(("time of the training steps", planned, duration(result.get("train_seconds")), None))
     return rows
@@ -230,22 +241,22 @@ def _length_histogram(report: Mapping[str, Any]) -> Markup:
     lengths = report.get("lengths") or {}
     quantiles = {"median": "median", "90 % up to": "p90", "longest": "max"}
     note = "tokens: " + ", ".join(f"{name} {whole(lengths.get(key))}" for name, key in quantiles.items())
-    return histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
+    return render_length_histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
 
 
-def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
+def render_training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
-    def series(name: str, key: str, color: str = "one", unit: float = 1.0, **style: bool) -> Series:
-        points = [(m["step"], m[key] / unit) for m in r.metrics if "step" in m and is_number(m.get(key))]
-        return Series(name, color, points, **style)
+    def series(name: str, key: str, color: str = "one", unit: float = 1.0, **style: bool) -> ChartLine:
+        points = [(m["step"], m[key] / unit) for m in r.metrics if "step" in m and is_finite_number(m.get(key))]
+        return ChartLine(name, color, points, **style)
 
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
     validation = dataclasses.replace(validation, markers=True)
     # The base's loss on the same validation rows is where the curve of the validation begins.
     measured = next((e.result.measures for e in read_saved_evaluations(r) if e.name == "validation"), None)
     start = measured.base_loss.value if isinstance(measured, LossMeasures) else None
-    if validation.points and is_number(start) and recipe.task.name == "sft":
+    if validation.points and is_finite_number(start) and recipe.task.name == "sft":
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
         mark: tuple[Any, str] = (start, f"untrained base {fixed(start)}")
     else:  # the loss of step 1 is computed before the first update
@@ -257,20 +268,22 @@ def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
     ]
-    lines = [line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others]
+    lines = [
+        render_line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others
+    ]
     if (budget := recipe.train.forgetting_budget) is not None:
         curve = series("forgetting", "forgetting", "two", markers=True)
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
-        lines.append(line_chart("Forgetting", unit, [curve], mark=(budget, f"budget {budget:g}")))
+        lines.append(render_line_chart("Forgetting", unit, [curve], mark=(budget, f"budget {budget:g}")))
     unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
-    losses = line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
+    losses = render_line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
     return [losses, *filter(None, lines)]
 
 
-def _draw_measures(measures: RowMeasures) -> list[tuple[str, str, Markup, Markup]]:
+def _draw_measures(measures: EvalMeasures) -> list[tuple[str, str, Markup, Markup]]:
     """Return title, unit, chart of base and tuned model, and chart of the change, for each measure."""
-    if isinstance(measures, BaselineMeasures):  # a head on rows, which the base does not have
+    if isinstance(measures, BaselineComparisonMeasures):  # a head on rows, which the base does not have
         return _draw_head_measures(measures)
     assert isinstance(measures, LossMeasures)
     m, found = measures, []
@@ -283,7 +296,7 @@ def _draw_measures(measures: RowMeasures) -> list[tuple[str, str, Markup, Markup
             return
         both = [_make_chart_estimate(*model, fixed, digits, factor) for model in (("base", base), ("tuned", tuned))]
         changes = [] if change is None else [_make_chart_estimate("change", change, signed, digits, factor)]
-        found.append((title, unit, interval_chart(both), interval_chart(changes, [(0.0, "")])))
+        found.append((title, unit, render_interval_chart(both), render_interval_chart(changes, [(0.0, "")])))
 
     if isinstance(m, SFTMeasures) and (p := m.preference) is not None:
         share = "% of pairs whose chosen answer is likelier"
@@ -303,16 +316,16 @@ def _draw_measures(measures: RowMeasures) -> list[tuple[str, str, Markup, Markup
     return found
 
 
-def _draw_head_measures(measures: BaselineMeasures) -> list[tuple[str, str, Markup, Markup]]:
+def _draw_head_measures(measures: BaselineComparisonMeasures) -> list[tuple[str, str, Markup, Markup]]:
     """Return title, unit, chart, and no chart of a change, for each measure of a model with a head."""
     accuracy = _make_chart_estimate("model", measures.accuracy, fixed, 1, 100)
     baseline = (100 * measures.baseline_accuracy, measures.baseline)
-    charts = [("Accuracy", "% of the rows", interval_chart([accuracy], [baseline]), Markup())]
+    charts = [("Accuracy", "% of the rows", render_interval_chart([accuracy], [baseline]), Markup())]
     if isinstance(measures, ClassificationMeasures):
-        chart = interval_chart([_make_chart_estimate("model", measures.macro_f1, fixed, 3)])
+        chart = render_interval_chart([_make_chart_estimate("model", measures.macro_f1, fixed, 3)])
         charts.append(("Macro-F1", "mean over the classes", chart, Markup()))
     if isinstance(measures, RewardMeasures):
-        chart = interval_chart([_make_chart_estimate("model", measures.margin, fixed, 3)], [(0.0, "")])
+        chart = render_interval_chart([_make_chart_estimate("model", measures.margin, fixed, 3)], [(0.0, "")])
         charts.append(("Margin", "reward of the chosen answer above the rejected one's", chart, Markup()))
     return charts
 
@@ -325,12 +338,12 @@ def _make_chart_estimate(
     return ChartEstimate(label, "one" if label == "base" else "two", scaled.value, scaled.ci95, text)
 
 
-def _find_class_table(measures: RowMeasures) -> ResultTable | None:
-    return table_classes(measures) if isinstance(measures, ClassificationMeasures) else None
+def _find_class_table(measures: EvalMeasures) -> ResultTable | None:
+    return make_class_table(measures) if isinstance(measures, ClassificationMeasures) else None
 
 
-def _find_confusion_table(measures: RowMeasures) -> ResultTable | None:
-    return table_confusion(measures) if isinstance(measures, ClassificationMeasures) else None
+def _find_confusion_table(measures: EvalMeasures) -> ResultTable | None:
+    return make_confusion_table(measures) if isinstance(measures, ClassificationMeasures) else None
 
 
 def _check_value(name: str, value: Any) -> str:
@@ -338,6 +351,6 @@ def _check_value(name: str, value: Any) -> str:
     return percent(value, 0) if name == "repetition" else figure(value)
 
 
-def _forgetting_chart(f: Forgetting) -> Markup:
+def _forgetting_chart(f: ForgettingMeasures) -> Markup:
     marks = [(0.0, ""), (f.budget, f"budget {fixed(f.budget, 2)}")]
-    return interval_chart([_make_chart_estimate("change", f.change, signed, 3)], marks)
+    return render_interval_chart([_make_chart_estimate("change", f.change, signed, 3)], marks)

@@ -33,7 +33,7 @@ def read_saved_evaluations(results: RunResults, errors: list[str] | None = None)
     return found
 
 
-def find_held_out(results: RunResults, evaluations: list[SavedEvaluation]) -> SavedEvaluation | None:
+def find_held_out_evaluation(results: RunResults, evaluations: list[SavedEvaluation]) -> SavedEvaluation | None:
     """Return the first evaluation on rows that were not trained on."""
     held_out = results.held_out
     return next((e for e in evaluations if held_out is not None and e.name == held_out.name), None)

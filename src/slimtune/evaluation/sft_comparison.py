@@ -21,7 +21,7 @@ class SFTComparison(ModelComparison[SFTMeasures]):
     result_type = SFTEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        measures, figures, (base, tuned) = measure_losses(self, self.examples)
+        measures, figures, (base, tuned) = measure_base_and_tuned_losses(self, self.examples)
         dependence = None
         if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = shuffle_prompts(self.examples, self.seed)
@@ -58,7 +58,7 @@ class SFTComparison(ModelComparison[SFTMeasures]):
         return failures
 
 
-def measure_losses(
+def measure_base_and_tuned_losses(
     comparison: ModelComparison[Any], examples: TokenizedDataset
 ) -> tuple[LossMeasures, RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.

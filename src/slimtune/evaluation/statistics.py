@@ -149,7 +149,7 @@ def compute_perplexity(loss: Estimate) -> Estimate | None:
     return Estimate(math.exp(loss.value), (math.exp(loss.low), math.exp(loss.high)))
 
 
-def estimate_over_seeds(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> tuple[Estimate, float]:
+def estimate_mean_difference(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> tuple[Estimate, float]:
     """Return the mean difference over seeds and rows with its 95 % interval, and the p-value of it being 0.
 
     Args:

@@ -23,7 +23,7 @@ TASK_VARIANTS = {"ipo": ("dpo", {"loss_type": "ipo"})}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparisonCandidate:
     """One line of the comparison."""
 
     label: str  # the name the user typed
@@ -41,7 +41,7 @@ class Candidate:
 
 def build_candidates(
     names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], *, tasks: bool = False
-) -> list[Candidate]:
+) -> list[ComparisonCandidate]:
     """Return the candidates that the names stand for, without repetition.
 
     Args:
@@ -51,7 +51,7 @@ def build_candidates(
         tasks: the names are those of objectives, which learn preference pairs with the recipe's method.
     """
     names, candidates = list(names), []
-    for label in require_candidates(names, overrides, tasks=tasks):
+    for label in resolve_candidate_labels(names, overrides, tasks=tasks):
         own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
         rate = own.pop("learning_rate", None)
         candidate = (_build_task_candidate if tasks else _build_method_candidate)(label, recipe_tree, own)
@@ -61,7 +61,7 @@ def build_candidates(
     return candidates
 
 
-def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, tasks: bool = False) -> list[str]:
+def resolve_candidate_labels(names: Iterable[str], overrides: Mapping[str, Any], *, tasks: bool = False) -> list[str]:
     """Return the labels that the names stand for, "all" written out; arguments as for `build_candidates`.
 
     Raises:
@@ -85,7 +85,7 @@ def require_candidates(names: Iterable[str], overrides: Mapping[str, Any], *, ta
     return labels
 
 
-def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:
+def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> ComparisonCandidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
     cls = config_class(method)
     section = dict(recipe_tree.get("method") or {})
@@ -95,10 +95,10 @@ def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Map
         for part in (recipe_settings, variant_settings, own)
         for name, value in part.items()
     }
-    return Candidate(label, method, settings)
+    return ComparisonCandidate(label, method, settings)
 
 
-def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> Candidate:
+def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> ComparisonCandidate:
     name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
     objective = load_objective_class(name)
     if not objective.takes_format("preference") or objective.task_type != "CAUSAL_LM":
@@ -112,7 +112,7 @@ def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mappi
     return dataclasses.replace(candidate, label=label, task=task)
 
 
-def _set_rate(candidate: Candidate, given: Any) -> Candidate:
+def _set_rate(candidate: ComparisonCandidate, given: Any) -> ComparisonCandidate:
     """Return a candidate with a learning rate that the user gave."""
     try:
         rate = float(given)
@@ -123,7 +123,7 @@ def _set_rate(candidate: Candidate, given: Any) -> Candidate:
     return dataclasses.replace(candidate, learning_rate=rate, rate_source="given")
 
 
-def split_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_candidate_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split `--set` pairs into those of the recipe and those of single candidates."""
     of_recipe: dict[str, Any] = {}
     of_candidates: dict[str, Any] = {}

@@ -12,8 +12,8 @@ from typing import Any
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.files import read_json, write_json
 from ..errors import RunError, UsageError, nearest
-from .executors import ParallelExecutor, Place, Task
-from .run_worker import RESTARTS, Launch, WorkerResult, launch_again_if_killed
+from .executors import ExecutorSpec, ExecutorTask, ParallelExecutor
+from .run_worker import RESTARTS, Launch, WorkerResult, retry_once_if_killed
 
 RAY_PARAMETERS = ("num_cpus", "num_gpus")
 CARRIED = (
@@ -57,7 +57,7 @@ class RayExecutor(ParallelExecutor):
     package = "ray"
     is_remote = takes_address = True
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
         super().__init__(place, folder)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a cluster that is lost must not be replaced by a new one
@@ -76,19 +76,19 @@ class RayExecutor(ParallelExecutor):
         # A run takes one GPU where there are some, else Ray would hide them from it.
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         resources: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": gpus, **given}
-        self.launch: Any = ray.remote(max_retries=RESTARTS, **resources)(launch_again_if_killed)
+        self.launch: Any = ray.remote(max_retries=RESTARTS, **resources)(retry_once_if_killed)
         self.environment = {name: value for name in CARRIED if (value := os.environ.get(name))}
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, int(resources["num_cpus"]))))
 
     @classmethod
-    def check(cls, place: Place) -> None:
+    def check(cls, place: ExecutorSpec) -> None:
         for name, value in place.parameters.items():
             if name not in RAY_PARAMETERS:
                 raise UsageError(f"--on {place.text}: no such parameter: {name}{nearest(name, RAY_PARAMETERS)}")
             if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", value):
                 raise UsageError(f"--on {place.text}: {name} is {value}", "a number, as 1 or 0.5")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> Task:
+    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         return RayTask(self.ray, self.launch.remote(launch, environment=self.environment))
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class RequeuedRun:
 
     def __call__(self, launch: Launch) -> WorkerResult:
         """Run the recipe; a run that was begun continues from its checkpoint."""
-        return launch_again_if_killed(launch)
+        return retry_once_if_killed(launch)
 
     def checkpoint(self, launch: Launch) -> Any:
         """Return what submitit submits again."""
@@ -141,7 +141,7 @@ class SlurmExecutor(ParallelExecutor):
     is_remote = True
     cluster = "slurm"
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
         super().__init__(place, (folder / "slurm").absolute())
         import submitit
 
@@ -156,12 +156,12 @@ class SlurmExecutor(ParallelExecutor):
             raise UsageError(f"--on {place.text}: {' '.join(str(e).split())}", "parameters of submitit") from None
 
     @classmethod
-    def check(cls, place: Place) -> None:
+    def check(cls, place: ExecutorSpec) -> None:
         if not re.fullmatch("[1-9][0-9]{0,5}", place.parameters.get("time", "")):
             expected = "the minutes after which Slurm may end a run, as slurm:partition=gpu,time=240"
             raise UsageError(f"--on {place.text} lacks time", expected, "submitit's own default is 5 minutes")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> Task:
+    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         job_file = recipe_file.with_suffix(".job")
         if job_file.is_file():  # of a process that died: its job may still wait or run
             job: Any = self.job_class(self.folder, str(read_json(job_file)["job"]))

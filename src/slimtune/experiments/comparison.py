@@ -20,22 +20,27 @@ from ..evaluation.eval_result import SFTEvalResult
 from ..planning.plan_request import build_plan_request
 from ..planning.planner import estimate_resources
 from ..planning.this_machine import detect_gpu
-from .candidates import Candidate
-from .comparison_chart import draw_comparison
-from .comparison_folder import check_settings, lock_output_dir
-from .comparison_report import compare_pairs, format_markdown, read_test_evaluation, summarize_candidates
-from .executors import Executor, Place
+from .candidates import ComparisonCandidate
+from .comparison_chart import write_comparison_chart
+from .comparison_folder import lock_output_dir, require_same_settings
+from .comparison_report import (
+    compare_candidate_pairs,
+    format_comparison_markdown,
+    read_test_evaluation,
+    summarize_candidates,
+)
+from .executors import Executor, ExecutorSpec
 from .experiment_results import CompareResult, FailedRun, LeftOutMethod, RateSearch
 from .method_advice import choose_method, format_advice
-from .places import open_executor
-from .run_grid import Grid
-from .run_worker import Launch, launch_worker
+from .places import make_executor
+from .run_grid import ComparisonGrid
+from .run_worker import Launch, run_worker_process
 
 Log = Callable[[str], None]
 
 
-def compare(
-    grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None, place: Place | None = None
+def run_comparison(
+    grid: ComparisonGrid, log: Log = lambda _: None, *, plot: Path | None = None, place: ExecutorSpec | None = None
 ) -> CompareResult:
     """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
 
@@ -49,8 +54,8 @@ def compare(
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
-    check_settings(grid.output_dir, grid.settings(), "comparison")
-    with open_executor(place, grid.output_dir) as executor:
+    require_same_settings(grid.output_dir, grid.settings(), "comparison")
+    with make_executor(place, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
             raise RunError(f"no method fits this machine: {left_out[0].why}", "at least one method that fits")
@@ -68,14 +73,16 @@ def compare(
                 seconds=round(time.perf_counter() - start, 3),
             )
             write_json(grid.output_dir / "compare.json", to_json_dict(result))
-            write_atomic(grid.output_dir / "table.md", format_markdown(result))
+            write_atomic(grid.output_dir / "table.md", format_comparison_markdown(result))
             if result.methods:
                 for file in filter(None, (grid.output_dir / "compare.svg", plot)):
-                    draw_comparison(result, file)
+                    write_comparison_chart(result, file)
     return result
 
 
-def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Candidate], list[LeftOutMethod]]:
+def _plan_candidates(
+    grid: ComparisonGrid, executor: Executor, log: Log
+) -> tuple[list[ComparisonCandidate], list[LeftOutMethod]]:
     """Return the candidates that fit this machine and why the others are left out; no weight is loaded.
 
     Those that do not fit are kept if they may train on another machine.
@@ -117,8 +124,8 @@ def _plan_candidates(grid: Grid, executor: Executor, log: Log) -> tuple[list[Can
 
 
 def _search_learning_rates(
-    grid: Grid, executor: Executor, log: Log
-) -> tuple[Grid, dict[str, RateSearch], list[FailedRun]]:
+    grid: ComparisonGrid, executor: Executor, log: Log
+) -> tuple[ComparisonGrid, dict[str, RateSearch], list[FailedRun]]:
     """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
     if not grid.trials:
         return grid, {}, []
@@ -137,19 +144,21 @@ def _search_learning_rates(
     return dataclasses.replace(grid, candidates=tuple(candidates)), searched, failed
 
 
-def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[FailedRun]:
+def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[FailedRun]:
     """Run every cell that is not done and return those that failed."""
     failed = []
     # All candidates of a seed (of `at_once` seeds) come first, so that early results can be compared.
     chunks = [grid.seeds[i : i + grid.at_once] for i in range(0, len(grid.seeds), grid.at_once)]
     groups = [[(candidate, seed) for seed in seeds] for seeds in chunks for candidate in grid.candidates]
     total = len(grid.seeds) * len(grid.candidates)
-    started: dict[Path, dict[Path, tuple[str, Candidate, int]]] = {}  # the cells of a group, by its first recipe
+    started: dict[
+        Path, dict[Path, tuple[str, ComparisonCandidate, int]]
+    ] = {}  # the cells of a group, by its first recipe
 
     def start_groups() -> Iterator[tuple[Path, Launch]]:
         number = 0
         for group in groups:
-            files: dict[Path, tuple[str, Candidate, int]] = {}
+            files: dict[Path, tuple[str, ComparisonCandidate, int]] = {}
             for candidate, seed in group:
                 number += 1
                 name = f"[{number}/{total}] {candidate.label}, seed {seed}"
@@ -164,7 +173,7 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[FailedRun]:
             if files:
                 first, trust = next(iter(files)), remote_code_allowed()
                 started[first] = files
-                yield first, partial(launch_worker, [*files], force=grid.force, trust_remote_code=trust)
+                yield first, partial(run_worker_process, [*files], force=grid.force, trust_remote_code=trust)
 
     for first, worker in executor.run(start_groups()):
         files = started[first]
@@ -193,10 +202,10 @@ def _run_cells(grid: Grid, executor: Executor, log: Log) -> list[FailedRun]:
     return sorted(failed, key=lambda f: order.index((f.method, f.seed)))
 
 
-def _build_result(grid: Grid, **how: Any) -> CompareResult:
+def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
     """Return the result of the runs that are finished; `how` are the fields that they do not give."""
     candidates = summarize_candidates(grid)
-    pairs = compare_pairs(candidates)
+    pairs = compare_candidate_pairs(candidates)
     methods = [c.method for c in candidates]
     first = methods[0] if methods else None
     model = grid.tree["model"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.charts import FIGURE_STYLE, save_figure
 from .experiment_results import ComparedMethod, CompareResult, Cost, TuneResult
-from .search_space import Range, format_setting
+from .search_space import SettingRange, format_setting_value
 
 STYLE: Any = {
     **FIGURE_STYLE, "figure.facecolor": "white", "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5,
@@ -38,7 +38,7 @@ def _open_figure(path: Path, width: float, height: float, title: str) -> Iterato
         save_figure(figure, path)
 
 
-def draw_comparison(result: CompareResult, path: Path) -> None:
+def write_comparison_chart(result: CompareResult, path: Path) -> None:
     """Draw what ranks the methods against each cost into a `.svg` or `.png`."""
     methods = result.methods
     height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
@@ -81,7 +81,7 @@ def _draw_methods(panel: Any, methods: Sequence[ComparedMethod], cost: Cost, uni
     panel.axhline(0, color="#333333", linewidth=0.6)
 
 
-def draw_search(result: TuneResult, ranges: Sequence[Range], path: Path) -> None:
+def write_search_chart(result: TuneResult, ranges: Sequence[SettingRange], path: Path) -> None:
     """Draw the losses of a search's trials, in their order and by each setting, into a `.svg` or `.png`."""
     trials = [(n, t) for n, t in enumerate(result.trials, 1) if t.loss is not None]
     numbers, losses = [n for n, _ in trials], [t.loss for _, t in trials if t.loss is not None]
@@ -97,6 +97,8 @@ def draw_search(result: TuneResult, ranges: Sequence[Range], path: Path) -> None
             values = [t.values[searched.path] for _, t in trials]
             panel.set_xlabel(searched.path)
             panel.set_xscale("log" if searched.log else "linear")
-            panel.plot([format_setting(v) for v in values] if searched.choices else values, losses, "o", color="C0")
+            panel.plot(
+                [format_setting_value(v) for v in values] if searched.choices else values, losses, "o", color="C0"
+            )
             best = result.best.values[searched.path]
-            panel.plot(format_setting(best) if searched.choices else best, result.best.loss, "o", color="C3")
+            panel.plot(format_setting_value(best) if searched.choices else best, result.best.loss, "o", color="C3")

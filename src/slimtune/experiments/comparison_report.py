@@ -14,11 +14,11 @@ from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from ..evaluation.estimate import Estimate
 from ..evaluation.eval_result import TextEvalResult, read_eval_result
-from ..evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal
-from .candidates import Candidate
+from ..evaluation.statistics import estimate_mean_difference, holm_correction, mark_pareto_optimal
+from .candidates import ComparisonCandidate
 from .experiment_results import COSTS, ComparedMethod, CompareResult, Cost, MethodPreferences, PairedDifference
 from .method_advice import SIGNIFICANCE
-from .run_grid import Grid
+from .run_grid import ComparisonGrid
 
 COLUMNS = (
     "method", "rate", "trains", "file", "peak memory", "time", "held-out loss", "loss reduction [95 %]", "best for its",
@@ -55,7 +55,7 @@ class CandidateRuns:
     """By seed: trained tokens after each step; equal for equal rows and order."""
 
 
-def summarize_candidates(grid: Grid) -> list[CandidateRuns]:
+def summarize_candidates(grid: ComparisonGrid) -> list[CandidateRuns]:
     """Return the finished runs of each candidate that has some, the highest gain first.
 
     A candidate that lacks a seed is not ranked and comes last: the mean of the runs that did not fail flatters it.
@@ -76,13 +76,13 @@ def summarize_candidates(grid: Grid) -> list[CandidateRuns]:
             if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
-    methods = mark_fronts([c.method for c in candidates])
+    methods = mark_pareto_fronts([c.method for c in candidates])
     marked = [replace(c, method=method) for c, method in zip(candidates, methods, strict=True)]
     return sorted(marked, key=lambda c: (not c.method.ranked, -c.method.gain.value))
 
 
-def mark_fronts(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
-    """Return the methods with the costs for which each is the best, as `list_notes` explains it.
+def mark_pareto_fronts(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
+    """Return the methods with the costs for which each is the best, as `describe_comparison_limits` explains it.
 
     A method is the best for no cost if it may not help at all, or if some of its runs failed.
     """
@@ -106,13 +106,15 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
     return result
 
 
-def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> CandidateRuns:
+def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequence[int]) -> CandidateRuns:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
     results = [read_json(run.result_file) for run in runs]
     measured = [read_test_evaluation(run).measures for run in runs]
     rows = [parse_json(read_regular_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
-    reduction, _ = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
+    reduction, _ = estimate_mean_difference(
+        [[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens
+    )
     task = (candidate.task or grid.tree.get("task") or {}).get("name", "sft")
     pairs = all("tuned_margin" in r for r in rows[0])
     by_seed = [m.loss_reduction.value for m in measured]
@@ -176,7 +178,7 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> MethodPre
     def summarize(measure: Callable[[float], float]) -> tuple[float, float, Estimate]:
         before, after = ([list(map(measure, run)) for run in margins] for margins in (base, tuned))
         gains = [[t - b for b, t in zip(*run, strict=True)] for run in zip(before, after, strict=True)]
-        gain, _ = estimate_over_seeds(gains, [1] * len(gains[0]))
+        gain, _ = estimate_mean_difference(gains, [1] * len(gains[0]))
         base_mean, tuned_mean = (statistics.fmean(statistics.fmean(run) for run in runs) for runs in (before, after))
         return base_mean, tuned_mean, gain
 
@@ -192,7 +194,7 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> MethodPre
     )
 
 
-def compare_pairs(candidates: Sequence[CandidateRuns]) -> list[PairedDifference]:
+def compare_candidate_pairs(candidates: Sequence[CandidateRuns]) -> list[PairedDifference]:
     """Return the difference of the gains of each pair of candidates, a's minus b's: above 0, a is better.
 
     It is paired by seed and row. With one seed it is never beyond noise: the effect of another seed is unknown.
@@ -204,7 +206,7 @@ def compare_pairs(candidates: Sequence[CandidateRuns]) -> list[PairedDifference]
         if seeds:
             # The base is the same, so the gains differ by b's loss minus a's.
             losses = [zip(a.tuned_losses[s], b.tuned_losses[s], strict=True) for s in seeds]
-            difference, p = estimate_over_seeds([[lb - la for la, lb in rows] for rows in losses], a.row_weights)
+            difference, p = estimate_mean_difference([[lb - la for la, lb in rows] for rows in losses], a.row_weights)
             found.append((a, b, seeds, difference, p))
     corrected = holm_correction([p for *_, p in found])
     return [
@@ -225,7 +227,7 @@ def compare_pairs(candidates: Sequence[CandidateRuns]) -> list[PairedDifference]
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def format_row(method: ComparedMethod) -> tuple[str, ...]:
+def format_comparison_row(method: ComparedMethod) -> tuple[str, ...]:
     """Return a method's cells, one for each of `COLUMNS`, of pairs for each of `PAIR_COLUMNS`."""
     if method.preference is None:
         gains = [_format_with_interval(method.loss_reduction)]
@@ -258,8 +260,8 @@ def _format_plus_minus(estimate: Estimate, digits: int) -> str:
 
 
 def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
-    """Return a method's cells for a terminal of 80 columns, one for each of `list_columns(…, terminal=True)`."""
-    name, _, trains, file, memory, time, loss, *gains, best_for = format_row(method)
+    """Return a method's cells for 80 columns, one for each of `list_comparison_columns(…, terminal=True)`."""
+    name, _, trains, file, memory, time, loss, *gains, best_for = format_comparison_row(method)
     rate, gain = f"{method.rate:.2g}", _format_plus_minus(method.gain, 3)
     if method.preference is not None:
         margin = _format_plus_minus(method.preference.margin_gain, 2)
@@ -267,8 +269,8 @@ def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
     return name, rate, trains, file, memory, time, gain, best_for
 
 
-def list_columns(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
-    """Return the heads of the cells of `format_row`, or of `format_terminal_row`."""
+def list_comparison_columns(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
+    """Return the heads of the cells of `format_comparison_row`, or of `format_terminal_row`."""
     if not methods or methods[0].preference is None:
         return TERMINAL_COLUMNS if terminal else COLUMNS
     first = "task" if all(m.task for m in methods) else "method"
@@ -288,7 +290,7 @@ def describe_comparison_setup(result: CompareResult) -> str:
     )
 
 
-def list_notes(result: CompareResult) -> list[str]:
+def describe_comparison_limits(result: CompareResult) -> list[str]:
     """Return what a reader of the table must know: what is missing, and what the figures mean."""
     labels = {s: [m.method for m in result.methods if m.rate_from == s] for s in RATE_SOURCES}
     rates = [f"{RATE_SOURCES[source]} ({', '.join(names)})" for source, names in labels.items() if names]
@@ -334,9 +336,9 @@ def list_notes(result: CompareResult) -> list[str]:
     return notes
 
 
-def format_markdown(result: CompareResult) -> str:
+def format_comparison_markdown(result: CompareResult) -> str:
     """Return `table.md`."""
-    columns = list_columns(result.methods)
-    table = format_markdown_table(columns, map(format_row, result.methods), left=(0, len(columns) - 1))
-    parts = [describe_comparison_setup(result), table, *list_notes(result), result.advice]
+    columns = list_comparison_columns(result.methods)
+    table = format_markdown_table(columns, map(format_comparison_row, result.methods), left=(0, len(columns) - 1))
+    parts = [describe_comparison_setup(result), table, *describe_comparison_limits(result), result.advice]
     return "\n\n".join(parts) + "\n"

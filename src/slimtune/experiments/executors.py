@@ -1,6 +1,6 @@
 """Where the runs of a comparison or a search train: here, one after another or N at a time. `clusters.py` has others.
 
-Each executor calls a partial of `worker.launch_worker`, which starts the run in a process of its own, here or on
+Each executor calls a partial of `run_worker_process`, which starts the run in a process of its own, here or on
 another machine. A run reads its recipe from a folder that all machines share, and writes its results there, so an
 executor moves no data, and the same command continues with what it finds in the folder.
 """
@@ -21,7 +21,7 @@ from typing import Protocol, Self, TypeVar
 
 from ..core.foundation.cpu import count_usable_cpus
 from ..errors import RunError, UsageError
-from .run_worker import CHECKPOINT_SECONDS, POLL_SECONDS, Launch, WorkerResult, launch_again_if_killed
+from .run_worker import CHECKPOINT_SECONDS, POLL_SECONDS, Launch, WorkerResult, retry_once_if_killed
 
 SHARED_FILE_SECONDS = 60.0
 MOST_THREADS = 64
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class ExecutorSpec:
     """What `--on` says."""
 
     text: str
@@ -39,7 +39,7 @@ class Place:
     parameters: Mapping[str, str] = field(default_factory=dict)  # of a Ray task or a Slurm job
 
 
-class Task(Protocol):
+class ExecutorTask(Protocol):
     """A run that was handed to an executor."""
 
     def done(self) -> bool:
@@ -84,7 +84,7 @@ class Executor:
             launches: the file of each recipe and what starts it; the next is taken when it can start.
             should_stop: called again and again for each run that was started; True ends it.
         """
-        # In the main thread, so that Ctrl-C reaches the run by launch_worker alone.
+        # In the main thread, so that Ctrl-C reaches the run by run_worker_process alone.
         for file, launch in launches:
             yield file, launch(should_stop=partial(should_stop, file))
 
@@ -128,24 +128,24 @@ class ParallelExecutor(Executor):
     takes_address = False
     takes_parameters = True
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
         self.place, self.folder, self.runs = place, folder, place.runs
-        self.unfinished: dict[Path, Task] = {}
+        self.unfinished: dict[Path, ExecutorTask] = {}
         self.cancelled = False
 
     @classmethod
-    def check(cls, place: Place) -> None:
+    def check(cls, place: ExecutorSpec) -> None:
         """Raise UsageError if `--on` lacks something, or has a parameter that does not exist."""
         raise NotImplementedError
 
-    def submit(self, recipe_file: Path, launch: Launch) -> Task:
+    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         """Start a run, or have it start later, and return at once."""
         raise NotImplementedError
 
     def run(
         self, launches: Iterable[tuple[Path, Launch]], should_stop: Callable[[Path], bool] = lambda _: False
     ) -> Iterator[tuple[Path, WorkerResult]]:
-        waiting, tasks, stopped = iter(launches), dict[Path, Task](), set[Path]()
+        waiting, tasks, stopped = iter(launches), dict[Path, ExecutorTask](), set[Path]()
         while True:
             while (self.runs is None or len(tasks) < self.runs) and (item := next(waiting, None)) is not None:
                 tasks[item[0]] = self.unfinished[item[0]] = self.submit(*item)
@@ -212,7 +212,7 @@ class LocalExecutor(ParallelExecutor):
 
     takes_parameters = False
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
         super().__init__(place, folder)
         from torch.cuda import device_count
 
@@ -229,12 +229,12 @@ class LocalExecutor(ParallelExecutor):
             self.environments.put({**cores, **gpu})
 
     @classmethod
-    def check(cls, place: Place) -> None:
+    def check(cls, place: ExecutorSpec) -> None:
         if place.runs is None:
             message = f"--on {place.text} does not say how many runs train at the same time"
             raise UsageError(message, "a number, as local:4")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> Task:
+    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         cancelled = Event()
 
         def raise_if_cancelled() -> bool:
@@ -246,7 +246,7 @@ class LocalExecutor(ParallelExecutor):
             raise_if_cancelled()
             environment = self.environments.get()
             try:
-                return launch_again_if_killed(launch, environment=environment, should_stop=raise_if_cancelled)
+                return retry_once_if_killed(launch, environment=environment, should_stop=raise_if_cancelled)
             finally:
                 self.environments.put(environment)
 

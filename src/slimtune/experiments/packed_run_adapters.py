@@ -2,9 +2,9 @@
 
     y[span] = W x[span] + s · B A x[span]        A, B, s: of the layer with the same name in the span's model
 
-The models share the base's parameters (`share_parameters`) and have adapted layers of their own, so that outside of
-this each runs as if it were alone. The first model, the host, runs the sequence: the frozen products are computed once
-for all tokens, the low-rank ones by span. Gradients go to every model's own parameters.
+The models share the base's parameters (`copy_sharing_parameters`) and have adapted layers of their own, so that outside
+of this each runs as if it were alone. The first model, the host, runs the sequence: the frozen products are computed
+once for all tokens, the low-rank ones by span. Gradients go to every model's own parameters.
 """
 
 import copy
@@ -20,7 +20,7 @@ from ..core.kernels.lora_linear import add_low_rank_update
 from ..errors import ModelError
 
 
-def share_parameters(model: Any) -> Any:
+def copy_sharing_parameters(model: Any) -> Any:
     """Return a copy of a model with modules of its own, and with the parameters and buffers of `model` themselves."""
     # deepcopy takes what its memo has for an object in place of a copy.
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
@@ -50,7 +50,7 @@ def packing_runs_unsupported_reason(models: Sequence[Any]) -> str:
     return ""
 
 
-class PackedRuns:
+class PackedSequenceAdapters:
     """During a call of the host: which adapter each span of tokens uses.
 
     Args:
@@ -78,10 +78,10 @@ class PackedRuns:
 
 
 @contextmanager
-def pack_runs(models: Sequence[Any], spans: Sequence[tuple[int, int]]) -> Iterator[None]:
-    """Let the first model run one packed sequence with the adapters of all; arguments as for `PackedRuns`."""
+def use_packed_adapters(models: Sequence[Any], spans: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Let the first model run one packed sequence with the adapters of all; see `PackedSequenceAdapters`."""
     state: Any = next(iter(models[0].adapted_layers("default").values())).active_state
-    state.layer_runner = PackedRuns(models, spans)
+    state.layer_runner = PackedSequenceAdapters(models, spans)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.training.loss import compute_token_nll
 from ..core.training.objective import Objective
-from .packed_run_adapters import pack_runs
+from .packed_run_adapters import use_packed_adapters
 
 CONCATENATED = ("input_ids", "position_ids")
 
@@ -42,7 +42,7 @@ def forward_backward_runs(
     for group in _group_micro_batches(micro_batches, max_tokens):
         batches = [batch for _, batch in group]
         joint = _concatenate_batches(batches)
-        with pack_runs(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
+        with use_packed_adapters(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
             values = compute_token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
             losses = [
                 objectives[run].loss(own, batch, num_items[run])

@@ -4,15 +4,15 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import UsageError, install_command, nearest
+from ..errors import UsageError, format_install_command, nearest
 from .clusters import RayExecutor, SlurmExecutor
-from .executors import Executor, LocalExecutor, ParallelExecutor, Place
+from .executors import Executor, ExecutorSpec, LocalExecutor, ParallelExecutor
 
 EXECUTORS: dict[str, type[ParallelExecutor]] = {"local": LocalExecutor, "ray": RayExecutor, "slurm": SlurmExecutor}
 PLACES = "local:4, ray, ray://HOST:PORT, or slurm:partition=NAME,time=MINUTES"
 
 
-def parse_place(text: str) -> Place:
+def parse_executor_spec(text: str) -> ExecutorSpec:
     """Parse `local:4`, `ray`, `ray:4,num_gpus=1`, `ray://host:10001` or `slurm:4,partition=gpu,time=60`.
 
     Raises:
@@ -33,13 +33,13 @@ def parse_place(text: str) -> Place:
             address = f"{kind}:{item}"
         else:
             raise UsageError(f"--on {text}: {item} is not understood", PLACES)
-    place = Place(text, kind, runs, address, parameters)
+    place = ExecutorSpec(text, kind, runs, address, parameters)
     executor.check(place)
     if executor.package is not None and find_spec(executor.package) is None:
-        raise UsageError(f"--on {text} needs {executor.package}, not installed here", hint=install_command(kind))
+        raise UsageError(f"--on {text} needs {executor.package}, not installed here", hint=format_install_command(kind))
     return place
 
 
-def open_executor(place: Place | None, folder: Path) -> Executor:
+def make_executor(place: ExecutorSpec | None, folder: Path) -> Executor:
     """Return the executor that `--on` asks for; None: one run after another. Arguments as for `ParallelExecutor`."""
     return Executor() if place is None else EXECUTORS[place.kind](place, folder)

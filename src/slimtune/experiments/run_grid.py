@@ -27,15 +27,15 @@ from ..core.training.datasets import load_eval_dataset, load_training_datasets
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
 from ..errors import RecipeError, UsageError
-from .candidates import Candidate
+from .candidates import ComparisonCandidate
 
 
 @dataclass(frozen=True)
-class Grid:
+class ComparisonGrid:
     """What is compared."""
 
     tree: Mapping[str, Any]  # the recipe as a plain tree, without its method
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ComparisonCandidate, ...]
     seeds: tuple[int, ...]  # one run of each candidate per seed
     tokens: int | None  # the requested budget in trained tokens; None: the recipe's own length
     steps: int  # optimizer steps of one run
@@ -48,7 +48,7 @@ class Grid:
     force: bool = False  # train on rows that the data report finds faulty
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the training, validation and test rows
 
-    def build_recipe(self, candidate: Candidate, seed: int, output_dir: Path, **train: Any) -> Recipe:
+    def build_recipe(self, candidate: ComparisonCandidate, seed: int, output_dir: Path, **train: Any) -> Recipe:
         """Return the recipe of one run or one trial; `train` replaces common fields of the recipe's section."""
         tree: dict[str, Any] = copy.deepcopy(dict(self.tree))
         section = dict(tree.get("train") or {})
@@ -75,7 +75,7 @@ class Grid:
             tree["task"] = candidate.task
         return Recipe.from_dict(tree, f"the recipe of {candidate.label}")
 
-    def cell_recipe(self, candidate: Candidate, seed: int) -> Recipe:
+    def cell_recipe(self, candidate: ComparisonCandidate, seed: int) -> Recipe:
         """Return the recipe of a run of the grid.
 
         The run skips validation if it would validate only once, at its end: then there is no checkpoint to choose.
@@ -88,11 +88,11 @@ class Grid:
         data = replace(data, validation=None, validation_fraction=0.0)
         return replace(recipe, data=data)
 
-    def run_dir(self, candidate: Candidate, seed: int) -> RunDir:
+    def run_dir(self, candidate: ComparisonCandidate, seed: int) -> RunDir:
         """Return the run folder of a candidate with a seed."""
         return RunDir(self.output_dir / "cells" / f"{candidate.label}-{seed}")
 
-    def is_done(self, candidate: Candidate, seed: int) -> bool:
+    def is_done(self, candidate: ComparisonCandidate, seed: int) -> bool:
         """Return whether the run was trained and measured; the scores file is written last, and may be damaged."""
         try:
             return isinstance(parse_json(read_regular_file(self.run_dir(candidate, seed).scores_file("test"))), list)
@@ -114,9 +114,9 @@ class Grid:
         }
 
 
-def build_grid(
+def build_comparison_grid(
     tree: Mapping[str, Any],
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ComparisonCandidate],
     *,
     seeds: int,
     tokens: int | None,
@@ -124,7 +124,7 @@ def build_grid(
     output_dir: Path,
     at_once: int = 1,
     force: bool = False,
-) -> Grid:
+) -> ComparisonGrid:
     """Read the rows and return the runs with their number of steps.
 
     Args:
@@ -132,13 +132,13 @@ def build_grid(
         candidates: the methods to compare.
         seeds: number of seeds; the first is the recipe's, the others follow it.
         tokens: trained tokens of a run, on average; None: as long as the recipe says.
-        trials, output_dir, at_once, force: see `Grid`.
+        trials, output_dir, at_once, force: see `ComparisonGrid`.
     """
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
     tasks = [c.task for c in candidates if c.task is not None]
     longest = sorted(tasks, key=lambda task: load_objective_class(task["name"]).rows_per_example)[-1:]
     recipe = Recipe.from_dict({**tree, **({"task": longest[0]} if longest else {}), "output_dir": str(output_dir)})
-    grid = Grid(
+    grid = ComparisonGrid(
         tree={k: v for k, v in tree.items() if k != "method"},
         candidates=tuple(candidates),
         seeds=tuple(recipe.train.seed + i for i in range(seeds)),
@@ -179,7 +179,7 @@ def build_grid(
     grid = dataclasses.replace(grid, steps=_count_steps_for_tokens(recipe, lengths, tokens), lengths=lengths)
     hidden_size = read_hidden_size(recipe.model)
 
-    def with_rate(candidate: Candidate) -> Candidate:
+    def with_rate(candidate: ComparisonCandidate) -> ComparisonCandidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
         filled = built.resolve_learning_rate(len(lengths), hidden_size)
         return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)

@@ -43,10 +43,10 @@ class WorkerResult(NamedTuple):
 
 
 Launch = Callable[..., WorkerResult]
-"""A partial of `launch_worker` that lacks `environment` and `should_stop`."""
+"""A partial of `run_worker_process` that lacks `environment` and `should_stop`."""
 
 
-def launch_worker(
+def run_worker_process(
     recipe_files: Sequence[Path],
     *,
     trial: bool = False,
@@ -118,8 +118,8 @@ def launch_worker(
     return WorkerResult(error, False, time.perf_counter() - start, failed, killed=code < 0)
 
 
-def launch_again_if_killed(launch: Launch, **how: Any) -> WorkerResult:
-    """Call a partial of `launch_worker`, and again if the run's process was killed; it resumes from its checkpoint.
+def retry_once_if_killed(launch: Launch, **how: Any) -> WorkerResult:
+    """Call a partial of `run_worker_process`, and again if the process was killed; it resumes from its checkpoint.
 
     Beside other runs memory may run out that suffices later.
     """
@@ -129,7 +129,9 @@ def launch_again_if_killed(launch: Launch, **how: Any) -> WorkerResult:
     return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 
 
-def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False) -> dict[Path, SlimtuneError]:
+def train_and_evaluate_recipes(
+    recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False
+) -> dict[Path, SlimtuneError]:
     """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
 
     Steps that are finished are not repeated.
@@ -175,7 +177,7 @@ def main() -> None:
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            for file, error in run_cells(files, **how).items():
+            for file, error in train_and_evaluate_recipes(files, **how).items():
                 _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
                 code = error.exit_code
     except KeyboardInterrupt:

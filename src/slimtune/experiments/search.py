@@ -34,8 +34,8 @@ from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from .executors import Executor
 from .experiment_results import TrialResult
-from .run_worker import STOP_SUFFIX, Launch, WorkerResult, launch_worker
-from .search_space import Range, format_values
+from .run_worker import STOP_SUFFIX, Launch, WorkerResult, run_worker_process
+from .search_space import SettingRange, format_setting_values
 
 REPEATED_DRAWS = 10
 """Values that were tried before are drawn at most this often in a row; then they are drawn at random."""
@@ -46,7 +46,7 @@ RUN, WHY, SECONDS, REPEATS = "run", "why", "seconds", "repeats"
 
 
 @dataclass(frozen=True)
-class Search:
+class SettingsSearch:
     """What is searched, and how long.
 
     Attributes:
@@ -60,7 +60,7 @@ class Search:
     """
 
     folder: Path
-    ranges: Sequence[Range]
+    ranges: Sequence[SettingRange]
     build_recipe: Callable[[Mapping[str, Any], Path], Recipe]
     first: Mapping[str, Any]
     trials: int | None
@@ -85,7 +85,7 @@ class Search:
 
 
 def run_search(
-    search: Search, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
+    search: SettingsSearch, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
 ) -> list[TrialResult]:
     """Run the trials that are left, and return all of them in the order they were begun.
 
@@ -129,7 +129,7 @@ def run_search(
             else:
                 study.tell(run.trial, run.loss, state=TrialState.PRUNED if run.loss is None else TrialState.COMPLETE)
         if failed and (failed_in_a_row >= 2 or not study.get_trials(states=[TrialState.COMPLETE])):
-            raise RunError(f"the trial with {format_values(failed.values)} failed: {failed.why}")
+            raise RunError(f"the trial with {format_setting_values(failed.values)} failed: {failed.why}")
         if any(run.why is None for run in batch):
             break
     trials = _list_trials(study, search)
@@ -165,7 +165,7 @@ def _launch_trials(group: "Sequence[TrialRun]") -> Launch:
         run.stop_file.unlink(missing_ok=True)
         write_atomic(run.recipe_file, run.recipe.to_yaml())
     trust, files = remote_code_allowed(), [run.recipe_file for run in group]
-    return partial(launch_worker, files, trial=True, force=group[0].search.force, trust_remote_code=trust)
+    return partial(run_worker_process, files, trial=True, force=group[0].search.force, trust_remote_code=trust)
 
 
 def find_best_trial(trials: Sequence[TrialResult]) -> TrialResult:
@@ -173,7 +173,7 @@ def find_best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     return min(trials, key=lambda t: math.inf if t.loss is None else t.loss)
 
 
-def _list_trials(study: optuna.Study, search: Search) -> list[TrialResult]:
+def _list_trials(study: optuna.Study, search: SettingsSearch) -> list[TrialResult]:
     """Return every trial that ended, in the order in which they were begun first."""
     outcomes: dict[TrialState, Literal["complete", "pruned", "failed"]] = {
         TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
@@ -193,7 +193,7 @@ def _list_trials(study: optuna.Study, search: Search) -> list[TrialResult]:
     ]
 
 
-def _enqueue_unfinished(study: optuna.Study, search: Search) -> None:
+def _enqueue_unfinished(study: optuna.Study, search: SettingsSearch) -> None:
     """Enqueue the first values of a new study, or the trials of an earlier process that were killed or failed."""
     if not study.trials:
         known = [r for r in search.ranges if r.path in search.first]
@@ -206,7 +206,9 @@ def _enqueue_unfinished(study: optuna.Study, search: Search) -> None:
             study.enqueue_trial(trial.params, user_attrs={RUN: run})
 
 
-def _ask_untried(study: optuna.Study, search: Search, tried: Sequence[Mapping[str, Any]], at_once: int) -> optuna.Trial:
+def _ask_untried(
+    study: optuna.Study, search: SettingsSearch, tried: Sequence[Mapping[str, Any]], at_once: int
+) -> optuna.Trial:
     """Return the next trial; its values were not tried before, as the same recipe gives the same loss."""
     distributions = {r.path: _distribution(r) for r in search.ranges}
     for draw in itertools.count():
@@ -226,7 +228,7 @@ def _ask_untried(study: optuna.Study, search: Search, tried: Sequence[Mapping[st
     raise AssertionError
 
 
-def _distribution(searched: Range) -> BaseDistribution:
+def _distribution(searched: SettingRange) -> BaseDistribution:
     if searched.choices:
         return CategoricalDistribution([_to_parameter(searched, choice) for choice in searched.choices])
     if searched.whole:
@@ -234,7 +236,7 @@ def _distribution(searched: Range) -> BaseDistribution:
     return FloatDistribution(searched.low, searched.high, log=searched.log)
 
 
-def _to_parameter(searched: Range, value: Any) -> Any:
+def _to_parameter(searched: SettingRange, value: Any) -> Any:
     """Return a value as Optuna has it: a choice is JSON text, because a study keeps no lists."""
     return to_json(next(c for c in searched.choices if c == value)) if searched.choices else value
 
@@ -249,10 +251,10 @@ class TrialRun:
         seconds: how long it took.
     """
 
-    def __init__(self, search: Search, trial: optuna.Trial, number: str, deadline: float) -> None:
+    def __init__(self, search: SettingsSearch, trial: optuna.Trial, number: str, deadline: float) -> None:
         self.search, self.trial, self.deadline = search, trial, deadline
         self.values, self.recipe_file = search.values(trial), search.trial_recipe_file(trial).absolute()
-        self.text = f"{number}: {format_values(self.values)}"
+        self.text = f"{number}: {format_setting_values(self.values)}"
         self.run, self.stop_file = RunDir(self.recipe_file.with_suffix("")), self.recipe_file.with_suffix(STOP_SUFFIX)
         self.recipe = search.build_recipe(self.values, self.run.path)
         self.evaluations_seen = 0

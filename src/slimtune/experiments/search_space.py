@@ -26,7 +26,7 @@ EXAMPLE = "for example --over train.learning_rate=log:1e-5..1e-2 --over method.r
 
 
 @dataclass(frozen=True)
-class Range:
+class SettingRange:
     """What a search may set one setting to: one of `choices`, or a number from `low` to `high`."""
 
     path: str  # dotted, as in a recipe
@@ -38,7 +38,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.choices:
-            return ", ".join(map(format_setting, self.choices))
+            return ", ".join(map(format_setting_value, self.choices))
         return f"{'log:' if self.log else ''}{self.low:g}..{self.high:g}"
 
     @property
@@ -67,9 +67,9 @@ class Range:
         return not 0.1 < position < 0.9
 
 
-def parse_ranges(texts: Iterable[str]) -> list[Range]:
+def parse_setting_ranges(texts: Iterable[str]) -> list[SettingRange]:
     """Return the ranges that `PATH=RANGE` texts describe; raise UsageError for one that is none."""
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, SettingRange] = {}
     for text in texts:
         found = _parse_range(text)
         if found.path in ranges:
@@ -80,7 +80,7 @@ def parse_ranges(texts: Iterable[str]) -> list[Range]:
     return list(ranges.values())
 
 
-def _parse_range(text: str) -> Range:
+def _parse_range(text: str) -> SettingRange:
     path, _, value = (part.strip() for part in text.partition("="))
     if not path or not value:
         raise UsageError(f"--over got {text!r}", "PATH=LOW..HIGH, PATH=log:LOW..HIGH or PATH=A,B,C", EXAMPLE)
@@ -101,15 +101,17 @@ def _parse_range(text: str) -> Range:
             raise UsageError(f"{wrong}: {numbers[0]:g} is not below {numbers[1]:g}", "the lower end first")
         if log and numbers[0] <= 0:
             raise UsageError(f"{wrong}: a logarithmic scale has no {numbers[0]:g}", "a lower end above 0")
-        return Range(path, low=numbers[0], high=numbers[1], log=log)
+        return SettingRange(path, low=numbers[0], high=numbers[1], log=log)
     choices = list({to_json(choice): choice for choice in parse_yaml(f"[{value}]", f"--over {path}")}.values())
     if len(choices) < 2:
         message, hint = f"--over {path} has one value, {value}: there is nothing to search", f"--set {path}={value}"
         raise UsageError(message, "two values or more, or a range, as 1e-5..1e-2", hint)
-    return Range(path, choices=tuple(choices))
+    return SettingRange(path, choices=tuple(choices))
 
 
-def check_ranges(ranges: Sequence[Range], check: Callable[[Mapping[str, Any]], Any]) -> list[Range]:
+def check_and_mark_ranges(
+    ranges: Sequence[SettingRange], check: Callable[[Mapping[str, Any]], Any]
+) -> list[SettingRange]:
     """Check every combination of ends and choices, and return the ranges, those of integers marked as `whole`.
 
     `check` raises RecipeError for values, by path, that a recipe cannot have.
@@ -122,7 +124,7 @@ def check_ranges(ranges: Sequence[Range], check: Callable[[Mapping[str, Any]], A
     return [r if r.choices else dataclasses.replace(r, whole=_takes_whole_numbers(r, check)) for r in ranges]
 
 
-def _takes_whole_numbers(searched: Range, check: Callable[[Mapping[str, Any]], Any]) -> bool:
+def _takes_whole_numbers(searched: SettingRange, check: Callable[[Mapping[str, Any]], Any]) -> bool:
     if not (isinstance(searched.low, int) and isinstance(searched.high, int)):
         return False
     try:
@@ -132,11 +134,11 @@ def _takes_whole_numbers(searched: Range, check: Callable[[Mapping[str, Any]], A
     return False
 
 
-def format_values(values: Mapping[str, Any]) -> str:
+def format_setting_values(values: Mapping[str, Any]) -> str:
     """Return values as text: `train.learning_rate 0.0002, method.r 8`."""
-    return ", ".join(f"{path} {format_setting(value)}" for path, value in values.items())
+    return ", ".join(f"{path} {format_setting_value(value)}" for path, value in values.items())
 
 
-def format_setting(value: Any) -> str:
+def format_setting_value(value: Any) -> str:
     """Return the value of a setting as a short text."""
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else to_json(value)

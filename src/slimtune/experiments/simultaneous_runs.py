@@ -35,7 +35,7 @@ from ..core.training.train import train
 from ..core.training.train_result import TrainResult
 from ..core.training.training_loop import StepGradients, TrainingLoop
 from ..errors import SlimtuneError, UsageError, is_out_of_memory
-from .packed_run_adapters import packing_runs_unsupported_reason, share_parameters
+from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupported_reason
 from .packed_run_losses import forward_backward_runs
 
 
@@ -234,6 +234,6 @@ def _share_base() -> LoadBase:
             return load_base_model(model, chat_template, classes)
         if not loaded:
             loaded.append(load_base_model(model, chat_template))
-        return dataclasses.replace(loaded[0], model=share_parameters(loaded[0].model))
+        return dataclasses.replace(loaded[0], model=copy_sharing_parameters(loaded[0].model))
 
     return load_base

@@ -22,15 +22,15 @@ from ..core.foundation.json_results import to_json_dict
 from ..core.training.base_model import read_hidden_size
 from ..core.training.datasets import load_training_datasets
 from ..errors import UsageError
-from .candidates import Candidate
-from .comparison_chart import draw_search
+from .candidates import ComparisonCandidate
+from .comparison_chart import write_search_chart
 from .comparison_folder import lock_output_dir
-from .executors import Executor, Place
+from .executors import Executor, ExecutorSpec
 from .experiment_results import RateSearch, RateTrial, TuneResult
-from .places import open_executor
-from .run_grid import Grid
-from .search import Search, find_best_trial, run_search
-from .search_space import Range, check_ranges, format_setting, format_values
+from .places import make_executor
+from .run_grid import ComparisonGrid
+from .search import SettingsSearch, find_best_trial, run_search
+from .search_space import SettingRange, check_and_mark_ranges, format_setting_value, format_setting_values
 
 RATE = "train.learning_rate"
 RATE_FACTOR = 10.0
@@ -41,9 +41,9 @@ EVALUATIONS_PER_TRIAL = 3
 """Evaluations of a trial, unless the recipe says how often; a trial may be pruned at all but the last."""
 
 
-def tune(
+def run_tuning(
     tree: Mapping[str, Any],
-    ranges: Sequence[Range],
+    ranges: Sequence[SettingRange],
     output_dir: Path,
     log: Callable[[str], None] = lambda _: None,
     *,
@@ -51,7 +51,7 @@ def tune(
     minutes: float | None = None,
     force: bool = False,
     plot: Path | None = None,
-    place: Place | None = None,
+    place: ExecutorSpec | None = None,
     at_once: int = 1,
 ) -> TuneResult:
     """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
@@ -77,7 +77,7 @@ def tune(
         settings = replace_recipe_values(tree, {**values, "output_dir": str(run.absolute())})
         return Recipe.from_dict(settings, "--over")
 
-    ranges = check_ranges(ranges, build)
+    ranges = check_and_mark_ranges(ranges, build)
     if recipe.data.validation is None and recipe.data.validation_fraction == 0:
         raise UsageError("there are no validation rows to search on", "data.validation or data.validation_fraction")
     if recipe.train.max_steps is not None and any(r.path == "train.epochs" for r in ranges):
@@ -112,8 +112,8 @@ def tune(
 
     filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
-    search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
-    with lock_output_dir(output_dir, settings, "search"), open_executor(place, output_dir) as executor:
+    search = SettingsSearch(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
+    with lock_output_dir(output_dir, settings, "search"), make_executor(place, output_dir) as executor:
         found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]
@@ -134,12 +134,12 @@ def tune(
         write_json(output_dir / "tune.json", to_json_dict(result))
         write_atomic(output_dir / "table.md", _format_search(result))
         for file in filter(None, (output_dir / "tune.svg", plot)):
-            draw_search(result, ranges, file)
+            write_search_chart(result, ranges, file)
     return result
 
 
 def search_learning_rate(
-    grid: Grid, candidate: Candidate, log: Callable[[str], None], executor: Executor
+    grid: ComparisonGrid, candidate: ComparisonCandidate, log: Callable[[str], None], executor: Executor
 ) -> RateSearch:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
@@ -152,9 +152,9 @@ def search_learning_rate(
     def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
         return grid.build_recipe(candidate, grid.seeds[0], run, learning_rate=values[RATE], **length)
 
-    rates = Range(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
+    rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
-    search = Search(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
+    search = SettingsSearch(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
     trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
     tried = [RateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]
@@ -172,28 +172,28 @@ def _read_setting(recipe: Recipe, path: str) -> Any:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def trial_columns(result: TuneResult) -> list[str]:
+def list_trial_columns(result: TuneResult) -> list[str]:
     """Return the headings of the table of trials; the names of settings lack their section."""
     return ["trial", *(path.partition(".")[2] for path in result.over), "validation loss", "time"]
 
 
-def format_trials(result: TuneResult) -> list[list[str]]:
+def format_trial_rows(result: TuneResult) -> list[list[str]]:
     """Return the cells of every trial, in the order in which they were begun."""
     rows = []
     for number, trial in enumerate(result.trials, 1):
         loss = trial.outcome if trial.loss is None else f"{trial.loss:.4f}"
         best = " (best)" if trial == result.best else ""
         seconds = "" if trial.seconds is None else format_duration(trial.seconds)
-        rows.append([str(number), *map(format_setting, trial.values.values()), loss + best, seconds])
+        rows.append([str(number), *map(format_setting_value, trial.values.values()), loss + best, seconds])
     return rows
 
 
-def list_search_notes(result: TuneResult) -> list[str]:
+def describe_search_limits(result: TuneResult) -> list[str]:
     """Return what a reader of the trials must know."""
     outcomes = [t.outcome for t in result.trials]
     ended, best_loss = outcomes.count("complete"), result.best.loss
     assert best_loss is not None
-    notes = [f"Best: {format_values(result.best.values)}, validation loss {best_loss:.4f}."]
+    notes = [f"Best: {format_setting_values(result.best.values)}, validation loss {best_loss:.4f}."]
     if (own := result.recipe_loss) is not None:
         gain = own - best_loss
         notes.append(f"The recipe's own values have {own:.4f}" + (f", {gain:.4f} more." if gain > 0 else ": the best."))
@@ -201,7 +201,9 @@ def list_search_notes(result: TuneResult) -> list[str]:
         notes.append(f"The best {path} lies at the edge of its range, {result.over[path]}: search beyond it.")
     for trial in result.trials:
         if trial.why:
-            notes.append(f"Failed: {format_values(trial.values)} ({trial.why}); the same command tries it again.")
+            notes.append(
+                f"Failed: {format_setting_values(trial.values)} ({trial.why}); the same command tries it again."
+            )
     if "pruned" in outcomes:
         notes.append("Pruned: stopped at an evaluation whose loss was above the median, or was NaN or Inf.")
     notes.append(
@@ -211,7 +213,7 @@ def list_search_notes(result: TuneResult) -> list[str]:
     return notes
 
 
-def describe_search(result: TuneResult) -> str:
+def describe_search_setup(result: TuneResult) -> str:
     """Return what was searched, in one sentence."""
     ranges = "; ".join(f"{path} over {text}" for path, text in result.over.items())
     count = len(result.trials)
@@ -220,6 +222,6 @@ def describe_search(result: TuneResult) -> str:
 
 def _format_search(result: TuneResult) -> str:
     """Return `table.md`."""
-    table = format_markdown_table(trial_columns(result), format_trials(result))
-    parts = [describe_search(result), table, *list_search_notes(result)]
+    table = format_markdown_table(list_trial_columns(result), format_trial_rows(result))
+    parts = [describe_search_setup(result), table, *describe_search_limits(result)]
     return "\n\n".join([*parts, f"Train it: `slimtune train {result.best_recipe}`"]) + "\n"

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, RunError, UsageError, format_names, install_command, nearest
+from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, nearest
 from .json_client import JsonClient
 
 TOP_K, VLLM_TOP_K = 64, 20
@@ -134,7 +134,9 @@ class LlamaCppInferenceEngine:
         cache: str = "f32", gpu_layers: int = 0,
     ) -> None:  # fmt: skip
         if not is_llama_cpp_installed():
-            raise ModelError("the package xllamacpp is not installed", "llama.cpp", install_command("export-check"))
+            raise ModelError(
+                "the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check")
+            )
         import xllamacpp
 
         files = [file for file in adapters if file is not None]

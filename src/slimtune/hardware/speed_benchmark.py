@@ -39,7 +39,7 @@ from ..core.models.dtype import pick_device, pick_dtype
 from ..core.training.loss import forward_backward, make_collator, move_batch_to_device
 from ..core.training.memory_savings import apply_memory_savings
 from ..core.training.optimizer import build_optimizer
-from ..errors import ModelError, install_command
+from ..errors import ModelError, format_install_command
 from ..extras.gguf_loading import import_gguf
 from ..generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 from ..methods.lora import LoraConfig
@@ -279,7 +279,7 @@ def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
         ModelError: xllamacpp or gguf is not installed, or they compute on another device.
     """
     if not is_llama_cpp_installed():
-        raise ModelError("the package xllamacpp is not installed", "llama.cpp", install_command("export-check"))
+        raise ModelError("the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check"))
     import xllamacpp
 
     has_gpu = any("GPU" in str(d.get("type", "")) for d in xllamacpp.get_device_info())

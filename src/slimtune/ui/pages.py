@@ -13,9 +13,9 @@ from starlette.responses import HTMLResponse, Response
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir, RunResults
 from ..errors import SlimtuneError, UsageError
-from ..evaluation.charts import html_templates
-from ..evaluation.run_report import memory_charts, render_report, template_functions
-from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
+from ..evaluation.charts import make_jinja_environment
+from ..evaluation.run_report import list_template_functions, render_memory_charts, render_run_report
+from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, Job, Jobs
@@ -71,8 +71,8 @@ class Pages:
         self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
-        self.templates = html_templates("ui/templates")
-        self.templates.globals.update(template_functions(), version=__version__, pages=PAGES)
+        self.templates = make_jinja_environment("ui/templates")
+        self.templates.globals.update(list_template_functions(), version=__version__, pages=PAGES)
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -232,13 +232,13 @@ class Pages:
         except SlimtuneError as e:
             return {"runs": runs, "run": name, "results": RunResults(), "problem": e}
         evaluations = read_saved_evaluations(results)
-        held_out = find_held_out(results, evaluations)
+        held_out = find_held_out_evaluation(results, evaluations)
         found = {"results": results, "evaluations": evaluations, "held_out": held_out}
         return {"runs": runs, "run": name, **found, "problem": None}
 
     def report(self, run: str = "") -> Response:
         """Return report.html of a run, written anew from its files: one that lies there may be anybody's."""
-        page = render_report(self.workspace.open_run(run))
+        page = render_run_report(self.workspace.open_run(run))
         return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
 
     # --- 5 chat ---
@@ -359,7 +359,7 @@ class Pages:
             return None
         view = {"kind": kind, "state": job.state, "job": job, "error": job.error, "result": job.printed}
         if kind == "plan" and job.state == "done":
-            view["charts"] = memory_charts(RunResults(plan=job.printed))
+            view["charts"] = render_memory_charts(RunResults(plan=job.printed))
         return view
 
     def live(self, kind: str) -> Response:

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from ..core.foundation.files import read_json, require_regular
 from ..core.training.run_dir import WRITER_FILE, RunDir, RunResults
 from ..errors import RunError, SlimtuneError
-from ..evaluation.charts import ChartEstimate, Series, interval_chart, is_number, line_chart
-from ..evaluation.eval_result import BaselineMeasures, LossMeasures
-from ..evaluation.run_report import fixed, signed, training_charts
-from ..evaluation.saved_evaluations import find_held_out, read_saved_evaluations
+from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
+from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
+from ..evaluation.run_report import fixed, render_training_charts, signed
+from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
 from .command_jobs import Job
 from .workspace import Workspace
 
@@ -112,10 +112,10 @@ def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]
         return {**view, "missing": e, "every": 2}
     assert results.recipe is not None
     status, train = read_status(run), results.recipe.train
-    metrics = [m for m in results.metrics if is_number(m.get("step")) and not m.get("event")]
+    metrics = [m for m in results.metrics if is_finite_number(m.get("step")) and not m.get("event")]
     last: dict[str, Any] = metrics[-1] if metrics else {}
     done, total = float(last.get("step", 0)), float(train.max_steps or 0)
-    if not total and is_number(last.get("epoch")):
+    if not total and is_finite_number(last.get("epoch")):
         done, total = round(float(last["epoch"]), 2), train.epochs
     size = run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
     return {
@@ -129,7 +129,7 @@ def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]
         "done": done,
         "total": total,
         "unit": "steps" if train.max_steps is not None else "epochs",
-        "charts": training_charts(results, results.recipe),
+        "charts": render_training_charts(results, results.recipe),
         "log": read_log(run)[-10:],
         "events": [m for m in results.metrics if m.get("event")][-3:],
         "every": 2 if size < BIG else 15,
@@ -151,7 +151,7 @@ def list_rows_of_runs(workspace: Workspace, names: Sequence[str]) -> list[dict[s
         except SlimtuneError as e:
             rows.append({"name": name, "problem": e.message})
             continue
-        held_out = find_held_out(results, read_saved_evaluations(results))
+        held_out = find_held_out_evaluation(results, read_saved_evaluations(results))
         rows.append({"name": name, "status": read_status(run), "results": results, "held_out": held_out})
     return rows
 
@@ -160,24 +160,26 @@ def compare_runs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
     rows = [row for row in rows if "results" in row]
     series = [
-        Series(row["name"], color, [(m["step"], m["train_loss"]) for m in row["results"].metrics
-                                    if "step" in m and is_number(m.get("train_loss"))], smooth=True)
+        ChartLine(row["name"], color, [(m["step"], m["train_loss"]) for m in row["results"].metrics
+                                    if "step" in m and is_finite_number(m.get("train_loss"))], smooth=True)
         for row, color in zip(rows, ("one", "two"), strict=False)
     ]  # fmt: skip
     measured = [(row, row["held_out"].result) for row in rows if row["held_out"] is not None]
     estimates = []
     for row, result in measured:
         measures = result.measures
-        assert isinstance(measures, LossMeasures | BaselineMeasures)
+        assert isinstance(measures, LossMeasures | BaselineComparisonMeasures)
         gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
         text = f"{row['name']}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
         estimates.append(ChartEstimate("", "two", gain.value, gain.ci95, text))
     rows_of = {(r.data, r.measures.rows, row["results"].recipe.model.name) for row, r in measured}
     unmeasured = [row["name"] for row in rows if row["held_out"] is None]
     return {
-        "losses": line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup(),
+        "losses": render_line_chart("Training loss", "nats per supervised token", series, tall=True)
+        if series
+        else Markup(),
         "left_out": [row["name"] for row in rows[2:]],
-        "gains": interval_chart(estimates, [(0.0, "")]),
+        "gains": render_interval_chart(estimates, [(0.0, "")]),
         "same_rows": len(rows_of) < 2,
         "unmeasured": unmeasured,
     }

@@ -9,7 +9,7 @@ from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_t
 
 from slimtune.core.data.chat_template import TokenizedRow
 from slimtune.core.data.tokenize import tokenize_rows
-from slimtune.evaluation.data_report.data_report import ThinkingTurns
+from slimtune.evaluation.data_report.data_report import ThinkingTurnCounts
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_columns import parse_record
 
@@ -110,6 +110,6 @@ def test_report_tells_what_the_template_does(tmp_path):
     assert (issue["code"], issue["severity"], issue["lines"]) == ("thinking-left-out", "error", [1, 2, 3])
     assert "--train-on last_assistant" in issue["hint"]
     report = make_data_report(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
-    assert report.thinking == ThinkingTurns(learned=3, kept=0, left_out=3)
+    assert report.thinking == ThinkingTurnCounts(learned=3, kept=0, left_out=3)
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
     assert dict(report.lines())["thinking"].startswith(told)

@@ -22,7 +22,7 @@ try:
 except ImportError:  # on Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
 
-from ...errors import RunError, SlimtuneError, UsageError, find_os_error, is_disk_full
+from ...errors import RunError, SlimtuneError, UsageError, find_errno_and_file, is_disk_full
 from .formatting import format_bytes
 
 _DATASET_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
@@ -321,7 +321,7 @@ def explain_os_error(
     if is_disk_full(error):
         name = getattr(error, "filename", None)
         return _disk_full_error(path or Path(os.fsdecode(name) if name else Path.cwd() / "a file"), needed, fix)
-    number, name = find_os_error(error, PATH_ERRORS)
+    number, name = find_errno_and_file(error, PATH_ERRORS)
     if (number not in PATH_ERRORS and number not in DISK_ERRORS) or (number in PATH_ERRORS and not (name or path)):
         return None
     written = False

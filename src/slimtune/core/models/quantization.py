@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...errors import ModelError, UsageError, format_names, install_command, nearest
+from ...errors import ModelError, UsageError, format_install_command, format_names, nearest
 from ..foundation.registry import Registry
 from ..kernels.linear_layers import get_dequantized_weight, get_layer_kind, get_layer_sizes, is_quantized
 
@@ -41,7 +41,7 @@ def require_bitsandbytes(what: str) -> None:
     """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         message = f"{what} needs the package bitsandbytes, which is not installed"
-        raise ModelError(message, "bitsandbytes 0.48 or newer", install_command("quant"), code="bitsandbytes-missing")
+        raise ModelError(message, "bitsandbytes 0.48 or newer", format_install_command("quant"), code="bitsandbytes-missing")
 
 
 def get_stored_quantization(config: PreTrainedConfig) -> str | None:

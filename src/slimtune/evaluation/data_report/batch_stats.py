@@ -16,8 +16,8 @@ from ...core.data.rows import Row, split_answers
 from ...core.data.tokenize import PairedRow
 from ...core.foundation.chat_rendering import render_chat_template
 from ...core.foundation.sequences import find_shared_prefix
-from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
-from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder
+from .near_duplicates import Array, compute_minhash_signatures, find_common_trigrams, hash_texts
+from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_text_issues, is_placeholder_answer
 
 SAMPLES = 3
 ROW_STATS = np.dtype(
@@ -79,7 +79,9 @@ class BatchValidator:
                 _hash_answer(answer),
             )
             rows[i] = row.line, longest[i], hashes, words, False, *worst[i]
-        signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
+        signatures, rows["comparable"] = compute_minhash_signatures(
+            ids, [t.supervised for _, t in found], self.common_trigrams
+        )
         return BatchStats(
             rows,
             signatures[rows["comparable"]],
@@ -95,7 +97,7 @@ class BatchValidator:
         yield from find_text_issues([text for _, text in texts])
         if tokens.generation_prompt_differs:
             yield "other-prompt", ""
-        if answer and is_placeholder(answer):
+        if answer and is_placeholder_answer(answer):
             yield "placeholder-answer", repr(answer.strip())
         if self.bos_id is not None and tokens.input_ids[:2] == [self.bos_id, self.bos_id]:
             yield "doubled-bos", ""
@@ -103,7 +105,7 @@ class BatchValidator:
         if len(tokens.input_ids) <= self.max_seq_len and tokens.is_open(self.end_ids):
             yield "missing-end", ""
         for role, text in texts:
-            format = find_rendered_format(text)
+            format = detect_rendered_chat_format(text)
             if format and (row.messages or not (format in PLAIN_FORMATS or self.control_tokens.match(text.lstrip()))):
                 yield "already-rendered", f"{format}, {role}: {text.strip()[:24]!r}"
                 break

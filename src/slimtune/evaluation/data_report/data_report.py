@@ -40,7 +40,7 @@ class InvalidRowNote:
 
 
 @dataclass(frozen=True)
-class PairLengths:
+class PairLengthCounts:
     """How often the better answer of a preference pair is the longer one, in supervised tokens."""
 
     better_longer: int
@@ -96,7 +96,7 @@ class OverlongRows:
 
 
 @dataclass(frozen=True)
-class ThinkingTurns:
+class ThinkingTurnCounts:
     """The turns that think before they answer."""
 
     learned: int
@@ -118,7 +118,7 @@ class SharedPrefix:
 
 
 @dataclass(frozen=True)
-class PackedTokens:
+class PackingSavings:
     """What an epoch computes when the rows of a step are packed."""
 
     packed_tokens: int
@@ -195,7 +195,7 @@ class DataReport:
     """Rows that cannot be used."""
     classes: dict[str, int]
     """Rows of each class, or with each label."""
-    pairs: PairLengths | None
+    pairs: PairLengthCounts | None
     """Lengths of the answers of preference pairs; null: the rows are none, or have no tokens."""
     tokens: int
     """Tokens of the rows that are kept."""
@@ -211,11 +211,11 @@ class DataReport:
     """Rows that are longer."""
     windows: int | None
     """Windows into which documents are cut in an epoch; null: the rows are no documents."""
-    thinking: ThinkingTurns
+    thinking: ThinkingTurnCounts
     """Turns that think before they answer."""
     shared_prefix: SharedPrefix
     """What all rows begin with."""
-    packing: PackedTokens
+    packing: PackingSavings
     """What an epoch computes."""
     issues: list[DataIssue]
     """What may spoil a run, errors first."""
@@ -319,7 +319,7 @@ def _format_classes(report: DataReport) -> str:
     return _join_names([f"{show(name)} {share}" for name, share in shares])
 
 
-def _format_thinking(thinking: ThinkingTurns) -> str:
+def _format_thinking(thinking: ThinkingTurnCounts) -> str:
     """Return what the chat template does with turns that think before they answer, and what is learned of them."""
     counts = [
         (thinking.learned, "learned with what they think"),

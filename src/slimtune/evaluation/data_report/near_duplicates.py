@@ -46,7 +46,7 @@ def hash_texts(*texts: str) -> int:
     return int.from_bytes(blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def mix_hashes(first: Array, second: Array, third: Array) -> Array:
+def combine_hashes(first: Array, second: Array, third: Array) -> Array:
     """Return a hash of three values in their order, uint64 [N] each."""
     return first * _MIX[0] + second * _MIX[1] + third * _MIX[2]
 
@@ -57,7 +57,7 @@ def _hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
     if len(tokens) < 3:
         return np.zeros(0, np.uint32), np.zeros(len(rows) + 1, np.int64)
-    mixed = mix_hashes(tokens[:-2], tokens[1:-1], tokens[2:])
+    mixed = combine_hashes(tokens[:-2], tokens[1:-1], tokens[2:])
     mixed ^= mixed >> np.uint64(29)
     mixed *= _MIX[1]
     inside = np.ones(len(tokens), dtype=bool)
@@ -78,7 +78,9 @@ def find_common_trigrams(rows: list[list[int]]) -> Array:
     return values[counts > (max(COMMON_SHARE * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1))]
 
 
-def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], common: Array) -> tuple[Array, Array]:
+def compute_minhash_signatures(
+    rows: list[list[int]], supervised: list[list[bool]], common: Array
+) -> tuple[Array, Array]:
     """Return the MinHash signatures of token ids, uint8 [N, 128], and which rows can be compared, bool [N].
 
     `common` are the sorted hashes of trigrams that do not count.
@@ -145,7 +147,7 @@ def _jaccard(equal: Array) -> Array:
     return (equal.mean(axis=1, dtype=np.float32) - chance) / (1 - chance)
 
 
-def find_repeats(values: Array) -> tuple[Array, Array]:
+def find_repeated_values(values: Array) -> tuple[Array, Array]:
     """Return the positions of values that occurred before, and where each occurred first: int64 [R] twice."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(values)))

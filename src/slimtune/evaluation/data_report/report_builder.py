@@ -24,16 +24,16 @@ from .data_report import (
     InvalidRowNote,
     LengthStatistics,
     OverlongRows,
-    PackedTokens,
+    PackingSavings,
     SamplePiece,
     SampleRow,
     SharedPrefix,
-    ThinkingTurns,
+    ThinkingTurnCounts,
     UnusedColumnCount,
 )
 from .near_duplicates import Array
-from .row_checks import find_issues, measure_pairs
-from .row_facts import RowFacts, RowFactsCollector, RowGroup
+from .row_checks import find_data_issues, measure_pair_lengths
+from .row_facts import AffectedRows, RowFacts, RowFactsCollector
 
 SAMPLE_CHARACTERS = 1500
 HISTOGRAM_BARS = 16
@@ -131,8 +131,8 @@ class DataReportBuilder:
         """Return the report; `validation` is the file of the validation rows and their builder."""
         facts = self.facts.collect(None if validation is None else (validation[0], validation[1].facts.collect()))
         source, stats, prefix = self.source, facts.stats, self.facts.prefix or []
-        issues, (windows, packed_tokens) = find_issues(facts), self._count_windows(facts)
-        overlong = facts.groups.get("too-long", RowGroup())
+        issues, (windows, packed_tokens) = find_data_issues(facts), self._count_windows(facts)
+        overlong = facts.groups.get("too-long", AffectedRows())
         return DataReport(
             file=str(file),
             format=source.format,
@@ -141,11 +141,11 @@ class DataReportBuilder:
             columns=source.columns,
             unused_columns=[UnusedColumnCount(c.name, c.rows, bool(c.loss)) for c in source.unused_columns],
             ignored_columns=[c for c in source.ignored_columns if c not in source.missing_ignored_columns],
-            notes=list_notes(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
+            notes=describe_row_treatment(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
             invalid_rows=[InvalidRowNote(row.line, row.cause, row.code) for row in facts.invalid],
             invalid_count=facts.invalid_count,
             classes={name: facts.labels[name].count for name in sort_class_names(facts.labels)},
-            pairs=measure_pairs(facts),
+            pairs=measure_pair_lengths(facts),
             tokens=stats.tokens,
             supervised_tokens=stats.supervised_tokens,
             supervised_share=stats.supervised_tokens / stats.tokens if stats.tokens else 0.0,
@@ -153,9 +153,9 @@ class DataReportBuilder:
             max_seq_len=stats.max_seq_len,
             overlong=OverlongRows(overlong.count, overlong.lines),
             windows=windows,
-            thinking=ThinkingTurns(*self.facts.thinking),
+            thinking=ThinkingTurnCounts(*self.facts.thinking),
             shared_prefix=SharedPrefix(len(prefix), self._decode(prefix)[:SAMPLE_CHARACTERS]),
-            packing=PackedTokens(packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0),
+            packing=PackingSavings(packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0),
             issues=issues,
             samples=[self._show_sample(line, row.input_ids, row.supervised) for line, row in self.facts.samples],
             verdict=self._give_verdict(issues),
@@ -196,7 +196,7 @@ class DataReportBuilder:
         return SampleRow(line, pieces)
 
 
-def list_notes(facts: RowFacts, eos_token: str | None) -> list[str]:
+def describe_row_treatment(facts: RowFacts, eos_token: str | None) -> list[str]:
     """Return what training does with every row of a file, in sentences; `eos_token` is None without a tokenizer."""
     source = facts.source
     known = [column.name for column in source.unused_columns]
@@ -207,7 +207,7 @@ def list_notes(facts: RowFacts, eos_token: str | None) -> list[str]:
     if source.has_paragraphs:
         blank = "blank lines separate them" if facts.stats.rows > 1 else "it has no blank line, so it is one row"
         notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
-    good, bad = (facts.labels.get(str(label), RowGroup()).count for label in (True, False))
+    good, bad = (facts.labels.get(str(label), AffectedRows()).count for label in (True, False))
     if source.format == "unpaired-preference" and good and bad and not 2 / 3 <= good / bad <= 2:
         # Equation 8 of the paper on KTO: 1 to 4/3 times as much weight on good answers as on bad ones
         name, low = ("desirable", bad / good) if good < bad else ("undesirable", 0.75 * good / bad)

@@ -1,6 +1,6 @@
 """What may spoil a run: each check looks at the facts of a file's rows and yields what it finds.
 
-`find_issues` adds what batches found in single rows, and decides by the share of the rows what is an error.
+`find_data_issues` adds what batches found in single rows, and decides by the share of the rows what is an error.
 """
 
 import math
@@ -15,9 +15,9 @@ from ...core.foundation.formatting import format_count
 from ...errors import format_names
 from ...extras.row_files import describe_unused_columns, make_unused_column_hint
 from ...extras.row_formats.classification import sort_class_names
-from .data_report import DataIssue, PairLengths
-from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats, mix_hashes
-from .row_facts import PAIR_FORMATS, SHOWN_LINES, RowFacts, RowGroup
+from .data_report import DataIssue, PairLengthCounts
+from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeated_values, combine_hashes
+from .row_facts import PAIR_FORMATS, SHOWN_LINES, RowFacts, AffectedRows
 
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
@@ -107,26 +107,26 @@ FINDING_TYPES = {
 INVALID_ROW = FindingType("", "repair or remove these rows", 0)
 
 
-class Finding(NamedTuple):
+class RowFinding(NamedTuple):
     """Rows with something that a code of `FINDING_TYPES`, or of an `InvalidRow`, names."""
 
     code: str
-    rows: RowGroup
+    rows: AffectedRows
 
 
-Check = Callable[[RowFacts], Iterator[Finding]]
+Check = Callable[[RowFacts], Iterator[RowFinding]]
 
 
-def find_issues(facts: RowFacts) -> list[DataIssue]:
+def find_data_issues(facts: RowFacts) -> list[DataIssue]:
     """Return what may spoil a run: errors first, invalid rows before what `FINDING_TYPES` names, in its order."""
     found = dict(facts.groups)
     found |= {finding.code: finding.rows for check in CHECKS for finding in check(facts)}
     codes = [*sorted(found.keys() - FINDING_TYPES), *(code for code in FINDING_TYPES if code in found)]
-    issues = [judge_finding(Finding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
+    issues = [make_data_issue(RowFinding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
-def judge_finding(finding: Finding, rows: int, on_overlong: str = "drop") -> DataIssue:
+def make_data_issue(finding: RowFinding, rows: int, on_overlong: str = "drop") -> DataIssue:
     """Return a finding with its severity, by its share of the file's rows."""
     (code, group), kind = finding, FINDING_TYPES.get(finding.code, INVALID_ROW)
     refused = code == "too-long" and on_overlong == "error"
@@ -137,17 +137,17 @@ def judge_finding(finding: Finding, rows: int, on_overlong: str = "drop") -> Dat
     return DataIssue(code, severity, what, group.lines, group.count, group.hint or kind.hint)
 
 
-def _make_finding(code: str, lines: Array, example: str = "") -> Iterator[Finding]:
+def _make_finding(code: str, lines: Array, example: str = "") -> Iterator[RowFinding]:
     """Yield the finding for these rows, if there are any."""
     if len(lines):
-        group = RowGroup()
+        group = AffectedRows()
         group.add(lines, example)
-        yield Finding(code, group)
+        yield RowFinding(code, group)
 
 
 def _make_pair_finding(
     code: str, lines: Array, matches: Array, prefix: str = "", relation: str = "as"
-) -> Iterator[Finding]:
+) -> Iterator[RowFinding]:
     """Yield the finding for rows that each have a match, if there are any."""
     if len(lines):
         yield from _make_finding(code, lines, f"{prefix}line {lines[0]} {relation} line {matches[0]}")
@@ -156,17 +156,17 @@ def _make_pair_finding(
 # --- columns and lengths ----------------------------------------------------------------------------------------------
 
 
-def _check_columns(facts: RowFacts) -> Iterator[Finding]:
+def _check_columns(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows mean something else without a column that is not used."""
     if columns := facts.source.lossy_columns:
         first = max(columns, key=lambda c: c.rows)
-        yield Finding(
+        yield RowFinding(
             "unused-column",
-            RowGroup(first.rows, [first.line], describe_unused_columns(columns), make_unused_column_hint(columns)),
+            AffectedRows(first.rows, [first.line], describe_unused_columns(columns), make_unused_column_hint(columns)),
         )
 
 
-def _check_lengths(facts: RowFacts) -> Iterator[Finding]:
+def _check_lengths(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows are too long: what happens to them, and how long the longest is."""
     if (rows := facts.groups.get("too-long")) is None:
         return
@@ -174,16 +174,16 @@ def _check_lengths(facts: RowFacts) -> Iterator[Finding]:
     limit, longest = facts.stats.max_seq_len, facts.stats.longest
     example = f"{limit} tokens; {consequence[facts.on_overlong]}; the longest has {longest}"
     hint = f"{PARAGRAPH_HINT}, or a larger --max-seq-len" if facts.source.has_paragraphs else ""
-    yield Finding("too-long", replace(rows, example=example, hint=hint))
+    yield RowFinding("too-long", replace(rows, example=example, hint=hint))
 
 
 # --- rows that are like other rows ------------------------------------------------------------------------------------
 
 
-def _check_duplicates(facts: RowFacts) -> Iterator[Finding]:
+def _check_duplicates(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows repeat an earlier row, or nearly."""
     lines, texts = facts.stats_by_row["line"], facts.stats_by_row["hashes"][:, 0]
-    repeated, first = find_repeats(texts)
+    repeated, first = find_repeated_values(texts)
     yield from _make_pair_finding("duplicate", lines[repeated], lines[first])
     near, match = (facts.comparable_rows[rows] for rows in find_near_duplicates(facts.signatures))
     new = ~np.isin(near, repeated)
@@ -191,20 +191,20 @@ def _check_duplicates(facts: RowFacts) -> Iterator[Finding]:
     yield from _make_pair_finding("near-duplicate", lines[near[new]], lines[match[new]], prefix)
 
 
-def _check_contradictions(facts: RowFacts) -> Iterator[Finding]:
+def _check_contradictions(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows have another short answer, or another label, than an earlier row with the same prompt."""
     rows = facts.stats_by_row
     if facts.source.format in PAIR_FORMATS:
         return
     lines, words, (_, prompts, answers) = rows["line"], rows["words"], rows["hashes"].T
-    again, before = find_repeats(prompts)
+    again, before = find_repeated_values(prompts)
     other = (answers[again] != answers[before]) & (prompts[again] != 0)
     other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
     code = "contradictory-label" if _is_labelled(facts) else "contradiction"
     yield from _make_pair_finding(code, lines[again[other]], lines[before[other]])
 
 
-def _check_same_answers(facts: RowFacts) -> Iterator[Finding]:
+def _check_same_answers(facts: RowFacts) -> Iterator[RowFinding]:
     """Many rows have one answer to different prompts."""
     lines, words, (_, prompts, answers) = (
         facts.stats_by_row["line"], facts.stats_by_row["words"], facts.stats_by_row["hashes"].T,
@@ -214,7 +214,7 @@ def _check_same_answers(facts: RowFacts) -> Iterator[Finding]:
     # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
     values, first, counts = np.unique(answers, return_index=True, return_counts=True)
     least = np.maximum(np.where(words[first] > SHORT_ANSWER, 0.1, 0.95) * len(answers), SAME_ANSWER_ROWS)
-    found = RowGroup()
+    found = AffectedRows()
     for value in values[(counts >= least) & (values != 0)]:
         rows = np.flatnonzero(answers == value)
         different = len(np.unique(prompts[rows]))
@@ -222,7 +222,7 @@ def _check_same_answers(facts: RowFacts) -> Iterator[Finding]:
             share = f"{100 * len(rows) / len(answers):.0f} % of the rows"
             found.add(lines[rows], f"one answer to {format_count(different)} prompts, {share}")
     if found.count:
-        yield Finding("same-answer", found)
+        yield RowFinding("same-answer", found)
 
 
 def _is_labelled(facts: RowFacts) -> bool:
@@ -232,13 +232,13 @@ def _is_labelled(facts: RowFacts) -> bool:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def _check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
+def _check_contradictory_pairs(facts: RowFacts) -> Iterator[RowFinding]:
     """Pairs prefer the answer that an earlier pair of the same prompt rejects."""
     rows = facts.stats_by_row
     if facts.source.format not in PAIR_FORMATS or not len(rows):
         return
     _, prompts, better = rows["hashes"].T
-    keys, swapped = (mix_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better)))
+    keys, swapped = (combine_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better)))
     order = np.argsort(keys, kind="stable")
     # the first row that is the reverse of each, if there is one
     place = order[np.searchsorted(keys[order], swapped).clip(max=len(keys) - 1)]
@@ -247,9 +247,9 @@ def _check_contradictory_pairs(facts: RowFacts) -> Iterator[Finding]:
     yield from _make_pair_finding("contradictory-pair", rows["line"][later], matches, relation="contradicts")
 
 
-def _check_answer_lengths(facts: RowFacts) -> Iterator[Finding]:
+def _check_answer_lengths(facts: RowFacts) -> Iterator[RowFinding]:
     """The better answer of most pairs is the longer one, or the shorter one: a model may learn the length alone."""
-    if (pairs := measure_pairs(facts)) is None:
+    if (pairs := measure_pair_lengths(facts)) is None:
         return
     decided, (low, high) = pairs.better_longer + pairs.better_shorter, pairs.longer_share_ci95
     difference = facts.stats_by_row["answer_tokens"] @ [1, -1]
@@ -263,7 +263,7 @@ def _check_answer_lengths(facts: RowFacts) -> Iterator[Finding]:
             yield from _make_finding("length-leak", facts.stats_by_row["line"][part], f"{of_all}, {interval}")
 
 
-def measure_pairs(facts: RowFacts) -> PairLengths | None:
+def measure_pair_lengths(facts: RowFacts) -> PairLengthCounts | None:
     """Return how often the better answer is the longer one; None: the rows are no pairs, or have no tokens."""
     rows = facts.stats_by_row
     if facts.source.format not in PAIR_FORMATS or not len(rows):
@@ -272,7 +272,7 @@ def measure_pairs(facts: RowFacts) -> PairLengths | None:
     longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
     decided = longer + shorter
     share = longer / decided if decided else None
-    return PairLengths(longer, shorter, len(rows) - decided, share, [*_estimate_share(longer, decided)])
+    return PairLengthCounts(longer, shorter, len(rows) - decided, share, [*_estimate_share(longer, decided)])
 
 
 def _estimate_share(hits: int, rows: int) -> tuple[float, float]:
@@ -288,7 +288,7 @@ def _estimate_share(hits: int, rows: int) -> tuple[float, float]:
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
-def _check_label_count(facts: RowFacts) -> Iterator[Finding]:
+def _check_label_count(facts: RowFacts) -> Iterator[RowFinding]:
     """All rows have one label, or one class."""
     labels = facts.labels
     if len(labels) != 1:
@@ -300,7 +300,7 @@ def _check_label_count(facts: RowFacts) -> Iterator[Finding]:
         yield _make_class_finding("one-class", [rows], repr(name))
 
 
-def _check_classes(facts: RowFacts) -> Iterator[Finding]:
+def _check_classes(facts: RowFacts) -> Iterator[RowFinding]:
     """Classes are too rare, or written in two ways."""
     labels = facts.labels
     if facts.source.format != "classification" or not labels:
@@ -317,34 +317,34 @@ def _check_classes(facts: RowFacts) -> Iterator[Finding]:
             yield _make_class_finding(code, classes.values(), format_names(classes, 6))
 
 
-def _make_class_finding(code: str, classes: Collection[RowGroup], example: str) -> Finding:
+def _make_class_finding(code: str, classes: Collection[AffectedRows], example: str) -> RowFinding:
     lines = sorted(line for rows in classes for line in rows.lines)[:SHOWN_LINES]
-    return Finding(code, RowGroup(sum(rows.count for rows in classes), lines, example))
+    return RowFinding(code, AffectedRows(sum(rows.count for rows in classes), lines, example))
 
 
 # --- validation rows --------------------------------------------------------------------------------------------------
 
 
-def _check_validation_rows(facts: RowFacts) -> Iterator[Finding]:
+def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     """Validation rows are invalid, or have labels that no training row has."""
     if facts.validation is None:
         return
     path, other = facts.validation
-    found = RowGroup()
+    found = AffectedRows()
     if columns := other.source.lossy_columns:
         line, loss = columns[0].line, describe_unused_columns(columns)
-        found = RowGroup(columns[0].rows, [line], f"{path}, line {line}: {loss}")
+        found = AffectedRows(columns[0].rows, [line], f"{path}, line {line}: {loss}")
     if other.invalid_count:
         first = other.invalid[0]
         found.add([row.line for row in other.invalid], f"{path}, line {first.line}: {first.cause}")
         found.count = other.invalid_count
     if found.count:
-        yield Finding("validation-invalid", found)
+        yield RowFinding("validation-invalid", found)
     if unseen := {name: rows for name, rows in other.labels.items() if name not in facts.labels}:
         yield _make_class_finding("unseen-label", [*unseen.values()], f"{path}: {format_names(unseen, 6)}")
 
 
-def _check_overlap(facts: RowFacts) -> Iterator[Finding]:
+def _check_overlap(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows are validation rows, too, or nearly."""
     if facts.validation is None:
         return

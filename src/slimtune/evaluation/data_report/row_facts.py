@@ -21,7 +21,7 @@ PAIR_FORMATS = ("preference", "ranked-preference")
 
 
 @dataclass
-class RowGroup:
+class AffectedRows:
     """Rows of a file that have something in common: how many, the first `SHOWN_LINES` of their lines, and one example.
 
     The hint stands in place of that of their kind.
@@ -48,10 +48,10 @@ class RowFacts:
     stats: TokenizationStats
     stats_by_row: Array  # `ROW_STATS` [N], of the rows that have tokens
     signatures: Array  # uint8 [J, 128], of the comparable rows
-    groups: Mapping[str, RowGroup]  # by what batches found in them: a code of `FINDING_TYPES` or of an `InvalidRow`
+    groups: Mapping[str, AffectedRows]  # by what batches found in them: a code of `FINDING_TYPES` or of an `InvalidRow`
     invalid: Sequence[InvalidRow]  # the first ones
     invalid_count: int
-    labels: Mapping[str, RowGroup]  # the rows of each class
+    labels: Mapping[str, AffectedRows]  # the rows of each class
     labelled_rows: int
     validation: "tuple[str, RowFacts] | None" = None  # the file of the validation rows, and their facts
 
@@ -77,10 +77,10 @@ class RowFactsCollector:
         self.source, self.on_overlong, self.rows_per_step = source, on_overlong, rows_per_step
         self.special_tokens = special_tokens
         self.stats = TokenizationStats(max_seq_len)
-        self.groups: dict[str, RowGroup] = {}
+        self.groups: dict[str, AffectedRows] = {}
         self.invalid_count = self.packed_tokens = 0
         self.invalid: list[InvalidRow] = []
-        self.labels: dict[str, RowGroup] = {}
+        self.labels: dict[str, AffectedRows] = {}
         self.labelled_rows = 0
         self.prefix: list[int] | None = None
         self.thinking = [0, 0, 0]
@@ -123,12 +123,12 @@ class RowFactsCollector:
         self.labelled_rows += len(lines)
         for line, names in zip(lines, labels, strict=True):
             for name in names:
-                self.labels.setdefault(name, RowGroup()).add([line])
+                self.labels.setdefault(name, AffectedRows()).add([line])
 
     def add_group(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
         """Count rows that have something."""
         if len(lines):
-            self.groups.setdefault(code, RowGroup()).add(lines, example)
+            self.groups.setdefault(code, AffectedRows()).add(lines, example)
 
     @property
     def rows(self) -> Array:

@@ -81,7 +81,7 @@ def find_text_issues(texts: list[str]) -> Iterator[tuple[str, str]]:
         yield "mojibake", line
 
 
-def find_rendered_format(text: str) -> str | None:
+def detect_rendered_chat_format(text: str) -> str | None:
     """Return the name of the chat format in which a text is already rendered; None: it is not."""
     text = text.lstrip()
     if not text.startswith(("<", "[INST]", "### ", "Below is", "Human:", "USER:")):
@@ -89,7 +89,7 @@ def find_rendered_format(text: str) -> str | None:
     return next((name for name, pattern in RENDERED_FORMATS.items() if pattern.match(text)), None)
 
 
-def is_placeholder(answer: str) -> bool:
+def is_placeholder_answer(answer: str) -> bool:
     """Return whether an answer is only a punctuation mark, or a placeholder for a missing one."""
     answer = answer.strip()
     return bool(_PUNCTUATION.fullmatch(answer) or _PLACEHOLDER.fullmatch(answer))
