@@ -17,7 +17,7 @@ import slimtune
 from slimtune.cli import app
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
-from slimtune.diagnostics.knowledge import find_error_code
+from slimtune.diagnostics.knowledge import match_error_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
@@ -245,7 +245,7 @@ def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_
         with pytest.raises(error, match=words) as refused:
             export(run, target, tmp_path / "out", options)
         e = refused.value
-        assert find_error_code(f"{e.message}\n{e.expected}\n{e.hint}", e.code) == "llama-cpp-tools"
+        assert match_error_code(f"{e.message}\n{e.expected}\n{e.hint}", e.code) == "llama-cpp-tools"
     assert not (tmp_path / "out").exists()
 
 

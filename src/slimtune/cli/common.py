@@ -31,7 +31,7 @@ from typer.core import TyperGroup
 from ..core.foundation.files import explain_os_error, to_json
 from ..core.foundation.formatting import escape_controls
 from ..core.foundation.progress_bars import display_progress
-from ..diagnostics.knowledge import find_error_code
+from ..diagnostics.knowledge import match_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
@@ -141,7 +141,7 @@ def find_error_code(error: BaseException, shown: SlimtuneError) -> str:
         return shown.code
     start = error.__cause__ or error.__context__ if error is shown else error
     foreign = [f"{type(e).__name__}: {e}" for e in exception_chain(start)] if start is not None else []
-    return find_code("\n".join(foreign), shown.code) if foreign else shown.code
+    return match_error_code("\n".join(foreign), shown.code) if foreign else shown.code
 
 
 def _find_address() -> str:

@@ -41,7 +41,9 @@ def require_bitsandbytes(what: str) -> None:
     """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         message = f"{what} needs the package bitsandbytes, which is not installed"
-        raise ModelError(message, "bitsandbytes 0.48 or newer", format_install_command("quant"), code="bitsandbytes-missing")
+        raise ModelError(
+            message, "bitsandbytes 0.48 or newer", format_install_command("quant"), code="bitsandbytes-missing"
+        )
 
 
 def get_stored_quantization(config: PreTrainedConfig) -> str | None:
