@@ -16,8 +16,8 @@ from ...errors import format_names
 from ...extras.row_files import describe_unused_columns, make_unused_column_hint
 from ...extras.row_formats.classification import sort_class_names
 from .data_report import DataIssue, PairLengthCounts
-from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeated_values, combine_hashes
-from .row_facts import PAIR_FORMATS, SHOWN_LINES, RowFacts, AffectedRows
+from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, combine_hashes, find_near_duplicates, find_repeated_values
+from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
 
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
