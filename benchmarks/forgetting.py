@@ -13,7 +13,7 @@ from typing import Any
 from slimtune.core.adapters.adapter_strength import AdapterStrength
 from slimtune.core.data.general_text import BUILT_IN_TEXT, group_row_numbers_by_kind, read_general_text
 from slimtune.core.training.datasets import load_datasets
-from slimtune.core.training.forgetting_budget import choose_general_rows, worst_change
+from slimtune.core.training.forgetting_budget import choose_general_rows, max_loss_increase
 from slimtune.core.training.loss import build_run_collator, score_supervised_rows
 from slimtune.core.training.trained_model import load_run
 
@@ -39,7 +39,8 @@ def main() -> None:
         after = {kind: measure([general[i] for i in numbers]) for kind, numbers in kinds.items()}
         base, loss = base or after, measure(validation)
         print(
-            f"strength {s:5.3f}   forgetting {worst_change(after, base):+.4f}   validation loss {loss:.4f}", flush=True
+            f"strength {s:5.3f}   forgetting {max_loss_increase(after, base):+.4f}   validation loss {loss:.4f}",
+            flush=True,
         )
 
 

@@ -143,7 +143,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
     unfit = {u["method"]: u["why"] for u in result["unfit"]}
     assert {p["method"] for p in result["plans"]} | set(unfit) == set(list_methods())
     assert unfit["bottleneck"] == "found 0 of the 2 layers"
-    assert "token_indices is []" in unfit["trainable_tokens"]
+    assert "method.token_indices: got []" in unfit["trainable_tokens"]
     ranks = {r.method.name: getattr(r.method, "r", None) for r in requests}  # only where a method has a rank
     assert (ranks["lora"], ranks["ia3"]) == (3, None)
     lines = slimtune(*BASE, "--method", "all,full").stdout.splitlines()

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock
 from tiny_run import write_rows
 
-from slimtune.core.foundation.json_results import to_json_dict
+from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.comparison import run_comparison
@@ -254,10 +254,10 @@ def test_killed_for_real_in_the_middle_of_a_cell(tree, tmp_path):
         more = ["--methods", "lora,full", "--seeds", "1", "--tokens", "3000", "--out", str(tmp_path / out), "--json"]
         return [sys.executable, "-m", "slimtune", "compare", str(recipe), *more]
 
-    def finished(out: str) -> dict:
+    def finished(out: str) -> CompareResult:
         done = subprocess.run(command(out), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return from_json_dict(CompareResult, json.loads(done.stdout))
 
     whole = finished("whole")
     with subprocess.Popen(command("c"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -17,7 +17,7 @@ from .input_checks import require_rows, require_run
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What `slimtune report --json` prints."""
+    """What `report --json` prints."""
 
     run: str
     """The run folder."""

@@ -65,7 +65,7 @@ class UnusedGpu:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What `slimtune doctor --json` prints."""
+    """What `doctor --json` prints."""
 
     os: str
     """System and release."""

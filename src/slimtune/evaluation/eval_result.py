@@ -1,4 +1,4 @@
-"""What `slimtune eval --json` prints and a run folder keeps as `eval-<name>.json`, as types.
+"""What `eval --json` prints and a run folder keeps as `eval-<name>.json`, as types.
 
     EvalResult ─┬─ TextEvalResult ─┬─ SFTEvalResult     losses, prompt dependence; of pairs: preferences
                 │                  └─ KTOEvalResult     losses of good answers, and how good and bad ones are told apart

@@ -185,7 +185,7 @@ class RateSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareResult:
-    """What `slimtune compare --json` prints."""
+    """What `compare --json` prints."""
 
     output_dir: str
     """Folder of the comparison."""
@@ -250,7 +250,7 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
-    """What `slimtune tune --json` prints."""
+    """What `tune --json` prints."""
 
     output_dir: str
     """Folder of the search."""

@@ -56,7 +56,7 @@ class EngineVerdict:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `slimtune export --json` prints."""
+    """What `export --json` prints."""
 
     run: str
     """The run or adapter folder."""
@@ -86,7 +86,7 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `slimtune verify --json` prints."""
+    """What `verify --json` prints."""
 
     path: str
     """The run or export."""
@@ -136,7 +136,7 @@ class MergedFacts:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What `slimtune merge --json` prints."""
+    """What `merge --json` prints."""
 
     run: str
     """The run or adapter folder."""
@@ -231,7 +231,7 @@ class PushPreview:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What `slimtune push --json` prints."""
+    """What `push --json` prints."""
 
     contents: PushContents = field(metadata=INLINE)
     """What was uploaded."""

@@ -92,7 +92,7 @@ class PlanDetails:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What `slimtune plan --json` prints for one run."""
+    """What `plan --json` prints for one run."""
 
     run: PlannedRun = field(metadata=INLINE)
     """The run, also the only item of `plans`."""
@@ -102,7 +102,7 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class MethodPlansResult:
-    """What `slimtune plan --json` prints for several methods."""
+    """What `plan --json` prints for several methods."""
 
     model: str
     """The base."""
@@ -114,7 +114,7 @@ class MethodPlansResult:
 
 @dataclass(frozen=True)
 class GpusResult:
-    """What `slimtune gpus --json` prints."""
+    """What `gpus --json` prints."""
 
     cards: list[GpuFacts]
     """The GPUs."""
@@ -170,7 +170,7 @@ class RankedOffer:
 
 @dataclass(frozen=True)
 class ChooseResult:
-    """What `slimtune choose --json` prints."""
+    """What `choose --json` prints."""
 
     model: str
     """The base."""
@@ -188,7 +188,7 @@ class ChooseResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What `slimtune bench --json` prints."""
+    """What `bench --json` prints."""
 
     measurement: MachineMeasurement = field(metadata=INLINE)
     """The speeds of this machine."""
@@ -230,7 +230,7 @@ class ServiceCost:
 
 @dataclass(frozen=True)
 class CostResult:
-    """What `slimtune cost --json` prints."""
+    """What `cost --json` prints."""
 
     model: str
     """The base."""

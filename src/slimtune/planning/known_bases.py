@@ -45,7 +45,7 @@ class KnownBaseFacts:
 
 @dataclass(frozen=True)
 class KnownBasesResult:
-    """What `slimtune models --json` prints."""
+    """What `models --json` prints."""
 
     models: list[KnownBaseFacts]
     """The bases."""

@@ -4,7 +4,7 @@ Each field has a string below it that says what it is, with its unit; the schema
 
     @dataclass(frozen=True)
     class TrainResult:
-        \"""What `slimtune train --json` prints.\"""
+        \"""What `train --json` prints.\"""
 
         steps: int
         \"""Optimizer steps that were taken.\"""

@@ -171,7 +171,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `slimtune data --json` prints: figures of the rows of a file, and what may spoil a run."""
+    """What `data --json` prints: figures of the rows of a file, and what may spoil a run."""
 
     file: str
     """The file, folder or dataset."""
