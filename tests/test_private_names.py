@@ -61,7 +61,7 @@ def test_names_of_objects():
     model = llama()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     hooked = add_hook_to_module(torch.nn.Linear(2, 2), ModelHook())
-    names = {*dir(model.config), *vars(model.config), *vars(model.model.layers[0]), *vars(hooked)}
+    names = {*dir(type(model)), *dir(model.config), *vars(model.config), *vars(model.model.layers[0]), *vars(hooked)}
     if find_spec("bitsandbytes") is not None:
         names |= vars(import_module("bitsandbytes.nn").Linear4bit(64, 64)).keys()
         assert OF_OBJECTS.keys() <= names

@@ -8,6 +8,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from slimtune.core.training.progress_logger import ProgressLogger
 from slimtune.core.training.train import train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, is_out_of_memory
+from slimtune.planning.interval import Interval
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
@@ -270,17 +272,21 @@ def test_giving_up_leaves_a_checkpoint(plain, undisturbed, tmp_path, monkeypatch
     assert distance(run.out, undisturbed.out) < 1e-5
 
 
+@dataclass(frozen=True)
+class HandMadePlan:
+    """What a run reads of its plan."""
+
+    need_bytes: Interval
+    runtime_bytes: Interval
+    parts: dict[str, int]
+    max_tokens_per_micro_batch: int
+
+
 def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatch):
     fault = Fault(monkeypatch, KINDS[1])
     fault.at_call(LAYER, "forward", 1, "after")
     fault.arm_at(probe_module, "probe_memory")
-    plan = SimpleNamespace(
-        need_bytes=SimpleNamespace(low=1, high=1000),
-        runtime_bytes=SimpleNamespace(low=0, high=1000),
-        parts={"optimizer": 0},
-        max_tokens_per_micro_batch=MAX_TOKENS,
-        to_dict=dict,
-    )
+    plan = HandMadePlan(Interval(1, 1000), Interval(0, 1000), {"optimizer": 0}, MAX_TOKENS)
     run = Run(plain, tmp_path / "run", planner=lambda *_: plan)
     run.assert_same_as(undisturbed)
     (event,) = run.events

@@ -39,7 +39,9 @@ INLINE: Mapping[str, Any] = {"inline": True}
 """Metadata of a mapping or a dataclass whose keys stand beside those of the other fields."""
 NOT_IN_JSON: Mapping[str, Any] = {"not_in_json": True}
 """Metadata of a field with a default that is only for this process."""
-JSON_TYPE_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+JSON_TYPE_NAMES: dict[Any, str] = {
+    bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null",
+}  # fmt: skip
 
 
 def make_json_key_metadata(key: str) -> Mapping[str, Any]:
@@ -236,7 +238,9 @@ def _item_types(kind: Any, count: int, path: str) -> list[Any]:
 def _describe_kind(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {list(get_args(kind))}"
-    name = "object" if is_mapping_type(kind) else "array" if is_sequence_type(kind) else JSON_TYPE_NAMES[kind]
+    name = (
+        "object" if is_mapping_type(kind) else "array" if is_sequence_type(kind) else JSON_TYPE_NAMES.get(kind, "any")
+    )
     return f"of the type {name}"
 
 
