@@ -24,8 +24,8 @@ from slimtune import LoraConfig, PeftModel, get_peft_model
 
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), LoraConfig(r=8, target_modules="all-linear"))
 model.print_trainable_parameters()
-...                                                  # the Trainer, or your own loop
-model.save_pretrained("adapter")                     # adapter_model.safetensors, adapter_config.json
+...  # the Trainer, or your own loop
+model.save_pretrained("adapter")  # adapter_model.safetensors, adapter_config.json
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "adapter")
 merged = model.merge_and_unload()
 ```
@@ -47,14 +47,14 @@ from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu
 
 recipe = load_recipe(None, {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/mine"})
-plan = estimate_resources(build_plan_request(recipe, detect_gpu()))    # no weight is loaded
+plan = estimate_resources(build_plan_request(recipe, detect_gpu()))  # no weight is loaded
 print(plan.verdict, plan.reason)
-result = train(recipe)                                            # runs/mine: adapter/, result.json, report.html
+result = train(recipe)  # runs/mine: adapter/, result.json, report.html
 print(result.validation_loss, result.tokens_per_second)
-judged = evaluate(Path("runs/mine"))                              # base against tuned, on held-out rows
+judged = evaluate(Path("runs/mine"))  # base against tuned, on held-out rows
 print(judged.verdict)
-export(Path("runs/mine"), "gguf", Path("gguf"))                   # written, then checked in llama.cpp
-model = slimtune.load_run("runs/mine").model                      # a PeftModel on its base
+export(Path("runs/mine"), "gguf", Path("gguf"))  # written, then checked in llama.cpp
+model = slimtune.load_run("runs/mine").model  # a PeftModel on its base
 ```
 
 """
