@@ -162,7 +162,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
         for value in ("train_loss", "validation_loss"):
             assert metrics(run, value) == pytest.approx(metrics(one.run, value), abs=1e-4)
         for value in ("steps", "trained_tokens", "supervised_tokens", "best_step", "trainable_params", "total_params"):
-            assert found[name][value] == one[value], value
+            assert found[name][value] == getattr(one, value), value
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
     cut_back(run, checkpoint.parse_checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))

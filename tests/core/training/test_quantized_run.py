@@ -52,8 +52,8 @@ def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     measured = evaluate(recipe.output_dir, EvalSettings(split="validation"))
     assert measured.quantization == kind
     assert measured.measures.tuned_loss.value == pytest.approx(result.validation_loss, rel=1e-3)
-    proof = merge(recipe.output_dir, tmp_path / "merged")
-    assert proof["mean_difference"] < 0.1 * proof["effect"]
+    proof = merge(recipe.output_dir, tmp_path / "merged").comparison
+    assert proof.mean_difference < 0.1 * proof.effect
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not hasattr(merged.config, "quantization_config")
     # What is merged into is what the run multiplied by, not the base before it was quantized.
