@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from slimtune.export.expected_logps import Reference, make_texts
-from slimtune.export.merge import load_trained
-from slimtune.export.merged_weights import MergedWeights
+from slimtune.export.expected_logps import AdapterReference, make_reference_texts
+from slimtune.export.merge import load_run_for_export
+from slimtune.export.merged_weights import LazyMergedStateDict
 from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 
@@ -25,12 +25,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    loaded = load_trained(args.run)
+    loaded = load_run_for_export(args.run)
     model, tokenizer = loaded.model.to(torch.float32), loaded.base.tokenizer
-    reference = Reference(model, tokenizer, make_texts(tokenizer, loaded.recipe, model.config.get_text_config()))
+    reference = AdapterReference(
+        model, tokenizer, make_reference_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+    )
     effect, positions = reference.effect, sum(map(len, reference.log_probs))
     inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer)
-    exact = {n: t.clone() for n, t in MergedWeights(model).items() if t.dim() == 2}
+    exact = {n: t.clone() for n, t in LazyMergedStateDict(model).items() if t.dim() == 2}
     plain = model.merge_and_unload()
     nearest_outputs = 0.0
     print(f"{args.run}: {positions} positions, on which the adapter changes log-probabilities by {effect:.2f} nats")

@@ -47,9 +47,15 @@ from slimtune.core.models.model_source import resolve_model_source
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.expected_logps import QUESTIONS, Reference, Text, Tolerance, compare_engine
+from slimtune.export.expected_logps import (
+    QUESTIONS,
+    AdapterReference,
+    EngineTolerance,
+    ReferenceText,
+    compare_engine_with_adapter,
+)
 from slimtune.export.export_results import EngineVerdict
-from slimtune.export.merge import load_trained
+from slimtune.export.merge import load_run_for_export
 from slimtune.export.vllm import write_vllm_adapter
 from slimtune.extras.gguf_loading import convert_to_hf_folder
 from slimtune.extras.row_files import read_rows
@@ -60,7 +66,7 @@ ROWS = HERE / "examples/devils-dictionary"
 PYTHON = HERE / ".venv-vllm/bin/python"
 FACTS = HERE / "benchmarks/vllm_ways/facts.py"
 BASE = "smollm2-135m"
-LIMIT = Tolerance(max_difference=0.01, mean_difference=0.01)
+LIMIT = EngineTolerance(max_difference=0.01, mean_difference=0.01)
 HELD, LONGEST = 4, 200
 STEPS = 10
 """Optimizer steps of 8 rows."""
@@ -127,7 +133,7 @@ def write_pairs(folder: Path) -> Path:
     return file
 
 
-def texts_of(tokenizer: Any) -> list[Text]:
+def texts_of(tokenizer: Any) -> list[ReferenceText]:
     """Return fixed questions and held-out rows, each as the prompt rendered for an answer and the whole talk."""
     talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     talks += [row.messages for row in read_rows(ROWS / "test.jsonl")[:HELD]]
@@ -135,7 +141,7 @@ def texts_of(tokenizer: Any) -> list[Text]:
     for talk in talks:
         prompt = tokenizer.apply_chat_template(talk[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(talk, tokenize=False)
-        found.append(Text(prompt, tokenizer(whole, add_special_tokens=False)["input_ids"][:LONGEST]))
+        found.append(ReferenceText(prompt, tokenizer(whole, add_special_tokens=False)["input_ids"][:LONGEST]))
     return found
 
 
@@ -149,8 +155,8 @@ def judged(run: Path, url: str, facts: dict[str, Any]) -> EngineVerdict:
         theirs = server.tokenize_chat([{"role": "user", "content": question}])
         if ours != theirs:
             raise RunError(f"vLLM's own chat template renders {question!r} as {theirs}", f"{ours}")
-    reference = Reference(loaded.model, loaded.base.tokenizer, texts)
-    return compare_engine(reference, server, "f32", LIMIT)
+    reference = AdapterReference(loaded.model, loaded.base.tokenizer, texts)
+    return compare_engine_with_adapter(reference, server, "f32", LIMIT)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -244,7 +250,7 @@ def our_words(adapter: Path, folder: Path) -> str | None:
     """Export an adapter; return why it is refused, None where it is written."""
     try:
         folder.mkdir()
-        write_vllm_adapter(load_trained(adapter), adapter, folder)
+        write_vllm_adapter(load_run_for_export(adapter), adapter, folder)
     except SlimtuneError as error:
         return error.message.partition(": ")[2]
     return None
@@ -304,7 +310,7 @@ def verify(given: list[Path], folder: Path, exports: Path, refusals: bool) -> in
     facts = {}
     for name, run in runs.items():
         (exports / name).mkdir()
-        written = write_vllm_adapter(load_trained(run), run, exports / name, dtype="float32")
+        written = write_vllm_adapter(load_run_for_export(run), run, exports / name, dtype="float32")
         facts[name] = to_json_dict(written.facts)
         print(f"{name}: {written.commands[0]}", flush=True)
     port = free_port()

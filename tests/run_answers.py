@@ -6,7 +6,7 @@ from typing import Any
 
 from slimtune.core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from slimtune.generation.answer_queue import GeneratedAnswer, SamplingParams
-from slimtune.generation.generation_models import Message, make_base_and_tuned
+from slimtune.generation.generation_models import Message, make_base_and_tuned_models
 from slimtune.generation.text_generator import TextGenerator
 
 
@@ -15,7 +15,7 @@ class RunAnswers:
 
     def __init__(self, trained: TrainedModel) -> None:
         self.model: Any = trained.model
-        self.tokenizer, self.models = trained.base.tokenizer, make_base_and_tuned(trained)
+        self.tokenizer, self.models = trained.base.tokenizer, make_base_and_tuned_models(trained)
         self.generator = TextGenerator(trained.model)
 
     @classmethod

@@ -51,7 +51,7 @@ MEASURED = {
 @pytest.fixture(autouse=True)
 def names_exist(monkeypatch):
     """Take every base, run and file of rows to exist."""
-    monkeypatch.setattr("slimtune.cli.input_checks.require_base", lambda *_: None)
+    monkeypatch.setattr("slimtune.cli.input_checks.require_base_exists", lambda *_: None)
     monkeypatch.setattr("slimtune.core.training.run_dir.find_adapter_folder", lambda path: path)
     monkeypatch.setattr("slimtune.extras.row_files.find_data_files", lambda *_: [])
 
@@ -396,8 +396,8 @@ def generator(monkeypatch) -> list:
     monkeypatch.setattr("slimtune.core.training.trained_model.require_causal_lm_run", lambda run: None)
     monkeypatch.setattr("slimtune.core.training.trained_model.load_run", load_run)
     for name, replaced in {
-        "generation_models.make_base_and_tuned": lambda trained: {"base": "base", "tuned": "tuned"},
-        "generation_models.describe_run": lambda trained: "tiny with the lora adapter in runs/x/adapter",
+        "generation_models.make_base_and_tuned_models": lambda trained: {"base": "base", "tuned": "tuned"},
+        "generation_models.describe_trained_model": lambda trained: "tiny with the lora adapter in runs/x/adapter",
         "text_generator.TextGenerator": lambda model: None,
         "conversation.Conversation": Conversation,
     }.items():

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from slimtune.cli import app
-from slimtune.cli.options import check_flags_once
+from slimtune.cli.options import require_flags_given_once
 from slimtune.core.config.recipe import parse_recipe_sections
 from slimtune.core.config.recipe_loading import parse_override, parse_yaml, set_tree_value
 
@@ -60,7 +60,7 @@ def check_command(line: str) -> None:
     command = build_command(name)
     if "--help" in rest:
         return
-    check_flags_once(command, rest)
+    require_flags_given_once(command, rest)
     given = command.make_context(name, rest).params
     settings = {
         key.replace("__", ".", 1): parse_yaml(value, key) if isinstance(value, str) else value

@@ -24,7 +24,7 @@ from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
 from slimtune.export import served_base
 from slimtune.export.exporter import export
-from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
+from slimtune.export.manifest import EXPORT_MANIFEST, read_export_manifest
 from slimtune.export.verify import verify
 
 pytest.importorskip("gguf")
@@ -69,7 +69,7 @@ def test_adapter_gguf(run, tmp_path):
     assert found.check.prompts_equal == found.check.prompts > 0
     assert found.check.strength == pytest.approx(1, abs=0.01)
     assert found.check.effect > 0.05
-    assert read_manifest(tmp_path / "out").kind == "gguf"  # type: ignore[union-attr]
+    assert read_export_manifest(tmp_path / "out").kind == "gguf"  # type: ignore[union-attr]
     serve = shlex.split(found.commands[1], comments=True)
     assert serve == ["slimtune", "serve", str(run), "--engine", "llama.cpp"]
     assert verify(tmp_path / "out", threads=1).passed
@@ -164,7 +164,7 @@ def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
 
 @pytest.mark.slow
 def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.export.gguf.reorder_rows", lambda rows, *_: rows)
+    monkeypatch.setattr("slimtune.export.gguf.reorder_rows_for_llama_cpp", lambda rows, *_: rows)
     with pytest.raises(RunError, match="differs from the trained adapter"):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []
@@ -235,7 +235,7 @@ def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
 
 def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_path, no_llama_cpp, monkeypatch):
     run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
-    monkeypatch.setattr("slimtune.export.exporter.load_trained", lambda _: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("slimtune.export.exporter.load_run_for_export", lambda _: pytest.fail("the base was loaded"))
     for target, options, error, words in (
         ("gguf", {"merged": True}, ModelError, "git clone --depth 1 https://github.com/ggml-org/llama.cpp"),
         ("ollama", {}, ModelError, "convert_hf_to_gguf.py(.|\n)*git clone"),

@@ -20,7 +20,7 @@ from tiny_ggufs import MAKERS, model_of, write
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
-from slimtune.export.expected_logps import Reference, Text, compare_engine
+from slimtune.export.expected_logps import AdapterReference, ReferenceText, compare_engine_with_adapter
 from slimtune.generation.inference_engines import LlamaCppInferenceEngine
 
 gguf = pytest.importorskip("gguf")
@@ -66,10 +66,10 @@ def test_one_alpha_leaves_B_unscaled(tmp_path):
 def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
-    reference = Reference(model, tokenizer, [Text("Say something<|im_end|>", ids) for ids in rows])
+    reference = AdapterReference(model, tokenizer, [ReferenceText("Say something<|im_end|>", ids) for ids in rows])
     engine = LlamaCppInferenceEngine(base, adapter, max_tokens=128, threads=1)
     try:
-        return compare_engine(reference, engine, "f32")
+        return compare_engine_with_adapter(reference, engine, "f32")
     finally:
         engine.close()
 
@@ -110,7 +110,7 @@ def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
 def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypatch):
     tokenizer, model = tiny_tokenizer(), adapted(kind)
     base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
-    monkeypatch.setattr(ours, "reorder_rows", lambda rows, *_: rows)
+    monkeypatch.setattr(ours, "reorder_rows_for_llama_cpp", lambda rows, *_: rows)
     ours.write_adapter_gguf(tmp_path / "a.gguf", model)
     assert compare(model, tokenizer, base, tmp_path / "a.gguf").passed is False
 

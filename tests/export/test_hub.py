@@ -26,7 +26,7 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import push_to_hub as hub_module
-from slimtune.export.manifest import write_manifest
+from slimtune.export.manifest import write_export_manifest
 from slimtune.export.merge import merge
 from slimtune.export.push_to_hub import push as push_run
 
@@ -183,7 +183,7 @@ def test_adapter_folder(run, folder):
 def test_export_for_vllm(run, tmp_path):
     out = shutil.copytree(run / "adapter", tmp_path / "vllm")
     (out / "serve.sh").write_text(f"vllm serve {tmp_path}")
-    write_manifest(out, "vllm", run, {})
+    write_export_manifest(out, "vllm", run, {})
     result = push(out, "ada/words", dry_run=True)
     assert result["skipped"] == ["export_manifest.json", "serve.sh"]
     assert "779 rows" in result["card"]
@@ -299,7 +299,7 @@ def test_gguf_files(run, tmp_path):
     writer.add_tensor("a", torch.ones(3, 4).numpy())
     finish_gguf(writer)
     (out / "Modelfile").write_text(f"FROM {tmp_path}\n")
-    write_manifest(out, "ollama", run, {})
+    write_export_manifest(out, "ollama", run, {})
     result = push(out, "ada/gguf", dry_run=True)
     assert (list(result["files"]), result["skipped"]) == (["adapter.gguf"], ["Modelfile", "export_manifest.json"])
     assert has_note(result, "no README.md")

@@ -25,7 +25,7 @@ from slimtune.core.foundation.files import atomic_folder
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
 from slimtune.errors import AdapterError, RunError, UsageError
-from slimtune.export.manifest import read_manifest
+from slimtune.export.manifest import read_export_manifest
 from slimtune.export.merge import merge as merge_run
 from slimtune.methods.lora.layers import LinearLora
 
@@ -229,7 +229,7 @@ def test_gguf_in_16_bits_is_rounded_with_the_rows_of_the_run(tmp_path, make_base
     monkeypatch.setattr(
         module.gguf, "convert_hf_to_gguf", lambda path, file, kind: found.update({kind: load_weights(path)})
     )
-    loaded = module.load_trained(run)
+    loaded = module.load_run_for_export(run)
     for precision in ("f32", "f16"):
         module.write_merged_gguf(loaded, run, tmp_path / "model.gguf", precision)
     name = "model.layers.0.mlp.up_proj"
@@ -276,7 +276,7 @@ def test_tokenizer_and_generation_settings(tmp_path, tiny_folder):
 def test_model_card_and_manifest(tmp_path, tiny_folder, monkeypatch, capsys):
     run = make_run(tmp_path / "run", tiny_folder)
     result = merge(run, tmp_path / "merged")
-    text, manifest = (tmp_path / "merged" / "README.md").read_text(), read_manifest(tmp_path / "merged")
+    text, manifest = (tmp_path / "merged" / "README.md").read_text(), read_export_manifest(tmp_path / "merged")
     assert text.startswith("---\n")
     assert "base_model:" not in text  # a local path would be a dead link on the Hub
     assert f"over {result['positions']} positions" in text

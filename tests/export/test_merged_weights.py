@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.export.merged_weights import MergedWeights, save_merged_weights
+from slimtune.export.merged_weights import LazyMergedStateDict, save_merged_weights
 from slimtune.export.rounding import round_with_inputs
 
 
@@ -27,7 +27,7 @@ def test_equals_merging_in_place(name):
     model = adapted(CASES[name]())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     try:
-        merged = {n: t.clone() for n, t in MergedWeights(model).items()}
+        merged = {n: t.clone() for n, t in LazyMergedStateDict(model).items()}
     except MergeUnsupported:
         with pytest.raises(MergeUnsupported):
             model.merge_and_unload()
@@ -42,7 +42,7 @@ def test_equals_merging_in_place(name):
 
 def test_changed_tensors_not_rounded_unchanged_not_copied():
     model = adapted(LoraConfig(r=4, target_modules=["q_proj"]), llama().bfloat16())
-    weights = MergedWeights(model)
+    weights = LazyMergedStateDict(model)
     changed, unchanged = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
     assert (weights[changed].dtype, weights[unchanged].dtype) == (torch.float32, torch.bfloat16)
     assert weights[unchanged].data_ptr() == dict(model.named_parameters())[unchanged].data_ptr()
@@ -53,7 +53,7 @@ def test_without_adapters_it_is_the_base():
     base = llama()
     expected = {n: t.clone() for n, t in base.state_dict().items()}
     config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
-    weights = MergedWeights(adapted(config, base), [])
+    weights = LazyMergedStateDict(adapted(config, base), [])
     assert weights.keys() == expected.keys()
     assert all(torch.equal(t, expected[n]) for n, t in weights.items())
 
@@ -90,9 +90,9 @@ def test_only_weights_with_enough_inputs_are_rounded_with_them(tmp_path):
     saved = []
     for i, given_inputs in enumerate(({}, inputs)):
         (tmp_path / str(i)).mkdir()
-        save_merged_weights(MergedWeights(model), tmp_path / str(i), torch.bfloat16, given_inputs)
+        save_merged_weights(LazyMergedStateDict(model), tmp_path / str(i), torch.bfloat16, given_inputs)
         saved.append(load_file(tmp_path / str(i) / "model.safetensors"))
     assert {n for n in saved[0] if not torch.equal(saved[0][n], saved[1][n])} == {f"{name}.weight"}
-    exact = MergedWeights(model)[f"{name}.weight"]
+    exact = LazyMergedStateDict(model)[f"{name}.weight"]
     nearest, rounded = (output_error(weights[f"{name}.weight"], exact, inputs[name]) for weights in saved)
     assert rounded < 0.5 * nearest

@@ -16,7 +16,7 @@ from real_templates import TOKENIZERS, make_tokenizer
 from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_modelfile
+from slimtune.export.ollama import format_modelfile, ollama_adds_bos, write_modelfile
 from slimtune.generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
 
 
@@ -193,10 +193,10 @@ def test_tokenizer_decides_if_a_gguf_does_not_say(tmp_path, tiny_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     base, tokenizer = gguf_file(tmp_path / "base.gguf"), tiny_tokenizer()
-    assert not engine_adds_bos(base, tokenizer)
+    assert not ollama_adds_bos(base, tokenizer)
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    assert engine_adds_bos(base, tokenizer)
+    assert ollama_adds_bos(base, tokenizer)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

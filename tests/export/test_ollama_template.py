@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_templates import CHATML, TOKENIZERS, make_tokenizer
 
-from slimtune.export.infer_template import DATE_MARKERS, JinjaTemplate, make_messages
-from slimtune.export.ollama_template import convert_chat_template, write_literal
+from slimtune.export.infer_template import DATE_MARKERS, JinjaTemplate, make_probe_messages
+from slimtune.export.ollama_template import convert_chat_template, escape_go_template_text
 
 SHAPES = ["u", "uau", "uauau", "uauauau", "su", "suau", "suauau", "suauauau"]
 WORDS = ["Define patience.", " a \n", "{{ .Role }}", '"""', "Größe 嘘 🙂", "system\n\nuser", "<|im_end|>", "[/INST]"]
@@ -37,8 +37,8 @@ def assert_same_text(tokenizer, cut, shapes=SHAPES):
     assert made.template, made.notes
     chats = []
     for n, shape in enumerate(s for s in shapes if made.system or s[0] != "s"):
-        chats.append(make_messages(shape, [f"Word {i}." for i in range(len(shape))]))
-        chats.append(make_messages(shape, [WORDS[(i + n) % len(WORDS)] for i in range(len(shape))]))
+        chats.append(make_probe_messages(shape, [f"Word {i}." for i in range(len(shape))]))
+        chats.append(make_probe_messages(shape, [WORDS[(i + n) % len(WORDS)] for i in range(len(shape))]))
     results = rendered([{"Template": made.template, "Messages": messages} for messages in chats])
     for messages, result in zip(chats, results, strict=True):
         expected = jinja(tokenizer, messages)
@@ -116,7 +116,7 @@ def test_random_templates(seed, cut):
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "gemma3", "mistral", "zephyr"])
 def test_begun_answer_is_continued(name):
-    messages = make_messages("uaua", ["Hi.", "Hello.", "Define hope.", "Desire"])
+    messages = make_probe_messages("uaua", ["Hi.", "Hello.", "Define hope.", "Desire"])
     made = convert_chat_template(TOKENIZERS[name], adds_bos=False)
     expected = TOKENIZERS[name].apply_chat_template(messages, tokenize=False, continue_final_message=True)
     assert go(made.template, messages)["Text"] == expected
@@ -130,7 +130,7 @@ def test_any_order_of_roles_and_any_content(name, data):
     words = st.text(st.characters(exclude_categories=("Cs", "Cc", "Z"), exclude_characters="\ue000\ue001"))
     roles = data.draw(st.lists(st.sampled_from("sua"), min_size=1, max_size=7))
     shape = "".join(r for r, _ in itertools.groupby(roles)).rstrip("a") or "u"
-    messages = make_messages(shape, [data.draw(words | st.sampled_from(WORDS)) for _ in shape])
+    messages = make_probe_messages(shape, [data.draw(words | st.sampled_from(WORDS)) for _ in shape])
     assert go(template, messages)["Text"] == jinja(TOKENIZERS[name], messages)
 
 
@@ -140,7 +140,7 @@ def test_date_formats(style):
     tokenizer = make_tokenizer(
         date + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", ["<s>", "</s>"]
     )
-    result = go(convert_chat_template(tokenizer, adds_bos=True).template, make_messages("u", ["Hi."]))
+    result = go(convert_chat_template(tokenizer, adds_bos=True).template, make_probe_messages("u", ["Hi."]))
     assert result["Text"] == f"{datetime.date.fromisoformat(DAY):{style}}<user>Hi."
 
 
@@ -205,6 +205,6 @@ def test_unsupported_templates(template):
 @given(text=st.text() | st.text(alphabet='{}"\\-# \n\r\t/*`$.%'))
 @settings(max_examples=20)
 def test_literal_text(text):
-    literal = write_literal(text)
+    literal = escape_go_template_text(text)
     assert '"""' not in literal
     assert rendered([{"Template": literal, "Data": {}}]) == [{"Text": text, "Error": ""}]

@@ -16,7 +16,7 @@ from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, UsageError
-from slimtune.export.merge import load_trained
+from slimtune.export.merge import load_run_for_export
 from slimtune.export.vllm import SCRIPT, TEMPLATE, write_vllm_adapter
 from slimtune.methods.lora import LoraConfig
 
@@ -39,7 +39,7 @@ LORAS = {
 
 def export_vllm(run, folder, **options):
     folder.mkdir(exist_ok=True)
-    written = write_vllm_adapter(load_trained(run), run, folder, **options)
+    written = write_vllm_adapter(load_run_for_export(run), run, folder, **options)
     return {**to_json_dict(written.facts), "commands": written.commands, "notes": written.notes}
 
 

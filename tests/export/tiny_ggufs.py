@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from tiny_gguf import add_vocabulary, finish_gguf
 
-from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
+from slimtune.export.gguf import convert_to_llama_cpp_tensors, get_gguf_architecture, make_gguf_name_mapper
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -84,7 +84,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     import gguf
 
     whole, config = model.config, model.config.get_text_config()
-    w = gguf.GGUFWriter(str(file), get_architecture(whole).name)
+    w = gguf.GGUFWriter(str(file), get_gguf_architecture(whole).name)
     w.add_block_count(config.num_hidden_layers)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
@@ -96,9 +96,9 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     else:
         _rotary(w, config)
     add_vocabulary(w, tokenizer, "gpt-2", config.vocab_size)
-    names = get_tensor_names(whole)
+    names = make_gguf_name_mapper(whole)
     for name, parameter in model.named_parameters():
-        for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
+        for gguf_name, tensor in convert_to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
             w.add_tensor(gguf_name, tensor.float().contiguous().numpy())
     finish_gguf(w)
     return file

@@ -11,7 +11,7 @@ from models_zoo import llama, run, tokens
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.kernels.linear_layers import is_quantized
 from slimtune.core.models.quantization import KINDS, dequantize_model, make_quantization_options
-from slimtune.export.merged_weights import MergedWeights
+from slimtune.export.merged_weights import LazyMergedStateDict
 from slimtune.extras import bitsandbytes_loading
 
 pytestmark = [
@@ -73,7 +73,7 @@ def test_trains_loads_and_merges(method, kind, bases, tmp_path):
         assert (run(plain) - said).abs().max() < 2e-5
         if CASES[method].cls.mergeable and CASES[method].merges:
             plain.merge_adapter()
-            merged, state = dict(plain.named_parameters()), MergedWeights(model)
+            merged, state = dict(plain.named_parameters()), LazyMergedStateDict(model)
             for name in (n for n in state if n.endswith("_proj.weight")):
                 assert torch.allclose(state[name], merged[name], atol=1e-5), name
     base = model.unload()

@@ -8,7 +8,7 @@ from models_zoo import llama, run, shake
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.active_adapters import BASE_ROW
-from slimtune.generation.model_runner import BatchRow, ModelRunner
+from slimtune.generation.model_runner import GenerationRow, MultiAdapterRunner
 
 ALONE = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 """Methods whose rows share no batch with others."""
@@ -23,10 +23,10 @@ def test_served_rows_equal_the_method_alone(method):
     shake(model, seed=6)
     model.eval()
     texts = {"default": list(range(5, 16)), "other": [7, 8], BASE_ROW: list(range(20, 25))}
-    runner, shared, found = ModelRunner(model), None, {}
+    runner, shared, found = MultiAdapterRunner(model), None, {}
     batches = []
     for name, text in texts.items():
-        row = BatchRow(name)
+        row = GenerationRow(name)
         logits, batch = runner.prefill(row, text)
         found[row] = (text, [logits[0]])
         if runner.shares_batches(name) and shared is not None:

@@ -6,7 +6,7 @@ import pytest
 from hand_plan import FULL, hand_plan
 from rich.console import Console
 
-from slimtune.cli.plan_chart import ALLOCATOR, COLOURS, draw_bars, write_plot
+from slimtune.cli.plan_chart import ALLOCATOR, COLOURS, make_memory_bars, write_plan_chart
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.errors import UsageError
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
@@ -18,7 +18,7 @@ CUT = hand_plan("full", sizes=FULL, verdict="does not fit")
 
 def draw(*plans, gpu=GPU, width=80, **settings):
     screen = Console(file=io.StringIO(), width=width, highlight=False, soft_wrap=True, **settings)
-    screen.print(draw_bars(plans, gpu, screen))
+    screen.print(make_memory_bars(plans, gpu, screen))
     return screen.file.getvalue().splitlines()
 
 
@@ -68,7 +68,7 @@ def test_colour_is_added_to_letters():
 
 def test_ascii_terminal():
     screen = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80, soft_wrap=True)
-    screen.print(draw_bars([CUT], GPU, screen))
+    screen.print(make_memory_bars([CUT], GPU, screen))
     screen.file.flush()
     assert b">" in screen.file.buffer.getvalue().splitlines()[1]
 
@@ -81,7 +81,7 @@ def test_name_does_not_fit_before_the_line():
 
 
 def test_svg_has_everything_as_text(tmp_path):
-    write_plot([hand_plan(), hand_plan("ia3", verdict="tight"), CUT], tmp_path / "plan.svg")
+    write_plan_chart([hand_plan(), hand_plan("ia3", verdict="tight"), CUT], tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text()
     for part in (
         "llama-3.1-8b: 2048 tokens in a micro-batch, rows of up to 2048", ">lora<", ">ia3<", ">full<", "19.0 GiB, fits",
@@ -90,20 +90,20 @@ def test_svg_has_everything_as_text(tmp_path):
     ):  # fmt: skip
         assert part in text
     assert text.count(">W weights<") == 1
-    write_plot([hand_plan(), hand_plan("ia3", verdict="tight"), CUT], tmp_path / "again.SVG")
+    write_plan_chart([hand_plan(), hand_plan("ia3", verdict="tight"), CUT], tmp_path / "again.SVG")
     assert (tmp_path / "again.SVG").read_text() == text
 
 
 def test_png_and_cut_bar(tmp_path):
     plan = hand_plan(sizes=(150.0, *FULL[1:]), verdict="does not fit")
-    write_plot([plan], tmp_path / "plan.png")
+    write_plan_chart([plan], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    write_plot([plan], tmp_path / "plan.svg")
+    write_plan_chart([plan], tmp_path / "plan.svg")
     assert "» 198.0 GiB, does not fit" in (tmp_path / "plan.svg").read_text()
 
 
 @pytest.mark.parametrize(("name", "message"), [("plan.pdf", "suffix '.pdf'"), ("no/plan.svg", "there is no folder")])
 def test_bad_plot_path(tmp_path, name, message):
     with pytest.raises(UsageError, match=message):
-        write_plot([hand_plan()], tmp_path / name)
+        write_plan_chart([hand_plan()], tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from slimtune.ui.command_jobs import Job
-from slimtune.ui.pages import Pages
-from slimtune.ui.request_security import Guard
-from slimtune.ui.web_app import build_app
-from slimtune.ui.workspace import Workspace
+from slimtune.ui.command_jobs import CommandJob
+from slimtune.ui.pages import UiPages
+from slimtune.ui.request_security import RequestGuard
+from slimtune.ui.web_app import build_web_app
+from slimtune.ui.workspace import WorkspaceFolder
 
 TOKEN = "a-token-of-the-tests"
 ORIGIN = "http://127.0.0.1:7860"
@@ -73,19 +73,19 @@ def commands(tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def pages(folder: Path, tmp_path: Path, commands: Callable[..., None]) -> Iterator[Pages]:
+def pages(folder: Path, tmp_path: Path, commands: Callable[..., None]) -> Iterator[UiPages]:
     (tmp_path / "chat.py").write_text(CHAT)
     slimtune, chat = ((sys.executable, str(tmp_path / name)) for name in ("slimtune.py", "chat.py"))
-    made = Pages(Workspace(folder), slimtune, chat)
+    made = UiPages(WorkspaceFolder(folder), slimtune, chat)
     yield made
     for job in made.close():
         job.stop()
 
 
 @pytest.fixture
-def stranger(pages: Pages) -> TestClient:
+def stranger(pages: UiPages) -> TestClient:
     """A browser without the token."""
-    guard = Guard(build_app(pages), TOKEN, "127.0.0.1", 7860, max_upload=4096)
+    guard = RequestGuard(build_web_app(pages), TOKEN, "127.0.0.1", 7860, max_upload=4096)
     return TestClient(guard, base_url=ORIGIN, follow_redirects=False, raise_server_exceptions=False)
 
 
@@ -98,10 +98,10 @@ def browser(stranger: TestClient) -> TestClient:
 
 
 @pytest.fixture
-def finish(pages: Pages) -> Callable[[str], Job]:
+def finish(pages: UiPages) -> Callable[[str], CommandJob]:
     """Wait until a command of a kind has ended, and return it."""
 
-    def wait(kind: str) -> Job:
+    def wait(kind: str) -> CommandJob:
         job = pages.jobs.get(kind)
         assert job is not None
         job.wait(20)

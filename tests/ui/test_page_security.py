@@ -6,7 +6,7 @@ import pytest
 
 from slimtune.errors import UsageError
 from slimtune.ui.request_security import HEADERS, MAX_FORM, is_own_host
-from slimtune.ui.workspace import Workspace
+from slimtune.ui.workspace import WorkspaceFolder
 
 PATHS = ["/", "/plan", "/live/data", "/static/ui.css", "/no-such-page"]
 
@@ -110,7 +110,7 @@ def test_settings_name_no_path_outside_and_trust_no_code(browser, pages, folder)
 
 
 def test_new_folders_are_inside(folder):
-    workspace = Workspace(folder)
+    workspace = WorkspaceFolder(folder)
     (folder / "linked").symlink_to(folder.parent)
     assert workspace.resolve_new("runs/first") == folder / "runs/first"
     for text in ("../x", "/x", "linked/x", "-x", "a/../b", "a//b", ""):

@@ -119,9 +119,9 @@ def test_choices_are_kept_for_every_tab_and_the_next_start(browser, folder, fini
     browser.post("/rows", data=FORM)
     finish("data")
     assert 'value="smollm2-135m"' in browser.get("/").text
-    assert workspace.Workspace(folder).load_choices()["model.name"] == "smollm2-135m"
+    assert workspace.WorkspaceFolder(folder).load_choices()["model.name"] == "smollm2-135m"
     (folder / workspace.STATE_FILE).write_text("{broken")
-    assert workspace.Workspace(folder).load_choices() == {}
+    assert workspace.WorkspaceFolder(folder).load_choices() == {}
 
 
 def test_a_full_disk_is_said_and_the_work_goes_on(browser, commands, finish, monkeypatch):
@@ -155,7 +155,7 @@ def test_rows_and_runs_are_found_without_hidden_files(folder):
     for file in (".hidden/a.jsonl", "deep/b.csv", "runs/one/recipe.yaml", "runs/one/data.json", "note.exe"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps({}))
-    made = workspace.Workspace(folder)
+    made = workspace.WorkspaceFolder(folder)
     assert sorted(made.list_rows()) == ["deep/b.csv", "rows.jsonl"]
     assert made.list_runs() == ["runs/one"]
 

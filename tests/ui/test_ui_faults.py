@@ -20,8 +20,8 @@ import pytest
 from waiting import wait_until
 from walk import serve_page
 
-from slimtune.ui.pages import Pages
-from slimtune.ui.workspace import Workspace
+from slimtune.ui.pages import UiPages
+from slimtune.ui.workspace import WorkspaceFolder
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_run import write_rows
@@ -47,9 +47,9 @@ def folder(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 
 
 @pytest.fixture
-def pages(folder) -> Iterator[Pages]:
+def pages(folder) -> Iterator[UiPages]:
     """Pages that start slimtune itself."""
-    made = Pages(Workspace(folder))
+    made = UiPages(WorkspaceFolder(folder))
     yield made
     for job in made.close():
         os.killpg(job.process.pid, signal.SIGKILL)

@@ -15,38 +15,56 @@ from ..compat.peft_registration import disable_peft_registration
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
-from .bench_command import bench
+from .bench_command import bench_machine
 from .command_examples import EXAMPLES
 from .common import CommandGroup
-from .compare_command import compare, tune
+from .compare_command import compare_methods, tune_settings
 from .data_command import data_report
 from .doctor_command import doctor
 from .eval_command import eval_run, report_run
-from .explain_command import explain
+from .explain_command import explain_error
 from .export_command import export_run, merge_run, push_run, verify_run
-from .generate_command import chat, generate, predict
-from .gpus_command import gpus
-from .machine_commands import choose, cost
-from .methods_command import methods
-from .models_command import models
+from .generate_command import chat_with_run, generate_answer, predict_rows
+from .gpus_command import gpus_table
+from .machine_commands import choose_machine, cost_comparison
+from .methods_command import methods_table
+from .models_command import models_table
 from .options import GroupedCommand, add_trust_flag
-from .plan_command import plan
+from .plan_command import plan_run
 from .serve_command import serve_runs
 from .streams import TolerantStream
 from .train_command import train_run
-from .ui_command import ui
+from .ui_command import ui_server
 
 GROUPS = {
-    "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),
-    "Train": (data_report, train_run, tune),
-    "Judge": (eval_run, compare, report_run, generate, chat, predict),
+    "Choose and plan": (
+        choose_machine,
+        plan_run,
+        cost_comparison,
+        gpus_table,
+        bench_machine,
+        models_table,
+        methods_table,
+    ),
+    "Train": (data_report, train_run, tune_settings),
+    "Judge": (eval_run, compare_methods, report_run, generate_answer, chat_with_run, predict_rows),
     "Ship": (export_run, verify_run, merge_run, push_run),
     "Serve": (serve_runs,),
-    "In the browser": (ui,),
-    "Help": (doctor, explain),
+    "In the browser": (ui_server,),
+    "Help": (doctor, explain_error),
 }
 """Commands by what a user wants, in the order of the help."""
-LOAD_RUN = (eval_run, generate, chat, predict, merge_run, export_run, verify_run, push_run, serve_runs)
+LOAD_RUN = (
+    eval_run,
+    generate_answer,
+    chat_with_run,
+    predict_rows,
+    merge_run,
+    export_run,
+    verify_run,
+    push_run,
+    serve_runs,
+)
 """The commands that load the base of a run, whose folder may come from somebody else."""
 COMMANDS: dict[str, Any] = {
     function.__name__.partition("_")[0]: function for functions in GROUPS.values() for function in functions

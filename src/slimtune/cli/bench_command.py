@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from typer import Option
 
 from ..errors import UsageError
-from .common import Json, console, print_fields, show_progress
+from .common import Json, make_console, print_fields, show_progress
 
 
-def bench(
+def bench_machine(
     device: Annotated[str | None, Option(help="Device to measure: auto, cpu, cuda, cuda:N or mps.")] = None,
     show: Annotated[bool, Option("--show", help="Show the stored measurement; measure nothing.")] = False,
     export: Annotated[
@@ -47,10 +47,10 @@ def bench(
     file, row = get_measurement_path(), make_gpu_table_row(found)
     if not as_json:
         if export:
-            console().print(_format_csv(row), soft_wrap=True)
+            make_console().print(_format_csv(row), soft_wrap=True)
         else:
             print_fields(found.lines())
-            console().print(f"\nstored in {file}; plan, choose and gpus use it", soft_wrap=True)
+            make_console().print(f"\nstored in {file}; plan, choose and gpus use it", soft_wrap=True)
     return BenchResult(found, file, row)
 
 

@@ -62,9 +62,9 @@ class CommandGroup(TyperGroup):
         if build_command is not None:
             command = build_command(name, getattr(command, "epilog", None))
         if command is not None:
-            from .options import check_flags_once
+            from .options import require_flags_given_once
 
-            check_flags_once(command, rest)
+            require_flags_given_once(command, rest)
         return name, command, rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -90,7 +90,7 @@ class CommandGroup(TyperGroup):
         except (KeyboardInterrupt, Abort):
             code, result = INTERRUPTED, {"error": {"kind": "Interrupted", "message": "interrupted"}}
             if os.environ.get("RANK", "0") == "0":
-                error_console().print("interrupted", style="bold")
+                make_error_console().print("interrupted", style="bold")
         except SystemExit:
             raise
         except BaseException as e:
@@ -112,7 +112,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     """Print an exception on stderr; return its exit code and what `--json` prints."""
     known = to_user_error(error)
     if known is None:
-        error_console().print("".join(traceback.format_exception(error)), end="")
+        make_error_console().print("".join(traceback.format_exception(error)), end="")
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
         known = SlimtuneError(message, hint=f"please report it with the lines above{_find_address()}")
     if "RANK" in os.environ:
@@ -120,7 +120,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
 
         if not distributed.claim_error_printing(known):
             return known.exit_code, None
-    screen = error_console()
+    screen = make_error_console()
     screen.print(Text.assemble(("error: ", ERROR), escape_controls(known.message)))
     for name in ("expected", "hint"):
         if text := getattr(known, name):
@@ -186,7 +186,7 @@ def _print_warnings() -> Iterator[None]:
         def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
                 if str(message) not in shown:  # a recipe is read several times
-                    error_console().print(f"warning: {message}", style=WARNING)
+                    make_error_console().print(f"warning: {message}", style=WARNING)
                 shown.add(str(message))
             else:
                 default(message, category, filename, *rest)
@@ -208,21 +208,21 @@ class EscapingConsole(Console):
             yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
 
 
-def console(stderr: bool = False) -> Console:
+def make_console(stderr: bool = False) -> Console:
     """Return a console on the current stdout or stderr. A terminal gets lines of whole words, a pipe long lines."""
     made = EscapingConsole(stderr=stderr, highlight=False, markup=False)
     made.soft_wrap = not made.is_terminal
     return made
 
 
-def error_console() -> Console:
+def make_error_console() -> Console:
     """Return a console on the current stderr."""
-    return console(stderr=True)
+    return make_console(stderr=True)
 
 
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
-    error_console().print(text, style="dim")
+    make_error_console().print(text, style="dim")
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ def show_progress() -> Iterator[None]:
             yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    screen = error_console()
+    screen = make_error_console()
     # rich's own are yellow and light green, which cannot be read on white.
     screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
     with Progress(*columns, console=screen, transient=True) as bars:
@@ -264,7 +264,7 @@ class LinePrinter:
             print_progress(f"{what}: {done} of {total} ({now - self.start:.0f} s so far)")
 
 
-def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
+def make_table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
     """Return a table. Its first column and the columns in `left` are text, which wraps; the others are numbers.
 
     Without any text in `columns`, the headings, no heading is shown. `left` counts from 0.
@@ -282,7 +282,7 @@ def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]]
 
 def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
     """Print labels and values in two columns, `gap` apart; long values wrap, labels never do."""
-    screen, rows = console(), list(fields)
+    screen, rows = make_console(), list(fields)
     indent = max((len(label) for label, _ in rows), default=0) + gap
     for label, value in rows:
         room = max(screen.width - indent, 20)
@@ -290,11 +290,11 @@ def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
         screen.print(label.ljust(indent) + f"\n{' ' * indent}".join(lines))
 
 
-def print_age(dates: Iterable[str]) -> None:
+def print_outdated_notice(dates: Iterable[str]) -> None:
     """Say how many of the shown figures may be out of date."""
     from ..planning.gpu_specs import MAX_AGE, is_date_outdated
 
     if old := sum(map(is_date_outdated, dates)):
-        console().print(
+        make_console().print(
             f"{old} of these figures were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING
         )

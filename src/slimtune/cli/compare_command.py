@@ -8,9 +8,9 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from ..experiments.places import PLACES, parse_executor_spec
-from .common import Json, NegativeResult, console, print_progress, table
-from .input_checks import find_missing_inputs, require_packages
-from .options import recipe_flags
+from .common import Json, NegativeResult, make_console, make_table, print_progress
+from .input_checks import find_missing_inputs, require_installed_packages
+from .options import add_recipe_flags
 
 if TYPE_CHECKING:
     from ..experiments.experiment_results import CompareResult, TuneResult
@@ -27,8 +27,8 @@ Force = Annotated[bool, Option("--force", help="Train on faulty data.")]
 Plot = Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")]
 
 
-@recipe_flags()
-def compare(
+@add_recipe_flags()
+def compare_methods(
     settings: dict[str, Any],
     recipe: RecipeFile,
     methods: Annotated[
@@ -54,7 +54,7 @@ def compare(
     --set changes a setting of the recipe (train.batch_size=4), of one method (dora.r=8) or of one task (dpo.beta=0.5).
     If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
     """
-    require_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
+    require_installed_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
     from ..core.config.recipe import load_recipe_tree
@@ -95,11 +95,11 @@ def _print_comparison(result: "CompareResult") -> None:
         list_comparison_columns,
     )
 
-    screen = console()
+    screen = make_console()
     screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result.methods)
     columns = list_comparison_columns(result.methods, terminal=True)
-    methods = table(*columns, left=[len(columns) - 1], rows=rows)
+    methods = make_table(*columns, left=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
     if result.methods:
         screen.print(methods)
@@ -109,8 +109,8 @@ def _print_comparison(result: "CompareResult") -> None:
     screen.print(f"files in {result.output_dir}: compare.json, table.md, compare.svg")
 
 
-@recipe_flags()
-def tune(
+@add_recipe_flags()
+def tune_settings(
     settings: dict[str, Any],
     recipe: RecipeFile,
     over: Annotated[
@@ -138,7 +138,7 @@ def tune(
     from ..experiments.search_space import check_and_mark_ranges, parse_setting_ranges
 
     ranges = parse_setting_ranges(over)
-    require_packages("tune", "compare", TUNE_PACKAGES)
+    require_installed_packages("tune", "compare", TUNE_PACKAGES)
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
@@ -166,12 +166,12 @@ def _print_search(result: "TuneResult") -> None:
         list_trial_columns,
     )
 
-    screen = console()
+    screen = make_console()
     screen.print(describe_search_setup(result))
     rows = format_trial_rows(result)
     losses = [math.inf if t.loss is None else t.loss for t in result.trials]
     by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
-    screen.print(table(*list_trial_columns(result), rows=by_loss[:SHOWN]))
+    screen.print(make_table(*list_trial_columns(result), rows=by_loss[:SHOWN]))
     if len(rows) > SHOWN:
         screen.print(f"… and {len(rows) - SHOWN} more in table.md")
     for note in describe_search_limits(result):

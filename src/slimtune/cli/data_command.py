@@ -9,9 +9,9 @@ from typer import Argument, Option
 from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import escape_controls
 from ..errors import DataError
-from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
-from .input_checks import ROW_SETTINGS, require_base, require_rows
-from .options import recipe_flags
+from .common import ERROR, GOOD, WARNING, Json, NegativeResult, make_console, print_fields, print_progress
+from .input_checks import ROW_SETTINGS, require_base_exists, require_rows_exist
+from .options import add_recipe_flags
 
 if TYPE_CHECKING:
     from ..evaluation.data_report.data_report import DataReport
@@ -32,7 +32,7 @@ REPORT_SETTINGS = (
 """The settings that change the report."""
 
 
-@recipe_flags(*REPORT_SETTINGS)
+@add_recipe_flags(*REPORT_SETTINGS)
 def data_report(
     file: Annotated[str, Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
     settings: dict[str, Any],
@@ -48,9 +48,9 @@ def data_report(
     if html is not None:
         html = resolve_output_file(html.expanduser())
     for rows in (file, settings.get("data.validation")):
-        require_rows(rows, settings.get("data.format"))
+        require_rows_exist(rows, settings.get("data.format"))
     if "model.name" in settings:
-        require_base(str(settings["model.name"]))
+        require_base_exists(str(settings["model.name"]))
     from ..core.config import DataSettings, ModelSettings, TrainSettings
     from ..core.config.recipe import build_recipe_sections
     from ..evaluation.data_report.report_builder import make_data_report
@@ -89,7 +89,7 @@ def data_report(
 
 def _print_report(report: "DataReport") -> None:
     """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
-    screen = console()
+    screen = make_console()
     reader = f" for {report.model}" if report.model is not None else ""
     rows = "rows of an unknown format" if report.format == "unknown" else f"{report.format} rows"
     screen.print(f"{report.file}: {rows}{reader}")

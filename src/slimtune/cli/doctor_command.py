@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from ..core.foundation.formatting import escape_controls
-from .common import ERROR, WARNING, Json, console, print_fields
+from .common import ERROR, WARNING, Json, make_console, print_fields
 
 if TYPE_CHECKING:
     from ..diagnostics.doctor_report import DoctorReport
@@ -26,13 +26,13 @@ def doctor(as_json: Json = False) -> Any:
         _print_findings(report)
         print_fields(report.lines())
         if missing := report.list_missing_extras():
-            console().print(Text("\nto add:", "bold"))
+            make_console().print(Text("\nto add:", "bold"))
             print_fields(missing)
     return report
 
 
 def _print_findings(report: DoctorReport) -> None:
-    screen = console()
+    screen = make_console()
     screen.print(Text(report.headline(), "bold"))
     for finding in report.findings:
         kind = ("fault: ", ERROR) if finding.is_fault else ("warning: ", WARNING)

@@ -11,12 +11,22 @@ from typing import Annotated, Any, Literal
 from typer import Argument, Option
 
 from ..evaluation.result_lines import ResultHeading, ResultLine, format_eval_result
-from .common import WARNING, Device, Json, NegativeResult, Run, console, error_console, show_progress, table
-from .input_checks import require_rows, require_run
+from .common import (
+    WARNING,
+    Device,
+    Json,
+    NegativeResult,
+    Run,
+    make_console,
+    make_error_console,
+    make_table,
+    show_progress,
+)
+from .input_checks import require_rows_exist, require_run_exists
 
 
 @dataclass(frozen=True)
-class ReportResult:
+class RunReportResult:
     """What `report --json` prints."""
 
     run: str
@@ -57,8 +67,8 @@ def eval_run(
 
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
-    require_run(run)
-    require_rows(data, run=run)
+    require_run_exists(run)
+    require_rows_exist(data, run=run)
     from ..core.data.general_text import BUILT_IN_TEXT
     from ..evaluation.evaluate import EvalSettings, evaluate
 
@@ -80,7 +90,7 @@ def eval_run(
     with show_progress():
         result = evaluate(run, settings)
     if not as_json:
-        _print_lines(format_eval_result(result, console().width))
+        _print_lines(format_eval_result(result, make_console().width))
     return result if result.verdict.passed else NegativeResult(result)
 
 
@@ -88,7 +98,7 @@ def report_run(
     run: Annotated[Path, Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path | None, Option(help="File to write. Default: report.html in the run folder.")] = None,
     as_json: Json = False,
-) -> ReportResult:
+) -> RunReportResult:
     """Write report.html of a run from the files in its folder.
 
     `slimtune train` and `slimtune eval` write it when they finish.
@@ -98,18 +108,18 @@ def report_run(
 
     file, damage = write_run_report(RunDir.open(run, require_adapter=False), out)
     for sentence in damage:
-        error_console().print(f"warning: {sentence}", style=WARNING)
+        make_error_console().print(f"warning: {sentence}", style=WARNING)
     if not as_json:
-        console().print(str(file))
-    return ReportResult(run=str(run), report=str(file), damage=damage)
+        make_console().print(str(file))
+    return RunReportResult(run=str(run), report=str(file), damage=damage)
 
 
 def _print_lines(lines: Iterable[ResultLine]) -> None:
-    screen = console()
+    screen = make_console()
     for line in lines:
         if isinstance(line, str):
             screen.print(line)
         elif isinstance(line, ResultHeading):
             screen.print(line.text, style="bold")
         else:
-            screen.print(table(*line.columns, left=line.text_columns, rows=line.rows))
+            screen.print(make_table(*line.columns, left=line.text_columns, rows=line.rows))

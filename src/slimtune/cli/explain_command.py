@@ -9,7 +9,7 @@ from typer import Argument
 from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
 from ..diagnostics.knowledge.guides import find_command_guides
 from ..errors import UsageError
-from .common import Json, NegativeResult, console, table
+from .common import Json, NegativeResult, make_console, make_table
 
 Words = Annotated[
     list[str] | None,
@@ -17,7 +17,7 @@ Words = Annotated[
 ]
 
 
-def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeResult:
+def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeResult:
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
@@ -31,7 +31,7 @@ def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | Negat
     if not words.strip():
         pages = list(load_error_pages().values())
         if not as_json:
-            console().print(table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
+            make_console().print(make_table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
         return {"pages": [_summarize(page) for page in pages]}
     found, nearest = search_error_pages(words)
     page, guides = nearest[0] if found else None, [] if found else find_command_guides(words)
@@ -48,7 +48,7 @@ def _summarize(page: ErrorPage) -> dict[str, str]:
 
 
 def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[tuple[str, str]]) -> None:
-    screen = console()
+    screen = make_console()
     if guides:
         screen.print(Text("This is not an error. What answers it:", "bold"))
         for answer, what in guides:
@@ -72,4 +72,4 @@ def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[
         if others:
             screen.print(Text("\nSee also", "bold"))
     if others:
-        screen.print(table("", "", left=(1,), rows=[(f"  {other.code}", other.title) for other in others]))
+        screen.print(make_table("", "", left=(1,), rows=[(f"  {other.code}", other.title) for other in others]))

@@ -19,13 +19,13 @@ from .common import (
     Json,
     NegativeResult,
     Run,
-    console,
-    error_console,
+    make_console,
+    make_error_console,
+    make_table,
     print_progress,
     show_progress,
-    table,
 )
-from .input_checks import require_rows, require_run
+from .input_checks import require_rows_exist, require_run_exists
 from .options import GroupedCommand, add_trust_flag
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _iterate_format_flags() -> Iterator[inspect.Parameter]:
     """Yield the parameter of `--to`, then one for each option that a format has."""
-    from ..export.export_format import EXPORT_FORMATS, list_targets
+    from ..export.export_format import EXPORT_FORMATS, list_export_targets
 
-    *most, last = list_targets()
+    *most, last = list_export_targets()
     target = Option("--to", help=f"Target: {', '.join(most)} or {last}.", show_default=False)
     yield inspect.Parameter("to", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, target])
     seen = set()
@@ -115,25 +115,25 @@ def export_run(
     as_json: Json = False,
 ) -> Any:
     """Write a run as Ollama, llama.cpp or vLLM reads it, checked by the engine."""
-    from ..export.export_format import require_target
+    from ..export.export_format import require_export_target
 
-    require_target(to)
+    require_export_target(to)
     options = _read_format_options(to, options)
-    require_run(run)
+    require_run_exists(run)
     from ..export.exporter import export
 
     checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
     with show_progress():
         result = export(run, to, out, options, **checks, log=print_progress)
     if not as_json:
-        screen = console()
+        screen = make_console()
         for line in result.lines():
             screen.print(line)
         if result.check.positions:
-            print_verdicts([result.check])
+            print_engine_verdicts([result.check])
         if result.check.passed is None:
             text = f"NOT PROVEN: {result.check.reason}"
-            error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
+            make_error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
         screen.print("\nnext:", *result.commands, sep="\n  ", soft_wrap=True)
     return result
 
@@ -147,12 +147,12 @@ def verify_run(
     as_json: Json = False,
 ) -> Any:
     """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
-    from ..export.manifest import read_manifest
+    from ..export.manifest import read_export_manifest
 
-    manifest = read_manifest(path)
+    manifest = read_export_manifest(path)
     if manifest is None:
-        require_run(path)
-    require_rows(data, run=path if manifest is None else manifest.run)
+        require_run_exists(path)
+    require_rows_exist(data, run=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:
@@ -163,19 +163,19 @@ def verify_run(
     with show_progress():
         result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
     if not as_json:
-        print_verdicts(result.checks)
+        print_engine_verdicts(result.checks)
         for check in result.checks:
             if check.reason:
-                console().print(f"{check.engine}: {check.reason}")
+                make_console().print(f"{check.engine}: {check.reason}")
     if result.passed:
         return result
-    error_console().print(f"error: {result.explain_failure()}", style=ERROR)
+    make_error_console().print(f"error: {result.explain_failure()}", style=ERROR)
     return NegativeResult(result)
 
 
-def format_verdicts(checks: "Sequence[EngineVerdict]") -> Table:
+def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:
     """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
-    rows = table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
+    rows = make_table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
     rows.padding = (0, 1, 0, 0)
     for c in checks:
         numbers, verdict = ["-"] * 4, VERDICTS[c.passed] or "NOT PROVEN" * c.failed
@@ -187,11 +187,11 @@ def format_verdicts(checks: "Sequence[EngineVerdict]") -> Table:
     return rows
 
 
-def print_verdicts(checks: "Sequence[EngineVerdict]") -> None:
+def print_engine_verdicts(checks: "Sequence[EngineVerdict]") -> None:
     """Print the verdicts and what their numbers are."""
-    console().print(format_verdicts(checks))
+    make_console().print(make_engine_verdict_table(checks))
     if any(c.positions for c in checks):
-        console().print(LEGEND, style="dim")
+        make_console().print(LEGEND, style="dim")
 
 
 def merge_run(
@@ -201,16 +201,16 @@ def merge_run(
     as_json: Json = False,
 ) -> Any:
     """Write base and adapter as one checkpoint."""
-    require_run(run)
+    require_run_exists(run)
     from ..export.merge import merge
 
     with show_progress():
         result = merge(run, out, dtype=dtype)
     if not as_json:
         for line in result.lines():
-            console().print(line)
+            make_console().print(line)
         if warning := result.warning():
-            error_console().print(f"warning: {warning}", style=WARNING)
+            make_error_console().print(f"warning: {warning}", style=WARNING)
     return result
 
 
@@ -238,11 +238,11 @@ def push_run(
     Merged models and GGUF files are uploaded as they are. Log in with `hf auth login`, or set HF_TOKEN.
     """
     if not run.is_dir():
-        require_run(run)
+        require_run_exists(run)
     from ..export.push_to_hub import push
 
     how: dict[str, Any] = {"revision": revision, "message": message, "base": base, "private": private or None}
     result = push(run, repo_id, keep_card=keep_card, dry_run=dry_run, **how)
     if not as_json:
-        console().print("\n".join(result.lines()))
+        make_console().print("\n".join(result.lines()))
     return result

@@ -16,8 +16,8 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import escape_controls
 from ..errors import DataError, UsageError, nearest
-from .common import Device, Json, Run, console, error_console, show_progress, table
-from .input_checks import require_rows, require_run
+from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
+from .input_checks import require_rows_exist, require_run_exists
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
@@ -31,7 +31,7 @@ PARTS = re.compile(rf"\n| *[{_WIDE}]| *[^ \n{_WIDE}]+| +")
 Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
 
 
-def generate(
+def generate_answer(
     run: Run,
     prompt: Annotated[str, Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
     max_new_tokens: MaxNewTokens = 128,
@@ -49,7 +49,7 @@ def generate(
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
 
 
-def chat(
+def chat_with_run(
     run: Run,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -69,7 +69,7 @@ def chat(
     return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
 
 
-def predict(
+def predict_rows(
     run: Run,
     text: Annotated[str | None, Argument(metavar="TEXT", help="A text.", show_default=False)] = None,
     data: Annotated[Path | None, Option(help="Rows with a text or messages, in place of TEXT.")] = None,
@@ -83,8 +83,8 @@ def predict(
             "predict takes a text, or --data and --out",
             hint=f"slimtune predict {run} --data new.jsonl --out predicted.jsonl",
         )
-    require_run(run)
-    require_rows(data)
+    require_run_exists(run)
+    require_rows_exist(data)
     from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
     from ..evaluation.predict import TextPrediction, parse_prediction_input, predict, predict_file
@@ -96,7 +96,7 @@ def predict(
             rows = [(name, str(count)) for name, count in (result.classes or {}).items()]
             if result.mean_reward is not None:
                 rows = [("mean reward", f"{result.mean_reward:.4f}")]
-            console().print(table(f"{result.rows} rows in {out}", "", rows=rows))
+            make_console().print(make_table(f"{result.rows} rows in {out}", "", rows=rows))
         return result
     row = parse_prediction_input({"text": text})
     if isinstance(row, InvalidRow):
@@ -105,7 +105,7 @@ def predict(
     if not as_json:
         shares = prediction.probabilities or {"reward": float(prediction.reward or 0)}
         ordered = sorted(shares.items(), key=lambda item: -item[1])
-        console().print(table("", "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
+        make_console().print(make_table("", "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
     return TextPrediction(run=str(run), text=str(text), prediction=prediction)
 
 
@@ -119,26 +119,26 @@ def _converse(
     as_json: bool,
 ) -> list[dict[str, str]]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
-    require_run(run)
+    require_run_exists(run)
     from ..core.training.trained_model import load_run, require_causal_lm_run
     from ..generation.answer_queue import SamplingParams
     from ..generation.conversation import Conversation
-    from ..generation.generation_models import describe_run, make_base_and_tuned
+    from ..generation.generation_models import describe_trained_model, make_base_and_tuned_models
     from ..generation.text_generator import TextGenerator
 
     require_causal_lm_run(run)
     trained = load_run(run, device=device)
-    models, generator = make_base_and_tuned(trained), TextGenerator(trained.model)
+    models, generator = make_base_and_tuned_models(trained), TextGenerator(trained.model)
 
     def begin() -> dict[str, Conversation]:
         names = ("base", "tuned") if side_by_side else ("tuned",)
         return {name: Conversation(generator, models[name], system) for name in names}
 
-    screen, params = console(stderr=as_json), SamplingParams(**sampling)
+    screen, params = make_console(stderr=as_json), SamplingParams(**sampling)
     turns: list[dict[str, str]] = []
     conversations = begin()
     if prompt is None:
-        _print_note(f"{describe_run(trained)}\n{COMMANDS}")
+        _print_note(f"{describe_trained_model(trained)}\n{COMMANDS}")
     is_dialog = prompt is None and sys.stdin.isatty()
     for line in [prompt] if prompt is not None else _read_lines():
         if line is None:
@@ -177,7 +177,7 @@ def _read_lines() -> Iterator[str | None]:
     while True:
         try:
             if sys.stdin.isatty():
-                error_console().print("you: ", style="bold", end="")
+                make_error_console().print("you: ", style="bold", end="")
             line = sys.stdin.readline()
         except KeyboardInterrupt:
             if interrupted or not sys.stdin.isatty():
@@ -197,7 +197,7 @@ def _read_lines() -> Iterator[str | None]:
 
 
 def _print_note(text: str) -> None:
-    error_console().print(Text(text, style="dim"))
+    make_error_console().print(Text(text, style="dim"))
 
 
 class AnswerPrinter:
@@ -208,7 +208,7 @@ class AnswerPrinter:
 
     def __init__(self, file: Any, column: int = 0, width: int | None = None) -> None:
         self.file, self.column, self.pending = file, column, ""
-        self.width = width or (console().width if file.isatty() else None)
+        self.width = width or (make_console().width if file.isatty() else None)
 
     def write(self, piece: str) -> None:
         if self.width is None:

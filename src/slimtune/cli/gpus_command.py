@@ -9,10 +9,10 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
-from .common import Json, console, print_age, print_fields, table
-from .machine_commands import read_kinds
-from .options import recipe_flags
-from .plan_command import name_run
+from .common import Json, make_console, make_table, print_fields, print_outdated_notice
+from .machine_commands import parse_machine_kinds
+from .options import add_recipe_flags
+from .plan_command import describe_planned_run
 from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_on_gpus, estimate_runs, load_run_to_plan
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ SEVERAL, SEVERAL_HINT = "--for got several methods", "--method lora, or see `sli
 KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, datacentre, mac, mini."
 
 
-@recipe_flags(*JOB_SETTINGS)
-def gpus(
+@add_recipe_flags(*JOB_SETTINGS)
+def gpus_table(
     settings: dict[str, Any],
     names: Annotated[
         list[str] | None,
@@ -60,7 +60,7 @@ def gpus(
                 print_fields(list_gpu_figures(found[0]))
             return GpusResult([found[0].facts()])
         return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
-    kinds = read_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpu_specs())))
+    kinds = parse_machine_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpu_specs())))
     shown = [g for g in list_gpu_specs() if g.kind in kinds]
     if kind is None and (here := load_measured_gpu()) is not None:
         shown.insert(0, here)
@@ -83,8 +83,8 @@ def gpus(
             )
             for g in shown
         )
-        console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
-        print_age(g.checked for g in shown)
+        make_console().print(make_table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
+        print_outdated_notice(g.checked for g in shown)
     return GpusResult([g.facts() for g in shown])
 
 
@@ -97,10 +97,12 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
     judged, planned = estimate_on_gpus(jobs, ordered, smallest=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
-        screen = console()
+        screen = make_console()
         for (device, bf16), estimate in planned.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
-            screen.print(f"{name_run(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}")
+            screen.print(
+                f"{describe_planned_run(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}"
+            )
         if enough is not None:
             screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
         fitting = [j for j in judged if j.verdict != "does not fit"]
@@ -108,12 +110,12 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
             rows = ((j.gpu.name, format_bytes(j.gpu.memory), j.gpu.usable.format(), j.verdict, j.gpu.kind)
                     for j in fitting)  # fmt: skip
             screen.print()
-            screen.print(table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=rows))
+            screen.print(make_table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=rows))
         if too_small := len(judged) - len(fitting):
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
             screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
-        print_age(j.gpu.checked for j in fitting)
+        print_outdated_notice(j.gpu.checked for j in fitting)
         if sources:
             evidence = next(iter(planned.values())).evidence
             screen.print()
@@ -153,8 +155,8 @@ def _compare(
     ]
     if not as_json:
         run = None if job is None else "a million tokens" if tokens == MILLION else f"{format_count(tokens)} tokens"
-        screen = console()
-        made = table("", *(g.name for g in gpus), rows=list_machine_comparison_rows(offers, run))
+        screen = make_console()
+        made = make_table("", *(g.name for g in gpus), rows=list_machine_comparison_rows(offers, run))
         made.padding = (0, 1, 0, 0)
         screen.print(made)
         if any(offer.price is not None for offer in offers):

@@ -22,7 +22,7 @@ PACKAGES = {"multipart": "python-multipart"}
 """Packages that have another name than their module."""
 
 
-def require_packages(command: str, extra: str, modules: Iterable[str]) -> None:
+def require_installed_packages(command: str, extra: str, modules: Iterable[str]) -> None:
     """Raise UsageError unless what a command imports is installed; nothing is imported.
 
     Args:
@@ -52,13 +52,13 @@ def find_missing_inputs(
     errors = find_missing_files(data) if rows else []
     try:
         if isinstance(name := model.get("name"), str) and name:
-            require_base(name, weights)
+            require_base_exists(name, weights)
     except SlimtuneError as e:
         return [*errors, FieldError("model.name", e.message, e.expected)], e
     return errors, None
 
 
-def require_base(name: str, weights: bool = True) -> None:
+def require_base_exists(name: str, weights: bool = True) -> None:
     """Raise unless something has a base's name; with `weights`, unless it can have them."""
     from ..core.models.model_source import find_known_base, resolve_model_source
 
@@ -66,7 +66,7 @@ def require_base(name: str, weights: bool = True) -> None:
         resolve_model_source(name)
 
 
-def require_run(path: Path) -> None:
+def require_run_exists(path: Path) -> None:
     """Raise unless there is a run, or an adapter folder, with an adapter whose base has not gone."""
     from ..core.config.recipe_loading import read_recipe_tree
     from ..core.foundation.files import read_json
@@ -79,10 +79,10 @@ def require_run(path: Path) -> None:
         file = path / "adapter_config.json"
         name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
     if isinstance(name, str) and name:
-        require_base(name)
+        require_base_exists(name)
 
 
-def require_rows(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
+def require_rows_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.config.recipe_loading import read_recipe_tree
     from ..core.training.run_dir import RunDir

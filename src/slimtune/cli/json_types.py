@@ -20,7 +20,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
         "evaluation.eval_result:RewardEvalResult",
     ),
     "compare": ("experiments.experiment_results:CompareResult",),
-    "report": ("cli.eval_command:ReportResult",),
+    "report": ("cli.eval_command:RunReportResult",),
     "predict": ("evaluation.predict:TextPrediction", "evaluation.predict:FilePredictions"),
 }
 """`module:class` of the results of each command; several if the output depends on the run or on the arguments."""

@@ -10,8 +10,8 @@ from typer import Option
 
 from ..core.foundation.formatting import format_count
 from ..errors import UsageError, format_names, nearest
-from .common import Json, NegativeResult, console, print_age, print_fields, table
-from .options import recipe_flags
+from .common import Json, NegativeResult, make_console, make_table, print_fields, print_outdated_notice
+from .options import add_recipe_flags
 from .planned_jobs import JOB, JOB_SETTINGS, estimate_on_gpus, estimate_runs, load_run_to_plan
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ Tokens = Annotated[
 Sources = Annotated[bool, Option("--sources", help="Also show where each figure is from, and when.")]
 
 
-@recipe_flags(*JOB_SETTINGS)
-def choose(
+@add_recipe_flags(*JOB_SETTINGS)
+def choose_machine(
     job: Annotated[str, JOB],
     settings: dict[str, Any],
     budget: Annotated[
@@ -48,7 +48,7 @@ def choose(
 
     The first is the cheapest that surely fits and is surely in time. Exit code 1 if there is none.
     """
-    kinds = read_kinds(kind, KINDS)
+    kinds = parse_machine_kinds(kind, KINDS)
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, RankedOffer
@@ -78,7 +78,7 @@ def choose(
         "rent": rank_machines(rented, budget=budget, hours=hours, rent=True),
     }
     if not as_json:
-        screen = console()
+        screen = make_console()
         (recipe,) = jobs.recipes.values()
         vendors = () if recipe.model.quantization is None else UNPROVEN_VENDORS
         names = {g.name: g.name + (MARK if g.vendor in vendors else "") for g in gpus}
@@ -134,21 +134,21 @@ def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]
         time = format_hours(cost.hours if cost else None)
         rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, time, power, writes))
     headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
-    return table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
+    return make_table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
 
 
 def _print_sources(offers: Sequence[MachineOffer], dates: Iterable[str] = (), *, sources: bool) -> None:
     """Say how old the figures of machines are, beside other dates; with `sources` also where they are from."""
     from ..hardware.machine_choice import list_offer_dates, list_offer_sources
 
-    print_age([*list_offer_dates(offers), *dates])
+    print_outdated_notice([*list_offer_dates(offers), *dates])
     if sources:
-        console().print()
+        make_console().print()
         print_fields(list_offer_sources(offers))
 
 
-@recipe_flags(*JOB_SETTINGS)
-def cost(
+@add_recipe_flags(*JOB_SETTINGS)
+def cost_comparison(
     job: Annotated[str, JOB],
     settings: dict[str, Any],
     gpu: Annotated[str, Option(help="The GPU or machine to buy or to rent.", show_default=False)],
@@ -206,7 +206,7 @@ def cost(
         runs_in_a_month=runs,
     )
     if not as_json:
-        screen = console()
+        screen = make_console()
         where = f"{jobs.model.name} with {estimate.method} on {spec.name}, {format_count(count)} tokens"
         screen.print(f"{where}: {format_hours(hours)}\n")
         screen.print(_cost_table(result, kwh_price))
@@ -234,7 +234,7 @@ def _cost_table(result: CostResult, kwh_price: float) -> Any:
     rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollars(result.buy.dollars))]
     rows += [row(r.name, r.run, "0 $") for r in result.rent]
     rows += [row(s.price.service, Interval(s.run, s.run), "0 $") for s in result.services]
-    return table("", "at first", "a run", f"{result.runs_in_a_month} runs", left=[0], rows=rows)
+    return make_table("", "at first", "a run", f"{result.runs_in_a_month} runs", left=[0], rows=rows)
 
 
 def _explain_break_even(result: CostResult) -> str:
@@ -255,7 +255,7 @@ def _format_number(number: float) -> str:
     return "never" if number == float("inf") else f"{number:.2g}" if number < 10 else f"{float(f'{number:.2g}'):.0f}"
 
 
-def read_kinds(text: str | None, known: Sequence[str]) -> list[str]:
+def parse_machine_kinds(text: str | None, known: Sequence[str]) -> list[str]:
     """Return the kinds of machines that a text names, parted by commas; all for None."""
     kinds = list(known) if text is None else [part.strip().lower() for part in text.split(",")]
     for unknown in (kind for kind in kinds if kind not in known):

@@ -12,8 +12,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
-from .common import Json, console, print_fields, table
-from .input_checks import require_base
+from .common import Json, make_console, make_table, print_fields
+from .input_checks import require_base_exists
 from .options import METHOD_FLAGS, TrustFlag
 
 LEGEND = """file: an adapter in Hugging Face form; merged: one plain model, also for
@@ -25,7 +25,7 @@ NARROW = 110
 """Columns of a screen below which what a method changes and its exports are on a line of their own."""
 
 
-def methods(
+def methods_table(
     name: Annotated[str | None, Argument(metavar="NAME", help="Show this method's fields.")] = None,
     model: Annotated[
         str | None, Option(help="A base, as for `slimtune train`: adds what each method trains on it.")
@@ -41,7 +41,7 @@ def methods(
 
     names = [resolve_method_name(name)] if name is not None else list_methods()
     if model is not None:
-        require_base(model, weights=False)
+        require_base_exists(model, weights=False)
 
     has_fields = name is not None or as_json
     described = [_describe_method(config_class(n), has_fields) for n in names]
@@ -50,7 +50,7 @@ def methods(
         for method, size in zip(described, sizes, strict=True):
             method.update(size)
     if not as_json:
-        screen = console()
+        screen = make_console()
         screen.print(_methods_table(described, sized=model is not None, narrow=screen.width < NARROW))
         screen.print(f"\n{_describe_rate(names[0])}" if name else f"\n{LEGEND}")
         for field in described[0]["fields"] if name else ():
@@ -190,10 +190,10 @@ def _methods_table(described: list[dict[str, Any]], *, sized: bool, narrow: bool
             cells.append((f"{m['summary']}\n  {changes}; {names}",) if narrow else (changes, names, m["summary"]))
     if narrow and not sized:
         rows = ((m["name"], *row) for m, row in zip(described, cells, strict=True))
-        return table("method", "what it is; what it changes; exports", left=[1], rows=rows)
+        return make_table("method", "what it is; what it changes; exports", left=[1], rows=rows)
     headings = ("trains", "%", "adapter") if sized else ("changes", "exports")
     rows = ((m["name"], *row) for m, row in zip(described, cells, strict=True))
-    made = table("method", *headings, "what it is", left=[4] if sized else [1, 2, 3], rows=rows)
+    made = make_table("method", *headings, "what it is", left=[4] if sized else [1, 2, 3], rows=rows)
     made.padding = (0, 2, 0, 0)
     made.columns[0].min_width = max(len(m["name"]) for m in described)
     return made

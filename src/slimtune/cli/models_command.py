@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from typer import Option
 
 from ..core.foundation.formatting import format_count
-from .common import Json, console, print_age, print_fields, table
+from .common import Json, make_console, make_table, print_fields, print_outdated_notice
 
 
-def models(
+def models_table(
     family: Annotated[str | None, Option(help="Only a family, such as qwen, or bases whose name begins so.")] = None,
     sources: Annotated[
         bool,
@@ -29,14 +29,14 @@ def models(
             )
             for b in bases
         )  # fmt: skip
-        found = table("base", "size", "context", "released", "licence", "gated", left=[4, 5], rows=rows)
+        found = make_table("base", "size", "context", "released", "licence", "gated", left=[4, 5], rows=rows)
         found.padding = (0, 1, 0, 0)  # room for 18 characters of a licence in 80 columns
-        console().print(found)
-        console().print("\ngated: the Hub wants an account that has accepted the licence")
-        console().print("every command also takes a Hub id, a folder or a GGUF file")
-        print_age(b.checked for b in bases)
+        make_console().print(found)
+        make_console().print("\ngated: the Hub wants an account that has accepted the licence")
+        make_console().print("every command also takes a Hub id, a folder or a GGUF file")
+        print_outdated_notice(b.checked for b in bases)
         if sources:
-            console().print()
+            make_console().print()
             for b in bases:
                 print_fields([(b.name, b.format_source())])
     return KnownBasesResult(bases)

@@ -1,6 +1,6 @@
 """Flags generated from the recipe's settings.
 
-    @recipe_flags("model", "train.batch_size")
+    @add_recipe_flags("model", "train.batch_size")
     def command(settings: dict[str, Any], as_json: Json = False): ...
 
 The flags are built from `config.schema` when the command runs or shows its help, not when the module is imported:
@@ -40,7 +40,7 @@ TrustFlag = Annotated[
 SET_OPTION = typer.Option("--set", metavar="PATH=VALUE", help="Any setting, such as method.dropout=0.1. Repeatable.")
 
 
-def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def add_recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add flags for settings, and `--set`, to a command, which gets what was given as `settings`: value by dotted path.
 
     `--set` overrides the flags. Values of the flags are read as YAML, as `--set` reads them, unless they are text.
@@ -84,7 +84,7 @@ def _refuse_repeated_flags(names: Iterable[str]) -> None:
             raise UsageError(f"{name} is given {'twice' if count == 2 else f'{count} times'}", "once", "leave one out")
 
 
-def check_flags_once(command: Any, args: Sequence[str]) -> None:
+def require_flags_given_once(command: Any, args: Sequence[str]) -> None:
     """Raise UsageError if the arguments give a flag twice that takes one value, or a switch both ways."""
     params = {flag: param for param in command.params for flag in (*param.opts, *param.secondary_opts)}
     given, rest = [], iter(args)

@@ -32,7 +32,7 @@ def _bar_ends(plan: ResourceEstimate) -> list[float]:
     return [*accumulate(plan.parts.get(part, 0) for part in PARTS), plan.need_bytes.high]
 
 
-def draw_bars(plans: Sequence[ResourceEstimate], gpu: GpuSpec, console: Console) -> Text:
+def make_memory_bars(plans: Sequence[ResourceEstimate], gpu: GpuSpec, console: Console) -> Text:
     """Return one stacked bar per plan and a line at the GPU's usable bytes, for a console from 60 columns on."""
     line, dot, more = ("|", ".", ">") if console.options.ascii_only else ("│", "·", "»")
     name_width = max(cell_len(p.method) for p in plans)
@@ -60,7 +60,7 @@ def draw_bars(plans: Sequence[ResourceEstimate], gpu: GpuSpec, console: Console)
     return Text("\n").join([*rows, Text(), Text("  ").join(legend[:6]), Text("  ").join([*legend[6:], scale])])
 
 
-def write_plot(plans: Sequence[ResourceEstimate], path: str | Path) -> None:
+def write_plan_chart(plans: Sequence[ResourceEstimate], path: str | Path) -> None:
     """Write one stacked bar per plan, and a line at the GPU's usable bytes, to a .svg or .png file, atomically.
 
     Raises:

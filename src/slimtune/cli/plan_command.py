@@ -15,8 +15,8 @@ from typer import Option
 from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
-from .common import Json, console, print_fields, table
-from .options import recipe_flags
+from .common import Json, make_console, make_table, print_fields
+from .options import add_recipe_flags
 from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs, load_runs_to_plan
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ VERDICTS = {
 }
 
 
-@recipe_flags("model.device", *JOB_SETTINGS)
-def plan(
+@add_recipe_flags("model.device", *JOB_SETTINGS)
+def plan_run(
     job: Annotated[str, JOB],
     settings: dict[str, Any],
     gpus: Annotated[
@@ -98,7 +98,7 @@ def plan(
     )
     from ..planning.serving_memory import estimate_serving_memory
     from ..planning.this_machine import detect_gpu
-    from .plan_chart import draw_bars, write_plot
+    from .plan_chart import make_memory_bars, write_plan_chart
 
     spec = spec or detect_gpu(str(settings.get("model.device", "auto")))
     require_trainable_gpu(spec)
@@ -116,9 +116,9 @@ def plan(
         note = f"# {_verdict_text(estimates[0])}: {estimates[0].reason}\n"
         write_atomic(write, note + replace(recipe, model=model).to_yaml())
     if plot is not None:
-        write_plot(estimates, plot)
+        write_plan_chart(estimates, plot)
     if not as_json:
-        screen = console()
+        screen = make_console()
         for part in _render_answer(runs[0]) if len(runs) == 1 else [_estimates_table(estimates)]:
             screen.print(part)
         if spec.checked and is_date_outdated(spec.checked):
@@ -130,7 +130,7 @@ def plan(
             screen.print(f"{error.method} is not planned: {error.why}")
         if details or len(runs) > 1:
             screen.print()
-            screen.print(draw_bars(estimates, spec, screen))
+            screen.print(make_memory_bars(estimates, spec, screen))
         if sources:
             screen.print()
             print_fields(_list_sources(estimates[0], spec))
@@ -157,7 +157,7 @@ def _estimate_cost(
     return PlannedRunCost(tokens, cost)
 
 
-def name_run(estimate: ResourceEstimate) -> str:
+def describe_planned_run(estimate: ResourceEstimate) -> str:
     """Return what is planned: `llama-3.1-8b with lora`."""
     return f"{estimate.model} with {estimate.method}"
 
@@ -179,7 +179,7 @@ def _require_writable(path: Path, jobs: RunsToPlan) -> None:
 
 
 def _verdict_text(estimate: ResourceEstimate) -> str:
-    return VERDICTS[estimate.verdict].format(name_run(estimate), estimate.gpu)
+    return VERDICTS[estimate.verdict].format(describe_planned_run(estimate), estimate.gpu)
 
 
 def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable[LabelledFigure]) -> Table:
@@ -191,7 +191,7 @@ def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable
         return next((kind for kind in reversed(("given", *EVIDENCE)) if kind in evidence.get(field, "")), "")
 
     cells = [(label, value, find_kind(field)) for label, value, field in figures]
-    return table(heading, "", "evidence", left=[2], rows=cells)
+    return make_table(heading, "", "evidence", left=[2], rows=cells)
 
 
 def _render_answer(run: PlannedRun) -> Iterator[Any]:
@@ -226,7 +226,7 @@ def _render_details(run: PlannedRun, gpu: GpuSpec) -> Iterator[Any]:
     if estimate.advice:
         advice = [(a.change, format_bytes(a.saves), a.verdict) for a in estimate.advice]
         yield ""
-        yield table("to save memory", "saves", "then it", left=[2], rows=advice)
+        yield make_table("to save memory", "saves", "then it", left=[2], rows=advice)
 
 
 def _estimates_table(estimates: Sequence[ResourceEstimate]) -> Table:
@@ -244,7 +244,7 @@ def _estimates_table(estimates: Sequence[ResourceEstimate]) -> Table:
         for e in estimates
     ]
     headings = ("method", "trains", "adapter", "allocated\nGiB", "reserved\nGiB", "verdict", "max\nrow", "tokens/s")
-    made = table(*headings, left=[5], rows=rows)
+    made = make_table(*headings, left=[5], rows=rows)
     made.padding = (0, 1, 0, 0)
     made.columns[5].min_width = 8  # in 80 columns the verdict may take two lines
     return made

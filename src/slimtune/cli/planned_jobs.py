@@ -55,7 +55,7 @@ class RunsToPlan:
     tokens: int | None  # of a whole run; None if no rows were read
 
 
-def find_recipe(job: str | None) -> Path | None:
+def find_recipe_file(job: str | None) -> Path | None:
     """Return the recipe that an argument names: its file, or the run folder that it is in; None if it names a base."""
     if job is None or job.endswith((".yaml", ".yml")):
         return Path(job) if job is not None else None
@@ -89,7 +89,7 @@ def load_runs_to_plan(
     from ..core.models.base_config import load_base_config
 
     recipe = next(iter(recipes.values()))
-    has_rows = find_recipe(model_or_recipe) is not None or "data.train" in settings
+    has_rows = find_recipe_file(model_or_recipe) is not None or "data.train" in settings
     m, t = recipe.model, recipe.train
     model = load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)
@@ -108,7 +108,7 @@ def _load_recipes(
     from ..core.config.method_settings import get_full_field_names
     from ..core.config.recipe import read_optional_recipe_tree, replace_recipe_values
 
-    path = find_recipe(job)
+    path = find_recipe_file(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
     find_more = partial(find_missing_inputs, weights=False, rows=path is not None or "data.train" in settings)

@@ -9,9 +9,9 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, nearest
-from .common import WARNING, Device, Json, console, error_console, print_progress, show_progress
-from .export_command import print_verdicts
-from .input_checks import require_packages, require_run
+from .common import WARNING, Device, Json, make_console, make_error_console, print_progress, show_progress
+from .export_command import print_engine_verdicts
+from .input_checks import require_installed_packages, require_run_exists
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 
@@ -47,13 +47,13 @@ def serve_runs(
     _require_engine(engine, runs)
     if engine == "torch" and (precision is not None or no_verify):
         raise UsageError("--precision and --no-verify have no effect with --engine torch", hint="leave them out")
-    require_packages("serve", "serve", ("starlette", "uvicorn"))
+    require_installed_packages("serve", "serve", ("starlette", "uvicorn"))
     if engine == "llama.cpp":
-        require_packages("serve --engine llama.cpp", "export-check", ("xllamacpp", "gguf"))
+        require_installed_packages("serve --engine llama.cpp", "export-check", ("xllamacpp", "gguf"))
     from ..serving.served_models import parse_run_names
 
     for path in parse_run_names(runs).values():
-        require_run(path)
+        require_run_exists(path)
     from ..serving.model_server import ModelServer, ServeSettings
 
     served: Any = engine
@@ -63,13 +63,13 @@ def serve_runs(
     )  # fmt: skip
     with show_progress():
         server = ModelServer(runs, settings, print_progress)
-    screen = console(stderr=as_json)
+    screen = make_console(stderr=as_json)
     if server.checks and not as_json:
-        print_verdicts(server.checks)
+        print_engine_verdicts(server.checks)
     if engine == "llama.cpp":
         not_proven = [f"{c.engine}: {c.reason}" for c in server.checks if c.passed is None]
         for reason in not_proven or ["the check was left out (--no-verify)"] * no_verify:
-            error_console().print(f"NOT PROVEN: {reason}", style=f"bold {WARNING}")
+            make_error_console().print(f"NOT PROVEN: {reason}", style=f"bold {WARNING}")
     screen.print(f"serving at {server.url}", style="bold")
     for model in server.models:
         notes = ["the base"] if model.parent is None else []

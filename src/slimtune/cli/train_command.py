@@ -11,10 +11,10 @@ from typer import Exit, Option
 
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
-from .common import WARNING, Json, console, error_console, print_fields, print_progress
+from .common import WARNING, Json, make_console, make_error_console, print_fields, print_progress
 from .input_checks import find_missing_inputs
-from .options import recipe_flags
-from .planned_jobs import JOB, find_recipe
+from .options import add_recipe_flags
+from .planned_jobs import JOB, find_recipe_file
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.prepare_run import Planner
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.train_result import ForgettingResult, TrainResult
 
 
-@recipe_flags("model", "data", "task", "method", "train", "output_dir")
+@add_recipe_flags("model", "data", "task", "method", "train", "output_dir")
 def train_run(
     settings: dict[str, Any],
     job: Annotated[str | None, JOB] = None,
@@ -55,7 +55,7 @@ def train_run(
     from ..core.training.run_dir import RunDir, find_adapter_folder
     from ..planning.gpu_specs import find_gpu_by_name
 
-    recipe = find_recipe(job)
+    recipe = find_recipe_file(job)
     if job is not None and recipe is None:
         if "model.name" in settings:
             raise UsageError(f"{job!r} and --model are both given", "one base, or a recipe and --model to override its")
@@ -80,7 +80,7 @@ def train_run(
     if gpu is not None:
         require_gpu_present(gpu, loaded.model.device)
 
-    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_planner(force), force=force)
+    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_memory_check(force), force=force)
     if not distributed.is_main_process():
         raise Exit
     if not as_json:
@@ -88,7 +88,7 @@ def train_run(
     return to_json_dict(result)
 
 
-def make_planner(force: bool) -> "Planner":
+def make_memory_check(force: bool) -> "Planner":
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
     def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryPlan | None":
@@ -104,7 +104,7 @@ def make_planner(force: bool) -> "Planner":
             plan = estimate_resources(request, advise=not force)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
-            error_console().print(text, style=WARNING)
+            make_error_console().print(text, style=WARNING)
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:
@@ -151,6 +151,6 @@ def _print_result(result: "TrainResult", recipe: Any) -> None:
     if held_out is not None and held_out < MIN_EVAL_ROWS:
         split = None
     rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]
-    console().print(f"adapter: {result.run}/adapter; everything on one page: {result.run}/report.html")
+    make_console().print(f"adapter: {result.run}/adapter; everything on one page: {result.run}/report.html")
     chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
-    console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)
+    make_console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError
-from .common import WARNING, Json, error_console
-from .input_checks import require_packages
+from .common import WARNING, Json, make_error_console
+from .input_checks import require_installed_packages
 
 
-def ui(
+def ui_server(
     folder: Annotated[
         Path, Argument(metavar="FOLDER", help="Working folder; the page reads and writes nothing outside it.")
     ] = Path(),
@@ -25,23 +25,25 @@ def ui(
     It prints an address with a token, which a browser needs. The page runs the commands of slimtune in FOLDER. A
     training goes on when the page is stopped by Ctrl-C.
     """
-    require_packages("ui", "ui", ("starlette", "uvicorn", "multipart"))
+    require_installed_packages("ui", "ui", ("starlette", "uvicorn", "multipart"))
     if not folder.expanduser().is_dir():
         raise UsageError(f"there is no folder {str(folder)!r}", "the folder with your rows and runs")
     from ..planning.gpu_specs import list_gpu_specs
-    from ..ui.web_server import serve
+    from ..ui.web_server import serve_web_page
 
     os.chdir(folder.expanduser())  # commands, and the paths on the page, are relative to it
 
     def announce(url: str, is_local: bool) -> None:
-        screen = error_console()
+        screen = make_error_console()
         if not is_local:
             text = f"warning: {host} is reached from other machines, without encryption: anyone with the token"
             screen.print(f"{text} can run commands here", style=WARNING)
         screen.print(f"the page of {Path.cwd().name}: {url}\nCtrl-C stops it", soft_wrap=True)
 
     gpus = [(gpu.name, gpu.memory) for gpu in list_gpu_specs() if gpu.trains]
-    url, trainings = serve(Path.cwd(), host=host, port=port, max_upload=max_upload << 20, announce=announce, gpus=gpus)
+    url, trainings = serve_web_page(
+        Path.cwd(), host=host, port=port, max_upload=max_upload << 20, announce=announce, gpus=gpus
+    )
     for job in trainings:
-        error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)
+        make_error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)
     return {"url": url, "trainings": [job.command for job in trainings]}

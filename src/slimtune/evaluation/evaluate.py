@@ -36,7 +36,7 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
 from ..extras.row_files import open_rows
-from ..generation.generation_models import GenerationModel, make_base_and_tuned
+from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
 from ..objectives.kto import KTO
@@ -224,7 +224,7 @@ def _prepare_prompts(
     trained: TrainedModel, sections: EvalSections, file: Path | None, examples: TokenizedDataset, settings: EvalSettings
 ) -> tuple[dict[str, GenerationModel], list[EvalPrompt]]:
     """Return base and tuned model and their held-out prompts; raise UsageError if one leaves no room for an answer."""
-    models = make_base_and_tuned(trained)
+    models = make_base_and_tuned_models(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
     prompts = select_eval_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)

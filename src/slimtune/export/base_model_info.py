@@ -48,7 +48,7 @@ class BaseModelInfo:
     notes: list[str] = field(default_factory=list)  # what the user should know before uploading
 
 
-def get_base_model_info(
+def fetch_base_model_info(
     spec: str,
     *,
     hub_id: str | None = None,

@@ -56,7 +56,7 @@ MAX_ANSWERS, ANSWER_TOKENS = 4, 24
 
 
 @dataclass(frozen=True)
-class Tolerance:
+class EngineTolerance:
     """How far an engine may be from the adapter: |d| at the worst position and on average, nats; and its strength."""
 
     max_difference: float = math.inf
@@ -72,35 +72,35 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "f64": Tolerance(1e-5, 1e-6, base_difference=1e-5),
-    "f32": Tolerance(0.02, 0.01),
-    "f16": Tolerance(0.1, 0.01),
-    "bf16": Tolerance(3.0, 0.05, 0.25, strength=0.25, base_difference=0.2),
-    "q8_0": Tolerance(3.0, 0.005, 0.05, base_difference=0.2),
-    "lower": Tolerance(mean_difference=0.3, effect_share=0.5, strength=0.1, base_difference=0.8),
+    "f64": EngineTolerance(1e-5, 1e-6, base_difference=1e-5),
+    "f32": EngineTolerance(0.02, 0.01),
+    "f16": EngineTolerance(0.1, 0.01),
+    "bf16": EngineTolerance(3.0, 0.05, 0.25, strength=0.25, base_difference=0.2),
+    "q8_0": EngineTolerance(3.0, 0.005, 0.05, base_difference=0.2),
+    "lower": EngineTolerance(mean_difference=0.3, effect_share=0.5, strength=0.1, base_difference=0.8),
 }
 """By the precision of the weights or of the arithmetic, strictest first. Few bits round W + ΔW, which costs a share of
 the change; beside a base in fewer bits the base's own rounding adds to it. "lower": fewer than 8 bits a weight."""
 
 
-def get_tolerance(*precisions: str) -> Tolerance:
+def get_loosest_tolerance(*precisions: str) -> EngineTolerance:
     """Return the loosest tolerance of several precisions, such as that of the weights and that of the arithmetic."""
     known = [p.lower() if p.lower() in TOLERANCES else "lower" for p in precisions]
     return TOLERANCES[max(known, key=list(TOLERANCES).index)]
 
 
 @dataclass(frozen=True)
-class Text:
+class ReferenceText:
     """One text to compare on: token ids of prompt and answer, and the prompt as the chat template renders it or ""."""
 
     prompt: str
     ids: list[int]
 
 
-class Reference:
+class AdapterReference:
     """The trained adapter on its base, in evaluation mode: what every engine is compared with on some texts."""
 
-    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[ReferenceText]) -> None:
         self.engine, self.texts = TransformersInferenceEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
@@ -144,7 +144,7 @@ class Reference:
         """The adapter's greedy answers to the first prompts."""
         return [self.engine.generate(ids, ANSWER_TOKENS) for ids in self.prompts[:MAX_ANSWERS]]
 
-    def find_faults(self, differences: Tensor, tolerance: Tolerance, base: Tensor | None = None) -> list[str]:
+    def find_faults(self, differences: Tensor, tolerance: EngineTolerance, base: Tensor | None = None) -> list[str]:
         """Return why an engine with these differences is not the trained adapter, one clause each; [] if it is.
 
         `base` are the differences of the untouched base in the same engine, if it was asked.
@@ -181,7 +181,9 @@ class Reference:
         return 3 * self.measure_effect_share(differences)[1] > 0.5
 
 
-def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None) -> list[Text]:
+def make_reference_texts(
+    tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None
+) -> list[ReferenceText]:
     """Return fixed questions, then the first rows that the run held out (validation, else test), or those of `rows`.
 
     A preference pair gives a text for each of its answers. Texts longer than the context in the model's config are cut.
@@ -194,7 +196,7 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
         valid = opened.require_valid_rows()
         compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
     longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
-    texts: list[Text] = []
+    texts: list[ReferenceText] = []
     for row in compared:
         prompt, ids = "", []
         if row.messages:
@@ -208,15 +210,15 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
         elif isinstance(tokens := tokenize_rows([row], tokenizer)[0], TokenizedRow):
             ids = tokens.input_ids
         if len(ids) > 1 and sum(len(t.ids) - 1 for t in texts) < MAX_POSITIONS:
-            texts.append(Text(prompt, ids[:longest]))
+            texts.append(ReferenceText(prompt, ids[:longest]))
     return texts
 
 
-def compare_engine(
-    reference: Reference,
+def compare_engine_with_adapter(
+    reference: AdapterReference,
     engine: InferenceEngine,
     precision: str,
-    tolerance: Tolerance | None = None,
+    tolerance: EngineTolerance | None = None,
     open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
 ) -> EngineVerdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
@@ -229,7 +231,7 @@ def compare_engine(
         open_base: returns the untouched base in the same engine and precision. It is asked if the engine is outside
             the tolerance, and always below 8 bits, for which no limit holds for every base.
     """
-    tolerance = tolerance or get_tolerance(precision, short_dtype_name(reference.engine.model.dtype))
+    tolerance = tolerance or get_loosest_tolerance(precision, short_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
     scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..core.training.trained_model import TrainedModel
     from .export_results import EngineVerdict
-    from .verify import EngineCheck, Verifier
+    from .verify import EngineCheck, ExportVerifier
 
 
-def flag(help: str, *names: str, parse: Callable[[str], Any] | None = None) -> Mapping[str, Any]:
+def make_flag_metadata(help: str, *names: str, parse: Callable[[str], Any] | None = None) -> Mapping[str, Any]:
     """Return the metadata of an option.
 
     Args:
@@ -50,12 +50,12 @@ def _parse_rank_or_share(text: str) -> int | float:
         raise UsageError(f"--convert-to-lora {text!r} is neither a rank nor a share", "16, or 0.99") from None
 
 
-MERGED = flag("Base and adapter as one model; for Ollama by default.", "--merged/--no-merged")
-CONVERT_TO_LORA = flag(
+MERGED = make_flag_metadata("Base and adapter as one model; for Ollama by default.", "--merged/--no-merged")
+CONVERT_TO_LORA = make_flag_metadata(
     "Convert it to a LoRA first: of this rank (16), or keeping this share of the change (0.99).",
     parse=_parse_rank_or_share,
 )
-NAME = flag("Name of the model in the engine; by default the folder's.")
+NAME = make_flag_metadata("Name of the model in the engine; by default the folder's.")
 """Options that several formats have."""
 
 
@@ -119,11 +119,11 @@ class ExportFormat:
         """Write the files."""
         raise NotImplementedError
 
-    def verify_folder(self, verifier: Verifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare what a folder contains with the trained adapter; `facts` are those of its manifest."""
         raise NotImplementedError
 
-    def list_run_checks(self, verifier: Verifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
         """Yield what `slimtune verify RUN` compares: exports into a temporary folder. By default nothing."""
         return iter(())
 
@@ -147,24 +147,24 @@ MERGED_FOLDER = "merged"
 """The format that `slimtune merge` writes; no target of an export."""
 
 
-def list_targets() -> tuple[str, ...]:
+def list_export_targets() -> tuple[str, ...]:
     """Return the names of the formats that `slimtune export` writes."""
     return tuple(name for name in EXPORT_FORMATS.names() if name != MERGED_FOLDER)
 
 
-def require_target(target: str) -> None:
+def require_export_target(target: str) -> None:
     """Raise UsageError unless it is a target of an export."""
-    if target not in (targets := list_targets()):
+    if target not in (targets := list_export_targets()):
         raise UsageError(f"unknown target {target!r}{nearest(target, targets)}", format_names(targets))
 
 
-def make_format(target: str, options: Mapping[str, Any]) -> ExportFormat:
+def make_export_format(target: str, options: Mapping[str, Any]) -> ExportFormat:
     """Return a format with options by name, those that were not given filled in.
 
     Raises:
         UsageError: there is no such target, it does not read an option, or the options are impossible.
     """
-    require_target(target)
+    require_export_target(target)
     kind = EXPORT_FORMATS.load(target)
     given = {name: value for name, value in options.items() if value is not None}
     known = {f.name for f in dataclasses.fields(kind)}

@@ -14,11 +14,11 @@ from ..core.foundation.json_results import to_json_dict
 from ..core.training.run_dir import ADAPTER_FILE, RunDir
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run, resolve_trained_base
 from ..errors import AdapterError, RunError, UsageError
-from .export_format import ExportJob, make_format
+from .export_format import ExportJob, make_export_format
 from .export_results import EngineVerdict, ExportResult
-from .manifest import write_manifest
-from .merge import load_trained
-from .verify import Verifier, describe_16_bit_base
+from .manifest import write_export_manifest
+from .merge import load_run_for_export
+from .verify import ExportVerifier, describe_16_bit_base
 
 NOT_ASKED = "the check was left out (--no-verify); `slimtune verify FOLDER` makes it later"
 
@@ -54,7 +54,7 @@ def export(
         RunError: the disk is full, the engine differs from the trained adapter, or proof is required and there is none.
     """
     run, out = Path(run), Path(out).expanduser()
-    chosen = make_format(target, options or {})
+    chosen = make_export_format(target, options or {})
     if require_proof and not verify:
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
@@ -62,22 +62,22 @@ def export(
     base = resolve_trained_base(run)
     chosen.require_base(base)
     log(f"loading {run} and its base {base.spec}")
-    loaded = load_trained(run)
+    loaded = load_run_for_export(run)
     model: Any = loaded.model
     needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
     if chosen.is_merged:
         needed = 2 * sum(p.numel() for p in model.parameters())
     else:
-        require_plain_base(loaded, run)
+        require_base_independent_adapter(loaded, run)
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
         written = chosen.write(ExportJob(loaded, run, folder, out, verify))
         facts, notes = to_json_dict(written.facts), written.notes
-        write_manifest(folder, target, run, facts)
+        write_export_manifest(folder, target, run, facts)
         verdict = EngineVerdict(target, "", reason=NOT_ASKED)
         if verify:
             with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as temporary:
-                verifier = Verifier(loaded, run, Path(temporary), threads=threads, log=log)
+                verifier = ExportVerifier(loaded, run, Path(temporary), threads=threads, log=log)
                 verdict = chosen.verify_folder(verifier, folder, written.facts)
         elif not chosen.is_merged and loaded.base.quantization is not None:
             notes = [*notes, describe_16_bit_base(loaded, run)]
@@ -91,7 +91,7 @@ def export(
     return ExportResult(str(run), str(out), target, files, facts, written.commands, notes, verdict)
 
 
-def require_plain_base(loaded: TrainedModel, run: Path) -> None:
+def require_base_independent_adapter(loaded: TrainedModel, run: Path) -> None:
     """Raise AdapterError if an adapter belongs to its quantized base alone, so that no engine can add it to another."""
     if loaded.recipe is not None and loaded.recipe.method_config().compensates_quantization:
         raise AdapterError(

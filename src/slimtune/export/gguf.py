@@ -86,7 +86,7 @@ ARCHITECTURES = {
 """By `model_type` in Hugging Face's config."""
 
 
-def get_architecture(config: Any) -> GgufArchitecture:
+def get_gguf_architecture(config: Any) -> GgufArchitecture:
     """Return how llama.cpp stores a model's architecture, or raise UsageError if it is not in the table."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
@@ -101,20 +101,20 @@ def get_architecture(config: Any) -> GgufArchitecture:
     return ARCHITECTURES[kind]
 
 
-def get_tensor_names(config: Any) -> Callable[[str], str | None]:
+def make_gguf_name_mapper(config: Any) -> Callable[[str], str | None]:
     """Return gguf's names of a model's modules: `("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"; None: no name."""
-    name, gguf = get_architecture(config).name, import_gguf()
+    name, gguf = get_gguf_architecture(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
     return lambda module: names.get_name(module.replace("model.language_model.", "model."))
 
 
-def to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> dict[str, Tensor]:
+def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> dict[str, Tensor]:
     """Return a parameter as llama.cpp stores it, by name there, such as `blk.0.attn_q.weight`; {}: it has no name.
 
     Stacked experts `(experts, …)` are stored as the tensors gate, up and down.
     """
-    architecture, (module, _, leaf) = get_architecture(config), name.rpartition(".")
+    architecture, (module, _, leaf) = get_gguf_architecture(config), name.rpartition(".")
     if leaf not in ("weight", "bias"):  # a parameter whose name says what it is, such as experts.gate_up_proj_bias
         kind, owner = ("bias", name.removesuffix("_bias")) if leaf.endswith("_bias") else ("weight", name)
         if kind == "weight" and leaf in architecture.transposed:
@@ -130,7 +130,7 @@ def to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> 
         weight = weight.squeeze(1)
     if architecture.norm_shift and weight.dim() == 1 and module.endswith("norm"):
         weight = weight + architecture.norm_shift
-    return {f"{module_name}.{leaf}": reorder_rows(weight, module, config)}
+    return {f"{module_name}.{leaf}": reorder_rows_for_llama_cpp(weight, module, config)}
 
 
 def _split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
@@ -138,13 +138,13 @@ def _split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
     module, _, leaf = name.rpartition(".")
     if leaf != "gate_up_proj":
         return {name: rows}
-    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_architecture(config).interleaved else rows.chunk(2, dim=1)
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_gguf_architecture(config).interleaved else rows.chunk(2, dim=1)
     return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
 
 
-def reorder_rows(rows: Tensor, module: str, config: Any) -> Tensor:
+def reorder_rows_for_llama_cpp(rows: Tensor, module: str, config: Any) -> Tensor:
     """Return the output rows of a linear layer, of its weight or a LoRA's B `(out, …)`, in llama.cpp's order."""
-    architecture, text, last = get_architecture(config), config.get_text_config(), module.rpartition(".")[2]
+    architecture, text, last = get_gguf_architecture(config), config.get_text_config(), module.rpartition(".")[2]
     if last in architecture.permuted:
         halves = rows.reshape(getattr(text, architecture.permuted[last]), 2, -1, *rows.shape[1:])
         return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -161,8 +161,8 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
 
     AdapterError means that a value is NaN or Inf, or too large for the precision.
     """
-    gguf, architecture = import_gguf(), get_architecture(model.config)
-    names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
+    gguf, architecture = import_gguf(), get_gguf_architecture(model.config)
+    names, layers = make_gguf_name_mapper(model.config), get_lora_factors(model, adapter)
     layers = {
         part: (A, rows, scale)
         for module, (A, B, scale) in layers.items()
@@ -187,7 +187,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
         B = B.to(torch.promote_types(B.dtype, torch.float32))
         if alphas[module] != alpha:
             B = B * (alphas[module] / alpha)
-        B = reorder_rows(B, module, model.config)
+        B = reorder_rows_for_llama_cpp(B, module, model.config)
         for part, tensor in (("lora_a", A), ("lora_b", B)):
             writer.add_tensor(f"{name}.weight.{part}", _to_finite_array(tensor, module, precision))
     writer.write_header_to_file()
@@ -251,7 +251,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     One tensor is in memory at a time, beside the model's own. Vectors stay in f32. An adapted model is written without
     its adapters, except those merged into it.
     """
-    gguf, architecture, names = import_gguf(), get_architecture(model.config), get_tensor_names(model.config)
+    gguf, architecture, names = import_gguf(), get_gguf_architecture(model.config), make_gguf_name_mapper(model.config)
     reader = gguf.GGUFReader(str(template))
     base_tensors = {t.name: t for t in reader.tensors}
     parameters: dict[str, tuple[str, Tensor]] = {}
@@ -260,7 +260,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
         if re.search(r"(^|\.)(adapters|modules_to_save)\.", name):
             continue
         # On meta: only the names are needed here, and reordering rows would copy them.
-        found = to_llama_cpp_tensors(name, parameter.detach().to("meta"), model.config, names)
+        found = convert_to_llama_cpp_tensors(name, parameter.detach().to("meta"), model.config, names)
         parameters |= dict.fromkeys(found, (name, parameter))
         unknown += [] if found else [name]
     missing = [n for n in base_tensors if n not in parameters and not n.startswith("rope")]
@@ -288,7 +288,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
         if name not in parameters:
             return base_tensors[name].data, base_tensors[name].tensor_type
         own_name, parameter = parameters[name]
-        tensor = to_llama_cpp_tensors(own_name, parameter.detach(), model.config, names)[name]
+        tensor = convert_to_llama_cpp_tensors(own_name, parameter.detach(), model.config, names)[name]
         values = tensor.to(torch.float32).cpu().contiguous().numpy()
         kind = gguf.GGMLQuantizationType[precision.upper() if values.ndim > 1 else "F32"]
         if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -307,13 +307,13 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     writer.close()
 
 
-class ToolError(RunError):
+class LlamaCppToolError(RunError):
     """A program of llama.cpp failed: nothing is known about what it should have made."""
 
 
 def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
     """Write a Hugging Face folder as GGUF by llama.cpp's own converter; ModelError if it is missing."""
-    script = require_converter()
+    script = require_gguf_converter()
     _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
 
 
@@ -323,21 +323,21 @@ def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]
     if precision in PRECISIONS:
         yield file, precision
         return
-    quantizer = require_quantizer(precision)
+    quantizer = require_gguf_quantizer(precision)
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
         whole = Path(folder, "whole.gguf")
         yield whole, "f16"
         _run_tool([quantizer, str(whole), str(file), precision])
 
 
-def require_converter() -> str:
+def require_gguf_converter() -> str:
     """Return the path of `convert_hf_to_gguf.py`, or raise ModelError."""
     copy = 'git clone --depth 1 https://github.com/ggml-org/llama.cpp && export LLAMA_CPP="$PWD/llama.cpp"'
     hint = f"get llama.cpp's source, and build nothing: {copy}; or do without a GGUF: slimtune serve, or --to vllm"
     return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face base", hint)
 
 
-def require_quantizer(precision: str) -> str:
+def require_gguf_quantizer(precision: str) -> str:
     """Return the path of `llama-quantize`, or raise ModelError."""
     hint = "--precision q8_0, which needs no such program; or brew install llama.cpp, or build it from its source"
     return _require_llama_cpp_tool(QUANTIZER, f"makes {precision}", hint)
@@ -361,4 +361,6 @@ def _run_tool(command: Sequence[str]) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
         name = next(Path(word).name for word in command if word != sys.executable)
-        raise ToolError(f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows")
+        raise LlamaCppToolError(
+            f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
+        )

@@ -18,18 +18,18 @@ from .export_format import (
     ExportJob,
     LoraConversion,
     WrittenExport,
-    flag,
+    make_flag_metadata,
 )
 from .export_results import EngineVerdict
 
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..generation.inference_engines import InferenceEngine
-    from .verify import EngineCheck, Verifier
+    from .verify import EngineCheck, ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
 ADAPTER_ENGINE, MODEL_ENGINE = "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"
-PRECISION = flag(
+PRECISION = make_flag_metadata(
     "f32, f16; merged also bf16, q8_0, and what llama-quantize makes: Q4_K_M.", "--precision", "--quantize"
 )
 
@@ -74,7 +74,7 @@ class GgufFormat(ExportFormat):
 
     def resolve(self) -> GgufFormat:
         """Return the format with the precision as files have it; UsageError for impossible options."""
-        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_quantizer
+        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_gguf_quantizer
 
         precision = self.precision
         if precision and precision.lower() in PRECISIONS:
@@ -82,7 +82,7 @@ class GgufFormat(ExportFormat):
         if self.merged and self.convert_to_lora is not None:
             raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
         if precision is not None and self.merged and precision not in PRECISIONS:
-            require_quantizer(precision)
+            require_gguf_quantizer(precision)
         elif precision is not None and not self.merged and precision not in ADAPTER_DTYPES:
             message = f"an adapter in {precision!r}{nearest(precision, ADAPTER_DTYPES)}"
             raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
@@ -91,9 +91,9 @@ class GgufFormat(ExportFormat):
     def require_base(self, base: ModelSource) -> None:
         """Raise ModelError if llama.cpp's converter is needed and missing."""
         if self.merged and base.kind != "gguf":
-            from .gguf import require_converter
+            from .gguf import require_gguf_converter
 
-            require_converter()
+            require_gguf_converter()
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write adapter.gguf or model.gguf."""
@@ -118,7 +118,7 @@ class GgufFormat(ExportFormat):
         command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.out / ADAPTER_GGUF)])
         return WrittenExport(replace(facts, conversion=conversion), [command, *_list_serve_commands(model, job.run)])
 
-    def verify_folder(self, verifier: Verifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the GGUF in llama.cpp with the trained adapter."""
         from .verify import get_conversion_tolerance
 
@@ -135,7 +135,7 @@ class GgufFormat(ExportFormat):
             MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), open_base=open_base
         )
 
-    def list_run_checks(self, verifier: Verifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return

@@ -136,12 +136,12 @@ class InferredChatFormat:
         return prefix + (stripped.rstrip(right) if right else stripped)
 
 
-def make_messages(shape: str, contents: Sequence[str]) -> Messages:
+def make_probe_messages(shape: str, contents: Sequence[str]) -> Messages:
     """Return a conversation: roles by their letters in `shape`, contents in order."""
     return [{"role": ROLES[r], "content": c} for r, c in zip(shape, contents, strict=True)]
 
 
-def infer_template(template: JinjaTemplate) -> InferredChatFormat:
+def infer_chat_format(template: JinjaTemplate) -> InferredChatFormat:
     """Infer a chat template's form, and check it on conversations that it was not inferred from.
 
     Raises:
@@ -172,7 +172,7 @@ def infer_template(template: JinjaTemplate) -> InferredChatFormat:
     prefixes = {pair: gap[len(suffixes.get(pair[0], "")) :] for pair, gap in gaps.items()}
     chat = InferredChatFormat(prefixes, suffixes, strips, system)
     for shape, contents in itertools.product([*REQUIRED_SHAPES, *with_system], _TEST_CONTENTS):
-        messages = make_messages(shape, contents[: len(shape)])
+        messages = make_probe_messages(shape, contents[: len(shape)])
         expected, text = template.render(messages), chat.render(messages)
         if expected != text:
             at = common_prefix_length(expected, text)
@@ -185,7 +185,7 @@ def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: 
     """Return what the TEMPLATE does differently from the chat template, one sentence each."""
 
     def differs(shape: str, contents: Sequence[str], **variables: Any) -> bool:
-        messages = make_messages(shape, contents)
+        messages = make_probe_messages(shape, contents)
         try:
             return jinja_template.render(messages, **variables) != inferred_format.render(messages)
         except TemplateError:
@@ -246,7 +246,7 @@ def _render_markers(
     """
     markers = [_CONTENT_MARKER.format(i) for i in range(len(shape))]
     contents = [f"{_PADDING[0]}{m}{_PADDING[1]}" if i == padded else m for i, m in enumerate(markers)]
-    text = template.render(make_messages(shape, contents), prompt)
+    text = template.render(make_probe_messages(shape, contents), prompt)
     for role, marker in zip(shape, markers, strict=True):
         if (count := text.count(marker)) != 1:
             how = "more than once" if count else "not at all, or not as plain text"

@@ -43,12 +43,12 @@ class ExportManifest:
             raise UsageError(f"{EXPORT_MANIFEST} is damaged: {e}", "what an export writes", "export again") from None
 
 
-def write_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
+def write_export_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest: the format's name, the run or adapter folder, and facts of the format."""
     write_json(folder / EXPORT_MANIFEST, to_json_dict(ExportManifest(kind, run.resolve(), facts)))
 
 
-def read_manifest(folder: Path) -> ExportManifest | None:
+def read_export_manifest(folder: Path) -> ExportManifest | None:
     """Return the manifest; None if the folder has none.
 
     Raises:

@@ -43,11 +43,11 @@ from ..errors import AdapterError, RunError
 from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
 from . import gguf
-from .expected_logps import Reference, get_tolerance, make_texts
+from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedFacts, MergeResult
-from .manifest import write_manifest
-from .merged_weights import MergedWeights, round_weight, save_merged_weights
+from .manifest import write_export_manifest
+from .merged_weights import LazyMergedStateDict, round_weight, save_merged_weights
 from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)
@@ -88,14 +88,14 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         quantized, small = getattr(model, "is_quantized", False), _is_small(model)
         if small and not quantized:
             model.to(torch.promote_types(base.dtype, torch.float32))
-        texts = make_texts(tokenizer, loaded.recipe, model.config)
-        reference = Reference(model, tokenizer, texts)
+        texts = make_reference_texts(tokenizer, loaded.recipe, model.config)
+        reference = AdapterReference(model, tokenizer, texts)
         effect = reference.effect  # measured before the model changes
         inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
         if quantized:
             remove_quantization_config(model.get_base_model())
         with _translate_merge_errors(run):
-            weights = MergedWeights(model)
+            weights = LazyMergedStateDict(model)
         require_disk_space(out, weights.count() * stored.itemsize)
         with _translate_merge_errors(run):
             _save_checkpoint(loaded, weights, folder, stored, inputs)
@@ -103,7 +103,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
         engine = TransformersInferenceEngine("merged", merged, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
-        tolerance = get_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
+        tolerance = get_loosest_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
         if faults := reference.find_faults(differences, tolerance):
             raise RunError(
                 f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
@@ -126,7 +126,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         facts = MergedFacts(comparison, base.fingerprint, sha256)
-        write_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
+        write_export_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
     seconds = round(time.perf_counter() - start, 3)
     return MergeResult(str(run), str(out), written, weights.count(), comparison, seconds)
@@ -137,10 +137,10 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
 
     `start` is when the work began, by `time.perf_counter`.
     """
-    loaded = load_trained(run)
+    loaded = load_run_for_export(run)
     model: Any = loaded.model
     tokenizer, stored = loaded.base.tokenizer, requested or loaded.base.dtype
-    texts = make_texts(tokenizer, loaded.recipe, model.config)
+    texts = make_reference_texts(tokenizer, loaded.recipe, model.config)
 
     @torch.no_grad()
     def compute_logits(model: Any) -> Tensor:
@@ -150,14 +150,14 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
     with model.disable_adapter():
         effect = (adapted - compute_logits(model)).abs().mean().item()
     with _translate_merge_errors(run):
-        weights = MergedWeights(model)
+        weights = LazyMergedStateDict(model)
     with atomic_folder(out, weights.count() * stored.itemsize) as folder:
         with _translate_merge_errors(run):
             _save_checkpoint(loaded, weights, folder, stored)
         trusted = _trusts_code(loaded)
         base = load_base(str(folder), dtype=model.dtype, device="cpu", trust_remote_code=trusted, task="SEQ_CLS")
         differences = (compute_logits(base.model) - adapted).abs()
-        tolerance = get_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
+        tolerance = get_loosest_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
         mean, largest = differences.mean().item(), differences.max().item()
         if not mean <= tolerance.mean_difference + tolerance.effect_share * effect:
             raise RunError(
@@ -168,7 +168,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
         strength = 1 - mean / effect if effect else math.nan
         comparison = MergeComparison(dtype_name(stored), largest, mean, effect, strength, len(texts))
         facts = MergedFacts(comparison, loaded.base.fingerprint)
-        write_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
+        write_export_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
     seconds = round(time.perf_counter() - start, 3)
     return MergeResult(str(run), str(out), written, weights.count(), comparison, seconds)
@@ -214,7 +214,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         return
     loaded = load_run(run, dtype=stored, device="cpu")
     trained: Any = pick_dtype(str(dtype))
-    weights, place = MergedWeights(loaded.model, adapters=()), out.resolve()
+    weights, place = LazyMergedStateDict(loaded.model, adapters=()), out.resolve()
     with translate_os_errors(place, 2 * weights.count() * trained.itemsize):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
@@ -238,16 +238,16 @@ def _get_trained_dtype(run: Path) -> str | None:
     return dtype_name((load_checkpoint_config(name).dtype if name else None) or torch.float32)
 
 
-def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
+def load_run_for_export(run: Path, dtype: str | None = None) -> TrainedModel:
     """Load a run's adapter on its base on the CPU: in float32 if the model is small, dequantized if it is quantized.
 
     The base's weights are rounded to `dtype`, without quantization; by default as in training.
     """
-    return load_trained_runs([run], dtype)[0]
+    return load_runs_for_export([run], dtype)[0]
 
 
-def load_trained_runs(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
-    """Load the adapters of several runs on one base, as `load_trained` loads one; errors as for `load_runs`."""
+def load_runs_for_export(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
+    """Load the adapters of several runs on one base, as `load_run_for_export` loads one; errors as for `load_runs`."""
     how = {"dtype": dtype or _get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
     loaded = load_runs(runs, **how, device="cpu", unpack=True)
     model: Any = loaded[0].model
@@ -290,7 +290,7 @@ def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") ->
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
             return
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-            _save_checkpoint(loaded, MergedWeights(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
+            _save_checkpoint(loaded, LazyMergedStateDict(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
             gguf.convert_hf_to_gguf(Path(folder, "base"), whole, written)
 
 
@@ -310,7 +310,7 @@ def _translate_merge_errors(run: Path) -> Iterator[None]:
 
 
 def _save_checkpoint(
-    loaded: TrainedModel, weights: MergedWeights, folder: Path, dtype: torch.dtype, inputs: Any = None
+    loaded: TrainedModel, weights: LazyMergedStateDict, folder: Path, dtype: torch.dtype, inputs: Any = None
 ) -> None:
     """Write a whole checkpoint: config, generation settings, the base's own code, tokenizer and weights."""
     model: Any = weights.model

@@ -18,7 +18,7 @@ from .export_results import EngineVerdict, MergedFacts
 
 if TYPE_CHECKING:
     from ..generation.inference_engines import InferenceEngine
-    from .verify import EngineCheck, Verifier
+    from .verify import EngineCheck, ExportVerifier
 
 ENGINE_NAME = "merged folder"
 _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
@@ -37,12 +37,12 @@ class MergedFormat(ExportFormat):
         rf"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md|{TOKENIZER_FILES}|{LICENCE_FILES}"
     )
 
-    def verify_folder(self, verifier: Verifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the checkpoint with the trained adapter."""
         precision = short_dtype_name(facts.comparison.dtype)
         return verifier.verify_engine(ENGINE_NAME, precision, lambda: verifier.open_merged(folder))
 
-    def list_run_checks(self, verifier: Verifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
         """Yield the comparison of the run, merged."""
         from .merge import merge
         from .verify import EngineCheck

@@ -37,7 +37,7 @@ MIN_INPUTS = 256
 """With fewer inputs weights are rounded to their nearest: a few texts say little about others."""
 
 
-class MergedWeights(Mapping[str, Tensor]):
+class LazyMergedStateDict(Mapping[str, Tensor]):
     """The state dict of an adapted model, merged; computed on access, and the model's own weights stay as they are.
 
     Unchanged tensors are the base's own, dequantized if it is quantized. Changed ones are in float32 at least, not
@@ -133,7 +133,7 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
 
 
 def save_merged_weights(
-    weights: MergedWeights, folder: Path, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None = None
+    weights: LazyMergedStateDict, folder: Path, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write `model.safetensors`, or several files and their index, as transformers names them.
 

@@ -24,7 +24,7 @@ from ..core.models.load_errors import translate_load_errors
 from ..errors import UsageError, format_names
 from ..extras.gguf_loading import import_gguf
 from ..extras.installed_programs import find_ollama_version
-from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
+from .ollama_template import OllamaTemplate, convert_chat_template, is_go_printable
 
 DEFAULT_WINDOW = 4096
 """Tokens of Ollama's own window when a Modelfile sets none; the smallest set here unless the model has less."""
@@ -77,8 +77,8 @@ def write_modelfile(
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    path = find_base(base)
-    converted, stops = ConvertedTemplate(None), []
+    path = find_local_base(base)
+    converted, stops = OllamaTemplate(None), []
     lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
         lines.append(("ADAPTER", _relative_path(adapter, folder)))
@@ -86,7 +86,7 @@ def write_modelfile(
         show = shlex.join(["ollama", "show", "--template", base])
         notes = [f"{base} keeps its own TEMPLATE and stop tokens; compare: {show}"]
     else:
-        converted = convert_chat_template(tokenizer, engine_adds_bos(path, tokenizer))
+        converted = convert_chat_template(tokenizer, ollama_adds_bos(path, tokenizer))
         notes = list(converted.notes)
         # What ends an answer: the token that the template writes after it, and the model's own.
         ids = getattr(config.get_text_config(), "eos_token_id", None)
@@ -118,7 +118,7 @@ def write_modelfile(
     return WrittenModelfile(commands, converted.template, stops, window, notes)
 
 
-def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
+def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
     """Return whether Ollama puts the beginning-of-sequence token before a prompt.
 
     `base` is a GGUF file, or a folder that Ollama converts; the tokenizer decides if a GGUF file does not say.
@@ -135,7 +135,7 @@ def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def find_base(base: str) -> Path | None:
+def find_local_base(base: str) -> Path | None:
     """Return the path of a base, None for a name from a registry."""
     path = Path(base).expanduser()
     try:
@@ -180,7 +180,7 @@ def format_modelfile(lines: list[tuple[str, str]]) -> str:
     """
     text = ""
     for name, value in lines:
-        if dropped := sorted({c for c in value if not is_printable(c) and c not in "\t\n\r"}):
+        if dropped := sorted({c for c in value if not is_go_printable(c) and c not in "\t\n\r"}):
             codes = format_names(f"U+{ord(c):04X}" for c in dropped)
             message = f"{name} contains characters that Ollama drops from a Modelfile: {codes}"
             expected = "printable characters, spaces, tabs and line ends"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
 from ..errors import UsageError
-from .export_format import NAME, ExportJob, WrittenExport, flag
+from .export_format import NAME, ExportJob, WrittenExport, make_flag_metadata
 from .gguf_format import ADAPTER_GGUF, MODEL_GGUF, GgufExportFacts, GgufFormat
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ class OllamaFormat(GgufFormat):
     facts: ClassVar[type] = OllamaExportFacts
 
     ollama_base: str | None = field(
-        default=None, metadata=flag("Ollama's FROM: a name from its library (llama3.1:8b), or a GGUF.")
+        default=None, metadata=make_flag_metadata("Ollama's FROM: a name from its library (llama3.1:8b), or a GGUF.")
     )
     name: str | None = field(default=None, metadata=NAME)
-    system: str | None = field(default=None, metadata=flag("System prompt of every conversation in Ollama."))
-    num_ctx: int | None = field(default=None, metadata=flag("Tokens of Ollama's window."))
+    system: str | None = field(
+        default=None, metadata=make_flag_metadata("System prompt of every conversation in Ollama.")
+    )
+    num_ctx: int | None = field(default=None, metadata=make_flag_metadata("Tokens of Ollama's window."))
 
     def resolve(self) -> OllamaFormat:
         """Return the format, merged unless an option is of an adapter; UsageError for impossible options."""
@@ -66,8 +68,8 @@ class OllamaFormat(GgufFormat):
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write the GGUF and the Modelfile."""
-        from .ollama import find_base, write_modelfile
-        from .served_base import check_served_base
+        from .ollama import find_local_base, write_modelfile
+        from .served_base import require_matching_base
 
         gguf = super().write(job)
         loaded = job.loaded
@@ -90,9 +92,9 @@ class OllamaFormat(GgufFormat):
                 "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
             )
         if (given := self.ollama_base) is not None:
-            path = find_base(given)
+            path = find_local_base(given)
             if not job.verify:  # the check compares them, too
-                check_served_base(given, path, loaded)
+                require_matching_base(given, path, loaded)
             base = given if path is None else str(path.resolve())
         facts = OllamaExportFacts(
             **vars(gguf.facts),

@@ -27,7 +27,7 @@ from .infer_template import (
     Strip,
     UnsupportedTemplate,
     describe_ollama_differences,
-    infer_template,
+    infer_chat_format,
 )
 
 _MONTHS = [datetime.date(2000, m, 1).strftime("%b %B").split() for m in range(1, 13)]
@@ -35,7 +35,7 @@ _DATE_SLICES = {"Y": "0 4", "y": "2 4", "m": "5 7", "d": "8 10"}
 
 
 @dataclass(frozen=True)
-class ConvertedTemplate:
+class OllamaTemplate:
     """The result of converting a chat template."""
 
     template: str | None  # in Go's syntax; None: it cannot be converted, `notes` says why
@@ -44,15 +44,15 @@ class ConvertedTemplate:
     notes: tuple[str, ...] = ()  # what the TEMPLATE does differently, one sentence each
 
 
-def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
+def convert_chat_template(tokenizer: Any, adds_bos: bool) -> OllamaTemplate:
     """Convert a tokenizer's chat template.
 
     `adds_bos`: Ollama itself puts the beginning-of-sequence token before the text, so the TEMPLATE leaves it out.
     """
     try:
         template = JinjaTemplate(tokenizer, adds_bos)
-        chat = infer_template(template)
-        text = _write_go_template(chat)
+        chat = infer_chat_format(template)
+        text = _format_go_template(chat)
     except UnsupportedTemplate as error:
         reason = str(error)
     except TemplateSyntaxError as error:
@@ -66,26 +66,28 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
         ends = sorted((suffix.index(t), -len(t), t) for t in template.special_tokens if t in suffix)
         stops = tuple(token for _, _, token in ends[:1])
         notes = tuple(describe_ollama_differences(template, chat))
-        return ConvertedTemplate(text, stops, chat.system in ("in order", "last"), notes)
-    return ConvertedTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
+        return OllamaTemplate(text, stops, chat.system in ("in order", "last"), notes)
+    return OllamaTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
 
 
-def _write_go_template(chat: InferredChatFormat) -> str:
+def _format_go_template(chat: InferredChatFormat) -> str:
     """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`."""
     system = ""
     if chat.system == "refused":
         system = _write_error("the chat template refuses system messages")
     elif chat.system == "in order":
-        system = _write_message(chat, "system") + write_literal(chat.suffixes["system"])
-        system += _write_if("$last", write_literal(chat.generation_prompt("system")))
+        system = _write_message(chat, "system") + escape_go_template_text(chat.suffixes["system"])
+        system += _write_if("$last", escape_go_template_text(chat.generation_prompt("system")))
     user = _write_message(chat, "user")
     if chat.system == "last":
-        both = _write_message(chat, "system", "$.System") + write_literal(chat.suffixes["system"])
+        both = _write_message(chat, "system", "$.System") + escape_go_template_text(chat.suffixes["system"])
         both += _write_message(chat, "user", after_system=True)
         user = _write_if("and $last $.System", both, user)
-    user += write_literal(chat.suffixes["user"]) + _write_if("$last", write_literal(chat.generation_prompt("user")))
+    user += escape_go_template_text(chat.suffixes["user"]) + _write_if(
+        "$last", escape_go_template_text(chat.generation_prompt("user"))
+    )
     assistant = _write_message(chat, "assistant")
-    assistant += _write_if("not $last", write_literal(chat.suffixes["assistant"]))
+    assistant += _write_if("not $last", escape_go_template_text(chat.suffixes["assistant"]))
     unknown = _write_error("this TEMPLATE knows the roles system, user and assistant only")
     roles = {"system": system, "user": user, "assistant": assistant}
     branches = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in roles.items())
@@ -107,10 +109,10 @@ def _write_if(condition: str, text: str, otherwise: str = "") -> str:
 def _write_message(chat: InferredChatFormat, role: str, value: str = ".Content", after_system: bool = False) -> str:
     """Write the prefix, chosen by the role before, and the content."""
     *special, (_, prefix, strip) = chat.choices(role, after_system)
-    text = write_literal(prefix) + _write_content(value, strip)
+    text = escape_go_template_text(prefix) + _write_content(value, strip)
     for befores, prefix, strip in special:
         condition = f"eq $before {' '.join(map(_write_string, befores))}"
-        text = _write_if(condition, write_literal(prefix) + _write_content(value, strip), text)
+        text = _write_if(condition, escape_go_template_text(prefix) + _write_content(value, strip), text)
     return text
 
 
@@ -134,7 +136,7 @@ def _write_error(reason: str) -> str:
     return f'{{{{ slice "{reason}" 99 }}}}'
 
 
-def write_literal(text: str) -> str:
+def escape_go_template_text(text: str) -> str:
     """Return a Go template that gives `text`, with characters that a Modelfile can carry.
 
     Braces, runs of quotes and characters that Ollama drops become Go strings; everything else stays as it is.
@@ -143,15 +145,15 @@ def write_literal(text: str) -> str:
     out = ""
     for piece in re.findall(r'\{+|"+|[^{"]+', before):
         quoted = piece[0] == "{" or (piece[0] == '"' and len(piece) > 2)
-        for plain, run in itertools.groupby(piece, key=lambda c: not quoted and (is_printable(c) or c in "\n\t")):
+        for plain, run in itertools.groupby(piece, key=lambda c: not quoted and (is_go_printable(c) or c in "\n\t")):
             part = "".join(run)
             out += part if plain else f"{{{{ {_write_string(part)} }}}}"
     for style, after in zip(rest[::2], rest[1::2], strict=True):
-        out += _write_date(style) + write_literal(after)
+        out += _write_date(style) + escape_go_template_text(after)
     return out
 
 
-def is_printable(char: str) -> bool:
+def is_go_printable(char: str) -> bool:
     """Return whether Go calls a character printable (`strconv.IsPrint`); Ollama drops the others."""
     return char == " " or unicodedata.category(char)[0] in "LMNPS"
 
@@ -172,7 +174,7 @@ def _write_date(style: str) -> str:
     out = ""
     for code, text in re.findall(r"%(-?.)|([^%]+)", style.replace("%F", "%Y-%m-%d")):
         if text or code == "%":
-            out += write_literal(text or "%")
+            out += escape_go_template_text(text or "%")
         elif code in _DATE_SLICES:
             out += f"{{{{ slice currentDate {_DATE_SLICES[code]} }}}}"
         elif code in "bhB":

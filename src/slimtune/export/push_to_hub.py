@@ -29,12 +29,12 @@ from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_n
 from ..extras import model_card
 from ..extras.hub_commits import HubCommitResult, commit_files, require_no_tokens, require_repo_id
 from ..extras.model_card import CARD_FILE, strip_local_paths
-from .base_model_info import BaseModelInfo, get_base_model_info
+from .base_model_info import BaseModelInfo, fetch_base_model_info
 from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES
 from .export_results import PushContents, PushedCommit, PushPreview, PushResult
-from .manifest import read_manifest
+from .manifest import read_export_manifest
 from .merged_format import read_checkpoint_json
-from .vllm import is_served_unchanged, round_up_rank
+from .vllm import is_served_unchanged_by_vllm, round_up_max_lora_rank
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ MAX_TEXT_BYTES = 128 << 20
 
 
 @dataclass
-class Upload:
+class HubUpload:
     """What is to be uploaded."""
 
     kind: str  # "adapter", "checkpoint" or "gguf"
@@ -132,7 +132,7 @@ def push(
     return result
 
 
-def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
+def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> HubUpload:
     """Return what `push` uploads, after reading and checking it."""
     names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
     if {CONFIG_FILE, ADAPTER_FILE, "recipe.yaml"} & set(names):
@@ -148,8 +148,8 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
         message = chosen.check_upload(run, files, notes)
         if CARD_FILE not in files:
             notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
-        return Upload(chosen.upload_kind, run, files, message, notes=notes)
-    if manifest := read_manifest(run):
+        return HubUpload(chosen.upload_kind, run, files, message, notes=notes)
+    if manifest := read_export_manifest(run):
         raise UsageError(
             f"{run} is an export for {manifest.kind} without weights: {format_names(names)}",
             "a run, an adapter, a merged model or GGUF files",
@@ -159,7 +159,7 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
     raise AssertionError("unreachable")
 
 
-def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
+def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> HubUpload:
     folder = find_adapter_folder(run)
     notes: list[str] = []
     found = _collect_files(folder, ADAPTER_EXTRAS, (CONFIG_FILE, ADAPTER_FILE), notes)
@@ -183,7 +183,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
         )
     notes += _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
-    info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
+    info = fetch_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {CONFIG_FILE: format_adapter_config(values).encode(), ADAPTER_FILE: file, **found}
@@ -205,7 +205,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     if eval_file is None and results.result.get("validation_loss") is not None:
         eval_file = RunDir(run).result_file.name
     message = f"{config.name} adapter for {info.name}"
-    return Upload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
+    return HubUpload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
 
 def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *, repo_id: str, **facts: Any) -> str:
@@ -214,8 +214,8 @@ def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *
     `facts`: `file_bytes`, `parameters` (values in the file), `tokenizer_id`, and `chat` (it has a chat template).
     """
     name, vllm_command = repo_id.rpartition("/")[2], ""
-    if is_served_unchanged(config):
-        rank, module = str(round_up_rank(config.r)), f"{name}={repo_id}"
+    if is_served_unchanged_by_vllm(config):
+        rank, module = str(round_up_max_lora_rank(config.r)), f"{name}={repo_id}"
         options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", module]
         vllm_command = shlex.join(["vllm", "serve", " ".join(base.name.split()), *options])
     data = model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None)
@@ -225,7 +225,7 @@ def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *
 
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
     """Return the run of an adapter: `run` itself, the one that contains the folder, or the one it was exported from."""
-    if manifest := read_manifest(folder):
+    if manifest := read_export_manifest(folder):
         candidates = [RunDir(run), RunDir(manifest.run)]
     else:
         candidates = [r for r in map(RunDir, (run, folder.resolve().parent)) if r.adapter.resolve() == folder.resolve()]
@@ -312,7 +312,7 @@ def _strip_json(file: Path) -> Path | bytes:
     return file if stripped == values else (to_json(stripped, indent=2) + "\n").encode()
 
 
-def _describe_repository(done: HubCommitResult, upload: Upload) -> list[str]:
+def _describe_repository(done: HubCommitResult, upload: HubUpload) -> list[str]:
     """Return what the user should know about the files that were in the repository before."""
     notes = []
     if done.kept:

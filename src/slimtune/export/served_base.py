@@ -24,8 +24,8 @@ from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import translate_load_errors
 from ..errors import SlimtuneError, UsageError
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
-from .gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
-from .merged_weights import MergedWeights
+from .gguf import convert_to_llama_cpp_tensors, get_gguf_architecture, make_gguf_name_mapper
+from .merged_weights import LazyMergedStateDict
 
 SAMPLE_ROWS = 64
 """Rows of each weight that are compared."""
@@ -41,7 +41,7 @@ class ServedBase:
     unproven: str = ""  # why it is not known to be the base of the training
 
 
-def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
+def require_matching_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
     """Compare a base for Ollama with the base that an adapter was trained on.
 
     `name` is what the user gave, and `path` the GGUF file or the Hugging Face folder of that name; without a path it is
@@ -61,7 +61,7 @@ def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
     return ServedBase(path)
 
 
-def read_precision(file: Path) -> str:
+def read_gguf_precision(file: Path) -> str:
     """Return the precision of a GGUF's weights, as `llama-quantize` calls it: that of its largest share."""
     sizes: dict[str, int] = {}
     for tensor in open_gguf_reader(file).tensors:
@@ -110,12 +110,12 @@ def _check_gguf(file: Path, comparison: "Comparison") -> None:
         reader = open_gguf_reader(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
-    architecture = get_architecture(config).name
+    architecture = get_gguf_architecture(config).name
     if stated != architecture:
         raise comparison.make_error(f"its architecture is {stated}", f"the architecture {architecture}")
-    names = get_tensor_names(config)
-    for own_name, weight in MergedWeights(comparison.loaded.model, adapters=()).items():
-        for gguf_name, own in to_llama_cpp_tensors(own_name, weight.float(), config, names).items():
+    names = make_gguf_name_mapper(config)
+    for own_name, weight in LazyMergedStateDict(comparison.loaded.model, adapters=()).items():
+        for gguf_name, own in convert_to_llama_cpp_tensors(own_name, weight.float(), config, names).items():
             if (tensor := tensors.pop(gguf_name, None)) is None:
                 raise comparison.make_error(f"it has no {gguf_name}", "every tensor of the base")
             block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
@@ -131,7 +131,7 @@ def _check_folder(folder: Path, comparison: "Comparison") -> None:
     with translate_load_errors(comparison.name, "model folder"), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
         files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
-        for name, weight in MergedWeights(comparison.loaded.model, adapters=()).items():
+        for name, weight in LazyMergedStateDict(comparison.loaded.model, adapters=()).items():
             if name not in files:
                 raise comparison.make_error(f"it has no {name}", "every tensor of the base")
             part = files[name].get_slice(name)

@@ -28,13 +28,19 @@ from ..generation.inference_engines import (
     VllmClient,
 )
 from . import merge as merging
-from .expected_logps import Reference, Tolerance, compare_engine, get_tolerance, make_texts
+from .expected_logps import (
+    AdapterReference,
+    EngineTolerance,
+    compare_engine_with_adapter,
+    get_loosest_tolerance,
+    make_reference_texts,
+)
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
-from .gguf import ToolError
-from .manifest import ExportManifest, read_manifest
-from .ollama import find_base
-from .served_base import ServedBase, check_served_base, read_precision
+from .gguf import LlamaCppToolError
+from .manifest import ExportManifest, read_export_manifest
+from .ollama import find_local_base
+from .served_base import ServedBase, read_gguf_precision, require_matching_base
 
 
 def verify(
@@ -57,20 +63,22 @@ def verify(
         log: gets progress messages.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = read_export_manifest(path)
     run = manifest.run if manifest is not None else path
     if manifest is not None and not run.exists():
         raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
     require_causal_lm_run(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
-        verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
+        verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows, threads, log)
         checks = verifier.verify_run() if manifest is None else [verifier.verify_export(path, manifest)]
         if vllm:
             facts, base = manifest.values if manifest is not None else {}, verifier.loaded.base
             dtype = facts.get("dtype")
             if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
-                verifier = Verifier(merging.load_trained(run, dtype), run, Path(folder), rows, threads, log)
+                verifier = ExportVerifier(
+                    merging.load_run_for_export(run, dtype), run, Path(folder), rows, threads, log
+                )
             name = vllm_model or str(facts.get("name", run.resolve().name))
             precision = short_dtype_name(verifier.loaded.base.dtype)
             tolerance = _get_tolerance_of_loss((facts.get("conversion") or {}).get("error"))
@@ -92,7 +100,7 @@ class EngineCheck:
 
 
 @dataclass
-class Verifier:
+class ExportVerifier:
     """Opens engines on what a run exports to, and compares each with the trained adapter; arguments as for `verify`."""
 
     loaded: TrainedModel
@@ -105,8 +113,8 @@ class Verifier:
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
         tokenizer = self.loaded.base.tokenizer
-        texts = make_texts(tokenizer, self.loaded.recipe, model.config, self.rows)
-        self.model, self.reference = model, Reference(model, tokenizer, texts)
+        texts = make_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows)
+        self.model, self.reference = model, AdapterReference(model, tokenizer, texts)
 
     def verify_run(self) -> list[EngineVerdict]:
         """Export to every format that is compared for a run, and check each."""
@@ -131,15 +139,15 @@ class Verifier:
         return kind().verify_folder(self, folder, manifest.read_facts())
 
     def verify_adapter_gguf(
-        self, name: str, adapter: Path, precision: str, tolerance: Tolerance | None, served_base: str | None
+        self, name: str, adapter: Path, precision: str, tolerance: EngineTolerance | None, served_base: str | None
     ) -> EngineVerdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
         if served_base is not None:
-            served = check_served_base(served_base, find_base(served_base), self.loaded)
+            served = require_matching_base(served_base, find_local_base(served_base), self.loaded)
         if (file := served.file) is not None:
-            precision = read_precision(file)
-            tolerance = get_tolerance(precision)
+            precision = read_gguf_precision(file)
+            tolerance = get_loosest_tolerance(precision)
 
         def open_engine() -> InferenceEngine:
             return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
@@ -165,7 +173,7 @@ class Verifier:
         name: str,
         precision: str,
         open_engine: Callable[[], InferenceEngine],
-        tolerance: Tolerance | None = None,
+        tolerance: EngineTolerance | None = None,
         open_base: Callable[[Any], InferenceEngine] | None = None,
     ) -> EngineVerdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
@@ -173,14 +181,14 @@ class Verifier:
         if tolerance is None and self.loaded.base.quantization:
             # Dequantized values amplify an engine's own arithmetic: SmolLM2 in NF4, without an adapter, is 0.0027 nats
             # from llama.cpp on average, where float32 is 3e-6 from float64.
-            tolerance = get_tolerance(precision, short_dtype_name(self.model.dtype), "f16")
+            tolerance = get_loosest_tolerance(precision, short_dtype_name(self.model.dtype), "f16")
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
-                return compare_engine(self.reference, engine, precision, tolerance, open_base)
+                return compare_engine_with_adapter(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
-            if isinstance(error, ToolError):
+            if isinstance(error, LlamaCppToolError):
                 return EngineVerdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
@@ -227,7 +235,7 @@ class Verifier:
         return LlamaCppInferenceEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
-def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None = None) -> str:
+def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: AdapterReference | None = None) -> str:
     """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
 
     There it is added to W instead of the dequantized W_q. With a reference it is measured how far that moves answers.
@@ -237,7 +245,7 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference |
     if reference is None:
         return f"{trained} answers differ; {merged}"
     model: Any = load_run(run, dtype=dtype_name(loaded.base.dtype), device="cpu", quantization="none").model
-    plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
+    plain = AdapterReference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
     moved = reference.differences(plain.log_probs).abs().mean().item()
     return (
         f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
@@ -245,7 +253,7 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference |
     )
 
 
-def get_conversion_tolerance(facts: Any) -> Tolerance | None:
+def get_conversion_tolerance(facts: Any) -> EngineTolerance | None:
     """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known; None for others.
 
     `facts` are those of its manifest.
@@ -253,5 +261,5 @@ def get_conversion_tolerance(facts: Any) -> Tolerance | None:
     return _get_tolerance_of_loss(facts.conversion.error if facts.conversion is not None else None)
 
 
-def _get_tolerance_of_loss(error: float | None) -> Tolerance | None:
-    return None if error is None else Tolerance(mean_difference=0.02, effect_share=error, strength=0.02 + error)
+def _get_tolerance_of_loss(error: float | None) -> EngineTolerance | None:
+    return None if error is None else EngineTolerance(mean_difference=0.02, effect_share=error, strength=0.02 + error)

@@ -41,12 +41,12 @@ MAX_VOCABULARY = 258_048
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def round_up_rank(rank: int) -> int:
+def round_up_max_lora_rank(rank: int) -> int:
     """Return the smallest --max-lora-rank that an adapter of this rank fits into; older releases do not have 1."""
     return next(r for r in load_vllm_lora_rules().ranks if r >= max(rank, 8))
 
 
-def is_served_unchanged(config: Any) -> bool:
+def is_served_unchanged_by_vllm(config: Any) -> bool:
     """Return whether every vLLM release reads an adapter file with this config correctly, as it is."""
     return not (
         lora_incompatibilities(config)
@@ -171,7 +171,7 @@ def write_vllm_adapter(
         dtype=served,
         precision="f32",
         rank=rank,
-        max_lora_rank=round_up_rank(rank),
+        max_lora_rank=round_up_max_lora_rank(rank),
         modules=len(layers),
         folded=folded,
         bytes=_write_files(model, adapter, layers, folder, folded),
@@ -219,7 +219,7 @@ def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtyp
         commit = Path(cached).parent.name if isinstance(cached, str) else revision
         start += ["--revision", commit] if commit else []
     start += ["--trust-remote-code"] if m and m.trust_remote_code else []
-    start += ["--dtype", dtype, "--enable-lora", "--max-lora-rank", str(round_up_rank(rank)), "--lora-modules"]
+    start += ["--dtype", dtype, "--enable-lora", "--max-lora-rank", str(round_up_max_lora_rank(rank)), "--lora-modules"]
 
     def make_arguments(place: str) -> list[str]:
         module = f"{name}={place}"

@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
 from ..errors import UsageError
-from .export_format import CONVERT_TO_LORA, MERGED, NAME, ExportFormat, ExportJob, LoraConversion, WrittenExport, flag
+from .export_format import (
+    CONVERT_TO_LORA,
+    MERGED,
+    NAME,
+    ExportFormat,
+    ExportJob,
+    LoraConversion,
+    WrittenExport,
+    make_flag_metadata,
+)
 from .export_results import EngineVerdict
 
 if TYPE_CHECKING:
-    from .verify import Verifier
+    from .verify import ExportVerifier
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,9 @@ class VllmFormat(ExportFormat):
     merged: bool | None = field(default=None, metadata=MERGED)
     convert_to_lora: float | None = field(default=None, metadata=CONVERT_TO_LORA)
     name: str | None = field(default=None, metadata=NAME)
-    dtype: str | None = field(default=None, metadata=flag("What vLLM computes in: float32, bfloat16, float16."))
+    dtype: str | None = field(
+        default=None, metadata=make_flag_metadata("What vLLM computes in: float32, bfloat16, float16.")
+    )
 
     def resolve(self) -> VllmFormat:
         """Return the format; UsageError for a merged model, which vLLM reads as a plain folder."""
@@ -72,7 +83,7 @@ class VllmFormat(ExportFormat):
             job.loaded, job.run, job.folder, out=job.out, name=name, convert_to_lora=lora, dtype=dtype
         )
 
-    def verify_folder(self, verifier: Verifier, folder: Path, facts: Any) -> EngineVerdict:
+    def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Read the adapter back and compare it with the trained one; vLLM itself is asked by its address."""
         from .verify import get_conversion_tolerance
 

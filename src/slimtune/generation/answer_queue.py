@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RunError, UsageError
 from .generation_models import GenerationModel
-from .text_stream import TextStream
+from .text_stream import IncrementalDetokenizer
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class GeneratedAnswer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     random: Any = None  # the torch.Generator of a sampled answer
-    stream: TextStream = field(init=False)
+    stream: IncrementalDetokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stream = TextStream(self.model.tokenizer, self.params.stop)
+        self.stream = IncrementalDetokenizer(self.model.tokenizer, self.params.stop)
 
     @property
     def text(self) -> str:

@@ -20,7 +20,7 @@ from ..core.training.trained_model import load_run, require_causal_lm_run
 from ..errors import SlimtuneError
 from .answer_queue import SamplingParams
 from .conversation import Conversation
-from .generation_models import describe_run, make_base_and_tuned
+from .generation_models import describe_trained_model, make_base_and_tuned_models
 from .text_generator import TextGenerator
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         require_causal_lm_run(run := Path(sys.argv[1]))
         trained = load_run(run)
-        models = make_base_and_tuned(trained)
+        models = make_base_and_tuned_models(trained)
     except SlimtuneError as e:
         send(error={"message": e.message, "expected": e.expected, "hint": e.hint})
         sys.exit(e.exit_code)
@@ -46,7 +46,7 @@ def main() -> None:
         return {name: Conversation(generator, model, system) for name, model in models.items()}
 
     conversations = begin(None)
-    send(ready=describe_run(trained))
+    send(ready=describe_trained_model(trained))
     while True:
         try:
             line = sys.stdin.readline()

@@ -47,7 +47,7 @@ class GenerationModel:
         return ids
 
 
-def make_base_and_tuned(trained: TrainedModel) -> dict[str, GenerationModel]:
+def make_base_and_tuned_models(trained: TrainedModel) -> dict[str, GenerationModel]:
     """Return the models "base" and "tuned" of a run that is loaded; raise ModelError without a chat template."""
     get_chat_template(trained.base.tokenizer)
     adapters = {"base": BASE_ROW, "tuned": trained.adapter_name}
@@ -62,7 +62,7 @@ def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> Generatio
     return GenerationModel(adapter, tokenizer, ends, None if context is None else context - virtual_tokens)
 
 
-def describe_run(trained: TrainedModel) -> str:
+def describe_trained_model(trained: TrainedModel) -> str:
     """Return the base, the method and the adapter folder of a run that is loaded, in words."""
     method = trained.model.active_peft_config.name
     return f"{trained.base.source.name} with the {method} adapter in {trained.adapter}"

@@ -26,7 +26,7 @@ from ..errors import MixedBatchError, UsageError
 from ..methods.lora.alora import calculate_alora_offsets
 
 
-class BatchRow:
+class GenerationRow:
     """One row of a batch: its adapter, its tokens, and how many of them the cache has.
 
     `is_invoked` says whether the prompt contains the invocation of an activated LoRA, which then changes all that
@@ -42,10 +42,10 @@ class BatchRow:
 class CachedBatch:
     """Rows that run together, and their cache; None for a model without one, whose rows run alone.
 
-    Rows may join, and a row may be repeated, only if `ModelRunner.shares_batches` of each is true.
+    Rows may join, and a row may be repeated, only if `MultiAdapterRunner.shares_batches` of each is true.
     """
 
-    def __init__(self, first_row: BatchRow, cache: Any) -> None:
+    def __init__(self, first_row: GenerationRow, cache: Any) -> None:
         self.rows, self.cache = [first_row], cache
 
     @property
@@ -53,7 +53,7 @@ class CachedBatch:
         """Columns of the cache."""
         return max(row.length for row in self.rows)
 
-    def repeat(self, rows: Sequence[BatchRow]) -> None:
+    def repeat(self, rows: Sequence[GenerationRow]) -> None:
         """Add rows that continue the prompt of the only row."""
         (first,) = self.rows
         for row in rows:
@@ -89,7 +89,7 @@ class CachedBatch:
                 layer.keys, layer.values = (t.index_select(0, rows.to(t.device)) for t in tensors)
 
 
-class ModelRunner:
+class MultiAdapterRunner:
     """Runs an adapted model for rows with different adapters. One thread at a time may use it.
 
     Args:
@@ -138,7 +138,7 @@ class ModelRunner:
             return False
         return True
 
-    def prefill(self, row: BatchRow, ids: Sequence[int]) -> tuple[Tensor, CachedBatch]:
+    def prefill(self, row: GenerationRow, ids: Sequence[int]) -> tuple[Tensor, CachedBatch]:
         """Run a row's prompt; return the logits `(1, vocabulary)` of the next token, fp32, and a batch of this row."""
         cache = None
         if self._caches:
@@ -147,7 +147,7 @@ class ModelRunner:
             row.ids = list(ids)
         return self._run_all(row, ids, cache), CachedBatch(row, cache)
 
-    def _run_all(self, row: BatchRow, ids: Sequence[int], cache: Any) -> Tensor:
+    def _run_all(self, row: GenerationRow, ids: Sequence[int], cache: Any) -> Tensor:
         inputs = torch.tensor([list(ids)], device=self.model.device)
         offsets = calculate_alora_offsets(self.model.peft_config, row.adapter, inputs)
         row.is_invoked, row.length = offsets[0] is not None, len(ids)
@@ -173,7 +173,7 @@ class ModelRunner:
     @torch.no_grad()
     def _run(
         self,
-        rows: list[BatchRow],
+        rows: list[GenerationRow],
         offsets: list[int | None],
         cache: Any,
         ids: Tensor,
@@ -198,7 +198,7 @@ class ModelRunner:
 
     def measure_cache(self) -> int:
         """Return how many bytes the cache has for each token of a row of the base."""
-        _, batch = self.prefill(BatchRow(BASE_ROW), [0])
+        _, batch = self.prefill(GenerationRow(BASE_ROW), [0])
         if batch.cache is None:
             return 0
         layers = [layer for layer in batch.cache.layers if layer.is_initialized and hasattr(layer, "keys")]

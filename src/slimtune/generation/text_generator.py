@@ -25,7 +25,7 @@ from transformers import TopPLogitsWarper
 from ..core.adapters.active_adapters import BASE_ROW
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
 from .answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
-from .model_runner import BatchRow, CachedBatch, ModelRunner
+from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class TextGenerator(AnswerQueue):
 
     def __init__(self, model: Any, *, max_batch: int = 16, max_waiting: int = 1 << 20) -> None:
         super().__init__(max_batch, max_waiting)
-        self.runner, self._cached_tokens = ModelRunner(model), 0
-        self._running: dict[BatchRow, GeneratedAnswer] = {}
+        self.runner, self._cached_tokens = MultiAdapterRunner(model), 0
+        self._running: dict[GenerationRow, GeneratedAnswer] = {}
         self._batches: list[CachedBatch] = []  # the shared one and those of single rows
         self._thread: threading.Thread | None = None
 
@@ -139,7 +139,7 @@ class TextGenerator(AnswerQueue):
         """Run the prompts of waiting answers that there is room for."""
         tokens = 0
         while tokens < PREFILL_TOKENS and (answers := self._take_answers_to_one_prompt()):
-            rows, first = [BatchRow(answer.model.adapter) for answer in answers], answers[0]
+            rows, first = [GenerationRow(answer.model.adapter) for answer in answers], answers[0]
             with self._changed:
                 self._running |= zip(rows, answers, strict=True)
             tokens += len(first.prompt)
@@ -192,7 +192,7 @@ class TextGenerator(AnswerQueue):
                     del self._running[row]
         batch.keep([i for i, keep in enumerate(wanted) if keep])
 
-    def _end_with_error(self, rows: Iterable[BatchRow], error: BaseException) -> None:
+    def _end_with_error(self, rows: Iterable[GenerationRow], error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, SlimtuneError) and not is_out_of_memory(error):
             log.exception("a step of the model failed", exc_info=error)
         for row in rows:

@@ -7,7 +7,7 @@ INCOMPLETE = "\ufffd"
 """What a tokenizer writes for bytes that are no character, or not one yet."""
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of an answer, and the pieces of it that may be sent.
 
     The pieces joined are what `tokenizer.decode` makes of all tokens at once. Text that may be the beginning of a stop

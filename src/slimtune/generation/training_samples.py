@@ -15,7 +15,7 @@ from .generation_models import GenerationModel
 from .text_generator import TextGenerator
 
 
-def sample_answers(
+def sample_answers_while_training(
     model: Any,
     answering: GenerationModel,
     prompts: Sequence[Sequence[int]],

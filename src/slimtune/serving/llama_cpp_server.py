@@ -28,15 +28,21 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.export_results import EngineVerdict
-from ..export.exporter import require_plain_base
-from ..export.gguf import PRECISIONS, get_architecture, get_lora_factors, require_quantizer, write_adapter_gguf
-from ..export.merge import load_trained_runs, write_base_gguf
-from ..export.served_base import read_precision
-from ..export.verify import Verifier
+from ..export.exporter import require_base_independent_adapter
+from ..export.gguf import (
+    PRECISIONS,
+    get_gguf_architecture,
+    get_lora_factors,
+    require_gguf_quantizer,
+    write_adapter_gguf,
+)
+from ..export.merge import load_runs_for_export, write_base_gguf
+from ..export.served_base import read_gguf_precision
+from ..export.verify import ExportVerifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from ..generation.inference_engines import LlamaCppInferenceEngine
-from ..generation.model_runner import ModelRunner
-from .served_models import ServedModel, describe_served_models
+from ..generation.model_runner import MultiAdapterRunner
+from .served_models import ServedModel, make_served_models
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +60,7 @@ class LlamaCppServer(NamedTuple):
     cache_bytes: int  # keys and values of all slots
 
 
-def start_llama_cpp(
+def start_llama_cpp_server(
     runs: Mapping[str, Path],
     *,
     max_batch: int,
@@ -87,13 +93,13 @@ def start_llama_cpp(
     for run in runs.values():
         _require_gguf_form(run)
     if precision is not None and precision not in PRECISIONS:
-        require_quantizer(precision)
-    loaded = load_trained_runs([*runs.values()])
+        require_gguf_quantizer(precision)
+    loaded = load_runs_for_export([*runs.values()])
     model: Any = loaded[0].model
-    models = describe_served_models(runs, loaded, max_length)
+    models = make_served_models(runs, loaded, max_length)
     longest = max(served.max_length for served in models)
     # A value of llama.cpp's cache has two bytes.
-    cache_bytes = ModelRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest
+    cache_bytes = MultiAdapterRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest
     with tempfile.TemporaryDirectory(prefix="slimtune-serve-") as temporary:
         folder = Path(temporary)
         with translate_os_errors(folder / "base.gguf", fix="set TMPDIR to a folder on another disk"):
@@ -101,7 +107,7 @@ def start_llama_cpp(
             base, weights = _write_base(loaded[0], folder, precision)
             adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
-                require_plain_base(trained, run)
+                require_base_independent_adapter(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
         engine = LlamaCppInferenceEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
@@ -110,7 +116,7 @@ def start_llama_cpp(
             checks = []
             for index, ((name, run), trained) in enumerate(zip(runs.items(), loaded, strict=True) if verify else ()):
                 model.set_adapter(trained.adapter_name, inference_mode=True)
-                verifier = Verifier(trained, run, folder, log=progress)
+                verifier = ExportVerifier(trained, run, folder, log=progress)
                 check = verifier.verify_in_running_server(f"llama.cpp, {name}", engine.with_adapter(index), weights)
                 if check.passed is False:
                     hint = "--precision f32 or q8_0, or --engine torch"
@@ -141,7 +147,7 @@ def _require_gguf_form(run: Path) -> None:
     base = load_checkpoint_config(name, revision=revision)
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:
-        get_architecture(base)
+        get_gguf_architecture(base)
         get_lora_factors(build_meta_model(base, config, torch.float32))
     except UsageError as error:
         raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
@@ -151,7 +157,7 @@ def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> t
     """Return the GGUF of the base and the precision of its weights."""
     source = trained.base.source
     if precision is None and source.kind == "gguf":
-        return Path(source.path), read_precision(Path(source.path))
+        return Path(source.path), read_gguf_precision(Path(source.path))
     file, precision = folder / "base.gguf", precision or "f16"
     write_base_gguf(trained, file, precision)
     return file, precision

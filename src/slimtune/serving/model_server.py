@@ -18,7 +18,7 @@ from ..export.export_results import EngineVerdict
 from ..extras.sockets import format_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
-from .llama_cpp_server import start_llama_cpp
+from .llama_cpp_server import start_llama_cpp_server
 from .openai_api import OpenAiApi
 from .served_models import ServedModel, load_served_models, parse_run_names
 
@@ -53,7 +53,8 @@ class ModelServer:
         progress: gets messages while the engine starts.
 
     Raises:
-        UsageError: the port is taken, the host needs an API key, or as for `load_served_models` and `start_llama_cpp`.
+        UsageError: the port is taken, the host needs an API key, or as for `load_served_models` and
+            `start_llama_cpp_server`.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ModelServer:
 
     def _start_llama_cpp(self, runs: dict[str, Path], progress: Callable[[str], None]) -> None:
         s = self.settings
-        self.models, self.queue, self.checks, self.cache_bytes = start_llama_cpp(
+        self.models, self.queue, self.checks, self.cache_bytes = start_llama_cpp_server(
             runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
             verify=s.verify, device=s.device, progress=progress,
         )  # fmt: skip

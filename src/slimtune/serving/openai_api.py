@@ -37,7 +37,7 @@ from .openai_protocol import (
     find_served_model,
     format_chat_logprobs,
     format_completion_logprobs,
-    format_event,
+    format_server_sent_event,
     parse_request_body,
     to_api_error,
 )
@@ -353,17 +353,17 @@ class OpenAiApi:
         try:
             for choice in choices:
                 for chunk in form.start_chunks(choice):
-                    yield format_event({**head, "choices": [chunk], **usage})
+                    yield format_server_sent_event({**head, "choices": [chunk], **usage})
             while any(choice.finish_reason is None for choice in choices):
                 choice, piece = await pieces.get()
                 _add_piece(choice, piece)
                 for chunk in form.format_chunks(choice, piece):
-                    yield format_event({**head, "choices": [chunk], **usage})
+                    yield format_server_sent_event({**head, "choices": [chunk], **usage})
             if with_usage:
-                yield format_event({**head, "choices": [], "usage": _count_usage(choices)})
+                yield format_server_sent_event({**head, "choices": [], "usage": _count_usage(choices)})
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            yield format_event(to_api_error(error).to_json())
+            yield format_server_sent_event(to_api_error(error).to_json())
 
 
 def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[str, Any]] | None, list[int]]:

@@ -188,6 +188,6 @@ def format_completion_logprobs(model: ServedModel, logprobs: list[TokenLogprob],
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def format_event(value: dict[str, Any]) -> bytes:
+def format_server_sent_event(value: dict[str, Any]) -> bytes:
     """Return a server-sent event."""
     return b"data: " + json.dumps(value, allow_nan=False).encode() + b"\n\n"

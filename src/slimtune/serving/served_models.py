@@ -9,7 +9,7 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.training.trained_model import TrainedModel, load_runs, require_causal_lm_run
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
-from .tool_calls import ToolCallFormat, learn_tool_calls
+from .tool_calls import ToolCallFormat, detect_tool_call_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,10 @@ def load_served_models(
     for path in runs.values():
         require_causal_lm_run(path)
     loaded = load_runs(list(runs.values()), device=device)
-    return describe_served_models(runs, loaded, max_length), loaded[0]
+    return make_served_models(runs, loaded, max_length), loaded[0]
 
 
-def describe_served_models(
-    runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int
-) -> list[ServedModel]:
+def make_served_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int) -> list[ServedModel]:
     """Return the models of runs that are loaded on one base, the base first; errors as for `load_served_models`."""
     first = loaded[0]
     model: Any = first.model
@@ -90,7 +88,7 @@ def describe_served_models(
                 max_length=min(max_length, answering.max_length or max_length),
                 vocab_size=model.config.get_text_config().vocab_size,
                 parent=None if is_base else base_name,
-                tool_calls=learn_tool_calls(tokenizer),
+                tool_calls=detect_tool_call_format(tokenizer),
             )
         )
     return models

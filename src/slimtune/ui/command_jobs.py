@@ -29,7 +29,7 @@ MAX_LINES, MAX_LINE = 200, 2000
 State = Literal["running", "done", "negative", "failed", "stopped", "killed"]
 
 
-class Job:
+class CommandJob:
     """A command that was started.
 
     Args:
@@ -141,28 +141,28 @@ class Job:
         self._waiter.join(seconds)
 
 
-class Jobs:
+class CommandJobs:
     """The last job of each kind."""
 
     def __init__(self, folder: Path, program: Sequence[str] = SLIMTUNE) -> None:
         self.folder, self.program = folder, program
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, CommandJob] = {}
         self._lock = threading.Lock()  # two tabs may start a job at once
 
-    def get(self, kind: str) -> Job | None:
+    def get(self, kind: str) -> CommandJob | None:
         """Return the last job of a kind."""
         return self._jobs.get(kind)
 
-    def start(self, kind: str, args: Sequence[str], subject: str = "") -> Job:
+    def start(self, kind: str, args: Sequence[str], subject: str = "") -> CommandJob:
         """Start a command; raise UsageError while another of its kind runs."""
         with self._lock:
             job = self._jobs.get(kind)
             if job is not None and job.state == "running":
                 raise UsageError(f"this runs already: {job.command}", "one at a time", "wait until it ends, or stop it")
-            job = self._jobs[kind] = Job(kind, args, self.folder, self.program, subject)
+            job = self._jobs[kind] = CommandJob(kind, args, self.folder, self.program, subject)
         return job
 
-    def stop_all(self) -> list[Job]:
+    def stop_all(self) -> list[CommandJob]:
         """Stop every job but trainings, which go on by themselves; return those."""
         running = [job for job in self._jobs.values() if job.state == "running"]
         for job in running:

@@ -11,7 +11,7 @@ from ..core.config import Recipe
 from ..core.config.objective_registry import list_objectives
 from ..core.config.recipe_loading import parse_override
 from ..errors import UsageError, nearest
-from .workspace import Workspace
+from .workspace import WorkspaceFolder
 
 BASE, ROWS, MORE = "model.name", "data.train", "more"
 ROWS_FIELDS = {
@@ -41,7 +41,7 @@ NO_FLAG = {
 """The settings for which a command has no flag; `--set` takes them."""
 
 
-class Field(NamedTuple):
+class FormField(NamedTuple):
     """One field of a form."""
 
     name: str  # the setting's dotted path
@@ -52,22 +52,22 @@ class Field(NamedTuple):
     kind: str  # "number" or "text"
 
 
-def list_fields(labels: Mapping[str, str]) -> list[Field]:
+def make_form_fields(labels: Mapping[str, str]) -> list[FormField]:
     """Return the fields of settings with these labels."""
     known = {s.path: s for s in list_settings(Recipe)}
     return [_make_field(known[path], label) for path, label in labels.items()]
 
 
-def _make_field(setting: SettingSpec, label: str) -> Field:
+def _make_field(setting: SettingSpec, label: str) -> FormField:
     names = {"method.name": list_methods, "task.name": list_objectives}
     options = list(names[setting.path]()) if setting.path in names else list(setting.choices)
     is_number = {int, float} & set(_members(setting.type))
     limits = f" ({setting.limits})" if setting.limits else ""
     default = "" if setting.default in (None, {}) else f"{setting.default}"
-    return Field(setting.path, label, setting.help + limits, options, default, "number" if is_number else "text")
+    return FormField(setting.path, label, setting.help + limits, options, default, "number" if is_number else "text")
 
 
-def make_args(workspace: Workspace, choices: Mapping[str, str], command: str) -> list[str]:
+def make_option_args(workspace: WorkspaceFolder, choices: Mapping[str, str], command: str) -> list[str]:
     """Return what is chosen, except base and rows, as arguments of `data`, `plan` or `train`.
 
     Raises:
@@ -89,7 +89,7 @@ def make_args(workspace: Workspace, choices: Mapping[str, str], command: str) ->
     return args
 
 
-def _check_setting(workspace: Workspace, line: str, known: Mapping[str, SettingSpec]) -> str:
+def _check_setting(workspace: WorkspaceFolder, line: str, known: Mapping[str, SettingSpec]) -> str:
     """Return a setting as `PATH=VALUE`; what it names as a path is in the working folder."""
     path, value = parse_override(line)
     section = path.partition(".")[0]

@@ -1,7 +1,7 @@
 """The pages: what each shows, and what its forms do.
 
-What a page shows lives in the server (`Jobs`, `ChatSession`), in the working folder and in run folders, so every tab
-and every reload shows the same.
+What a page shows lives in the server (`CommandJobs`, `ChatSession`), in the working folder and in run folders, so every
+tab and every reload shows the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,16 @@ from ..evaluation.run_report import list_template_functions, render_memory_chart
 from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
-from .command_jobs import SLIMTUNE, Job, Jobs
-from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, list_fields, make_args
-from .run_pages import compare_runs, is_classifier, list_rows_of_runs, stop_training, view_run
-from .workspace import Workspace
+from .command_jobs import SLIMTUNE, CommandJob, CommandJobs
+from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_form_fields, make_option_args
+from .run_pages import (
+    interrupt_training,
+    is_classifier_or_reward_model,
+    make_run_comparison_charts,
+    make_run_page_data,
+    make_run_table_rows,
+)
+from .workspace import WorkspaceFolder
 
 PAGES = {
     "rows": ("/", "Base and rows"),
@@ -49,7 +55,7 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none';
 """For report.html, which has its style inside and no script."""
 
 
-class Pages:
+class UiPages:
     """The pages over one working folder.
 
     Args:
@@ -61,12 +67,12 @@ class Pages:
 
     def __init__(
         self,
-        workspace: Workspace,
+        workspace: WorkspaceFolder,
         program: Sequence[str] = SLIMTUNE,
         chat_program: Sequence[str] = CHAT_WORKER,
         gpus: Sequence[tuple[str, int]] = (),
     ) -> None:
-        self.workspace, self.jobs = workspace, Jobs(workspace.root, program)
+        self.workspace, self.jobs = workspace, CommandJobs(workspace.root, program)
         self.chat_program, self.gpus = chat_program, gpus
         self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()
@@ -88,7 +94,7 @@ class Pages:
         except SlimtuneError as e:
             self.notice = f"What you chose is not kept for the next start: {e.message}"
 
-    def close(self) -> list[Job]:
+    def close(self) -> list[CommandJob]:
         """Stop what runs but trainings, and return those."""
         if self.conversation is not None:
             self.conversation.close()
@@ -103,7 +109,7 @@ class Pages:
             page="rows",
             bases=load_known_models(),
             files=self.workspace.list_rows(),
-            fields=list_fields(ROWS_FIELDS),
+            fields=make_form_fields(ROWS_FIELDS),
             job=self.job_view("data"),
             **values,
         )
@@ -112,7 +118,9 @@ class Pages:
         """Start the report on rows."""
         self.choose(form, (BASE, ROWS, *ROWS_FIELDS))
         base, rows = self.base_and_rows()
-        self.jobs.start("data", ["data", rows, f"--model={base}", *make_args(self.workspace, self.choices, "data")])
+        self.jobs.start(
+            "data", ["data", rows, f"--model={base}", *make_option_args(self.workspace, self.choices, "data")]
+        )
         return "/#job"
 
     def upload(self, form: Mapping[str, Any]) -> str:
@@ -135,7 +143,7 @@ class Pages:
         return self.render(
             "plan.html.j2",
             page="plan",
-            fields=list_fields(RUN_FIELDS),
+            fields=make_form_fields(RUN_FIELDS),
             gpus=self.gpus,
             job=self.job_view("plan"),
             **values,
@@ -147,7 +155,7 @@ class Pages:
         base, rows = self.base_and_rows()
         card = [f"--gpu={card}"] if (card := self.choices[CARD]) else []
         self.jobs.start(
-            "plan", ["plan", base, f"--data={rows}", *card, *make_args(self.workspace, self.choices, "plan")]
+            "plan", ["plan", base, f"--data={rows}", *card, *make_option_args(self.workspace, self.choices, "plan")]
         )
         return "/plan#job"
 
@@ -166,7 +174,7 @@ class Pages:
     def run_view(self, run: str = "") -> dict[str, Any] | None:
         """Return what is shown of a run, by default of the one that was chosen last."""
         name = run or self.choices.get(RUN, "")
-        return view_run(self.workspace, name, self.jobs.get("train")) if name else None
+        return make_run_page_data(self.workspace, name, self.jobs.get("train")) if name else None
 
     def start_training(self, form: Form) -> str:
         """Start a training."""
@@ -179,7 +187,7 @@ class Pages:
             f"--model={base}",
             f"--data={rows}",
             f"--out={out}",
-            *make_args(self.workspace, self.choices, "train"),
+            *make_option_args(self.workspace, self.choices, "train"),
         ]
         self.jobs.start("train", [*args, *force], subject=out)
         self.choose({RUN: out}, (RUN,))
@@ -197,7 +205,7 @@ class Pages:
         job, name = self.jobs.get("train"), form.get(RUN, "")
         if job is not None and job.subject == name and job.state == "running":
             job.stop()
-        elif not stop_training(self.open_run(form)):
+        elif not interrupt_training(self.open_run(form)):
             raise UsageError(f"{name} is not being trained on this machine")
         return "/train#run"
 
@@ -218,7 +226,7 @@ class Pages:
         where = [f"--split={self.choices['split'] or 'test'}"]
         if self.choices["held_out"]:
             where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
-        asks = self.choices["generate"] and not is_classifier(run.load_results(strict=False))
+        asks = self.choices["generate"] and not is_classifier_or_reward_model(run.load_results(strict=False))
         answers = [f"--generate={self.choices['generate']}"] if asks else []
         self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
         return "/evaluate#job"
@@ -246,7 +254,7 @@ class Pages:
     def chat(self, run: str = "", **values: Any) -> Response:
         """Show the conversation, or what a classifier or a reward model predicts."""
         chosen = self.chosen(run)
-        predicts = is_classifier(chosen["results"]) and (bool(run) or self.conversation is None)
+        predicts = is_classifier_or_reward_model(chosen["results"]) and (bool(run) or self.conversation is None)
         job = self.job_view("predict")
         return self.render(
             "chat.html.j2", page="chat", chat=self.conversation, predicts=predicts, job=job, **chosen, **values
@@ -261,7 +269,7 @@ class Pages:
         run = self.open_run(form)
         self.unload_chat(form)
         self.choose({RUN: str(run.path)}, (RUN,))
-        if not is_classifier(run.load_results(strict=False)):
+        if not is_classifier_or_reward_model(run.load_results(strict=False)):
             self.conversation = ChatSession(str(run.path), self.workspace.root, self.chat_program)
         return "/chat"
 
@@ -320,9 +328,9 @@ class Pages:
 
     def runs(self, pick: Sequence[str] = (), **values: Any) -> Response:
         """Show the runs, and those that were picked side by side."""
-        rows = list_rows_of_runs(self.workspace, self.workspace.list_runs())
+        rows = make_run_table_rows(self.workspace, self.workspace.list_runs())
         picked = [row for row in rows if row["name"] in pick]
-        compared = compare_runs(picked) if picked else None
+        compared = make_run_comparison_charts(picked) if picked else None
         return self.render("runs.html.j2", page="runs", rows=rows, picked=list(pick), compared=compared, **values)
 
     # --- 7 export ---
@@ -330,7 +338,7 @@ class Pages:
     def export(self, run: str = "", **values: Any) -> Response:
         """Show what a run can be exported to, and the last export with its check."""
         chosen = self.chosen(run)
-        targets = {"merge": TARGETS["merge"]} if is_classifier(chosen["results"]) else TARGETS
+        targets = {"merge": TARGETS["merge"]} if is_classifier_or_reward_model(chosen["results"]) else TARGETS
         job = self.job_view("export")
         return self.render("export.html.j2", page="export", job=job, targets=targets, **chosen, **values)
 

@@ -35,7 +35,7 @@ HEADERS = {
 }
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware that refuses requests which the page must not answer.
 
     Args:

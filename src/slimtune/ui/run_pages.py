@@ -19,8 +19,8 @@ from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, rend
 from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
 from ..evaluation.run_report import fixed, render_training_charts, signed
 from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
-from .command_jobs import Job
-from .workspace import Workspace
+from .command_jobs import CommandJob
+from .workspace import WorkspaceFolder
 
 BIG = 1 << 20
 """Bytes of metrics from which the live part is drawn less often."""
@@ -48,7 +48,7 @@ class RunStatus(NamedTuple):
         return WORDS[self.state]
 
 
-def read_status(run: RunDir) -> RunStatus:
+def read_run_status(run: RunDir) -> RunStatus:
     """Return the state of a run."""
     file = run.path / WRITER_FILE
     if file.is_file():
@@ -75,9 +75,9 @@ def _is_training(writer: dict[str, Any]) -> bool:
         return False
 
 
-def stop_training(run: RunDir) -> bool:
+def interrupt_training(run: RunDir) -> bool:
     """Send Ctrl-C to the process that trains a run, which writes a checkpoint; return whether there is one."""
-    process = read_status(run).process
+    process = read_run_status(run).process
     if process is None:
         return False
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -85,7 +85,7 @@ def stop_training(run: RunDir) -> bool:
     return True
 
 
-def read_log(run: RunDir) -> list[str]:
+def read_log_tail(run: RunDir) -> list[str]:
     """Return the last lines of a run's log, from its last `LOG_BYTES`."""
     try:
         require_regular(run.log_file, follow_links=False)
@@ -98,7 +98,7 @@ def read_log(run: RunDir) -> list[str]:
     return lines[1:] if size > LOG_BYTES else lines
 
 
-def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]:
+def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | None) -> dict[str, Any]:
     """Return what the page of a training shows; `job` is the last training that the page started.
 
     Until the base is loaded a run has no folder: then there is only the job.
@@ -111,7 +111,7 @@ def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]
     except SlimtuneError as e:
         return {**view, "missing": e, "every": 2}
     assert results.recipe is not None
-    status, train = read_status(run), results.recipe.train
+    status, train = read_run_status(run), results.recipe.train
     metrics = [m for m in results.metrics if is_finite_number(m.get("step")) and not m.get("event")]
     last: dict[str, Any] = metrics[-1] if metrics else {}
     done, total = float(last.get("step", 0)), float(train.max_steps or 0)
@@ -130,18 +130,18 @@ def view_run(workspace: Workspace, name: str, job: Job | None) -> dict[str, Any]
         "total": total,
         "unit": "steps" if train.max_steps is not None else "epochs",
         "charts": render_training_charts(results, results.recipe),
-        "log": read_log(run)[-10:],
+        "log": read_log_tail(run)[-10:],
         "events": [m for m in results.metrics if m.get("event")][-3:],
         "every": 2 if size < BIG else 15,
     }  # fmt: skip
 
 
-def is_classifier(results: RunResults) -> bool:
+def is_classifier_or_reward_model(results: RunResults) -> bool:
     """Return whether a run trained a classifier or a reward model, which write no text."""
     return results.recipe is not None and results.recipe.objective().task_type == "SEQ_CLS"
 
 
-def list_rows_of_runs(workspace: Workspace, names: Sequence[str]) -> list[dict[str, Any]]:
+def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the row of each run in the table of runs; a damaged one has only its name and what is wrong."""
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -152,11 +152,11 @@ def list_rows_of_runs(workspace: Workspace, names: Sequence[str]) -> list[dict[s
             rows.append({"name": name, "problem": e.message})
             continue
         held_out = find_held_out_evaluation(results, read_saved_evaluations(results))
-        rows.append({"name": name, "status": read_status(run), "results": results, "held_out": held_out})
+        rows.append({"name": name, "status": read_run_status(run), "results": results, "held_out": held_out})
     return rows
 
 
-def compare_runs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def make_run_comparison_charts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
     rows = [row for row in rows if "results" in row]
     series = [

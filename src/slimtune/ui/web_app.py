@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ..core.foundation.files import explain_os_error
 from ..errors import SlimtuneError
-from .pages import Pages
+from .pages import UiPages
 
 STATIC = {
     "report.css": ("slimtune.evaluation", "text/css"),
@@ -27,7 +27,7 @@ STATIC = {
 }
 
 
-def build_app(pages: Pages) -> Starlette:
+def build_web_app(pages: UiPages) -> Starlette:
     """Return the application; `security.Guard` goes around it."""
 
     def get(path: str, show: Callable[..., Response], *names: str) -> Route:

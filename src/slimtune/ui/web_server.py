@@ -10,17 +10,17 @@ from pathlib import Path
 import uvicorn
 
 from ..extras.sockets import format_address, is_loopback, open_listening_socket
-from .command_jobs import Job
-from .pages import Pages
-from .request_security import Guard
-from .web_app import build_app
-from .workspace import Workspace
+from .command_jobs import CommandJob
+from .pages import UiPages
+from .request_security import RequestGuard
+from .web_app import build_web_app
+from .workspace import WorkspaceFolder
 
 CONNECTIONS = 64
 """Most requests at a time; a browser's tab has at most six."""
 
 
-def serve(
+def serve_web_page(
     folder: Path,
     *,
     host: str,
@@ -28,7 +28,7 @@ def serve(
     max_upload: int,
     announce: Callable[[str, bool], None],
     gpus: Sequence[tuple[str, int]] = (),
-) -> tuple[str, list[Job]]:
+) -> tuple[str, list[CommandJob]]:
     """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
 
     Args:
@@ -45,8 +45,8 @@ def serve(
     sock = open_listening_socket(host, port)
     port = sock.getsockname()[1]
     token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
-    pages = Pages(Workspace(folder), gpus=gpus)
-    app = Guard(build_app(pages), token, host, port, max_upload)
+    pages = UiPages(WorkspaceFolder(folder), gpus=gpus)
+    app = RequestGuard(build_web_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
         ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,

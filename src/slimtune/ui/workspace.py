@@ -21,7 +21,7 @@ STATE_FILE = ".slimtune-ui.json"
 SKIPPED = {"node_modules", "site-packages", "checkpoints", "adapter"}
 
 
-class Workspace:
+class WorkspaceFolder:
     """A folder with rows and runs."""
 
     def __init__(self, root: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model
-from slimtune.export.merged_weights import MergedWeights
+from slimtune.export.merged_weights import LazyMergedStateDict
 
 LABELS = {"num_labels": 3}
 
@@ -84,7 +84,7 @@ def test_resnet_with_batch_norms(config, settings, tmp_path):
         theirs = peft.PeftModel.from_pretrained(resnet(), tmp_path)
         assert (logits(theirs) - after).abs().max() < 1e-5
     merged = resnet()
-    merged.load_state_dict(dict(MergedWeights(model)))
+    merged.load_state_dict(dict(LazyMergedStateDict(model)))
     assert (logits(merged) - after).abs().max() < 1e-5
     assert_merges(model, logits, 1e-5)
     assert torch.equal(logits(model.unload()), base)

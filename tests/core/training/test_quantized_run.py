@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import adapter, metrics, recipe_of
 from transformers import AutoModelForCausalLM
 
-from slimtune.cli.train_command import make_planner
+from slimtune.cli.train_command import make_memory_check
 from slimtune.core.config import Recipe
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.core.models import quantization
@@ -23,7 +23,7 @@ from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.errors import ModelError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.export.merge import load_trained, merge
+from slimtune.export.merge import load_run_for_export, merge
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -44,7 +44,7 @@ def planned_dtype(recipe):
 @pytest.mark.slow
 def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     recipe = quantized_recipe(settings, kind)
-    result = train(recipe, planner=make_planner(False))
+    result = train(recipe, planner=make_memory_check(False))
     assert (result.quantization, result.dtype, planned_dtype(recipe)) == (kind, "float32", kind)
     assert result.validation_loss < metrics(result.run, "train_loss")[0]
     layer = load_run(recipe.output_dir).model.model.layers[0].mlp.up_proj
@@ -88,7 +88,7 @@ def test_dequantized_run_computes_what_the_quantized_one_computes(settings):
     train(recipe)
     with torch.no_grad():
         expected = load_run(recipe.output_dir).model(IDS).logits
-        trained = load_trained(recipe.output_dir)
+        trained = load_run_for_export(recipe.output_dir)
         assert trained.base.quantization == "nf4"
         assert not any(is_quantized(m) for m in trained.model.modules())
         assert (trained.model(IDS).logits - expected).abs().max() < 1e-4
@@ -132,7 +132,7 @@ def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):
         load_base(str(folder), quantization=other)
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
-    assert train(recipe, planner=make_planner(False)).quantization == planned_dtype(recipe) == kind
+    assert train(recipe, planner=make_memory_check(False)).quantization == planned_dtype(recipe) == kind
     assert merge(recipe.output_dir, tmp_path / "merged").comparison.positions > 0
 
 
