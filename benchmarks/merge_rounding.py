@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from slimtune.export.expected_logps import AdapterReference, make_reference_texts
+from slimtune.export.gptq_rounding import collect_rounding_inputs, round_with_inputs
 from slimtune.export.merge import load_run_for_export
 from slimtune.export.merged_weights import LazyMergedStateDict
-from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
 from slimtune.generation.inference_engines import TransformersInferenceEngine
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from slimtune.core.data.tokenize import TokenizationStats
-from slimtune.core.training.train_result import ExportFormats, ExportFormatsResult, TokenizedRowsResult, TrainResult
+from slimtune.core.training.train_result import ExportFormatsResult, ExportSupport, TokenizedRowsResult, TrainResult
 
 TRAIN_ROWS = TokenizationStats(max_seq_len=1024, rows=779, kept=779, tokens=64700, supervised_tokens=36400, longest=251)
 TRAIN_RESULT = TrainResult(
@@ -16,7 +16,7 @@ TRAIN_RESULT = TrainResult(
     device="cpu", finished="2026-11-25 15:04:07+00:00", untrained_experts={},
     target_summary="adapted 210 modules (q_proj × 30); left 2: 'model.embed_tokens', 'lm_head'",
     data_report=TokenizedRowsResult(TRAIN_ROWS, dataclasses.replace(TRAIN_ROWS, rows=92, kept=92)),
-    export_formats=ExportFormatsResult("gguf", ExportFormats(merged=True, gguf=True, vllm=True, as_lora=True)),
+    export_formats=ExportFormatsResult("gguf", ExportSupport(merged=True, gguf=True, vllm=True, as_lora=True)),
     versions={"python": "3.11.9", "torch": "2.13.0"},
 )  # fmt: skip
 

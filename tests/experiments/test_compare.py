@@ -19,7 +19,7 @@ from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.comparison import run_comparison
 from slimtune.experiments.comparison_chart import write_comparison_chart
-from slimtune.experiments.comparison_folder import SETTINGS_FILE
+from slimtune.experiments.experiment_output_dir import SETTINGS_FILE
 from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, FailedRun, LeftOutMethod
 from slimtune.experiments.run_worker import WorkerResult
 

@@ -14,12 +14,12 @@ from slimtune.core.config import load_recipe
 from slimtune.core.training.run_dir import RunDir
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import comparison as comparison
-from slimtune.experiments import executors, places, search
+from slimtune.experiments import executor_specs, executors, search
 from slimtune.experiments.clusters import RayTask, SlurmExecutor
 from slimtune.experiments.comparison import run_comparison
-from slimtune.experiments.comparison_folder import lock_output_dir
+from slimtune.experiments.executor_specs import make_executor, parse_executor_spec
 from slimtune.experiments.executors import ExecutorSpec, LocalExecutor, ParallelExecutor
-from slimtune.experiments.places import make_executor, parse_executor_spec
+from slimtune.experiments.experiment_output_dir import lock_output_dir
 from slimtune.experiments.run_worker import WorkerResult
 from slimtune.experiments.search_space import parse_setting_ranges
 from slimtune.experiments.tuning import run_tuning
@@ -41,7 +41,7 @@ def files(*names: str) -> list[Path]:
     ],
 )
 def test_places(monkeypatch, text, kind, runs, address, parameters):
-    monkeypatch.setattr(places, "find_spec", lambda _: True)
+    monkeypatch.setattr(executor_specs, "find_spec", lambda _: True)
     assert parse_executor_spec(text) == ExecutorSpec(text, kind, runs, address, parameters)
 
 
@@ -58,14 +58,14 @@ def test_places(monkeypatch, text, kind, runs, address, parameters):
     ],
 )
 def test_place_that_is_not_understood(monkeypatch, text, message):
-    monkeypatch.setattr(places, "find_spec", lambda _: True)
+    monkeypatch.setattr(executor_specs, "find_spec", lambda _: True)
     with pytest.raises(UsageError, match=message):
         parse_executor_spec(text)
 
 
 @pytest.mark.parametrize(("text", "package"), [("ray", "ray"), ("slurm:time=5", "submitit")])
 def test_missing_package_is_named(monkeypatch, text, package):
-    monkeypatch.setattr(places, "find_spec", lambda _: None)
+    monkeypatch.setattr(executor_specs, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=f"needs {package}, not installed here") as e:
         parse_executor_spec(text)
     assert e.value.hint == f"pip install 'slimtune[{text.partition(':')[0]}]'"

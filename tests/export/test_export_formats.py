@@ -19,7 +19,7 @@ from models_zoo import llama, shake
 import slimtune
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import SlimtuneError
-from slimtune.export.export_support import get_export_formats
+from slimtune.export.export_support import get_export_support
 from slimtune.export.gguf import get_lora_factors
 from slimtune.export.vllm import list_vllm_refusals
 
@@ -41,7 +41,7 @@ def try_formats(name: str) -> tuple[Any, list[bool]]:
     with warnings.catch_warnings(action="ignore"):
         model: Any = slimtune.get_peft_model(llama(dtype=torch.float32), CASES[name]())
     shake(model)
-    formats = get_export_formats(model)
+    formats = get_export_support(model)
     merges = works(lambda: model.merge_adapter() or model.unmerge_adapter())
     vllm = not any(list_vllm_refusals(model, "default"))
     return formats, [merges, works(lambda: get_lora_factors(model)), vllm, works(lambda: model.to_lora("default", 4))]

@@ -27,7 +27,7 @@ from slimtune.core.models.loader import load_base
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_export_manifest
 from slimtune.export.merge import merge as merge_run
-from slimtune.methods.lora.layers import LinearLora
+from slimtune.methods.lora.lora_modules import LinearLora
 
 
 def merge(*args: Any, **options: Any) -> dict[str, Any]:

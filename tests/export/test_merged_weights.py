@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.export.gptq_rounding import round_with_inputs
 from slimtune.export.merged_weights import LazyMergedStateDict, save_merged_weights
-from slimtune.export.rounding import round_with_inputs
 
 
 def adapted(config, base=None):

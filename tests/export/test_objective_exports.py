@@ -15,7 +15,7 @@ from slimtune.core.data.example_lengths import count_row_tokens
 from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
 from slimtune.export import expected_logps as reference
-from slimtune.export import rounding
+from slimtune.export import gptq_rounding
 from slimtune.export.expected_logps import QUESTIONS, make_reference_texts
 from slimtune.export.exporter import export
 from slimtune.export.merge import merge
@@ -100,8 +100,8 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, 
     recipe = recipe_of(settings(tmp_path, tiny_folder))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     found = []
-    monkeypatch.setattr(rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
-    rounding.collect_rounding_inputs(model, recipe, tokenizer)
+    monkeypatch.setattr(gptq_rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
+    gptq_rounding.collect_rounding_inputs(model, recipe, tokenizer)
     rows, _ = load_eval_dataset(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
     assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_row_tokens(length)]
 

@@ -16,6 +16,7 @@ from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench_machine
+from .choose_command import choose_machine, cost_comparison
 from .command_examples import EXAMPLES
 from .common import CommandGroup
 from .compare_command import compare_methods, tune_settings
@@ -26,7 +27,6 @@ from .explain_command import explain_error
 from .export_command import export_run, merge_run, push_run, verify_run
 from .generate_command import chat_with_run, generate_answer, predict_rows
 from .gpus_command import gpus_table
-from .machine_commands import choose_machine, cost_comparison
 from .methods_command import methods_table
 from .models_command import models_table
 from .options import GroupedCommand, add_trust_flag

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError
-from ..experiments.places import PLACES, parse_executor_spec
+from ..experiments.executor_specs import PLACES, parse_executor_spec
 from .common import Json, NegativeResult, make_console, make_table, print_progress
 from .input_checks import find_missing_inputs, require_installed_packages
 from .options import add_recipe_flags

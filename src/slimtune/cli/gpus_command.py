@@ -9,8 +9,8 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
+from .choose_command import parse_machine_kinds
 from .common import Json, make_console, make_table, print_fields, print_outdated_notice
-from .machine_commands import parse_machine_kinds
 from .options import add_recipe_flags
 from .plan_command import describe_planned_run
 from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_on_gpus, estimate_runs, load_run_to_plan

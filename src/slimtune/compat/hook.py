@@ -1,4 +1,4 @@
-"""The compat hook of the core (`core/adapters/model_parts.py`): what PEFT's users expect of adapted objects."""
+"""The compat hook of the core (`core/adapters/extension_hooks.py`): what PEFT's users expect of adapted objects."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from ..core.adapters.peft_model import PeftModel
 from . import model_names, tuner_layers
-from .base_model_views import add_backbone_names as add_backbone_names
-from .base_model_views import remove_backbone_names as remove_backbone_names
+from .base_model_wrapper import add_backbone_names as add_backbone_names
+from .base_model_wrapper import remove_backbone_names as remove_backbone_names
 from .peft_registration import register_as_peft_subclass, register_with_transformers
 from .tuner_layers import format_layer as format_layer
 

@@ -9,7 +9,7 @@ from ..core.adapters.peft_model import PeftModel
 from ..errors import UsageError
 from ..extras.prompt_learning.prompt_modules import LearnedEmbeddings, find_backbones
 from .adapter_status import get_layer_status, get_model_status
-from .base_model_views import PeftTunerOfModel, get_backbone
+from .base_model_wrapper import PeftTunerOfModel, get_backbone
 from .target_functions import _get_module_names_tied_with_embedding
 
 

@@ -16,7 +16,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel, get_peft_model
 from ..core.adapters.targets import select_targets
 from ..errors import UsageError
-from .base_model_views import PeftTunerNamesMixin, PeftTunerOfModel
+from .base_model_wrapper import PeftTunerNamesMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
 from .tuner_layers import BaseTunerLayer
 from .utility_functions import DUMMY_MODEL_CONFIG

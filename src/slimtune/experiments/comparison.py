@@ -22,17 +22,17 @@ from ..planning.planner import estimate_resources
 from ..planning.this_machine import detect_gpu
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_comparison_chart
-from .comparison_folder import lock_output_dir, require_same_settings
 from .comparison_report import (
     compare_candidate_pairs,
     format_comparison_markdown,
     read_test_evaluation,
     summarize_candidates,
 )
+from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
+from .experiment_output_dir import lock_output_dir, require_same_settings
 from .experiment_results import CompareResult, FailedRun, LeftOutMethod, RateSearch
 from .method_advice import choose_method, format_advice
-from .places import make_executor
 from .run_grid import ComparisonGrid
 from .run_worker import Launch, run_worker_process
 

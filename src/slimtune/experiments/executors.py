@@ -33,7 +33,7 @@ class ExecutorSpec:
     """What `--on` says."""
 
     text: str
-    kind: str  # a name of `places.EXECUTORS`
+    kind: str  # a name of `executor_specs.EXECUTORS`
     runs: int | None  # how many train at the same time at most; None: as many as Ray or Slurm starts
     address: str | None = None  # of a Ray cluster, "ray://…"
     parameters: Mapping[str, str] = field(default_factory=dict)  # of a Ray task or a Slurm job

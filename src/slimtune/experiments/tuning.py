@@ -24,10 +24,10 @@ from ..core.training.datasets import load_training_datasets
 from ..errors import UsageError
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_search_chart
-from .comparison_folder import lock_output_dir
+from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
+from .experiment_output_dir import lock_output_dir
 from .experiment_results import RateSearch, RateTrial, TuneResult
-from .places import make_executor
 from .run_grid import ComparisonGrid
 from .search import SettingsSearch, find_best_trial, run_search
 from .search_space import SettingRange, check_and_mark_ranges, format_setting_value, format_setting_values

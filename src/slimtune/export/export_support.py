@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.training.train_result import ExportFormats
+from ..core.training.train_result import ExportSupport
 from ..errors import format_names
 
 Factors = tuple[Tensor, Tensor, float]
@@ -22,7 +22,7 @@ _NOT_IN_VLLM = {
 """Fields of a config whose value, if there is one, no LoRA in vLLM can express."""
 
 
-def get_export_formats(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportFormats:
+def get_export_support(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportSupport:
     """Return the export formats of a model's adapter.
 
     `on_published_base` says whether the adapter belongs to the base as it was published; False after a LoftQ
@@ -39,7 +39,7 @@ def get_export_formats(model: Any, adapter: str = "default", *, on_published_bas
         and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
     )
     kinds = set(model.match_report(adapter).kinds.values())
-    return ExportFormats(
+    return ExportSupport(
         merged=merged,
         gguf=on_published_base and bool(factors) and not other,
         vllm=can_be_lora and not kinds & {"conv", "weight"} and not plain_lora_incompatibilities(config),

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 from ..extras.gguf_loading import import_gguf
-from .export_support import Factors, collect_low_rank_factors, get_export_formats
+from .export_support import Factors, collect_low_rank_factors, get_export_support
 from .gguf_format import GgufExportFacts
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
@@ -217,7 +217,7 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
         return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
     config = model.peft_config[adapter]
     hint = "export it merged: --merged, or slimtune merge; or turn it into a LoRA: --convert-to-lora RANK"
-    if not get_export_formats(model, adapter).merged:
+    if not get_export_support(model, adapter).merged:
         hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
     raise UsageError(
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",

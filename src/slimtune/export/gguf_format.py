@@ -183,7 +183,7 @@ class GgufFormat(ExportFormat):
 
 def _list_serve_commands(model: Any, run: Path) -> list[str]:
     """Return the command that answers from llama.cpp without its programs, if it can serve the run: [] or one."""
-    from .export_support import get_export_formats
+    from .export_support import get_export_support
 
     serve = shlex.join(["slimtune", "serve", str(run), "--engine", "llama.cpp"])
-    return [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_formats(model).gguf else []
+    return [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_support(model).gguf else []

@@ -46,9 +46,9 @@ from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedFacts, MergeResult
+from .gptq_rounding import collect_rounding_inputs
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_weight, save_merged_weights
-from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)
 

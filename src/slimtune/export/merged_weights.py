@@ -30,7 +30,7 @@ from ..core.kernels.linear_layers import (
     is_weight_transposed,
 )
 from ..errors import AdapterError
-from .rounding import round_with_inputs
+from .gptq_rounding import round_with_inputs
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000
 MIN_INPUTS = 256
@@ -143,7 +143,7 @@ def save_merged_weights(
         weights: what to write.
         folder: it exists.
         dtype: that parameters are stored in, AdapterError if it cannot hold a value; buffers keep theirs.
-        inputs: of linear layers, by name, to round with (see `rounding.py`); other weights are rounded to nearest.
+        inputs: of linear layers, by name, to round with (see `gptq_rounding.py`); other weights are rounded to nearest.
     """
     model, ignored = weights.model, set(getattr(weights.model, "_keys_to_ignore_on_save", None) or ())
     outline = {n: weights.outline(n, dtype) for n in weights if n not in ignored}

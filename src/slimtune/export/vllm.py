@@ -32,7 +32,7 @@ from ..extras.lora_conversion import make_lora_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_lora_rules
 from .export_format import LoraConversion, WrittenExport
-from .export_support import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
+from .export_support import Factors, get_export_support, lora_incompatibilities, plain_lora_incompatibilities
 from .vllm_format import VllmExportFacts
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
@@ -98,7 +98,7 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
     if not fixed and not form:
         return
     hints = []
-    if get_export_formats(model, adapter).merged:
+    if get_export_support(model, adapter).merged:
         merge = shlex.join(["slimtune", "merge", str(run), "--out", "merged"])
         hints.append(f"merge it: {merge}, then vllm serve merged")
         if not fixed and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"}:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RunError, UsageError
 from .generation_models import GenerationModel
-from .text_stream import IncrementalDetokenizer
+from .incremental_detokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True)

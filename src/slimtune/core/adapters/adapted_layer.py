@@ -16,7 +16,7 @@ trained copy if there is one, else the base's own. A weight that PyTorch reads w
 nn.MultiheadAttention) contains the updates of the active adapters. All adapted modules of a model share one
 `ActiveAdapters`, so switching adapters costs the same no matter how many are loaded.
 
-A name that neither the module nor its class has is PEFT's: the compat hook resolves it (`model_parts.py`).
+A name that neither the module nor its class has is PEFT's: the compat hook resolves it (`extension_hooks.py`).
 """
 
 import inspect
@@ -40,8 +40,8 @@ from ..kernels.linear_layers import (
 from .active_adapters import ActiveAdapters, LayerAdapterSelection
 from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
 from .architectures import get_text_config
+from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassRecipe
-from .model_parts import PeftNameLookupMixin, load_compat_hook
 
 ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy")
 """What an adapted module has in addition to its base's attributes."""

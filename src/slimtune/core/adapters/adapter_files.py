@@ -24,7 +24,7 @@ from ...errors import AdapterError, PeftWarning, UsageError, format_names, neare
 from ..foundation.files import write_atomic
 from ..foundation.fingerprint import config_fingerprint
 from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_sizes
-from .model_parts import FOLDER_WRITERS
+from .extension_hooks import FOLDER_WRITERS
 from .peft_config import PeftConfig, find_or_download_file, write_adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"

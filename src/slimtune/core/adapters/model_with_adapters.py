@@ -19,9 +19,9 @@ from ...errors import UsageError, format_names, nearest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
 from .adapter_module import AdapterModule, MergeUnsupported, ReversibleBaseChange
+from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassRecipe
 from .merging import merge_adapters_into_layer, retie_equal_merged_parameters, unmerge_adapters_from_layer
-from .model_parts import PeftNameLookupMixin, load_compat_hook
 from .peft_config import PeftConfig
 from .quantized_layers import count_parameters, keep_differentiable_4bit_layout
 from .targets import TargetMatches, find_tied_modules, matches_regex_or_names, select_targets

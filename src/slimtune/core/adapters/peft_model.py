@@ -3,7 +3,7 @@
 `get_peft_model(model, config)` returns the same object. Its class becomes a subclass of its own class and of
 `PeftModel`, the matched modules become adapted layers (see `adapted_layer.py` for the class swap), and the base's
 parameters are frozen. So an adapted model still is a `LlamaForCausalLM` and a `PreTrainedModel`: generate, Trainer,
-pipelines and TRL accept it unchanged. Parts add further methods to the class, such as PEFT's (`model_parts.py`).
+pipelines and TRL accept it unchanged. Parts add further methods to the class, such as PEFT's (`extension_hooks.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...errors import UsageError, format_names
 from .adapter_files import read_adapter_for_model, require_compatible_config, save_adapter
 from .adapter_module import SharedParameterHolder
 from .adapter_tensors import LoadResult, load_adapter_tensors
-from .model_parts import MODEL_MIXINS, load_compat_hook
+from .extension_hooks import MODEL_MIXINS, load_compat_hook
 from .model_with_adapters import AdapterState, ModelWithAdapters
 from .peft_config import PeftConfig
 from .quantized_layers import find_cpu_repacking_layers

@@ -19,10 +19,10 @@ from .best_adapter import restore_best_adapter
 from .oom_recovery import EVENT
 from .run_description import count_held_out_rows
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
-from .train_result import ExportFormats, ExportFormatsResult, TokenizedRowsResult, TrainResult
+from .train_result import ExportFormatsResult, ExportSupport, TokenizedRowsResult, TrainResult
 from .training_loop import TrainingLoop
 
-EXPORT_SUPPORT: Registry[Callable[..., ExportFormats]] = Registry("slimtune.export_support", "list of export formats")
+EXPORT_SUPPORT: Registry[Callable[..., ExportSupport]] = Registry("slimtune.export_support", "list of export formats")
 """Functions that return the export formats of a model's adapter."""
 RUN_REPORTS: Registry[Callable[[RunDir], Any]] = Registry("slimtune.run_reports", "run report")
 """Functions that write a report into the folder of a run that has ended, from the files in it."""

@@ -40,7 +40,7 @@ class TokenizedRowsResult:
 
 
 @dataclass(frozen=True)
-class ExportFormats:
+class ExportSupport:
     """The export formats that an adapter supports."""
 
     merged: bool
@@ -59,7 +59,7 @@ class ExportFormatsResult:
 
     base_kind: str
     """Where the base is from: "hub", "folder", "package" or "gguf"."""
-    supported: ExportFormats = field(metadata=INLINE)
+    supported: ExportSupport = field(metadata=INLINE)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@
     At a convolution A (r, in, *kernel) is a convolution like the base and B (out, r, 1, …) a pointwise one.
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` has the adapter modules, `conv.py` and `parameters.py` those of convolutions, and of experts and other
-parameters; `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `alora.py` activated LoRA, `eva.py`,
-`corda.py`, `loraga.py` and `loftq.py` initialization from data and from the weights before quantization.
+`lora_modules.py` has the adapter modules, `lora_conv_modules.py` and `lora_parameter_modules.py` those of convolutions,
+and of experts and other parameters; `lora_init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `alora.py`
+activated LoRA, `eva.py`, `corda.py`, `loraga.py` and `loftq.py` initialization from data and from the weights before
+quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,

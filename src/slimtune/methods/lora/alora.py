@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
-from .layers import LinearLora
+from .lora_modules import LinearLora
 
 NEVER = torch.iinfo(torch.int64).max // 2
 """The start of the change in a row that has no invocation."""

@@ -5,7 +5,7 @@
 
 "ipm" takes the r largest components, which learn the task of the data fastest; "kpm" takes the r smallest and so keeps
 what the data show that the model knows. λ grows until C can be inverted. As for PiSSA, the start is subtracted again;
-see `init.py`.
+see `lora_init.py`.
 
 Paper: https://arxiv.org/abs/2406.05223.
 """

@@ -1,4 +1,4 @@
-"""Which values `init_lora_weights` takes, and the settings of those that need some; `init.py` computes the starts."""
+"""The values of `init_lora_weights`, and the settings of those that need some; `lora_init.py` computes the starts."""
 
 import os
 import re

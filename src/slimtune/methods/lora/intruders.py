@@ -17,7 +17,7 @@ import torch
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...core.kernels.low_rank import nearest_low_rank
 from ...errors import ConfigError
-from .layers import EmbeddingLora, LinearLora
+from .lora_modules import EmbeddingLora, LinearLora
 
 
 @torch.no_grad()

@@ -227,7 +227,7 @@ class LoraConfig(PatternedConfig):
             list_all_linear_targets,
             shorten_names,
         )
-        from .parameters import find_unsupported_field, move_expert_like_targets_to_parameters
+        from .lora_parameter_modules import find_unsupported_field, move_expert_like_targets_to_parameters
 
         super().fill_from_model(model)
         if self.target_modules == ALL_LINEAR and (
@@ -254,7 +254,7 @@ class LoraConfig(PatternedConfig):
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         from ...core.adapters.targets import find_target_parameters
-        from .parameters import find_linears_peft_takes_for_experts
+        from .lora_parameter_modules import find_linears_peft_takes_for_experts
 
         parameters: dict[str, SiteKind] = dict.fromkeys(find_target_parameters(model, self), "parameters")
         parameters |= dict.fromkeys(parameters.keys() & find_linears_peft_takes_for_experts(model), "linear")
@@ -267,7 +267,7 @@ class LoraConfig(PatternedConfig):
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         from ...core.adapters.targets import find_tied_modules
         from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
-        from .layers import TiedEmbeddingLora, TiedLinearLora, double_out_projections
+        from .lora_modules import TiedEmbeddingLora, TiedLinearLora, double_out_projections
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
@@ -303,10 +303,10 @@ class LoraConfig(PatternedConfig):
     def build(self, site: Site) -> AdapterModule:
         from ...core.adapters.targets import matches_regex_or_names
         from .alora import LinearALora
-        from .conv import ConvDora, ConvLora
         from .dora import EmbeddingDora, LinearDora
-        from .layers import AttentionWeightLora, EmbeddingLora, LinearLora
-        from .parameters import ParameterLora
+        from .lora_conv_modules import ConvDora, ConvLora
+        from .lora_modules import AttentionWeightLora, EmbeddingLora, LinearLora
+        from .lora_parameter_modules import ParameterLora
 
         if self.init_lora_weights == "loftq" and not site.loading:
             raise ConfigError(
@@ -353,7 +353,7 @@ class LoraConfig(PatternedConfig):
         self, adapter_modules: Mapping[str, AdapterModule]
     ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
         """Return the plain LoRA of rank 2r that equals this one, which starts as a part of the base's weight."""
-        from .layers import LoraModule
+        from .lora_modules import LoraModule
 
         loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModule)}
         if not any("start_A" in m.tensors() for m in loras.values()):
@@ -374,14 +374,14 @@ class LoraConfig(PatternedConfig):
         return config, tensors | {n: m.tensors_of_rank(config.get_rank(n)) for n, m in loras.items()}
 
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
-        from .parameters import ParameterLora
+        from .lora_parameter_modules import ParameterLora
 
         for module in adapter_modules.values():
             if isinstance(module, ParameterLora):
                 module.note_reached_experts()
 
     def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
-        from .parameters import ParameterLora
+        from .lora_parameter_modules import ParameterLora
 
         found = {
             f"{site}.{part.parameter_name}": (~part.has_gradient).nonzero().flatten().tolist()

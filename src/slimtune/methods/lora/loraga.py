@@ -7,7 +7,7 @@
     "random"    r columns of the first 2r, the same for both
 
 and then the scale: "stable" multiplies B by ⁴√(rows of W) / √γ, "weight_svd" by S₁(W) / S_B, "gd_scale" divides both
-by s. As for PiSSA, the start is subtracted again; see `init.py`.
+by s. As for PiSSA, the start is subtracted again; see `lora_init.py`.
 
 Paper: https://arxiv.org/abs/2407.05000.
 """

@@ -19,8 +19,8 @@ from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
 from ...core.kernels.dropout import make_dropout
 from ...errors import ConfigError
 from .dora import CachedNorms
-from .init import initialize_lora_factors
-from .layers import LoraModule
+from .lora_init import initialize_lora_factors
+from .lora_modules import LoraModule
 
 _CLASSES: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -23,8 +23,8 @@ from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.kernels.dropout import active_dropout_p, make_dropout
 from ...core.kernels.low_rank import add_low_rank_to_weight
 from ...errors import AdapterError, ConfigError
-from .init import initialize_lora_factors, make_lora_factors_from_base
 from .init_configs import is_init_subtracted_from_base
+from .lora_init import initialize_lora_factors, make_lora_factors_from_base
 
 
 class LoraModule(AdapterModule):
@@ -120,7 +120,7 @@ class LinearLora(LoraModule):
             self.register_buffer("start_B", self.lora_B.weight.detach().clone())
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return `A` and `B` of the whole update; with a subtracted start of rank 2r, see `init.py`."""
+        """Return `A` and `B` of the whole update; with a subtracted start of rank 2r, see `lora_init.py`."""
         A, B = self.lora_A.weight, self.lora_B.weight
         if "start_A" not in self._buffers:
             return A, B

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core.adapters.extension_hooks import PeftNameLookupMixin
 from ..core.adapters.generated_classes import PickledByClassRecipe
-from ..core.adapters.model_parts import PeftNameLookupMixin
 
 
 class PeftTunerOfModel(nn.Module):

@@ -23,8 +23,8 @@ from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.targets import find_targets, shorten_names
 from ...errors import ConfigError, TargetError, UsageError, format_names
-from .init import initialize_lora_factors
-from .layers import LoraModule
+from .lora_init import initialize_lora_factors
+from .lora_modules import LoraModule
 from .low_rank_weight import LowRankWeight, Term
 
 TRANSPARENT_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")

@@ -162,12 +162,7 @@ def cost_comparison(
 ) -> Any:
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
     from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalCost, ServiceCost
-    from ..hardware.machine_choice import (
-        WHOLE_MACHINES,
-        count_runs_to_break_even,
-        list_api_prices,
-        make_machine_offer,
-    )
+    from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
     from ..hardware.run_cost import format_hours, list_rent_prices
     from ..planning.gpu_specs import find_gpu_by_name, format_source_date, require_trainable_gpu
     from ..planning.interval import Interval
