@@ -17,6 +17,13 @@ def _find_modules(folder: str, *helpers: str) -> dict[str, str]:
     return {f.stem: f"{__package__}.{folder}.{f.stem}" for f in sorted(files) if f.stem not in ("__init__", *helpers)}
 
 
+def _find_export_formats() -> dict[str, str]:
+    """Return the dotted path of the class `NameFormat` in each `export/name_format.py`, by the name."""
+    files = sorted((Path(__file__).parent / "export").glob("*_format.py"))
+    names = [f.stem.removesuffix("_format") for f in files if f.stem != "export_format"]
+    return {n: f"{__package__}.export.{n}_format:{n.title().replace('_', '')}Format" for n in names}
+
+
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
     "slimtune.objectives": _find_modules("objectives", "pair_objective", "reference_logps"),
@@ -60,12 +67,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report"},
-    "slimtune.export_formats": {
-        "merged": "slimtune.export.merged_format:MergedFormat",
-        "gguf": "slimtune.export.gguf_format:GgufFormat",
-        "ollama": "slimtune.export.ollama_format:OllamaFormat",
-        "vllm": "slimtune.export.vllm_format:VllmFormat",
-    },
+    "slimtune.export_formats": _find_export_formats(),
 }
 """Registry → name of the part → its dotted path."""
 

@@ -1,4 +1,4 @@
-"""What an export format is: one file with one class. Its fields are the options it reads; `parts.py` says where it is.
+"""What an export format is: one file, `export/NAME_format.py`, with the class `NameFormat`. Its fields are the options.
 
     @dataclass(frozen=True)
     class MyFormat(ExportFormat):
