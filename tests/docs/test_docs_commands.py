@@ -19,7 +19,8 @@ import typer
 from slimtune.cli import app
 from slimtune.cli.options import require_flags_given_once
 from slimtune.core.config.recipe import parse_recipe_sections
-from slimtune.core.config.recipe_loading import parse_override, parse_yaml, set_tree_value
+from slimtune.core.config.recipe_loading import parse_override, set_tree_value
+from slimtune.core.foundation.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

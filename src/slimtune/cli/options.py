@@ -191,7 +191,8 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the values that were given, by dotted path."""
     from ..core.adapters.config_fields import list_settings
     from ..core.config import Recipe
-    from ..core.config.recipe_loading import parse_override, parse_yaml
+    from ..core.config.recipe_loading import parse_override
+    from ..core.foundation.strict_yaml import parse_yaml
 
     overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
     _refuse_repeated_flags(f"--set {path}" for path, _ in overrides)

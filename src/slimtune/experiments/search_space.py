@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config.recipe_loading import SHORT_SECTIONS, parse_yaml
+from ..core.config.recipe_loading import SHORT_SECTIONS
 from ..core.foundation.files import to_json
+from ..core.foundation.strict_yaml import parse_yaml
 from ..errors import RecipeError, UsageError
 
 SAME_ROWS = ("data", "task", "output_dir", "model.name", "model.revision")

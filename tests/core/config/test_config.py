@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe, load_recipe
-from slimtune.core.config.recipe_loading import parse_yaml
+from slimtune.core.foundation.strict_yaml import parse_yaml
 from slimtune.errors import RecipeError, UsageError
 from slimtune.methods.lora import LoraConfig
 

@@ -14,7 +14,6 @@ import dataclasses
 import math
 import operator
 import re
-import reprlib
 import types
 import typing
 import warnings
@@ -24,6 +23,7 @@ from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from ...errors import ConfigError, format_names, nearest
+from ..foundation.formatting import format_value
 
 MAX_NUMBER = 1e9
 """Largest size of a number in a setting that declares no smaller bound: products of two still fit in fp32."""
@@ -40,8 +40,6 @@ _YAML_WORDS = {
     type(None): "null",
 }  # fmt: skip
 _UNIONS = (typing.Union, types.UnionType)
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel = 3
 
 
 def config_field(
@@ -113,14 +111,6 @@ def _make_unknown_field_error(path: str, names: Iterable[str], paths: Iterable[s
     elsewhere = {known.rpartition(".")[2]: known for known in paths}
     suggestion = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else nearest(name, names)
     return FieldError(path, f"no such field{suggestion}", "" if suggestion else f"one of {format_names(names, 40)}")
-
-
-def format_value(value: object, limit: int = 100) -> str:
-    """Return a value as short text."""
-    if isinstance(value, int) and abs(value) > 1e100:  # Python refuses to print integers of over 4,300 digits
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value[:limit]) if isinstance(value, str) else _SHORT.repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,19 @@ from ..adapters.config_fields import (
     FieldError,
     SettingSpec,
     config_field,
-    format_value,
     list_settings,
     make_value_error,
     read_section_settings,
 )
 from ..adapters.method_registry import config_class
+from ..foundation.formatting import format_value
 from ..foundation.remote_code import allow_remote_code
+from ..foundation.strict_yaml import format_yaml
 from .method_settings import get_full_field_names, parse_method_section, parse_task_section
 from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_short_sections,
     find_missing_files,
-    format_yaml,
     make_recipe_paths_absolute,
     parse_overrides,
     read_recipe_tree,

@@ -1,108 +1,25 @@
-"""Reads YAML and `path=value` overrides into a plain tree, and makes its paths absolute.
+"""Reads recipe files and `path=value` overrides into a plain tree, and makes its paths absolute.
 
 A relative path in a YAML file means the file beside it if there is one, else the file in the working folder.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
-from yaml.composer import ComposerError
+from typing import Any
 
 from ...errors import RecipeError, UsageError, nearest
-from ..adapters.config_fields import FieldError, format_value
+from ..adapters.config_fields import FieldError
 from ..foundation.files import parse_dataset_id
+from ..foundation.formatting import format_value
 from ..foundation.remote_code import remote_code_allowed
+from ..foundation.strict_yaml import parse_yaml
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
 DATA_FILES = ("train", "validation", "test", "general_text", "chat_template")
 """Fields of `data` that name files."""
-
-
-MAX_DEPTH, MAX_KEYS, MAX_VALUES, MAX_DIGITS = 40, 10_000, 200_000, 300
-"""Limits of a YAML text: levels of nesting, keys of a mapping, values with aliases written out, digits of a number."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads `2e-4` as a number and dates as text; raises for keys that are no text or given twice, and past a limit."""
-
-    depth = size = 0
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.sizes: dict[int, int] = {}  # values in each node, aliases written out
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.depth == MAX_DEPTH:
-            self._refuse(f"more than {MAX_DEPTH} levels of nesting", parent)
-        if isinstance(parent, yaml.MappingNode) and len(parent.value) == MAX_KEYS:
-            self._refuse(f"more than {MAX_KEYS} keys in one mapping", parent)
-        self.depth += 1
-        before, is_alias = self.size, self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        self.size += self.sizes.get(id(node), 1) if is_alias else 1
-        if not is_alias:
-            self.sizes[id(node)] = self.size - before
-        if self.size > MAX_VALUES:
-            self._refuse(f"more than {MAX_VALUES} values", node)
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag.endswith(":merge"):
-                continue
-            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
-                self._refuse("a key that is not text: put it in quotes", key)
-            if key.value in seen:
-                self._refuse(f"{format_value(key.value)} is given twice", key)
-            seen.add(key.value)
-        return node
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":str"):
-            return super().construct_object(node, deep)
-        kind = node.tag.rpartition(":")[2]
-        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
-            self._refuse(f"a number of {len(node.value)} characters", node)
-        try:
-            return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, ValueError):  # PyYAML trusts a tag such as !!int
-            self._refuse(f"{format_value(node.value)} is not of the type !!{kind}", node)
-
-    def _refuse(self, problem: str, node: Any) -> NoReturn:
-        raise ComposerError(None, None, problem, node.start_mark)
-
-
-# YAML 1.1 requires a dot in a float, and PyYAML follows it.
-_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML text; the error for one that does not parse quotes the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
-        if not isinstance(e, yaml.MarkedYAMLError) or mark is None:
-            raise RecipeError(f"{source} is not YAML: {' '.join(str(e).split())}") from None
-        lines = text.splitlines() or [""]
-        line = lines[min(mark.line, len(lines) - 1)]  # at the end of the text the mark is one line past it
-        place = f"{source}, line {mark.line + 1}, column {mark.column + 1}"
-        hint = f"look at: {line.strip()[:80]}{_quote_hint(line)}"
-        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", hint) from None
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:
@@ -205,12 +122,6 @@ def make_recipe_paths_absolute(tree: dict[str, Any], folder: Path | None = None)
         model["name"] = locate(path)
 
 
-def _quote_hint(line: str) -> str:
-    """Return what to do where a value begins with a character that YAML keeps for itself, such as a pattern's star."""
-    value = line.partition(": ")[2].strip() or line.strip()
-    return f'; a text that begins with {value[0]} needs quotes: "{value}"' if value[:1] in tuple("*&!%@`") else ""
-
-
 def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
     """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
     errors = []
@@ -223,17 +134,3 @@ def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
     return errors
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that contains Unicode's line breaks, which YAML would otherwise fold into spaces."""
-
-
-_Dumper.add_representer(
-    str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, '"' if set(s) & set("\x85\u2028\u2029") else None)
-)
-
-
-def format_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a plain tree as YAML that reads back equal."""
-    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,10 +1,13 @@
 """Bytes, counts and times as people read them, and text from elsewhere as a terminal may show it."""
 
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Sequence
 
 GIB = 1 << 30
 _CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
 
 
 def escape_controls(text: str) -> str:
@@ -22,6 +25,14 @@ def shorten_text(value: str, limit: int = 80) -> str:
     """Return a text, or its first `limit` characters and its length if it is longer."""
     value = value.strip()
     return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
+
+
+def format_value(value: object, limit: int = 100) -> str:
+    """Return a value as short text."""
+    if isinstance(value, int) and abs(value) > 1e100:  # Python refuses to print integers of over 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value[:limit]) if isinstance(value, str) else _SHORT.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def format_bytes(n: float) -> str:
