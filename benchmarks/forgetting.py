@@ -11,11 +11,11 @@ import argparse
 from typing import Any
 
 from slimtune.core.adapters.adapter_strength import AdapterStrength
-from slimtune.core.data.general_text import BUILT_IN_TEXT, group_row_numbers_by_kind, read_general_text
 from slimtune.core.training.datasets import load_datasets
-from slimtune.core.training.forgetting_budget import choose_general_rows, max_loss_increase
+from slimtune.core.training.forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from slimtune.core.training.loss import build_run_collator, score_supervised_rows
 from slimtune.core.training.trained_model import load_run
+from slimtune.evaluation.general_text import read_run_text
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("run")
     trained = load_run(parser.parse_args().run)
     validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
-    general = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, trained.base.tokenizer, 8192)
+    general = read_run_text(None).choose_rows(trained.base.tokenizer, trained.model)
     kinds = group_row_numbers_by_kind(general)
     collator = build_run_collator(trained.recipe.train, trained.model, trained.base.tokenizer, 512)
     strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parents[1] / "src/slimtune/core/data/general"
+HERE = Path(__file__).parents[1] / "src/slimtune/evaluation/general"
 BYTES = {"prose": 15_000, "instructions": 13_000, "python": 7_000, "javascript": 5_000, "languages": 14_000}
 LONGEST = 1100
 """Characters of a piece: an interval wants many of them."""

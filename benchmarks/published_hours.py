@@ -23,10 +23,10 @@ from transformers import AutoConfig
 
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import config_class
-from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
+from slimtune.planning.meta_model import build_meta_model
 from slimtune.planning.plan_request import TrainingJob
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.throughput import UTILIZATION, estimate_training_speed

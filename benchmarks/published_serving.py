@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
+from slimtune.planning.meta_model import build_meta_model
 from slimtune.planning.serving_memory import count_active_weights, count_kv_cache_bytes
 from slimtune.planning.serving_speed import estimate_serving_speed, get_hardware_kind
 

@@ -18,13 +18,13 @@ from slimtune.cli.generate_command import AnswerPrinter
 from slimtune.cli.json_schemas import make_json_schema
 from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe
-from slimtune.core.data.general_text import BUILT_IN_TEXT
 from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
 from slimtune.diagnostics import machine_facts as facts
 from slimtune.diagnostics.machine_facts import MachineFacts, NvidiaSmiGpu, TorchFacts
 from slimtune.evaluation.eval_result import ClassificationEvalResult, EvalResult, SFTEvalResult
 from slimtune.evaluation.evaluate import EvalSettings
+from slimtune.evaluation.general_text import BUILT_IN_TEXT
 from slimtune.export.export_results import MergeResult
 
 RESULT = make_train_result(

@@ -15,6 +15,7 @@ from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.eval_result import read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.run_results import load_run_results
 from slimtune.extras.row_files import read_rows
 
 
@@ -113,7 +114,7 @@ def test_test_rows_set_aside_by_training(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"test": None, "test_fraction": 0.4})
     found = evaluate(run)
     assert (found.measures.rows, found.split) == (2, "test")
-    assert RunDir(run).load_results().held_out.values["rows"] == 2  # they count as rows not trained on
+    assert load_run_results(RunDir(run)).held_out.values["rows"] == 2  # they count as rows not trained on
 
 
 def test_overlong_rows_are_counted(tmp_path, tiny_folder):

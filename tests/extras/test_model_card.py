@@ -9,7 +9,7 @@ import yaml
 
 import slimtune
 from slimtune.core.adapters.method_registry import METHODS, config_class
-from slimtune.core.training.run_dir import RunResults
+from slimtune.evaluation.run_results import RunResults
 from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.push_to_hub import render_adapter_card
 from slimtune.extras.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card

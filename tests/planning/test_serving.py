@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
-from slimtune.core.training.adapted_model import build_meta_model
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
+from slimtune.planning.meta_model import build_meta_model
 from slimtune.planning.serving_memory import (
     METADATA,
     count_active_weights,

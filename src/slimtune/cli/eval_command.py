@@ -69,8 +69,8 @@ def eval_run(
     """
     require_run_exists(run)
     require_rows_exist(data, run=run)
-    from ..core.data.general_text import BUILT_IN_TEXT
     from ..evaluation.evaluate import EvalSettings, evaluate
+    from ..evaluation.general_text import BUILT_IN_TEXT
 
     built_in = {"none": None, "shipped": BUILT_IN_TEXT}
     settings = EvalSettings(

@@ -20,7 +20,6 @@ import numpy as np
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
-from ..core.data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
@@ -46,6 +45,7 @@ from ..objectives.sft import SFT
 from .classification_comparison import ClassificationComparison, RewardComparison
 from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
+from .general_text import read_general_text, tokenize_general_text
 from .generated_answers import (
     EvalPrompt,
     average_answer_checks,
@@ -165,8 +165,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []
     if settings.general_text is not None and writes_text:
-        context = get_max_positions(model.config) or 4 * WINDOW
-        general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
+        general = tokenize_general_text(pieces, settings.general_text, tokenizer, get_max_positions(model.config))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     comparison = _build_comparison(trained, sections, examples, longest, file or "the training file", settings)
     measures, scores = comparison.measure()

@@ -8,7 +8,7 @@ The budget is exceeded if the whole interval of the change is above it.
 from collections.abc import Callable, Sequence
 
 from ..core.data.collator import Example
-from ..core.data.general_text import group_row_numbers_by_kind
+from ..core.training.forgetting_budget import group_row_numbers_by_kind
 from ..core.training.loss import RowScore
 from .eval_result import ForgettingMeasures, LossChange
 from .statistics import paired_bootstrap

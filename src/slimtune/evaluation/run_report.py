@@ -21,7 +21,7 @@ from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
-from ..core.training.run_dir import RunDir, RunResults
+from ..core.training.run_dir import RunDir
 from .charts import (
     ChartEstimate,
     ChartLine,
@@ -44,7 +44,7 @@ from .eval_result import (
     SFTMeasures,
 )
 from .result_lines import ResultTable, describe_win_rate, make_check_table, make_class_table, make_confusion_table
-from .saved_evaluations import find_held_out_evaluation, read_saved_evaluations
+from .run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 
 
 def write_run_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -64,7 +64,7 @@ def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
     Where a file is missing, the page names the command that creates it.
     """
     errors = [] if damage is None else damage
-    r = run.load_results(strict=False)
+    r = load_run_results(run, strict=False)
     assert r.recipe is not None
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
     evaluations = read_saved_evaluations(r, errors)

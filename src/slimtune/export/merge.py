@@ -36,12 +36,13 @@ from ..core.models.dtype import pick_dtype
 from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
-from ..core.training.adapted_model import build_meta_model
-from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
+from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run, load_runs
 from ..errors import AdapterError, RunError
+from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
+from ..planning.meta_model import build_meta_model
 from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
 from .export_format import MERGED_FOLDER

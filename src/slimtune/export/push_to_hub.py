@@ -23,12 +23,13 @@ from ..core.foundation.files import read_json, to_json
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import load_checkpoint_config
-from ..core.training.adapted_model import build_meta_model
-from ..core.training.run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
+from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError, format_names
+from ..evaluation.run_results import RunResults, load_run_results
 from ..extras import model_card
 from ..extras.hub_commits import HubCommitResult, commit_files, require_no_tokens, require_repo_id
 from ..extras.model_card import CARD_FILE, strip_local_paths
+from ..planning.meta_model import build_meta_model
 from .base_model_info import BaseModelInfo, fetch_base_model_info
 from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES
 from .export_results import PushContents, PushedCommit, PushPreview, PushResult
@@ -164,7 +165,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     notes: list[str] = []
     found = _collect_files(folder, ADAPTER_EXTRAS, (CONFIG_FILE, ADAPTER_FILE), notes)
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
-    results = run_dir.load_results() if run_dir is not None else RunResults()
+    results = load_run_results(run_dir) if run_dir is not None else RunResults()
     recipe = results.recipe
     tensors, fingerprint = adapter_files.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)

@@ -22,12 +22,12 @@ from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.device import record_simulated_attention_flops, simulate_device
 from ..core.models.lm_head import get_lm_head
-from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import compute_outputs, forward_backward, get_classifier_head, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
+from .meta_model import build_meta_model
 from .plan_request import TrainingJob
 from .plan_result import PARTS
 

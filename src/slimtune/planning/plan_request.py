@@ -23,11 +23,11 @@ from ..core.data.example_lengths import (
 )
 from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
-from ..core.training.adapted_model import build_meta_model
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
+from .meta_model import build_meta_model
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""

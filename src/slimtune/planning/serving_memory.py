@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.base_config import get_max_positions
-from ..core.training.adapted_model import build_meta_model
 from ..errors import ModelError, UsageError, format_names, nearest
 from .gpu_specs import GpuSpec
 from .interval import Interval
+from .meta_model import build_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
 from .serving_speed import estimate_serving_speed

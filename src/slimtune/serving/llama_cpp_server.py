@@ -23,7 +23,6 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
 from ..core.models.base_config import load_checkpoint_config
-from ..core.training.adapted_model import build_meta_model
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
@@ -42,6 +41,7 @@ from ..export.verify import ExportVerifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from ..generation.inference_engines import LlamaCppInferenceEngine
 from ..generation.model_runner import MultiAdapterRunner
+from ..planning.meta_model import build_meta_model
 from .served_models import ServedModel, make_served_models
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
 from ..core.foundation.version import __version__
-from ..core.training.run_dir import RunDir, RunResults
+from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import make_jinja_environment
 from ..evaluation.run_report import list_template_functions, render_memory_charts, render_run_report
-from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
+from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, CommandJob, CommandJobs
@@ -226,7 +226,7 @@ class UiPages:
         where = [f"--split={self.choices['split'] or 'test'}"]
         if self.choices["held_out"]:
             where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
-        asks = self.choices["generate"] and not is_classifier_or_reward_model(run.load_results(strict=False))
+        asks = self.choices["generate"] and not is_classifier_or_reward_model(load_run_results(run, strict=False))
         answers = [f"--generate={self.choices['generate']}"] if asks else []
         self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
         return "/evaluate#job"
@@ -236,7 +236,7 @@ class UiPages:
         runs = self.workspace.list_runs()
         name = run or self.choices.get(RUN, "") or next(iter(runs), "")
         try:
-            results = self.workspace.open_run(name).load_results(strict=False) if name else RunResults()
+            results = load_run_results(self.workspace.open_run(name), strict=False) if name else RunResults()
         except SlimtuneError as e:
             return {"runs": runs, "run": name, "results": RunResults(), "problem": e}
         evaluations = read_saved_evaluations(results)
@@ -269,7 +269,7 @@ class UiPages:
         run = self.open_run(form)
         self.unload_chat(form)
         self.choose({RUN: str(run.path)}, (RUN,))
-        if not is_classifier_or_reward_model(run.load_results(strict=False)):
+        if not is_classifier_or_reward_model(load_run_results(run, strict=False)):
             self.conversation = ChatSession(str(run.path), self.workspace.root, self.chat_program)
         return "/chat"
 

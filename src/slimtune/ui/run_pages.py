@@ -13,12 +13,12 @@ import psutil
 from markupsafe import Markup
 
 from ..core.foundation.files import read_json, require_regular
-from ..core.training.run_dir import WRITER_FILE, RunDir, RunResults
+from ..core.training.run_dir import WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
 from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
 from ..evaluation.run_report import fixed, render_training_charts, signed
-from ..evaluation.saved_evaluations import find_held_out_evaluation, read_saved_evaluations
+from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from .command_jobs import CommandJob
 from .workspace import WorkspaceFolder
 
@@ -107,7 +107,7 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | 
     view: dict[str, Any] = {"name": name, "job": own, "active": own is not None and own.state == "running"}
     try:
         run = workspace.open_run(name)
-        results = run.load_results(strict=False)
+        results = load_run_results(run, strict=False)
     except SlimtuneError as e:
         return {**view, "missing": e, "every": 2}
     assert results.recipe is not None
@@ -147,7 +147,7 @@ def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> lis
     for name in names:
         try:
             run = workspace.open_run(name)
-            results = run.load_results(strict=False)
+            results = load_run_results(run, strict=False)
         except SlimtuneError as e:
             rows.append({"name": name, "problem": e.message})
             continue

@@ -13,12 +13,11 @@ from tiny_run import distance, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
-from slimtune.core.data.general_text import BUILT_IN_TEXT, read_general_text
 from slimtune.core.training import best_adapter
-from slimtune.core.training.forgetting_budget import TOKENS_OF_A_KIND, choose_general_rows
 from slimtune.core.training.loss import count_targets
 from slimtune.core.training.train import train
 from slimtune.errors import RecipeError, UsageError
+from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, read_run_text
 from slimtune.export.merge import merge
 from slimtune.methods.lora import LoraConfig
 
@@ -159,7 +158,7 @@ def test_method_without_a_strength_is_refused(budgeted):
 
 def test_built_in_rows_are_few_and_of_every_kind(tiny_llama, tiny_tokenizer):
     model = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig())
-    rows = choose_general_rows(read_general_text(BUILT_IN_TEXT), None, tiny_tokenizer(), model)
+    rows = read_run_text(None).choose_rows(tiny_tokenizer(), model)
     tokens = Counter()
     for row in rows:
         tokens[row["kind"]] += count_targets(row)

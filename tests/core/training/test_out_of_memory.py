@@ -19,8 +19,8 @@ from tiny_run import distance, metrics, recipe_of, train_until
 from transformers.models.llama import modeling_llama as llama
 
 import slimtune.core.training.loss as loss_module
-import slimtune.core.training.memory_probe as probe_module
 import slimtune.core.training.training_loop as loop_module
+import slimtune.planning.memory_probe as probe_module
 from slimtune.core.adapters import adapter_files
 from slimtune.core.data.collator import Collator
 from slimtune.core.models.lm_head import LMHead

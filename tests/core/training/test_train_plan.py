@@ -13,10 +13,10 @@ from tiny_run import distance, recipe_of
 import slimtune.planning.this_machine as this_machine
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import count_peak_memory, reset_peak_memory
-from slimtune.core.training.memory_probe import pick_longest_micro_batch
 from slimtune.core.training.train import train
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpu_specs import GpuSpec
+from slimtune.planning.memory_probe import pick_longest_micro_batch
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
 from slimtune.planning.this_machine import detect_gpu
@@ -123,7 +123,7 @@ def test_probe_out_of_memory_leaves_no_folder(settings, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("slimtune.core.training.memory_probe.forward_backward", full)
+    monkeypatch.setattr("slimtune.planning.memory_probe.forward_backward", full)
     with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
         train(recipe_of(settings), planner=plan)
     assert not Path(settings["output_dir"]).exists()

@@ -1,15 +1,13 @@
-"""A base with the recipe's method attached: with weights, or on the meta device as planning needs it."""
+"""A base with the recipe's method attached."""
 
-import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedConfig
 
 from ...errors import UsageError
 from ..adapters.peft_config import PeftConfig
@@ -20,8 +18,7 @@ from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
 from ..models.dtype import pick_training_dtype
-from ..models.load_errors import translate_load_errors
-from ..models.loader import LoadedBase, download_weights, get_auto_class
+from ..models.loader import LoadedBase, download_weights
 from .base_model import LoadBase, pick_training_device, require_finite_weights
 from .datasets import RunDatasets
 from .loss import get_classifier_head
@@ -85,7 +82,7 @@ def _attach_adapter(
         initialize = config.defer_initialization()
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
-        _exclude_other_inputs(base.model, config)
+        exclude_other_inputs(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
             initialize(model, lambda: download_weights(base.source, recipe.model.revision), rows)
@@ -101,7 +98,7 @@ def _attach_adapter(
     return model
 
 
-def _exclude_other_inputs(model: Any, method: PeftConfig) -> None:
+def exclude_other_inputs(model: Any, method: PeftConfig) -> None:
     """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
 
     The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.
@@ -116,40 +113,3 @@ def _exclude_other_inputs(model: Any, method: PeftConfig) -> None:
     beside = [n for n, m in model.named_modules() if n not in path and n.rpartition(".")[0] in path[:-1]]
     if other := [n for n in beside if model.get_submodule(n) is not model.get_output_embeddings()]:
         method.exclude_modules = "|".join(rf"{re.escape(n)}(\..*)?" for n in other)  # type: ignore[attr-defined]
-
-
-def build_meta_model(
-    config: PreTrainedConfig,
-    method: PeftConfig | None,
-    dtype: torch.dtype,
-    *,
-    checkpointing: bool = False,
-    offload: bool = False,
-    tile: int | None = None,
-    first: Callable[[Any], None] | None = None,
-) -> Any:
-    """Return the model that training would have, on the meta device: shapes and dtypes without weights.
-
-    Args:
-        config: the base's config.
-        method: the method's config; None: no adapter, and every weight trains.
-        dtype: dtype of the base's weights.
-        checkpointing, offload, tile: as for `apply_memory_savings`.
-        first: changes the base before the method is attached, such as quantizing it.
-    """
-    config, method = copy.deepcopy((config, method))  # building a model writes into both
-    if method is not None:
-        method.defer_initialization()  # the same tensors without data
-    # A config class from a base's own code: that code is trusted already, or the class would not be here.
-    trusted = type(config).__module__.startswith("transformers_modules")
-    with torch.device("meta"):
-        with translate_load_errors(config.name_or_path or config.model_type):
-            task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
-            model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
-        if first is not None:
-            first(model)
-        if method is not None:
-            _exclude_other_inputs(model, method)
-            model = get_peft_model(model, method)
-    apply_memory_savings(model, checkpointing, offload, tile)
-    return model

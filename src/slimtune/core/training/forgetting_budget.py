@@ -11,61 +11,35 @@ inside as it is has a lower validation loss: on the demo, weaker beats earlier.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..adapters.adapter_strength import AdapterStrength, find_neutral_values
+from ..adapters.adapter_strength import AdapterStrength
 from ..data.collator import Example
-from ..data.general_text import (
-    BUILT_IN_TEXT,
-    WINDOW,
-    GeneralTextPiece,
-    group_row_numbers_by_kind,
-    read_general_text,
-    tokenize_general_text,
-)
-from ..models.base_config import get_max_positions
-from .loss import count_targets
+from ..foundation.registry import Registry
 
-GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
-"""Tokens of general text that are measured, about: in all, and at least of each kind."""
 BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
-def read_forgetting_text(budget: float | None, file: Path | None) -> list[GeneralTextPiece]:
-    """Return the text to measure forgetting on, from a file or the built-in one; none without a budget."""
-    return [] if budget is None else read_general_text(file or BUILT_IN_TEXT)
+class GeneralText(Protocol):
+    """Text that an adapter is not trained on, in a file (evaluation/general_text.py)."""
+
+    def choose_rows(self, tokenizer: Any, model: Any) -> list[Example]:
+        """Return a few rows of every kind of the text, each with its `kind`."""
 
 
-def choose_general_rows(
-    pieces: Sequence[GeneralTextPiece], file: Path | None, tokenizer: Any, model: Any
-) -> list[Example]:
-    """Return rows of general text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
+GENERAL_TEXTS: Registry[Callable[[Path | None], GeneralText]] = Registry("slimtune.general_texts", "general text")
+"""Functions that read a general text from a file; None: from the built-in one."""
 
-    Args:
-        pieces: the text; empty: no row is returned.
-        file: where it is from, for errors; None: the built-in text.
-        tokenizer: the base's.
-        model: the adapted model; a row of general text has half of its positions at most.
 
-    Raises:
-        DataError: the chat template rejects messages, or there is nothing to predict.
-        UsageError: the strength of the model's method cannot be reduced.
-    """
-    if not pieces:
-        return []
-    find_neutral_values(model, "default")
-    context = get_max_positions(model.config) or 4 * WINDOW
-    rows = tokenize_general_text(pieces, file or BUILT_IN_TEXT, tokenizer, min(context // 2, 2 * WINDOW))
-    kinds = group_row_numbers_by_kind(rows)
-    wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
-    chosen: list[Example] = []
-    for numbers in kinds.values():
-        every = max(1, round(sum(count_targets(rows[i]) for i in numbers) / wanted))
-        chosen += [rows[i] for i in numbers[every // 2 :: every]]
-    return chosen
+def group_row_numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """Return the numbers of the rows of each kind, kinds and rows in their order."""
+    kinds: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        kinds.setdefault(row["kind"], []).append(number)
+    return kinds
 
 
 def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[str, float]) -> float:

@@ -6,10 +6,11 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ run folder ─�
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,13 +20,13 @@ from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
+from ..foundation.registry import Registry
 from ..models.base_config import get_hidden_size
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
-from .forgetting_budget import choose_general_rows, read_forgetting_text
+from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
-from .memory_probe import probe_memory_against_plan
 from .memory_savings import compile_layers
 from .prepared_run import MemoryPlan, PreparedRun
 from .progress_logger import ProgressLogger, start_trackers
@@ -42,6 +43,14 @@ Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | N
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
 
 Raises if the run does not fit.
+"""
+
+MEMORY_PROBES: Registry[Callable[[PreparedRun, MemoryPlan, int], Mapping[str, Any]]] = Registry(
+    "slimtune.memory_probes", "memory probe"
+)
+"""Functions that run a part of a planned run, compare its memory with the plan, and return what plan.json says of it.
+
+The last argument is the bytes that this process had resident before.
 """
 
 
@@ -69,7 +78,8 @@ def prepare_run(
         recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
         # Data and plan, before a weight is loaded.
         data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
-        general_text = read_forgetting_text(recipe.train.forgetting_budget, recipe.data.general_text)
+        has_budget = recipe.train.forgetting_budget is not None
+        general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
         plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
@@ -92,7 +102,7 @@ def prepare_run(
             collator = build_run_collator(recipe.train, model, base.tokenizer, longest := _find_longest(lengths))
             limit_micro_batches(collator, longest, plan)
             objective, settings = recipe.objective(), recipe.train
-            general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, model)
+            general_rows = general_text.choose_rows(base.tokenizer, model) if general_text is not None else []
             prepared = PreparedRun(
                 recipe,
                 run,
@@ -104,7 +114,7 @@ def prepare_run(
                 objective,
                 collator,
                 plan,
-                general,
+                general_rows,
                 loading_peak,
                 init_adapter,
             )
@@ -114,7 +124,7 @@ def prepare_run(
             if settings.compile:
                 logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
             if plan is not None:
-                probe = probe_memory_against_plan(prepared, plan, resident)
+                probe = MEMORY_PROBES.load("longest")(prepared, plan, resident)
                 if distributed.is_main_process():
                     run.write_plan(plan, probe)
         if resume:

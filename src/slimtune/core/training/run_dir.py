@@ -17,7 +17,7 @@ import os
 import shlex
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
@@ -54,54 +54,6 @@ WRITTEN_FILES = (
 def is_temporary_file_name(name: str) -> bool:
     """Return whether a file of a run folder has a temporary name; what a user has hidden there is called otherwise."""
     return any(name.startswith(f".{written}.") for written in WRITTEN_FILES)
-
-
-@dataclass(frozen=True)
-class StoredEvaluation:
-    """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    @property
-    def file_name(self) -> str:
-        """Name of the file in the run folder."""
-        return f"eval-{self.name}.json"
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """What the files of a run contain. A part whose file does not exist is empty.
-
-    Evaluations on test rows come first, on validation rows last, the newest of the others first. `errors` has one
-    message for each file that cannot be read.
-    """
-
-    recipe: Recipe | None = None
-    result: Mapping[str, Any] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    probe: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[StoredEvaluation] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    @property
-    def held_out(self) -> StoredEvaluation | None:
-        """The first complete evaluation on rows that were not trained on."""
-        answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
-        classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
-        data = self.recipe.data if self.recipe is not None else None
-        for e in self.evaluations:
-            # Rows split off the training file carry its name, although they were not trained on.
-            split = e.values.get("split")
-            split_off = split in ("validation", "test") and getattr(data, split) is None
-            seen = data is not None and e.values.get("data") == str(data.train) and not split_off
-            needed, interval = classes if "baseline_accuracy" in e.values else answers
-            complete = all(isinstance(e.values.get(name), int | float) for name in (*needed, "rows"))
-            if complete and isinstance(e.values.get(interval), list) and not seen:
-                return e
-        return None
 
 
 class _Entry:
@@ -233,46 +185,6 @@ class RunDir:
                 raise RunError(message, "one JSON object per line", "delete the line")
             errors.append(message)
         return metrics
-
-    def load_results(self, strict: bool = True) -> RunResults:
-        """Read all results of the run; unless `strict`, a damaged file is left out and named in `errors`."""
-        errors: list[str] = []
-
-        def load_json(file: Path, *parts: str) -> dict[str, Any]:
-            try:
-                values = read_json(file) if os.path.lexists(file) else {}
-                if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
-                    raise RunError(
-                        f"{file} is damaged: {wrong[0]} is no JSON object", "a JSON object", "delete the file"
-                    )
-                return values
-            except RunError as e:
-                if strict:
-                    raise
-                errors.append(e.message)
-                return {}
-
-        def position(file: Path) -> tuple[int, float, str]:
-            return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.lstat().st_mtime, file.name
-
-        plan = load_json(self.plan_file, "plan", "probe")
-        evaluations = [
-            StoredEvaluation(file.stem.removeprefix("eval-"), values)
-            for file in sorted(self.path.glob("eval-*.json"), key=position)
-            if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
-        ]
-        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
-            errors.append(f"{self.metrics_file} is damaged: it is no file")
-        return RunResults(
-            recipe=self.load_recipe(),
-            result=load_json(self.result_file),
-            plan=plan.get("plan") or {},
-            probe=plan.get("probe") or {},
-            data=load_json(self.data_file),
-            metrics=self.load_metrics(None if strict else errors),
-            evaluations=evaluations,
-            errors=errors,
-        )
 
 
 class RunLock:

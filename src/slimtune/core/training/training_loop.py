@@ -28,12 +28,11 @@ from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
 from ..attention.attention_functions import enable_packed_attention
 from ..data.collator import Example
-from ..data.general_text import group_row_numbers_by_kind
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
 from ..kernels.dropout import preserve_rng_state
 from . import checkpoint, nonfinite
-from .forgetting_budget import max_loss_increase
+from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from .loss import forward_backward, load_default_objective, move_batch_to_device, score_objective
 from .objective import Objective
 from .prepared_run import PreparedRun

@@ -5,18 +5,25 @@ of the user's.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import DataError, UsageError, nearest
-from ..foundation.formatting import shorten_text
-from .chat_template import encode_chat
-from .collator import IGNORE_INDEX, Example
-from .rows import ROW_READERS, InvalidRow, RowErrorCollector
+from ..core.adapters.adapter_strength import find_neutral_values
+from ..core.data.chat_template import encode_chat
+from ..core.data.collator import IGNORE_INDEX, Example
+from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
+from ..core.foundation.formatting import shorten_text
+from ..core.models.base_config import get_max_positions
+from ..core.training.forgetting_budget import group_row_numbers_by_kind
+from ..core.training.loss import count_targets
+from ..errors import DataError, UsageError, nearest
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
 """Most tokens of a row made of plain text. The rows of one text are few, and an interval needs many."""
+GENERAL_TOKENS, TOKENS_OF_A_KIND = 2048, 512
+"""Tokens of general text that a run measures, about: in all, and at least of each kind."""
 
 
 class GeneralTextPiece(NamedTuple):
@@ -70,15 +77,17 @@ def _parse_piece(line: int, record: dict[str, Any]) -> GeneralTextPiece | None:
 
 
 def tokenize_general_text(
-    pieces: Sequence[GeneralTextPiece], file: Path, tokenizer: Any, max_tokens: int = 2 * WINDOW
+    pieces: Sequence[GeneralTextPiece], file: Path, tokenizer: Any, positions: int | None = None
 ) -> list[Example]:
     """Return rows to score, each with its `kind`: every token of a plain text, the assistant's tokens of messages.
 
-    A plain text becomes rows of at most 256 tokens; messages become one row, cut at `max_tokens`.
+    A plain text becomes rows of at most 256 tokens; messages become one row, cut at 512. A row has at most half
+    of the positions of the base; None: it names no limit.
 
     Raises:
         DataError: the chat template rejects messages, or there is nothing to predict.
     """
+    max_tokens = min((positions or 4 * WINDOW) // 2, 2 * WINDOW)
     examples: list[Example] = []
     errors = RowErrorCollector(file, hint="change these lines")
     for line, kind, content in pieces:
@@ -105,9 +114,36 @@ def tokenize_general_text(
     return examples
 
 
-def group_row_numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
-    """Return the numbers of the rows of each kind, kinds and rows in their order."""
-    kinds: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        kinds.setdefault(row["kind"], []).append(number)
-    return kinds
+@dataclass(frozen=True)
+class GeneralText:
+    """The text that a run with a forgetting budget is measured on; read by `read_run_text`."""
+
+    file: Path
+    pieces: Sequence[GeneralTextPiece]
+
+    def choose_rows(self, tokenizer: Any, model: Any) -> list[Example]:
+        """Return rows of the text, taken evenly from each kind of it, that predict about `GENERAL_TOKENS` tokens.
+
+        Args:
+            tokenizer: the base's.
+            model: the adapted model; a row of general text has half of its positions at most.
+
+        Raises:
+            DataError: the chat template rejects messages, or there is nothing to predict.
+            UsageError: the strength of the model's method cannot be reduced.
+        """
+        find_neutral_values(model, "default")
+        rows = tokenize_general_text(self.pieces, self.file, tokenizer, get_max_positions(model.config))
+        kinds = group_row_numbers_by_kind(rows)
+        wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
+        chosen: list[Example] = []
+        for numbers in kinds.values():
+            every = max(1, round(sum(count_targets(rows[i]) for i in numbers) / wanted))
+            chosen += [rows[i] for i in numbers[every // 2 :: every]]
+        return chosen
+
+
+def read_run_text(file: Path | None) -> GeneralText:
+    """Return the text to measure the forgetting of a run on, from a file or the built-in one."""
+    file = file or BUILT_IN_TEXT
+    return GeneralText(file, read_general_text(file))

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ..attention.attention_functions import enable_packed_attention
-from ..data.collator import Collator, Example
-from ..data.example_lengths import count_packed_tokens
-from ..data.tokenized_dataset import TokenizedDataset
-from ..foundation.device import count_peak_memory, reset_peak_memory
-from ..foundation.formatting import format_bytes
-from ..kernels.dropout import preserve_rng_state
-from .loss import forward_backward, move_batch_to_device
-from .prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
+from ..core.attention.attention_functions import enable_packed_attention
+from ..core.data.collator import Collator, Example
+from ..core.data.example_lengths import count_packed_tokens
+from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.foundation.device import count_peak_memory, reset_peak_memory
+from ..core.foundation.formatting import format_bytes
+from ..core.kernels.dropout import preserve_rng_state
+from ..core.training.loss import forward_backward, move_batch_to_device
+from ..core.training.prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
 
 
 def probe_memory_against_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> dict[str, Any]:
