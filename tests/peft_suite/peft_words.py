@@ -20,7 +20,7 @@ WORDS = [
         "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.",
     ),
     (
-        r"the rows of a .* cannot use different copies",
+        r"so its rows cannot use different trained copies",
         "Mixed batching is only supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d.",
     ),
     (
@@ -28,6 +28,10 @@ WORDS = [
         "lora.MultiheadAttention does not support mixed adapter batches",
     ),
     (r"a LoRA on their parameters cannot run", "lora.ParamWrapper does not support mixed adapter batches yet."),
+    (
+        r"is no transformers model: none is found",
+        "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",
+    ),
     # adapters of a model
     (
         r"the adapter's name '(.+)' is a part of '(.+)', the start",
