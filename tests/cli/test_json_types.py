@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from slimtune.cli import COMMANDS
-from slimtune.cli.json_types import JSON_TYPES, make_command_schema
+from slimtune.cli.json_types import JSON_TYPES, make_command_output_schema
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINES = {
@@ -39,7 +39,7 @@ def test_every_typed_command_is_checked():
 @pytest.mark.parametrize("command", JSON_TYPES)
 def test_every_key_has_a_meaning(command):
     rows = runpy.run_path(str(ROOT / "docs/internals/make_schemas.py"))["list_rows"]
-    schema = make_command_schema(command)
+    schema = make_command_output_schema(command)
     for result in schema.get("anyOf", [schema]):
         jsonschema.Draft202012Validator.check_schema(result)
         assert [key for key, _, meaning in rows(result) if not meaning] == []
@@ -53,4 +53,4 @@ def test_output_has_its_schema(command, home, slimtune, tmp_path, monkeypatch):
     words = shlex.split(COMMAND_LINES[command].format(new=tmp_path / "new"))
     done = slimtune(*words, "--json")
     assert done.exit_code in (0, 1), done.output
-    jsonschema.validate(json.loads(done.stdout), make_command_schema(command))
+    jsonschema.validate(json.loads(done.stdout), make_command_output_schema(command))

@@ -9,7 +9,7 @@ from typer import Argument
 from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
 from ..diagnostics.knowledge.guides import find_command_guides
 from ..errors import UsageError
-from .common import Json, NegativeResult, make_console, make_table
+from .common import Json, NegativeVerdictResult, make_console, make_table
 
 Words = Annotated[
     list[str] | None,
@@ -17,7 +17,7 @@ Words = Annotated[
 ]
 
 
-def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeResult:
+def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeVerdictResult:
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
@@ -40,7 +40,7 @@ def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] |
     result: dict[str, Any] = _summarize(page) | {"text": page.body} if page else {"code": None}
     result["nearest"] = [_summarize(other) for other in (nearest[1:] if page else nearest)]
     result["guides"] = [{"answer": answer, "what": what} for answer, what in guides]
-    return result if page else NegativeResult(result)
+    return result if page else NegativeVerdictResult(result)
 
 
 def _summarize(page: ErrorPage) -> dict[str, str]:

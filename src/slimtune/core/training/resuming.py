@@ -35,7 +35,7 @@ def resolve_starting_recipe(
     from brings its method's settings.
     """
     if resume:
-        recipe = distributed.run_on_main(lambda: _prepare_resume(run, recipe, lock))
+        recipe = distributed.run_on_main_and_broadcast(lambda: _prepare_resume(run, recipe, lock))
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
@@ -116,8 +116,8 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
     torch.manual_seed(settings.seed)
     newest = None
     if resume:
-        newest = distributed.run_on_main(
-            lambda: checkpoint.find_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
+        newest = distributed.run_on_main_and_broadcast(
+            lambda: checkpoint.find_newest_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
         )
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter(prepared.model, newest)
