@@ -94,14 +94,18 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def slimtune() -> Callable[..., Any]:
-    """Run a command in this process, 80 columns wide: `slimtune("plan", "gpt2")`."""
+    """Run a command in this process, 80 columns wide: `slimtune("plan", "gpt2")`; with --json the schema must hold."""
+    from json_outputs import require_schema
     from typer.testing import CliRunner
 
     from slimtune.cli import app
 
     def run(*args: object, stdin: str = "", columns: int = 80) -> Any:
         words, environment = [str(a) for a in args], {"COLUMNS": str(columns)}
-        return CliRunner().invoke(app, words, input=stdin, env=environment, prog_name="slimtune")
+        done = CliRunner().invoke(app, words, input=stdin, env=environment, prog_name="slimtune")
+        if "--json" in words and done.stdout:
+            require_schema(words[0], json.loads(done.stdout))
+        return done
 
     return run
 

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from tiny_families import VOCAB, build
 
-from slimtune.core.training.loss import build_run_collator, make_collator, require_matching_lm_head_loss
+from slimtune.core.training.loss import build_run_collator, check_lm_head, make_collator
 from slimtune.errors import ModelError, UsageError
 
 CAP = {"final_logit_softcapping": 3.0}
@@ -27,7 +27,7 @@ SUPPORTED = {
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name, dtype):
     model = build(name, **SUPPORTED[name]).to(dtype).train()
-    require_matching_lm_head_loss(model)
+    check_lm_head(model)
     assert model.training
 
 
@@ -62,5 +62,5 @@ def test_unknown_head(cls, dtype):
     model = build("llama").to(dtype).train()
     model.__class__ = cls
     with pytest.raises(ModelError, match=f"the loss of a {cls.__name__} differs from the model's own"):
-        require_matching_lm_head_loss(model)
+        check_lm_head(model)
     assert model.training

@@ -12,6 +12,7 @@ from tiny_tokenizer import make_tokenizer
 
 from slimtune.core.data.chat_template import adds_bos
 from slimtune.core.data.tokenize import tokenize_dataset
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows
@@ -114,7 +115,7 @@ def test_unreadable_documents_are_named(tmp_path):
 def test_report(tmp_path):
     for name, text in (("a.txt", "A definition is a lie. " * 99), ("b.txt", "~"), ("c.md", "Answer")):
         (tmp_path / name).write_text(text)
-    report = make_data_report(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1).to_json()
+    report = to_json_dict(make_data_report(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1))
     documents, _ = tokenize_dataset(open_rows(tmp_path, format="document"), TOK, max_seq_len=64, path="x")
     windows = DocumentWindows(documents, 64, BOS if adds_bos(TOK) else None, seed=0)
     assert (report["rows"], report["windows"]) == (3, len(windows))

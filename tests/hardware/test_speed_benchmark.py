@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from hand_measurement import FOUND
 from transformers import LlamaConfig
 
 from slimtune.errors import RunError, UsageError
@@ -17,10 +18,6 @@ from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
 from slimtune.planning.gpu_specs import find_gpu_by_name, load_measured_gpu
 from slimtune.planning.measured_speeds import (
-    MachineMeasurement,
-    MeasuredTrainingStep,
-    ServingSpeedFit,
-    TrainingSpeedFit,
     load_machine_measurement,
     save_machine_measurement,
 )
@@ -30,20 +27,6 @@ from slimtune.planning.this_machine import detect_gpu
 from slimtune.planning.throughput import estimate_training_speed
 
 BF16 = torch.bfloat16
-NARROW = (0.9, 1.1)
-FOUND = MachineMeasurement(
-    name="this machine", processor="a CPU", threads=torch.get_num_threads(), date="2026-11-26",
-    versions={"slimtune": "1", "torch": "2"}, memory=16 << 30, bf16=True, device="cpu",
-    rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
-    training=TrainingSpeedFit(1.5, 0.5, 2.0, 1e-5, NARROW),
-    serving={
-        "llama.cpp": ServingSpeedFit(
-            {"Q4_K_M": 1e10, "F16": 2e10}, 1e-10, {"Q4_K_M": 1e-4, "F16": 1e-4}, 1e-8, 0.0,
-            {"Q4_K_M": 1e11, "F16": 5e10}, NARROW,
-        )
-    },
-    steps=[MeasuredTrainingStep(512, 4, [128], 0.2, 0.21)], skipped={},
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -57,8 +40,8 @@ def stored(tmp_path, monkeypatch):
 def test_fit_finds_the_factors_and_none_below_zero():
     features = [(1.0, 2.0, 3.0), (2.0, 1.0, 5.0), (4.0, 4.0, 1.0), (1.0, 7.0, 2.0)]
     seconds = [2 * a + 0.5 * b for a, b, _ in features]
-    assert bench.fit_nonnegative_factors(features, seconds) == pytest.approx([2, 0.5, 0], abs=1e-9)
-    assert min(bench.fit_nonnegative_factors([(1, 1), (2, 1)], [1.0, 3.0])) == 0  # 2·a − b would be exact
+    assert bench.fit_nonnegative(features, seconds) == pytest.approx([2, 0.5, 0], abs=1e-9)
+    assert min(bench.fit_nonnegative([(1, 1), (2, 1)], [1.0, 3.0])) == 0  # 2·a − b would be exact
 
 
 def test_fit_of_decoding():

@@ -6,6 +6,7 @@ import pytest
 from faulty_files import write_faulty_files
 from sound_files import write_sound_files
 
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_tokenizer
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.evaluation.data_report.row_checks import FINDING_TYPES
@@ -48,7 +49,7 @@ def test_corpus(cases, sound_paths):
 def test_faults_are_found_at_their_lines(cases, tokenizer, selection):
     wrong = {}
     for case in cases[selection]:
-        report = make_data_report(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options).to_json()
+        report = to_json_dict(make_data_report(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options))
         found = {issue["code"]: issue["lines"] for issue in report["issues"]}
         found = {code: lines for code, lines in found.items() if code not in OF_ALL_PAIRS}
         expected = {case.code: case.lines} | {code: found.get(code) for code in case.also}
@@ -64,7 +65,9 @@ def test_nothing_is_found_in_sound_files(sound_paths, tokenizer, selection, monk
         with monkeypatch.context() as patch:
             if path.name == "tools.jsonl":  # SmolLM2's own template leaves tools out
                 patch.setattr(tokenizer, "chat_template", (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
-            report = make_data_report(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1).to_json()
+            report = to_json_dict(
+                make_data_report(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
+            )
         assert 0 < report["supervised_tokens"] < report["tokens"]
         issues = [issue for issue in report["issues"] if issue["code"] not in OF_ALL_PAIRS]
         if issues or report["invalid_rows"]:

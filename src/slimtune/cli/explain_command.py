@@ -1,15 +1,16 @@
 """`slimtune explain`: what a code, an error or a question is about, from the pages in `slimtune/knowledge`."""
 
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from rich.text import Text
 from typer import Argument
 
 from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
-from ..diagnostics.knowledge.guides import find_command_guides
+from ..diagnostics.knowledge.guides import CommandGuide, find_command_guides
 from ..errors import UsageError
-from .common import Json, NegativeVerdictResult, make_console, make_table
+from .common import Json, NegativeResult, make_console, make_table
 
 Words = Annotated[
     list[str] | None,
@@ -17,7 +18,53 @@ Words = Annotated[
 ]
 
 
-def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeVerdictResult:
+@dataclass(frozen=True)
+class PageTitle:
+    """A page that explains an error."""
+
+    code: str
+    """Its code, which the error names."""
+    title: str
+    """What it is about."""
+
+
+@dataclass(frozen=True)
+class ErrorPagesResult:
+    """What `explain --json` prints without a text."""
+
+    pages: list[PageTitle]
+    """All pages."""
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """What `slimtune explain TEXT --json` prints if a page is about the text."""
+
+    code: str
+    """The page's code."""
+    title: str
+    """What it is about."""
+    text: str
+    """The page in Markdown: cause, check and fix."""
+    nearest: list[PageTitle]
+    """Other pages that may be meant."""
+    guides: list[CommandGuide]
+    """Empty: the text is an error."""
+
+
+@dataclass(frozen=True)
+class NoPageResult:
+    """What `slimtune explain TEXT --json` prints if no page is about the text."""
+
+    code: None
+    """No page."""
+    nearest: list[PageTitle]
+    """Pages that may be meant."""
+    guides: list[CommandGuide]
+    """What answers the text if it is a question and no error."""
+
+
+def explain_error(text: Words = None, as_json: Json = False) -> ErrorPagesResult | ExplainResult | NegativeResult:
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
@@ -32,27 +79,27 @@ def explain_error(text: Words = None, as_json: Json = False) -> dict[str, Any] |
         pages = list(load_error_pages().values())
         if not as_json:
             make_console().print(make_table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
-        return {"pages": [_summarize(page) for page in pages]}
+        return ErrorPagesResult(_list_titles(pages))
     found, nearest = search_error_pages(words)
-    page, guides = nearest[0] if found else None, [] if found else find_command_guides(words)
+    page, others = (nearest[0], nearest[1:]) if found else (None, nearest)
+    guides = [] if found else find_command_guides(words)
     if not as_json:
-        _print_answer(page, nearest[1:] if page else nearest, guides)
-    result: dict[str, Any] = _summarize(page) | {"text": page.body} if page else {"code": None}
-    result["nearest"] = [_summarize(other) for other in (nearest[1:] if page else nearest)]
-    result["guides"] = [{"answer": answer, "what": what} for answer, what in guides]
-    return result if page else NegativeVerdictResult(result)
+        _print_answer(page, others, guides)
+    if page is None:
+        return NegativeResult(NoPageResult(None, _list_titles(others), guides))
+    return ExplainResult(page.code, page.title, page.body, _list_titles(others), guides)
 
 
-def _summarize(page: ErrorPage) -> dict[str, str]:
-    return {"code": page.code, "title": page.title}
+def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
+    return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[tuple[str, str]]) -> None:
+def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[CommandGuide]) -> None:
     screen = make_console()
     if guides:
         screen.print(Text("This is not an error. What answers it:", "bold"))
-        for answer, what in guides:
-            screen.print(Text(f"  {answer}{'' if answer.endswith('?') else ':'} {what}"))
+        for guide in guides:
+            screen.print(Text(f"  {guide.answer}{'' if guide.answer.endswith('?') else ':'} {guide.what}"))
     elif page is None:
         nearest = ". The nearest:" if others else "; `slimtune explain` lists them."
         screen.print(Text(f"no page is about this{nearest}", "bold"))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from .common import (
     ERROR,
     WARNING,
     Json,
-    NegativeVerdictResult,
+    NegativeResult,
     Run,
     make_console,
     make_error_console,
@@ -26,7 +25,7 @@ from .common import (
     show_progress,
 )
 from .input_checks import require_rows_exist, require_run_exists
-from .options import CommandWithOptionGroups, add_trust_remote_code_flag
+from .options import GroupedCommand, add_trust_flag
 
 if TYPE_CHECKING:
     from ..export.export_results import EngineVerdict
@@ -56,7 +55,7 @@ def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
         run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(add_trust_remote_code_flag(run))
+        app.command(name, cls=GroupedCommand, epilog=epilog)(add_trust_flag(run))
         return typer.main.get_command(app)
 
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -170,7 +169,7 @@ def verify_run(
     if result.passed:
         return result
     make_error_console().print(f"error: {result.explain_failure()}", style=ERROR)
-    return NegativeVerdictResult(result)
+    return NegativeResult(result)
 
 
 def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:
@@ -181,7 +180,7 @@ def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:
         numbers, verdict = ["-"] * 4, VERDICTS[c.passed] or "NOT PROVEN" * c.failed
         if c.positions:
             numbers = [f"{c.prompts_equal} of {c.prompts}", f"{c.mean_difference:.2g}", f"{c.max_difference:.2g}"]
-            numbers.append(f"{c.strength:.0%}" if math.isfinite(c.strength) else "-")
+            numbers.append(f"{c.strength:.0%}" if c.strength is not None else "-")
             verdict = verdict or "NOT PROVEN"
         rows.add_row(c.engine, c.precision, *numbers, verdict or "not checked")
     return rows

@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,8 @@ from rich.cells import cell_len
 from rich.text import Text
 from typer import Argument, Option
 
-from ..core.foundation.formatting import escape_control_characters
+from ..core.foundation.formatting import escape_controls
+from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, nearest
 from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
 from .input_checks import require_rows_exist, require_run_exists
@@ -31,6 +33,56 @@ PARTS = re.compile(rf"\n| *[{_WIDE}]| *[^ \n{_WIDE}]+| +")
 Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
 
 
+@dataclass(frozen=True)
+class ModelAnswers:
+    """The answers of both models to one message."""
+
+    base: str | None = field(default=None, metadata=OMIT_NONE)
+    """The base's answer, or its beginning; absent without --side-by-side."""
+    tuned: str | None = field(default=None, metadata=OMIT_NONE)
+    """The tuned model's answer, or its beginning; absent if the base's was stopped."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What `generate --json` prints."""
+
+    prompt: str
+    """The user's message."""
+    system: str | None
+    """The system message; null: none is given."""
+    temperature: float
+    """Of the sampling; 0: the most likely token."""
+    seed: int
+    """Seed of the random choices."""
+    answers: ModelAnswers = field(metadata=INLINE)
+    """The answers."""
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """A line of the user and its answers."""
+
+    user: str
+    """The line."""
+    answers: ModelAnswers = field(metadata=INLINE)
+    """The answers."""
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """What `chat --json` prints."""
+
+    system: str | None
+    """The system message; null: none is given."""
+    temperature: float
+    """Of the sampling; 0: the most likely token."""
+    seed: int
+    """Seed of the random choices."""
+    turns: list[ChatTurn]
+    """All turns, also those before a /new."""
+
+
 def generate_answer(
     run: Run,
     prompt: Annotated[str, Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
@@ -41,12 +93,11 @@ def generate_answer(
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> GenerateResult:
     """Answer one prompt."""
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     (turn,) = _converse(run, prompt, system, side_by_side, sampling, device, as_json)
-    del turn["user"]
-    return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
+    return GenerateResult(prompt, system, temperature, seed, turn.answers)
 
 
 def chat_with_run(
@@ -58,7 +109,7 @@ def chat_with_run(
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> ChatResult:
     """Hold a conversation, one line at a time.
 
     /new starts over, /help lists the commands, /exit or the end of the input (Ctrl-D) leaves, and Ctrl-C stops an
@@ -66,7 +117,7 @@ def chat_with_run(
     """
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     turns = _converse(run, None, system, side_by_side, sampling, device, as_json)
-    return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
+    return ChatResult(system, temperature, seed, turns)
 
 
 def predict_rows(
@@ -117,7 +168,7 @@ def _converse(
     sampling: dict[str, Any],
     device: str | None,
     as_json: bool,
-) -> list[dict[str, str]]:
+) -> list[ChatTurn]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run_exists(run)
     from ..core.training.trained_model import load_run, require_causal_lm_run
@@ -135,7 +186,7 @@ def _converse(
         return {name: Conversation(generator, models[name], system) for name in names}
 
     screen, params = make_console(stderr=as_json), SamplingParams(**sampling)
-    turns: list[dict[str, str]] = []
+    turns: list[ChatTurn] = []
     conversations = begin()
     if prompt is None:
         _print_note(f"{describe_trained_model(trained)}\n{COMMANDS}")
@@ -144,16 +195,16 @@ def _converse(
         if line is None:
             conversations = begin()
             continue
-        turn = {"user": line}
+        answers: dict[str, str] = {}
         for name, conversation in conversations.items():
             label = f"{name}: " if side_by_side else ""
             screen.print(label, style="bold", end="")
             printer = AnswerPrinter(screen.file, len(label))
-            turn[name], problem = "", ""
+            answers[name], problem = "", ""
             try:
                 with contextlib.closing(conversation.stream(line, params)) as pieces:
                     for piece in pieces:
-                        turn[name] += piece
+                        answers[name] += piece
                         printer.write(piece)
             except (KeyboardInterrupt, UsageError) as error:
                 if prompt is not None or (isinstance(error, UsageError) and not is_dialog):
@@ -163,11 +214,11 @@ def _converse(
             screen.print()
             if problem:
                 _print_note(problem)
-            elif not turn[name].strip():
+            elif not answers[name].strip():
                 _print_note("(an empty answer: the model ended its turn at once)")
             if problem:
                 break
-        turns.append(turn)
+        turns.append(ChatTurn(line, ModelAnswers(**answers)))
     return turns
 
 
@@ -214,7 +265,7 @@ class AnswerPrinter:
         if self.width is None:
             self.file.write(piece)
         else:
-            self.pending += escape_control_characters(piece.replace("\t", "    "))
+            self.pending += escape_controls(piece.replace("\t", "    "))
             *complete, self.pending = PARTS.findall(self.pending) or [""]
             for part in complete:
                 self._write_part(part)

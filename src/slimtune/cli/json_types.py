@@ -11,6 +11,18 @@ from typing import Any
 from .json_schemas import make_json_schema
 
 JSON_TYPES: dict[str, Sequence[str]] = {
+    "choose": ("hardware.hardware_results:ChooseResult",),
+    "plan": ("hardware.hardware_results:PlanResult", "hardware.hardware_results:MethodPlansResult"),
+    "cost": ("hardware.hardware_results:CostResult",),
+    "gpus": (
+        "hardware.hardware_results:GpusResult",
+        "hardware.hardware_results:GpuComparisonResult",
+        "hardware.hardware_results:SuitedGpusResult",
+    ),
+    "bench": ("hardware.hardware_results:BenchResult",),
+    "models": ("planning.known_bases:KnownBasesResult",),
+    "methods": ("cli.methods_command:MethodsResult",),
+    "data": ("evaluation.data_report.data_report:DataReport",),
     "train": ("core.training.train_result:TrainResult",),
     "tune": ("experiments.experiment_results:TuneResult",),
     "eval": (
@@ -21,12 +33,26 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     ),
     "compare": ("experiments.experiment_results:CompareResult",),
     "report": ("cli.eval_command:RunReportResult",),
+    "generate": ("cli.generate_command:GenerateResult",),
+    "chat": ("cli.generate_command:ChatResult",),
     "predict": ("evaluation.predict:TextPrediction", "evaluation.predict:FilePredictions"),
+    "export": ("export.export_results:ExportResult",),
+    "verify": ("export.export_results:VerifyResult",),
+    "merge": ("export.export_results:MergeResult",),
+    "push": ("export.export_results:PushResult", "export.export_results:PushPreview"),
+    "serve": ("cli.serve_command:ServeResult",),
+    "ui": ("cli.ui_command:UiResult",),
+    "doctor": ("diagnostics.doctor_report:DoctorReport",),
+    "explain": (
+        "cli.explain_command:ExplainResult",
+        "cli.explain_command:NoPageResult",
+        "cli.explain_command:ErrorPagesResult",
+    ),
 }
 """`module:class` of the results of each command; several if the output depends on the run or on the arguments."""
 
 
-def _load_json_types(command: str) -> list[Any]:
+def load_json_types(command: str) -> list[Any]:
     """Return the result types of a command."""
     package = __package__.rpartition(".")[0]
     found = []
@@ -36,9 +62,9 @@ def _load_json_types(command: str) -> list[Any]:
     return found
 
 
-def make_command_output_schema(command: str) -> dict[str, Any]:
+def make_command_schema(command: str) -> dict[str, Any]:
     """Return the JSON Schema of what a command prints with `--json`."""
-    schemas = [make_json_schema(cls) for cls in _load_json_types(command)]
+    schemas = [make_json_schema(cls) for cls in load_json_types(command)]
     start = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     if len(schemas) == 1:
         return start | schemas[0]

@@ -2,18 +2,33 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, nearest
+from ..export.export_results import EngineVerdict
 from .common import WARNING, Device, Json, make_console, make_error_console, print_progress, show_progress
 from .export_command import print_engine_verdicts
 from .input_checks import require_installed_packages, require_run_exists
 
 ENGINES = ("torch", "llama.cpp", "vllm")
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """What `serve --json` prints when the server has ended."""
+
+    answers: int
+    """Answers that were generated."""
+    tokens: int
+    """Their tokens."""
+    engine: str
+    """What computed them: torch or llama.cpp."""
+    checks: list[EngineVerdict]
+    """Of llama.cpp against the adapters; empty if nothing was compared."""
 
 
 def serve_runs(
@@ -42,7 +57,7 @@ def serve_runs(
         bool, Option("--no-verify", help="llama.cpp: do not compare it with the adapters at the start.")
     ] = False,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> ServeResult:
     """Serve runs and their base to OpenAI's clients."""
     _require_engine(engine, runs)
     if engine == "torch" and (precision is not None or no_verify):
@@ -82,10 +97,11 @@ def serve_runs(
         f"{cache}{format_bytes(server.cache_bytes)} of keys and values"
     )
     screen.print("Ctrl-C ends it")
-    result = server.run()
+    server.run()
+    result = ServeResult(server.queue.finished, server.queue.generated_tokens, engine, server.checks)
     if not as_json:
-        screen.print(f"ended after {result['answers']} answers with {result['tokens']:,} tokens")
-    return {**result, "engine": engine, "checks": [asdict(check) for check in server.checks]}
+        screen.print(f"ended after {result.answers} answers with {result.tokens:,} tokens")
+    return result
 
 
 def _require_engine(engine: str, runs: Sequence[str]) -> None:

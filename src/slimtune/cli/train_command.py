@@ -37,7 +37,7 @@ def train_run(
         Path | None, Option("--init-adapter", metavar="ADAPTER", help="Start from this adapter's weights.")
     ] = None,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> Any:
     """Train an adapter on your rows.
 
     RECIPE.yaml has the settings, or flags alone do (a base, --data and --out are needed), or both: flags override.
@@ -73,7 +73,6 @@ def train_run(
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
 
     from ..core.foundation import distributed
-    from ..core.foundation.json_results import to_json_dict
     from ..core.training.train import train
     from ..planning.this_machine import require_gpu_present
 
@@ -85,7 +84,7 @@ def train_run(
         raise Exit
     if not as_json:
         _print_result(result, loaded)
-    return to_json_dict(result)
+    return result
 
 
 def make_memory_check(force: bool) -> "Planner":

@@ -1,14 +1,25 @@
 """`slimtune ui`: the web page."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
 from ..errors import UsageError
 from .common import WARNING, Json, make_error_console
 from .input_checks import require_installed_packages
+
+
+@dataclass(frozen=True)
+class UiResult:
+    """What `ui --json` prints when the page has ended."""
+
+    url: str
+    """The page's address with its token."""
+    trainings: list[str]
+    """Commands of trainings that still run."""
 
 
 def ui_server(
@@ -19,7 +30,7 @@ def ui_server(
     host: Annotated[str, Option(help="Address to bind to; any other lets other machines in.")] = "127.0.0.1",
     max_upload: Annotated[int, Option(min=1, help="Largest file that is uploaded, in MiB.")] = 256,
     as_json: Json = False,
-) -> dict[str, Any]:
+) -> UiResult:
     """Show a web page for the whole path: rows, plan, training, evaluation, chat, export.
 
     It prints an address with a token, which a browser needs. The page runs the commands of slimtune in FOLDER. A
@@ -46,4 +57,4 @@ def ui_server(
     )
     for job in trainings:
         make_error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)
-    return {"url": url, "trainings": [job.command for job in trainings]}
+    return UiResult(url, [job.command for job in trainings])

@@ -44,33 +44,46 @@ LIMITS = {"AS": "-v", "DATA": "-d", "FSIZE": "-f", "NOFILE": "-n", "NPROC": "-u"
 
 @dataclass(frozen=True)
 class PciGpu:
-    """A GPU on the PCI bus: its vendor, its name, the kernel driver that holds it ("" if none), and its memory."""
+    """A GPU on the PCI bus."""
 
     vendor: str
+    """NVIDIA, AMD or Intel."""
     name: str
+    """As `lspci` calls it."""
     driver: str = ""
+    """The kernel driver that holds it; "": none."""
     memory_bytes: int | None = None
+    """Its memory; null: not known."""
 
 
 @dataclass(frozen=True)
 class MigSlice:
-    """A slice of an NVIDIA GPU, as MIG makes them: its profile, such as 3g.20gb, and the name CUDA knows it by."""
+    """A slice of an NVIDIA GPU, as MIG makes them."""
 
     profile: str
+    """Its size, such as 3g.20gb."""
     uuid: str
+    """The name that CUDA knows it by."""
 
 
 @dataclass(frozen=True)
 class NvidiaSmiGpu:
-    """An NVIDIA GPU as `nvidia-smi` sees it; `is_mig`: only its slices can be used, of which there may be none."""
+    """An NVIDIA GPU as `nvidia-smi` sees it."""
 
     name: str
+    """Its name."""
     driver: str
+    """Version of NVIDIA's driver."""
     capability: tuple[int, int] | None
+    """Compute capability, major and minor; null: not known."""
     memory_bytes: int
+    """Its memory; 0: shared with the CPU."""
     used_bytes: int
+    """Of that in use."""
     is_mig: bool = False
+    """Whether only its slices can be used."""
     slices: tuple[MigSlice, ...] = ()
+    """The slices that MIG made."""
 
 
 @dataclass(frozen=True)
@@ -91,28 +104,42 @@ class TorchGpu:
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """torch's build, and the GPUs that it finds; `error` is what importing it raised."""
+    """torch's build, and the GPUs that it finds."""
 
     version: str = ""
+    """Version of torch; "": not installed."""
     cuda: str | None = None
+    """Version of CUDA that it is built for; null: none."""
     hip: str | None = None
+    """Version of ROCm's HIP that it is built for; null: none."""
     xpu: str | None = None
+    """Version of Intel's GPU runtime that it is built for; null: none."""
     has_mps: bool = False
+    """Whether it is built for Apple GPUs."""
     architectures: tuple[str, ...] = ()
+    """GPU architectures that it has kernels for."""
     gpus: tuple[str, ...] = ()
+    """Names of the GPUs that can train."""
     threads: int | None = None
+    """Threads of CPU operations; null: it cannot be imported."""
     warning: str = ""
+    """What it warns of when it starts CUDA or HIP."""
     error: str = ""
+    """What importing it raised; "": nothing."""
 
 
 @dataclass(frozen=True)
 class DiskFacts:
-    """A folder that is written to, and what is free there; None where that is not known."""
+    """A folder that is written to, and its disk."""
 
     path: str
+    """The folder, or the nearest one above it that exists."""
     free_bytes: int
+    """Free on its disk."""
     free_inodes: int | None = None
+    """Files that can be created; null: not limited or not known."""
     is_writable: bool = True
+    """Whether this user may write there."""
 
 
 @dataclass(frozen=True)
@@ -120,42 +147,79 @@ class MachineFacts:
     """What is known of a machine. Sizes are bytes; None means that a fact is not known, 0 or "" that there is none."""
 
     system: str = "Linux"
+    """Linux, Darwin or Windows."""
     processor: str = "x86_64"
+    """Architecture of the CPU."""
     release: str = ""
+    """Of the kernel; of macOS its version."""
     is_wsl: bool = False
+    """Whether this is Linux inside of Windows."""
     is_container: bool = False
+    """Whether this is a container."""
     is_translated: bool = False
+    """Whether Rosetta translates this Python from x86."""
     pci_gpus: tuple[PciGpu, ...] = ()
+    """GPUs on the PCI bus."""
     nvidia_devices: tuple[str, ...] = ()
+    """Device files of NVIDIA GPUs in /dev."""
     unreadable_devices: tuple[str, ...] = ()
+    """Device files of GPUs that this user may not open."""
     has_kfd: bool = False
+    """Whether /dev/kfd is there, AMD's device for computing."""
     render_nodes: tuple[str, ...] = ()
+    """Render nodes in /dev/dri."""
     nvidia_smi: str = ""
+    """What `nvidia-smi` says is wrong."""
     smi_gpus: tuple[NvidiaSmiGpu, ...] = ()
+    """GPUs that `nvidia-smi` sees."""
     gfx: tuple[str, ...] = ()
+    """Architectures of the AMD GPUs that `rocminfo` sees."""
     rocminfo: str = ""
+    """What `rocminfo` says is wrong."""
     groups: tuple[str, ...] = ()
+    """Groups of this user."""
     torch: TorchFacts = field(default_factory=TorchFacts)
+    """torch's build and GPUs."""
     packages: Mapping[str, str] = field(default_factory=dict)
+    """Version by package, of those that training may use."""
     conflicts: tuple[str, ...] = ()
+    """Packages that require another torch, with what they require."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that decide which devices and folders are used."""
     cores: int = 1
+    """CPU cores."""
     cpu_quota: float | None = None
+    """CPUs that this container may use; null: all."""
     load: float | None = None
+    """Processes that wanted to run in the last minute, on average."""
     memory_bytes: int = 0
+    """CPU memory."""
     memory_free_bytes: int = 0
+    """Of that free."""
     memory_limit_bytes: int | None = None
+    """Memory that this container or service may use; null: all."""
     memory_limit_used_bytes: int | None = None
+    """Of that in use."""
     oom_kills: int = 0
+    """Processes that were killed because of the limit."""
     overcommit: str = ""
+    """Linux's vm.overcommit_memory."""
     limits: Mapping[str, int] = field(default_factory=dict)
+    """Limits of this process, by resource's name; absent: not limited."""
     shared_memory_bytes: int | None = None
+    """Size of /dev/shm."""
     disks: Mapping[str, DiskFacts] = field(default_factory=dict)
+    """Folders that are written to, by their use."""
     noexec_tmp: bool = False
+    """Whether programs in /tmp cannot be run."""
     has_compiler: bool = True
+    """Whether there is a C compiler."""
     ollama: str = ""
+    """Version of Ollama."""
     ollama_models: tuple[tuple[str, str], ...] = ()
+    """Loaded models of Ollama, and the processor of each."""
     token: str = ""
+    """Where the Hub's token is from; it begins with "malformed: " if it cannot be one."""
 
 
 def gather_machine_facts(

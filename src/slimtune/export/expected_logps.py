@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..core.config import Recipe
 from ..core.data.chat_template import TokenizedRow
-from ..core.data.rows import Row, split_into_answer_rows
+from ..core.data.rows import Row, split_answers
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.dtype_names import short_dtype_name
@@ -129,12 +129,12 @@ class AdapterReference:
         expected = self.base_log_probs if base else self.log_probs
         return torch.cat([b - a for a, b in zip(expected, log_probs, strict=True)])
 
-    def measure_effect_share(self, differences: Tensor) -> tuple[float, float]:
-        """Return the share of the adapter's effect that arrives, and its standard error; NaN if it has no effect."""
+    def measure_effect_share(self, differences: Tensor) -> tuple[float | None, float]:
+        """Return the share of the adapter's effect that arrives, and its standard error; (None, 0) without effect."""
         effect = -self.differences(self.base_log_probs)
         total = effect.square().sum()
         if total < 1e-12:
-            return math.nan, math.nan
+            return None, 0.0
         change = (differences * effect).sum() / total
         error = ((differences - change * effect) * effect).square().sum().sqrt() / total
         return 1 + change.item(), error.item()
@@ -172,7 +172,7 @@ class AdapterReference:
         if mean > max(noise, self.effect / 2):
             faults.append(f"half or more of what the adapter changes ({self.effect:.3g} nats on average) is lost")
         strength, error = self.measure_effect_share(paired)
-        if abs(strength - 1) > tolerance.strength + 3 * error:
+        if strength is not None and abs(strength - 1) > tolerance.strength + 3 * error:
             faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
         return faults
 
@@ -194,7 +194,7 @@ def make_reference_texts(
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
         valid = opened.require_valid_rows()
-        compared += itertools.islice((part for row in valid for part in split_into_answer_rows(row)), MAX_ROWS)
+        compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
     longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[ReferenceText] = []
     for row in compared:
@@ -269,8 +269,8 @@ def compare_engine_with_adapter(
         kl=torch.cat(kl).mean().item(),
         effect=reference.effect,
         strength=reference.measure_effect_share(paired)[0],
-        base_max_difference=math.nan if base is None else base.abs().max().item(),
-        base_mean_difference=math.nan if base is None else base.abs().mean().item(),
+        base_max_difference=None if base is None else base.abs().max().item(),
+        base_mean_difference=None if base is None else base.abs().mean().item(),
         answers=len(reference.answers),
         answers_equal=equal,
         limit=str(tolerance),

@@ -1,6 +1,5 @@
 """What `slimtune export`, `verify`, `merge` and `push` print as JSON. It imports no torch."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,19 +25,19 @@ class EngineVerdict:
     """Prompts that become the same token ids."""
     positions: int = 0
     """Next tokens compared."""
-    max_difference: float = math.nan
-    """Of log p, at the worst position."""
-    mean_difference: float = math.nan
+    max_difference: float | None = None
+    """Of log p, at the worst position; null: nothing was compared, as for the others."""
+    mean_difference: float | None = None
     """Of log p, on average."""
-    kl: float = math.nan
+    kl: float | None = None
     """Kullback-Leibler divergence, on average."""
-    effect: float = math.nan
+    effect: float | None = None
     """How far the adapter moves log p, on average."""
-    strength: float = math.nan
-    """Share of the effect that arrives."""
-    base_max_difference: float = math.nan
+    strength: float | None = None
+    """Share of the effect that arrives; null also if there is no effect."""
+    base_max_difference: float | None = None
     """Of the untouched base in this engine; null: not asked."""
-    base_mean_difference: float = math.nan
+    base_mean_difference: float | None = None
     """Of the untouched base in this engine; null: not asked."""
     answers: int = 0
     """Greedy answers."""
@@ -116,14 +115,14 @@ class MergeComparison:
     """Of log p, on average."""
     effect: float
     """How far the adapter moves the base's log p, on average."""
-    strength: float
+    strength: float | None
     """Share of the effect that arrives; null if the adapter has none."""
     positions: int
     """Next tokens (texts) compared."""
 
 
 @dataclass(frozen=True)
-class MergedExportFacts:
+class MergedFacts:
     """What the manifest of a merged folder says beside the run."""
 
     comparison: MergeComparison = field(metadata=INLINE)
@@ -159,13 +158,13 @@ class MergeResult:
             f"model differ by {c.mean_difference:.2g} nats on average ({c.max_difference:.2g} at most), where the "
             f"adapter changes the base by {c.effect:.2g}"
         )
-        if math.isfinite(c.strength):
+        if c.strength is not None:
             yield f"{c.strength:.1%} of the adapter's effect survives in {c.dtype}"
 
     def warning(self) -> str:
         """Return that too much of the adapter's effect is lost; "" if it is not."""
         c = self.comparison
-        if not c.strength < MIN_EFFECT_SHARE:
+        if c.strength is None or c.strength >= MIN_EFFECT_SHARE:
             return ""
         return f"{c.dtype} cannot hold so small a change: {1 - c.strength:.0%} of it is lost; --dtype float32 keeps it"
 
@@ -216,7 +215,7 @@ class PushContents:
 
 @dataclass(frozen=True)
 class PushPreview:
-    """What `slimtune push --dry-run --json` prints."""
+    """What `slimtune push RUN OWNER/NAME --dry-run --json` prints."""
 
     contents: PushContents = field(metadata=INLINE)
     """What would be uploaded."""

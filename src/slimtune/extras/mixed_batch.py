@@ -18,11 +18,11 @@ from ..core.adapters.adapter_module import BaseForward
 from ..core.adapters.peft_model import PeftModel
 from ..core.attention.attention_functions import LAYOUT_KWARG
 from ..core.kernels.linear_layers import get_layer_kind
-from ..core.kernels.lora_linear import add_low_rank_per_row, list_adapters_of_equal_row_groups, stack_mixed_batch_lora
+from ..core.kernels.lora_linear import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
 from ..errors import MixedBatchError, UsageError, format_names, nearest
 
 
-class MixedBatchCallsMixin(PeftModel):
+class MixedBatchCalls(PeftModel):
     """Mixed into adapted models: calls with `adapter_names`."""
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -130,7 +130,7 @@ class _MixedBatchRunner:
 
         `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        groups = list_adapters_of_equal_row_groups(self._expand_row_adapters(x.shape[0]))
+        groups = list_equal_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
             return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]

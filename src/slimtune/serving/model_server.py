@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import uvicorn
@@ -15,7 +15,7 @@ import uvicorn
 from ..core.foundation.device import release_cached_memory
 from ..errors import UsageError
 from ..export.export_results import EngineVerdict
-from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
+from ..extras.sockets import format_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp_server
@@ -115,10 +115,10 @@ class ModelServer:
     @property
     def url(self) -> str:
         """The address for OpenAI's clients."""
-        return f"{format_server_address(self._socket)}/v1"
+        return f"{format_address(self._socket)}/v1"
 
-    def run(self) -> dict[str, Any]:
-        """Serve until Ctrl-C, SIGTERM or `stop`; return how many answers and tokens were generated."""
+    def run(self) -> None:
+        """Serve until Ctrl-C, SIGTERM or `stop`; `queue` then knows how many answers and tokens were generated."""
         if threading.current_thread() is threading.main_thread():
             # uvicorn raises a signal again after its own shutdown, which would end the process with another exit code.
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,7 +127,6 @@ class ModelServer:
             self._uvicorn.run(sockets=[self._socket])
         finally:
             self.queue.close()
-        return {"answers": self.queue.finished, "tokens": self.queue.generated_tokens}
 
     def stop(self) -> None:
         """Let `run` return; another thread may call it."""

@@ -6,6 +6,7 @@ from tiny_tokenizer import CHATML, SMOLLM2_TOK, make_tokenizer, template_text
 from tokenizers.processors import TemplateProcessing
 
 from slimtune.core.data.tokenize import tokenize_dataset
+from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows, read_rows
@@ -143,6 +144,6 @@ def test_report_counts_labels(tmp_path, tokenizer):
     write_jsonl(file, rows_of(b=2, a=6))
     assert make_data_report(file, tokenizer, **options, **CLASSES).classes == {"a": 6, "b": 2}
     write_jsonl(file, [rate(i, i % 5 == 0) for i in range(20)])
-    report = make_data_report(file, tokenizer, **options, **RATINGS).to_json()
+    report = to_json_dict(make_data_report(file, tokenizer, **options, **RATINGS))
     assert report["classes"] == {"False": 16, "True": 4}
     assert "4 good and 16 bad answers: a task.desirable_weight of 4.00 to 5.33 balances them" in report["notes"]

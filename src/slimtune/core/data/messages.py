@@ -125,7 +125,7 @@ def require_template_keys(messages: Messages, template: str) -> None:
             raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
 
 
-def get_thinking_text(message: dict[str, Any]) -> tuple[str, str]:
+def get_thinking(message: dict[str, Any]) -> tuple[str, str]:
     """Return what an assistant's message thinks before it answers, and where it says so; "", "" if it does not think.
 
     It is the text of a key of `REASONING_KEYS`, or what is before `</think>` in the content. Templates that split a
@@ -159,7 +159,7 @@ def count_thinking_turns(
     places = turns if len(turns) == len(assistant) else [(0, len(rendered))] * len(assistant)
     counts = [0, 0, 0]
     for i, (start, end) in zip(assistant, places, strict=True):
-        text, where = get_thinking_text(messages[i])
+        text, where = get_thinking(messages[i])
         is_learned = learned is None or learned[i]
         if not text:
             continue
@@ -187,7 +187,7 @@ def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
         arguments = parse_json_cell(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
         raise RowError(f"{name}.arguments is not an object but {get_json_type_name(arguments)}", "bad-tool-call")
-    require_limited_json_depth(arguments, f"{name}.arguments")
+    require_limited_depth(arguments, f"{name}.arguments")
     valid = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return valid if call.get("id") is None else valid | {"id": require_text(call["id"], f"{name}.id")}
 
@@ -257,7 +257,7 @@ def decode_strict_json(text: str) -> Any:
     return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
 
 
-def require_limited_json_depth(value: Any, name: str) -> None:
+def require_limited_depth(value: Any, name: str) -> None:
     """Raise RowError if lists and objects are nested so deep that a template or another process could not take them."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -103,7 +103,7 @@ def destroy_process_group() -> None:
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
-def run_on_main_and_broadcast(work: Callable[[], T]) -> T:
+def run_on_main(work: Callable[[], T]) -> T:
     """Run `work` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
     if world_size() == 1:
         return work()
@@ -192,7 +192,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def translate_communication_errors() -> Iterator[None]:
+def raise_peer_gone() -> Iterator[None]:
     """Raise `PeerGone` in place of a communication error inside the block."""
     try:
         yield

@@ -53,7 +53,7 @@ def add_low_rank_to_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -
     return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
 
 
-def combine_weighted_updates(
+def weighted_sum(
     parts: Sequence[Tensor], weights: Sequence[float], kind: str = "linear", density: float = 1, sign_by: str = "total"
 ) -> Tensor:
     """Return `Σ w_i p_i`, optionally of pruned matrices; see `extras/lora_conversion.py`.

@@ -48,7 +48,7 @@ def save_final_results(loop: TrainingLoop) -> TrainResult:
     """
     peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, count_peak_memory(loop.device))))
     _raise_if_stopped(loop)
-    return distributed.run_on_main_and_broadcast(lambda: _save_result(loop, peak))
+    return distributed.run_on_main(lambda: _save_result(loop, peak))
 
 
 def _raise_if_stopped(loop: TrainingLoop) -> None:

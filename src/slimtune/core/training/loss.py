@@ -68,7 +68,7 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
         share_prefix=settings.share_prefix,
         max_rows=settings.batch_size,
     )
-    require_matching_lm_head_loss(model)
+    check_lm_head(model)
     limit = settings.max_tokens_per_micro_batch
     collator.max_tokens = choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator
@@ -150,7 +150,7 @@ def get_classifier_head(model: Any) -> Any:
     return getattr(model, "score", None) if get_lm_head(model) is None else None
 
 
-def compute_token_nll_or_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return the inputs of the objective's loss: `compute_row_logits` of a classifier, else `compute_token_nll`."""
     return compute_row_logits(model, batch) if "row_ends" in batch else compute_token_nll(model, batch)
 
@@ -159,7 +159,7 @@ def compute_step_loss(
     model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective | None = None
 ) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
-    values = compute_token_nll_or_row_logits(model, batch)
+    values = compute_outputs(model, batch)
     return (objective or load_default_objective()).loss(
         values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
     )
@@ -233,7 +233,7 @@ def score_objective(
     """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
 
     def measure(batch: dict[str, Any]) -> Tensor:
-        return objective.score(compute_token_nll_or_row_logits(model, batch), batch)
+        return objective.score(compute_outputs(model, batch), batch)
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -282,7 +282,7 @@ def score_examples(
     return {i: values.tolist() for i, values in measured.items()}
 
 
-def count_supervised_targets(example: Example) -> int:
+def count_targets(example: Example) -> int:
     """Return how many of a row's tokens are supervised; the first token has nothing to be predicted from."""
     return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 
@@ -291,7 +291,7 @@ def count_supervised_targets(example: Example) -> int:
 
 
 @torch.no_grad()
-def require_matching_lm_head_loss(model: Any) -> None:
+def check_lm_head(model: Any) -> None:
     """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
 
     A head may do more to its logits than its config says: transformers does not tell.

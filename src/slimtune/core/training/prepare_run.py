@@ -81,7 +81,7 @@ def prepare_run(
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
-        plan = distributed.run_on_main_and_broadcast(lambda: planner(recipe, lengths, data.train.content))
+        plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
 
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)
@@ -91,7 +91,7 @@ def prepare_run(
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
             first = model if init_adapter is not None else None
-            distributed.run_on_main_and_broadcast(lambda: create_locked_run_dir(run, recipe, lock, data, first))
+            distributed.run_on_main(lambda: create_locked_run_dir(run, recipe, lock, data, first))
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
@@ -100,7 +100,7 @@ def prepare_run(
             if not has_own_rate:
                 log_default_learning_rate(logger, recipe, len(data.train))
             collator = build_run_collator(recipe.train, model, base.tokenizer, longest := _find_longest(lengths))
-            set_micro_batch_limit(collator, longest, plan)
+            limit_micro_batches(collator, longest, plan)
             objective, settings = recipe.objective(), recipe.train
             general_rows = general_text.choose_rows(base.tokenizer, model) if general_text is not None else []
             prepared = PreparedRun(
@@ -128,7 +128,7 @@ def prepare_run(
                 if distributed.is_main_process():
                     run.write_plan(plan, probe)
         if resume:
-            distributed.run_on_main_and_broadcast(lambda: delete_later_metrics(prepared))
+            distributed.run_on_main(lambda: delete_later_metrics(prepared))
         prepared.start_seconds = time.perf_counter() - started
         return prepared
 
@@ -160,7 +160,7 @@ def _find_longest(lengths: Sequence[ExampleLength]) -> int:
     return max(map(max, map(count_row_tokens, lengths)))
 
 
-def set_micro_batch_limit(collator: Collator, longest: int, plan: MemoryPlan | None) -> None:
+def limit_micro_batches(collator: Collator, longest: int, plan: MemoryPlan | None) -> None:
     """Set the most tokens of a micro-batch to what the plan allows, the same in every process."""
     if plan is not None and collator.max_tokens is not None:
         collator.max_tokens = min(collator.max_tokens, max(longest, plan.max_tokens_per_micro_batch))

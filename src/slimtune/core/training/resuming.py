@@ -18,6 +18,7 @@ from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
+from ..foundation.json_results import to_json_dict
 from . import checkpoint
 from .checkpoint import TrainingState
 from .datasets import RunDatasets
@@ -35,7 +36,7 @@ def resolve_starting_recipe(
     from brings its method's settings.
     """
     if resume:
-        recipe = distributed.run_on_main_and_broadcast(lambda: _prepare_resume(run, recipe, lock))
+        recipe = distributed.run_on_main(lambda: _prepare_resume(run, recipe, lock))
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
@@ -94,7 +95,7 @@ def create_locked_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: RunD
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
-        write_json(run.data_file, {name: report and report.to_json() for name, report in data.data_reports.items()})
+        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data.data_reports.items()})
         if init_model is not None:
             adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
 
@@ -116,8 +117,8 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
     torch.manual_seed(settings.seed)
     newest = None
     if resume:
-        newest = distributed.run_on_main_and_broadcast(
-            lambda: checkpoint.find_newest_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
+        newest = distributed.run_on_main(
+            lambda: checkpoint.find_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
         )
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter(prepared.model, newest)

@@ -1,6 +1,7 @@
 """Answers to questions that are no errors: a command, a text of Quick answers, or a definition from the glossary."""
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -34,21 +35,35 @@ _DEFINITION = re.compile(
 _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
 
 
-def find_command_guides(text: str) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class CommandGuide:
+    """What answers a question that is no error."""
+
+    answer: str
+    """A command, a question of Quick answers, or a word of the glossary."""
+    what: str
+    """What the command does, or the text of the answer or definition."""
+
+
+def find_command_guides(text: str) -> list[CommandGuide]:
     """Return the commands and texts that answer a short question about no error, each with what it does or says."""
     if len(text) > MOST_QUESTION:
         return []
     words = f" {' '.join(re.findall(r'[a-z0-9-]+', text.lower()))} "
     quick = _load_sections("quick_answers.md")
     return (
-        [(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
-        + [(title, quick[title]) for asked, title in QUICK_ANSWERS if any(f" {part} " in words for part in asked)]
+        [CommandGuide(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
+        + [
+            CommandGuide(title, quick[title])
+            for asked, title in QUICK_ANSWERS
+            if any(f" {part} " in words for part in asked)
+        ]
         or find_glossary_definition(text)
-        or [pair for pair in [_load_terms().get(_normalize(text))] if pair]
+        or [guide for guide in [_load_terms().get(_normalize(text))] if guide]
     )
 
 
-def find_glossary_definition(text: str) -> list[tuple[str, str]]:
+def find_glossary_definition(text: str) -> list[CommandGuide]:
     """Return the word of the glossary that a question asks the meaning of, with its definition; nothing if none."""
     asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", text[: MOST_QUESTION + 1].lower())))
     found = _load_terms().get(_normalize(asked[1] or asked[2])) if asked else None
@@ -56,8 +71,8 @@ def find_glossary_definition(text: str) -> list[tuple[str, str]]:
 
 
 @cache
-def _load_terms() -> dict[str, tuple[str, str]]:
-    return {_normalize(term): (term, text) for term, text in _load_sections("glossary.md").items()}
+def _load_terms() -> dict[str, CommandGuide]:
+    return {_normalize(term): CommandGuide(term, text) for term, text in _load_sections("glossary.md").items()}
 
 
 def _normalize(term: str) -> str:

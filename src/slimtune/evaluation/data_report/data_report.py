@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ...core.data.tokenize import format_line_numbers
 from ...core.foundation.formatting import format_count
-from ...core.foundation.json_results import make_json_key_metadata, to_json_dict
+from ...core.foundation.json_results import make_json_key_metadata
 from ...errors import DataError
 
 SHOWN_PREFIX = 200
@@ -229,10 +229,6 @@ class DataReport:
     @property
     def saved_share(self) -> float:
         return self.packing.saved_share
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `slimtune data --json` prints."""
-        return to_json_dict(self)
 
     def require_no_errors(self) -> None:
         """Raise DataError with every issue that is an error."""
