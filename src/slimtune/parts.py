@@ -18,10 +18,11 @@ def _find_modules(folder: str, *helpers: str) -> dict[str, str]:
 
 
 def _find_export_formats() -> dict[str, str]:
-    """Return the dotted path of the class `NameFormat` in each `export/name_format.py`, by the name."""
-    files = sorted((Path(__file__).parent / "export").glob("*_format.py"))
-    names = [f.stem.removesuffix("_format") for f in files if f.stem != "export_format"]
-    return {n: f"{__package__}.export.{n}_format:{n.title().replace('_', '')}Format" for n in names}
+    """Return the dotted path of the class `NameFormat` in each `export/name_format.py`, by the name; `merged` first."""
+    files = (Path(__file__).parent / "export").glob("*_format.py")
+    names = {f.stem.removesuffix("_format") for f in files} - {"export"}
+    ordered = sorted(names, key=lambda name: (name != "merged", name))
+    return {n: f"{__package__}.export.{n}_format:{n.title().replace('_', '')}Format" for n in ordered}
 
 
 PARTS: dict[str, dict[str, str]] = {

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.core.config.objective_registry import list_objectives
 from slimtune.core.data.example_lengths import count_row_tokens
 from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
@@ -115,7 +116,7 @@ def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("task", ["dpo", "simpo", "orpo", "kto"])
+@pytest.mark.parametrize("task", [t for t in list_objectives() if t not in ("sft", "classification", "reward")])
 def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, monkeypatch):
     for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
         monkeypatch.setattr(reference, name, value)

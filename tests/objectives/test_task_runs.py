@@ -13,12 +13,14 @@ from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_pa
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from slimtune.core.config.objective_registry import list_objectives, load_objective_class
 from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.objectives.pair_objective import PairObjective
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -154,8 +156,13 @@ def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
     assert np.mean(margins) == pytest.approx(found.measures.preference.tuned_margin.value)
 
 
+def is_pair_task_without_reference(task):
+    cls = load_objective_class(task)
+    return cls.task_type == "CAUSAL_LM" and issubclass(cls, PairObjective) and not cls.needs_reference
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["simpo", "orpo"])
+@pytest.mark.parametrize("task", [t for t in list_objectives() if is_pair_task_without_reference(t)])
 def test_objectives_without_a_reference(make, task):
     result = train(make(task, "run", method=DROPOUT, max_steps=6))
     assert metrics(result.run, "rewards/accuracies")[-1] == 1

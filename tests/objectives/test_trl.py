@@ -1,17 +1,14 @@
-"""A step on rows of a pair: as in TRL's trainers in float64 on the plain padded layout, and packed as padded."""
+"""A step on rows of a pair is that of TRL's trainers, in float64 on the plain padded layout."""
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tiny_families import build_family
+from objective_steps import add_reference, get_gradients, take_step
 
-from slimtune import LoraConfig, get_peft_model
-from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import compute_step_loss, make_collator, score_objective, score_row_logps
+from slimtune.core.training.loss import compute_step_loss
 
 ROWS = [
     {"prompt": "Why is it so?", "chosen": " Because of this.", "rejected": " No."},
@@ -41,34 +38,6 @@ def wide(monkeypatch):
     """Let TRL compute in float64."""
     monkeypatch.setattr("trl.kernels.chunked_logprob.torch", WideTorch())
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
-
-
-def get_gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def score_rows(model, examples, collator):
-    logps = score_row_logps(model.get_base_model(), examples, collator)
-    return [logps[i] for i in range(len(examples))]
-
-
-def add_reference(model, examples, collator):
-    with model.disable_adapter():
-        reference = score_rows(model, examples, collator)
-    return [e | {"reference": logps} for e, logps in zip(examples, reference, strict=True)]
-
-
-def take_step(model, examples, objective, collator, groups=None):
-    """Return a step's loss and gradients; `groups` are its micro-batches."""
-    rows = objective.prepare_step(examples, lambda rows: score_rows(model, rows, collator))
-    batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
-    num_items = objective.count_items(rows)
-    with enable_packed_attention(model):
-        loss = sum(compute_step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
-        loss.backward()
-    return loss.item(), get_gradients(model)
 
 
 def assert_step(model, examples, objective, groups, expected_loss, expected_gradients) -> None:
@@ -165,45 +134,3 @@ def test_simpo_and_orpo(tiny_llama, wide):
         sum(compute_step_loss(model, collator([e]), items, orpo) for e in examples), model.model.norm.weight
     )
     torch.testing.assert_close(other, one, atol=1e-9, rtol=1e-7)
-
-
-def make_pairs() -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    pairs = []
-    for i, (prompt, *answers) in enumerate([(12, 5, 9), (9, 7, 3), (15, 2, 11)]):
-        shared = rng.integers(3, 96, prompt).tolist()
-        rows = [shared + rng.integers(3, 96, n).tolist() for n in answers]
-        labels = [t for row in rows for t in [-100] * prompt + row[prompt:]]
-        ids = [t for row in rows for t in row]
-        lengths = [*map(len, rows)]
-        pairs.append({"input_ids": ids, "labels": labels, "line": i, "row_lengths": lengths, "label": i != 1})
-    return pairs
-
-
-@pytest.mark.parametrize("task", ["dpo", "orpo", "simpo", "kto"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_packed_and_shared_equal_padded(family, task):
-    model = get_peft_model(
-        build_family(family).float(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    objective, pairs = load_objective_class(task)(), make_pairs()
-    packed, padded = make_collator(model, 0, max_tokens=48), Collator(0, packing=False)
-    assert packed.share_prefix
-    assert packed(pairs[:1])["input_ids"].shape[1] == 12 + 5 + 9
-    found = []
-    for collator in (packed, padded):
-        examples = add_reference(model, pairs, collator)
-        loss, gradients = take_step(model.train(), examples, objective, collator)
-        scores = score_objective(model, examples, collator, objective)
-        scores = np.array([scores[i] for i in range(len(pairs))])
-        # ORPO's measure of a pair has the cross-entropy per token of that pair alone.
-        assert task == "orpo" or objective.summarize(scores)["loss"] == pytest.approx(loss, abs=1e-5)
-        found.append((np.array([e["reference"] for e in examples]), scores, loss, gradients))
-    (reference, scores, loss, gradients), (other_reference, other_scores, other_loss, other_gradients) = found
-    assert reference == pytest.approx(other_reference, rel=1e-5)
-    assert scores == pytest.approx(other_scores, rel=1e-4, abs=1e-5)
-    assert loss == pytest.approx(other_loss, abs=1e-5)
-    assert gradients
-    for name, gradient in gradients.items():
-        scale = other_gradients[name].abs().max()
-        torch.testing.assert_close(gradient, other_gradients[name], atol=1e-5 * float(scale) + 1e-7, rtol=1e-4)

@@ -10,12 +10,15 @@ ipo                               an objective with one setting
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.adapters.method_registry import ALIASES, VARIANTS, config_class, list_methods
 from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.config.recipe_loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from ..core.training.objective import Objective
 
 SECTIONS = ("model", "data", "task", "method", "train", "output_dir")
 TASK_VARIANTS = {"ipo": ("dpo", {"loss_type": "ipo"})}
@@ -98,12 +101,17 @@ def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Map
     return ComparisonCandidate(label, method, settings)
 
 
+def _learns_pairs(objective: "type[Objective]") -> bool:
+    return objective.takes_format("preference") and objective.task_type == "CAUSAL_LM"
+
+
 def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> ComparisonCandidate:
     name, variant_settings = TASK_VARIANTS.get(label, (label, {}))
     objective = load_objective_class(name)
-    if not objective.takes_format("preference") or objective.task_type != "CAUSAL_LM":
+    if not _learns_pairs(objective):
         message = f"the task {label} does not teach a language model from preference pairs"
-        raise UsageError(message, "some of dpo,ipo,simpo,orpo,sft")
+        known = [n for n in list_objectives() if _learns_pairs(load_objective_class(n))]
+        raise UsageError(message, f"some of {format_names(sorted([*known, *TASK_VARIANTS]))}")
     section = dict(recipe_tree.get("task") or {})
     recipe_settings = section if section.pop("name", "sft") == name else {}
     task = {"name": name, **recipe_settings, **variant_settings, **own}

@@ -9,14 +9,13 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import config_field
-from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, sum_tokens_by_row
-from .pair_objective import PairObjective
+from ..core.training.objective import Batch, Example, sum_tokens_by_row
+from .pair_objective import PairObjective, count_pairs_and_chosen_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +32,9 @@ class ORPO(PairObjective):
 
     beta: float = config_field(0.1, "weight of the preference beside the cross-entropy (λ of the paper)", ge=0)
 
-    def count_items(self, examples: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    def count_items(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the number of pairs and of the supervised tokens of their chosen answers."""
-        chosen = [e["labels"][1 : e["row_lengths"][0]] for e in examples]
-        return len(examples), sum(label != IGNORE_INDEX for labels in chosen for label in labels)
+        return count_pairs_and_chosen_tokens(examples)
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the micro-batch's share of both parts."""

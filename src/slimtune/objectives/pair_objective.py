@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, Example, Objective, sum_tokens_by_row
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ def list_better_and_worse_rows(scores: Sequence[float] | None) -> list[tuple[int
     if scores is None:
         return [(0, 1)]
     return [(i, j) for i, score in enumerate(scores) for j, other in enumerate(scores) if score > other]
+
+
+def count_pairs_and_chosen_tokens(examples: Sequence[Example]) -> tuple[int, int]:
+    """Return the number of pairs and of the supervised tokens of their chosen answers; for examples of two rows."""
+    chosen = [e["labels"][1 : e["row_lengths"][0]] for e in examples]
+    return len(examples), sum(label != IGNORE_INDEX for labels in chosen for label in labels)
 
 
 @dataclass
@@ -56,6 +63,9 @@ class PairObjective(Objective):
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss of each pair [P] and the rewards of its two answers [P, 2].
+
+        The mean of the losses is what a run reports of held-out pairs, and, unless `loss` and `count_items` are
+        overridden, what a step learns. They are for a loss with a part that is a mean over tokens (`orpo.py`).
 
         Args:
             logps: log p of the two answers, summed over their tokens [P, 2].

@@ -105,7 +105,8 @@ class Objective(DeclaredSettings):
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return what the loss of a whole step is divided by, from all its examples: their number, unless overridden.
 
-        Every micro-batch of the step gets it, so that the gradient does not depend on the division into micro-batches.
+        Several numbers, if parts of the loss are means over different items. Every micro-batch of the step gets them:
+        the gradient does not depend on the division into micro-batches.
         """
         return len(examples)
 
