@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 from tiny_families import VOCAB, build
 
-from slimtune.core.training.loss import build_run_collator, check_lm_head, make_collator
+from slimtune.core.models.lm_head import check_lm_head
+from slimtune.core.training.loss import build_run_collator, make_collator
 from slimtune.errors import ModelError, UsageError
 
 CAP = {"final_logit_softcapping": 3.0}

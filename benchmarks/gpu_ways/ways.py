@@ -41,7 +41,8 @@ class Way:
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.core.attention import attention_functions as register
-    from slimtune.core.training.loss import check_lm_head, choose_micro_batch_tokens, compute_step_loss, make_collator
+    from slimtune.core.models.lm_head import check_lm_head
+    from slimtune.core.training.loss import choose_micro_batch_tokens, compute_step_loss, make_collator
 
     if by_segment:
         register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]

@@ -15,8 +15,9 @@ from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_pac
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
 from slimtune.core.kernels import activation_offload
+from slimtune.core.models.lm_head import check_lm_head
 from slimtune.core.training import loss as step
-from slimtune.core.training.loss import check_lm_head, compute_step_loss, make_collator
+from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.errors import UsageError
 

@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from ..core.attention.attention_functions import enable_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.example_lengths import count_packed_tokens
 from ..core.data.tokenized_dataset import TokenizedDataset
+from ..core.foundation import distributed
 from ..core.foundation.device import count_peak_memory, reset_peak_memory
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.dropout import preserve_rng_state
@@ -18,8 +18,8 @@ from ..core.training.loss import forward_backward, move_batch_to_device
 from ..core.training.prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
 
 
-def probe_memory_against_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> dict[str, Any]:
-    """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
+def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> None:
+    """Run the longest micro-batch once; say what memory it takes, and write it with the plan into plan.json.
 
     The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process. What the
     process had resident at the start of the run beyond Python and its libraries (a notebook's other model) is no part
@@ -41,7 +41,9 @@ def probe_memory_against_plan(prepared: PreparedRun, plan: MemoryPlan, resident_
     # The run may use memory again that others have freed, so that less is counted than it takes.
     as_planned = used <= high and (low <= used or others > 0)
     prepared.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
-    return {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
+    if distributed.is_main_process():
+        probe = {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
+        prepared.run.write_plan(plan, probe)
 
 
 def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows_per_step: int) -> list[Example]:

@@ -21,8 +21,8 @@ from ..core.attention.attention_functions import enable_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.device import record_simulated_attention_flops, simulate_device
-from ..core.models.lm_head import get_lm_head
-from ..core.training.loss import compute_outputs, forward_backward, get_classifier_head, make_collator
+from ..core.models.lm_head import get_classifier_head, get_lm_head
+from ..core.training.loss import compute_outputs, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake

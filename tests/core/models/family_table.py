@@ -14,7 +14,8 @@ import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
 from slimtune.core.attention.attention_functions import enable_packed_attention, packing_unsupported_reason
 from slimtune.core.config import Recipe
-from slimtune.core.training.loss import check_lm_head, compute_token_nll, forward_backward, make_collator
+from slimtune.core.models.lm_head import check_lm_head
+from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
 from slimtune.planning.gpu_specs import make_gpu_with_memory

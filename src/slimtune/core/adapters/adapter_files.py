@@ -129,9 +129,10 @@ def save_adapter(
     if config.task_type is None:
         base = model.base_model_class
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    content = serialize_to_safetensors(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     write_adapter_config(folder, values)
-    write_atomic(folder / WEIGHTS_FILE, serialize_to_safetensors(tensors, metadata))
+    write_atomic(folder / WEIGHTS_FILE, content)
     for write_file in FOLDER_WRITERS.load_all().values():
         write_file(config, folder, getattr(model, "model_tags", None) or ())
 

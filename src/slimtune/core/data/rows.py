@@ -107,8 +107,8 @@ class RowFormat:
     note: str = ""  # what such a suggestion says about it
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other names that people give to a column
     partner_columns: tuple[str, ...] = ()  # that belong to its rows, unless it is named
-    cut_windows: "Callable[[TokenizedDataset, int, int | None, int | None], TokenizedDataset] | None" = None
-    """Cuts tokenized rows of any length into windows: rows, most tokens, bos token, seed of the cuts (None: fixed)."""
+    cut_windows: "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None" = None
+    """Cuts tokenized rows of any length into windows: rows, most tokens, tokenizer, seed of the cuts (None: fixed)."""
 
     def __str__(self) -> str:
         return ", ".join([*self.required, *([" or ".join(self.either)] if self.either else [])])
@@ -190,7 +190,7 @@ class RowSource(ABC):
         self.require_used_columns()
 
     @property
-    def cut_windows(self) -> "Callable[[TokenizedDataset, int, int | None, int | None], TokenizedDataset] | None":
+    def cut_windows(self) -> "Callable[[TokenizedDataset, int, Any, int | None], TokenizedDataset] | None":
         """How rows of any length become windows (see `RowFormat`); None: a row is an example."""
         return ROW_FORMATS.load(self.format).cut_windows if self.format in ROW_FORMATS.names() else None
 

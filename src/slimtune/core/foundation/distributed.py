@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch import Tensor
 from ...errors import RunError, SlimtuneError, UsageError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one: longer than any micro-batch, checkpoint or plan takes."""
 SIGTERM_GRACE_SECONDS = 25
@@ -117,6 +118,26 @@ def run_on_main(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def runs_on_main(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that the main process runs alone, as `run_on_main` does."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_on_main(lambda: function(*args, **kwargs))
+
+    return run
+
+
+def runs_on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that fails in all processes if it fails in one, as `run_on_all_ranks` does."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run_on_all_ranks(lambda: function(*args, **kwargs))
+
+    return run
 
 
 def run_on_all_ranks(work: Callable[[], T], *, in_turns: bool = False) -> T:

@@ -69,7 +69,8 @@ def get_dequantized_weight(module: nn.Module) -> Tensor:
 
     A convolution's matrix is `(out, in / groups · kernel size)`.
     """
-    if hasattr(module, "dequantized"):  # the planner's fake quantized layer
+    # An adapted module asks `compat` for a name that it lacks, which torch.compile would trace in every layer.
+    if hasattr(type(module), "dequantized"):  # the planner's fake quantized layer
         return module.dequantized()  # type: ignore[operator]
     weight: Any = getattr(module, get_weight_and_bias_names(module)[0])
     state = getattr(weight, "quant_state", None)
@@ -78,7 +79,7 @@ def get_dequantized_weight(module: nn.Module) -> Tensor:
 
         return dequantize_4bit(*repack_for_dequantize(weight.data, state))
     scales = getattr(weight, "SCB", None)
-    if scales is None:
+    if scales is None and weight.dtype == torch.int8:
         scales = getattr(getattr(module, "state", None), "SCB", None)
     if scales is not None:
         # What bitsandbytes' `int8_vectorwise_dequant` does: rows times their largest magnitude / 127.

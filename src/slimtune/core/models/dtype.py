@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from ...errors import UsageError, format_names, nearest
+from ..foundation import distributed
 from ..foundation.cpu import read_cpu_flags
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
 from .gpu_support import NO_XPU
@@ -47,6 +48,22 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
         hint = "use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)"
         raise UsageError(f"the device is {name!r}, and torch {torch.__version__} finds {gpus} CUDA devices", hint=hint)
     return torch.device(name)
+
+
+@distributed.runs_on_all_ranks
+def pick_training_device(name: str) -> torch.device:
+    """Return the device of this process: with several processes on GPUs, each has its own."""
+    device, gpus = pick_device(name), torch.cuda.device_count()
+    if distributed.world_size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None or distributed.local_rank() >= gpus:
+        raise UsageError(
+            f"model.device is {name} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
+            "auto or cuda, where each process takes its own GPU, or cpu",
+            "--set model.device=auto (or cpu), and at most one process per GPU (--nproc-per-node)",
+        )
+    torch.cuda.set_device(own := torch.device(f"cuda:{distributed.local_rank()}"))
+    return own
 
 
 def pick_dtype(

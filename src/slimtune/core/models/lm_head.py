@@ -9,8 +9,11 @@ RecurrentGemma   cap = logits_soft_cap
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ModelError
 from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, nll_and_accuracy
 
 
@@ -67,3 +70,43 @@ def get_hidden_states(model: Any, head: LMHead, inputs: dict[str, Any]) -> Tenso
     finally:
         hook.remove()
     return states[0]
+
+
+def get_classifier_head(model: Any) -> Any:
+    """Return the head of a sequence classifier; None for other models."""
+    return getattr(model, "score", None) if get_lm_head(model) is None else None
+
+
+@torch.no_grad()
+def check_lm_head(model: Any) -> None:
+    """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
+
+    A head may do more to its logits than its config says: transformers does not tell.
+
+    Raises:
+        ModelError: the loss would be wrong; the hint says what to change.
+    """
+    head = get_lm_head(model)
+    if head is None:
+        return
+    device, was_training = next(model.parameters()).device, model.training
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[(5 * i * i + 1) % vocabulary for i in range(24)]], device=device)
+    states: list[Tensor] = []
+    hook = head.module.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    finally:
+        hook.remove()
+        model.train(was_training)
+    own = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+    ours = head.target_nll(states[-1][0, -24:-1], ids[0, 1:])
+    error = ((ours - own).abs().mean() / own.std().clamp_min(1e-12)).item()
+    if error > (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+        raise ModelError(
+            f"the loss of a {type(model).__name__} differs from the model's own (by {100 * error:.2g} % of its spread):"
+            " its head does more to its logits than its config says",
+            "a head that multiplies, adds a bias, scales and soft-caps",
+            "train it with transformers' Trainer, which uses the model's own loss",
+        )

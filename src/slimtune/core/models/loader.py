@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ...errors import ModelError, UsageError, format_names, nearest
 from ..foundation.chat_rendering import render_chat_template
 from ..foundation.fingerprint import config_fingerprint, hash_weights
-from .base_config import PreparedBase, prepare_base
+from .base_config import PreparedBase, get_hidden_size, prepare_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import translate_load_errors
 from .model_source import BASE_READERS, ModelSource
@@ -55,6 +55,23 @@ class LoadedBase:
     weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weights`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
     new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
+    revision: str | None = None  # branch, tag or commit of a base from the Hub
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return get_hidden_size(self.model.config)
+
+    def download_weights(self) -> Path:
+        """Return the folder with the weight files as they are stored; those of a Hub id are downloaded if missing."""
+        source = self.source
+        if source.kind in BASE_READERS.names():
+            return BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))[0]
+        if source.kind == "folder":
+            return Path(source.path)
+        files = ["*.safetensors*", "*.json"]
+        with translate_load_errors(source.spec):
+            return Path(snapshot_download(source.path, revision=self.revision, allow_patterns=files))
 
 
 def load_base(
@@ -134,6 +151,7 @@ def load_base(
         weight_hashes=hash_weights(model, set(info["missing_keys"])),
         quantization=quantization,
         new_weights=tuple(sorted(info["missing_keys"])),
+        revision=revision,
     )
 
 
@@ -151,16 +169,6 @@ def load_tokenizer(
     """Load a base's tokenizer alone, no weights; as `load_base`."""
     template = _read_template(chat_template)
     return _load_tokenizer(prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision), template)
-
-
-def download_weights(source: ModelSource, revision: str | None = None) -> Path:
-    """Return the folder with a base's weight files as they are stored; those of a Hub id are downloaded if missing."""
-    if source.kind in BASE_READERS.names():
-        return BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))[0]
-    if source.kind == "folder":
-        return Path(source.path)
-    with translate_load_errors(source.spec):
-        return Path(snapshot_download(source.path, revision=revision, allow_patterns=["*.safetensors*", "*.json"]))
 
 
 def _read_template(given: str | Path | None) -> str | None:

@@ -17,11 +17,11 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
-from ..models.dtype import pick_training_dtype
-from ..models.loader import LoadedBase, download_weights
-from .base_model import LoadBase, pick_training_device, require_finite_weights
+from ..models.dtype import pick_training_device, pick_training_dtype
+from ..models.lm_head import get_classifier_head
+from ..models.loader import LoadedBase
+from .base_model import LoadBase, require_finite_weights
 from .datasets import RunDatasets
-from .loss import get_classifier_head
 from .memory_savings import apply_fsdp, apply_memory_savings
 from .run_dir import find_adapter_folder
 
@@ -40,7 +40,7 @@ def load_adapted_base(
         load_base: loads the base.
         force: take a base whose weights contain NaN or Inf.
     """
-    device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
+    device = pick_training_device(recipe.model.device)
     dtype = pick_training_dtype(recipe.model.dtype, device)
     shard = recipe.train.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
@@ -85,7 +85,7 @@ def _attach_adapter(
         exclude_other_inputs(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
-            initialize(model, lambda: download_weights(base.source, recipe.model.revision), rows)
+            initialize(model, base.download_weights, rows)
     model.peft_config["default"].base_model_name_or_path = base.source.spec  # the Hub id of an alias
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
-from ...errors import ModelError, UsageError, format_names
+from ...errors import ModelError, format_names
 from ..config.schema import ModelSettings
 from ..data.class_labels import ClassLabels
-from ..foundation import distributed
 from ..foundation.device import disable_malloc_trim
 from ..models.base_config import get_hidden_size, load_base_config
-from ..models.dtype import pick_device
+from ..models.lm_head import get_classifier_head
 from ..models.loader import LoadedBase, load_base, load_tokenizer
-from .loss import get_classifier_head
 from .nonfinite import find_nonfinite_weights
 
 LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], LoadedBase]
@@ -71,18 +69,3 @@ def require_finite_weights(base: LoadedBase) -> None:
             "finite weights",
             "download it again, or --force to train on it anyway",
         )
-
-
-def pick_training_device(name: str) -> torch.device:
-    """Return the device of this process: with several processes on GPUs, each has its own."""
-    device, gpus = pick_device(name), torch.cuda.device_count()
-    if distributed.world_size() == 1 or device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None or distributed.local_rank() >= gpus:
-        raise UsageError(
-            f"model.device is {name} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
-            "auto or cuda, where each process takes its own GPU, or cpu",
-            "--set model.device=auto (or cpu), and at most one process per GPU (--nproc-per-node)",
-        )
-    torch.cuda.set_device(own := torch.device(f"cuda:{distributed.local_rank()}"))
-    return own

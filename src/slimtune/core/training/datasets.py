@@ -12,7 +12,6 @@ from ...errors import DataError, format_names
 from ..config import Recipe
 from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
-from ..data.chat_template import adds_bos
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
 from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
@@ -24,7 +23,6 @@ from ..foundation.cpu import count_usable_cpus
 from ..models.quantization import require_bitsandbytes
 from .base_model import load_base_tokenizer
 from .objective import Objective
-from .progress_logger import require_trackers
 
 
 @dataclass
@@ -78,6 +76,7 @@ class _ObservedRows(NamedTuple):
     observer: RowObserver
 
 
+@distributed.runs_on_all_ranks
 def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
     """Check that the recipe's packages are there, and load its rows as they are trained on.
 
@@ -88,7 +87,6 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
         require_bitsandbytes("train.optimizer adamw-8bit")
-    require_trackers(recipe.train.report_to)
     data = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
     for report in data.data_reports.values():
         if report is not None and not force:
@@ -177,10 +175,7 @@ def _cut_documents(
     rows: RowSource, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
-    if (cut_windows := rows.cut_windows) is None:
-        return dataset
-    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-    return cut_windows(dataset, data.max_seq_len, bos, seed)
+    return dataset if rows.cut_windows is None else rows.cut_windows(dataset, data.max_seq_len, tokenizer, seed)
 
 
 def _split_test_rows(

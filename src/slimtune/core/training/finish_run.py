@@ -48,7 +48,7 @@ def save_final_results(loop: TrainingLoop) -> TrainResult:
     """
     peak = max(distributed.all_gather_object(max(loop.prepared.loading_peak, count_peak_memory(loop.device))))
     _raise_if_stopped(loop)
-    return distributed.run_on_main(lambda: _save_result(loop, peak))
+    return _save_result(loop, peak)
 
 
 def _raise_if_stopped(loop: TrainingLoop) -> None:
@@ -64,6 +64,7 @@ def _raise_if_stopped(loop: TrainingLoop) -> None:
     raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
 
 
+@distributed.runs_on_main
 def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
     """Save the best adapter, then the result and the reports; return the result."""
     run, prepared, state, model = loop.run_dir, loop.prepared, loop.state, loop.model

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ...errors import ModelError, UsageError
+from ...errors import UsageError
 from ..attention.attention_functions import (
     LAYOUT_KWARG,
     enable_packed_attention,
@@ -30,7 +30,7 @@ from ..foundation.device import count_free_memory
 from ..foundation.progress_bars import track_progress
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
-from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
+from ..models.lm_head import LMHead, check_lm_head, get_classifier_head, get_hidden_states, get_lm_head
 from .objective import Objective, sum_tokens_by_row
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
@@ -57,10 +57,6 @@ def make_collator(
 
 def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest: int) -> Collator:
     """Return the collator for a run's rows and this model; raise ModelError if the model does not support it."""
-    if settings.packing and (reason := packing_unsupported_reason(model)):
-        raise UsageError(
-            f"train.packing is true, but {reason}", hint="--set train.packing=null packs where it is exact"
-        )
     collator = make_collator(
         model,
         tokenizer.pad_token_id,
@@ -68,6 +64,9 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
         share_prefix=settings.share_prefix,
         max_rows=settings.batch_size,
     )
+    if settings.packing and not collator.packing:
+        message = f"train.packing is true, but {packing_unsupported_reason(model)}"
+        raise UsageError(message, hint="--set train.packing=null packs where it is exact")
     check_lm_head(model)
     limit = settings.max_tokens_per_micro_batch
     collator.max_tokens = choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
@@ -143,11 +142,6 @@ def compute_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
         hook.remove()
     chosen = logits[0].flatten(0, 1).index_select(0, batch["row_ends"])
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-
-
-def get_classifier_head(model: Any) -> Any:
-    """Return the head of a sequence classifier; None for other models."""
-    return getattr(model, "score", None) if get_lm_head(model) is None else None
 
 
 def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -288,41 +282,6 @@ def count_targets(example: Example) -> int:
 
 
 # --- what a model supports and needs ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_lm_head(model: Any) -> None:
-    """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
-
-    A head may do more to its logits than its config says: transformers does not tell.
-
-    Raises:
-        ModelError: the loss would be wrong; the hint says what to change.
-    """
-    head = get_lm_head(model)
-    if head is None:
-        return
-    device, was_training = next(model.parameters()).device, model.training
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.tensor([[(5 * i * i + 1) % vocabulary for i in range(24)]], device=device)
-    states: list[Tensor] = []
-    hook = head.module.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-    model.eval()
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    finally:
-        hook.remove()
-        model.train(was_training)
-    own = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-    ours = head.target_nll(states[-1][0, -24:-1], ids[0, 1:])
-    error = ((ours - own).abs().mean() / own.std().clamp_min(1e-12)).item()
-    if error > (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3):
-        raise ModelError(
-            f"the loss of a {type(model).__name__} differs from the model's own (by {100 * error:.2g} % of its spread):"
-            " its head does more to its logits than its config says",
-            "a head that multiplies, adds a bias, scales and soft-caps",
-            "train it with transformers' Trainer, which uses the model's own loss",
-        )
 
 
 def choose_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:

@@ -6,22 +6,19 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ run folder ─�
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from ...errors import SlimtuneError
 from ..config import Recipe
-from ..data.collator import Collator
 from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
 from ..foundation.registry import Registry
-from ..models.base_config import get_hidden_size
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
@@ -29,14 +26,14 @@ from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
 from .memory_savings import compile_layers
 from .prepared_run import MemoryPlan, PreparedRun
-from .progress_logger import ProgressLogger, start_trackers
+from .progress_logger import ProgressLogger, require_trackers, start_trackers
 from .resuming import (
     create_locked_run_dir,
     delete_later_metrics,
     initialize_or_resume_training,
     resolve_starting_recipe,
 )
-from .run_description import log_default_learning_rate, log_run_description, log_step_composition
+from .run_description import log_run_description, log_step_composition
 from .run_dir import RunDir, RunLock
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
@@ -45,12 +42,12 @@ Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | N
 Raises if the run does not fit.
 """
 
-MEMORY_PROBES: Registry[Callable[[PreparedRun, MemoryPlan, int], Mapping[str, Any]]] = Registry(
+MEMORY_PROBES: Registry[Callable[[PreparedRun, MemoryPlan, int], None]] = Registry(
     "slimtune.memory_probes", "memory probe"
 )
-"""Functions that run a part of a planned run, compare its memory with the plan, and return what plan.json says of it.
+"""Functions that run a part of a planned run, compare its memory with the plan, and write both into plan.json.
 
-The last argument is the bytes that this process had resident before.
+The last argument is the bytes that this process had resident at the start.
 """
 
 
@@ -76,8 +73,9 @@ def prepare_run(
     distributed.install_sigterm_watcher(run.resume_command())
     with _release_on_error(RunLock(run)) as lock:
         recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
-        # Data and plan, before a weight is loaded.
-        data = distributed.run_on_all_ranks(lambda: load_training_datasets(recipe, force))
+        # Packages, data and plan, before a weight is loaded.
+        require_trackers(recipe.train.report_to)
+        data = load_training_datasets(recipe, force)
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
@@ -86,49 +84,45 @@ def prepare_run(
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)
         has_own_rate = recipe.train.learning_rate != "auto"
-        recipe = recipe.resolve_learning_rate(len(data.train), get_hidden_size(base.model.config))
+        recipe = recipe.resolve_learning_rate(len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
-            first = model if init_adapter is not None else None
-            distributed.run_on_main(lambda: create_locked_run_dir(run, recipe, lock, data, first))
+            create_locked_run_dir(run, recipe, lock, data, model if init_adapter is not None else None)
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
             logger.trackers = start_trackers(recipe, run)
-            log_run_description(logger, recipe, base, model, data, init_adapter)
-            if not has_own_rate:
-                log_default_learning_rate(logger, recipe, len(data.train))
-            collator = build_run_collator(recipe.train, model, base.tokenizer, longest := _find_longest(lengths))
-            limit_micro_batches(collator, longest, plan)
-            objective, settings = recipe.objective(), recipe.train
-            general_rows = general_text.choose_rows(base.tokenizer, model) if general_text is not None else []
+            longest = max(max(count_row_tokens(length)) for length in lengths)
+            collator = build_run_collator(recipe.train, model, base.tokenizer, longest)
+            if plan is not None and collator.max_tokens is not None:
+                collator.max_tokens = min(collator.max_tokens, max(longest, plan.max_tokens_per_micro_batch))
+            collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
             prepared = PreparedRun(
-                recipe,
-                run,
-                lock,
-                logger,
-                data,
-                base,
-                model,
-                objective,
-                collator,
-                plan,
-                general_rows,
-                loading_peak,
-                init_adapter,
+                recipe=recipe,
+                run=run,
+                lock=lock,
+                logger=logger,
+                data=data,
+                base=base,
+                model=model,
+                objective=recipe.objective(),
+                collator=collator,
+                plan=plan,
+                general_rows=general_text.choose_rows(base.tokenizer, model) if general_text is not None else [],
+                loading_peak=loading_peak,
+                init_adapter=init_adapter,
             )
-            objective.prepare_run(prepared)
+            log_run_description(prepared, has_own_rate)
+            prepared.objective.prepare_run(prepared)
             initialize_or_resume_training(prepared, resume)
             log_step_composition(prepared)
-            if settings.compile:
+            if recipe.train.compile:
                 logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
             if plan is not None:
-                probe = MEMORY_PROBES.load("longest")(prepared, plan, resident)
-                if distributed.is_main_process():
-                    run.write_plan(plan, probe)
+                MEMORY_PROBES.load("longest")(prepared, plan, resident)
         if resume:
-            distributed.run_on_main(lambda: delete_later_metrics(prepared))
+            delete_later_metrics(prepared)
         prepared.start_seconds = time.perf_counter() - started
         return prepared
 
@@ -153,15 +147,3 @@ def _remove_unstarted_run(run: RunDir, logger: ProgressLogger, keep: bool) -> It
         if not keep and distributed.is_main_process():
             shutil.rmtree(run.path)
         raise
-
-
-def _find_longest(lengths: Sequence[ExampleLength]) -> int:
-    """Return the tokens of the longest row."""
-    return max(map(max, map(count_row_tokens, lengths)))
-
-
-def limit_micro_batches(collator: Collator, longest: int, plan: MemoryPlan | None) -> None:
-    """Set the most tokens of a micro-batch to what the plan allows, the same in every process."""
-    if plan is not None and collator.max_tokens is not None:
-        collator.max_tokens = min(collator.max_tokens, max(longest, plan.max_tokens_per_micro_batch))
-    collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))

@@ -118,6 +118,7 @@ class ProgressLogger:
             self.say(line)
 
 
+@distributed.runs_on_all_ranks
 def require_trackers(names: Sequence[str]) -> None:
     """Raise UsageError if the package of a tracker is not installed; each is named like its package."""
     alternatives = {"tensorboard": ("tensorboard", "tensorboardX")}

@@ -36,12 +36,13 @@ def resolve_starting_recipe(
     from brings its method's settings.
     """
     if resume:
-        recipe = distributed.run_on_main(lambda: _prepare_resume(run, recipe, lock))
+        recipe = _prepare_resume(run, recipe, lock)
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
 
 
+@distributed.runs_on_main
 def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
     """Lock a run folder to resume it, after checking the recipe, and delete what a killed run left.
 
@@ -90,14 +91,15 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     return dataclasses.replace(recipe, method=MethodSettings(name=config.name, settings=settings))
 
 
+@distributed.runs_on_main
 def create_locked_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: RunDatasets, init_model: Any) -> None:
     """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
-        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data.data_reports.items()})
         if init_model is not None:
             adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
+        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data.data_reports.items()})
 
     RunDir.create(run.path, recipe, write_start)
 
@@ -162,6 +164,7 @@ def _restore_state(prepared: PreparedRun, folder: Path) -> None:
     checkpoint.load_rng_state(folder)
 
 
+@distributed.runs_on_main
 def delete_later_metrics(prepared: PreparedRun) -> None:
     """Say where a run continues, and delete the metrics of steps that will be repeated."""
     run, state, say = prepared.run, prepared.state, prepared.logger.say

@@ -1,15 +1,13 @@
 """What a run says about itself before its first step, in its log and on stderr."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 from ..attention.attention_functions import packing_unsupported_reason
 from ..config import Recipe
 from ..config.recipe import MIN_EVAL_ROWS
 from ..foundation import distributed
+from ..foundation.dtype_names import dtype_name
 from ..foundation.formatting import format_count
-from ..models.loader import LoadedBase
 from .datasets import RunDatasets
 from .prepared_run import PreparedRun
 from .progress_logger import ProgressLogger
@@ -18,24 +16,28 @@ FEW_STEPS = 30
 """A run of whole epochs with fewer optimizer steps gets a warning: by default one on fewer than 80 rows."""
 
 
-def log_run_description(
-    logger: ProgressLogger, recipe: Recipe, base: LoadedBase, model: Any, data: RunDatasets, init_adapter: Path | None
-) -> None:
-    """Say what is trained, on which rows, and in how many processes."""
-    if init_adapter is not None:
-        logger.say(f"continuing from {init_adapter}, with its settings of the method")
+def log_run_description(prepared: PreparedRun, has_own_rate: bool) -> None:
+    """Say what is trained, on which rows, in how many processes, and how fast if the recipe has no learning rate."""
+    logger, base, model, settings = prepared.logger, prepared.base, prepared.model, prepared.settings
+    if prepared.init_adapter is not None:
+        logger.say(f"continuing from {prepared.init_adapter}, with its settings of the method")
     trained, total = model.get_nb_trainable_parameters()
     quantization = f"{base.quantization}, computing in " if base.quantization else ""
-    logger.say(f"base: {base.source.name}, {quantization}{str(base.dtype).removeprefix('torch.')} on {base.device}")
+    logger.say(f"base: {base.source.name}, {quantization}{dtype_name(base.dtype)} on {base.device}")
     share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
     logger.say(f"{model.match_report()}; {share}")
-    _describe_rows(logger, recipe, data)
+    _describe_rows(logger, prepared.recipe, prepared.data)
     processes = distributed.world_size()
     if processes > 1:
         logger.say(f"{processes} processes, {distributed.local_world_size()} on this machine, share each step's rows")
-    if recipe.train.fsdp:
+    if settings.fsdp:
         sharded = "each process keeps its part of the base and gathers one layer at a time"
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
+    if not has_own_rate:
+        rows = len(prepared.data.train)
+        steps = f"{settings.count_steps(rows)} steps over {rows} rows on this base"
+        default = f"the default of {prepared.recipe.method.name} for {steps}"
+        logger.say(f"learning rate: {settings.learning_rate:g}, {default}; --lr sets another")
 
 
 def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: RunDatasets) -> None:
@@ -74,13 +76,6 @@ def _warn_of_few_held_out_rows(recipe: Recipe, data: RunDatasets) -> str | None:
     few = "1 held-out row is" if count == 1 else f"{count} held-out rows are"
     least = f"slimtune eval needs {MIN_EVAL_ROWS} to say whether the tuned model is better"
     return f"{few} too few: {least}; {way}, or give others to it later: slimtune eval RUN --data held_out.jsonl"
-
-
-def log_default_learning_rate(logger: ProgressLogger, recipe: Recipe, rows: int) -> None:
-    """Say which learning rate the run got, because its recipe has none."""
-    steps = recipe.train.count_steps(rows)
-    default = f"the default of {recipe.method.name} for {steps} steps over {rows} rows on this base"
-    logger.say(f"learning rate: {recipe.train.learning_rate:g}, {default}; --lr sets another")
 
 
 def log_step_composition(prepared: PreparedRun) -> None:

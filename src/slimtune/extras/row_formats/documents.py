@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from ...core.data.chat_template import adds_bos
 from ...core.data.rows import RowFormat
 from ...core.data.tokenized_dataset import IGNORE_INDEX, Example, TokenizedDataset
 from ...errors import UsageError
@@ -120,4 +121,11 @@ def find_window_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary
     return np.where(whole, 1, counts), np.where(whole, predicted, low), np.where(whole, predicted, high)
 
 
-DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=DocumentWindows)
+def cut_into_windows(
+    documents: TokenizedDataset, max_seq_len: int, tokenizer: Any, seed: int | None = None
+) -> DocumentWindows:
+    """Return the windows of tokenized documents; arguments as for `DocumentWindows`."""
+    return DocumentWindows(documents, max_seq_len, tokenizer.bos_token_id if adds_bos(tokenizer) else None, seed)
+
+
+DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=cut_into_windows)
