@@ -9,8 +9,8 @@ from models_zoo import bert_classifier, gpt2, llama, qwen2, run, t5, tokens
 from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig
-from slimtune.core.kernels.lora_linear import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
 from slimtune.errors import UsageError
+from slimtune.extras.mixed_batch import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
 
 CLOSE = 1e-9
 BASE = "__base__"

@@ -28,7 +28,7 @@ from ..core.kernels.linear_layers import (
     is_quantized,
     is_weight_transposed,
 )
-from ..core.kernels.low_rank import add_low_rank_to_weight
+from ..core.kernels.lora_linear import add_low_rank_to_weight
 
 
 def get_peft_layer_attribute(layer: Any, name: str) -> Any:

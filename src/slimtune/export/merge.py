@@ -36,11 +36,12 @@ from ..core.models.load_errors import silence_libraries
 from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
-from ..core.training.trained_model import TrainedModel, load_run, load_runs
+from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, RunError
 from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
+from ..generation.multi_run_loading import load_runs
 from ..planning.meta_model import build_meta_model
 from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts

@@ -37,8 +37,8 @@ from ..core.adapters.method_registry import config_class
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import select_targets
-from ..core.kernels.low_rank import LowRankApproximation, nearest_low_rank, weighted_sum
 from ..errors import TargetError, UsageError, format_names, nearest
+from .low_rank_approximation import LowRankApproximation, nearest_low_rank, weighted_sum
 
 CombinationType = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapters.active_adapters import BASE_ROW
-from ..core.training.trained_model import TrainedModel, load_runs, require_causal_lm_run
+from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
+from ..generation.multi_run_loading import load_runs
 from .tool_calls import ToolCallFormat, detect_tool_call_format
 
 

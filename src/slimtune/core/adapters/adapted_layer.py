@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MixedBatchError, TargetError, UnsupportedError
-from ..attention.learned_prefix import make_prefix_attention_config
 from ..kernels.linear_layers import (
     ReadWeight,
     get_layer_kind,
@@ -275,8 +274,11 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
         return self.run_adapted(partial(base.forward, self), *args, **kwargs)
 
     def get_config(self: AdaptedLayer) -> Any:
-        takes_prefix = any(m.uses_attention_prefix for m in self.adapters.values())
-        return make_prefix_attention_config(self) if takes_prefix else vars(self)["config"]
+        adapters: Any = self.adapters.values()
+        for module in adapters:
+            if (config := module.make_base_config(self)) is not None:
+                return config
+        return vars(self)["config"]
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedError
 from ..attention.packed_layout import RowMask as RowMask  # methods import it from here
 from ..kernels.linear_layers import get_dequantized_weight, get_weight_and_bias_names, is_plain_linear_forward
-from ..kernels.lora_linear import add_low_rank_update, low_rank_linear
-from ..kernels.low_rank import add_low_rank_to_weight
+from ..kernels.lora_linear import add_low_rank_to_weight, add_low_rank_update, low_rank_linear
 from .architectures import get_text_config
 from .peft_config import SiteKind as SiteKind
 
@@ -173,8 +172,6 @@ class AdapterModule(nn.Module):
 
     optional: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors that a file may leave out."""
-    uses_attention_prefix: ClassVar[bool] = False
-    """Whether the module passes learned keys and values to the attention function (`learned_prefix.py`)."""
     frozen_names: Collection[str] = ()
     """Names of parameters that do not train."""
     takes_row_mask: ClassVar[bool] = False
@@ -254,6 +251,9 @@ class AdapterModule(nn.Module):
         Moved toward them in a straight line, together, they make the change smaller: see `adapter_strength.py`.
         """
         return self.neutral
+
+    def make_base_config(self, module: nn.Module) -> Any:
+        """Return the config that the base module reads while it has this adapter; None: its own."""
 
     def expert_factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Return `A (experts, r, in)`, `B (experts, out, r)` and s by parameter, if it only changes stacked experts."""

@@ -1,24 +1,12 @@
-"""Linear layers with low-rank updates.
-
-**One adapter.** A frozen linear layer with a low-rank update, as one autograd step:
+"""A frozen linear layer with a low-rank update, as one autograd step.
 
     y = x Wᵀ + b + s · d(x) Aᵀ Bᵀ          x (..., in), W (out, in), A (r, in), B (out, r), d: dropout
 
 Saved for the backward pass: x, or the norm that x comes from, and the thin product `z = d(x) Aᵀ (..., r)`. Scale and
 sum are part of the matrix products. The dropout mask is not saved but drawn again from the same random state. A and B
 may be fp32 above a 16-bit x, of which no fp32 copy is made. Gradients equal those of the separate operations.
-
-**An adapter per row of the batch**, as batched matrix products:
-
-    y[b] += s_b · B_b A_b x[b]             A_b (r_b, in), B_b (out, r_b): the factors of row b's adapter
-
-The batch is divided into n groups of equal size whose rows use one adapter. The factors are stacked once per group,
-with zeros in place of missing ranks.
 """
 
-import itertools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +43,11 @@ def add_low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float
     # x is flattened before A, which may have no rows.
     z = F.linear(F.dropout(x, dropout).reshape(-1, x.shape[-1]), A.to(x.dtype))
     return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).t(), alpha=scale).view_as(y)
+
+
+def add_low_rank_to_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
+    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
 
 
 def needs_separate_operations(x: Tensor) -> bool:
@@ -134,49 +127,3 @@ def _flatten(x: Tensor) -> Tensor:
 def _drop(x: Tensor, probability: float) -> Tensor:
     # On a GPU the mask depends on the memory layout: x and its gradient must both be contiguous.
     return F.dropout(x.contiguous(), probability)
-
-
-# --- an adapter per row -----------------------------------------------------------------------------------------------
-
-
-def list_equal_group_adapters(row_adapters: Sequence[str]) -> list[str]:
-    """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
-    one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
-    size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))
-    return list(row_adapters[::size])
-
-
-def stack_mixed_batch_lora(
-    factors_by_row_group: Sequence[tuple[Tensor, Tensor, float] | None], layer_input: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `A (n, r, in)` and `B (n, out, r)`, scales included, in the dtype of `layer_input`.
-
-    Args:
-        factors_by_row_group: `(A (r, in), B (out, r), scale)` per group, None for a group without an update.
-        layer_input: the layer's input.
-    """
-    given = [f for f in factors_by_row_group if f is not None]
-    rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in given), given[0]
-    if torch.is_grad_enabled():
-        zero = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
-        filled = [zero if f is None else f for f in factors_by_row_group]
-        A = torch.stack([F.pad(A.to(layer_input.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in filled])
-        return A, torch.stack([F.pad(B.to(layer_input.dtype), (0, rank - B.shape[1])) * s for _, B, s in filled])
-    # Without gradients each value is written once, in its place: a mixed batch is 8 % faster than with the above.
-    A, B = (
-        layer_input.new_zeros(len(factors_by_row_group), *shape) for shape in ((rank, A0.shape[1]), (len(B0), rank))
-    )
-    for group, factors in enumerate(factors_by_row_group):
-        if factors is not None:
-            group_rank = factors[0].shape[0]
-            A[group, :group_rank].copy_(factors[0])
-            B[group, :, :group_rank].copy_(factors[1])
-    scales = B.new_tensor([1.0 if f is None else f[2] for f in factors_by_row_group])
-    return A, B.mul_(scales.view(-1, 1, 1))
-
-
-def add_low_rank_per_row(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return `y (batch, ..., out)` plus each row's own update of `x (batch, ..., in)` (see above)."""
-    n = A.shape[0]
-    z = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))
-    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), z, B.transpose(1, 2)).view_as(y)

@@ -1,7 +1,6 @@
 """A trained adapter on its base, loaded from a run folder or from an adapter folder."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from ..data.class_labels import ClassLabels
 from ..foundation.dtype_names import dtype_name
 from ..foundation.files import read_json
 from ..foundation.remote_code import allow_remote_code
-from ..models.dtype import pick_dtype
-from ..models.loader import LoadedBase, load_base, load_tokenizer
+from ..models.loader import LoadedBase, load_base
 from ..models.model_source import ModelSource, resolve_model_source
 from ..models.quantization import dequantize_model
 from .base_model import load_base_model
@@ -58,51 +56,6 @@ def load_run(
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
 
 
-def load_runs(paths: Sequence[str | Path], **how: Any) -> list[TrainedModel]:
-    """Load the adapters of several runs, or of bare adapter folders, on one base.
-
-    All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
-
-    Args:
-        paths: run folders or adapter folders, one or more.
-        how: dtype, device and so on, as for `load_run`; None: as the first run says.
-
-    Raises:
-        UsageError: two of them need different bases, or the same one in another dtype or quantization.
-    """
-    first = load_run(paths[0], **how)
-    others = [_add_adapter(first, Path(path), f"default_{i}") for i, path in enumerate(paths[1:], 1)]
-    return [first, *others]
-
-
-def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
-    folder = find_adapter_folder(path)
-    config = PeftConfig.from_pretrained(folder)
-    recipe = RunDir.open(path).load_recipe() if folder != path else None
-    base = first.base
-    differences: dict[str, tuple[Any, Any]] = {"base": (resolve_trained_base(path).path, base.source.path)}
-    if recipe is not None and first.recipe is not None:
-        one, other = recipe.model, first.recipe.model
-        differences |= {key: (getattr(one, key), getattr(other, key)) for key in ("revision", "quantization")}
-        differences["dtype"] = (pick_dtype(one.dtype, base.device), base.dtype)
-    for key, (own, shared) in differences.items():
-        if own != shared:
-            raise UsageError(
-                f"{path} and {first.adapter} need different models: the {key} of one is {own}, of the other {shared}",
-                "adapters of one base, loaded in one way",
-                "serve the others by a process of their own",
-            )
-    if recipe is not None:
-        _require_trained_base(RunDir(path), base)
-    template: Any = None if recipe is None else recipe.data.chat_template
-    if recipe is None and (file := folder / "chat_template.jinja").is_file():
-        template = file
-    revision = None if recipe is None else recipe.model.revision
-    tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
-    first.model.load_adapter(folder, name, config=config)
-    return TrainedModel(first.model, dataclasses.replace(base, tokenizer=tokenizer), folder, recipe, adapter_name=name)
-
-
 def resolve_trained_base(run: Path) -> ModelSource:
     """Return where the base of a run or an adapter folder is, without loading it."""
     if (folder := find_adapter_folder(run)) != run:
@@ -133,7 +86,7 @@ def _read_class_labels(folder: Path) -> ClassLabels:
     return ClassLabels(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
 
 
-def _require_trained_base(run: RunDir, base: LoadedBase) -> None:
+def require_trained_base(run: RunDir, base: LoadedBase) -> None:
     """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
     try:
         result = read_json(run.result_file)
@@ -175,7 +128,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
     if recipe is not None:
-        _require_trained_base(RunDir(path), base)
+        require_trained_base(RunDir(path), base)
     if unpack and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)

@@ -64,7 +64,7 @@ class PromptLearningConfig(PeftConfig):
 
     def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:
         """Raise ModelError if a forward pass of the model did not call the backbone that has the virtual tokens."""
-        from ...core.attention.learned_prefix import OTHER_METHODS
+        from .learned_prefix import OTHER_METHODS
         from .prompt_modules import BackboneModule
 
         missed = [n for n, m in modules.items() if isinstance(m, BackboneModule) and not m.calls]

@@ -31,8 +31,9 @@ from transformers.models.auto import modeling_auto
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.adapters.architectures import get_text_config
 from ...core.attention.attention_functions import SUPPORTED_ATTENTION, original_attention
-from ...core.attention.learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, RowMask
+from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError, UsageError, format_names
+from .learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, make_prefix_attention_config
 from .virtual_tokens import BackboneCall
 
 CACHES = frozenset(["cache", "past_key_values"])
@@ -133,9 +134,11 @@ class PositionShift(BackboneModule):
 class AttentionModule(AdapterModule):
     """Adds learned keys and values at a layer's attention; a method defines `compute_prefix_key_values`."""
 
-    uses_attention_prefix = True
     takes_row_mask = True
     is_tuner_layer = False
+
+    def make_base_config(self, module: nn.Module) -> Any:
+        return make_prefix_attention_config(module)
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer, whose frozen attention is `module`."""

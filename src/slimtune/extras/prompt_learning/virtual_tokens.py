@@ -13,9 +13,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward
 from ...core.attention.attention_functions import LAYOUT_KWARG, original_attention
-from ...core.attention.learned_prefix import make_mask
 from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError, UsageError
+from .learned_prefix import make_mask
 
 
 class BackboneCall:

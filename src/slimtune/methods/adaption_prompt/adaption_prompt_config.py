@@ -37,7 +37,7 @@ class AdaptionPromptConfig(PeftConfig):
             yield self.error("adapter_len", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
-        from ...core.attention.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning.learned_prefix import find_attention_modules
 
         names = find_attention_modules(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
@@ -45,7 +45,7 @@ class AdaptionPromptConfig(PeftConfig):
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the attention modules of the top layers."""
-        from ...core.attention.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning.learned_prefix import find_attention_modules
 
         names = find_attention_modules(model)
         matching = [n for n in names if n.endswith(f".{self.target_modules}")]

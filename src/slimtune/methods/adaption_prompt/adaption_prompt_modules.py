@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import BaseForward, Site
-from ...core.attention.learned_prefix import AttentionPrefix, gated_prefix_attention
 from ...core.attention.packed_layout import RowMask
 from ...core.kernels.linear_layers import get_dequantized_weight
+from ...extras.prompt_learning.learned_prefix import AttentionPrefix, gated_prefix_attention
 from ...extras.prompt_learning.prompt_modules import AttentionModule
 
 

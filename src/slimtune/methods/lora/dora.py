@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.kernels.linear_layers import get_dequantized_weight
-from ...core.kernels.low_rank import add_low_rank_to_weight
+from ...core.kernels.lora_linear import add_low_rank_to_weight
 from .lora_modules import EmbeddingLora, LinearLora, LoraModule
 
 

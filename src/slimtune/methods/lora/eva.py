@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.kernels.low_rank import IncrementalPca
 from ...errors import UsageError
 from ...extras.layer_inputs import record_layer_inputs
 from ...extras.prompt_learning.prompt_modules import disable_adapter_for_inference
+from .incremental_pca import IncrementalPca
 from .init_configs import EvaConfig as EvaConfig
 
 

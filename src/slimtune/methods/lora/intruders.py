@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ...core.kernels.linear_layers import get_dequantized_weight
-from ...core.kernels.low_rank import nearest_low_rank
 from ...errors import ConfigError
+from ...extras.low_rank_approximation import nearest_low_rank
 from .lora_modules import EmbeddingLora, LinearLora
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
 from ...core.kernels.dropout import active_dropout_p, make_dropout
-from ...core.kernels.low_rank import add_low_rank_to_weight
+from ...core.kernels.lora_linear import add_low_rank_to_weight
 from ...errors import AdapterError, ConfigError
 from .init_configs import is_init_subtracted_from_base
 from .lora_init import initialize_lora_factors, make_lora_factors_from_base

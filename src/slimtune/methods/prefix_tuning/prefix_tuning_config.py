@@ -82,8 +82,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         from ...core.attention.attention_functions import find_layers_without_attention, has_attention_interface
-        from ...core.attention.learned_prefix import find_attention_modules
         from ...extras.prompt_learning import prompt_modules as prompt
+        from ...extras.prompt_learning.learned_prefix import find_attention_modules
 
         found = prompt.find_backbones(model)
         name = found.decoder or found.reader

@@ -10,10 +10,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.adapters.architectures import get_text_config
-from ...core.attention.learned_prefix import AttentionPrefix, RowMask
+from ...core.attention.packed_layout import RowMask
 from ...core.foundation.chat_rendering import render_chat_template
 from ...errors import ConfigError, UsageError
 from ...extras.prompt_learning import prompt_modules as prompt
+from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 
 
 class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):

@@ -1,4 +1,4 @@
-"""Low-rank matrices: products, nearest approximation, weighted sums of weight changes, incremental PCA."""
+"""The nearest low-rank matrices of a weight change, and weighted sums of weight changes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,11 +48,6 @@ def nearest_low_rank(
     return LowRankApproximation(A, B, float(S[r:].double().square().sum()), total)
 
 
-def add_low_rank_to_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
-    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
-
-
 def weighted_sum(
     parts: Sequence[Tensor], weights: Sequence[float], kind: str = "linear", density: float = 1, sign_by: str = "total"
 ) -> Tensor:
@@ -84,38 +79,3 @@ def _keep_largest(part: Tensor, density: float) -> Tensor:
     mask = torch.zeros_like(part).view(-1)
     mask[part.abs().reshape(-1).topk(int(density * part.numel())).indices] = 1
     return part * mask.view_as(part)
-
-
-class IncrementalPca:
-    """Principal components of rows that arrive in batches (Ross et al. 2008; as PEFT and scikit-learn)."""
-
-    def __init__(self, n_components: int) -> None:
-        self.n_components, self.count = n_components, 0
-        self.components: Tensor | None = None
-        self.singular_values = self.explained_variance_ratio = self.mean = self.variance = torch.empty(0)
-
-    def partial_fit(self, rows: Tensor) -> Tensor:
-        """Update with `rows (n, in)`; return the cosine of each component with its previous value (0 at first)."""
-        n, k = rows.shape[0], self.n_components
-        if n < k:
-            return torch.zeros(k)
-        before, mean = self.components, rows.double().mean(0)
-        variance = rows.double().var(0, correction=0)
-        total = self.count + n
-        # Like PEFT: the first batch in fp32, later ones in float64; the random vectors of the SVD depend on the dtype.
-        X = (rows - mean).float()
-        if before is not None:
-            X = rows - rows.mean(0)
-            shift = self.mean - mean
-            X = torch.vstack([self.singular_values[:, None] * before, X, (self.count / total * n) ** 0.5 * shift[None]])
-            variance = (self.variance * self.count + variance * n + shift**2 * self.count * n / total) / total
-            mean = (self.mean * self.count + mean * n) / total
-        with torch.random.fork_rng():
-            torch.manual_seed(42)
-            _, S, V = torch.svd_lowrank(X, q=2 * k, niter=4)
-        V = V.t()
-        V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
-        self.components, self.singular_values = V[:k], S[:k]
-        self.explained_variance_ratio = S[:k] ** 2 / (variance * total).sum()
-        self.mean, self.variance, self.count = mean, variance, total
-        return torch.zeros(k) if before is None else torch.cosine_similarity(self.components, before)

@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...errors import ModelError
-from .attention_functions import (
+from ...core.attention.attention_functions import (
     LAYOUT_KWARG,
     SUPPORTED_ATTENTION,
     get_attention_function,
     has_attention_interface,
     original_attention,
 )
-from .packed_layout import RowMask as RowMask
+from ...core.attention.packed_layout import RowMask
+from ...errors import ModelError
 
 PREFIX_KWARG = "slimtune_prefixes"
 _NAME = "slimtune_prefix"
