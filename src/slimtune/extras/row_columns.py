@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..core.data.messages import RowError, require_list
+from ..core.data.messages import RowError
 from ..core.data.rows import ROW_FORMATS, InvalidRow, Record, Row, RowFormat
 from ..errors import DataError, UsageError, format_names, nearest
+from .message_parsing import require_list
 
 
 @cache

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ..core.data.messages import STRICT_JSON, RowError, decode_strict_json, get_json_type_name
+from ..core.data.messages import RowError
 from ..core.data.rows import InvalidRow, Located, RowReader
 from ..core.foundation.formatting import shorten_text
 from ..errors import DataError, format_names
+from .message_parsing import STRICT_JSON, decode_strict_json, get_json_type_name
 
 JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
 TABLE_BATCH = 4  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records

@@ -23,8 +23,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
-from ..core.data.messages import RowError, parse_messages_and_train_mask, require_template_keys, require_text
+from ..core.data.messages import RowError, require_template_keys
 from ..errors import DataError, ModelError, UsageError
+from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt

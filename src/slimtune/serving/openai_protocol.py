@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..core.data.messages import RowError, decode_strict_json
+from ..core.data.messages import RowError
 from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
+from ..extras.message_parsing import decode_strict_json
 from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 

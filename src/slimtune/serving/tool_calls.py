@@ -19,8 +19,9 @@ from jinja2 import TemplateError
 
 from ..core.data.assistant_mask import MARK
 from ..core.data.chat_template import render_prompt
-from ..core.data.messages import STRICT_JSON, Messages
+from ..core.data.messages import Messages
 from ..errors import DataError, ModelError
+from ..extras.message_parsing import STRICT_JSON
 
 MAX_CALLS = 32
 """Most calls in an answer; what follows stays unread."""

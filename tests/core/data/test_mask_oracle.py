@@ -12,8 +12,8 @@ import trl
 from tiny_tokenizer import GEMMA, make_tokenizer, template_text
 
 from slimtune.core.data.chat_template import encode_chat
-from slimtune.core.data.messages import parse_messages_and_train_mask
 from slimtune.errors import DataError, SlimtuneError
+from slimtune.extras.message_parsing import parse_messages_and_train_mask
 
 TRL = Path(trl.__file__).with_name("chat_templates")
 CALLS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

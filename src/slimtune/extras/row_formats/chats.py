@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from ...core.data.messages import (
-    Messages,
-    RowError,
+from ...core.data.messages import Messages, RowError
+from ...core.data.rows import Fields, Record, RowFormat
+from ...errors import format_names, nearest
+from ..message_parsing import (
     parse_json_cell,
     parse_messages_and_train_mask,
     require_limited_depth,
@@ -12,8 +13,6 @@ from ...core.data.messages import (
     require_strings,
     require_text,
 )
-from ...core.data.rows import Fields, Record, RowFormat
-from ...errors import format_names, nearest
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",

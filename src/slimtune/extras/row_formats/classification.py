@@ -3,15 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from ...core.data.messages import (
-    RowError,
-    get_json_type_name,
-    parse_messages_and_train_mask,
-    require_list,
-    require_text,
-)
+from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
+from ..message_parsing import get_json_type_name, parse_messages_and_train_mask, require_list, require_text
 from .chats import parse_tools
 
 

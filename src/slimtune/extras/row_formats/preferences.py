@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from ...core.data.messages import Messages, RowError, parse_messages_and_train_mask, require_list, require_text
+from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
+from ..message_parsing import parse_messages_and_train_mask, require_list, require_text
 from .chats import parse_tools
 from .classification import format_cell
 from .texts import parse_prompt_completion

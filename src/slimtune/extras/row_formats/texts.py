@@ -1,7 +1,8 @@
 """Texts: a prompt with its completion, and a text that is learned whole."""
 
-from ...core.data.messages import RowError, parse_messages_and_train_mask, require_text
+from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
+from ..message_parsing import parse_messages_and_train_mask, require_text
 from .chats import make_chat_fields
 
 
