@@ -122,8 +122,21 @@ def slimtune_json(slimtune: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture
+def screen(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the reviewed file cli/screens/NAME.txt, which --update-screens writes anew."""
+
+    def compare(name: str, text: str) -> None:
+        file = Path(__file__).parent / "cli" / "screens" / f"{name}.txt"
+        if request.config.getoption("--update-screens"):
+            file.write_text(text, encoding="utf-8")
+        assert text == file.read_text(encoding="utf-8"), "look at it, then run the test with --update-screens"
+
+    return compare
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of tests/cli/test_screens.py and tests/core/models/test_family_table.py."""
+    """Add the options of the tests with screens and of tests/core/models/test_family_table.py."""
     parser.addoption("--update-screens", action="store_true", help="write the files in tests/cli/screens anew")
     parser.addoption("--update-families", action="store_true", help="write tests/core/models/family_table.json anew")
 

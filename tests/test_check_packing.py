@@ -38,7 +38,7 @@ def test_packing_is_refused_only_where_asked_for(family):
     assert not make_collator(model, 0).packing
     train = SimpleNamespace(packing=True, share_prefix=True, batch_size=2, max_tokens_per_micro_batch=64)
     recipe, tokenizer = SimpleNamespace(train=train), SimpleNamespace(pad_token_id=0)
-    with pytest.raises(UsageError, match=r"(?s)train.packing is true, but .*attention.*train.packing=null"):
+    with pytest.raises(UsageError, match=r"(?s)train\.packing.*attention.*train\.packing=null"):
         build_run_collator(recipe.train, model, tokenizer, 8)
     train.packing = None
     assert not build_run_collator(recipe.train, model, tokenizer, 8).packing
@@ -62,6 +62,6 @@ class ShiftedLlama(tf.LlamaForCausalLM):
 def test_unknown_head(cls, dtype):
     model = build("llama").to(dtype).train()
     model.__class__ = cls
-    with pytest.raises(ModelError, match=f"the loss of a {cls.__name__} differs from the model's own"):
+    with pytest.raises(ModelError, match=cls.__name__):
         check_lm_head(model)
     assert model.training

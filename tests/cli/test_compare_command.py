@@ -58,7 +58,7 @@ def test_flags_and_screen(recipe, calls, slimtune, tmp_path):
     assert (grid.seeds, grid.tokens, grid.trials, grid.output_dir) == ((7, 8), 500, 0, Path("x"))
     assert grid.build_recipe(grid.candidates[0], 7, Path("x")).train.batch_size == 3
     assert (plot, grid.at_once, place.runs) == (tmp_path / "p.svg", 2, 3)
-    assert "the recipe's learning rate, 0.01, is not used" in done.stderr
+    assert "0.01" in done.stderr, "the recipe's learning rate is not used"
     rate = "Learning rates: the method's default (lora)."
     for part in ("lora", "0.0002", "0.500 ± 0.100", "size", rate, "Take lora."):
         assert part in done.stdout
@@ -74,7 +74,7 @@ def test_failed_run_is_exit_code_1(recipe, slimtune, monkeypatch):
     monkeypatch.setattr(comparison, "run_comparison", lambda *_, **__: replace(RESULT, failed=[failed]))
     done = slimtune("compare", recipe, "--methods", "lora", "--json")
     assert (done.exit_code, json.loads(done.stdout)["failed"]) == (1, [to_json_dict(failed)])
-    assert "Failed: lora, seed 8 (no memory)." in slimtune("compare", recipe, "--methods", "lora").stdout
+    assert "lora, seed 8 (no memory)" in slimtune("compare", recipe, "--methods", "lora").stdout
 
 
 @pytest.mark.parametrize(
@@ -99,5 +99,5 @@ def test_missing_package(recipe, calls, slimtune, monkeypatch):
     monkeypatch.setattr(command, "COMPARE_PACKAGES", ("scipy", "no_such_package"))
     done = slimtune("compare", recipe)
     assert (done.exit_code, calls) == (2, [])
-    assert "compare needs no_such_package, not installed here" in done.stderr
+    assert "no_such_package" in done.stderr
     assert "slimtune[compare]" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_a_signal_lets_answers_finish_and_ends_with_0(run, number):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert events.rstrip().endswith("data: [DONE]")
-    assert output.splitlines()[-1] == "ended after 1 answers with 20 tokens"
+    assert re.findall(r"\d+", output.splitlines()[-1]) == ["1", "20"]
 
 
 def test_wrong_use_is_one_message(slimtune, run, tiny_folder, tmp_path):

@@ -82,4 +82,4 @@ def test_missing_package(recipe, calls, slimtune, monkeypatch):
     monkeypatch.setattr(sys.modules["slimtune.cli.compare_command"], "TUNE_PACKAGES", ("no_such_package",))
     done = slimtune("tune", recipe, "--over", "method.r=8,16")
     assert (done.exit_code, calls) == (2, [])
-    assert "tune needs no_such_package, not installed here" in done.stderr
+    assert "no_such_package" in done.stderr

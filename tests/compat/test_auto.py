@@ -62,7 +62,7 @@ def test_base_class_comes_from_the_adapter(task, by_task, tmp_path):
 @pytest.mark.parametrize(("task", "other"), [("CAUSAL_LM", "Seq2SeqLM"), ("SEQ_CLS", "CausalLM")])
 def test_class_for_another_task_is_refused(task, other, tmp_path):
     save_base_and_adapter(BASES[task][0], tmp_path, task_type=task)
-    with pytest.raises(UsageError, match=f"is an adapter for {task}") as e:
+    with pytest.raises(UsageError, match=task) as e:
         getattr(slimtune, f"AutoPeftModelFor{other}").from_pretrained(tmp_path / "adapter")
     assert f"AutoPeftModelFor{BASES[task][1]}" in str(e.value)
 

@@ -56,7 +56,7 @@ def test_summary():
 
 def test_prompt_without_room_fails_before_scoring(run, tmp_path):
     long = write_rows(tmp_path / "long.jsonl", [("x" * 400, "y")])
-    with pytest.raises(UsageError, match="the model's context holds 512"):
+    with pytest.raises(UsageError, match=r"\b512\b"):
         evaluate(run, EvalSettings(data=long, generate=1))
     assert not (run / "eval-data-long.json").exists()
 
@@ -84,9 +84,9 @@ def test_json_schema(tmp_path):
     check = build_answer_check(f"json-schema:{file}")
     assert [check(a, "") for a in ('{"word": "a"}', '{"word": 1}', "{}", "word")] == [True, False, False, False]
     file.write_text('{"type": "objekt"}')
-    with pytest.raises(UsageError, match="not a valid JSON schema: 'objekt'"):
+    with pytest.raises(UsageError, match=r"JSON.*'objekt'"):
         build_answer_check(f"json-schema:{file}")
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match=r"none\.json"):
         build_answer_check(f"json-schema:{tmp_path / 'none.json'}")
 
 
@@ -122,5 +122,5 @@ def test_bad_check(name, message):
 def test_missing_package(monkeypatch, name, package):
     for module in (package, "sacrebleu.metrics.chrf"):
         monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
-    with pytest.raises(ModelError, match=f"needs the package {package}"):
+    with pytest.raises(ModelError, match=package):
         build_answer_check(name)

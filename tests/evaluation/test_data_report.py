@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from error_facts import has_code
 from row_files import write_jsonl
 from tiny_tokenizer import CHATML, GEMMA, GEMMA_TOK, SMOLLM2_TOK, make_tokenizer, template_text
 
@@ -110,7 +111,6 @@ def test_invalid_rows(tmp_path):
     report = to_json_dict(make_data_report(path, SMOLLM2_TOK, model="m", processes=1))
     assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
-    assert "does not parse as JSON" in report["invalid_rows"][0]["cause"]
     assert (report["invalid_count"], report["rows"]) == (2, 32)
 
 
@@ -155,7 +155,7 @@ def test_issues_that_depend_on_the_template(tmp_path, tokenizer, row, issues):
 
 
 def test_no_chat_template(tmp_path):
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(ModelError, check=has_code("chat-template-missing")):
         validate(tmp_path, make_rows(3), make_tokenizer(None, ["<s>"]))
 
 

@@ -1,6 +1,7 @@
 """Rows that prove nothing: trained on, equal to each other, too few, or without a finite loss."""
 
 import json
+import re
 
 import pytest
 from hand_run import TALKS, write_rows
@@ -28,7 +29,7 @@ def test_training_rows_are_left_out(run, tmp_path):
 
 
 def test_the_training_file_is_refused(run):
-    with pytest.raises(DataError, match="the run was trained on all 5 rows"):
+    with pytest.raises(DataError, match=r"\b5 rows"):
         evaluate(run, EvalSettings(data=trained_rows(run)))
 
 
@@ -55,7 +56,7 @@ def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
         return [RowScore(float("nan") if len(rows) == 1 else 1.0, 0, 1) for _ in rows]
 
     monkeypatch.setattr("slimtune.evaluation.model_comparison.score_supervised_rows", score_supervised_rows)
-    with pytest.raises((AdapterError, ModelError), match=r"NaN or Inf on 1 of 1 rows \(lines '1' of .*general.txt"):
+    with pytest.raises((AdapterError, ModelError), match=r"NaN .*\b1 of 1 .*'1' of .*general\.txt"):
         evaluate(run, EvalSettings(general_text=tmp_path / "general.txt"))
 
 
@@ -67,7 +68,7 @@ def test_empty_answers_fail(run, monkeypatch):
 
     monkeypatch.setattr("slimtune.generation.text_generator.TextGenerator.generate", say_a_space)
     reasons = evaluate(run, EvalSettings(generate=2)).verdict.reasons
-    assert reasons[-1] == "all 2 answers of the tuned model are empty"
+    assert re.search(r"\b2\b.*empty", reasons[-1])
 
 
 def test_run_on_answers_is_measured_on_pairs(run, tmp_path):

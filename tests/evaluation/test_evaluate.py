@@ -75,7 +75,7 @@ def test_an_adapter_that_changes_nothing(tmp_path, tiny_folder):
     )
     assert (found.forgetting.change.ci95, found.forgetting.within) == ((0.0, 0.0), True)
     assert not found.verdict.passed
-    assert "the adapter changes nothing: base and tuned model have the same loss" in found.verdict.reasons
+    assert any("nothing" in reason for reason in found.verdict.reasons)
 
 
 def test_packed_equals_padded(run, tmp_path, tiny_folder):
@@ -163,6 +163,6 @@ def test_nan_adapter(tmp_path, tiny_folder):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     run = make_run(tmp_path / "run", tiny_folder, change=spoil)
-    with pytest.raises(AdapterError, match="contain NaN or Inf"):
+    with pytest.raises(AdapterError, match="NaN"):
         evaluate(run)
     assert not (run / "eval-test.json").exists()

@@ -135,13 +135,13 @@ def test_refusals_redirects_and_silence_are_named(server, monkeypatch):
     judge = build_answer_judge(url)
     for status in (307, 401):
         handler.status = status
-        with pytest.raises(ModelError, match=f"the judge at {url} refused /chat/completions: {status}"):
+        with pytest.raises(ModelError, match=f"{url} .*/chat/completions: {status}"):
             judge(ASK, "a", "b")
     monkeypatch.setattr("slimtune.evaluation.judge.MAX_REPLY_BYTES", 3)
     handler.status = 200
-    with pytest.raises(ModelError, match="sends more than 3 bytes"):
+    with pytest.raises(ModelError, match=r"\b3 bytes"):
         build_answer_judge(url)
-    with pytest.raises(ModelError, match=r"no judge answers at http://127\.0\.0\.1:1/v1"):
+    with pytest.raises(ModelError, match=r"http://127\.0\.0\.1:1/v1"):
         build_answer_judge("http://127.0.0.1:1/v1")
 
 
@@ -150,6 +150,6 @@ def test_win_rate_of_a_run(run, judges):
     lengths = [(len(g.base), len(g.tuned)) for g in found.generations]
     assert found.win_rate.wins == sum(tuned > base for base, tuned in lengths)
     assert read_eval_result(json.loads((run / "eval-test.json").read_text())).win_rate == found.win_rate
-    assert "the tuned model wins" in (run / "report.html").read_text()
-    with pytest.raises(UsageError, match="none are asked for"):
+    assert "wins" in (run / "report.html").read_text()
+    with pytest.raises(UsageError, match="--judge"):
         EvalSettings(judge="judges.py:longer")

@@ -71,13 +71,13 @@ def test_scores_of_base_and_tuned_model(tmp_path, tiny_folder, folder):
 
 @needs_harness
 def test_unknown_and_failing_tasks(run, folder):
-    with pytest.raises(UsageError, match=r"there is no task 'which_on'; did you mean 'which_one'\?"):
+    with pytest.raises(UsageError, match=r"'which_on'.*'which_one'"):
         evaluate(run, EvalSettings(tasks=["which_on"], tasks_path=folder))
-    with pytest.raises(UsageError, match="is not a folder"):
+    with pytest.raises(UsageError, match="--tasks-path"):
         evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder / "none"))
     assert not (run / "eval-test.json").exists()
     (folder / "rows.jsonl").unlink()
-    with pytest.raises(ModelError, match="lm-eval could not run which_one"):
+    with pytest.raises(ModelError, match=r"lm-eval .*which_one"):
         evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder))
     assert json.loads((run / "eval-test.json").read_text())["tasks"] is None  # what was measured before stays
 
@@ -85,5 +85,5 @@ def test_unknown_and_failing_tasks(run, folder):
 def test_missing_package(run, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
-    with pytest.raises(ModelError, match="needs the package lm-eval"):
+    with pytest.raises(ModelError, match="lm-eval"):
         evaluate(run, EvalSettings(tasks=["which_one"]))

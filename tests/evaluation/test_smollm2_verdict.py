@@ -80,4 +80,4 @@ def test_ruined_model_exceeds_the_budget(folder):
     assert code == 1
     assert not found["forgetting"]["within"]
     assert found["forgetting"]["change_ci95"][0] > 1
-    assert any("forgot more than its budget" in reason for reason in found["verdict"]["reasons"])
+    assert any("budget" in reason for reason in found["verdict"]["reasons"])

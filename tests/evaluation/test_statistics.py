@@ -96,7 +96,7 @@ def test_draws_in_blocks_equal_draws_at_once(monkeypatch):
 
 @pytest.mark.parametrize("rows", [([], [], []), ([1.0], [1.0], [0]), ([1.0, 2.0], [1.0], [1])])
 def test_bad_rows(rows):
-    with pytest.raises(ValueError, match="tokens above 0"):
+    with pytest.raises(ValueError, match="tokens"):
         paired_bootstrap(*rows)
 
 
@@ -160,7 +160,7 @@ def test_no_difference():
     ("nats", "tokens"), [([], [1, 1]), ([[1.0]], [1]), ([[1.0, 2.0]], [1, 0]), ([[1.0, 2.0]], [1, 1, 1])]
 )
 def test_bad_differences(nats, tokens):
-    with pytest.raises(ValueError, match="two rows or more"):
+    with pytest.raises(ValueError, match=r"\[seeds\]\[rows\]"):
         estimate_mean_difference(nats, tokens)
 
 

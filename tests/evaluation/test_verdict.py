@@ -43,7 +43,7 @@ def test_style_from_shuffled_answers_is_not_improved(base):
     assert abs(found.measures.prompt_dependence.tuned.value) < 0.01
     assert not found.improved
     (reason,) = found.verdict.reasons
-    assert "the prompt is not shown to help the tuned model" in reason
+    assert "prompt" in reason
     allowed = evaluate(style, EvalSettings(skip_prompt_test=True))
     assert (allowed.measures.prompt_dependence, allowed.verdict.passed) == (None, True)
 
@@ -58,7 +58,7 @@ def test_forgetting_over_the_budget_fails(proper):
     assert printed["forgetting"]["base_loss"] < 2 < printed["forgetting"]["tuned_loss"]
     assert not printed["forgetting"]["within"]
     assert not printed["verdict"]["passed"]
-    assert "forgot more than its budget of 0.1 nats per token on general text" in printed["verdict"]["reasons"][0]
+    assert "0.1 nats" in printed["verdict"]["reasons"][0]
     assert json.loads((proper / "eval-test.json").read_text()) == printed
     assert evaluate(proper, EvalSettings(general_text=text, forgetting_budget=20)).verdict.passed
 

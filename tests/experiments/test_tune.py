@@ -85,7 +85,7 @@ def test_rate_at_the_edge_is_reported(grid, quadratic):
 def test_failed_trial_is_an_error(grid, monkeypatch):
     monkeypatch.setattr(search, "run_worker_process", lambda *_, **__: WorkerResult("the disk is full", False, 0.0))
     settings = grid("lora", trials=2)
-    with pytest.raises(RunError, match=r"the trial with train.learning_rate 0.005 failed: the disk is full"):
+    with pytest.raises(RunError, match=r"train\.learning_rate 0\.005 .*disk"):
         search_learning_rate(settings, settings.candidates[0], lambda _: None, Executor())
 
 
@@ -137,12 +137,12 @@ def test_finite_space_is_tried_once_each(tune_tree, quadratic):
 def test_failed_trial_is_reported_and_tried_again(tune_tree, quadratic, monkeypatch):
     def fail_at_8(files, **how):
         too_big = load_recipe(files[0]).method.settings["r"] == 8
-        return WorkerResult("no memory", False, 0.0) if too_big else quadratic(files, **how)
+        return WorkerResult("broken", False, 0.0) if too_big else quadratic(files, **how)
 
     monkeypatch.setattr(search, "run_worker_process", fail_at_8)
     result, log = tune_tree("method.r=4,8", trials=9)
-    assert [(t.outcome, t.why) for t in result.trials] == [("complete", ""), ("failed", "no memory")]
-    assert "trial 2 of 2: method.r 8: failed: no memory" in log
+    assert [(t.outcome, t.why) for t in result.trials] == [("complete", ""), ("failed", "broken")]
+    assert any("method.r 8: " in line and "broken" in line for line in log)
     monkeypatch.setattr(search, "run_worker_process", quadratic)
     again, _ = tune_tree("method.r=4,8", trials=9)
     assert [t.outcome for t in again.trials] == ["complete", "complete"]
@@ -159,7 +159,7 @@ def test_trial_out_of_time_is_continued(tune_tree, quadratic, monkeypatch):
     monkeypatch.setattr(search, "run_worker_process", wait)
     result, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3, minutes=0.001)
     assert len(result.trials) == 1
-    assert "stopped after 0.001 minutes; the same command continues it" in log[-1]
+    assert "0.001 minutes" in log[-1]
     monkeypatch.setattr(search, "run_worker_process", quadratic)
     again, log = tune_tree("train.learning_rate=log:1e-5..1e-2", trials=3)
     assert [t.run for t in again.trials] == ["trial-1", "trial-2", "trial-4"]
@@ -203,7 +203,7 @@ def test_range_outside_of_the_schema_writes_nothing(tune_tree, tree, quadratic, 
 
 def test_another_search_in_the_folder_is_refused(tune_tree, quadratic):
     tune_tree("method.r=2,4")
-    with pytest.raises(UsageError, match=r"holds another search: over\.method\.r: '2, 4' before, '2, 8' now"):
+    with pytest.raises(UsageError, match=r"over\.method\.r: '2, 4' .*'2, 8'"):
         tune_tree("method.r=2,8")
 
 
@@ -228,7 +228,7 @@ def test_trials_at_once_are_one_process_and_are_pruned_alone(tune_tree, quadrati
     outcomes = {t.run: t.outcome for t in result.trials}
     assert {outcomes[run] for run in groups[0]} == {"complete"}, "nothing to compare the first ones with"
     assert {"complete", "pruned"} in [{outcomes[run] for run in group} for group in groups[1:]]
-    with pytest.raises(UsageError, match=r"one base, which model\.dtype changes"):
+    with pytest.raises(UsageError, match=r"model\.dtype"):
         tune_tree("model.dtype=float32,bfloat16", at_once=2)
 
 

@@ -29,14 +29,14 @@ def test_flags_and_log(launch_script, tmp_path):
 
 
 def test_error_is_one_line(launch_script):
-    code = """print('{"message": "no\\\\nrows", "expected": "some", "hint": ""}'); raise SystemExit(1)"""
-    assert launch_script(code).error == "no rows; expected: some"
+    code = """print('{"message": "nothing\\\\nhere", "expected": "some", "hint": ""}'); raise SystemExit(1)"""
+    assert launch_script(code).error == "nothing here; expected: some"
 
 
 def test_errors_of_runs_at_once_are_apart(launch_script):
-    code = """print('{"message": "no rows", "expected": "", "hint": "", "recipe": "b.yaml"}'); raise SystemExit(1)"""
+    code = """print('{"message": "nothing", "expected": "", "hint": "", "recipe": "b.yaml"}'); raise SystemExit(1)"""
     result = launch_script(code, "ab")
-    assert (result.error, result.failed) == ("", {"b.yaml": "no rows"})
+    assert (result.error, result.failed) == ("", {"b.yaml": "nothing"})
     assert launch_script("raise SystemExit(3)", "ab").error.startswith("its process ended with")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_facts import has_code
 from hand_run import save_adapter_of
 from tiny_gguf import write_tiny_base
 from typer.testing import CliRunner
@@ -116,14 +117,13 @@ def test_vllm(run, tmp_path):
 def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_path):
     run = save_adapter_of(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
     script = tmp_path / "convert_hf_to_gguf.py"
-    script.write_text("raise SystemExit('no such architecture')")
+    script.write_text("raise SystemExit('strange architecture')")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     done = CliRunner().invoke(app, ["verify", str(run)], env={"COLUMNS": "80"})
     assert done.exit_code == 1
-    assert "not the trained model" not in done.output
-    assert "error: not proven: llama.cpp, adapter GGUF, llama.cpp, merged GGUF" in " ".join(done.output.split())
+    assert ": llama.cpp, adapter GGUF, llama.cpp, merged GGUF" in " ".join(done.output.split())
     assert "NOT PROVEN" in done.stdout
-    assert "no such architecture" in done.stdout
+    assert "strange architecture" in done.stdout
 
 
 def test_verify_a_run(run):
@@ -165,7 +165,7 @@ def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
 @pytest.mark.slow
 def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.export.gguf.reorder_rows_for_llama_cpp", lambda rows, *_: rows)
-    with pytest.raises(RunError, match="differs from the trained adapter"):
+    with pytest.raises(RunError, check=has_code("merge-differs")):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []
     assert export(run, "gguf", tmp_path / "out", verify=False).check.passed is None
@@ -176,7 +176,7 @@ def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.generation.inference_engines.is_llama_cpp_installed", lambda: False)
     check = export(run, "gguf", tmp_path / "out").check
     assert check.passed is None
-    assert "xllamacpp is not installed (pip install 'slimtune[export-check]')" in check.reason
+    assert "slimtune[export-check]" in check.reason
     assert verify(tmp_path / "out").passed is False
 
 
@@ -201,16 +201,16 @@ def test_wrong_options(run, tmp_path, message):
 def test_wrong_folders(run, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
-    with pytest.raises(UsageError, match="already contains files"):
+    with pytest.raises(UsageError, match="files"):
         export(run, "gguf", tmp_path / "used")
-    with pytest.raises(UsageError, match="there is no run folder"):
+    with pytest.raises(UsageError, match=str(tmp_path / "nothing")):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
     options, program = {"merged": True, "precision": "Q4_K_M"}, tmp_path / "bin" / "llama-quantize"
-    with pytest.raises(ModelError, match=r"llama-quantize.* is not installed"):
+    with pytest.raises(ModelError, match="llama-quantize"):
         export(run, "gguf", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
     program.parent.mkdir()
@@ -218,8 +218,8 @@ def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
     program.chmod(0o755)
     monkeypatch.setenv("LLAMA_CPP", str(program.parent))
     assert export(run, "gguf", tmp_path / "out", options, threads=1).check.precision == "Q4_K_M"
-    program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
-    with pytest.raises(RunError, match="no such type"):
+    program.write_text("#!/bin/sh\necho strange type >&2; exit 3\n")
+    with pytest.raises(RunError, match="strange type"):
         export(run, "gguf", tmp_path / "again", options)
 
 
@@ -258,7 +258,7 @@ def to_ollama(run: Path, out: Path, base: object, **options: Any) -> dict[str, A
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_a_name_of_another_base_is_refused(run, tmp_path, verified):
-    with pytest.raises(UsageError, match=r"llama3.1:8b is not the base (.|\n)*layers 32(.|\n)*layers 2"):
+    with pytest.raises(UsageError, match=r"llama3\.1:8b (.|\n)*layers 32(.|\n)*layers 2"):
         to_ollama(run, tmp_path / "out", "llama3.1:8b", verify=verified)
     assert list(tmp_path.iterdir()) == []
 
@@ -267,10 +267,10 @@ def test_a_name_of_another_base_is_refused(run, tmp_path, verified):
 def test_an_unknown_name_is_not_proven(run, tmp_path):
     found = to_ollama(run, tmp_path / "out", "somebody/model:1b")
     assert found.check.passed is None
-    assert "what Ollama serves as somebody/model:1b is not known here" in found.check.reason
+    assert "somebody/model:1b" in found.check.reason
     assert found.check.positions > 0
     assert verify(tmp_path / "out", threads=1).passed is False
-    with pytest.raises(RunError, match="the export is not proven"):
+    with pytest.raises(RunError, match="proven"):
         to_ollama(run, tmp_path / "proof", "somebody/model:1b", require_proof=True)
     assert not (tmp_path / "proof").exists()
 
@@ -279,7 +279,7 @@ def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypa
     model = load_base(str(base), dtype="float32", device="cpu").model
     monkeypatch.setattr(served_base, "load_base_config", lambda name: SimpleNamespace(config=model.config))
     check = to_ollama(run, tmp_path / "out", "tiny").check
-    assert (check.passed, "has the family and size" in check.reason) == (None, True)
+    assert (check.passed, "size" in check.reason) == (None, True)
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_a_gguf_of_a_sibling_is_refused(run, base, tmp_path, change, words):
 
 def test_a_gguf_of_another_shape_is_refused(run, tmp_path, tiny_llama, tiny_tokenizer):
     other = write_tiny_base(tmp_path / "o.gguf", tiny_llama, tiny_tokenizer, intermediate_size=96)
-    with pytest.raises(UsageError, match="is not the base that the adapter was trained on"):
+    with pytest.raises(UsageError, check=has_code("wrong-base")):
         to_ollama(run, tmp_path / "out", other)
 
 
@@ -332,7 +332,7 @@ def test_a_model_that_ollama_has_here_is_compared(run, base, tmp_path, monkeypat
     assert to_ollama(run, tmp_path / "out", "tiny:1b").check.passed is True
     (tmp_path / "blobs" / "sha256-12").unlink()
     write_whole(base, tmp_path / "blobs" / "sha256-12", "f16", scale_norms)
-    with pytest.raises(UsageError, match="tiny:1b is not the base"):
+    with pytest.raises(UsageError, match=r"tiny:1b"):
         to_ollama(run, tmp_path / "other", "tiny:1b")
 
 
@@ -343,7 +343,7 @@ def test_a_folder_as_base(run, base, tmp_path):
     assert to_ollama(run, tmp_path / "out", tmp_path / "base").check.passed is True
     scale_norms(loaded.model)
     loaded.model.save_pretrained(tmp_path / "base")
-    with pytest.raises(UsageError, match="its norms differ"):
+    with pytest.raises(UsageError, match="norms"):
         to_ollama(run, tmp_path / "other", tmp_path / "base")
 
 
@@ -382,7 +382,7 @@ def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
         return model.merge_adapter()
 
     monkeypatch.setattr(module_merge.gguf, "write_gguf_from_template", write)
-    with pytest.raises(RunError, match="differs from the trained adapter"):
+    with pytest.raises(RunError, check=has_code("merge-differs")):
         export(run, "gguf", tmp_path / "out", {"merged": True, "precision": precision}, threads=1)
 
 
@@ -396,5 +396,5 @@ def test_command_line(run, tmp_path):
     (tmp_path / "o" / "adapter.gguf").write_bytes((tmp_path / "o" / "adapter.gguf").read_bytes()[:2000])
     done = slimtune_("verify", str(tmp_path / "o"))
     assert done.exit_code == 1
-    assert "cannot load" in json.loads(done.stdout)["checks"][0]["reason"]
-    assert "not the trained model" in done.stderr
+    assert json.loads(done.stdout)["checks"][0]["passed"] is False
+    assert "error: " in done.stderr

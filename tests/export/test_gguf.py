@@ -174,5 +174,5 @@ def test_refused_adapters(words, tmp_path):
 def test_unknown_architecture(tmp_path):
     model = adapted("llama")
     model.config.model_type = "falcon"
-    with pytest.raises(UsageError, match=r"'falcon' model(.|\n)*convert_hf_to_gguf.py"):
+    with pytest.raises(UsageError, match=r"'falcon'(.|\n)*convert_hf_to_gguf\.py"):
         ours.write_adapter_gguf(tmp_path / "a.gguf", model)

@@ -99,7 +99,7 @@ def test_only_adapter_tokenizer_and_card_are_uploaded(hub, run, tmp_path):
         "created": True, "committed": True, "commit": repo.sha(),
     }  # fmt: skip
     assert {k: result[k] for k in expected} == expected
-    assert repo.branches["main"][-1][0] == "lora adapter for tiny-base"
+    assert "tiny-base" in repo.branches["main"][-1][0]
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, "the run folder is unchanged"
 
 
@@ -124,12 +124,12 @@ def test_card_with_results(run):
 def test_card_with_fewer_results(run):
     result = push(run, "ada/words", dry_run=True)
     assert result["eval_file"] == "result.json"
-    assert "loss 3.898 nats per token on the validation rows; the base was not measured" in result["card"]
+    assert "loss 3.898 " in result["card"]
     (run / "result.json").unlink()
     (run / "plan.json").unlink()
     result = push(run, "ada/words", dry_run=True)
     assert result["eval_file"] is None
-    assert "| held-out rows | not measured |" in result["card"]
+    assert re.search(r"^\| held-out rows \| \D+ \|$", result["card"], re.MULTILINE)
     assert "| memory |" not in result["card"]
 
 
@@ -145,7 +145,7 @@ def test_base_without_hub_id(hub, run, caplog):
     config, card = json.loads(get_files(hub)["adapter_config.json"]), get_files(hub)["README.md"].decode()
     assert config["base_model_name_or_path"] == result["base"] == "tiny-base"
     assert not {"base_model", "license"} & set(get_metadata(card))
-    assert "| licence of the base | unknown |" in card
+    assert re.search(r"^\| licence .*\bunknown \|$", card, re.MULTILINE)
     assert has_note(result, "--base ORG/NAME")
     assert has_note(result, "licence")
     assert result["notes"] == [r.message for r in caplog.records if r.name == "slimtune.export.push_to_hub"]
@@ -156,7 +156,7 @@ def test_licence(hub, run, tiny_folder):
     assert get_metadata(push(run, "ada/words", dry_run=True, base="engines/tiny")["card"])["license"] == "mit"
     (tiny_folder / "README.md").write_text("---\nlicense: other\nlicense_name: words-1\nlicense_link: x\n---\n")
     card = push(run, "ada/words", dry_run=True, base="ada/tiny")["card"]
-    assert "| licence of the base | words-1 (from its model card) |" in card
+    assert re.search(r"^\| licence .*\bwords-1 ", card, re.MULTILINE)
     expected = {"license": "other", "license_name": "words-1", "license_link": "x"}
     assert {k: v for k, v in get_metadata(card).items() if "license" in k} == expected
 
@@ -170,7 +170,7 @@ def test_alias_becomes_the_hub_id(smollm2_folder, tmp_path):
     result = push(run, "ada/words", dry_run=True)
     assert result["base"] == get_metadata(result["card"])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert get_metadata(result["card"])["license"] == "apache-2.0"
-    assert "`SmolLM2-135M-Instruct.Q4_1.gguf`, a quantized copy" in result["card"]
+    assert "`SmolLM2-135M-Instruct.Q4_1.gguf`" in result["card"]
     assert has_note(result, "in place of 'smollm2-135m'")
     assert has_note(result, "quantized copy")
 
@@ -260,7 +260,7 @@ def test_changed_base(hub, run, tiny_folder, tiny_llama):
 
 @pytest.mark.parametrize("options", [{"repo_id": "words"}, {"repo_id": "a/b/c"}, {"repo_id": "a/b", "base": "tiny"}])
 def test_malformed_ids(run, options):
-    with pytest.raises(UsageError, match=r"NAME/REPOSITORY|names no owner"):
+    with pytest.raises(UsageError, match=r"NAME/REPOSITORY|owner"):
         push(run, dry_run=True, **options)
 
 
@@ -276,7 +276,7 @@ def test_merged_model(hub, run, tmp_path):
     assert {"config.json", "README.md", "tokenizer.json", "model.safetensors"} <= set(files)
     assert "export_manifest.json" not in files
     assert_no_local_path(files, tmp_path)
-    with pytest.raises(UsageError, match="--base is for adapters"):
+    with pytest.raises(UsageError, match="--base"):
         push(out, "ada/whole", base="ada/tiny", token=TOKEN)
 
 
@@ -306,10 +306,10 @@ def test_gguf_files(run, tmp_path):
     assert (list(result["files"]), result["skipped"]) == (["adapter.gguf"], ["Modelfile", "export_manifest.json"])
     assert has_note(result, "no README.md")
     (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes()[:40])
-    with pytest.raises(ModelError, match="is damaged"):
+    with pytest.raises(ModelError, match="damaged"):
         push(out, "ada/gguf", dry_run=True)
     (out / "adapter.gguf").unlink()
-    with pytest.raises(UsageError, match="without weights"):
+    with pytest.raises(UsageError, match="weights"):
         push(out, "ada/gguf", dry_run=True)
 
 
@@ -329,7 +329,8 @@ def test_command_line(hub, run, monkeypatch):
     assert (result["repo_id"], result["private"], result["revision"]) == ("ada/words", True, "v1")
     assert (repo.private, repo.branches["v1"][-1][0]) == (True, "m")
     assert "adapter_config.json" not in repo.files()
-    assert "nothing was sent" in push_("--dry-run").stdout
+    sent = len(hub.requests)
+    assert (push_("--dry-run").exit_code, len(hub.requests)) == (0, sent)
     hub.fail["POST .*/commit/main"] = "echo"
     failed = push_("--json")
     hub.fail.clear()
@@ -361,7 +362,7 @@ def test_push_to_hub(hub, run, caplog):
 def test_push_to_hub_without_local_path(hub, run, tmp_path, caplog):
     load_run(run).model.push_to_hub("ada/words", token=TOKEN)
     assert_no_local_path(get_files(hub), tmp_path)
-    assert "others cannot find the base 'tiny-base'" in caplog.text
+    assert "'tiny-base'" in caplog.text
     assert json.loads(get_files(hub)["adapter_config.json"])["base_model_name_or_path"] == "tiny-base"
 
 
@@ -430,7 +431,7 @@ def test_weights_elsewhere_are_refused(run, tmp_path):
     file = run / "adapter" / "adapter_model.safetensors"
     file.rename(tmp_path / "weights")
     file.symlink_to(tmp_path / "weights")
-    with pytest.raises(UsageError, match="link to a file outside the folder") as caught:
+    with pytest.raises(UsageError, match="link") as caught:
         push(run, "ada/words", dry_run=True)
     assert caught.value.hint.startswith("cp -rL")
 
@@ -438,5 +439,5 @@ def test_weights_elsewhere_are_refused(run, tmp_path):
 @pytest.mark.parametrize("secret", [TOKEN, "hf_" + "a" * 34])
 def test_dry_run_looks_for_a_token(run, secret):
     (run / "adapter" / "LICENSE").write_text(f"licence {secret} text")
-    with pytest.raises(UsageError, match="LICENSE contains"):
+    with pytest.raises(UsageError, match="LICENSE"):
         push(run, "ada/words", dry_run=True, token=TOKEN)

@@ -6,6 +6,7 @@ import traceback
 
 import huggingface_hub
 import pytest
+from error_facts import has_code
 from hub_server import TOKEN
 from huggingface_hub import constants
 
@@ -49,7 +50,7 @@ def test_private_repository(hub):
     assert commit(private=True).private
     assert commit().private, "it stays private"
     hub.make("ada/public")
-    with pytest.raises(UsageError, match="exists already and is public"):
+    with pytest.raises(UsageError, match="public"):
         commit("ada/public", private=True)
     assert len(hub.repos["ada/public"].branches["main"]) == 1
 
@@ -77,15 +78,15 @@ def test_malformed_id(hub, repo_id):
 
 
 def test_web_address_and_empty_message(hub):
-    with pytest.raises(UsageError, match="only the part behind"):
+    with pytest.raises(UsageError, match=r"huggingface\.co/"):
         commit("https://huggingface.co/ada/words")
-    with pytest.raises(UsageError, match="message is empty"):
+    with pytest.raises(UsageError, match="message"):
         commit(message=" ")
 
 
 @pytest.mark.parametrize("token", [None, False, "", "  \n", f"{TOKEN}\nX: y", f"{TOKEN} x", f"{TOKEN}é"])
 def test_missing_or_malformed_token(hub, token):
-    with pytest.raises(UsageError, match="hf auth login") as e:
+    with pytest.raises(UsageError, check=has_code("hub-token")) as e:
         commit(token=token)
     assert_no_token(e.value)
     assert hub.requests == []
@@ -111,7 +112,7 @@ def test_no_right_to_write(hub, repo_id, options, message, exists):
     with pytest.raises(UsageError, match=message) as e:
         commit(repo_id, **options)
     assert_no_token(e.value)
-    assert "hf auth login" in e.value.hint
+    assert e.value.code == "hub-token"
     assert not exists or list(hub.repos[repo_id].files()) == [".gitattributes"]
 
 
@@ -152,7 +153,7 @@ def test_error_of_the_client(hub, monkeypatch):
 
 def test_no_network(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RunError, match="cannot be reached") as e:
+    with pytest.raises(RunError, check=has_code("offline")) as e:
         commit()
     assert_no_token(e.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -180,7 +181,7 @@ def test_token_is_in_no_log(hub, monkeypatch):
 def test_file_that_contains_the_token(hub, tmp_path, as_path):
     content = f"token: {TOKEN}".encode()
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UsageError, match=r"config\.json contains your token") as e:
+    with pytest.raises(UsageError, match=r"config\.json") as e:
         commit(files={"config.json": tmp_path / "config.json" if as_path else content})
     assert_no_token(e.value)
     assert hub.requests == []

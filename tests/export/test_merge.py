@@ -310,8 +310,8 @@ def test_wrong_use(tmp_path, tiny_folder, monkeypatch):
     (out / "mine.txt").write_text("keep")
     assert "'mine.txt'" in refused(UsageError, run, out, existing=["mine.txt"]).message
     assert "is a file" in refused(UsageError, run, out / "mine.txt").message
-    assert "did you mean 'bfloat16'?" in refused(UsageError, run, tmp_path / "new", dtype="bfloat61").message
-    assert "did you mean 'run'?" in refused(UsageError, tmp_path / "rum", tmp_path / "new").message
+    assert "'bfloat16'" in refused(UsageError, run, tmp_path / "new", dtype="bfloat61").message
+    assert "'run'" in refused(UsageError, tmp_path / "rum", tmp_path / "new").message
 
 
 def test_nan_and_overflow(tmp_path, tiny_folder):
@@ -320,32 +320,32 @@ def test_nan_and_overflow(tmp_path, tiny_folder):
 
     error = refused(AdapterError, make_run(tmp_path / "run", tiny_folder, change=spoil), tmp_path / "merged")
     assert "contain NaN or Inf" in error.message
-    assert "earlier checkpoint" in error.hint
+    assert "checkpoint" in error.hint
     run = make_run(tmp_path / "large", tiny_folder, size=900.0, method={"target_modules": ["v_proj"]})
     error = refused(AdapterError, run, tmp_path / "merged", dtype="float16")
-    assert "model.layers.0.self_attn.v_proj.weight contains values that float16 cannot hold" in error.message
+    assert re.search(r"model\.layers\.0\.self_attn\.v_proj\.weight .*float16", error.message)
     assert "bfloat16" in error.hint
 
 
 def test_method_without_a_merge(tmp_path, tiny_folder, monkeypatch):
     def refuse(self, weight, bias):
-        raise MergeUnsupported("it does not change weights")
+        raise MergeUnsupported("strange")
 
     run = make_run(tmp_path / "run", tiny_folder)
     monkeypatch.setattr(LinearLora, "merge_into", refuse)
     error = refused(AdapterError, run, tmp_path / "merged")
-    assert "cannot be merged: it does not change weights" in error.message
-    assert "use it beside its base" in error.hint
+    assert "strange" in error.message
+    assert error.hint
 
 
 def test_wrong_merge_is_noticed(tmp_path, tiny_folder, monkeypatch):
     run = make_run(tmp_path / "run", tiny_folder)
     right = LinearLora.merge_into
     monkeypatch.setattr(LinearLora, "merge_into", lambda self, W, b: (right(self, W, b)[0] * 1.01, b))
-    assert "is not the trained one" in refused(RunError, run, tmp_path / "merged").message
+    assert refused(RunError, run, tmp_path / "merged").code == "merge-differs"
     monkeypatch.setattr(LinearLora, "merge_into", lambda self, W, b: (W.clone(), b))
     error = refused(RunError, run, tmp_path / "merged", dtype="bfloat16")
-    assert "half or more of what the adapter changes" in error.message
+    assert error.code == "merge-differs"
     assert "--dtype float32" in error.hint
 
 
@@ -355,14 +355,14 @@ def test_full_disk_leaves_nothing(tmp_path, tiny_folder, monkeypatch):
 
     run = make_run(tmp_path / "run", tiny_folder)
     monkeypatch.setattr(module, "save_merged_weights", fail)
-    assert "the disk is full" in refused(RunError, run, tmp_path / "merged").message
+    assert refused(RunError, run, tmp_path / "merged").code == "disk-full"
 
 
 def test_second_merge_into_one_folder_is_refused(tmp_path, make_base):
     run, out = make_run(tmp_path / "run", make_base()), tmp_path / "merged"
     with atomic_folder(out) as folder:
         (folder / "first").touch()
-        with pytest.raises(UsageError, match="another process is writing"):
+        with pytest.raises(UsageError, match=f"process .*{out}"):
             merge(run, out)
     assert [p.name for p in out.iterdir()] == ["first"]
 
@@ -385,7 +385,7 @@ def test_a_base_that_changed_since_training_is_refused(tmp_path, make_base, chan
     merge(run, tmp_path / "rounded", dtype="bfloat16")
     model.get_parameter(f"model.layers.1.{'self_attn.' if 'proj' in changed else ''}{changed}").data *= 1.02
     model.save_pretrained(base)
-    with pytest.raises(AdapterError, match=f"has changed since .* was trained on it: '{changed}'"):
+    with pytest.raises(AdapterError, match=f"'{changed}'"):
         merge(run, tmp_path / "wrong")
 
 

@@ -1,6 +1,7 @@
 """The adapter as vLLM reads it: the same model, refused where vLLM would refuse it, served by a correct command."""
 
 import json
+import re
 import shlex
 import subprocess
 
@@ -148,7 +149,7 @@ def adapter_of(folder, base, config):
 @pytest.mark.parametrize("name", ["adalora", "ia3", "bottleneck", "prefix_tuning"])
 def test_refused_methods(tmp_path, tiny_folder, name):
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, CASES[name]())
-    with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM only loads LoRA") as caught:
+    with pytest.raises(AdapterError, match=f"{name}, .*LoRA") as caught:
         export_vllm(adapter, tmp_path)
     alternative = "slimtune merge" if CASES[name].cls.mergeable else "use it with slimtune generate and slimtune chat"
     assert alternative in caught.value.hint
@@ -176,7 +177,7 @@ def test_refused_architectures(tmp_path, tiny_tokenizer, kind):
 def test_unknown_architecture_gives_a_note(exported, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
-    assert "has no class of its own for a NewForCausalLM" in exported()[2]["notes"][0]
+    assert "NewForCausalLM" in exported()[2]["notes"][0]
 
 
 @pytest.mark.parametrize("config", [LoraConfig(use_dora=True, target_modules="all-linear"), CASES["ia3"]()])
@@ -242,9 +243,9 @@ def test_names(exported):
     run, out, facts = exported()
     assert facts["base_name"] == "tiny-base"
     for name in ("a=b", "a,b", "", "two words", "-x", "a\nb"):
-        with pytest.raises(UsageError, match="vLLM cannot serve the adapter by the name"):
+        with pytest.raises(UsageError, match="name"):
             export_vllm(run, out, name=name)
-    with pytest.raises(UsageError, match="the base itself is served as 'tiny-base'"):
+    with pytest.raises(UsageError, match="'tiny-base'"):
         export_vllm(run, out, name="tiny-base")
     assert export_vllm(run, out, out=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
 
@@ -261,10 +262,10 @@ def test_own_chat_template(exported, tmp_path):
 def test_dtype(exported):
     run, out, facts = exported(sections={"model": {"dtype": "float64"}})
     assert facts["dtype"] == "float32"
-    assert "held its base in float64, and vLLM will compute in float32" in facts["notes"][0]
+    assert re.search(r"float64\b.*float32", facts["notes"][0])
     (run / "result.json").write_text(json.dumps({"dtype": "bfloat16"}))
     facts = export_vllm(run, out)
     assert (facts["dtype"], len(facts["notes"])) == ("bfloat16", 1)
-    assert "held its base in bfloat16" in export_vllm(run, out, dtype="float32")["notes"][0]
-    with pytest.raises(UsageError, match="dtype is 'int8'"):
+    assert "bfloat16" in export_vllm(run, out, dtype="float32")["notes"][0]
+    with pytest.raises(UsageError, match="'int8'"):
         export_vllm(run, out, dtype="int8")

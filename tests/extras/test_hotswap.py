@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from adapter_checks import unchanged
+from error_facts import has_code
 from models_zoo import bert_classifier, llama, run, snapshot, tokens
 from several_adapters import save_adapter
 
@@ -111,7 +112,7 @@ def test_trained_head_is_swapped(tmp_path):
     without_head, _ = save_adapter(tmp_path / "c", {"r": 4}, bert_classifier, seed=2)
     model = PeftModel.from_pretrained(bert_classifier(), first)
     hotswap_adapter(model, second, "default")
-    with pytest.raises(AdapterError, match=r"trains in full nothing, 'default' 'classifier.weight'"):
+    with pytest.raises(AdapterError, match=r"'default' 'classifier\.weight'"):
         hotswap_adapter(model, without_head, "default")
     assert (run(model) - logits).abs().max() < CLOSE
 
@@ -124,9 +125,9 @@ def test_methods_without_factors_need_same_settings(tmp_path):
     model = PeftModel.from_pretrained(llama(), first)
     objects = {n: id(p) for n, p in model.named_parameters()}
     hotswap_adapter(model, second, "default")
-    with pytest.raises(AdapterError, match="trained with other settings: lora_alpha is 99"):
+    with pytest.raises(AdapterError, match=r"lora_alpha .*99"):
         hotswap_adapter(model, other, "default")
-    with pytest.raises(UsageError, match=r"is not a plain LoRA at .*LinearDora"):
+    with pytest.raises(UsageError, match="LinearDora"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert torch.equal(run(model), logits)
     assert objects == {n: id(p) for n, p in model.named_parameters()}
@@ -151,7 +152,7 @@ def test_misfit_raises_and_copies_nothing(tmp_path):
             hotswap_adapter(model, folder, name)
         assert list(model.peft_config) == ["default"]
     model.merge_adapter()
-    with pytest.raises(UsageError, match="is merged into the base"):
+    with pytest.raises(UsageError, check=has_code("merge-differs")):
         hotswap_adapter(model, first, "default")
 
 
@@ -166,7 +167,7 @@ def test_prepare_must_precede_compile():
     ]:
         with pytest.raises(UsageError, match=message):
             prepare_model_for_compiled_hotswap(wrong, **arguments)
-    with pytest.warns(UserWarning, match="already compiled"):
+    with pytest.warns(UserWarning, match="compiled"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
     assert model.peft_config["default"].r == model.peft_config["default"].lora_alpha == 8
     assert {p.requires_grad for n, p in model.named_parameters() if "lora_" in n} == {True}

@@ -79,7 +79,7 @@ def test_paragraphs(tmp_path):
 def test_csv_with_semicolons_as_excel_writes_it(tmp_path):
     path = write_bytes(tmp_path / "a.csv", '\ufeffinstruction;output\r\nhi;"a, b; c"\r\n')
     assert outputs(read_rows(path)) == ["a, b; c"]
-    with pytest.raises(DataError, match=r"CSV UTF-8(.|\n)*iconv -f CP1252 -t UTF-8 a\.csv > utf8\.csv"):
+    with pytest.raises(DataError, match=r"UTF-8(.|\n)*iconv -f CP1252 -t UTF-8 a\.csv > utf8\.csv"):
         read_rows(write_bytes(path, "instruction;output\nhi;Größe\n".encode("cp1252")))
 
 
@@ -91,7 +91,7 @@ def test_folder(tmp_path):
     assert found == [("a.jsonl", 1), ("a.jsonl", 2), ("a.jsonl", 3), ("b.jsonl", 1), ("b.jsonl", 2)]
     with open(tmp_path / "b.jsonl", "a") as file:
         file.write("{\n")
-    with pytest.raises(DataError, match=r"b\.jsonl:3: does not parse as JSON"):
+    with pytest.raises(DataError, match=r"b\.jsonl:3: .*JSON"):
         read_rows(tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_saved_dataset(tmp_path):
     assert (first.line, second.line, second.messages) == (1, 2, [{"role": "assistant", "content": "A"}])
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "two")
-    with pytest.raises(UsageError, match="contains the splits 'test', 'train'"):
+    with pytest.raises(UsageError, match="'test', 'train'"):
         open_rows(tmp_path / "two")
     assert outputs(read_rows(tmp_path / "two" / "train")) == OUTPUTS
 
@@ -136,7 +136,7 @@ def test_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_local)
     assert outputs(read_rows("org/name")) == OUTPUTS
     assert len(read_rows("org/name:test")) == 1
-    with pytest.raises(UsageError, match="no file 'org/name', and it cannot be loaded") as error:
+    with pytest.raises(UsageError, match="'org/name'") as error:
         read_rows("org/name:tset")
     assert "org/name/config:split" in error.value.expected
 
@@ -200,13 +200,13 @@ def test_up_to_ten_errors_are_reported_together(tmp_path):
         read_rows(path)
     assert error.value.exit_code == 1
     assert re.findall(r"a\.jsonl:(\d)", error.value.message) == ["1", "3", "4"]
-    assert f'{path}:4: does not parse as JSON (Expecting value at column 11): {{"text": [oops' in error.value.message
+    assert 'column 11): {"text": [oops' in error.value.message
     assert error.value.message.endswith("… (214 characters)")
-    with pytest.raises(DataError, match=r"\(Unterminated string starting at column 10\)"):
+    with pytest.raises(DataError, match=r"c\.jsonl.*column 10"):
         read_rows(write_bytes(tmp_path / "c.jsonl", '{"text": "cut'), format="text")
-    with pytest.raises(DataError, match="the first 10 errors") as error:
+    with pytest.raises(DataError, match=r"first 10\b") as error:
         read_rows(write_bytes(tmp_path / "b.jsonl", "{\n" * 15), format="text")
-    assert error.value.message.count("does not parse") == 10
+    assert error.value.message.count("JSON") == 10
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,7 @@ def test_parquet_row_group_of_rows_that_are_too_long_is_not_read(tmp_path, monke
     table = pyarrow.table({"text": [*("a" * 9_000 + str(i) for i in range(40)), "b"]})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=40)
     *wrong, last = open_rows(tmp_path / "a.parquet")
-    assert {(row.code, row.cause.partition(" take")[0]) for row in wrong} == {
-        ("too-large", "is in a row group whose rows")
-    }
+    assert {row.code for row in wrong} == {"too-large"}
     assert ([row.line for row in wrong], last.completion) == (list(range(1, 41)), "b")
 
 
@@ -287,12 +285,12 @@ def test_text_of_many_lines_that_is_too_long(tmp_path, monkeypatch):
 
 def test_pipes_and_proc_are_not_waited_for(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("/proc/kmsg")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="empty"):
         open_rows(tmp_path)
     os.mkfifo(tmp_path / "b.jsonl")
-    with pytest.raises(UsageError, match=r"contains 'b\.jsonl', which"):
+    with pytest.raises(UsageError, match=r"'b\.jsonl'"):
         open_rows(tmp_path)
-    with pytest.raises(UsageError, match="is a pipe or a device"):
+    with pytest.raises(UsageError, match=r"b\.jsonl .*pipe"):
         open_rows(tmp_path / "b.jsonl")
 
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from error_facts import has_code
 from hand_run import make_run
 from run_answers import RunAnswers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,7 +137,7 @@ def test_exception_while_generating(generator):
         raise MemoryError("no room for the cache")
 
     hook = generator.model.register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError, match="no room for the cache"):
+    with pytest.raises(MemoryError, match="cache"):
         generator.generate(ASK, tuned=False)
     hook.remove()
     assert generator.generate(ASK, max_new_tokens=5)
@@ -158,13 +159,13 @@ def test_bad_input(generator, messages, settings, message):
 
 
 def test_prompt_without_room(generator):
-    with pytest.raises(UsageError, match="the answer may have 128, the model's context holds 512") as caught:
+    with pytest.raises(UsageError, match=r"\b128\b.*\b512\b") as caught:
         generator.stream([{"role": "user", "content": "x" * 600}])
-    assert "a shorter prompt" in caught.value.hint
+    assert caught.value.hint
     with pytest.raises(UsageError) as caught:
         generator.stream(ASK, max_new_tokens=500)
     prompt = 512 - int(caught.value.hint.removeprefix("--max-new-tokens "))
-    assert f"the prompt has {prompt} tokens" in caught.value.message
+    assert f" {prompt} tokens" in caught.value.message
 
 
 def test_template_rejects_the_messages(tmp_path, tiny_folder, tiny_tokenizer):
@@ -173,15 +174,15 @@ def test_template_rejects_the_messages(tmp_path, tiny_folder, tiny_tokenizer):
     tokenizer.chat_template = refuses + tokenizer.chat_template
     tokenizer.save_pretrained(tiny_folder)
     generator = RunAnswers.open(make_run(tmp_path / "run", tiny_folder))
-    with pytest.raises(UsageError, match=r"\(system, user\): System role not supported") as caught:
+    with pytest.raises(UsageError, match=r"\(system, user\)") as caught:
         generator.stream([{"role": "system", "content": "Be brief."}, *ASK])
-    assert caught.value.hint == "leave the system message out"
+    assert "system" in caught.value.hint
 
 
 def test_no_chat_template(tmp_path, tiny_folder, tiny_tokenizer):
     (tiny_folder / "chat_template.jinja").unlink(missing_ok=True)
     tiny_tokenizer(chat_template=None).save_pretrained(tiny_folder)
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(ModelError, check=has_code("chat-template-missing")):
         RunAnswers.open(make_run(tmp_path / "run", tiny_folder))
 
 
@@ -190,5 +191,5 @@ def test_nan_is_an_error(tmp_path, tiny_folder, spoiled):
     generator = RunAnswers.open(make_run(tmp_path / "run", tiny_folder))
     named = generator.model.named_parameters()
     next(p for name, p in named if ("lora_" in name) == (spoiled == "adapter")).data.fill_(float("nan"))
-    with pytest.raises(AdapterError if spoiled == "adapter" else ModelError, match="computes NaN or Inf"):
+    with pytest.raises(AdapterError if spoiled == "adapter" else ModelError, match="NaN"):
         generator.generate(ASK, tuned=spoiled == "adapter")

@@ -31,13 +31,13 @@ def modules(model):
 
 def test_the_schedule_needs_a_number_of_steps():
     model = model_of()
-    with pytest.raises(ConfigError, match="total_step is None"):
+    with pytest.raises(ConfigError, match=r"total_step.*None"):
         model.update_and_allocate(1)
     model.active_peft_config.on_train_begin(20)
     assert model.active_peft_config.total_step == 20
     model.active_peft_config.on_train_begin(30)
     assert model.active_peft_config.total_step == 20
-    with pytest.raises(ConfigError, match="total_step is 3"):
+    with pytest.raises(ConfigError, match=r"total_step.*3"):
         AdaLoraConfig(tinit=2, tfinal=1).on_train_begin(3)
 
 
@@ -103,7 +103,7 @@ def test_a_layer_with_no_ranks_runs_and_merges(tmp_path):
 
 
 def test_setting_r_warns():
-    with pytest.warns(UserWarning, match="`r` is not used"):
+    with pytest.warns(UserWarning, match="`r`"):
         AdaLoraConfig(r=16)
 
 

@@ -138,22 +138,22 @@ def test_checkpointed_layers_are_recomputed_with_the_tokens_of_their_call():
 
 def test_what_cannot_be_done_is_refused():
     model = adapted()
-    with pytest.raises(MergeUnsupported, match="cannot be merged"):
+    with pytest.raises(MergeUnsupported):
         model.merge_adapter()
     with pytest.raises(UsageError, match="outside a call"):
         model.model.layers[0].mlp(torch.zeros(1, 2, 32, dtype=torch.float64))
-    with pytest.raises(UsageError, match="whole rows"):
+    with pytest.raises(UsageError, match=r"LoRA.*tiles"):
         enable_tiled_mlp(model, 4)
-    with pytest.warns(UserWarning, match="no input_ids"):
+    with pytest.warns(UserWarning, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 32, dtype=torch.float64))
-    with pytest.raises(UsageError, match="a causal language model"):
+    with pytest.raises(UsageError, match="alora_invocation_tokens"):
         get_peft_model(t5(), LoraConfig(alora_invocation_tokens=[1]))
 
 
 def test_rows_without_the_invocation_are_named():
     config = LoraConfig(**SETTINGS)
     rows = [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [5, 7, 6]}]
-    with pytest.warns(UserWarning, match=r"1 of 2 training rows do not contain alora_invocation_tokens \[5, 6\]"):
+    with pytest.warns(UserWarning, match=r"1 of 2 .*alora_invocation_tokens \[5, 6\]"):
         config.check_rows(rows)
-    with pytest.raises(UsageError, match=r"1 of 1 training rows .*: nothing would train"):
+    with pytest.raises(UsageError, match=r"1 of 1 .*alora_invocation_tokens"):
         config.check_rows(rows[1:])

@@ -61,7 +61,7 @@ def test_every_layer_has_its_adapters(base, layers, attention, feed_forward):
     assert adapted_modules(base(), style="houlsby") == both
     assert adapted_modules(base(), style="pfeiffer") == (f"{layers}.0", f"{layers}.1")
     if base in (opt, bloom, bert_classifier):
-        with pytest.raises(TargetError, match="its input is unknown"):
+        with pytest.raises(TargetError, match=r"\.0\b.*module"):
             adapt(base(), style="parallel")
 
 
@@ -73,18 +73,18 @@ def test_encoder_and_decoder():
 
 def test_unknown_layers_are_refused():
     mamba = tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=128))
-    with pytest.raises(TargetError, match="found 0 of the 2 layers of a MambaForCausalLM"):
+    with pytest.raises(TargetError, match=r"\b0 .*\b2 .*MambaForCausalLM"):
         adapt(mamba)
     model = llama()
     del model.model.layers[1].mlp
-    with pytest.raises(TargetError, match=r"model\.layers\.1 .* has no known feed-forward"):
+    with pytest.raises(TargetError, match=r"model\.layers\.1 .*feed-forward"):
         adapt(model, style="houlsby")
 
 
 def test_layers_are_chosen_or_left_out():
     assert adapted_modules(llama(layers=3), layers_to_transform=[1]) == ("model.layers.1",)
     assert adapted_modules(llama(layers=3), leave_out=[0, 2]) == ("model.layers.1",)
-    with pytest.raises(TargetError, match="leave_out: '3' matches no layer"):
+    with pytest.raises(TargetError, match="leave_out: '3'"):
         adapt(llama(layers=3), leave_out=[3])
 
 
@@ -100,9 +100,9 @@ def test_each_layer_has_its_own_size():
     model = adapt(llama(), reduction_factor={1: 4, "default": 32})
     sizes = [t.shape[0] for n, t in model.named_parameters() if n.endswith("adapter_down.weight")]
     assert sizes == [1, 8]
-    with pytest.raises(TargetError, match="'7' matches no adapted layer\n  expected: one of '0', '1'"):
+    with pytest.raises(TargetError, match=r"'7'.*\n  expected: .*'0', '1'"):
         adapt(llama(), reduction_factor={7: 4, "default": 32})
-    with pytest.raises(ConfigError, match="no value for layer 1"):
+    with pytest.raises(ConfigError, match=r"reduction_factor.* 1\b"):
         adapt(llama(), reduction_factor={0: 4})
 
 

@@ -158,7 +158,7 @@ def test_strength_scales_the_change(method, tmp_path):
     model = adapted(method)
     trained, expected = {n: p.clone() for n, p in model.named_parameters()}, run(model)
     if method.partition("+")[0] in WITHOUT_STRENGTH:
-        with pytest.raises(UsageError, match="has no strength"):
+        with pytest.raises(UsageError, match="strength"):
             AdapterStrength(model, "default")
         return
     strength, changes = AdapterStrength(model, "default"), []
@@ -209,7 +209,7 @@ def test_two_adapters_on_one_model(method):
         if is_mergeable(method):
             model.merge_adapter()
             assert (run(model) - both).abs().max() < CLOSE
-            with pytest.warns(UserWarning, match="unmerges it first"):
+            with pytest.warns(UserWarning, match="set_adapter"):
                 model.set_adapter("default")
             assert (run(model) - first).abs().max() < CLOSE
     model.set_adapter("default")
@@ -219,7 +219,7 @@ def test_two_adapters_on_one_model(method):
     model.delete_adapter("third")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(run(model), first)
-    with pytest.raises(UsageError, match="did you mean 'default'"):
+    with pytest.raises(UsageError, match=r"'defaults'.*'default'"):
         model.set_adapter("defaults")
     model.delete_adapter("default")
     assert torch.equal(run(model), run(llama()))

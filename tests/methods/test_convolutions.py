@@ -185,22 +185,22 @@ def test_refusals():
     for method in ("hira", "oft", "adalora"):
         with pytest.raises(NotImplementedError, match="groups"):
             adapted(method, base=Net(**GROUPED))
-    with pytest.raises(ConfigError, match="the rank is 3, and conv is a Conv2d with groups=2"):
+    with pytest.raises(ConfigError, match=r"\b3\b.*conv .*groups=2"):
         get_peft_model(Net(**GROUPED), LoraConfig(r=3, target_modules=["conv"]))
-    with pytest.raises(ConfigError, match="'pissa', and conv is a convolution"):
+    with pytest.raises(ConfigError, match=r"'pissa'.*conv\b"):
         get_peft_model(Net(), LoraConfig(init_lora_weights="pissa", target_modules=["conv"]))
-    with pytest.raises(ConfigError, match="conv is a Conv3d"):
+    with pytest.raises(ConfigError, match=r"conv .*Conv3d"):
         adapted("loha+effective", base=Net(3))
-    with pytest.raises(TargetError, match="conv is a Conv2d, which vera cannot adapt"):
+    with pytest.raises(TargetError, match=r"conv .*Conv2d.*vera"):
         get_peft_model(Net(), slimtune.VeraConfig(target_modules=["conv"]))
     standardized = type("StandardizedConv2d", (nn.Conv2d,), {"forward": lambda self, x: x})
     base = Net()
     base.conv.__class__ = standardized
-    with pytest.raises(TargetError, match="something else than a torch convolution"):
+    with pytest.raises(TargetError, match="StandardizedConv2d"):
         adapted("lora", base=base)
     parametrized = Net()
     nn.utils.parametrizations.weight_norm(parametrized.conv)
-    with pytest.raises(TargetError, match="which lora cannot adapt"):
+    with pytest.raises(TargetError, match=r"conv .*ParametrizedConv2d.*lora"):
         adapted("lora", base=parametrized)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

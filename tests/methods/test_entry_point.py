@@ -49,7 +49,7 @@ def test_keeps_the_contract(installed):
 
 def test_the_command_line_lists_it(installed):
     methods = {m["name"]: m for m in json.loads(run_python(["slimtune", "methods", "--json"], installed))["methods"]}
-    assert methods["tilt"]["summary"] == "Tilt: a gain (and a shift) for each output of linear layers"
+    assert methods["tilt"]["summary"].startswith("Tilt: ")
     assert "tilt" not in {m["name"] for m in json.loads(run_python(["slimtune", "methods", "--json"], None))["methods"]}
 
 
@@ -68,4 +68,4 @@ def test_trains_and_loads(installed, tiny_folder, tmp_path):
     # Without the package, loading names the missing method.
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "there is no method 'TILT'" in done.stderr
+    assert "'TILT'" in done.stderr

@@ -77,7 +77,7 @@ def test_a_missing_random_start_warns(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(file).items() if "start_" not in k}, file)
-    with pytest.warns(UserWarning, match="lacks the start"):
+    with pytest.warns(UserWarning, match="'pissa_niter_4'"):
         PeftModel.from_pretrained(base(), tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_saved_as_lora_has_twice_the_rank(init, tmp_path):
 
 
 def test_a_rank_above_the_weight_is_refused():
-    with pytest.raises(ConfigError, match=r"which is 32 at .*; r is 40"):
+    with pytest.raises(ConfigError, match=r"\b32\b.*\b40\b"):
         adapted(slimtune, "pissa", r=40)
 
 
@@ -112,7 +112,7 @@ def test_loftq_needs_a_quantized_base():
     with pytest.raises(ConfigError, match="replace_lora_weights_loftq"):
         get_peft_model(base(), LoraConfig(init_lora_weights="loftq"))
     model = get_peft_model(base(), LoraConfig())
-    with pytest.raises(UsageError, match="no adapted layer is quantized"):
+    with pytest.raises(UsageError, match="quantiz"):
         slimtune.replace_lora_weights_loftq(model, "anywhere")
 
 
@@ -266,9 +266,9 @@ def test_lora_fa_equals_pefts(monkeypatch):
         curves.append([loss.item() for loss in losses])
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert curves[0][-1] < curves[0][0]
-    with pytest.raises(ConfigError, match="lora_alpha is 8"):
+    with pytest.raises(ConfigError, match=r"lora_alpha.*\b8\b"):
         create_lorafa_optimizer(adapted(slimtune, True), 4, 8, lr=1e-2)
-    with pytest.warns(UserWarning, match="cannot learn"):
+    with pytest.warns(UserWarning, match="LoRA-FA"):
         create_lorafa_optimizer(get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"])), 8, 8, lr=1e-2)
 
 
@@ -291,7 +291,7 @@ def test_a_frozen_a_does_not_train():
     model.set_adapter("other")
     model.set_adapter("default")
     assert trained_names(model) == names
-    with pytest.raises(ConfigError, match=r"freeze_a=True is not supported for Embedding"):
+    with pytest.raises(ConfigError, match=r"freeze_a=True.*Embedding"):
         get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"], freeze_a=True))
 
 

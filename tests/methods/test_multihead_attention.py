@@ -9,7 +9,7 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from slimtune.errors import ConfigError, TargetError, UsageError
+from slimtune.errors import ConfigError, MixedBatchError, TargetError
 from slimtune.export.export_support import get_export_support
 
 NAMES = [f"base_model.model.mha.{part}lora_{m}.weight" for part in ("", "base_layer.out_proj.") for m in "AB"]
@@ -71,7 +71,7 @@ def test_several_adapters_bf16_and_conversion():
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
     model.set_adapter("sum")
     assert (model(x) - together).abs().max() < 1e-12
-    with pytest.raises(UsageError, match="cannot run a mixed batch"):
+    with pytest.raises(MixedBatchError):
         model(x, adapter_names=["sum"] * 2 + ["__base__"] * 2)
 
 
@@ -99,14 +99,14 @@ def test_trained_biases_and_exclusion():
 
 
 def test_refusals():
-    with pytest.raises(TargetError, match="separate weights"):
+    with pytest.raises(TargetError, match=r"MultiheadAttention.*\bquery\b"):
         get_peft_model(Net(kdim=4), config())
     for wrong in ({"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "eva"}):
-        with pytest.raises(ConfigError, match=r"nn.MultiheadAttention .* does not support"):
+        with pytest.raises(ConfigError, match=rf"{next(iter(wrong))} .*nn\.MultiheadAttention"):
             get_peft_model(Net(), config(**wrong))
-    with pytest.raises(TargetError, match="mha is a MultiheadAttention, which loha"):
+    with pytest.raises(TargetError, match=r"mha .*MultiheadAttention.*loha"):
         get_peft_model(Net(), slimtune.LoHaConfig(target_modules=["mha"]))
-    with pytest.warns(UserWarning, match="lora_dropout does nothing"):
+    with pytest.warns(UserWarning, match="lora_dropout"):
         model = get_peft_model(Net(), config(lora_dropout=0.1))
     formats = get_export_support(model)
     assert (formats.merged, formats.gguf, formats.vllm, formats.as_lora) == (True, False, False, False)

@@ -163,7 +163,7 @@ def test_layers_share_the_masks_behind_a_prefix():
 def test_a_packed_sequence_has_one_adapter(names):
     model = adapted("prompt_tuning")
     batch = make_collator(model, 0)(ROWS)
-    with enable_packed_attention(model), pytest.raises(UsageError, match="a packed batch, which is a single row"):
+    with enable_packed_attention(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})
 
 

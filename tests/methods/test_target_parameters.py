@@ -11,7 +11,7 @@ from tiny_families import build
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_tensors import get_adapter_tensors
-from slimtune.errors import ConfigError, SlimtuneError, TargetError
+from slimtune.errors import ConfigError, MixedBatchError, SlimtuneError, TargetError
 from slimtune.methods.lora.low_rank_weight import LowRankWeight
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "llama4_text")
@@ -101,7 +101,7 @@ def test_peft_files_of_models_with_shared_experts_load(tmp_path):
 
 
 def test_what_peft_cannot_load_is_said():
-    with pytest.warns(UserWarning, match="HF PEFT takes the targets .*shared_experts.down_proj.* lora_dropout is 0.1"):
+    with pytest.warns(UserWarning, match=r"PEFT .*shared_experts\.down_proj.* lora_dropout.*0\.1"):
         get_peft_model(build("deepseek_v3"), LoraConfig(target_modules=["down_proj"], lora_dropout=0.1))
 
 
@@ -151,16 +151,16 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize("field", ["lora_dropout", "use_dora", "lora_bias", "init_lora_weights"])
 def test_settings_without_a_meaning_are_refused(field):
     value = {"lora_dropout": 0.1, "init_lora_weights": "pissa"}.get(field, True)
-    with pytest.raises(ConfigError, match=f"{field} is .*, and model.layers.0.mlp.experts.down_proj is a parameter"):
+    with pytest.raises(ConfigError, match=rf"{field} .*model\.layers\.0\.mlp\.experts\.down_proj"):
         get_peft_model(moe(), LoraConfig(target_modules=[], target_parameters=BOTH, **{field: value}))
 
 
 def test_names_that_match_nothing_are_refused():
-    with pytest.raises(TargetError, match="did you mean 'down_proj'"):
+    with pytest.raises(TargetError, match=r"down_pro\b.*'down_proj'"):
         get_peft_model(moe(), LoraConfig(target_modules=["q_proj"], target_parameters=["down_pro"]))
     with pytest.raises(TargetError, match="rank_pattern"):
         adapted(slimtune, moe(), rank_pattern={"experts.up_proj": 2})
-    with pytest.raises(TargetError, match="another field"):
+    with pytest.raises(TargetError, match="q_proj"):
         get_peft_model(moe(), LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
 
 
@@ -174,9 +174,9 @@ def test_a_matrix_of_a_linear_layer_is_adapted_like_the_layer():
 
 def test_rows_with_different_adapters_and_weighted_sums_are_refused():
     model = adapted(slimtune, moe())
-    with pytest.raises(SlimtuneError, match="cannot run a mixed batch"):
+    with pytest.raises(MixedBatchError):
         model(tokens(), adapter_names=["default", "__base__"])
-    with pytest.raises(SlimtuneError, match="a weighted sum does not support"):
+    with pytest.raises(SlimtuneError, match="target_parameters"):
         model.add_weighted_adapter(["default"], [0.5], "mean")
 
 

@@ -49,10 +49,10 @@ def test_a_tied_head_shares_the_rows(config, tmp_path):
 def test_two_adapters_with_one_token_in_common_are_refused_together():
     model = get_peft_model(llama(tie=True), TrainableTokensConfig(token_indices=CHOSEN))
     model.add_adapter("other", TrainableTokensConfig(token_indices=[3, 5]))
-    with pytest.raises(UsageError, match="both train rows"):
+    with pytest.raises(UsageError, match=r"'default'.*'other'"):
         model.set_adapter(["default", "other"])
     model.merge_adapter()
-    with pytest.raises(UsageError, match="both train rows"):
+    with pytest.raises(UsageError, match=r"'default'.*'other'"):
         model.merge_adapter(["other"])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert embedding.trainable_tokens_delta is head.trainable_tokens_delta
@@ -86,9 +86,9 @@ def test_rows_get_the_gradient_of_input_and_head():
 
 
 def test_unknown_rows_and_names_are_refused():
-    with pytest.raises(TargetError, match="no row 999"):
+    with pytest.raises(TargetError, match=r"\b999\b"):
         get_peft_model(llama(), TrainableTokensConfig(token_indices=[999]))
-    with pytest.raises(TargetError, match="'embed_token' matches no embedding; did you mean"):
+    with pytest.raises(TargetError, match=r"'embed_token' .*'model.embed_tokens'"):
         get_peft_model(llama(), LoraConfig(trainable_token_indices={"embed_token": [3]}))
     with pytest.raises(TargetError, match="modules_to_save"):
         get_peft_model(llama(), LoraConfig(trainable_token_indices=[3], modules_to_save=["embed_tokens"]))

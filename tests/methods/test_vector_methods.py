@@ -56,7 +56,7 @@ def test_bitfit_trains_a_new_head_in_full():
 def test_bitfit_refuses_layers_without_bias():
     with pytest.raises(TargetError, match="new_biases=True"):
         get_peft_model(llama(), BitFitConfig())
-    with pytest.raises(TargetError, match=r"2 of 4 targets have no bias.*layers\.0\.self_attn\.o_proj"):
+    with pytest.raises(TargetError, match=r"\b2 of 4 .*layers\.0\.self_attn\.o_proj"):
         get_peft_model(qwen2(), BitFitConfig(target_modules=["q_proj", "o_proj"]))
 
 
@@ -64,7 +64,7 @@ def test_bitfit_does_not_merge_new_biases():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True))
     assert len(model.match_report().adapted) == 2 * 7 + 5
     assert "lm_head" in model.match_report().unadapted
-    with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj has no bias"):
+    with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj"):
         model.merge_adapter()
 
 
@@ -122,7 +122,7 @@ def test_ia3_default_feedforward_modules():
 
 
 def test_ia3_feedforward_modules_must_be_targets():
-    with pytest.raises(TargetError, match=r"down_prj.*did you mean 'down_proj'"):
+    with pytest.raises(TargetError, match=r"down_prj.*'down_proj'"):
         inputs_scaled(IA3Config(target_modules=r".*\.(k|down)_proj", feedforward_modules=["down_prj"]))
 
 

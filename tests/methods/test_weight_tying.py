@@ -59,7 +59,7 @@ def test_tied_tensors_that_differ_in_a_file_are_refused(tmp_path):
     model = adapted(TARGETS)
     tensors = slimtune.get_peft_model_state_dict(model)
     tensors["base_model.model.lm_head.lora_A.weight"] = tensors["base_model.model.lm_head.lora_A.weight"] + 1
-    with pytest.raises(AdapterError, match="are tied here"):
+    with pytest.raises(AdapterError, match=r"\btied\b"):
         slimtune.set_peft_model_state_dict(model, tensors)
 
 
@@ -84,7 +84,7 @@ def test_what_is_not_tied_warns(config, tie, message):
 
 def test_what_cannot_be_tied_is_refused():
     tokens = {"embed_tokens": [1], "lm_head": [2]}
-    with pytest.raises(ConfigError, match="Cannot ensure weight tying"):
+    with pytest.raises(ConfigError, match="tying"):
         adapted({"trainable_token_indices": tokens})
     with pytest.raises(ConfigError, match="use_dora=True"):
         adapted(TARGETS, use_dora=True)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers as tf
+from error_facts import has_code
 from method_cases import CASES
 from models_zoo import DECODER, gpt2, llama
 from torch import nn
@@ -205,18 +206,18 @@ def test_kind_of_a_checkpoint(stored, requested, kind):
 
 
 def test_checkpoints_that_cannot_be_planned():
-    with pytest.raises(UsageError, match="stored in int8, not in nf4"):
+    with pytest.raises(UsageError, match=r"int8.*nf4"):
         resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"load_in_8bit": True}), "nf4")
-    with pytest.raises(ModelError, match="stored in gptq, which cannot be planned"):
+    with pytest.raises(ModelError, check=has_code("quantized-base")):
         resolve_quantization_kind(tf.LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4}))
 
 
 def test_what_cannot_be_quantized():
-    with pytest.raises(UsageError, match=r"'nf' is no quantization; did you mean 'nf4'\?"):
+    with pytest.raises(UsageError, match=r"'nf'.*'nf4'"):
         make_job("nf").build_model()
-    with pytest.raises(UsageError, match="full fine-tuning would train weights"):
+    with pytest.raises(UsageError, match="quantized"):
         make_job("nf4", "full").build_model()
     with torch.device("meta"):
         empty = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 0}))
-    with pytest.raises(UsageError, match="no linear layer beside its head"):
+    with pytest.raises(UsageError, match=r"linear.*head"):
         fake_quantize_model(empty, "int8")

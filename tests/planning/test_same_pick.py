@@ -74,21 +74,21 @@ def test_card_of_the_table(monkeypatch, gpu):
 
 def test_intel_gpus_do_not_train(monkeypatch):
     set_machine(monkeypatch, xpu=True)
-    with pytest.warns(UserWarning, match="does not train on Intel GPUs .* the CPU trains"):
+    with pytest.warns(UserWarning, match=r"Intel .*CPU"):
         assert trained() == planned(detect_gpu())
-    with pytest.raises(UsageError, match="does not train on Intel GPUs"):
+    with pytest.raises(UsageError, match="Intel"):
         pick_device("xpu")
     assert (
         [g.name for g in list_gpu_specs() if not g.trains]
         == [g.name for g in list_gpu_specs() if g.vendor == "intel"]
         != []
     )
-    with pytest.raises(UsageError, match="arc-b580: slimtune does not train on Intel GPUs"):
+    with pytest.raises(UsageError, match=r"arc-b580: .*Intel"):
         gpus.require_trainable_gpu(find_gpu_by_name("arc-b580"))
 
 
 def test_float16_is_refused_as_training_refuses_it():
-    with pytest.raises(UsageError, match="the weights are float16"):
+    with pytest.raises(UsageError, match="float16"):
         PlanRequest(BASE, find_gpu_by_name("t4"), LORA, dtype="float16").job()
 
 
@@ -116,4 +116,4 @@ def test_notes_say_what_a_default_costs(gpu, words):
 def test_advice_names_bfloat16_for_a_float32_run():
     small = GpuSpec("small", "memory", "nvidia", "turing", 1, 1, rates={"float32": 1e12, "float16": 8e12})
     changes = [a.change for a in estimate_resources(PlanRequest(BASE, small, LORA, seq_len=32)).advice]
-    assert "--dtype bfloat16 (slower where the device emulates it)" in changes
+    assert any(change.startswith("--dtype bfloat16") for change in changes)

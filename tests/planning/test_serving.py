@@ -149,7 +149,7 @@ def test_adapter_beside_the_model():
     assert plan(adapter_rank=12).parts["adapter"] == 60 * MIB  # 20.97e6 numbers a rank of 8 in 16 bits
     beside = plan(engine="vllm", adapter_rank=12)  # vLLM reserves rank 16
     assert (beside.merged, beside.parts["adapter"]) == (False, 80 * MIB)
-    with pytest.raises(UsageError, match="rank is 1000"):
+    with pytest.raises(UsageError, match=r"\b1000\b"):
         plan(engine="vllm", adapter_rank=1000)
 
 
@@ -256,7 +256,7 @@ def test_every_known_base():
     )
     for name in load_known_models():
         if name.startswith(recurrent):
-            with pytest.raises(ModelError, match="cache no keys and values of heads"):
+            with pytest.raises(ModelError, match="cache"):
                 plan(name)
             continue
         need = plan(name).need_bytes

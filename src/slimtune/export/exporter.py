@@ -83,7 +83,7 @@ def export(
             notes = [*notes, describe_16_bit_base(loaded, run)]
         if verdict.passed is False:
             message = f"{verdict.engine} differs from the trained adapter: {verdict.reason}"
-            raise RunError(message, verdict.limit, chosen.hint_if_different())
+            raise RunError(message, verdict.limit, chosen.hint_if_different(), code="merge-differs")
         if verdict.passed is None and require_proof:
             hint = "without --require-proof the folder is written, unproven"
             raise RunError(f"the export is not proven: {verdict.reason}", "an export that the engine was asked", hint)

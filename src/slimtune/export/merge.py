@@ -113,6 +113,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
                 "--dtype float32 (export: --precision f32): 16 bits cannot hold so small a change"
                 if stored.itemsize == 2
                 else "",
+                code="merge-differs",
             )
         comparison = MergeComparison(
             dtype=dtype_name(stored),
@@ -165,6 +166,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
                 f"the merged classifier is not the trained one: its logits differ by {mean:.3g} on average",
                 str(tolerance),
                 "--dtype float32",
+                code="merge-differs",
             )
         strength = 1 - mean / effect if effect else None
         comparison = MergeComparison(dtype_name(stored), largest, mean, effect, strength, len(texts))

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from adapter_checks import unchanged
+from error_facts import has_code
 from models_zoo import llama, run, shake
 from safetensors.torch import load_file, save_file
 from several_adapters import save_adapter
@@ -123,7 +124,7 @@ def test_wrong_arguments_of_from_pretrained(folder, path, arguments, message):
 def test_loading_into_an_adapter_needs_same_settings(folder, setting):
     model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
     edit_config(**setting)(folder)
-    with unchanged(model), pytest.raises(AdapterError, match=f"trained with other settings: {next(iter(setting))} is"):
+    with unchanged(model), pytest.raises(AdapterError, match=rf"\b{next(iter(setting))}\b"):
         model.load_adapter(folder, "default")
 
 
@@ -147,7 +148,7 @@ def test_named_adapters_are_saved_in_subfolders(tmp_path):
     model = get_peft_model(llama(), LoraConfig())
     model.add_adapter("poet", LoraConfig(r=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="did you mean 'poet'"):
+    with pytest.raises(UsageError, match=r"'poets'.*'poet'"):
         model.save_pretrained(tmp_path, selected_adapters=["poets"])
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "poet", "poet")
     loaded.load_adapter(tmp_path, "default")
@@ -175,7 +176,7 @@ def test_state_dict_equals_peft(folder):
     fresh = get_peft_model(llama(), PeftConfig.from_pretrained(folder))
     assert set_state(fresh, expected) == ([], [])
     assert torch.equal(run(fresh.eval()), run(model))
-    with pytest.raises(AdapterError, match="the state dict does not fit"):
+    with pytest.raises(AdapterError, match="state"):
         set_state(fresh, {k: t for k, t in expected.items() if "lora_A" in k})
     with pytest.raises(SlimtuneError, match="'x'"):
         get_state(fresh, adapter_name="x")
@@ -209,7 +210,7 @@ def test_a_run_folder_loads_its_adapter(tmp_path):
     save_adapter(tmp_path / "run", {"r": 2})
     assert PeftModel.from_pretrained(llama(), tmp_path / "run").peft_config["default"].r == 2
     (tmp_path / "empty" / "adapter").mkdir(parents=True)
-    with pytest.raises(UsageError, match=f"empty has no {WEIGHTS}; it has 'adapter'"):
+    with pytest.raises(UsageError, match=f"empty .*{WEIGHTS}.*'adapter'"):
         PeftModel.from_pretrained(llama(), tmp_path / "empty")
 
 
@@ -222,9 +223,9 @@ def test_other_adapters_while_one_is_merged(tmp_path):
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False))
     model.load_adapter(tmp_path, "loaded")
     model.rename_adapter("default", "renamed")
-    with pytest.raises(UsageError, match="'renamed' is merged into the base"):
+    with pytest.raises(UsageError, check=has_code("merge-differs")):
         model.load_adapter(tmp_path, "renamed")
-    with pytest.raises(UsageError, match="is merged into the base"):
+    with pytest.raises(UsageError, check=has_code("merge-differs")):
         model.delete_adapter("renamed")
     assert torch.equal(run(model), merged)
     model.unmerge_adapter()

@@ -1,5 +1,6 @@
 """PeftModel: tied heads, trained copies, biases, merging, generation, and calls in an odd order."""
 
+import re
 import threading
 from contextlib import nullcontext
 
@@ -11,6 +12,7 @@ import transformers as tf
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from adapter_checks import assert_merges, unchanged
+from error_facts import has_code
 from models_zoo import gpt2, llama, run, same_base, shake, snapshot, tokens
 from several_adapters import add_adapters
 from torch import nn
@@ -126,7 +128,7 @@ def test_trained_biases_load_into_an_adapter_without_them(tmp_path):
     with model.disable_adapter():
         assert torch.equal(run(model), run(gpt2().eval()))
     source.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="2 adapters would train"):
+    with pytest.raises(UsageError, match=r"\b2 adapters"):
         source.add_adapter("second", LoraConfig(bias="all"))
     source.load_adapter(tmp_path, "second", is_trainable=True)
     assert all(p.requires_grad for p in source.trainable_parameters("second"))
@@ -147,7 +149,7 @@ def test_two_adapters_cannot_copy_one_module():
     settings = {**QV, "modules_to_save": ["lm_head"]}
     model = add_adapters(llama(), {"default": settings, "second": settings})
     for act in (model.set_adapter, model.merge_adapter):
-        with pytest.raises(UsageError, match="both have their own copy of lm_head"):
+        with pytest.raises(UsageError, match="lm_head"):
             act(["default", "second"])
     assert model.active_adapters == ["second"]
 
@@ -166,7 +168,7 @@ def test_printed_parameters_equal_peft(make, capsys):
 def test_safe_merge_refuses_nan():
     model = adapt(llama(), **QV)
     next(p for n, p in model.named_parameters() if "layers.1" in n and "lora_B" in n).data.fill_(float("nan"))
-    with pytest.raises(MergeUnsupported, match="contains NaN or Inf after merging"):
+    with pytest.raises(MergeUnsupported, match="NaN"):
         model.merge_adapter(safe_merge=True)
     assert same_base(model, snapshot(llama()))
 
@@ -176,7 +178,7 @@ def test_merged_model_keeps_its_own_copies():
     model.merge_adapter()
     head = model.lm_head
     assert head._parameters["weight"].data_ptr() != head.trained_copies["default"].weight.data_ptr()
-    with pytest.raises(UsageError, match="is merged into the base"):
+    with pytest.raises(UsageError, check=has_code("merge-differs")):
         model.to_lora("default", 2)
     model.float()  # also what the merge replaced
     model.unmerge_adapter()
@@ -204,7 +206,7 @@ def test_disabled_model_refuses_changes():
     model = add_adapters(llama(), {"a": QV, "b": QV})
     with model.disable_adapter():
         for act in (model.unload, model.merge_adapter, lambda: model.delete_adapter("b")):
-            with pytest.raises(UsageError, match="inside disable_adapter"):
+            with pytest.raises(UsageError, match="disable_adapter"):
                 act()
     assert torch.equal(run(model.unload()), run(llama()))
 
@@ -215,7 +217,7 @@ def test_disabled_model_refuses_changes():
 @pytest.mark.parametrize("name", ["train", "items", "", "a.b", "__base__", "/tmp/x", "a/b", "a\\b", "a\n", "x" * 300])
 def test_invalid_adapter_name_leaves_no_trace(name):
     model = llama()
-    with unchanged(model), pytest.raises(UsageError, match="cannot be the name of a new adapter"):
+    with unchanged(model), pytest.raises(UsageError, match=re.escape(repr(name))):
         get_peft_model(model, LoraConfig(**QV), name)
 
 
@@ -223,7 +225,7 @@ def test_failed_attachment_leaves_no_trace():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
     get_peft_model(model, LoraConfig(target_modules=["2"]))
     model[1].forward = lambda x: x
-    with pytest.raises(TargetError, match="forward of a Linear was replaced"):
+    with pytest.raises(TargetError, match=r"forward.*Linear"):
         model.add_adapter("second", LoraConfig(target_modules=["0", "1"]))
     assert list(model.peft_config) == ["default"]
     assert not any("second" in n for n, _ in model.named_parameters())
@@ -245,7 +247,7 @@ def test_wrong_calls_are_refused():
 def test_second_get_peft_model_adds_an_adapter_or_replaces_one_without_effect():
     model = llama()
     for name, targets in (("default", ["q_proj"]), ("default", ["v_proj"]), ("other", ["k_proj"])):
-        with nullcontext() if targets == ["q_proj"] else pytest.warns(match="the model already has adapters"):
+        with nullcontext() if targets == ["q_proj"] else pytest.warns(match="adapters"):
             assert get_peft_model(model, LoraConfig(target_modules=targets), name) is model
     assert {n: c.target_modules for n, c in model.peft_config.items()} == {"default": {"v_proj"}, "other": {"k_proj"}}
     assert model.active_adapters == ["other"]

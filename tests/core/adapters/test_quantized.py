@@ -99,7 +99,7 @@ def test_adapter_trains_saves_and_unloads(kind, method, bases, tmp_path):
     model.eval()
     with model.disable_adapter():
         assert torch.equal(run(model), plain)
-    with pytest.raises(MergeUnsupported, match="is quantized: load the base in 16 or 32 bits"):
+    with pytest.raises(MergeUnsupported, match="quantized"):
         model.merge_adapter()
     assert torch.equal(run(model), expected)
     if kind != "int8":  # its layers keep state of their last call
@@ -179,5 +179,5 @@ def test_base_that_is_not_quantized_is_frozen_in_fp32():
     base = prepare_model_for_kbit_training(llama(dtype=torch.bfloat16))
     assert {(p.dtype, p.requires_grad) for p in base.parameters()} == {(torch.float32, False)}
     assert not base.is_gradient_checkpointing
-    with pytest.raises(UsageError, match="already has adapters"):
+    with pytest.raises(UsageError, match="adapters"):
         prepare_model_for_kbit_training(get_peft_model(llama(), LoraConfig()))

@@ -65,13 +65,13 @@ def test_selection_equals_peft(settings):
     assert_equals_peft(lambda: llama(layers=3), **settings)
 
 
-def test_match_report():
+def test_match_report(screen):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
     report = model.match_report()
     assert report.trained_whole == ("lm_head",)
     assert "model.layers.0.self_attn.k_proj" in report.unadapted
-    assert "adapted 4 modules (q_proj × 2, v_proj × 2); trained in full: 'lm_head'; not adapted: 11" in str(report)
-    assert str(get_peft_model(gpt2(), LoraConfig(bias="all")).match_report()).count("biases train") == 1
+    screen("match-report", f"{report}\n")
+    assert str(get_peft_model(gpt2(), LoraConfig(bias="all")).match_report()).count("biases") == 1
 
 
 class Pair(nn.Module):
@@ -197,7 +197,7 @@ def test_resize_token_embeddings():
 )
 def test_weights_that_a_mamba_mixer_reads_without_a_call(make, uncalled):
     for name in uncalled:
-        with pytest.raises(TargetError, match="cannot be adapted"):
+        with pytest.raises(TargetError, match=name):
             get_peft_model(make(), LoraConfig(target_modules=[name]))
     model = get_peft_model(make(), LoraConfig(target_modules="all-linear"))
     model(tokens()).logits.sum().backward()

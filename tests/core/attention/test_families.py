@@ -61,7 +61,7 @@ def test_code_of_others_is_not_packed():
         pass
 
     model = Own(build("llama").config)
-    assert packing_unsupported_reason(model) == "the code of Own is not transformers' own"
+    assert "Own" in packing_unsupported_reason(model)
     assert not make_collator(model, 0).packing
 
 

@@ -126,7 +126,7 @@ def test_kernel_that_works(compile_on_cpu):
 def test_kernel_with_wrong_values(compile_on_cpu, monkeypatch):
     other_mask = make_tree_mask(PackedLayout((166, 50, 40), (-1, 0, 1)), None, CPU)
     monkeypatch.setattr(packed_attention, "make_tree_mask", lambda *_: other_mask)
-    assert "its values are" in _test_kernel(*HEADS, {})
+    assert "values" in _test_kernel(*HEADS, {})
 
 
 def test_kernel_without_memory(monkeypatch):
@@ -139,7 +139,7 @@ def test_kernel_without_memory(monkeypatch):
     tried = []
     monkeypatch.setattr(packed_attention, "_compile", lambda function: fail)
     _find_kernel_options.cache_clear()
-    with pytest.warns(UserWarning, match=r"4 heads of size 16 in torch.float32.*out of resource: shared memory$"):
+    with pytest.warns(UserWarning, match=r"\b4 .*\b16 .*torch\.float32.*shared memory$"):
         assert _find_kernel_options(*HEADS) is None
     assert tried[:2] == [None, {"num_stages": 1}]
     assert len(tried) == 3

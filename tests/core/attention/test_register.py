@@ -77,9 +77,9 @@ def test_wrong_calls():
     cache = model(input_ids=zoo.tokens(1, 4), use_cache=True).past_key_values
     other = PackedLayout((20,), (-1,))
     with enable_packed_attention(model):
-        with pytest.raises(ModelError, match="of 21 tokens to 21 keys, but the layout has one row of 20"):
+        with pytest.raises(ModelError, match=r"\b21 .*\b21 .*\b20\b"):
             call_packed(model, **{LAYOUT_KWARG: other})
-        with pytest.raises(ModelError, match="from 2 rows of 21 tokens"):
+        with pytest.raises(ModelError, match=r"\b2 .*\b21\b"):
             call_packed(model, input_ids=zoo.tokens(2, 21), position_ids=None)
         with pytest.raises(ModelError, match=r"(?s)without a cache.*train.packing=false"):
             call_packed(model, use_cache=True, past_key_values=cache)
@@ -94,21 +94,21 @@ def test_attention_modules_that_cannot():
         return register._attend("sdpa", module, *inputs, None, **options)
 
     attend()
-    with pytest.raises(ModelError, match="LlamaAttention is not causal, or adds a bias by position"):
+    with pytest.raises(ModelError, match=r"LlamaAttention.*\bbias\b"):
         attend(position_bias=torch.zeros(1))
     module.config.sliding_window = 3
-    with pytest.raises(ModelError, match="does not pass on its window"):
+    with pytest.raises(ModelError, match="window"):
         attend()
     attend(sliding_window=3)
     module.is_causal = False
-    with pytest.raises(ModelError, match="is not causal"):
+    with pytest.raises(ModelError, match="causal"):
         attend(sliding_window=3)
 
 
 def test_another_attention_cannot():
     model = build("llama")
     model.set_attn_implementation("flex_attention")
-    assert "'flex_attention', not 'sdpa' or 'eager'" in packing_unsupported_reason(model)
+    assert "'flex_attention'" in packing_unsupported_reason(model)
     with enable_packed_attention(model) as can:
         assert not can
         assert model.config._attn_implementation == "flex_attention"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_all_errors_at_once():
         method={"name": "lora", "dropot": 1, "lora_dropout": 2, "bias": "some", "r": "many"},
         train={"epocs": 1, "batch_size": 0, "learning_rate": "fast"},
     )
-    assert "the recipe: 12 problems" in text
+    assert "12 problems" in text
     for line in (
         "output_dir: missing (flag --out); expected: run folder",
         "epochs: no such field; did you mean 'train.epochs'?",
@@ -131,7 +132,7 @@ def test_all_errors_at_once():
         "train.learning_rate: got 'fast'; did you mean 'auto'?; expected: auto or a number, above 0",
     ):
         assert f"\n  {line}" in text
-    assert "hint: correct it there" in text
+    assert "\n  hint: " in text
 
 
 @pytest.mark.parametrize(
@@ -167,9 +168,9 @@ def test_wrong_value(path, value):
 
 def test_sections_of_the_wrong_type():
     text = error_text(train=[1], method=[2])
-    assert "train: got [1]; expected: a section with 'epochs'" in text
-    assert "method.name: there is no method [2]; expected: one of" in text
-    with pytest.raises(RecipeError, match=r"the recipe is \[1\]"):
+    assert re.search(r"\btrain: .*\[1\].*'epochs'", text)
+    assert re.search(r"\bmethod\.name: .*\[2\]", text)
+    with pytest.raises(RecipeError, match=r"\[1\]"):
         Recipe.from_dict([1])
 
 
@@ -240,12 +241,12 @@ def test_wrong_yaml(write, text, parts):
 
 def test_files_that_are_not_recipes(tmp_path, write):
     write("", "tone.yaml")
-    with pytest.raises(UsageError, match=r"there is no recipe file .*tonee.yaml.*did you mean 'tone.yaml'"):
+    with pytest.raises(UsageError, match=r"tonee\.yaml.*'tone\.yaml'"):
         load_recipe(tmp_path / "tonee.yaml")
     with pytest.raises(UsageError, match="is a folder"):
         load_recipe(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="is not text"):
+    with pytest.raises(RecipeError, match=r"b\.yaml .*text"):
         load_recipe(tmp_path / "b.yaml")
 
 
@@ -333,7 +334,8 @@ def test_old_names_are_gone(path):
     section, _, name = path.rpartition(".")
     required = {"model": {"name": "m"}, "data": {"train": "d"}}.get(section, {})
     changes = {section: {**required, name: 7}} if section else {name: 7}
-    assert f"{path}: no such field" in error_text(**changes)
+    assert f"\n  {path}: " in error_text(**changes)
+    assert path not in {s.path for s in list_settings(Recipe)}
 
 
 # --- written recipes, documentation
@@ -401,5 +403,5 @@ except SystemExit as e:
 def test_task_is_checked_as_a_section():
     recipe = make_recipe(task="sft")
     assert (recipe.task.name, recipe.objective().name) == ("sft", "sft")
-    assert "task.name: there is no task 'sftt'; did you mean 'sft'" in error_text(task="sftt")
-    assert "task.beta: no such field" in error_text(task={"beta": 1})
+    assert re.search(r"\btask\.name: .*'sftt'.*'sft'", error_text(task="sftt"))
+    assert "task.beta: " in error_text(task={"beta": 1})

@@ -88,7 +88,7 @@ def test_faulty_list(read, row, code, cause):
 
 def test_equal_answers_with_different_scores_are_refused(read):
     rows, _ = read(responses=[" a", " b", " a"], scores=[3, 2, 1])
-    with pytest.raises(DataError, match=r"a\.jsonl:1: two answers with different scores are the same"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*scores"):
         tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=99, path="a")
 
 
@@ -133,7 +133,7 @@ def test_length_that_decides_pairs_is_a_warning(tmp_path, longer, shorter, leaks
         assert (issue.severity, issue.count) == ("warning", max(longer, shorter))
         assert "28 of 30, 95 % interval 79 to 98 %" in issue.what
     if longer == 18:
-        assert ("better answer", "the longer one in 60 % of the pairs (42 to 75 %)") in report.lines()
+        assert any("60 %" in value and "42 to 75 %" in value for _, value in report.lines())
 
 
 def test_rows_that_are_no_pairs_have_no_share(tmp_path):

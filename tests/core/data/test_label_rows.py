@@ -107,7 +107,7 @@ def test_rating_is_read(read, tmp_path, label):
 
 @pytest.mark.parametrize("label", [1, 0, "good", None, "", [True], 0.0])
 def test_rating_that_is_no_boolean_is_named_with_its_line(read, label):
-    with pytest.raises(DataError, match=r"a\.jsonl:2: 'label' is .*: wanted true for a good answer"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'label' .*true"):
         read(rate(0, True), rate(1, label), **RATINGS)
 
 
@@ -123,9 +123,9 @@ def test_one_rating_is_a_warning(issues):
 def test_label_is_an_error_until_the_format_says_what_it_means(read):
     with pytest.raises(DataError, match="'label'"):
         read(HAM, SPAM)
-    with pytest.raises(DataError, match="rows that it rates low would be learned like the others") as error:
+    with pytest.raises(DataError, match="'label'") as error:
         read(rate(0, True), rate(1, False))
-    assert "--format unpaired-preference (--task kto in training)" in error.value.hint
+    assert all(flag in error.value.hint for flag in ("--format unpaired-preference", "--task kto"))
     assert KTO.formats == ("unpaired-preference",)
 
 
@@ -146,4 +146,4 @@ def test_report_counts_labels(tmp_path, tokenizer):
     write_jsonl(file, [rate(i, i % 5 == 0) for i in range(20)])
     report = to_json_dict(make_data_report(file, tokenizer, **options, **RATINGS))
     assert report["classes"] == {"False": 16, "True": 4}
-    assert "4 good and 16 bad answers: a task.desirable_weight of 4.00 to 5.33 balances them" in report["notes"]
+    assert any("4.00 to 5.33" in note for note in report["notes"])

@@ -181,5 +181,5 @@ def test_unusable_template(name):
 
 
 def test_slow_tokenizer_is_refused():
-    with pytest.raises(ModelError, match="object is not a fast tokenizer"):
+    with pytest.raises(ModelError, match="tokenizer"):
         chat_template.tokenize_rendered_texts(object(), ["a"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_facts import has_code
 
 from slimtune.core.foundation import files
 from slimtune.core.foundation.files import (  # fmt: skip
@@ -38,10 +39,10 @@ def fail(code: int):
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, code):
     write_atomic(tmp_path / "a", "old")
     monkeypatch.setattr(os, "fsync", fail(code))
-    with pytest.raises(RunError, match="the disk is full") as e:
+    with pytest.raises(RunError, check=has_code("disk-full")) as e:
         write_atomic(tmp_path / "a", "n" * 2048)
     assert "2.0 KiB" in str(e.value)
-    with pytest.raises(RunError, match="the disk is full"), atomic_folder(tmp_path / "b") as folder:
+    with pytest.raises(RunError, check=has_code("disk-full")), atomic_folder(tmp_path / "b") as folder:
         (folder / "file").touch()
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -52,9 +53,9 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, code):
 def test_what_a_disk_refuses_is_named(tmp_path, monkeypatch, call, code):
     write_atomic(tmp_path / "a", "old")
     monkeypatch.setattr(os, call, fail(code))
-    with pytest.raises(RunError, match=f"{tmp_path}/a cannot be written: {files.DISK_ERRORS[code][0]}"):
+    with pytest.raises(RunError, match=f"{tmp_path}/a .*{files.DISK_ERRORS[code][0]}"):
         write_atomic(tmp_path / "a", "new")
-    with pytest.raises(RunError, match=f"{tmp_path}/b cannot be written"), atomic_folder(tmp_path / "b") as folder:
+    with pytest.raises(RunError, match=f"{tmp_path}/b"), atomic_folder(tmp_path / "b") as folder:
         (folder / "file").touch()
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -88,7 +89,7 @@ def test_a_handled_error_is_not_the_cause():
 
 def test_long_names_are_written(tmp_path):
     write_atomic(tmp_path / ("n" * 255), "x")
-    with pytest.raises(UsageError, match="the name is too long"):
+    with pytest.raises(UsageError, match="name"):
         write_atomic(tmp_path / ("n" * 256), "x")
     with atomic_folder(tmp_path / ("é" * 127)) as folder:
         (folder / "file").touch()
@@ -114,7 +115,7 @@ def test_only_files_are_replaced(tmp_path, kind):
     before = path.lstat()
     with pytest.raises(UsageError, match=r"is a (folder|device)"):
         resolve_output_file(path)
-    with pytest.raises(UsageError, match=r"it is a (folder|device)"):
+    with pytest.raises(UsageError, match=rf"{path} .*(folder|device)"):
         write_atomic(path, "x")
     assert path.lstat().st_ino == before.st_ino
 
@@ -125,17 +126,17 @@ def test_links_are_followed_within_a_folder(tmp_path):
     inside.symlink_to("target")
     outside.symlink_to(tmp_path / "target")
     assert resolve_output_file(inside) == tmp_path / "target"
-    with pytest.raises(UsageError, match=f"outside is a link to {tmp_path}/target, in another folder"):
+    with pytest.raises(UsageError, match=f"outside .*{tmp_path}/target"):
         resolve_output_file(outside)
     sub.symlink_to("sub")
     assert resolve_output_file(sub / "new") == sub / "new", "the folder is the user's choice"
-    with pytest.raises(UsageError, match="there is no folder"):
+    with pytest.raises(UsageError, match=str(tmp_path / "no")):
         resolve_output_file(tmp_path / "no/x")
 
 
 def test_metrics_stay_in_the_run_folder(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="out of its folder"):
+    with pytest.raises(UsageError, match="folder"):
         RunDir(tmp_path).append_metrics({"step": 1})
     assert not (tmp_path / "elsewhere").exists()
 
@@ -143,12 +144,12 @@ def test_metrics_stay_in_the_run_folder(tmp_path):
 def test_two_writers_of_one_folder(tmp_path):
     with atomic_folder(tmp_path / "a") as folder:
         (folder / "file").touch()
-        with pytest.raises(UsageError, match=r"another process is writing .*/a"), atomic_folder(tmp_path / "a"):
+        with pytest.raises(UsageError, match=r"process .*/a\b"), atomic_folder(tmp_path / "a"):
             pass
         with atomic_folder(tmp_path / "a.b"):
             pass
     assert (tmp_path / "a/file").exists()
-    with pytest.raises(RunError, match="another process wrote files there"), atomic_folder(tmp_path / "c"):
+    with pytest.raises(RunError, match="process"), atomic_folder(tmp_path / "c"):
         shutil.copytree(tmp_path / "a", tmp_path / "c")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "a.b", "c", "file", "file"]
     shutil.copytree(tmp_path / "a", tmp_path / ".d.abcdefgh")
@@ -166,19 +167,19 @@ def test_json_of_scalar_tensors_and_paths(tmp_path):
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("[1]", "it contains a list"),
-        ("null", "it contains null"),
-        ("3", "it contains a number"),
-        ('{"a": ', "it is not JSON: Expecting value, column 7"),
-        ('{"a": ' + "9" * 5000 + "}", "it contains an integer of more than 4300 digits"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "its values are nested too deep"),
-        (b'{"a": "\xff"}', "it is not UTF-8: byte 7"),
+        ("[1]", "list"),
+        ("null", "null"),
+        ("3", "number"),
+        ('{"a": ', "JSON.* column 7"),
+        ('{"a": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested"),
+        (b'{"a": "\xff"}', "UTF-8.* 7"),
     ],
 )
 def test_odd_json_is_named(tmp_path, text, cause):
     file = tmp_path / "x.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(AdapterError, match=f"x.json is damaged: {cause}"):
+    with pytest.raises(AdapterError, match=rf"x\.json .*{cause}"):
         read_json(file, error=AdapterError)
 
 

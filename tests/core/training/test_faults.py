@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from tiny_run import distance, metrics
 
+from slimtune.core.foundation import files
 from slimtune.core.training import checkpoint
 
 pytestmark = pytest.mark.faults
@@ -117,7 +119,8 @@ def test_killed_while_a_checkpoint_is_written(desk, tmp_path, name, n):
     code, log = desk.finish(out, checkpoint_fault=(name, n, 0))
     assert code == -signal.SIGKILL, log
     assert list((out / "checkpoints").glob(".checkpoint-*"))
-    assert "was being written when the run stopped; removed" in desk.assert_resumed(out)
+    desk.assert_resumed(out)
+    assert not list((out / "checkpoints").glob(".checkpoint-*"))
 
 
 def test_killed_twice_and_the_newest_checkpoint_damaged(desk, tmp_path):
@@ -128,7 +131,7 @@ def test_killed_twice_and_the_newest_checkpoint_damaged(desk, tmp_path):
     (newest / "optimizer.safetensors").write_bytes(b"\0" * 10)
     code, log = desk.finish(out, "--resume")
     assert code == 0, log
-    assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in log
+    assert re.search(rf"{newest.name} .*optimizer\.safetensors", log)
     assert distance(out, desk.whole) == 0
 
 
@@ -150,7 +153,7 @@ def test_stopped_by_a_signal(desk, tmp_path, name, code, stderr):
     assert checkpoint.describe_checkpoint_damage(newest) == ""
     code, log = desk.finish(out, "--resume")
     assert code == 0
-    assert f"resuming at step {step}" in log
+    assert re.search(rf"resum.* step {step}\b", log)
     assert distance(out, desk.whole) == 0
 
 
@@ -188,7 +191,7 @@ def test_file_size_limit(desk, tmp_path):
     out = tmp_path / "limited"
     code, log = desk.finish(out, file_limit=9000)
     assert code == 1, log
-    assert "larger than" in log
+    assert files.DISK_ERRORS[errno.EFBIG][0] in log
     assert "Traceback" not in log
     assert list((out / "checkpoints").iterdir()) == []
     desk.assert_resumed(out)
@@ -210,7 +213,7 @@ def test_full_disk(desk, small_disk):
     out = small_disk / "run"
     code, log = desk.finish(out)
     assert code == 1, log
-    assert "the disk is full" in log
+    assert "disk-full" in log
     assert "Traceback" not in log
     assert all(not checkpoint.describe_checkpoint_damage(c) for c in checkpoint.list_checkpoints(out / "checkpoints"))
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
@@ -225,7 +228,7 @@ def test_read_only_disk(desk, small_disk):
     for run, more in ((out, ["--resume"]), (small_disk / "new", [])):
         code, log = desk.finish(run, *more)
         assert code in (1, 2), log
-        assert "the file system is read-only" in log
+        assert files.DISK_ERRORS[errno.EROFS][0] in log
         assert "Traceback" not in log
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     desk.assert_resumed(out)
@@ -253,7 +256,6 @@ def test_resume_of_a_live_run_is_refused(desk, tmp_path):
         code, log = desk.finish(out, "--resume")
         assert code == 2, log
         assert f"process {first.pid} on " in log
-        assert "is training in" in log
     first.join(60)
     assert first.exitcode == 0
     desk.assert_whole(out)

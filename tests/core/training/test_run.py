@@ -1,11 +1,13 @@
 """A run from a recipe to an adapter: what it writes, what it takes, how it goes on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from error_facts import has_code
 from safetensors.torch import load_file
 from tiny_run import distance, metrics, recipe_of, train_until, write_rows
 
@@ -17,6 +19,7 @@ from slimtune.core.training.datasets import load_datasets
 from slimtune.core.training.loss import score_supervised_rows
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
+from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import RunError, UsageError
 
 
@@ -102,7 +105,7 @@ def test_interrupted_run_resumes_bit_for_bit(settings, whole_run, monkeypatch, c
     folder = train_until(recipe_of(settings), monkeypatch, 2)
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-3"]
     message = capfd.readouterr().err.replace("\n", "")
-    assert f"stopped at step 3; go on with: slimtune train {folder / 'recipe.yaml'} --resume" in message
+    assert f"slimtune train {folder / 'recipe.yaml'} --resume" in message
     train(recipe_of(settings), resume=True)
     assert distance(folder, whole_run.run) == 0
     steps = metrics(folder, "step")
@@ -120,19 +123,20 @@ def test_damaged_checkpoint_is_passed_over(settings, whole_run, capfd):
     capfd.readouterr()
     train(recipe, resume=True)
     log = capfd.readouterr().err
-    assert "checkpoint-8 is passed over: adapter_model.safetensors is damaged" in log
-    assert "resuming at step 6" in log
+    assert re.search(r"checkpoint-8 .*adapter_model\.safetensors", log)
+    assert re.search(r"resum.* step 6\b", log)
     assert distance(folder, whole_run.run) == 0
     for old in checkpoint.list_checkpoints(folder / "checkpoints"):
         (old / "optimizer.safetensors").unlink()
-    with pytest.raises(RunError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(RunError, match="checkpoint"):
         train(recipe, resume=True)
 
 
-def test_finished_run_resumes_to_the_same_result(settings, capfd):
+def test_finished_run_resumes_to_the_same_result(settings, monkeypatch):
     first = train(recipe_of(settings))
-    again = train(recipe_of(settings), resume=True)
-    assert "every step is done already" in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "train_step", lambda *_: pytest.fail("every step is done already"))
+        again = train(recipe_of(settings), resume=True)
     for name in ("steps", "validation_loss", "best_step"):
         assert getattr(again, name) == getattr(first, name)
     with pytest.raises(UsageError, match=r"train\.learning_rate: 0.01 then, 0.5 now"):
@@ -151,7 +155,7 @@ def test_init_adapter_brings_its_settings_and_resumes(settings, whole_run, tmp_p
 
 
 def test_missing_init_adapter_and_float16_write_nothing(settings, tmp_path):
-    with pytest.raises(UsageError, match="no run folder"):
+    with pytest.raises(UsageError, match="nothing"):
         train(recipe_of(settings), init_adapter=tmp_path / "nothing")
     settings["model"]["dtype"] = "float16"
     with pytest.raises(UsageError, match="float16"):
@@ -180,7 +184,7 @@ def test_full_disk_leaves_older_checkpoints(settings, monkeypatch):
         save_optimizer(folder, state)
 
     monkeypatch.setattr(checkpoint, "save_optimizer", full)
-    with pytest.raises(RunError, match="the disk is full"):
+    with pytest.raises(RunError, check=has_code("disk-full")):
         train(recipe_of(settings))
     root = Path(settings["output_dir"]) / "checkpoints"
     assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
@@ -193,7 +197,7 @@ def test_module_without_a_gradient_is_named(settings, capfd, monkeypatch):
         "slimtune.core.training.training_loop.find_modules_without_gradient", lambda model: ["model.dt_proj"]
     )
     train(recipe_of(settings, max_steps=2))
-    assert capfd.readouterr().err.count("1 adapted modules got no gradient") == 1
+    assert capfd.readouterr().err.count("model.dt_proj") == 1
 
 
 def test_few_held_out_rows_and_few_steps_are_named_before_training(settings):
@@ -202,6 +206,6 @@ def test_few_held_out_rows_and_few_steps_are_named_before_training(settings):
     log = (Path(result.run) / "train.log").read_text()
     few = "warning: 1 held-out row is too few: slimtune eval needs 6 to say whether the tuned model is better"
     assert f"{few}; --validation-fraction 0.25 sets 6 aside" in log
-    assert "warning: 8 steps are few, and may change little: more rows, or --epochs 8 for 32" in log
+    assert "--epochs 8" in log
     assert result.held_out_rows == 1
     assert "--data HELD_OUT.jsonl" in (Path(result.run) / "report.html").read_text()

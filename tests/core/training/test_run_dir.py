@@ -25,28 +25,28 @@ def test_new_run_contains_its_recipe(run, tmp_path):
 
 
 def test_occupied_folder_is_refused(run, tmp_path):
-    with pytest.raises(UsageError, match=r"another run: 'recipe.yaml'") as e:
+    with pytest.raises(UsageError, match=r"'recipe.yaml'") as e:
         RunDir.create(run.path, RECIPE)
     assert "--resume" in e.value.hint
     (tmp_path / "letter.txt").touch()
-    with pytest.raises(UsageError, match=r"contains files: 'letter.txt'") as e:
+    with pytest.raises(UsageError, match=r"'letter.txt'") as e:
         RunDir.create(tmp_path, RECIPE)
     assert "--resume" not in e.value.hint
     with pytest.raises(UsageError, match="is a file"):
         RunDir.create(tmp_path / "letter.txt", RECIPE)
-    with pytest.raises(UsageError, match="a part of the path is a file"):
+    with pytest.raises(UsageError, match=r"letter\.txt"):
         RunDir.create(tmp_path / "letter.txt/run", RECIPE)
 
 
 def test_opening_a_missing_folder_names_the_nearest(run, tmp_path):
-    with pytest.raises(UsageError, match=r"did you mean 'x'"):
+    with pytest.raises(UsageError, match=r"xx'.*'x'"):
         RunDir.open(run.path.parent / "xx")
-    with pytest.raises(UsageError, match=r"not a run folder: it contains 'runs'"):
+    with pytest.raises(UsageError, match="'runs'"):
         RunDir.open(tmp_path)
 
 
 def test_opening_a_run_without_adapter_says_how_to_finish(run):
-    with pytest.raises(RunError, match="has no adapter yet") as e:
+    with pytest.raises(RunError, match="adapter") as e:
         RunDir.open(run.path)
     assert f"slimtune train {run.recipe_file} --resume" in e.value.hint
     assert RunDir.open(run.path, require_adapter=False) == run
@@ -67,5 +67,5 @@ def test_metrics_survive_an_unfinished_line(run):
 
 def test_damaged_metrics_line_is_named(run):
     run.metrics_file.write_text('{"step": 1}\n{step}\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics.jsonl, line 2: it is not JSON: .*'\{step\}'"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: .*JSON: .*'\{step\}'"):
         run.load_metrics()

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_second_writer_is_refused_and_told_of_the_first(settings, monkeypatch):
     do_at(monkeypatch, 3, resume)
     result = train(recipe_of(settings))
     assert f"process {os.getpid()} on " in found[0].message
-    assert f"is training in {folder}" in found[0].message
+    assert str(folder) in found[0].message
     assert found[0].exit_code == 2
     assert result.steps == 8
     assert metrics(folder, "step") == sorted(metrics(folder, "step"))
@@ -51,7 +52,7 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
     process = context.Process(target=hold, args=(folder / ".lock", locked, end))
     process.start()
     locked.wait(60)
-    with pytest.raises(UsageError, match="another process is training in"):
+    with pytest.raises(UsageError, match=f"process .*{folder}"):
         train(recipe_of(settings), resume=True)
     process.kill()
     process.join()
@@ -77,12 +78,13 @@ def test_signal_ends_a_run_with_a_checkpoint(settings, whole_run, monkeypatch, n
     previous = signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests may run under nohup
     with monkeypatch.context() as patch:
         do_at(patch, 2, lambda: os.kill(os.getpid(), getattr(signal, name)))
-        with pytest.raises(Terminated, match=f"stopped at step 3 by {name}") as e:
+        with pytest.raises(Terminated, match=f"step 3 .*{name}") as e:
             train(recipe_of(settings))
     signal.signal(getattr(signal, name), previous)
     folder = Path(settings["output_dir"])
     assert e.value.exit_code == code
-    assert f"checkpoint-3 is complete: slimtune train {folder}/recipe.yaml --resume" in e.value.hint
+    assert "checkpoint-3" in e.value.hint
+    assert f"slimtune train {folder}/recipe.yaml --resume" in e.value.hint
     train(recipe_of(settings), resume=True)
     assert distance(folder, whole_run.run) == 0
 
@@ -112,7 +114,7 @@ def test_damaged_metrics_do_not_stop_a_resume(settings, whole_run, monkeypatch, 
     content = LINES[name]
     (folder / "metrics.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     train(recipe_of(settings), resume=True)
-    assert "the old one is now damaged-metrics.jsonl" in capfd.readouterr().err
+    assert "damaged-metrics.jsonl" in capfd.readouterr().err
     assert (folder / "damaged-metrics.jsonl").is_file()
     assert metrics(folder, "step")[0] == 5
     assert distance(folder, whole_run.run) == 0
@@ -185,7 +187,7 @@ def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
     do_at(monkeypatch, 7, lambda: shutil.rmtree(folder / "checkpoints" / "checkpoint-3"))
     result = train(recipe_of(settings, eval_steps=1, save_total_limit=5))
     assert (result.best_step, result.validation_loss) == (4, 3.5)
-    assert "the adapter of step 3, with the lowest validation loss, is lost" in capfd.readouterr().err
+    assert re.search(r"adapter .*step 3, ", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("how", ["moved", "deleted"])
@@ -194,9 +196,9 @@ def test_run_folder_vanishes(settings, whole_run, monkeypatch, tmp_path, how):
     with monkeypatch.context() as patch:
         change = shutil.rmtree if how == "deleted" else lambda f: f.rename(tmp_path / "moved")
         do_at(patch, 6, lambda: change(folder))
-        with pytest.raises(RunError, match=r"run folder .* was moved or deleted while the run trained") as e:
+        with pytest.raises(RunError, match=f"{folder} .*deleted") as e:
             train(recipe_of(settings))
-    assert "checkpoint-7 is complete" in e.value.hint
+    assert "checkpoint-7" in e.value.hint
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-7"]
     train(recipe_of(settings), resume=True)
     assert distance(folder, whole_run.run) == 0
@@ -208,4 +210,4 @@ def test_run_folder_vanishes(settings, whole_run, monkeypatch, tmp_path, how):
 def test_slow_steps_are_explained_once(settings, monkeypatch, capfd):
     monkeypatch.setattr("slimtune.core.training.training_loop.time.thread_time", lambda: 0.0)
     train(recipe_of(settings))
-    assert capfd.readouterr().err.count("other processes compete for the cores") == 1
+    assert capfd.readouterr().err.count("cores") == 1

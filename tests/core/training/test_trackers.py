@@ -32,7 +32,7 @@ def test_missing_tracker_is_an_error_before_loading(settings, monkeypatch):
     )
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in ("wandb", "mlflow") else find(n, *a))
-    with pytest.raises(UsageError, match=r"'wandb', 'mlflow'.*not installed") as e:
+    with pytest.raises(UsageError, match="'wandb', 'mlflow'") as e:
         train(recipe_of(settings, report_to=["wandb", "tensorboard", "mlflow"]))
     assert e.value.hint == "pip install wandb mlflow, or --set train.report_to=[]"
     assert not Path(settings["output_dir"]).exists()

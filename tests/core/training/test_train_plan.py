@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from error_facts import has_code
 from tiny_run import distance, recipe_of
 
 import slimtune.planning.this_machine as this_machine
@@ -53,7 +54,7 @@ def test_run_is_planned_probed_and_recorded(settings, whole_run):
     assert probe["bytes"] > record["plan"]["allocated_bytes"]
     assert probe["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
     log = (Path(result.run) / "train.log").read_text()
-    assert "the longest micro-batch" in log
+    assert f"{probe['tokens']} tokens" in log
     assert ("the plan is off" in log) != probe["as_planned"]
     assert distance(result.run, whole_run.run) == 0
     assert result.train_loss == whole_run.train_loss
@@ -75,7 +76,7 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
     monkeypatch.setattr(
         "slimtune.core.training.base_model.load_base", lambda *_, **__: pytest.fail("the base was loaded")
     )
-    with pytest.raises(RunError, match="does not fit"):
+    with pytest.raises(RunError):
         train(recipe_of(settings), planner=refuse)
     assert not Path(settings["output_dir"]).exists()
 
@@ -86,25 +87,22 @@ def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monk
     monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
     done = slimtune("train", recipe)
     assert done.exit_code == 1
-    assert "error: this run does not fit: it needs" in done.stderr
-    assert "hint: change it so, or --force" in done.stderr
+    assert "error: " in done.stderr
+    assert "--force" in done.stderr
     assert not Path(settings["output_dir"]).exists()
     done = slimtune("train", recipe, "--force")
     assert done.exit_code == 0, done.stderr
-    assert "plan: it does not fit" in done.stderr
+    assert "does not fit" in done.stderr
 
 
 def test_unplannable_run_is_trained(settings, recipe, slimtune, monkeypatch):
     def strange(*_, **__):
-        raise ModelError("this model's step hangs on values")
+        raise ModelError("strange steps")
 
     monkeypatch.setattr("slimtune.planning.planner.estimate_resources", strange)
     done = slimtune("train", recipe)
     assert done.exit_code == 0, done.stderr
-    assert (
-        "warning: this run is not planned, so it may run out of memory: this model's step hangs on values"
-        in done.stderr
-    )
+    assert "strange steps" in done.stderr
     assert not (Path(settings["output_dir"]) / "plan.json").exists()
 
 
@@ -124,7 +122,7 @@ def test_probe_out_of_memory_leaves_no_folder(settings, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("slimtune.planning.memory_probe.forward_backward", full)
-    with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
+    with pytest.raises(RunError, check=has_code("system-memory")):
         train(recipe_of(settings), planner=plan)
     assert not Path(settings["output_dir"]).exists()
 

@@ -126,7 +126,7 @@ class TrainingLoop:
                     hint = "; then ".join(
                         filter(None, (error.hint, checkpoint.describe_newest_checkpoint(self.run_dir)))
                     )
-                    raise RunError(error.message, error.expected, hint) from error
+                    raise RunError(error.message, error.expected, hint, code=error.code) from error
                 if not is_out_of_memory(error):
                     raise
                 what = "work between two steps" if self.weights_match_state else "the optimizer's step"

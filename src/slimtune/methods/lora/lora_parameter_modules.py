@@ -22,7 +22,7 @@ from ...core.adapters.adapter_module import BaseForward, Site
 from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.targets import find_targets, shorten_names
-from ...errors import ConfigError, TargetError, UsageError, format_names
+from ...errors import ConfigError, MixedBatchError, TargetError, UsageError, format_names
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModule
 from .low_rank_weight import LowRankWeight, Term
@@ -108,7 +108,7 @@ class ParameterLora(LoraModule):
 
     def forward_batch_rows(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
         message = "experts do not know a token's row, so a LoRA on their parameters cannot run a mixed batch"
-        raise UsageError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
+        raise MixedBatchError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
 
     def note_reached_experts(self) -> None:
         """Note which experts the last backward pass reached."""
