@@ -41,7 +41,7 @@ WEIGHT_KINDS = frozenset[SiteKind](["linear", "embedding", "conv", "weight"])
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterSite:
     """One place in the base model where a method may add an adapter module.
 
     Args:
@@ -245,7 +245,7 @@ class AdapterModule(nn.Module):
         """
         return None
 
-    def neutral_values(self, site: Site) -> Mapping[str, Tensor | float] | None:
+    def neutral_values(self, site: AdapterSite) -> Mapping[str, Tensor | float] | None:
         """Return tensors by name, and their values at which the module changes nothing; None if it has none such.
 
         Moved toward them in a straight line, together, they make the change smaller: see `adapter_strength.py`.
@@ -266,7 +266,7 @@ class AdapterModule(nn.Module):
         """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Prepare for a file's tensors, by name relative to the site, before they are copied into `tensors()`."""
 
     def extra_state(self) -> dict[str, Tensor]:

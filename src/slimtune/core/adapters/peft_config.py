@@ -25,13 +25,13 @@ from ..foundation.files import read_json, write_atomic
 from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, get_model_type
 from .config_fields import DeclaredSettings, FieldError, config_field
-from .method_registry import config_class, list_methods
+from .method_registry import get_method_config_class, list_methods
 from .name_patterns import find_pattern_error, get_value_by_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, ReversibleBaseChange, Site
+    from .adapter_module import AdapterModule, AdapterSite, ReversibleBaseChange
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -197,11 +197,11 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         """Return the full names, with the kind of site, of modules that the method changes besides its targets."""
         return {}
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter module for `site`. A method defines this."""
         raise ConfigError(f"{type(self).__name__} belongs to no method", "a method's config, such as LoraConfig")
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the adapter modules for all sites. A method whose modules share tensors overrides this."""
         return [self.build(site) for site in sites]
 
@@ -282,7 +282,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         peft_type = values.get("peft_type") or cls.name
         if not peft_type:
             raise ConfigError("the config has no peft_type", "an adapter_config.json with a peft_type")
-        method_class = config_class(getattr(peft_type, "value", peft_type))
+        method_class = get_method_config_class(getattr(peft_type, "value", peft_type))
         known = {f.name for f in dataclasses.fields(method_class)} | set(method_class.unsupported_peft_fields)
         # Newer versions of PEFT write fields that are unknown here: empty ones change nothing.
         return method_class(**{k: v for k, v in values.items() if k in known or v})
@@ -412,7 +412,7 @@ class TargetedConfig(PeftConfig):
 
 
 @dataclass
-class PatternedConfig(TargetedConfig):
+class RankPatternConfig(TargetedConfig):
     """The fields of methods with a rank `r` and an alpha that can differ by layer."""
 
     alpha_name: ClassVar[str] = "alpha"

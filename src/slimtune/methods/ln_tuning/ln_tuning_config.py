@@ -10,7 +10,7 @@ from ...core.adapters.peft_config import TargetedConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
@@ -53,7 +53,7 @@ class LNTuningConfig(TargetedConfig):
         norms = [n for n, m in model.named_modules() if get_layer_kind(m) == "norm"]
         return super().default_targets(model) or norms or None
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .ln_tuning_modules import TrainedNorm
 
         return TrainedNorm(site)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward, MergeUnsupported
 from ...core.kernels.dropout import make_dropout
 from ...errors import ConfigError
-from .dora import CachedNorms
+from .dora import CachedDoraNorms
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModule
 
@@ -28,7 +28,7 @@ _CLASSES: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 class ConvLora(LoraModule):
     """`y + s · B ∗ (A ∗ dropout(x))` for a convolution."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         conv: Any = site.module
         self.name, self.groups = site.name, conv.groups
@@ -83,10 +83,10 @@ class ConvLora(LoraModule):
         return (B.to(weight.dtype) @ A.to(weight.dtype)).view_as(weight) * self.scale
 
 
-class ConvDora(CachedNorms, ConvLora):
+class ConvDora(CachedDoraNorms, ConvLora):
     """`y = c ⊙ (W + s · B A) ∗ x + b` with `c = m / n`; with groups n is, as in PEFT, that of B A in W's shape."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         norms = torch.ones(site.out_features, device=site.device)
         if not site.loading:
@@ -107,7 +107,7 @@ class ConvDora(CachedNorms, ConvLora):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
-    def neutral_values(self, site: Site) -> dict[str, Any]:
+    def neutral_values(self, site: AdapterSite) -> dict[str, Any]:
         norms = site.weight().norm(dim=1).view_as(self.lora_magnitude_vector)
         return {**super().neutral_values(site), "lora_magnitude_vector": norms}
 

@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, Targete
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -51,7 +51,7 @@ class OFTConfig(TargetedConfig):
         if (self.r == 0) == (self.oft_block_size == 0):
             yield self.error("oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
         from .oft_modules import BlockRotation, ConvOft, EmbeddingOft, LinearOft, nearest_divisor
 

@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, co
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -36,10 +36,10 @@ class ShiraConfig(TargetedConfig):
     fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool = config_field(True, "start at zero; False: normal random entries, for tests")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         import torch
 
-        from .shira_modules import SparseUpdate, choose_trained_entries
+        from .shira_modules import SparseWeightUpdate, choose_trained_entries
 
         inputs, outputs = site.in_features, site.out_features
         n, size = self.r * (inputs + outputs), inputs * outputs
@@ -47,4 +47,6 @@ class ShiraConfig(TargetedConfig):
             message = f"r={self.r} is {n:,} entries for {site.name}, which has {size:,}"
             raise ConfigError(message, f"r up to {size // (inputs + outputs)} there")
         indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
-        return SparseUpdate(site, indices if site.loading else choose_trained_entries(self, site, n), self.init_weights)
+        return SparseWeightUpdate(
+            site, indices if site.loading else choose_trained_entries(self, site, n), self.init_weights
+        )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, SharedParameterHolder, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SharedParameterHolder
 from ...core.kernels.dropout import make_dropout
 from .vera_config import VeraConfig
 
@@ -15,7 +15,7 @@ from .vera_config import VeraConfig
 class SharedRandomProjections(SharedParameterHolder):
     """A `(r, in)` and B `(out, r)`, random and frozen."""
 
-    def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
+    def __init__(self, site: AdapterSite, config: VeraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         # In the dtype the base computes in, so that no layer needs a copy in another dtype.
         dtype = next((p.dtype for p in site.module.parameters() if p.dtype.is_floating_point), site.dtype)
@@ -36,7 +36,7 @@ class LinearVera(AdapterModule):
     vera_A = property(lambda self: self.held[0].vera_A)
     vera_B = property(lambda self: self.held[0].vera_B)
 
-    def __init__(self, site: Site, config: VeraConfig, shared: SharedRandomProjections) -> None:
+    def __init__(self, site: AdapterSite, config: VeraConfig, shared: SharedRandomProjections) -> None:
         super().__init__()
         self.held = (shared,)
         self.sizes = site.in_features, site.out_features
