@@ -38,7 +38,7 @@ def export(
 
     Args:
         run: a run folder, or an adapter folder.
-        target: the name of a format: gguf, ollama, vllm.
+        target: the name of a format: one of `list_export_targets`.
         out: folder to write; it does not exist yet, or is empty.
         options: of the format by name, the fields of its class; None is as if not given.
         verify: compare the engine with the trained adapter, and write nothing if they differ.

@@ -152,7 +152,7 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
         return HubUpload(chosen.upload_kind, run, files, message, notes=notes)
     if manifest := read_export_manifest(run):
         raise UsageError(
-            f"{run} is an export for {manifest.kind} without weights: {format_names(names)}",
+            f"{run} is an export for {manifest.kind}, which is not uploaded: {format_names(names)}",
             "a run, an adapter, a merged model or GGUF files",
             f"push the run it was made from: {manifest.run}",
         )
