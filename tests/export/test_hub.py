@@ -309,7 +309,7 @@ def test_gguf_files(run, tmp_path):
     with pytest.raises(ModelError, match="damaged"):
         push(out, "ada/gguf", dry_run=True)
     (out / "adapter.gguf").unlink()
-    with pytest.raises(UsageError, match="weights"):
+    with pytest.raises(UsageError, match="not uploaded"):
         push(out, "ada/gguf", dry_run=True)
 
 
