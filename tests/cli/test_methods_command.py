@@ -37,7 +37,7 @@ def test_every_method_is_described_as_its_class(described):
         assert method["sites"] == list(cls.kinds)
         formats = method["export_formats"]
         assert (formats["merged_model"], formats["ollama_merged"]) == (cls.mergeable, cls.mergeable)
-        assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.ships_as_lora, cls.ships_as_lora)
+        assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.uses_lora_file_format,) * 2
     assert [(m["name"], f["name"]) for m in described.values() for f in m["fields"] if not f["help"]] == []
 
 

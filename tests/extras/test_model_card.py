@@ -12,7 +12,7 @@ from slimtune.core.adapters.method_registry import METHODS, get_method_config_cl
 from slimtune.evaluation.run_results import RunResults
 from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.push_to_hub import render_adapter_card
-from slimtune.extras.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card
+from slimtune.extras.model_card import strip_local_paths, write_model_card
 
 
 def make_card(method, base=None, **settings):
@@ -32,7 +32,7 @@ def config():
 
 @pytest.mark.parametrize("name", sorted(METHODS.built_in_names()))
 def test_which_methods_peft_has(name):
-    assert (name.upper() in peft.PeftType.__members__) == (name not in NOT_IN_PEFT)
+    assert (name.upper() in peft.PeftType.__members__) == get_method_config_class(name).exists_in_peft
 
 
 def test_adapter_that_vllm_serves():

@@ -174,7 +174,7 @@ def _describe_rate(name: str) -> str:
 def _describe_method(cls: Any, has_fields: bool) -> MethodDescription:
     from ..core.adapters.method_registry import METHODS
 
-    merged, lora = cls.mergeable, cls.ships_as_lora
+    merged, lora = cls.mergeable, cls.uses_lora_file_format
     doc, module_doc = inspect.getdoc(cls) or "", METHODS.load(cls.name).__doc__ or ""
     return MethodDescription(
         name=cls.name,

@@ -78,7 +78,7 @@ def list_vllm_lora_incompatibilities(config: Any) -> list[str]:
 
 def list_vllm_plain_lora_incompatibilities(config: Any) -> list[str]:
     """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
-    if not config.ships_as_lora:
+    if not config.uses_lora_file_format:
         return [f"its method is {config.name}, and vLLM only loads LoRA"]
     if parameters := [p for p in config.target_parameters or [] if not p.endswith(".weight")]:
         return [f"target_parameters is {parameters}: vLLM reads a LoRA on experts for some architectures only"]

@@ -197,7 +197,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
             A, B = A.float(), (B.double() * scale).float()
         tensors[f"base_model.model.{module}.{a}"] = A.detach().contiguous()
         tensors[f"base_model.model.{module}.{b}"] = B.detach().contiguous()
-    settings = {k: v for k, v in config.to_dict().items() if k not in config.extension_fields}
+    settings = {k: v for k, v in config.to_dict().items() if k not in config.fields_not_in_peft}
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
         settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})

@@ -58,7 +58,7 @@ def prepare_model_for_compiled_hotswap(
     model = _unwrap(model)
     model.require_unmerged()
     lora_adapters: dict[str, dict[str, Any]] = {
-        a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.ships_as_lora
+        a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.uses_lora_file_format
     }
     if not lora_adapters:
         raise UsageError("the model has no LoRA adapter", "a LoRA adapter that others can replace")

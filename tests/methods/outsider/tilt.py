@@ -39,7 +39,7 @@ class LinearTilt(AdapterModule):
         y = y + self.tilt_gain.to(y.dtype) * y
         return y if self.tilt_shift is None else y + self.tilt_shift.to(y.dtype)
 
-    def neutral_values(self, site):
+    def get_no_op_values(self, site):
         return {name: 0.0 for name, _ in self.named_parameters()}
 
     def merge_into(self, weight, bias):

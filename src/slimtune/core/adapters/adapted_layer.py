@@ -51,7 +51,7 @@ _NO_COPIES = nn.ModuleDict()
 
 
 def make_adapter_site(
-    name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False
+    name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, skip_init: bool = False
 ) -> AdapterSite:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
@@ -61,15 +61,13 @@ def make_adapter_site(
     else:
         in_features = out_features = getattr(get_text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    dtype = _trained_dtype(weight.dtype if weight.dtype.is_floating_point else torch.float32, autocast)
     # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
-    loading = loading or device.type == "meta"  # meta tensors have no values to initialise from
-    return AdapterSite(
-        name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading
-    )
+    skip_init = skip_init or device.type == "meta"  # meta tensors have no values to initialise from
+    return AdapterSite(name, kind, in_features, out_features, device, dtype, module, model, skip_init)
 
 
 class AdaptedLayer(PickledByClassFactory, PeftNameLookupMixin):

@@ -235,7 +235,7 @@ def require_plausible_adapter_size(model: Any, config: PeftConfig, given: Mappin
     kinds = match_targets(model, config, strict=False).kinds
     meta = torch.device("meta")
     sites = [
-        dataclasses.replace(make_adapter_site(n, kind, model, loading=True), device=meta) for n, kind in kinds.items()
+        dataclasses.replace(make_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()
     ]
     unsaved = 0
     for site, module in zip(sites, config.build_all(sites), strict=True):
@@ -262,7 +262,7 @@ def _leave_meta_device(model: Any, adapter: str) -> None:
     if not on_meta or all(p.is_meta for layer in layers.values() for p in layer._parameters.values() if p is not None):
         return
     config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
-    how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "loading": True}
+    how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "skip_init": True}
     with model.disable_adapter():
         new = config.build_all([make_adapter_site(name, kind, model, **how) for name, kind in kinds.items()])
     for name, module in zip(kinds, new, strict=True):

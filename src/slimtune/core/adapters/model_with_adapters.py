@@ -139,7 +139,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
             vars(peft_config)["target_modules"] = matched or None
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
-        how = {"autocast": autocast_adapter_dtype, "loading": not strict or low_cpu_mem_usage}
+        how = {"autocast": autocast_adapter_dtype, "skip_init": not strict or low_cpu_mem_usage}
         shares_copies = peft_config.trains_every_weight or (
             getattr(peft_config, "ensure_weight_tying", False) and find_modules_tied_to_embedding(self)
         )

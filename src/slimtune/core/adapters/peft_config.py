@@ -101,7 +101,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """
 
     name: ClassVar[str] = ""
-    """The method's name: the name of its file."""
+    """The method's name: the name of its folder or file."""
     prefix: ClassVar[str] = ""
     """How the names of the method's tensors start, if PEFT has such a prefix."""
     unsupported_peft_fields: ClassVar[dict[str, Any]] = {}
@@ -120,10 +120,12 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """Whether its adapter modules define `merge_into`, so that it can be exported as a merged model."""
     sums_parameters: ClassVar[bool] = False
     """Whether a weighted sum of adapters is one of this method, with the sums of their parameters, as in PEFT."""
-    ships_as_lora: ClassVar[bool] = False
+    uses_lora_file_format: ClassVar[bool] = False
     """Whether vLLM and llama.cpp read its files as a LoRA."""
-    extension_fields: ClassVar[frozenset[str]] = frozenset()
+    fields_not_in_peft: ClassVar[frozenset[str]] = frozenset()
     """Fields that PEFT's config of the method lacks: left out of the file at their default."""
+    exists_in_peft: ClassVar[bool] = True
+    """Whether PEFT has the method, so that a model card may say so."""
     is_prompt_learning: ClassVar[bool] = False
     """Whether the method puts learned positions in front of the sequence."""
     is_adaption_prompt: ClassVar[bool] = False
@@ -266,7 +268,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
         values.pop("runtime_config", None)
         for field in dataclasses.fields(self):
-            if field.name in self.extension_fields and values[field.name] == field.default:
+            if field.name in self.fields_not_in_peft and values[field.name] == field.default:
                 del values[field.name]
         return values
 
@@ -319,10 +321,8 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         file = find_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
         values = cls.from_json_file(file)
         if not values.get("peft_type"):
-            message = (
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
-            )
-            raise ConfigFieldError(message, "an adapter_config.json", f"look into {file}")
+            text = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            raise ConfigFieldError(text, "an adapter_config.json", f"look into {file}")
         try:
             return cls.from_dict(cls.check_kwargs(**values))
         except ConfigError as e:

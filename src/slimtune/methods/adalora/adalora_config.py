@@ -94,7 +94,7 @@ class AdaLoraConfig(TargetedConfig):
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
         from .adalora_modules import LinearAdaLora
 
-        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
+        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.skip_init else None
         if site.kind == "conv":
             site.require_ungrouped("AdaLoRA")
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))

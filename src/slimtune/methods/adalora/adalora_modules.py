@@ -18,7 +18,7 @@ class LinearAdaLora(AdapterModule):
     the smoothed sensitivities and deviations of each parameter. Files contain the kept ranks only.
     """
 
-    neutral: ClassVar = {"lora_E": 0.0}
+    no_op_values: ClassVar = {"lora_E": 0.0}
 
     _NAMES = ("lora_A", "lora_E", "lora_B")
 

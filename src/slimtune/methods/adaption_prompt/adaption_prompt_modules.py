@@ -16,7 +16,7 @@ from ...extras.prompt_learning.prompt_modules import PrefixAttentionModule
 class GatedPrompt(PrefixAttentionModule):
     """Learned tokens of one layer, with their gate."""
 
-    neutral: ClassVar = {"adaption_gate": 0.0}
+    no_op_values: ClassVar = {"adaption_gate": 0.0}
 
     def __init__(self, site: AdapterSite, config: Any) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ class BitFitConfig(TargetedConfig):
     """BitFit: train biases only; without target_modules every bias of the model."""
 
     name: ClassVar = "bitfit"
+    exists_in_peft: ClassVar = False
     learning_rate: ClassVar = 1e-3
     kinds: ClassVar = ("linear", "norm")
     short_names: ClassVar = {"targets": "target_modules"}

@@ -11,7 +11,7 @@ from ...core.adapters.adapter_module import AdapterModule, AdapterSite, MergeUns
 class AddedBias(AdapterModule):
     """`y + d`."""
 
-    neutral: ClassVar = {"bitfit_bias": 0.0}
+    no_op_values: ClassVar = {"bitfit_bias": 0.0}
 
     def __init__(self, site: AdapterSite) -> None:
         super().__init__()

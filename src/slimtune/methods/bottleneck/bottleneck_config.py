@@ -38,6 +38,7 @@ class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: a small network after, or beside, a sub-layer; Houlsby, Pfeiffer and parallel."""
 
     name: ClassVar = "bottleneck"
+    exists_in_peft: ClassVar = False
     # Fields of the `adapters` library, with its defaults.
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys(("ln_before", "ln_after", "use_gating", "adapter_residual_before_ln", "cross_adapter"), False),

@@ -24,7 +24,7 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 class Bottleneck(SubLayerAdapter):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
-    neutral: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
+    no_op_values: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
 
     def __init__(self, site: AdapterSite, inputs: int, size: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class IA3Config(TargetedConfig):
     name: ClassVar = "ia3"
     prefix: ClassVar = "ia3_"
     sums_parameters: ClassVar = True
-    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 1e-2
     kinds: ClassVar = ("linear", "conv")
     architecture_targets: ClassVar = {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
@@ -85,7 +85,7 @@ class IA3Config(TargetedConfig):
 
         given = self.feedforward_modules or []
         default = SCALED.get(get_model_type(sites[0].model), ([], []))[1] if sites else given
-        if given != default and not any(s.loading for s in sites):
+        if given != default and not any(s.skip_init for s in sites):
             names = [s.name for s in sites]
             for pattern in [given] if isinstance(given, str) else given:
                 if not any(matches_name_ending(given if isinstance(given, str) else [pattern], n) for n in names):

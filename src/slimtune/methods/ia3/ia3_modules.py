@@ -17,7 +17,7 @@ def matches_name_ending(given: list[str] | str, name: str) -> bool:
 class ScaledOutput(AdapterModule):
     """`l ⊙ y`; for a convolution by channel."""
 
-    neutral: ClassVar = {"ia3_l": 1.0}
+    no_op_values: ClassVar = {"ia3_l": 1.0}
 
     def __init__(self, site: AdapterSite, init: bool) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ScaledOutput(AdapterModule):
 class ScaledInput(AdapterModule):
     """`W (l ⊙ x) + b`; for a convolution by channel."""
 
-    neutral: ClassVar = {"ia3_l": 1.0}
+    no_op_values: ClassVar = {"ia3_l": 1.0}
     scales_input = True
 
     def __init__(self, site: AdapterSite, init: bool) -> None:

@@ -41,7 +41,7 @@ class LNTuningConfig(TargetedConfig):
 
     name: ClassVar = "ln_tuning"
     prefix: ClassVar = "ln_tuning_"
-    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 5e-3
     architecture_targets: ClassVar = NORMS
     kinds: ClassVar = ("norm", "linear")

@@ -37,7 +37,7 @@ class TrainedNorm(AdapterModule):
             return (base(x) + (y - base.run_base_with(before, inputs))).to(x.dtype)
         return y.to(x.dtype)
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, Tensor]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor]:
         return {n: self.get_buffer(n.replace("ln_tuning_layers.", "base_")) for n, _ in self.named_parameters()}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -68,7 +68,7 @@ class ConvLycoris(LycorisModule):
 class LinearLoHa(LycorisModule):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) x` for a linear layer."""
 
-    neutral: ClassVar = {"hada_w2_b": 0.0}
+    no_op_values: ClassVar = {"hada_w2_b": 0.0}
 
     def __init__(self, site: AdapterSite, config: LoHaConfig) -> None:
         super().__init__(site, config, rescale=True)

@@ -52,7 +52,7 @@ class LinearLoKr(LycorisModule):
             update = _times(w1, _times_transposed(X, w2[0]))
         return y + self.drop_outputs(update.reshape(y.shape))
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, float]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, float]:
         return {self.w1_names[0]: 0.0}
 
     def compute_change(self, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ class _Magnitude(CachedDoraNorms):
         super().__init__(site, config, r, scale)
         self._cached_squares: tuple[Any, Tensor] | None = None
         norms = torch.ones(site.out_features, device=site.device)
-        if not site.loading:
+        if not site.skip_init:
             weight = get_dequantized_weight(site.module).detach()
             norms = compute_dora_row_norms(
                 self._base_squares(site.module, weight), weight, *self.low_rank(), scale
@@ -115,9 +115,9 @@ class _Magnitude(CachedDoraNorms):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, Any]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Any]:
         norms = self._base_squares(site.module, get_dequantized_weight(site.module).detach()).sqrt()
-        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+        return {**super().get_no_op_values(site), "lora_magnitude_vector": norms}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""

@@ -43,7 +43,7 @@ class LoraConfig(RankPatternConfig):
     name: ClassVar = "lora"
     prefix: ClassVar = "lora_"
     alpha_name: ClassVar = "lora_alpha"
-    extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
+    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "velora_config",
@@ -52,7 +52,7 @@ class LoraConfig(RankPatternConfig):
         "use_qalora": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
     kinds: ClassVar = ("linear", "embedding", "conv", "weight")
-    ships_as_lora: ClassVar = True
+    uses_lora_file_format: ClassVar = True
     short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
@@ -308,7 +308,7 @@ class LoraConfig(RankPatternConfig):
         from .lora_modules import AttentionWeightLora, EmbeddingLora, LinearLora
         from .lora_parameter_modules import ParameterLora
 
-        if self.init_lora_weights == "loftq" and not site.loading:
+        if self.init_lora_weights == "loftq" and not site.skip_init:
             raise ConfigError(
                 "init_lora_weights='loftq' needs the weights before quantization, which the model no longer has",
                 "a base in NF4 or int8 and another initialization",
@@ -324,7 +324,7 @@ class LoraConfig(RankPatternConfig):
         name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
         r, alpha = self.get_rank(name), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
+        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.skip_init:
             what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"
             what += ": the adapter cannot be merged"
             warnings.warn(what, PeftWarning, stacklevel=2)

@@ -41,7 +41,7 @@ class ConvLora(LoraModule):
         if not isinstance(self.init, bool) and self.init != "gaussian":
             message = f"init_lora_weights is {self.init!r}, and {site.name} is a convolution"
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")
-        if conv.groups > 1 and not site.loading:
+        if conv.groups > 1 and not site.skip_init:
             warnings.warn(f"{site.name} has groups={conv.groups}: a LoRA on it cannot be merged", stacklevel=2)
         self.lora_dropout = make_dropout(config.lora_dropout)
         cls, device = _CLASSES[len(conv.kernel_size)], site.init_device
@@ -89,7 +89,7 @@ class ConvDora(CachedDoraNorms, ConvLora):
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         norms = torch.ones(site.out_features, device=site.device)
-        if not site.loading:
+        if not site.skip_init:
             norms = self._row_norms(site.weight())
         shape = (1, -1, *[1] * (self.lora_A.weight.dim() - 2))
         self.lora_magnitude_vector = nn.Parameter(norms.to(site.dtype).view(shape))
@@ -107,9 +107,9 @@ class ConvDora(CachedDoraNorms, ConvLora):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, Any]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Any]:
         norms = site.weight().norm(dim=1).view_as(self.lora_magnitude_vector)
-        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+        return {**super().get_no_op_values(site), "lora_magnitude_vector": norms}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""

@@ -80,7 +80,7 @@ class LoraModule(AdapterModule):
                 tensors[name] = t * ratio
         return tensors
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, Any]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Any]:
         names = ("lora_B.weight", "lora_B.bias", "start_B", "lora_embedding_A")
         return {n: 0.0 for n, _ in (*self.named_parameters(), *self.named_buffers()) if n.endswith(names)}
 
@@ -111,7 +111,7 @@ class LinearLora(LoraModule):
         self.to(site.device, site.dtype)
         if config.freeze_a or self.init == "mica":
             self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
-        if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.loading:
+        if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.skip_init:
             A, B = make_lora_factors_from_base(self.init, site, r, scale, config.lora_ga_config)
             self.lora_A.weight.data.copy_(A)
             self.lora_B.weight.data.copy_(B)
@@ -171,7 +171,7 @@ class EmbeddingLora(LoraModule):
         if self.init == "mica":
             self.freeze_parameter("lora_embedding_B")
             # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
-            if not site.loading:
+            if not site.skip_init:
                 self.lora_embedding_B.data.copy_(make_lora_factors_from_base("mica", site, r, scale)[1])
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,7 @@ class AttentionWeightLora(LinearLora):
             value = getattr(config, wrong[0])
             message = f"{wrong[0]} is {value!r}, which an nn.MultiheadAttention ({site.name}) does not support"
             raise ConfigError(message, str(isinstance(value, str)), f"or take {site.name} out of target_modules")
-        if config.lora_dropout and not site.loading:
+        if config.lora_dropout and not site.skip_init:
             what = "lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT"
             warnings.warn(f"{site.name}: {what}", stacklevel=2)
         super().__init__(site, config, r, scale)

@@ -17,7 +17,7 @@ from .miss_config import MissConfig
 class LinearMiss(AdapterModule):
     """`y + Dᵀ S x` for a linear layer."""
 
-    neutral: ClassVar = {"miss_block": 0.0}
+    no_op_values: ClassVar = {"miss_block": 0.0}
 
     def __init__(self, site: AdapterSite, config: MissConfig) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class LinearMiss(AdapterModule):
 class LinearBat(AdapterModule):
     """`y + (W D + D) x`, block by block."""
 
-    neutral: ClassVar = {"miss_block": 0.0}
+    no_op_values: ClassVar = {"miss_block": 0.0}
 
     def __init__(self, site: AdapterSite, config: MissConfig) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ class BlockRotation(nn.Module):
 class LinearOft(AdapterModule):
     """A linear layer with a rotated input."""
 
-    neutral: ClassVar = {"oft_R.weight": 0.0}
+    no_op_values: ClassVar = {"oft_R.weight": 0.0}
 
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ConvOft(LinearOft):
 class EmbeddingOft(AdapterModule):
     """An embedding with rotated rows."""
 
-    neutral: ClassVar = {"oft_embedding_R.weight": 0.0}
+    no_op_values: ClassVar = {"oft_embedding_R.weight": 0.0}
 
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()

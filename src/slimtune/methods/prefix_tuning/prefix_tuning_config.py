@@ -23,7 +23,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     name: ClassVar = "prefix_tuning"
     kinds: ClassVar = ("model", "attention")
-    extension_fields: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
+    fields_not_in_peft: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
     learning_rate: ClassVar = 1e-2
     recipe_defaults: ClassVar = {
         "num_virtual_tokens": 20,

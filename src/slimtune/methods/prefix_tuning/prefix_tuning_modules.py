@@ -201,10 +201,10 @@ def make_initial_prefix_or_encoder(config: Any, site: AdapterSite) -> Tensor | n
     ids = None
     if config.prefix_projection:
         return PrefixProjection(config, site.init_device)
-    if config.prefix_tuning_init_text is not None and not site.loading:
+    if config.prefix_tuning_init_text is not None and not site.skip_init:
         settings: Any = (config.prefix_tuning_init_text, config.tokenizer_name_or_path, config.tokenizer_kwargs)
         ids = prompt.tokenize_prompt_text(*settings)
-    elif config.init_weights == "vocab" and not site.loading:
+    elif config.init_weights == "vocab" and not site.skip_init:
         ids = torch.randint(site.config.vocab_size, (n,)).tolist()
     if ids is not None:
         return _make_prefix_from_cache(_compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)

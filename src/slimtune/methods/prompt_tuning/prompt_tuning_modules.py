@@ -40,7 +40,7 @@ def make_initial_embeddings(config: Any, site: AdapterSite) -> Tensor:
     n: Any = config.num_virtual_tokens * config.num_transformer_submodules
     # PEFT draws them for every start: one seed gives the same adapter in both libraries.
     random = nn.Embedding(n, config.token_dim, device=site.init_device).weight
-    if config.prompt_tuning_init == "RANDOM" or site.loading:
+    if config.prompt_tuning_init == "RANDOM" or site.skip_init:
         return random
     table: Any = site.module.get_input_embeddings()  # type: ignore[operator]
     if config.prompt_tuning_init == "SAMPLE_VOCAB":

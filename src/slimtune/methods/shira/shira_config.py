@@ -22,7 +22,7 @@ class ShiraConfig(TargetedConfig):
     prefix: ClassVar = "shira_"
     learning_rate: ClassVar = 1e-3
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
-    extension_fields: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "target_modules": "all-linear"}
     mask_fn: ClassVar[Callable[..., Any] | None] = None
@@ -46,7 +46,6 @@ class ShiraConfig(TargetedConfig):
         if n > size:
             message = f"r={self.r} is {n:,} entries for {site.name}, which has {size:,}"
             raise ConfigError(message, f"r up to {size // (inputs + outputs)} there")
-        indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
-        return SparseWeightUpdate(
-            site, indices if site.loading else choose_trained_entries(self, site, n), self.init_weights
-        )
+        no_indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
+        indices = no_indices if site.skip_init else choose_trained_entries(self, site, n)
+        return SparseWeightUpdate(site, indices, self.init_weights)

@@ -13,7 +13,7 @@ from ...errors import AdapterError, ConfigError
 class SparseWeightUpdate(AdapterModule):
     """`y + S x`."""
 
-    neutral: ClassVar = {"shira_weight": 0.0}
+    no_op_values: ClassVar = {"shira_weight": 0.0}
     shira_indices: Tensor
 
     def __init__(self, site: AdapterSite, indices: Tensor, zero: bool) -> None:

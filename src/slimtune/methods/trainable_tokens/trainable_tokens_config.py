@@ -23,7 +23,7 @@ class TrainableTokensConfig(TargetedConfig):
     name: ClassVar = "trainable_tokens"
     prefix: ClassVar = "trainable_tokens_"
     learning_rate: ClassVar = 1e-2
-    extension_fields: ClassVar = frozenset(
+    fields_not_in_peft: ClassVar = frozenset(
         ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
     )
     kinds: ClassVar = ("embedding", "linear")

@@ -137,7 +137,7 @@ class _TokenRows(AdapterModule):
     def replaced_rows(self) -> frozenset[int]:
         return frozenset(self.token_indices)
 
-    def neutral_values(self, site: AdapterSite) -> dict[str, Tensor]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor]:
         weight, ids = site.weight(), self.owner.ids
         rows = weight.t()[ids] if site.kind == "embedding" else weight[ids]
         return {n: rows for n, _ in self.named_parameters()}

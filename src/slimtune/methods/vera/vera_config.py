@@ -20,7 +20,7 @@ class VeraConfig(TargetedConfig):
 
     name: ClassVar = "vera"
     prefix: ClassVar = "vera_lambda_"
-    extension_fields: ClassVar = frozenset(["exclude_modules"])
+    fields_not_in_peft: ClassVar = frozenset(["exclude_modules"])
     learning_rate: ClassVar = 1e-2
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     short_names: ClassVar = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}

@@ -31,7 +31,7 @@ class SharedRandomProjections(SharedParameterHolder):
 class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
-    neutral: ClassVar = {"vera_lambda_b": 0.0}
+    no_op_values: ClassVar = {"vera_lambda_b": 0.0}
     peft_values: ClassVar = {"vera_A": "vera_A", "vera_B": "vera_B"}
     vera_A = property(lambda self: self.held[0].vera_A)
     vera_B = property(lambda self: self.held[0].vera_B)
