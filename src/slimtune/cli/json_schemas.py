@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..core.foundation.json_results import (
     JSON_TYPE_NAMES,
-    find_dataclass_in_type,
+    JsonObject,
+    find_dataclass,
     find_key_suffixes,
     get_json_key,
     is_mapping_type,
@@ -20,13 +21,13 @@ from ..core.foundation.json_results import (
 )
 
 
-def make_json_schema(cls: Any) -> dict[str, Any]:
+def make_json_schema(cls: Any) -> JsonObject:
     """Return the JSON Schema of a result: its fields with their descriptions; those of other results are inside."""
     required: list[str] = []
     schema: dict[str, Any] = {"title": cls.__name__, "description": inspect.cleandoc(cls.__doc__ or "")}
     properties: dict[str, Any] = {}
     further: Any = False
-    docs = read_field_docstrings(cls)
+    docs = read_field_docs(cls)
     for field, kind in list_fields_with_types(cls):
         inner = _describe_type(kind)
         if suffixes := find_key_suffixes(kind):
@@ -34,7 +35,7 @@ def make_json_schema(cls: Any) -> dict[str, Any]:
             required += [get_json_key(field) + suffix for suffix in suffixes.values()]
             continue
         if field.metadata.get("inline"):
-            if (inline_class := find_dataclass_in_type(kind)) is not None:
+            if (inline_class := find_dataclass(kind)) is not None:
                 inner = make_json_schema(inline_class)
             properties |= inner.get("properties", {})
             required += [] if type(None) in get_args(kind) else inner.get("required", [])
@@ -48,11 +49,11 @@ def make_json_schema(cls: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> dict[str, Any]:
+def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> JsonObject:
     """Return the properties of a value that is written as a key for each of its parts."""
     may_be_null = type(None) in get_args(kind)
-    cls = find_dataclass_in_type(kind)
-    docs, properties = read_field_docstrings(cls), {}
+    cls = find_dataclass(kind)
+    docs, properties = read_field_docs(cls), {}
     for field, part in list_fields_with_types(cls):
         described = _describe_type(part | None if may_be_null else part)
         note = docs.get(field.name, "") if suffixes[field.name] else ""
@@ -60,7 +61,7 @@ def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: s
     return properties
 
 
-def _describe_type(kind: Any) -> dict[str, Any]:
+def _describe_type(kind: Any) -> JsonObject:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return {}
@@ -87,7 +88,7 @@ def _describe_type(kind: Any) -> dict[str, Any]:
 
 
 @cache
-def read_field_docstrings(cls: Any) -> dict[str, str]:
+def read_field_docs(cls: Any) -> dict[str, str]:
     """Return the string that stands below each field of a dataclass, by the field's name; those of its bases, too."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):

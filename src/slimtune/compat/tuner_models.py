@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel, get_peft_model
-from ..core.adapters.targets import match_targets
+from ..core.adapters.targets import select_targets
+from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError
 from .base_model_wrapper import PeftTunerNamesMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
@@ -62,7 +63,7 @@ class BaseTuner(metaclass=_TunerMeta):
         return not config.is_prompt_learning and config.name == (cls.method or config.name)
 
     @staticmethod
-    def get_model_config(model: Any) -> dict[str, Any]:
+    def get_model_config(model: Any) -> JsonObject:
         """Return a model's config as a dictionary; DUMMY_MODEL_CONFIG if it has none."""
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
@@ -136,7 +137,7 @@ def inject_adapter_in_model(
 
 def _warn_about_targets(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> None:
     """Warn where the modules that a config targets are not those whose tensors are given."""
-    targeted, given = set(match_targets(model, config, strict=False).adapted), set(names)
+    targeted, given = set(select_targets(model, config, strict=False).adapted), set(names)
     more = [("PEFT config", targeted - given), ("state_dict", given - targeted)]
     found = [f"The {who} contained these additional target modules: {sorted(extra)}. " for who, extra in more if extra]
     if found:

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.data.collator import Example
+from ..core.data.messages import Message
 from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, format_install_command, nearest
 from ..generation.answer_queue import GeneratedAnswer, SamplingParams
-from ..generation.generation_models import GenerationModel, Message
+from ..generation.generation_models import GenerationModel
 from ..generation.text_generator import TextGenerator
 from .eval_result import AnswerCheckScores, AnswerPair
 

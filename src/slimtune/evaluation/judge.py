@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.data.messages import Message
 from ..core.foundation.progress_bars import track_progress
 from ..errors import ModelError, UsageError, nearest
-from ..generation.generation_models import Message
 from ..generation.json_client import JsonClient
 from .eval_result import AnswerPair, WinRate
 from .statistics import paired_bootstrap

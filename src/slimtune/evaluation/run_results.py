@@ -8,13 +8,14 @@ from typing import Any
 
 from ..core.config import Recipe
 from ..core.foundation.files import read_json
+from ..core.foundation.json_results import JsonObject
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from .eval_result import EvalResult, read_eval_result
 
 
 @dataclass(frozen=True)
-class StoredEvaluationJson:
+class StoredEvaluation:
     """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
 
     name: str
@@ -40,11 +41,11 @@ class RunResults:
     probe: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[StoredEvaluationJson] = field(default_factory=list)
+    evaluations: list[StoredEvaluation] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def held_out(self) -> StoredEvaluationJson | None:
+    def held_out(self) -> StoredEvaluation | None:
         """The first complete evaluation on rows that were not trained on."""
         answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
         classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
@@ -65,7 +66,7 @@ def load_run_results(run: RunDir, strict: bool = True) -> RunResults:
     """Read all results of a run; unless `strict`, a damaged file is left out and named in `errors`."""
     errors: list[str] = []
 
-    def load_json(file: Path, *parts: str) -> dict[str, Any]:
+    def load_json(file: Path, *parts: str) -> JsonObject:
         try:
             values = read_json(file) if os.path.lexists(file) else {}
             if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
@@ -82,7 +83,7 @@ def load_run_results(run: RunDir, strict: bool = True) -> RunResults:
 
     plan = load_json(run.plan_file, "plan", "probe")
     evaluations = [
-        StoredEvaluationJson(file.stem.removeprefix("eval-"), values)
+        StoredEvaluation(file.stem.removeprefix("eval-"), values)
         for file in sorted(run.path.glob("eval-*.json"), key=position)
         if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
     ]

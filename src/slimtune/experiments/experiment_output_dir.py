@@ -8,6 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..core.foundation.files import parse_json, read_json, require_writable, to_json, write_json
+from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError, format_names
 
 SETTINGS_FILE = "settings.json"
@@ -15,7 +16,7 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any]:
+def require_same_settings(folder: Path, settings: Mapping[str, Any], what: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
@@ -28,7 +29,7 @@ def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], 
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "a folder", other)
     require_writable(folder)
-    current: dict[str, Any] = parse_json(to_json(settings))
+    current: JsonObject = parse_json(to_json(settings))
     if not (folder / SETTINGS_FILE).is_file():
         if content := sorted(p.name for p in folder.glob("*") if p.name != ".lock"):
             message = f"{folder} contains {format_names(content)}, which belongs to no {what}"
@@ -46,17 +47,17 @@ def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], 
 
 
 @contextmanager
-def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+def lock_output_dir(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
     """Lock an output folder while the block runs, and write the settings into it, after checking it as above.
 
     Raises:
         UsageError: another process works in the folder.
     """
-    require_same_experiment_settings(folder, settings, what)  # before the folder is made
+    require_same_settings(folder, settings, what)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, require_same_experiment_settings(folder, settings, what))
+            write_json(folder / SETTINGS_FILE, require_same_settings(folder, settings, what))
             yield
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[what]} works in {folder}", "one at a time") from None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.data.example_types import Batch
 from ..core.training.loss import compute_token_nll
 from ..core.training.objective import Objective
 from .packed_run_adapters import use_packed_adapters
@@ -14,9 +15,9 @@ from .packed_run_adapters import use_packed_adapters
 CONCATENATED = ("input_ids", "position_ids")
 
 
-def forward_backward_packed_runs(
+def forward_backward_runs(
     models: Sequence[Any],
-    micro_batches: Sequence[Sequence[dict[str, Any]]],
+    micro_batches: Sequence[Sequence[Batch]],
     objectives: Sequence[Objective],
     num_items: Sequence[Any],
     max_tokens: int,
@@ -55,7 +56,7 @@ def forward_backward_packed_runs(
     return totals
 
 
-def _concatenate_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _concatenate_batches(batches: Sequence[Batch]) -> Batch:
     """Return the packed micro-batch of all rows of packed micro-batches, in their order; no prefix is shared anew."""
     layouts, segments = [batch["layout"] for batch in batches], 0
     lengths: list[int] = []
@@ -79,10 +80,10 @@ def _concatenate_batches(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _group_micro_batches(
-    micro_batches: Sequence[Sequence[dict[str, Any]]], max_tokens: int
-) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    micro_batches: Sequence[Sequence[Batch]], max_tokens: int
+) -> Iterator[list[tuple[int, Batch]]]:
     """Yield groups of `(run, micro-batch)` that one sequence holds: the first of every run, then the second, ..."""
-    group: list[tuple[int, dict[str, Any]]] = []
+    group: list[tuple[int, Batch]] = []
     tokens = 0
     for number in range(max(map(len, micro_batches))):
         for run, batches in enumerate(micro_batches):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..core.foundation.dtype_names import dtype_name
-from ..core.models.quantization import require_bitsandbytes
+from ..core.models.quantization import LoadOptions, require_bitsandbytes
 from ..errors import UsageError, format_names
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,13 +22,13 @@ _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def make_load_options(
     config: PreTrainedConfig, kind: str, is_stored: bool, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+) -> LoadOptions:
     """Return the arguments of `from_pretrained` for a base in "nf4", "int8" or, stored, "fp4"."""
     if dtype not in _COMPUTE_DTYPES:
         names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
         raise UsageError(f"a base in {kind} cannot compute in {dtype_name(dtype)}", names)
     require_bitsandbytes(f"a base in {kind}")
-    options: dict[str, Any] = {"device_map": {"": device}}
+    options: LoadOptions = {"device_map": {"": device}}
     if not is_stored and kind == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif not is_stored:

@@ -10,7 +10,8 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from ..core.data.messages import REASONING_KEYS, Messages, RowError
+from ..core.data.messages import REASONING_KEYS, Message, Messages, RowError, ToolCall
+from ..core.foundation.json_results import JsonObject
 from ..errors import format_names, nearest
 
 MAX_DEPTH = 100
@@ -43,7 +44,7 @@ def parse_messages_and_train_mask(
     return messages, learned
 
 
-def _validate_message(message: Any, name: str) -> dict[str, Any]:
+def _validate_message(message: Any, name: str) -> Message:
     if isinstance(message, dict) and "from" in message and "role" not in message:
         hint = f"read them as ShareGPT's: --format sharegpt --column conversations={name.partition('[')[0]}"
         raise RowError(f"{name} has 'from' in place of 'role'", "missing-key", hint)
@@ -90,7 +91,7 @@ def _join_parts(parts: list[Any], name: str) -> str:
     return "".join(texts)
 
 
-def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
+def _validate_tool_call(call: Any, name: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise RowError(f"{name} is not an object but {get_json_type_name(function)}", "bad-tool-call")
@@ -101,12 +102,14 @@ def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
         arguments = parse_json_cell(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
         raise RowError(f"{name}.arguments is not an object but {get_json_type_name(arguments)}", "bad-tool-call")
-    require_limited_json_depth(arguments, f"{name}.arguments")
-    valid = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return valid if call.get("id") is None else valid | {"id": require_text(call["id"], f"{name}.id")}
+    require_limited_depth(arguments, f"{name}.arguments")
+    valid = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
+    if call.get("id") is not None:
+        valid["id"] = require_text(call["id"], f"{name}.id")
+    return valid
 
 
-def _is_learned(message: dict[str, Any], name: str) -> bool:
+def _is_learned(message: Message, name: str) -> bool:
     weight, role = message.get("weight"), message["role"]
     if weight is None:
         return role == "assistant"
@@ -148,7 +151,7 @@ def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
     return value
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) != len(pairs):  # json.loads would keep the last one
         name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -171,7 +174,7 @@ def decode_strict_json(text: str) -> Any:
     return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
 
 
-def require_limited_json_depth(value: Any, name: str) -> None:
+def require_limited_depth(value: Any, name: str) -> None:
     """Raise RowError if lists and objects are nested so deep that a template or another process could not take them."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -15,9 +15,12 @@ from ..core.adapters.method_registry import METHODS
 from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
+from ..core.foundation.json_results import JsonObject
 
 CARD_FILE = "README.md"
 SAVED_MARKER = "<!-- Written by slimtune with the adapter. Uploading replaces it, unless you delete this line. -->"
+NOT_IN_PEFT = frozenset({"bitfit", "bottleneck", "full"})
+"""Built-in methods that PEFT does not have."""
 _NOT_SETTINGS = ("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision")
 
 
@@ -81,7 +84,7 @@ def render_model_card(data: ModelCardData, config: PeftConfig, **values: Any) ->
         "front": data.to_yaml().rstrip(),
         "config": config,
         "settings": json.dumps(settings, indent=2, sort_keys=True, allow_nan=False, default=str),
-        "peft_supports": config.name in METHODS.built_in_names() and config.exists_in_peft,
+        "peft_supports": config.name in METHODS.built_in_names() and config.name not in NOT_IN_PEFT,
         **values,
     }
     return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")
@@ -93,7 +96,7 @@ def get_public_base_id(config: PeftConfig) -> str | None:
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
-def strip_local_paths(values: Mapping[str, Any], base_name: str | None = None) -> dict[str, Any]:
+def strip_local_paths(values: Mapping[str, Any], base_name: str | None = None) -> JsonObject:
     """Return the values of a JSON config with every local path replaced by its last part.
 
     `base_name` replaces the name of the base; None: only a path is replaced.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..core.data.messages import RowError
-from ..core.data.rows import InvalidRow, Located, RowReader
+from ..core.data.rows import InvalidRow, Located, Record, RowReader
 from ..core.foundation.formatting import shorten_text
 from ..errors import DataError, format_names
 from .message_parsing import STRICT_JSON, decode_strict_json, get_json_type_name
@@ -295,7 +295,7 @@ def _read_arrow_batches(batches: Iterable[Any], start: int = 1) -> Iterator[Loca
         start += batch.num_rows
 
 
-def _read_arrow_row(row: Any, item: int) -> dict[str, Any] | InvalidRow:
+def _read_arrow_row(row: Any, item: int) -> Record | InvalidRow:
     from pyarrow import types
 
     record, size = {}, 0

@@ -30,6 +30,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from ..core.data.messages import Message
 from ..errors import ModelError, SlimtuneError
 
 Span = tuple[int, int]
@@ -51,7 +52,7 @@ _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 _work = threading.local()
 
 
-def render_sandboxed_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
+def render_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
     """Return the text of a chat template with these variables; `spans` gets the characters that it marks.
 
     Raises:
@@ -81,7 +82,7 @@ def render_sandboxed_template(template: str, values: dict[str, Any], spans: list
     return text
 
 
-def _alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+def _alias_reasoning(message: Message) -> Message:
     """Return a message whose reasoning has the two names that templates read, as in transformers."""
     given = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k) is not None), "")
     return {"thinking": given, **message, "reasoning_content": given} if given else message

@@ -2,8 +2,9 @@
 
 from collections.abc import Generator
 
+from ..core.data.messages import Message
 from .answer_queue import GeneratedAnswer, SamplingParams
-from .generation_models import GenerationModel, Message
+from .generation_models import GenerationModel
 from .text_generator import TextGenerator
 
 

@@ -9,13 +9,12 @@ from jinja2 import TemplateError
 
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.data.chat_template import Tools, encode_chat, find_end_of_turn_ids, get_chat_template, render_prompt
+from ..core.data.messages import Message
 from ..core.models.base_config import get_max_positions
 from ..core.training.trained_model import TrainedModel
 from ..errors import DataError, ModelError, UsageError
 
 log = logging.getLogger(__name__)
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def make_base_and_tuned_models(trained: TrainedModel) -> dict[str, GenerationMod
 
 def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> GenerationModel:
     """Return the base (`BASE_ROW`) or an adapter of an adapted model, with its end tokens and context."""
-    ends = frozenset(find_end_token_ids(getattr(model, "generation_config", None), tokenizer))
+    ends = frozenset(find_end_tokens(getattr(model, "generation_config", None), tokenizer))
     context = get_max_positions(model.config)
     virtual_tokens = getattr(model.peft_config.get(adapter), "num_virtual_tokens", None) or 0
     return GenerationModel(adapter, tokenizer, ends, None if context is None else context - virtual_tokens)
@@ -87,7 +86,7 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end an answer for the checkpoint, the tokenizer or the chat template, sorted."""
     stated = getattr(generation_config, "eos_token_id", None)
     ends = {*(stated if isinstance(stated, list | tuple) else [stated]), tokenizer.eos_token_id}

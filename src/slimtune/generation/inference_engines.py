@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from ..core.foundation.json_results import JsonObject
 from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, nearest
 from .json_client import JsonClient
 
@@ -217,11 +218,11 @@ class LlamaCppInferenceEngine:
         body = {**self._make_request(ids), "stream": True, **settings}
         yield from self._connect(timeout).stream("/completion", body)
 
-    def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+    def _complete(self, ids: Sequence[int], **settings: Any) -> JsonObject:
         """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
         return self._post("/completion", **{**self._make_request(ids), **settings})
 
-    def _make_request(self, ids: Sequence[int]) -> dict[str, Any]:
+    def _make_request(self, ids: Sequence[int]) -> JsonObject:
         self._started = True
         request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
         # All are named: a list without entries would leave the scales that the server began with.
@@ -238,7 +239,7 @@ class LlamaCppInferenceEngine:
         """Return the same server as it answers without an adapter."""
         return self.with_adapter(None)
 
-    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+    def _post(self, path: str, **body: Any) -> JsonObject:
         return self._connect().request(path, body)
 
     def _connect(self, timeout: float = 300) -> JsonClient:
@@ -306,11 +307,11 @@ class VllmClient:
     def close(self) -> None:
         """Do nothing: the server keeps running."""
 
-    def _complete(self, ids: Sequence[int], max_tokens: int, **settings: Any) -> dict[str, Any]:
+    def _complete(self, ids: Sequence[int], max_tokens: int, **settings: Any) -> JsonObject:
         neutral = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
         neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
         request = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, **neutral, **settings}
         return self._post("/v1/completions", **request)["choices"][0]
 
-    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+    def _post(self, path: str, **body: Any) -> JsonObject:
         return self._server.request(path, body)

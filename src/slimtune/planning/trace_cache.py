@@ -88,7 +88,7 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
 
 
 @cache
-def _describe_environment() -> dict[str, Any]:
+def _describe_environment() -> dict[str, object]:
     files = sorted((str(f.relative_to(PACKAGE)), f.stat()) for f in PACKAGE.rglob("*.py"))
     state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
     return {

@@ -11,7 +11,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
-from ..core.data.messages import RowError, require_template_keys
+from ..core.data.messages import RowError, ToolCall, require_template_keys
 from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
@@ -32,9 +32,15 @@ from ..generation.generation_models import tokenize_chat_prompt
 from .openai_protocol import (
     MAX_ANSWERS,
     ApiError,
+    ChatAnswerFields,
+    ChatChoiceFields,
+    ChatChunkFields,
     ChatRequest,
+    CompletionChoiceFields,
     CompletionRequest,
     GenerationRequest,
+    NumberedToolCall,
+    ServedModelFields,
     find_served_model,
     format_chat_logprobs,
     format_completion_logprobs,
@@ -66,7 +72,7 @@ class EventStream(StreamingResponse):
 
 
 @dataclass
-class AnswerChoice:
+class Choice:
     """One of the answers to a request, as far as it is generated."""
 
     index: int
@@ -77,7 +83,7 @@ class AnswerChoice:
     finish_reason: str | None = None
 
 
-class ChatResponseBuilder:
+class ChatFormat:
     """What `/v1/chat/completions` sends."""
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -86,38 +92,42 @@ class ChatResponseBuilder:
         self.model, self.logprobs = model, logprobs
         self.tool_calls = model.tool_calls if uses_tools else None
 
-    def format_choice(self, choice: AnswerChoice) -> dict[str, Any]:
+    def format_choice(self, choice: Choice) -> ChatChoiceFields:
         """Return a finished answer."""
         text, calls = self.tool_calls.parse(choice.text) if self.tool_calls else (choice.text, [])
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        message: ChatAnswerFields = {
+            "role": "assistant",
+            "content": text if text or not calls else None,
+            "refusal": None,
+        }
         if calls:
             message["tool_calls"] = calls
         reason = "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
         logprobs = format_chat_logprobs(self.model, choice.logprobs) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def start_chunks(self, choice: AnswerChoice) -> list[dict[str, Any]]:
+    def start_chunks(self, choice: Choice) -> list[ChatChunkFields]:
         """Return what a stream says before an answer begins."""
         return [{"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
 
-    def format_chunks(self, choice: AnswerChoice, piece: AnswerPiece) -> list[dict[str, Any]]:
+    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[ChatChunkFields]:
         """Return what a piece adds to an answer; the beginning of a tool call is held back until it is complete."""
         text: str = choice.text
-        calls: list[dict[str, Any]] = []
+        calls: list[ToolCall] = []
         if self.tool_calls:
             if piece.finish_reason:
                 text, calls = self.tool_calls.parse(text)
             else:
                 text = text[: self.tool_calls.find_start(text)].rstrip()
         new, choice.sent = text[choice.sent :], max(choice.sent, len(text))
-        chunks: list[dict[str, Any]] = []
+        chunks: list[ChatChunkFields] = []
         if new or piece.logprobs:
             logprobs = format_chat_logprobs(self.model, list(piece.logprobs)) if self.logprobs else None
             chunks.append(
                 {"index": choice.index, "delta": {"content": new}, "logprobs": logprobs, "finish_reason": None}
             )
         if calls:
-            numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+            numbered: list[NumberedToolCall] = [{"index": i, **call} for i, call in enumerate(calls)]
             chunks.append({"index": choice.index, "delta": {"tool_calls": numbered}, "finish_reason": None})
         if piece.finish_reason:
             reason = "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason
@@ -125,7 +135,7 @@ class ChatResponseBuilder:
         return chunks
 
 
-class CompletionResponseBuilder:
+class CompletionFormat:
     """What `/v1/completions` sends."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
@@ -133,15 +143,15 @@ class CompletionResponseBuilder:
     def __init__(self, model: ServedModel, logprobs: bool) -> None:
         self.model, self.logprobs = model, logprobs
 
-    def format_choice(self, choice: AnswerChoice) -> dict[str, Any]:
+    def format_choice(self, choice: Choice) -> CompletionChoiceFields:
         """Return a finished answer."""
         return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason)
 
-    def start_chunks(self, choice: AnswerChoice) -> list[dict[str, Any]]:
+    def start_chunks(self, choice: Choice) -> list[CompletionChoiceFields]:
         """Return what a stream says before an answer begins: nothing."""
         return []
 
-    def format_chunks(self, choice: AnswerChoice, piece: AnswerPiece) -> list[dict[str, Any]]:
+    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[CompletionChoiceFields]:
         """Return what a piece adds to an answer."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
@@ -149,18 +159,18 @@ class CompletionResponseBuilder:
         return [self._format(choice, piece.text, list(piece.logprobs), offset, piece.finish_reason)]
 
     def _format(
-        self, choice: AnswerChoice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
-    ) -> dict[str, Any]:
+        self, choice: Choice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
+    ) -> CompletionChoiceFields:
         shown = format_completion_logprobs(self.model, logprobs, offset) if self.logprobs else None
         return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
 @dataclass(frozen=True)
-class TokenizedRequest:
+class PreparedRequest:
     """A request that was read and tokenized."""
 
     request: GenerationRequest
-    form: ChatResponseBuilder | CompletionResponseBuilder
+    form: ChatFormat | CompletionFormat
     prompts: list[Sequence[int]]
     max_tokens: int | None  # None: as many as there is room for
     top_logprobs: int | None
@@ -234,14 +244,16 @@ class OpenAiApi:
         """Answer one model."""
         return _make_response(self._describe(find_served_model(self.models, request.path_params["name"])))
 
-    def _describe(self, model: ServedModel) -> dict[str, Any]:
-        fields = {"id": model.name, "object": "model", "created": self.started, "owned_by": "slimtune"}
-        return {**fields, "parent": model.parent, "max_model_len": model.max_length}
+    def _describe(self, model: ServedModel) -> ServedModelFields:
+        return {
+            "id": model.name, "object": "model", "created": self.started, "owned_by": "slimtune",
+            "parent": model.parent, "max_model_len": model.max_length,
+        }  # fmt: skip
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
 
-        def prepare(body: bytes) -> TokenizedRequest:
+        def prepare(body: bytes) -> PreparedRequest:
             asked = parse_request_body(ChatRequest, body)
             model = find_served_model(self.models, asked.model)
             if asked.top_logprobs and not asked.logprobs:
@@ -249,30 +261,28 @@ class OpenAiApi:
             tools, ids = _tokenize_chat(model, asked)
             count = (asked.top_logprobs or 0) if asked.logprobs else None
             limit = asked.max_completion_tokens or asked.max_tokens
-            return TokenizedRequest(
-                asked, ChatResponseBuilder(model, bool(tools), count is not None), [ids], limit, count
-            )
+            return PreparedRequest(asked, ChatFormat(model, bool(tools), count is not None), [ids], limit, count)
 
         return await self._answer(request, prepare)
 
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
 
-        def prepare(body: bytes) -> TokenizedRequest:
+        def prepare(body: bytes) -> PreparedRequest:
             asked = parse_request_body(CompletionRequest, body)
             model = find_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
-            form = CompletionResponseBuilder(model, asked.logprobs is not None)
-            return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
+            form = CompletionFormat(model, asked.logprobs is not None)
+            return PreparedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
 
         return await self._answer(request, prepare)
 
-    async def _answer(self, request: Request, prepare: Callable[[bytes], TokenizedRequest]) -> Response:
+    async def _answer(self, request: Request, prepare: Callable[[bytes], PreparedRequest]) -> Response:
         if self._requests >= self._max_requests:
             raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
         self._requests += 1
-        choices: list[AnswerChoice] = []
-        pieces: asyncio.Queue[tuple[AnswerChoice, AnswerPiece]] = asyncio.Queue()
+        choices: list[Choice] = []
+        pieces: asyncio.Queue[tuple[Choice, AnswerPiece]] = asyncio.Queue()
         is_streaming = False
 
         def release() -> None:
@@ -305,14 +315,14 @@ class OpenAiApi:
             if not is_streaming:
                 release()
 
-    def _make_choices(self, prepared: TokenizedRequest, pieces: asyncio.Queue) -> list[AnswerChoice]:
+    def _make_choices(self, prepared: PreparedRequest, pieces: asyncio.Queue) -> list[Choice]:
         """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
         asked, model, limit, prompts = prepared.request, prepared.form.model, prepared.max_tokens, prepared.prompts
         n, loop = asked.n or 1, asyncio.get_running_loop()
         if len(prompts) * n > MAX_ANSWERS:
             raise ApiError(400, f"{len(prompts)} prompts × n = {n} are more than {MAX_ANSWERS} answers", "n")
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        choices: list[AnswerChoice] = []
+        choices: list[Choice] = []
         for prompt in prompts:
             room = model.max_length - len(prompt)
             if room < (limit or 1):
@@ -339,14 +349,14 @@ class OpenAiApi:
                         loop.call_soon_threadsafe(pieces.put_nowait, (choices[index], piece))
 
                 deadline = time.monotonic() + self.timeout
-                choices.append(AnswerChoice(index, GeneratedAnswer(model, prompt, params, send, deadline)))
+                choices.append(Choice(index, GeneratedAnswer(model, prompt, params, send, deadline)))
         return choices
 
     async def _stream(
         self,
         form: Any,
         head: dict[str, Any],
-        choices: list[AnswerChoice],
+        choices: list[Choice],
         pieces: asyncio.Queue,
         with_usage: bool,
     ) -> AsyncIterator[bytes]:
@@ -405,7 +415,7 @@ def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]
     return ids
 
 
-def _add_piece(choice: AnswerChoice, piece: AnswerPiece) -> None:
+def _add_piece(choice: Choice, piece: AnswerPiece) -> None:
     if piece.error is not None:
         raise piece.error
     choice.text += piece.text
@@ -413,7 +423,7 @@ def _add_piece(choice: AnswerChoice, piece: AnswerPiece) -> None:
     choice.finish_reason = piece.finish_reason
 
 
-async def _collect(choices: list[AnswerChoice], pieces: asyncio.Queue) -> None:
+async def _collect(choices: list[Choice], pieces: asyncio.Queue) -> None:
     """Wait until all choices are finished."""
     while any(choice.finish_reason is None for choice in choices):
         _add_piece(*await pieces.get())
@@ -456,13 +466,13 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _count_usage(choices: list[AnswerChoice]) -> dict[str, int]:
+def _count_usage(choices: list[Choice]) -> dict[str, int]:
     prompts = {id(choice.answer.prompt): len(choice.answer.prompt) for choice in choices}
     prompt, new = sum(prompts.values()), sum(choice.answer.num_tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def _make_response(value: dict[str, Any], status: int = 200) -> Response:
+def _make_response(value: Mapping[str, object], status: int = 200) -> Response:
     headers = {**HEADERS, "Content-Type": "application/json"} | ({"Retry-After": "1"} if status == 429 else {})
     body = json.dumps(value, allow_nan=False).encode()
     return Response(body, status, headers)

@@ -5,17 +5,124 @@ have the value that changes nothing: many clients always send it.
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..core.data.messages import RowError
+from ..core.data.messages import RowError, ToolCall
 from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
 from ..extras.message_parsing import decode_strict_json
 from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16
+
+
+class ApiErrorFields(TypedDict):
+    """What is wrong, in the body of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ApiErrorBody(TypedDict):
+    """The body of an error."""
+
+    error: ApiErrorFields
+
+
+class TokenLogprobFields(TypedDict):
+    """A token of a chat's answer, and its log p."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class AnswerTokenFields(TokenLogprobFields):
+    """A token that was sampled, beside the likeliest ones."""
+
+    top_logprobs: list[TokenLogprobFields]
+
+
+class ChatLogprobs(TypedDict):
+    """`logprobs` of a choice of a chat."""
+
+    content: list[AnswerTokenFields]
+    refusal: None
+
+
+class CompletionLogprobs(TypedDict):
+    """`logprobs` of a choice of a completion: a list entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class ChatAnswerFields(TypedDict):
+    """The assistant's message in a finished answer."""
+
+    role: str
+    content: str | None
+    refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class ChatChoiceFields(TypedDict):
+    """A finished answer of a chat."""
+
+    index: int
+    message: ChatAnswerFields
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class NumberedToolCall(ToolCall):
+    """A tool call in a stream, and its number in the answer."""
+
+    index: int
+
+
+class ChatDelta(TypedDict, total=False):
+    """What a part of a stream adds to the message."""
+
+    role: str
+    content: str
+    tool_calls: list[NumberedToolCall]
+
+
+class ChatChunkFields(TypedDict):
+    """What a part of a stream says of an answer of a chat."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: NotRequired[ChatLogprobs | None]
+    finish_reason: str | None
+
+
+class CompletionChoiceFields(TypedDict):
+    """An answer of a completion, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class ServedModelFields(TypedDict):
+    """What `/v1/models` says of a model."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    parent: str | None
+    max_model_len: int
 
 
 class ApiError(Exception):
@@ -32,7 +139,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ApiErrorBody:
         """Return the body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
@@ -167,20 +274,20 @@ def find_served_model(models: dict[str, ServedModel], name: str) -> ServedModel:
     return models[name]
 
 
-def format_chat_logprobs(model: ServedModel, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+def format_chat_logprobs(model: ServedModel, logprobs: list[TokenLogprob]) -> ChatLogprobs:
     """Return `logprobs` of a choice of a chat."""
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> TokenLogprobFields:
         text = model.tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    content = [
+    content: list[AnswerTokenFields] = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]} for one in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
-def format_completion_logprobs(model: ServedModel, logprobs: list[TokenLogprob], offset: int) -> dict[str, Any]:
+def format_completion_logprobs(model: ServedModel, logprobs: list[TokenLogprob], offset: int) -> CompletionLogprobs:
     """Return `logprobs` of a choice of a completion; `offset` counts the characters of the answer before it."""
     tokens = [model.tokenizer.decode([one.token]) for one in logprobs]
     offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
@@ -189,6 +296,6 @@ def format_completion_logprobs(model: ServedModel, logprobs: list[TokenLogprob],
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def format_server_sent_event(value: dict[str, Any]) -> bytes:
+def format_server_sent_event(value: Mapping[str, object]) -> bytes:
     """Return a server-sent event."""
     return b"data: " + json.dumps(value, allow_nan=False).encode() + b"\n\n"

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from ..core.data.assistant_mask import MARK
 from ..core.data.chat_template import render_prompt
-from ..core.data.messages import Messages
+from ..core.data.messages import Messages, ToolCall, ToolFunction
 from ..errors import DataError, ModelError
 from ..extras.message_parsing import STRICT_JSON
 
@@ -47,12 +47,12 @@ class ToolCallFormat:
         partial = (n for n in range(1, len(self.opening)) if text.endswith(self.opening[:n]))
         return len(text) - max(partial, default=0)
 
-    def parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def parse(self, text: str) -> tuple[str, list[ToolCall]]:
         """Return the text before the calls of a whole answer, and the calls as OpenAI's API has them.
 
         An answer without a complete call is text as a whole.
         """
-        calls: list[dict[str, Any]] = []
+        calls: list[ToolCall] = []
         start, is_first = self.find_start(text), True
         position = start
         while len(calls) < MAX_CALLS:
@@ -67,7 +67,7 @@ class ToolCallFormat:
                 break
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 break
-            function = {"name": name, "arguments": as_text}
+            function: ToolFunction = {"name": name, "arguments": as_text}
             calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
             is_first = False
         return (text[:start].rstrip(), calls) if calls else (text, [])

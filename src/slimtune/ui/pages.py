@@ -14,13 +14,16 @@ from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import make_jinja_environment
-from ..evaluation.run_report import list_report_template_functions, render_memory_charts, render_run_report
+from ..evaluation.run_report import list_template_functions, render_memory_charts, render_run_report
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, CommandJob, CommandJobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_form_fields, make_option_args
 from .run_pages import (
+    ChosenRun,
+    JobPageData,
+    RunPageData,
     interrupt_training,
     is_classifier_or_reward_model,
     make_run_comparison_charts,
@@ -78,7 +81,7 @@ class UiPages:
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
-        self.templates.globals.update(list_report_template_functions(), version=__version__, pages=PAGES)
+        self.templates.globals.update(list_template_functions(), version=__version__, pages=PAGES)
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -171,7 +174,7 @@ class UiPages:
         """Return the part of the page that shows a training."""
         return self.render("run.html.j2", page="train", view=self.run_view(run))
 
-    def run_view(self, run: str = "") -> dict[str, Any] | None:
+    def run_view(self, run: str = "") -> RunPageData | None:
         """Return what is shown of a run, by default of the one that was chosen last."""
         name = run or self.choices.get(RUN, "")
         return make_run_page_data(self.workspace, name, self.jobs.get("train")) if name else None
@@ -217,7 +220,9 @@ class UiPages:
 
     def evaluate(self, run: str = "", **values: Any) -> Response:
         """Show what was measured of a run."""
-        return self.render("evaluate.html.j2", page="evaluate", job=self.job_view("eval"), **self.chosen(run), **values)
+        return self.render(
+            "evaluate.html.j2", page="evaluate", job=self.job_view("eval"), **vars(self.chosen(run)), **values
+        )
 
     def start_evaluation(self, form: Form) -> str:
         """Start an evaluation."""
@@ -231,18 +236,16 @@ class UiPages:
         self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
         return "/evaluate#job"
 
-    def chosen(self, run: str) -> dict[str, Any]:
+    def chosen(self, run: str) -> ChosenRun:
         """Return the runs to choose from, and what is known of the chosen one."""
         runs = self.workspace.list_runs()
         name = run or self.choices.get(RUN, "") or next(iter(runs), "")
         try:
             results = load_run_results(self.workspace.open_run(name), strict=False) if name else RunResults()
         except SlimtuneError as e:
-            return {"runs": runs, "run": name, "results": RunResults(), "problem": e}
+            return ChosenRun(runs, name, problem=e)
         evaluations = read_saved_evaluations(results)
-        held_out = find_held_out_evaluation(results, evaluations)
-        found = {"results": results, "evaluations": evaluations, "held_out": held_out}
-        return {"runs": runs, "run": name, **found, "problem": None}
+        return ChosenRun(runs, name, results, evaluations, find_held_out_evaluation(results, evaluations))
 
     def report(self, run: str = "") -> Response:
         """Return report.html of a run, written anew from its files: one that lies there may be anybody's."""
@@ -254,10 +257,10 @@ class UiPages:
     def chat(self, run: str = "", **values: Any) -> Response:
         """Show the conversation, or what a classifier or a reward model predicts."""
         chosen = self.chosen(run)
-        predicts = is_classifier_or_reward_model(chosen["results"]) and (bool(run) or self.conversation is None)
+        predicts = is_classifier_or_reward_model(chosen.results) and (bool(run) or self.conversation is None)
         job = self.job_view("predict")
         return self.render(
-            "chat.html.j2", page="chat", chat=self.conversation, predicts=predicts, job=job, **chosen, **values
+            "chat.html.j2", page="chat", chat=self.conversation, predicts=predicts, job=job, **vars(chosen), **values
         )
 
     def live_chat(self) -> Response:
@@ -329,7 +332,7 @@ class UiPages:
     def runs(self, pick: Sequence[str] = (), **values: Any) -> Response:
         """Show the runs, and those that were picked side by side."""
         rows = make_run_table_rows(self.workspace, self.workspace.list_runs())
-        picked = [row for row in rows if row["name"] in pick]
+        picked = [row for row in rows if row.name in pick]
         compared = make_run_comparison_charts(picked) if picked else None
         return self.render("runs.html.j2", page="runs", rows=rows, picked=list(pick), compared=compared, **values)
 
@@ -338,9 +341,9 @@ class UiPages:
     def export(self, run: str = "", **values: Any) -> Response:
         """Show what a run can be exported to, and the last export with its check."""
         chosen = self.chosen(run)
-        targets = {"merge": TARGETS["merge"]} if is_classifier_or_reward_model(chosen["results"]) else TARGETS
+        targets = {"merge": TARGETS["merge"]} if is_classifier_or_reward_model(chosen.results) else TARGETS
         job = self.job_view("export")
-        return self.render("export.html.j2", page="export", job=job, targets=targets, **chosen, **values)
+        return self.render("export.html.j2", page="export", job=job, targets=targets, **vars(chosen), **values)
 
     def start_export(self, form: Form) -> str:
         """Start an export."""
@@ -360,20 +363,19 @@ class UiPages:
 
     # --- what runs ---
 
-    def job_view(self, kind: str) -> dict[str, Any] | None:
+    def job_view(self, kind: str) -> JobPageData | None:
         """Return what the templates show of the last job of a kind."""
         job = self.jobs.get(kind)
         if job is None:
             return None
-        view = {"kind": kind, "state": job.state, "job": job, "error": job.error, "result": job.printed}
-        if kind == "plan" and job.state == "done":
-            view["charts"] = render_memory_charts(RunResults(plan=job.printed))
-        return view
+        is_plan = kind == "plan" and job.state == "done"
+        charts = render_memory_charts(RunResults(plan=job.printed)) if is_plan else ()
+        return JobPageData(kind, job.state, job, job.error, job.printed, charts)
 
     def live(self, kind: str) -> Response:
         """Return the part of a page that shows a job."""
         self.require_kind(kind)
-        return self.render("job.html.j2", page=PAGE_OF_JOB[kind], job=self.job_view(kind), **self.chosen(""))
+        return self.render("job.html.j2", page=PAGE_OF_JOB[kind], job=self.job_view(kind), **vars(self.chosen("")))
 
     def stop(self, form: Form, kind: str) -> str:
         """Stop a job."""

@@ -5,20 +5,27 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import psutil
 from markupsafe import Markup
 
-from ..core.foundation.files import read_json, require_regular_file
+from ..core.foundation.files import read_json, require_regular
 from ..core.training.run_dir import WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
 from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
 from ..evaluation.run_report import fixed, render_training_charts, signed
-from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
+from ..evaluation.run_results import (
+    RunResults,
+    SavedEvaluation,
+    find_held_out_evaluation,
+    load_run_results,
+    read_saved_evaluations,
+)
 from .command_jobs import CommandJob
 from .workspace import WorkspaceFolder
 
@@ -88,7 +95,7 @@ def interrupt_training(run: RunDir) -> bool:
 def read_log_tail(run: RunDir) -> list[str]:
     """Return the last lines of a run's log, from its last `LOG_BYTES`."""
     try:
-        require_regular_file(run.log_file, follow_links=False)
+        require_regular(run.log_file, follow_links=False)
         with run.log_file.open("rb") as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - LOG_BYTES))
@@ -98,18 +105,120 @@ def read_log_tail(run: RunDir) -> list[str]:
     return lines[1:] if size > LOG_BYTES else lines
 
 
-def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunPageData:
+    """What the page of a training shows."""
+
+    name: str
+    """The run."""
+    job: CommandJob | None
+    """The training, if the page started it."""
+    active: bool
+    """Whether it trains."""
+    every: int
+    """Seconds until the page asks again."""
+    missing: SlimtuneError | None = None
+    """Why there is no run folder yet; the fields below are then not known."""
+    status: RunStatus | None = None
+    """What the run does."""
+    results: RunResults | None = None
+    """The files of its folder."""
+    last: Mapping[str, Any] = field(default_factory=dict)
+    """The latest value of each figure that the page shows."""
+    done: float = 0
+    """Steps or epochs."""
+    total: float = 0
+    """Steps or epochs of the whole run; 0: not known."""
+    unit: str = ""
+    """"steps" or "epochs"."""
+    charts: Sequence[Markup] = ()
+    """Losses and other curves."""
+    log: Sequence[str] = ()
+    """The last lines of its log."""
+    events: Sequence[Mapping[str, Any]] = ()
+    """The last events in its metrics, such as memory that ran out."""
+
+
+@dataclass(frozen=True)
+class JobPageData:
+    """What the pages show of a command that they started."""
+
+    kind: str
+    """What it is for, such as "plan"."""
+    state: str
+    """Whether it runs, and how it ended."""
+    job: CommandJob
+    """The command."""
+    error: Mapping[str, str]
+    """Its error; empty: none."""
+    result: Mapping[str, Any]
+    """What it printed with --json."""
+    charts: Sequence[Markup] = ()
+    """Of a plan."""
+
+
+@dataclass(frozen=True)
+class ChosenRun:
+    """The runs to choose from, and the chosen one."""
+
+    runs: Sequence[str]
+    """All runs of the folder."""
+    run: str
+    """The chosen one."""
+    results: RunResults = field(default_factory=RunResults)
+    """The files of its folder."""
+    evaluations: Sequence[SavedEvaluation] = ()
+    """What was measured of it."""
+    held_out: SavedEvaluation | None = None
+    """The evaluation on held-out rows."""
+    problem: SlimtuneError | None = None
+    """Why it cannot be read."""
+
+
+@dataclass(frozen=True)
+class RunTableRow:
+    """A run in the table of runs."""
+
+    name: str
+    """Its folder."""
+    problem: str = ""
+    """What is wrong with a damaged one."""
+    status: RunStatus | None = None
+    """What it does."""
+    results: RunResults | None = None
+    """The files of its folder; None: damaged."""
+    held_out: SavedEvaluation | None = None
+    """The evaluation on held-out rows; None: not measured."""
+
+
+@dataclass(frozen=True)
+class RunComparisonCharts:
+    """Several runs side by side."""
+
+    losses: Markup
+    """Training losses of the first two runs."""
+    left_out: list[str]
+    """Runs whose losses are not drawn."""
+    gains: Markup
+    """What each gained on held-out rows."""
+    same_rows: bool
+    """Whether all were measured on the same rows and base."""
+    unmeasured: list[str]
+    """Runs that were not measured."""
+
+
+def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | None) -> RunPageData:
     """Return what the page of a training shows; `job` is the last training that the page started.
 
     Until the base is loaded a run has no folder: then there is only the job.
     """
     own = job if job is not None and job.subject == name else None
-    view: dict[str, Any] = {"name": name, "job": own, "active": own is not None and own.state == "running"}
+    active = own is not None and own.state == "running"
     try:
         run = workspace.open_run(name)
         results = load_run_results(run, strict=False)
     except SlimtuneError as e:
-        return {**view, "missing": e, "every": 2}
+        return RunPageData(name, own, active, every=2, missing=e)
     assert results.recipe is not None
     status, train = read_run_status(run), results.recipe.train
     metrics = [m for m in results.metrics if is_finite_number(m.get("step")) and not m.get("event")]
@@ -118,22 +227,24 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | 
     if not total and is_finite_number(last.get("epoch")):
         done, total = round(float(last["epoch"]), 2), train.epochs
     size = run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
-    return {
-        **view,
-        "status": status,
-        "active": view["active"] or status.state == "training",
-        "results": results,
-        "recipe": results.recipe,
-        "last": {key: next((m[key] for m in reversed(metrics) if key in m), None)
-                 for key in ("step", "train_loss", "validation_loss", "tokens_per_second", "memory_bytes")},
-        "done": done,
-        "total": total,
-        "unit": "steps" if train.max_steps is not None else "epochs",
-        "charts": render_training_charts(results, results.recipe),
-        "log": read_log_tail(run)[-10:],
-        "events": [m for m in results.metrics if m.get("event")][-3:],
-        "every": 2 if size < BIG else 15,
-    }  # fmt: skip
+    return RunPageData(
+        name,
+        own,
+        active or status.state == "training",
+        every=2 if size < BIG else 15,
+        status=status,
+        results=results,
+        last={
+            key: next((m[key] for m in reversed(metrics) if key in m), None)
+            for key in ("step", "train_loss", "validation_loss", "tokens_per_second", "memory_bytes")
+        },
+        done=done,
+        total=total,
+        unit="steps" if train.max_steps is not None else "epochs",
+        charts=render_training_charts(results, results.recipe),
+        log=read_log_tail(run)[-10:],
+        events=[m for m in results.metrics if m.get("event")][-3:],
+    )
 
 
 def is_classifier_or_reward_model(results: RunResults) -> bool:
@@ -141,45 +252,46 @@ def is_classifier_or_reward_model(results: RunResults) -> bool:
     return results.recipe is not None and results.recipe.objective().task_type == "SEQ_CLS"
 
 
-def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> list[dict[str, Any]]:
+def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> list[RunTableRow]:
     """Return the row of each run in the table of runs; a damaged one has only its name and what is wrong."""
-    rows: list[dict[str, Any]] = []
+    rows: list[RunTableRow] = []
     for name in names:
         try:
             run = workspace.open_run(name)
             results = load_run_results(run, strict=False)
         except SlimtuneError as e:
-            rows.append({"name": name, "problem": e.message})
+            rows.append(RunTableRow(name, problem=e.message))
             continue
         held_out = find_held_out_evaluation(results, read_saved_evaluations(results))
-        rows.append({"name": name, "status": read_run_status(run), "results": results, "held_out": held_out})
+        rows.append(RunTableRow(name, status=read_run_status(run), results=results, held_out=held_out))
     return rows
 
 
-def make_run_comparison_charts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def make_run_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonCharts:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
-    rows = [row for row in rows if "results" in row]
+    known = [(row, row.results) for row in rows if row.results is not None]
     series = [
-        ChartLine(row["name"], color, [(m["step"], m["train_loss"]) for m in row["results"].metrics
+        ChartLine(row.name, color, [(m["step"], m["train_loss"]) for m in results.metrics
                                     if "step" in m and is_finite_number(m.get("train_loss"))], smooth=True)
-        for row, color in zip(rows, ("one", "two"), strict=False)
+        for (row, results), color in zip(known, ("one", "two"), strict=False)
     ]  # fmt: skip
-    measured = [(row, row["held_out"].result) for row in rows if row["held_out"] is not None]
-    estimates = []
-    for row, result in measured:
+    estimates, measured_on = [], set()
+    for row, results in known:
+        if row.held_out is None:
+            continue
+        result = row.held_out.result
         measures = result.measures
         assert isinstance(measures, LossMeasures | BaselineComparisonMeasures)
         gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
-        text = f"{row['name']}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
+        text = f"{row.name}: {signed(gain.value)} ({fixed(gain.low)} to {fixed(gain.high)})"
         estimates.append(ChartEstimate("", "two", gain.value, gain.ci95, text))
-    rows_of = {(r.data, r.measures.rows, row["results"].recipe.model.name) for row, r in measured}
-    unmeasured = [row["name"] for row in rows if row["held_out"] is None]
-    return {
-        "losses": render_line_chart("Training loss", "nats per supervised token", series, tall=True)
-        if series
-        else Markup(),
-        "left_out": [row["name"] for row in rows[2:]],
-        "gains": render_interval_chart(estimates, [(0.0, "")]),
-        "same_rows": len(rows_of) < 2,
-        "unmeasured": unmeasured,
-    }
+        assert results.recipe is not None
+        measured_on.add((result.data, measures.rows, results.recipe.model.name))
+    losses = render_line_chart("Training loss", "nats per supervised token", series, tall=True) if series else Markup()
+    return RunComparisonCharts(
+        losses=losses,
+        left_out=[row.name for row, _ in known[2:]],
+        gains=render_interval_chart(estimates, [(0.0, "")]),
+        same_rows=len(measured_on) < 2,
+        unmeasured=[row.name for row, _ in known if row.held_out is None],
+    )

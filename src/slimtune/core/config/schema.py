@@ -37,7 +37,7 @@ Dtype = Annotated[
 
 
 @dataclass(frozen=True)
-class RecipeSection(DeclaredSettings):
+class Section(DeclaredSettings):
     """A section of the recipe: frozen, strict about types, and without unknown fields."""
 
     yaml_words: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class RecipeSection(DeclaredSettings):
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, RecipeSection):
+    if isinstance(value, Section):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {k: _to_plain(v) for k, v in value.items()}
@@ -58,7 +58,7 @@ def _to_plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(RecipeSection):
+class ModelSettings(Section):
     """The base model and how it is loaded."""
 
     name: str = config_field(
@@ -84,7 +84,7 @@ class ModelSettings(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(RecipeSection):
+class DataSettings(Section):
     """The rows to train on and how they become tokens."""
 
     train: PathLike = config_field(
@@ -131,7 +131,7 @@ class DataSettings(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(RecipeSection):
+class MethodSettings(Section):
     """The method's name and its own fields, which its config class declares."""
 
     name: str = config_field("lora", "method to train", see="`slimtune methods` lists them", flag="--method")
@@ -143,7 +143,7 @@ class MethodSettings(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings(RecipeSection):
+class TaskSettings(Section):
     """The objective's name and its own fields, which its class declares."""
 
     name: str = config_field(
@@ -161,7 +161,7 @@ class TaskSettings(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RecipeSection):
+class TrainSettings(Section):
     """How long to train, how fast, with how much at once, and what is written."""
 
     epochs: Number = config_field(3.0, "passes over the training rows", gt=0, le=10**6)

@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 
 from ...errors import DataError, ModelError
 from ..foundation.sequences import common_prefix_length
-from .messages import Messages
+from .messages import Messages, ToolCall
 
 Render = Callable[[Messages, bool], str]
 Span = tuple[int, int]
@@ -54,7 +54,7 @@ def find_assistant_spans(full: str, messages: Messages, render: Render, special_
     return spans
 
 
-def replace_tool_call_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+def replace_tool_call_arguments(call: ToolCall, arguments: Any) -> ToolCall:
     """Return a tool call with other arguments, as JSON text if its own are."""
     if isinstance(call["function"]["arguments"], str):
         arguments = json.dumps(arguments)

@@ -24,7 +24,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from ...errors import DataError, ModelError
 from ..foundation.chat_rendering import render_chat_template
 from .assistant_mask import MARK, Span, find_assistant_spans, replace_tool_call_arguments
-from .messages import Messages
+from .messages import Message, Messages
 
 Tools = list[dict[str, Any]] | None
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -239,10 +239,10 @@ def find_end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
 def compile_special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern that matches any special or added token; added runs of blanks are left out."""
     known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    return compile_alternatives_pattern(t for t in known if t.strip())
+    return compile_alternatives(t for t in known if t.strip())
 
 
-def compile_alternatives_pattern(texts: Iterable[str]) -> re.Pattern[str]:
+def compile_alternatives(texts: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of these texts, the longest that fits."""
     return re.compile("|".join(sorted(map(re.escape, texts), key=len, reverse=True)) or r"(?!)")
 
@@ -299,7 +299,7 @@ def _message_variants(messages: Messages) -> Iterator[Messages]:
             yield [_replace_all_arguments(m, turn) for m, turn in zip(variant, texts, strict=True)]
 
 
-def _replace_all_arguments(message: dict[str, Any], arguments: list[Any]) -> dict[str, Any]:
+def _replace_all_arguments(message: Message, arguments: list[Any]) -> Message:
     calls = zip(message.get("tool_calls", ()), arguments, strict=True)
     return (
         {**message, "tool_calls": list(itertools.starmap(replace_tool_call_arguments, calls))} if arguments else message

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..foundation.sequences import IGNORE_INDEX
+from .example_types import Batch, Example
 from .packing import bin_pack_examples, pack_sequences
-from .tokenized_dataset import Example, split_example_rows
+from .tokenized_dataset import split_example_rows
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
@@ -68,7 +69,7 @@ class Collator:
         self.share_prefix = share_prefix and layout and packing
         self.max_tokens, self.max_rows, self.pooling_pad_id = max_tokens, max_rows, pooling_pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         """Return one micro-batch.
 
         Always int64 `logits_to_keep` [C], `hidden_index` [K], `targets` [K] and `tokens` [], the counts of the rows,
@@ -82,7 +83,7 @@ class Collator:
         if self.packing:
             packed = pack_sequences(rows, share_prefix=self.share_prefix)
             ids, positions = _int64([packed.tokens]), _int64([packed.layout.positions()])
-            batch: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+            batch: Batch = {"input_ids": ids, "position_ids": positions}
             if self.layout:
                 batch["layout"] = packed.layout
             places = [(0, packed.get_token_indices(r)) for r in range(len(rows))]
@@ -148,7 +149,7 @@ class Collator:
             return len(pack_sequences(rows, share_prefix=self.share_prefix).tokens)
         return len(rows) * max(map(len, rows))
 
-    def make_micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    def make_micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
         """Return the micro-batches of one optimizer step."""
         return [self([examples[i] for i in group]) for group in self.group_rows(examples)]
 

@@ -10,11 +10,29 @@ if the chat template reads them (`require_template_keys`).
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-Messages = list[dict[str, Any]]
+Message = dict[str, Any]
+"""A chat message as chat templates read it; those that were validated have the keys above, and no others."""
+Messages = list[Message]
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of an assistant's message with what it thinks before it answers; a chat template reads one of them, or none."""
+
+
+class ToolFunction(TypedDict):
+    """The function that a tool call names."""
+
+    name: str
+    arguments: Any
+    """An object, or its JSON text."""
+
+
+class ToolCall(TypedDict):
+    """A tool call of an assistant's message."""
+
+    type: str
+    function: ToolFunction
+    id: NotRequired[str]
 
 
 class RowError(ValueError):
@@ -41,7 +59,7 @@ def require_template_keys(messages: Messages, template: str) -> None:
             raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
 
 
-def get_thinking_text(message: dict[str, Any]) -> tuple[str, str]:
+def get_thinking(message: Message) -> tuple[str, str]:
     """Return what an assistant's message thinks before it answers, and where it says so; "", "" if it does not think.
 
     It is the text of a key of `REASONING_KEYS`, or what is before `</think>` in the content. Templates that split a
@@ -75,7 +93,7 @@ def count_thinking_turns(
     places = turns if len(turns) == len(assistant) else [(0, len(rendered))] * len(assistant)
     counts = [0, 0, 0]
     for i, (start, end) in zip(assistant, places, strict=True):
-        text, where = get_thinking_text(messages[i])
+        text, where = get_thinking(messages[i])
         is_learned = learned is None or learned[i]
         if not text:
             continue

@@ -13,14 +13,27 @@ share of the whole step's loss, so the sum of the gradients of all processes is 
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
-from .collator import IGNORE_INDEX, Collator, Example
+from .collator import IGNORE_INDEX, Collator
+from .example_types import Batch, Example
 from .packing import pack_sequences
 from .tokenized_dataset import split_example_rows
 
 _SLACK = (1.0, 1.1, 1.3)
 """Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
+
+
+class StepShard(TypedDict):
+    """What one process computes in an optimizer step, and the size of the whole step."""
+
+    micro_batches: list[Batch]
+    weights: list[float]
+    """Of each micro-batch in the sum of gradients: 1, or 0 for one that another process has, too."""
+    targets: int
+    """Supervised tokens of the step."""
+    tokens: int
+    """Tokens of the step."""
 
 
 class DataParallelSharder:
@@ -29,8 +42,8 @@ class DataParallelSharder:
     def __init__(self, collator: Collator, hidden_size: int, world_size: int = 1, rank: int = 0) -> None:
         self.collator, self.hidden_size, self.world_size, self.rank = collator, hidden_size, world_size, rank
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return this process's `micro_batches` with `weights`, and how many `targets` and `tokens` the step has."""
+    def __call__(self, examples: Sequence[Example]) -> StepShard:
+        """Return this process's share of the examples of a step."""
         groups, weights = self.assign_groups(examples)
         return {
             "micro_batches": [self.collator([examples[i] for i in g]) for g in groups],

@@ -14,15 +14,9 @@ import numpy as np
 from ..foundation.files import translate_os_errors
 from ..foundation.sequences import IGNORE_INDEX, common_prefix_length
 from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_example_length
+from .example_types import Example
 
 SAMPLED_ROWS = 256
-Example = dict[str, Any]
-"""`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned.
-
-An example of several rows, such as a preference pair, has their tokens one after another and `row_lengths`, the tokens
-of each. Its rows lie in one micro-batch. A ranked list has `row_scores`, too, the best first. Other keys are numbers,
-or lists of numbers, that an objective needs.
-"""
 
 
 def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
@@ -35,7 +29,7 @@ def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
 
 
 class TokenizedDataset(Sequence[Example]):
-    """Tokenized rows, read from an Arrow table with the columns of `TokenizedDatasetWriter` as they are asked for.
+    """Tokenized rows, read from an Arrow table with the columns of `DatasetWriter` as they are asked for.
 
     `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all. `columns` are more values of
     these examples, arrays [N, …] by the key that an example gets.
@@ -190,7 +184,7 @@ class AnswerSubset(TokenizedDataset):
         return example | ({"row_lengths": [len(ids) for ids, _ in rows]} if len(rows) > 1 else {})
 
 
-class TokenizedDatasetWriter:
+class DatasetWriter:
     """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 
     def __init__(self) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .json_results import JsonObject
+
 FACTS = {
     "model_type": "model_type",
     "hidden": "hidden_size d_model n_embd dim hidden_dim",
@@ -41,7 +43,7 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_weight_samples(model: Any, left_out: Collection[str] = ()) -> dict[str, str]:
+def hash_weights(model: Any, left_out: Collection[str] = ()) -> dict[str, str]:
     """Return 8 hex digits for each kind of a model's weights ("q_proj.weight"), over samples of all layers.
 
     The ends of each weight are hashed in bfloat16, so this takes milliseconds; packed weights of a quantized base are
@@ -57,7 +59,7 @@ def hash_weight_samples(model: Any, left_out: Collection[str] = ()) -> dict[str,
     return {kind: digest.hexdigest()[:8] for kind, digest in hashes.items()}
 
 
-def get_hashed_config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def get_hashed_config_facts(config: Mapping[str, Any]) -> JsonObject:
     """Return the hashed facts of a config's dictionary under their common names."""
     facts: dict[str, Any] = {}
     for fact, names in FACTS.items():
@@ -77,7 +79,7 @@ def get_hashed_config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any]) -> JsonObject:
     """Return the rotary settings, transformers 4's (`rope_theta` beside `rope_scaling`) spelled as 5's."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if settings and all(isinstance(v, Mapping) for v in settings.values()):  # one set per kind of layer

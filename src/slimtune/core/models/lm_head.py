@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, nll_and_accuracy
 
+ModelInputs = dict[str, Any]
+"""Keyword arguments of a model's call; each architecture has its own."""
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -53,7 +56,7 @@ def get_lm_head(model: Any) -> LMHead | None:
     return LMHead(module, config.vocab_size, scale, cap)
 
 
-def get_hidden_states(model: Any, head: LMHead, inputs: dict[str, Any]) -> Tensor:
+def get_hidden_states(model: Any, head: LMHead, inputs: ModelInputs) -> Tensor:
     """Return the head's input `(batch, tokens, d)` when the model is called with `inputs`.
 
     The whole model runs as always, with its adapters and wrappers; only the head gets a tensor without tokens.
@@ -78,7 +81,7 @@ def get_classifier_head(model: Any) -> Any:
 
 
 @torch.no_grad()
-def require_matching_lm_head_loss(model: Any) -> None:
+def check_lm_head(model: Any) -> None:
     """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
 
     A head may do more to its logits than its config says: transformers does not tell.

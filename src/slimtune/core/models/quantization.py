@@ -16,6 +16,8 @@ KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
 STORED = (*KINDS, "fp4")
 """Quantizations in which bitsandbytes can store a checkpoint."""
+LoadOptions = dict[str, Any]
+"""Arguments of transformers' `from_pretrained`, which takes any that a quantization library has."""
 
 
 class QuantizedModelLoader(Protocol):
@@ -23,7 +25,7 @@ class QuantizedModelLoader(Protocol):
 
     def make_load_options(
         self, config: PreTrainedConfig, kind: str, is_stored: bool, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Any]:
+    ) -> LoadOptions:
         """Return the arguments of `from_pretrained`; `is_stored`: the checkpoint is quantized already.
 
         Writes into `config` the dtype in which a stored checkpoint computes. Raises UsageError for a dtype in which it

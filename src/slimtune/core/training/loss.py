@@ -25,12 +25,13 @@ from ..attention.attention_functions import (
 )
 from ..config.objective_registry import load_objective_class
 from ..config.schema import TrainSettings
-from ..data.collator import IGNORE_INDEX, Collator, Example
+from ..data.collator import IGNORE_INDEX, Collator
+from ..data.example_types import Batch, Example
 from ..foundation.device import count_free_memory
 from ..foundation.progress_bars import track_progress
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
-from ..models.lm_head import LMHead, get_classifier_head, get_hidden_states, get_lm_head, require_matching_lm_head_loss
+from ..models.lm_head import LMHead, ModelInputs, check_lm_head, get_classifier_head, get_hidden_states, get_lm_head
 from .objective import Objective, sum_tokens_by_row
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
@@ -67,13 +68,13 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
     if settings.packing and not collator.packing:
         message = f"train.packing is true, but {packing_unsupported_reason(model)}"
         raise UsageError(message, hint="--set train.packing=null packs where it is exact")
-    require_matching_lm_head_loss(model)
+    check_lm_head(model)
     limit = settings.max_tokens_per_micro_batch
     collator.max_tokens = choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator
 
 
-def move_batch_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_batch_to_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch with its tensors on a device."""
     tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
     if device.type == "mps":  # Metal has no float64
@@ -90,7 +91,7 @@ def load_default_objective() -> Objective:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def compute_token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_token_nll(model: Any, batch: Batch) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
     If the batch has a `layout`, call this inside `enable_packed_attention(model)`, and the backward pass, too.
@@ -102,7 +103,7 @@ def compute_token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
     return head.target_nll(h, batch["targets"])
 
 
-def _compute_token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _compute_token_nll_and_accuracy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return `compute_token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
     head, h = _head_and_inputs(model, batch)
     if head is None:
@@ -110,17 +111,17 @@ def _compute_token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[
     return head.nll_and_accuracy(h, batch["targets"])
 
 
-def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def _model_inputs(batch: Batch) -> ModelInputs:
     """Return the arguments of the model's call."""
     # With a cache, transformers would let packed rows attend to each other, without a warning.
-    inputs: dict[str, Any] = {"use_cache": False}
+    inputs: ModelInputs = {"use_cache": False}
     inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
     if "layout" in batch:
         inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": make_placeholder_mask(batch["input_ids"].device)}
     return inputs
 
 
-def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, Tensor]:
+def _head_and_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
     inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
     head = get_lm_head(model)
@@ -129,7 +130,7 @@ def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, 
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
 
 
-def compute_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_row_logits(model: Any, batch: Batch) -> Tensor:
     """Return the logits of a sequence classifier for each row of a collated batch, `(R, classes)` in fp32 or wider.
 
     They are those that transformers pools: of the last token of a row that is no padding.
@@ -144,16 +145,14 @@ def compute_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
-def compute_token_nll_or_row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+def compute_outputs(model: Any, batch: Batch) -> Tensor:
     """Return the inputs of the objective's loss: `compute_row_logits` of a classifier, else `compute_token_nll`."""
     return compute_row_logits(model, batch) if "row_ends" in batch else compute_token_nll(model, batch)
 
 
-def compute_step_loss(
-    model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective | None = None
-) -> Tensor:
+def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
-    values = compute_token_nll_or_row_logits(model, batch)
+    values = compute_outputs(model, batch)
     return (objective or load_default_objective()).loss(
         values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
     )
@@ -161,7 +160,7 @@ def compute_step_loss(
 
 def forward_backward(
     model: Any,
-    micro_batches: Sequence[dict[str, Any]],
+    micro_batches: Sequence[Batch],
     *,
     objective: Objective | None = None,
     num_items: Any = None,
@@ -212,7 +211,7 @@ class RowScore(NamedTuple):
 def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
     """Return the score of each row, in the order given; arguments as for `score_examples`."""
 
-    def measure(batch: dict[str, Any]) -> Tensor:
+    def measure(batch: Batch) -> Tensor:
         values = torch.stack([v.double() for v in _compute_token_nll_and_accuracy(model, batch)])
         rows = values.split(batch["row_targets"], dim=1)
         return torch.stack([torch.stack([*row.sum(1), row.new_tensor(row.shape[1])]) for row in rows])
@@ -226,8 +225,8 @@ def score_objective(
 ) -> dict[int, list[float]]:
     """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
 
-    def measure(batch: dict[str, Any]) -> Tensor:
-        return objective.score(compute_token_nll_or_row_logits(model, batch), batch)
+    def measure(batch: Batch) -> Tensor:
+        return objective.score(compute_outputs(model, batch), batch)
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -237,7 +236,7 @@ def score_row_logps(
 ) -> dict[int, list[float]]:
     """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
 
-    def measure(batch: dict[str, Any]) -> Sequence[Tensor]:
+    def measure(batch: Batch) -> Sequence[Tensor]:
         return (-sum_tokens_by_row(compute_token_nll(model, batch).double(), batch)).split(batch["example_rows"])
 
     return score_examples(model, examples, collator, measure, **options)
@@ -248,7 +247,7 @@ def score_examples(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,
-    measure: Callable[[dict[str, Any]], Tensor | Sequence[Tensor]],
+    measure: Callable[[Batch], Tensor | Sequence[Tensor]],
     *,
     group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
 ) -> dict[int, list[float]]:
@@ -276,7 +275,7 @@ def score_examples(
     return {i: values.tolist() for i, values in measured.items()}
 
 
-def count_supervised_targets(example: Example) -> int:
+def count_targets(example: Example) -> int:
     """Return how many of a row's tokens are supervised; the first token has nothing to be predicted from."""
     return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 

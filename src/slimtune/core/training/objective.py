@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings
+from ..data.example_types import Batch, Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from .prepared_run import PreparedRun
 
 
-Batch = Mapping[str, Any]
-"""A collated micro-batch (core/data/collator.py)."""
-Example = dict[str, Any]
-"""A tokenized example (core/data/tokenized_dataset.py)."""
 ScoreRows = Callable[[Sequence[Example]], Sequence[Sequence[float]]]
 """Returns the summed log p of each row of some examples, without gradient."""
 

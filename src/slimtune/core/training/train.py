@@ -12,7 +12,7 @@ from .train_result import TrainResult
 from .training_loop import TrainingLoop
 
 
-@distributed.translate_communication_errors()
+@distributed.raise_peer_gone()
 def train(
     recipe: Recipe,
     *,

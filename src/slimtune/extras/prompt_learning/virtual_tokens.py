@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward
-from ...core.attention.attention_functions import LAYOUT_KWARG, get_original_attention_name
+from ...core.attention.attention_functions import LAYOUT_KWARG, original_attention
 from ...core.attention.packed_layout import RowMask
+from ...core.models.lm_head import ModelInputs
 from ...errors import ModelError, UsageError
-from .learned_prefix import make_bool_or_additive_mask
+from .learned_prefix import make_mask
 
 
 class BackboneCall:
@@ -25,7 +26,7 @@ class BackboneCall:
         self.module: Any = module
         names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
         self.takes_positions = "position_ids" in names
-        self.inputs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.inputs: ModelInputs = {**dict(zip(names, args, strict=False)), **kwargs}
         # transformers 5.2x renamed past_key_values to cache.
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         if self.cache_name == "cache" and "past_key_values" in self.inputs:
@@ -174,7 +175,7 @@ class BackboneCall:
                 cache._virtual_tokens = {**getattr(cache, "_virtual_tokens", {}), id(module): num_virtual_tokens}
         return out
 
-    def get_caller_inputs(self) -> dict[str, Any]:
+    def get_caller_inputs(self) -> ModelInputs:
         """Return the inputs with the caller's own choice between a tuple and an output object."""
         given = {k: v for k, v in self.inputs.items() if k != "return_dict"}
         return given if self.return_dict is None else {**given, "return_dict": self.return_dict}
@@ -244,7 +245,7 @@ class BackboneCall:
 
         Shapes do not depend on values, so that the planner can trace this on fake tensors.
         """
-        implementation = get_original_attention_name(self.module.config._attn_implementation)
+        implementation = original_attention(self.module.config._attn_implementation)
         if implementation not in ("eager", "sdpa"):
             message = f"packed rows behind virtual tokens need another attn_implementation than {implementation!r}"
             raise UsageError(message, "'sdpa' or 'eager'", "or rows of a padded batch")
@@ -254,7 +255,7 @@ class BackboneCall:
         dtype = torch.bool if implementation == "sdpa" else self._embed_tokens().dtype
 
         def mask(window: int | None) -> Tensor:
-            return make_bool_or_additive_mask(visible if window is None else visible & (distance < window), dtype)
+            return make_mask(visible if window is None else visible & (distance < window), dtype)
 
         windows = self._get_windows()
         return {k: mask(w) for k, w in windows.items()} if isinstance(windows, dict) else mask(windows)
@@ -353,5 +354,5 @@ def _add_mask_columns(
     if not cached:
         # In rows that do not use them, virtual tokens see themselves, so that no row of the mask is empty.
         visible = visible | torch.eye(*distance.shape[1:], dtype=torch.bool, device=mask.device)
-    columns = make_bool_or_additive_mask(visible[:, None], mask.dtype).expand(-1, mask.shape[1], -1, -1)
+    columns = make_mask(visible[:, None], mask.dtype).expand(-1, mask.shape[1], -1, -1)
     return torch.cat([columns, mask.expand(len(positions), -1, -1, -1)], dim=3)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.adapters.adapter_module import AdapterSite, BaseForward, MergeUnsupported
+from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...core.models.lm_head import ModelInputs
 from .lora_modules import LinearLora
 
 NEVER = torch.iinfo(torch.int64).max // 2
@@ -30,7 +31,7 @@ class LinearALora(LinearLora):
     takes_tokens: ClassVar[bool] = True
     has_base_parameter = False
 
-    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self.site_name = site.name
 
@@ -87,20 +88,20 @@ def calculate_alora_offsets(
 
 def get_alora_offsets_for_forward(
     model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
-) -> dict[str, Any]:
+) -> ModelInputs:
     """Return a call's further arguments with its `alora_offsets` (PEFT's name); the adapted model finds them itself."""
     where = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
     return _add_offsets(model, input_ids, kwargs, f"Cannot calculate aLoRA offsets {where}")
 
 
-def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> ModelInputs:
     """Return a generation's further arguments with its `alora_offsets`, as above."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     why = "during generate as input_ids are not available. Disabling aLoRA."
     return _add_offsets(model, ids, kwargs, f"Cannot calculate aLoRA offsets {why}")
 
 
-def _add_offsets(model: Any, ids: Tensor | None, kwargs: dict[str, Any], warning: str) -> dict[str, Any]:
+def _add_offsets(model: Any, ids: Tensor | None, kwargs: ModelInputs, warning: str) -> ModelInputs:
     names: Sequence[str] | None = kwargs.get("adapter_names")
     used = [model.peft_config.get(n) for n in {*model.active_adapters, *(names or ())}]
     if kwargs.get("alora_offsets") is not None or not any(getattr(c, "alora_invocation_tokens", None) for c in used):
