@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 from slimtune.core.adapters.adapter_strength import AdapterStrength
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from slimtune.core.training.loss import build_run_collator, score_supervised_rows
 from slimtune.core.training.trained_model import load_run
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     trained = load_run(parser.parse_args().run)
-    validation = load_datasets(trained.recipe, trained.base.tokenizer).validation
+    validation = tokenize_recipe_datasets(trained.recipe, trained.base.tokenizer).validation
     general = read_run_text(None).choose_rows(trained.base.tokenizer, trained.model)
     kinds = group_row_numbers_by_kind(general)
     collator = build_run_collator(trained.recipe.train, trained.model, trained.base.tokenizer, 512)

@@ -15,9 +15,9 @@ import json
 from plan import NEEDED
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import METHODS, config_class
+from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
 from slimtune.core.attention.attention_functions import enable_packed_attention
-from slimtune.core.config.method_settings import fill_recipe_defaults
+from slimtune.core.config.method_settings import fill_method_defaults
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
@@ -30,9 +30,9 @@ VARIANTS = {"lora, DoRA": ("lora", {"use_dora": True}), "lora, dropout": ("lora"
 def counted(source: str, name: str) -> dict[str, float]:
     """Attach a method to a base of its own, and count."""
     method, more = VARIANTS.get(name, (name, NEEDED.get(name, {})))
-    cls = config_class(method)
+    cls = get_method_config_class(method)
     base = load_base(source, dtype="bfloat16").model
-    model = get_peft_model(base, cls(**fill_recipe_defaults(more, cls))).train()
+    model = get_peft_model(base, cls(**fill_method_defaults(more, cls))).train()
     apply_memory_savings(model)
     short, long = (count_kept_bytes(model, n) for n in (SHORT, LONG))
     each = (long - short) / (LONG - SHORT)

@@ -50,11 +50,11 @@ def run_rates(trees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train the recipes at once; return the last and the lowest validation loss of each."""
     from slimtune.core.config import Recipe
     from slimtune.core.training.train import Interrupted, Terminated
-    from slimtune.experiments.simultaneous_runs import train_together
+    from slimtune.experiments.simultaneous_runs import train_recipes_together
 
     with tempfile.TemporaryDirectory() as folder:
         recipes = [Recipe.from_dict({**t, "output_dir": f"{folder}/{i}"}) for i, t in enumerate(trees)]
-        results = train_together(recipes)
+        results = train_recipes_together(recipes)
         found = []
         for i, result in enumerate(results):
             if isinstance(result, Interrupted | Terminated):

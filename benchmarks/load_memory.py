@@ -117,11 +117,11 @@ def planned(base: Path, dtype: str) -> dict[str, int]:
     """Return the plan's bytes at the start and in the step."""
     from transformers import AutoConfig
 
-    from slimtune.core.adapters.method_registry import config_class
+    from slimtune.core.adapters.method_registry import get_method_config_class
     from slimtune.planning.memory_trace import trace_training_step
     from slimtune.planning.plan_request import TrainingJob
 
-    config = config_class("lora")(**method())
+    config = get_method_config_class("lora")(**method())
     traced = trace_training_step(
         TrainingJob(AutoConfig.from_pretrained(base), config, DTYPES[dtype], (TOKENS,) * ROWS, device="cpu")
     )

@@ -51,14 +51,14 @@ def measure(way: str, trees: list[dict[str, Any]]) -> dict[str, Any]:
     """Train the recipes in this process, at once or one after the other; return seconds, peak bytes and last losses."""
     from slimtune.core.config import Recipe
     from slimtune.core.training.train import train
-    from slimtune.experiments.simultaneous_runs import train_together
+    from slimtune.experiments.simultaneous_runs import train_recipes_together
 
     recipes = [Recipe.from_dict(tree) for tree in trees]
     if way == "peft":
         return measure_peft(recipes)
     if way == "products":
         return measure_products(trees)
-    results: Any = train_together(recipes) if way == "together" else [train(recipe) for recipe in recipes]
+    results: Any = train_recipes_together(recipes) if way == "together" else [train(recipe) for recipe in recipes]
     return {
         "seconds": sum(r.train_seconds for r in results),
         "peak_bytes": max(r.peak_bytes for r in results),
@@ -74,11 +74,11 @@ def measure_peft(recipes: list[Any]) -> dict[str, Any]:
     from slimtune.core.data.collator import Collator
     from slimtune.core.foundation.device import count_peak_memory, disable_malloc_trim
     from slimtune.core.training.base_model import load_base_model
-    from slimtune.core.training.datasets import load_datasets
+    from slimtune.core.training.datasets import tokenize_recipe_datasets
 
     disable_malloc_trim()  # as slimtune does
     base = load_base_model(recipes[0].model, recipes[0].data.chat_template)
-    rows = list(load_datasets(recipes[0], base.tokenizer).train)
+    rows = list(tokenize_recipe_datasets(recipes[0], base.tokenizer).train)
     collator, found = Collator(base.tokenizer.pad_token_id, packing=False), {"seconds": 0.0, "losses": []}
     for recipe in recipes:
         settings = recipe.train
@@ -116,11 +116,11 @@ def measure_products(trees: list[dict[str, Any]]) -> dict[str, Any]:
 
     from slimtune.core.config import Recipe
     from slimtune.core.training.base_model import load_base_model
-    from slimtune.core.training.datasets import load_datasets
+    from slimtune.core.training.datasets import tokenize_recipe_datasets
 
     recipe = Recipe.from_dict(trees[0])
     base = load_base_model(recipe.model, recipe.data.chat_template)
-    rows = load_datasets(recipe, base.tokenizer).train
+    rows = tokenize_recipe_datasets(recipe, base.tokenizer).train
     tokens = round(sum(len(row["input_ids"]) for row in rows) / len(rows) * recipe.train.batch_size)
     head = base.model.get_output_embeddings()
     weights = [m.weight for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]

@@ -39,7 +39,7 @@ import transformers as tf
 from transformers import masking_utils
 
 import slimtune
-from slimtune.core.adapters.method_registry import config_class
+from slimtune.core.adapters.method_registry import get_method_config_class
 from slimtune.core.foundation.device import simulate_device
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
@@ -205,7 +205,7 @@ def job_of(row: dict[str, Any]) -> TrainingJob | None:
         return None
     lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     return TrainingJob(
-        base, config_class("full")() if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
+        base, get_method_config_class("full")() if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
         gradient_checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip
 

@@ -22,11 +22,11 @@ import torch
 from transformers import AutoConfig
 
 from slimtune import LoraConfig
-from slimtune.core.adapters.method_registry import config_class
+from slimtune.core.adapters.method_registry import get_method_config_class
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
-from slimtune.planning.meta_model import build_meta_model
+from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.plan_request import TrainingJob
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.throughput import UTILIZATION, estimate_training_speed
@@ -50,7 +50,7 @@ def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counte
     def trace(depth: int, last: int) -> tuple[Counter[Any], int]:
         """Trace so many layers, the last of them adapted."""
         config = AutoConfig.for_model(**shapes | {"num_hidden_layers": depth, "max_position_embeddings": 16384})
-        method: Any = config_class("full")()
+        method: Any = get_method_config_class("full")()
         if "rank" in point:
             only = None if last == depth else list(range(depth))[-last:]
             method = LoraConfig(r=point["rank"], target_modules=point["targets"], layers_to_transform=only,
@@ -63,7 +63,7 @@ def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counte
         job = TrainingJob(config, method, dtype, tuple(point["lengths"]), device=device, **options)
         # The published full fine-tuning trains the base's own weights, ours fp32 copies of them.
         savings = {"checkpointing": point["checkpointing"], "tile": ONE_TILE}
-        plain = None if "rank" in point else build_meta_model(config, None, dtype, **savings)
+        plain = None if "rank" in point else build_adapted_meta_model(config, None, dtype, **savings)
         found = trace_training_step(job, plain)
         trained = found.state.get("adapters") or found.state["weights"]
         return found.operator_counts, 2 * found.state["optimizer"] + 5 * trained

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
-from slimtune.planning.meta_model import build_meta_model
+from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import count_active_weights, count_kv_cache_bytes
 from slimtune.planning.serving_speed import estimate_serving_speed, get_hardware_kind
 
@@ -40,7 +40,7 @@ MLX_BITS = {"4bit": 4.5, "8bit": 8.5}
 
 @cache
 def model_of(name: str) -> Any:
-    return build_meta_model(AutoConfig.for_model(**load_known_models()[name]["config"]), None, torch.bfloat16)
+    return build_adapted_meta_model(AutoConfig.for_model(**load_known_models()[name]["config"]), None, torch.bfloat16)
 
 
 def predict(point: dict[str, Any]) -> Interval:

@@ -5,12 +5,12 @@ from typing import Any
 
 import jsonschema
 
-from slimtune.cli.json_types import JSON_TYPES, make_command_schema
+from slimtune.cli.json_types import JSON_TYPES, make_command_output_schema
 
 
 @cache
 def build_validator(command: str) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(make_command_schema(command))
+    return jsonschema.Draft202012Validator(make_command_output_schema(command))
 
 
 def require_schema(command: str, printed: Any) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import slimtune
-from slimtune.core.adapters.method_registry import METHODS, config_class, list_methods
+from slimtune.core.adapters.method_registry import METHODS, get_method_config_class, list_methods
 from slimtune.core.adapters.peft_config import PeftConfig
 
 
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def cls(self) -> type[PeftConfig]:
-        return getattr(slimtune, self.config, None) or config_class(self.config)
+        return getattr(slimtune, self.config, None) or get_method_config_class(self.config)
 
     def __call__(self, **more: Any) -> PeftConfig:
         return self.cls(**{**self.settings, **more})

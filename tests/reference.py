@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimtune.core.adapters.adapted_layer import AdaptedLayer
 from slimtune.core.attention.packed_layout import PackedLayout
-from slimtune.core.training.loss import count_targets
+from slimtune.core.training.loss import count_supervised_targets
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def row(ids: list[int], supervised: Collection[int]) -> dict[str, list[int]]:
 
 def loss_of_separate_rows(model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
     """Return the mean loss of all supervised tokens: each row through the model's own forward, with its own loss."""
-    counts = [count_targets(row) for row in rows]
+    counts = [count_supervised_targets(row) for row in rows]
     losses = []
     for row, n in zip(rows, counts, strict=True):
         if n:

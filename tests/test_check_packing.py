@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from tiny_families import VOCAB, build
 
-from slimtune.core.models.lm_head import check_lm_head
+from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training.loss import build_run_collator, make_collator
 from slimtune.errors import ModelError, UsageError
 
@@ -28,7 +28,7 @@ SUPPORTED = {
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name, dtype):
     model = build(name, **SUPPORTED[name]).to(dtype).train()
-    check_lm_head(model)
+    require_matching_lm_head_loss(model)
     assert model.training
 
 
@@ -63,5 +63,5 @@ def test_unknown_head(cls, dtype):
     model = build("llama").to(dtype).train()
     model.__class__ = cls
     with pytest.raises(ModelError, match=cls.__name__):
-        check_lm_head(model)
+        require_matching_lm_head_loss(model)
     assert model.training

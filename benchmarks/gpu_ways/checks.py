@@ -21,7 +21,7 @@ from slimtune.core.attention import packed_attention, packed_layout
 from slimtune.core.data.collator import Collator
 from slimtune.core.kernels import cross_entropy
 from slimtune.core.kernels.lora_linear import low_rank_linear
-from slimtune.core.training.loss import compute_step_loss, count_targets
+from slimtune.core.training.loss import compute_step_loss, count_supervised_targets
 
 LIMIT = 1e-4
 SHAPE = {
@@ -89,7 +89,7 @@ def alone(model: Any) -> Gradients:
         for row in every:
             ids, labels = (torch.tensor([row[k]], device=device) for k in ("input_ids", "labels"))
             mean = model(input_ids=ids, labels=labels, use_cache=False).loss
-            yield mean * count_targets(row) / sum(map(count_targets, every))
+            yield mean * count_supervised_targets(row) / sum(map(count_supervised_targets, every))
 
     return gradients(model, loss)
 
@@ -103,7 +103,7 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
     def loss() -> Iterator[Tensor]:
         for pack in packs:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
-            yield compute_step_loss(model, pack, sum(map(count_targets, every)))
+            yield compute_step_loss(model, pack, sum(map(count_supervised_targets, every)))
 
     with register.enable_packed_attention(model):
         return gradients(model, loss)

@@ -41,7 +41,7 @@ class Way:
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.core.attention import attention_functions as register
-    from slimtune.core.models.lm_head import check_lm_head
+    from slimtune.core.models.lm_head import require_matching_lm_head_loss
     from slimtune.core.training.loss import choose_micro_batch_tokens, compute_step_loss, make_collator
 
     if by_segment:
@@ -51,7 +51,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     collator = make_collator(model, 0)
-    check_lm_head(model)
+    require_matching_lm_head_loss(model)
     room = choose_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:

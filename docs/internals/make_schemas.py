@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slimtune.cli.json_types import JSON_TYPES, make_command_schema
+from slimtune.cli.json_types import JSON_TYPES, make_command_output_schema
 
 DOCS = Path(__file__).parents[1]
 START = """# What `--json` prints
@@ -51,7 +51,7 @@ def list_inner_rows(schema: Mapping[str, Any], path: str) -> Iterator[tuple[str,
 
 def write_tables(command: str) -> str:
     """Return the section of a command."""
-    schema = make_command_schema(command)
+    schema = make_command_output_schema(command)
     parts = [f"## {command}", f"[{command}.json](schemas/{command}.json)"]
     shown: dict[str, set[tuple[str, str, str]]] = {}
     for result in schema.get("anyOf", [schema]):
@@ -68,7 +68,9 @@ def write_tables(command: str) -> str:
 def make_files() -> dict[Path, str]:
     """Return the text of each file."""
     files = {
-        DOCS / "schemas" / f"{command}.json": json.dumps(make_command_schema(command), indent=1, ensure_ascii=False)
+        DOCS / "schemas" / f"{command}.json": json.dumps(
+            make_command_output_schema(command), indent=1, ensure_ascii=False
+        )
         + "\n"
         for command in JSON_TYPES
     }

@@ -13,7 +13,7 @@ from row_files import write_jsonl
 
 from slimtune.cli import app
 from slimtune.cli.json_schemas import make_json_schema
-from slimtune.cli.json_types import JSON_TYPES, load_json_types, make_command_schema
+from slimtune.cli.json_types import JSON_TYPES, load_json_types, make_command_output_schema
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINES = {
@@ -90,7 +90,7 @@ def test_every_result_type_is_checked():
 @pytest.mark.parametrize("command", JSON_TYPES)
 def test_every_key_has_a_meaning(command):
     rows = runpy.run_path(str(ROOT / "docs/internals/make_schemas.py"))["list_rows"]
-    schema = make_command_schema(command)
+    schema = make_command_output_schema(command)
     for result in schema.get("anyOf", [schema]):
         jsonschema.Draft202012Validator.check_schema(result)
         assert [key for key, _, meaning in rows(result) if not meaning] == []

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import MambaConfig
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import METHODS, config_class, list_methods
-from slimtune.core.config.method_settings import fill_recipe_defaults
+from slimtune.core.adapters.method_registry import METHODS, get_method_config_class, list_methods
+from slimtune.core.config.method_settings import fill_method_defaults
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -32,12 +32,12 @@ def described(slimtune_json) -> dict:
 def test_every_method_is_described_as_its_class(described):
     assert list(described) == list(list_methods())
     for name, method in described.items():
-        cls = config_class(name)
+        cls = get_method_config_class(name)
         assert method["summary"]
         assert method["sites"] == list(cls.kinds)
         formats = method["export_formats"]
         assert (formats["merged_model"], formats["ollama_merged"]) == (cls.mergeable, cls.mergeable)
-        assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.ships_as_lora, cls.ships_as_lora)
+        assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.uses_lora_file_format,) * 2
     assert [(m["name"], f["name"]) for m in described.values() for f in m["fields"] if not f["help"]] == []
 
 
@@ -88,8 +88,8 @@ def test_sizes_are_those_of_real_adapters(slimtune, slimtune_json, base, tmp_pat
     sizes = {m["name"]: m for m in slimtune_json("methods", "--model", base)["methods"]}
     assert set(sizes) == set(list_methods())
     for name in ("lora", "bottleneck", "prompt_tuning"):
-        cls = config_class(name)
-        settings = fill_recipe_defaults({}, cls)
+        cls = get_method_config_class(name)
+        settings = fill_method_defaults({}, cls)
         settings |= {"prompt_tuning_init": "RANDOM"} if name == "prompt_tuning" else {}
         real = get_peft_model(llama(), cls(task_type="CAUSAL_LM", **settings))
         trained, total = real.get_nb_trainable_parameters()

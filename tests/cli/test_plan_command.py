@@ -12,7 +12,7 @@ from slimtune.core.config import load_recipe
 from slimtune.core.foundation.formatting import format_duration
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_tokenizer
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
@@ -107,7 +107,7 @@ def test_rows_give_lengths_and_tokens(requests, slimtune, slimtune_json, tiny_fo
     file = tmp_path / "talks.jsonl"
     file.write_text(TALK % "Ho" + TALK % "Desire and expectation rolled into one." + TALK % "Hello")
     settings = {"model": str(tiny_folder), "data.train": str(file), "data.validation_fraction": 0, "output_dir": "o"}
-    rows = load_datasets(load_recipe(None, settings), load_tokenizer(str(tiny_folder))).train
+    rows = tokenize_recipe_datasets(load_recipe(None, settings), load_tokenizer(str(tiny_folder))).train
     lengths = [len(row["input_ids"]) for row in rows]
     command = ("plan", tiny_folder, "--data", file, "--set", "data.validation_fraction=0", "--gpu", "rtx 3090")
     epochs = (*command, "--set", "train.epochs=2")

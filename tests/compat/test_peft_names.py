@@ -12,7 +12,7 @@ from torch import nn
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.compat.model_names import PeftModelForCausalLM
-from slimtune.compat.tuner_layers import BaseTunerLayer, IA3Layer, LoraLayer, ModulesToSaveWrapper, layer_class
+from slimtune.compat.tuner_layers import BaseTunerLayer, IA3Layer, LoraLayer, ModulesToSaveWrapper, get_peft_layer_class
 from slimtune.compat.tuner_models import IA3Model, LoraModel
 
 SETTINGS = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
@@ -70,7 +70,7 @@ def test_one_layer_is_merged_or_disabled(model):
 def test_isinstance(model):
     layer = q_proj(model)
     assert isinstance(layer, BaseTunerLayer)
-    assert isinstance(layer, layer_class(LoraLayer, nn.Linear))
+    assert isinstance(layer, get_peft_layer_class(LoraLayer, nn.Linear))
     assert not isinstance(layer, IA3Layer)
     assert isinstance(model.base_model.lm_head, ModulesToSaveWrapper)
     assert not isinstance(model.lm_head, BaseTunerLayer)

@@ -11,7 +11,7 @@ from row_files import write_jsonl
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.cli.json_types import make_command_schema
+from slimtune.cli.json_types import make_command_output_schema
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.predict import predict_file
@@ -50,7 +50,7 @@ def test_predictions_are_those_of_transformers(adapter, tmp_path, request):
     names, kind = ["city", "sea", "wood"], request.node.callspec.params["adapter"]
     result, rows = predict(folder, tmp_path, [{"id": i, "text": t, "label": "?"} for i, t in enumerate(TEXTS)])
     assert [(r["id"], r["text"]) for r in rows] == list(enumerate(TEXTS))
-    jsonschema.validate(to_json_dict(result), make_command_schema("predict"))
+    jsonschema.validate(to_json_dict(result), make_command_output_schema("predict"))
     if kind == "reward":
         assert [r["reward"] for r in rows] == pytest.approx(logits[:, 0].tolist(), abs=0.05)
         assert result.mean_reward == pytest.approx(sum(r["reward"] for r in rows) / len(rows))
@@ -81,7 +81,7 @@ def test_command_predicts_one_text(adapter):
     assert shown.exit_code == 0, shown.stderr
     printed = json.loads(shown.stdout)
     assert printed["predicted"] in ("city", "sea", "wood")
-    jsonschema.validate(printed, make_command_schema("predict"))
+    jsonschema.validate(printed, make_command_output_schema("predict"))
     wrong = CliRunner().invoke(app, ["predict", str(adapter[0]), "a", "--data", "b.jsonl"])
     assert (wrong.exit_code, "--data" in wrong.stderr) == (2, True)
 

@@ -4,12 +4,12 @@ import pytest
 from hand_results import make_comparison, make_difference, make_method
 
 from slimtune.experiments.comparison_report import format_comparison_markdown, format_comparison_row, mark_pareto_fronts
-from slimtune.experiments.experiment_results import RateSearch
-from slimtune.experiments.method_advice import choose_method, format_advice
+from slimtune.experiments.experiment_results import LearningRateSearch
+from slimtune.experiments.method_advice import choose_best_method, format_method_advice
 
 
 def advise(methods, pairs=()):
-    return format_advice(choose_method(methods, pairs))
+    return format_method_advice(choose_best_method(methods, pairs))
 
 
 def test_sentences(screen):
@@ -42,7 +42,7 @@ def test_what_does_not_help_is_best_for_nothing():
 @pytest.mark.parametrize("incomplete", [False, True])
 def test_markdown_table(incomplete, screen):
     lora = make_method("lora", 0.5, front=["memory", "size"], seeds=[1] if incomplete else [1, 2])
-    searched = {"lora": RateSearch(rate=2e-4, at_the_edge=incomplete, trials=[])}
+    searched = {"lora": LearningRateSearch(rate=2e-4, at_the_edge=incomplete, trials=[])}
     result = make_comparison(lora, make_method("ia3", 0.4, seeds=[1, 2]), searched=searched)
     assert format_comparison_row(lora) == (
         "lora", "0.0002 default", "1.25 %", "10.0 MiB", "2.0 GiB", "1 min 0 s", "4.000", "0.500 [0.480, 0.520]",

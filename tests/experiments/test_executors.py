@@ -19,7 +19,7 @@ from slimtune.experiments.clusters import RayTask, SlurmExecutor
 from slimtune.experiments.comparison import run_comparison
 from slimtune.experiments.executor_specs import make_executor, parse_executor_spec
 from slimtune.experiments.executors import ExecutorSpec, LocalExecutor, ParallelExecutor
-from slimtune.experiments.experiment_output_dir import lock_output_dir
+from slimtune.experiments.experiment_output_dir import lock_output_dir_and_write_settings
 from slimtune.experiments.run_worker import WorkerResult
 from slimtune.experiments.search_space import parse_setting_ranges
 from slimtune.experiments.tuning import run_tuning
@@ -229,7 +229,7 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     monkeypatch.setattr(SlurmExecutor, "cluster", "local")
     settings = grid("lora", "ia3", seeds=1)
     settings.output_dir.mkdir()
-    with lock_output_dir(settings.output_dir, settings.settings(), "comparison"):
+    with lock_output_dir_and_write_settings(settings.output_dir, settings.settings(), "comparison"):
         pass  # before its executor makes a folder there
     result = run_comparison(settings, place=parse_executor_spec("slurm:time=30"))
     assert result.failed == []

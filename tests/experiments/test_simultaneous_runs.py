@@ -15,7 +15,7 @@ from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import RunError, UsageError
 from slimtune.experiments import simultaneous_runs as together
 from slimtune.experiments.packed_run_adapters import copy_sharing_parameters
-from slimtune.experiments.simultaneous_runs import train_together
+from slimtune.experiments.simultaneous_runs import train_recipes_together
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def make(settings, tmp_path):
 def packed_steps(monkeypatch) -> list[int]:
     """The number of runs in each step whose gradients were computed together."""
     steps: list[int] = []
-    compute = together.forward_backward_runs
+    compute = together.forward_backward_packed_runs
 
     def count(models, *args):
         steps.append(len(models))
         return compute(models, *args)
 
-    monkeypatch.setattr(together, "forward_backward_runs", count)
+    monkeypatch.setattr(together, "forward_backward_packed_runs", count)
     return steps
 
 
@@ -54,7 +54,7 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
         "b": {"r": 8, "learning_rate": 1e-3, "seed": 2, "batch_size": 4},
         "c": {"r": 4, "learning_rate": 3e-3, "seed": 1, "max_steps": 5},
     }
-    outcomes = train_together([make(name, **how) for name, how in several.items()])
+    outcomes = train_recipes_together([make(name, **how) for name, how in several.items()])
     assert packed_steps == [3] * 5 + [2] * 3, "then the runs have ended one after the other; the last one is alone"
     for (name, how), outcome in zip(several.items(), outcomes, strict=True):
         alone = train(make(f"{name}-alone", **how))
@@ -68,7 +68,9 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
 
 def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
     recipes = [make("a", learning_rate=1e-2), make("b", learning_rate=1e-3)]
-    stopped, kept = train_together(recipes, should_stop=lambda recipe: recipe is recipes[0] and len(packed_steps) == 2)
+    stopped, kept = train_recipes_together(
+        recipes, should_stop=lambda recipe: recipe is recipes[0] and len(packed_steps) == 2
+    )
     assert isinstance(stopped, together.RunStopped)
     assert len(metrics(tmp_path / "a", "train_loss")) == 2
     assert kept.train_loss == pytest.approx(train(make("b-alone", learning_rate=1e-3)).train_loss, abs=1e-6)
@@ -78,8 +80,8 @@ def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
 
 @pytest.mark.slow
 def test_one_run_or_dropout_is_bit_for_bit_as_alone(make, packed_steps, tmp_path):
-    train_together([make("one")])
-    train_together([make("a", lora_dropout=0.1), make("b", lora_dropout=0.1, seed=3)])
+    train_recipes_together([make("one")])
+    train_recipes_together([make("a", lora_dropout=0.1), make("b", lora_dropout=0.1, seed=3)])
     assert packed_steps == []
     assert "dropout" in (tmp_path / "a" / "train.log").read_text()
     for name, how in {"one": {}, "a": {"lora_dropout": 0.1}, "b": {"lora_dropout": 0.1, "seed": 3}}.items():
@@ -88,7 +90,7 @@ def test_one_run_or_dropout_is_bit_for_bit_as_alone(make, packed_steps, tmp_path
 
 
 def test_failed_run_does_not_end_the_others(make, tmp_path):
-    failed, outcome = train_together([make("failed", learning_rate=1e30), make("b")])
+    failed, outcome = train_recipes_together([make("failed", learning_rate=1e30), make("b")])
     assert isinstance(failed, RunError)
     assert outcome.steps == 8
     train(make("b-alone"))
@@ -100,8 +102,8 @@ def test_out_of_memory_goes_on_one_after_the_other(make, monkeypatch, tmp_path):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(together, "forward_backward_runs", fail)
-    train_together([make("a"), make("b", seed=3)])
+    monkeypatch.setattr(together, "forward_backward_packed_runs", fail)
+    train_recipes_together([make("a"), make("b", seed=3)])
     assert "memory" in (tmp_path / "a" / "train.log").read_text()
     train(make("a-alone"))
     assert distance(tmp_path / "a", tmp_path / "a-alone") == 0
@@ -120,12 +122,12 @@ def test_interrupted_runs_are_resumed(make, monkeypatch, tmp_path):
 
     monkeypatch.setattr(TrainingLoop, "after_step", interrupt)
     with pytest.raises(Interrupted):
-        train_together([make(name, **how) for name, how in several.items()])
+        train_recipes_together([make(name, **how) for name, how in several.items()])
     monkeypatch.setattr(TrainingLoop, "after_step", after_step)
     for name in several:
         (newest,) = (tmp_path / name / "checkpoints").iterdir()
         assert json.loads((newest / "training_state.json").read_text())["step"] == 3
-    train_together([make(name, **how) for name, how in several.items()], resume=[True, True])
+    train_recipes_together([make(name, **how) for name, how in several.items()], resume=[True, True])
     for name, how in several.items():
         train(make(f"{name}-alone", **how))
         alone, resumed = (metrics(tmp_path / n, "train_loss") for n in (f"{name}-alone", name))
@@ -144,4 +146,4 @@ def test_base_is_in_memory_once(tiny_llama):
 def test_different_bases_are_refused(make):
     other = Recipe.from_dict({**make("b").to_dict(), "model": {"name": str(Path("elsewhere"))}})
     with pytest.raises(UsageError, match="bases"):
-        train_together([make("a"), other])
+        train_recipes_together([make("a"), other])

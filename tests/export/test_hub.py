@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.cli.json_types import make_command_schema
+from slimtune.cli.json_types import make_command_output_schema
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.core.foundation.files import write_json
 from slimtune.core.foundation.json_results import to_json_dict
@@ -309,7 +309,7 @@ def test_gguf_files(run, tmp_path):
     with pytest.raises(ModelError, match="damaged"):
         push(out, "ada/gguf", dry_run=True)
     (out / "adapter.gguf").unlink()
-    with pytest.raises(UsageError, match="weights"):
+    with pytest.raises(UsageError, match="not uploaded"):
         push(out, "ada/gguf", dry_run=True)
 
 
@@ -325,7 +325,7 @@ def test_command_line(hub, run, monkeypatch):
     done = push_("--private", "--branch", "v1", "--message", "m", "--json")
     assert done.exit_code == 0, done.output
     result, repo = json.loads(done.stdout), hub.repos["ada/words"]
-    jsonschema.validate(result, make_command_schema("push"))
+    jsonschema.validate(result, make_command_output_schema("push"))
     assert (result["repo_id"], result["private"], result["revision"]) == ("ada/words", True, "v1")
     assert (repo.private, repo.branches["v1"][-1][0]) == (True, "m")
     assert "adapter_config.json" not in repo.files()

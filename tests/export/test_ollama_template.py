@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_templates import CHATML, TOKENIZERS, make_tokenizer
 
-from slimtune.export.infer_template import DATE_MARKERS, JinjaTemplate, make_probe_messages
+from slimtune.export.infer_template import DATE_MARKERS, JinjaChatTemplate, make_probe_messages
 from slimtune.export.ollama_template import convert_chat_template, escape_go_template_text
 
 SHAPES = ["u", "uau", "uauau", "uauauau", "su", "suau", "suauau", "suauauau"]
@@ -22,7 +22,7 @@ WORDS = ["Define patience.", " a \n", "{{ .Role }}", '"""', "Größe 嘘 🙂", 
 
 def jinja(tokenizer, messages, **options):
     """The chat template's text; a date is the tests' day."""
-    text = JinjaTemplate(tokenizer, cut_bos=False).render(messages, **options)
+    text = JinjaChatTemplate(tokenizer, cut_bos=False).render(messages, **options)
     day = datetime.date.fromisoformat(DAY)
     return re.sub("(.*?)".join(DATE_MARKERS), lambda found: day.strftime(found[1]), text)
 

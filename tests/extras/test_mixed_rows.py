@@ -11,7 +11,7 @@ from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig
 from slimtune.errors import UsageError
-from slimtune.extras.mixed_batch import add_low_rank_per_row, list_equal_group_adapters, stack_mixed_batch_lora
+from slimtune.extras.mixed_batch import add_low_rank_per_row, list_adapters_of_equal_row_groups, stack_mixed_batch_lora
 
 CLOSE = 1e-9
 BASE = "__base__"
@@ -214,9 +214,9 @@ def test_checkpointed_layers_are_recomputed_with_the_adapters_of_their_call():
 
 
 def test_row_groups():
-    assert list_equal_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
-    assert list_equal_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
-    assert list_equal_group_adapters(["a"] * 5) == ["a"]
+    assert list_adapters_of_equal_row_groups(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
+    assert list_adapters_of_equal_row_groups(["a", "b", "b"]) == ["a", "b", "b"]
+    assert list_adapters_of_equal_row_groups(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
     out = add_low_rank_per_row(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))

@@ -8,17 +8,17 @@ import pytest
 import yaml
 
 import slimtune
-from slimtune.core.adapters.method_registry import METHODS, config_class
+from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
 from slimtune.evaluation.run_results import RunResults
 from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.push_to_hub import render_adapter_card
-from slimtune.extras.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card
+from slimtune.extras.model_card import strip_local_paths, write_model_card
 
 
 def make_card(method, base=None, **settings):
     facts = {"repo_id": "ada/words", "file_bytes": 9, "parameters": 9, "tokenizer_id": "ada/tiny", "chat": False}
     base = base or BaseModelInfo("ada/tiny", "ada/tiny")
-    return render_adapter_card(config_class(method)(**settings), base, RunResults(), **facts)
+    return render_adapter_card(get_method_config_class(method)(**settings), base, RunResults(), **facts)
 
 
 def get_metadata(card):
@@ -27,12 +27,12 @@ def get_metadata(card):
 
 @pytest.fixture
 def config():
-    return config_class("lora")(base_model_name_or_path="ada/tiny", task_type="CAUSAL_LM")
+    return get_method_config_class("lora")(base_model_name_or_path="ada/tiny", task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.built_in_names()))
 def test_which_methods_peft_has(name):
-    assert (name.upper() in peft.PeftType.__members__) == (name not in NOT_IN_PEFT)
+    assert (name.upper() in peft.PeftType.__members__) == get_method_config_class(name).exists_in_peft
 
 
 def test_adapter_that_vllm_serves():

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.errors import AdapterError, ModelError, UsageError
-from slimtune.generation.generation_models import find_end_tokens
+from slimtune.generation.generation_models import find_end_token_ids
 
 ASK = [{"role": "user", "content": "Define hope."}]
 
@@ -107,8 +107,8 @@ def test_answer_reports_whether_it_ended(generator):
 
 def test_several_end_tokens(tiny_tokenizer):
     config = types.SimpleNamespace(eos_token_id=[7, 9])
-    assert find_end_tokens(config, tiny_tokenizer()) == (2, 7, 9)
-    assert find_end_tokens(config, tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")) == (2, 7, 9)
+    assert find_end_token_ids(config, tiny_tokenizer()) == (2, 7, 9)
+    assert find_end_token_ids(config, tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")) == (2, 7, 9)
 
 
 def test_closing_the_stream_stops_generation(generator):

@@ -41,8 +41,8 @@ def stored(tmp_path, monkeypatch):
 def test_fit_finds_the_factors_and_none_below_zero():
     features = [(1.0, 2.0, 3.0), (2.0, 1.0, 5.0), (4.0, 4.0, 1.0), (1.0, 7.0, 2.0)]
     seconds = [2 * a + 0.5 * b for a, b, _ in features]
-    assert bench.fit_nonnegative(features, seconds) == pytest.approx([2, 0.5, 0], abs=1e-9)
-    assert min(bench.fit_nonnegative([(1, 1), (2, 1)], [1.0, 3.0])) == 0  # 2·a − b would be exact
+    assert bench.fit_nonnegative_factors(features, seconds) == pytest.approx([2, 0.5, 0], abs=1e-9)
+    assert min(bench.fit_nonnegative_factors([(1, 1), (2, 1)], [1.0, 3.0])) == 0  # 2·a − b would be exact
 
 
 def test_fit_of_decoding():

@@ -2,13 +2,13 @@
 
 import torch
 
-from slimtune.core.adapters.adapter_module import BaseForward, Site
+from slimtune.core.adapters.adapter_module import AdapterSite, BaseForward
 
 
 def build(config, size=(24, 20), dtype=torch.float64, layer=None):
     """The adapter module of a config at a layer of `size` (inputs, outputs)."""
     torch.manual_seed(0)
-    return config.build(Site("layer", "linear", *size, torch.device("cpu"), dtype, layer))
+    return config.build(AdapterSite("layer", "linear", *size, torch.device("cpu"), dtype, layer))
 
 
 def run_layer(module, x, layer=None):

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from slimtune import LoraConfig, PeftConfig, get_peft_model
 from slimtune.core.adapters.config_fields import list_settings
-from slimtune.core.adapters.method_registry import config_class, list_methods
+from slimtune.core.adapters.method_registry import get_method_config_class, list_methods
 from slimtune.errors import ConfigError, TargetError
 
 BAD_SETTINGS = [
@@ -63,7 +63,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("method", "settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_refused(method, settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        config_class(method)(**settings).check_required()
+        get_method_config_class(method)(**settings).check_required()
     assert caught.value.exit_code == 2
 
 
@@ -84,7 +84,7 @@ def test_configs_need_no_torch():
 def test_every_field_is_declared_once(method):
     """Every field has its help, and its default is in its range."""
     shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version", "runtime_config"}
-    for spec in list_settings(config_class(method)):
+    for spec in list_settings(get_method_config_class(method)):
         assert spec.name in shared or spec.help, spec.name
         required = spec.default is None and "required" in spec.help
         assert required or spec.find_error(spec.default) is None, spec.name
@@ -99,7 +99,7 @@ def test_values_become_what_they_are_in_peft():
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "hira", "miss", "vera", "bottleneck"])
 def test_dropout_is_active_in_training_only(method):
-    cls = config_class(method)
+    cls = get_method_config_class(method)
     field = next(spec.name for spec in list_settings(cls) if spec.name.endswith("dropout"))
     rank = {} if method in ("adalora", "bottleneck") else {"r": 4}
     model = shake(get_peft_model(llama(), cls(**{field: 0.5}, **rank)).eval())
@@ -110,7 +110,7 @@ def test_dropout_is_active_in_training_only(method):
 
 @pytest.mark.parametrize(("method", "tensor"), [("lora", "lora_A.weight"), ("hira", "hira_A"), ("loha", "hada_w1_b")])
 def test_a_layer_has_its_own_rank(method, tensor):
-    make = config_class(method)
+    make = get_method_config_class(method)
     model = get_peft_model(llama(), make(target_modules=["q_proj", "v_proj"], r=4, rank_pattern={"v_proj": 2}))
     layer = model.get_submodule("model.layers.1.self_attn.v_proj")
     assert dict(layer.adapters["default"].named_parameters())[tensor].shape == (2, 32)

@@ -14,7 +14,7 @@ import slimtune
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.adapter_strength import AdapterStrength
-from slimtune.core.adapters.method_registry import config_class, list_methods
+from slimtune.core.adapters.method_registry import get_method_config_class, list_methods
 from slimtune.errors import UsageError
 
 pytestmark = [
@@ -62,8 +62,8 @@ def train(model, batches, lr=1e-2):
 def test_every_method_has_a_case(method):
     assert {name.partition("+")[0] for name in CASES} == set(list_methods())
     name = method.partition("+")[0]
-    assert config_class(name) is config_class(name.upper())
-    assert config_class(name).name == name
+    assert get_method_config_class(name) is get_method_config_class(name.upper())
+    assert get_method_config_class(name).name == name
     assert type(config(method)).name == name
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.core.adapters.config_fields import list_settings
-from slimtune.core.adapters.method_registry import METHODS, config_class
+from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
 from slimtune.core.adapters.peft_config import PeftConfig, TargetedConfig
 from slimtune.extras.prompt_learning.prompt_config import PromptLearningConfig
 
@@ -22,7 +22,7 @@ TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
 def method_list() -> str:
     lines = []
     for name in METHODS.built_in_names():
-        summary = (inspect.getdoc(config_class(name)) or "").partition("\n")[0].rstrip(".")
+        summary = (inspect.getdoc(get_method_config_class(name)) or "").partition("\n")[0].rstrip(".")
         lines.append(f"- [{name}]({name}.md): {re.sub(r'; PEFT.s [^;]*$', '', summary)}\n")
     return "".join(lines)
 
@@ -32,14 +32,14 @@ def layer_table() -> str:
     lines = ["| method | linear | embedding | conv | attention |", "| --- | --- | --- | --- | --- |"]
     kinds = ("linear", "embedding", "conv", "weight")
     for name in METHODS.built_in_names():
-        cells = ["yes" if kind in config_class(name).kinds else "" for kind in kinds]
+        cells = ["yes" if kind in get_method_config_class(name).kinds else "" for kind in kinds]
         lines += [f"| {name} | {' | '.join(cells)} |"] if any(cells) else []
     return "\n".join(lines) + "\n"
 
 
 def field_table(name: str) -> str:
     """The fields that the method declares, without those every method has."""
-    cls = config_class(name)
+    cls = get_method_config_class(name)
     common = PromptLearningConfig if issubclass(cls, PromptLearningConfig) else PeftConfig
     shared = {f.name for base in (common, TargetedConfig) for f in dataclasses.fields(base)} - {"num_virtual_tokens"}
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]

@@ -19,7 +19,7 @@ from slimtune import IA3Config, LoraConfig, PeftModel, create_loraplus_optimizer
 from slimtune.core.training.optimizer import build_optimizer
 from slimtune.errors import ConfigError, UsageError
 from slimtune.extras.lora_optimizers import create_lorafa_optimizer
-from slimtune.methods.lora.dora import DoraCaching, row_norms
+from slimtune.methods.lora.dora import DoraCaching, compute_dora_row_norms
 from slimtune.methods.lora.loftq import approximate_quantization_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -156,8 +156,8 @@ def test_dora_saves_little_more_memory():
 def test_dora_caching_keeps_the_norms_in_evaluation_mode(monkeypatch):
     model = shake(get_peft_model(llama(), dora()).eval())
     expected, count = run(model), []
-    counted = lambda *args: count.append(1) or row_norms(*args)  # noqa: E731
-    monkeypatch.setattr("slimtune.methods.lora.dora.row_norms", counted)
+    counted = lambda *args: count.append(1) or compute_dora_row_norms(*args)  # noqa: E731
+    monkeypatch.setattr("slimtune.methods.lora.dora.compute_dora_row_norms", counted)
     with DoraCaching():
         outputs = run(model), run(model), run(model.train())
     assert len(count) == 2 * len(model.adapter_modules("default"))  # the first call, and that in training mode
@@ -166,7 +166,7 @@ def test_dora_caching_keeps_the_norms_in_evaluation_mode(monkeypatch):
 
 def test_dora_row_norms():
     W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((7, 5), (3, 5), (7, 3)))
-    found = row_norms(W.square().sum(1), W, A, B, 1.7)
+    found = compute_dora_row_norms(W.square().sum(1), W, A, B, 1.7)
     assert torch.allclose(found, (W + 1.7 * B @ A).norm(dim=1), rtol=1e-12)
 
 

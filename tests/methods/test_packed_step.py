@@ -15,7 +15,7 @@ from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_pac
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
 from slimtune.core.kernels import activation_offload
-from slimtune.core.models.lm_head import check_lm_head
+from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training import loss as step
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
@@ -136,7 +136,7 @@ def test_packed_equals_alone_at_a_tied_head(method):
 @EVERY_METHOD
 def test_head_is_found_exact_before_training(method):
     model = adapted(method, dtype=torch.bfloat16)
-    assert check_lm_head(model) is None
+    assert require_matching_lm_head_loss(model) is None
     assert make_collator(model, 0).packing
     assert model.training
 

@@ -6,7 +6,7 @@ import torch
 from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F401 a fixture
 
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.tokenized_dataset import DatasetWriter
+from slimtune.core.data.tokenized_dataset import TokenizedDatasetWriter
 from slimtune.core.training.loss import score_objective
 from slimtune.objectives.kto import KTO, MismatchedAnswerRows
 
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_trl(settings, tiny_llama, tiny_tokenizer
 
 def make_dataset(rows: list[tuple[list[int], list[int]]]):
     """A dataset of prompts and answers."""
-    with DatasetWriter() as writer:
+    with TokenizedDatasetWriter() as writer:
         ids = [np.array(prompt + answer, np.int32) for prompt, answer in rows]
         learned = [np.arange(len(p) + len(a)) >= len(p) for p, a in rows]
         lengths, lines = np.array([*map(len, ids)]), np.arange(len(rows)) + 1

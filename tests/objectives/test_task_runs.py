@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from slimtune.core.config.objective_registry import list_objectives, load_objective_class
 from slimtune.core.data.tokenized_dataset import split_example_rows
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
@@ -240,7 +240,7 @@ def test_reference_of_a_continued_adapter_is_what_peft_computes(make, tiny_folde
     assert metrics(recipe.output_dir, "train_loss")[0] == pytest.approx(np.log(2), abs=1e-4)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64)
     theirs = peft.PeftModel.from_pretrained(base, Path(first) / "adapter").double().eval()
-    data = load_datasets(recipe, AutoTokenizer.from_pretrained(tiny_folder))
+    data = tokenize_recipe_datasets(recipe, AutoTokenizer.from_pretrained(tiny_folder))
     reference = load_file(Path(recipe.output_dir) / "reference.safetensors")
     for part in ("train", "validation"):
         for example, logps in zip(getattr(data, part), reference[part], strict=True):

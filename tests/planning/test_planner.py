@@ -13,7 +13,12 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.example_lengths import RowContent, measure_example_length, resize_example_rows, unshare_prefix
+from slimtune.core.data.example_lengths import (
+    RowContent,
+    measure_example_length,
+    remove_prefix_sharing,
+    resize_example_rows,
+)
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
@@ -177,7 +182,7 @@ def test_lengths_of_examples():
     assert measure_example_length([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
     assert measure_example_length([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (9, 3, 2, 3)
     assert measure_example_length([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (0, 5, 6)  # too little to be shared
-    assert unshare_prefix((10, 2, 1)) == (0, 12, 11)
+    assert remove_prefix_sharing((10, 2, 1)) == (0, 12, 11)
     assert [resize_example_rows(length, lambda n: min(n, 8)) for length in (12, (10, 2, 1))] == [8, (7, 1, 1)]
 
 

@@ -15,7 +15,7 @@ from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
-from slimtune.planning.meta_model import build_meta_model
+from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import (
     METADATA,
     count_active_weights,
@@ -65,7 +65,7 @@ def config(name="llama-3.1-8b"):
 
 @cache
 def model(name="llama-3.1-8b"):
-    return build_meta_model(config(name), None, torch.bfloat16)
+    return build_adapted_meta_model(config(name), None, torch.bfloat16)
 
 
 def plan(name="llama-3.1-8b", gpu=None, **settings):
@@ -86,7 +86,7 @@ def test_published_file_sizes_of_experts():
         moe_intermediate_size=768, intermediate_size=6144, num_experts=128, num_experts_per_tok=8,
         vocab_size=151936, tie_word_embeddings=False,
     )  # fmt: skip
-    built = build_meta_model(experts, None, torch.bfloat16)
+    built = build_adapted_meta_model(experts, None, torch.bfloat16)
     for precision, size in {"Q4_K_M": 18556686912, "Q2_K": 11258610240, "Q8_0": 32483932736}.items():
         assert count_weight_bytes(built, precision)[0] == pytest.approx(size, rel=0.03)
 
@@ -192,7 +192,7 @@ def test_a_token_reads_the_experts_of_its_router():
         "qwen3_moe", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
         moe_intermediate_size=128, num_experts=16, num_experts_per_tok=2, vocab_size=512, tie_word_embeddings=False,
     )  # fmt: skip
-    built = build_meta_model(experts, None, torch.bfloat16)
+    built = build_adapted_meta_model(experts, None, torch.bfloat16)
     total, embedding = count_weight_bytes(built, "F16")
     assert total - embedding - count_active_weights(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
 

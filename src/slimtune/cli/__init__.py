@@ -29,10 +29,10 @@ from .generate_command import chat_with_run, generate_answer, predict_rows
 from .gpus_command import gpus_table
 from .methods_command import methods_table
 from .models_command import models_table
-from .options import GroupedCommand, add_trust_flag
+from .options import CommandWithOptionGroups, add_trust_remote_code_flag
 from .plan_command import plan_run
 from .serve_command import serve_runs
-from .streams import TolerantStream
+from .streams import WriteErrorIgnoringStream
 from .train_command import train_run
 from .ui_command import ui_server
 
@@ -74,8 +74,8 @@ app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None,
 for name, command in COMMANDS.items():
     epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])])
     group = next(group for group, functions in GROUPS.items() if command in functions)
-    function = add_trust_flag(command) if command in LOAD_RUN else command
-    app.command(name, cls=GroupedCommand, epilog=epilog, rich_help_panel=group)(function)
+    function = add_trust_remote_code_flag(command) if command in LOAD_RUN else command
+    app.command(name, cls=CommandWithOptionGroups, epilog=epilog, rich_help_panel=group)(function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,7 +114,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.
     streams: Any = sys
-    streams.stderr, streams.stdout = TolerantStream(sys.stderr), TolerantStream(sys.stdout, {errno.EIO})
+    streams.stderr, streams.stdout = (
+        WriteErrorIgnoringStream(sys.stderr),
+        WriteErrorIgnoringStream(sys.stdout, {errno.EIO}),
+    )
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries fill a log; read when tqdm is imported
     app(args=sys.argv[1:], prog_name="slimtune")

@@ -10,9 +10,9 @@ from typer import Option
 
 from ..core.foundation.formatting import format_count
 from ..errors import UsageError, format_names, nearest
-from .common import Json, NegativeResult, make_console, make_table, print_fields, print_outdated_notice
+from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, estimate_on_gpus, estimate_runs, load_run_to_plan
+from .planned_jobs import JOB, JOB_SETTINGS, estimate_runs, estimate_runs_on_gpus, load_run_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import CostResult
@@ -60,7 +60,7 @@ def choose_machine(
     gpus = [
         g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
     ]
-    found, planned = estimate_on_gpus(jobs, gpus, smallest=False)
+    found, planned = estimate_runs_on_gpus(jobs, gpus, smallest=False)
     offers = [
         make_machine_offer(
             f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
@@ -109,7 +109,7 @@ def choose_machine(
         buy=[RankedOffer(offer, offer.explain_pick("buy")) for offer in picks["buy"]],
         rent=[RankedOffer(offer, offer.explain_pick("rent")) for offer in picks["rent"]],
     )
-    return result if any(picks.values()) else NegativeResult(result)
+    return result if any(picks.values()) else NegativeVerdictResult(result)
 
 
 def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> str:
@@ -141,7 +141,7 @@ def _print_sources(offers: Sequence[MachineOffer], dates: Iterable[str] = (), *,
     """Say how old the figures of machines are, beside other dates; with `sources` also where they are from."""
     from ..hardware.machine_choice import list_offer_dates, list_offer_sources
 
-    print_outdated_notice([*list_offer_dates(offers), *dates])
+    print_outdated_figures_notice([*list_offer_dates(offers), *dates])
     if sources:
         make_console().print()
         print_fields(list_offer_sources(offers))

@@ -29,7 +29,7 @@ from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
 from ..core.foundation.files import explain_os_error, to_json
-from ..core.foundation.formatting import escape_controls
+from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.progress_bars import display_progress
 from ..diagnostics.knowledge import match_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, is_out_of_memory
@@ -46,7 +46,7 @@ PACKAGE = Path(__file__).parents[1]
 ClickError: Any = BadParameter.__mro__[2]
 
 
-class NegativeResult(NamedTuple):
+class NegativeVerdictResult(NamedTuple):
     """Result of a command that ran, with a negative verdict (exit code 1)."""
 
     result: Any
@@ -97,7 +97,7 @@ class CommandGroup(TyperGroup):
             code, result = _report_error(e)
         if isinstance(result, int):
             sys.exit(result)
-        if isinstance(result, NegativeResult):
+        if isinstance(result, NegativeVerdictResult):
             code, result = 1, result.result
         if as_json and result is not None:
             from ..core.foundation.json_results import to_json_dict
@@ -121,7 +121,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if not distributed.claim_error_printing(known):
             return known.exit_code, None
     screen = make_error_console()
-    screen.print(Text.assemble(("error: ", ERROR), escape_controls(known.message)))
+    screen.print(Text.assemble(("error: ", ERROR), escape_control_characters(known.message)))
     for name in ("expected", "hint"):
         if text := getattr(known, name):
             # A hint may be a command to copy, which a terminal must not get in several lines.
@@ -195,22 +195,22 @@ def _print_warnings() -> Iterator[None]:
         yield
 
 
-class EscapingConsole(Console):
+class ControlEscapingConsole(Console):
     """A console that writes control characters out: rows, names and messages of others must not steer a terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a string; rich itself would drop some control characters without a word."""
-        return super().render_str(escape_controls(text), **options)
+        return super().render_str(escape_control_characters(text), **options)
 
     def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
         """Render an object; its segments of text are escaped, its colors are not."""
         for segment in super().render(*args, **options):
-            yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
+            yield segment if segment.control else segment._replace(text=escape_control_characters(segment.text))
 
 
 def make_console(stderr: bool = False) -> Console:
     """Return a console on the current stdout or stderr. A terminal gets lines of whole words, a pipe long lines."""
-    made = EscapingConsole(stderr=stderr, highlight=False, markup=False)
+    made = ControlEscapingConsole(stderr=stderr, highlight=False, markup=False)
     made.soft_wrap = not made.is_terminal
     return made
 
@@ -229,7 +229,7 @@ def print_progress(text: str) -> None:
 def show_progress() -> Iterator[None]:
     """Show the progress of the work inside: a bar on a terminal, a line every ten seconds in a pipe or a log file."""
     if not sys.stderr.isatty():
-        with display_progress(LinePrinter()):
+        with display_progress(ProgressLinePrinter()):
             yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -251,7 +251,7 @@ def show_progress() -> Iterator[None]:
             yield
 
 
-class LinePrinter:
+class ProgressLinePrinter:
     """Prints a line when ten seconds have passed since the last one, or since the work began."""
 
     def __init__(self) -> None:
@@ -276,7 +276,7 @@ def make_table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[
             column, justify="left" if is_text or not number else "right", no_wrap=not is_text, overflow="fold"
         )
     for row in rows:
-        made.add_row(*(Text(escape_controls(cell)) for cell in row))
+        made.add_row(*(Text(escape_control_characters(cell)) for cell in row))
     return made
 
 
@@ -290,7 +290,7 @@ def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
         screen.print(label.ljust(indent) + f"\n{' ' * indent}".join(lines))
 
 
-def print_outdated_notice(dates: Iterable[str]) -> None:
+def print_outdated_figures_notice(dates: Iterable[str]) -> None:
     """Say how many of the shown figures may be out of date."""
     from ..planning.gpu_specs import MAX_AGE, is_date_outdated
 

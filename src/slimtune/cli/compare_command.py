@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from ..experiments.executor_specs import PLACES, parse_executor_spec
-from .common import Json, NegativeResult, make_console, make_table, print_progress
+from .common import Json, NegativeVerdictResult, make_console, make_table, print_progress
 from .input_checks import find_missing_inputs, require_installed_packages
 from .options import add_recipe_flags
 
@@ -57,7 +57,7 @@ def compare_methods(
     require_installed_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
-    from ..core.config.recipe import load_recipe_tree
+    from ..core.config.recipe import load_validated_recipe_tree
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import build_candidates, resolve_candidate_labels, split_candidate_settings
 
@@ -67,7 +67,7 @@ def compare_methods(
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_candidate_settings(settings.items())
     resolve_candidate_labels(names, method_settings, tasks=tasks is not None)
-    tree = load_recipe_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
+    tree = load_validated_recipe_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_comparison_grid
 
@@ -84,7 +84,7 @@ def compare_methods(
     result = comparison.run_comparison(grid, print_progress, plot=plot, place=place)
     if not as_json:
         _print_comparison(result)
-    return NegativeResult(result) if result.failed or not result.methods else result
+    return NegativeVerdictResult(result) if result.failed or not result.methods else result
 
 
 def _print_comparison(result: "CompareResult") -> None:
@@ -133,18 +133,23 @@ def tune_settings(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..core.config.recipe import load_recipe_tree, parse_recipe_sections, replace_recipe_values
+    from ..core.config.recipe import load_validated_recipe_tree, parse_recipe_sections, replace_recipe_values
     from ..evaluation.charts import require_figure_path
-    from ..experiments.search_space import check_and_mark_ranges, parse_setting_ranges
+    from ..experiments.search_space import parse_setting_ranges, validate_and_mark_integer_ranges
 
     ranges = parse_setting_ranges(over)
     require_installed_packages("tune", "compare", TUNE_PACKAGES)
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = {"output_dir": "runs/run", **load_recipe_tree(recipe, settings, ["output_dir"], find_missing_inputs)}
+    tree = {
+        "output_dir": "runs/run",
+        **load_validated_recipe_tree(recipe, settings, ["output_dir"], find_missing_inputs),
+    }
     # A wrong name or value is answered at once, before torch is imported.
-    check_and_mark_ranges(ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over"))
+    validate_and_mark_integer_ranges(
+        ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over")
+    )
     folder = out if out is not None else Path(f"{tree['output_dir']}-tune")
 
     from ..experiments.tuning import run_tuning as search

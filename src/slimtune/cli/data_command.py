@@ -7,9 +7,9 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ..core.foundation.files import resolve_output_file, write_atomic
-from ..core.foundation.formatting import escape_controls
+from ..core.foundation.formatting import escape_control_characters
 from ..errors import DataError
-from .common import ERROR, GOOD, WARNING, Json, NegativeResult, make_console, print_fields, print_progress
+from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_fields, print_progress
 from .input_checks import ROW_SETTINGS, require_base_exists, require_rows_exist
 from .options import add_recipe_flags
 
@@ -85,7 +85,7 @@ def data_report(
     if not as_json:
         _print_report(report)
     good = report.verdict == "ok" or (report.verdict != "errors" and not strict)
-    return report if good else NegativeResult(report)
+    return report if good else NegativeVerdictResult(report)
 
 
 def _print_report(report: "DataReport") -> None:
@@ -101,7 +101,7 @@ def _print_report(report: "DataReport") -> None:
         text, left = Text(), SAMPLE_CHARACTERS
         for piece in sample.pieces:
             marked = piece.supervised and not screen.is_terminal
-            shown = escape_controls(piece.text[:left]) + "…" * (0 < left < len(piece.text))
+            shown = escape_control_characters(piece.text[:left]) + "…" * (0 < left < len(piece.text))
             left = max(0, left - len(piece.text))
             if shown:
                 text.append(f"⟦{shown}⟧" if marked else shown, f"{GOOD} underline" * piece.supervised)
@@ -115,7 +115,7 @@ def _print_report(report: "DataReport") -> None:
         screen.print(f"{lengths:>11} {'█' * -(-BAR_WIDTH * bar.rows // most)} {bar.rows or ''}")
     for issue in report.issues:
         severity = issue.severity
-        what = escape_controls(str(issue))
+        what = escape_control_characters(str(issue))
         screen.print(Text(f"\n{severity}: {issue.code}: ", STYLES[severity]) + what)
         if issue.hint:
             screen.print(f"  hint: {issue.hint}", soft_wrap=True)  # it may be a command to copy

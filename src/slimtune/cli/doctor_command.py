@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ..core.foundation.formatting import escape_controls
+from ..core.foundation.formatting import escape_control_characters
 from .common import ERROR, WARNING, Json, make_console, print_fields
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _print_findings(report: DoctorReport) -> None:
     screen.print(Text(report.headline(), "bold"))
     for finding in report.findings:
         kind = ("fault: ", ERROR) if finding.is_fault else ("warning: ", WARNING)
-        screen.print(Text.assemble("\n", kind, escape_controls(finding.problem)))
+        screen.print(Text.assemble("\n", kind, escape_control_characters(finding.problem)))
         print_fields([("  seen:", finding.evidence)], gap=1)
         for number, command in enumerate(finding.commands):  # a command to copy stays in one line
             screen.print(f"{'        ' if number else '  mend: '}{command}", soft_wrap=True)

@@ -15,7 +15,7 @@ from .common import (
     WARNING,
     Device,
     Json,
-    NegativeResult,
+    NegativeVerdictResult,
     Run,
     make_console,
     make_error_console,
@@ -91,7 +91,7 @@ def eval_run(
         result = evaluate(run, settings)
     if not as_json:
         _print_lines(format_eval_result(result, make_console().width))
-    return result if result.verdict.passed else NegativeResult(result)
+    return result if result.verdict.passed else NegativeVerdictResult(result)
 
 
 def report_run(

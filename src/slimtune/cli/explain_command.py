@@ -10,7 +10,7 @@ from typer import Argument
 from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
 from ..diagnostics.knowledge.guides import CommandGuide, find_command_guides
 from ..errors import UsageError
-from .common import Json, NegativeResult, make_console, make_table
+from .common import Json, NegativeVerdictResult, make_console, make_table
 
 Words = Annotated[
     list[str] | None,
@@ -64,7 +64,9 @@ class NoPageResult:
     """What answers the text if it is a question and no error."""
 
 
-def explain_error(text: Words = None, as_json: Json = False) -> ErrorPagesResult | ExplainResult | NegativeResult:
+def explain_error(
+    text: Words = None, as_json: Json = False
+) -> ErrorPagesResult | ExplainResult | NegativeVerdictResult:
     """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
@@ -86,7 +88,7 @@ def explain_error(text: Words = None, as_json: Json = False) -> ErrorPagesResult
     if not as_json:
         _print_answer(page, others, guides)
     if page is None:
-        return NegativeResult(NoPageResult(None, _list_titles(others), guides))
+        return NegativeVerdictResult(NoPageResult(None, _list_titles(others), guides))
     return ExplainResult(page.code, page.title, page.body, _list_titles(others), guides)
 
 

@@ -16,7 +16,7 @@ from .common import (
     ERROR,
     WARNING,
     Json,
-    NegativeResult,
+    NegativeVerdictResult,
     Run,
     make_console,
     make_error_console,
@@ -25,7 +25,7 @@ from .common import (
     show_progress,
 )
 from .input_checks import require_rows_exist, require_run_exists
-from .options import GroupedCommand, add_trust_flag
+from .options import CommandWithOptionGroups, add_trust_remote_code_flag
 
 if TYPE_CHECKING:
     from ..export.export_results import EngineVerdict
@@ -55,7 +55,7 @@ def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
         run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(name, cls=GroupedCommand, epilog=epilog)(add_trust_flag(run))
+        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(add_trust_remote_code_flag(run))
         return typer.main.get_command(app)
 
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ def verify_run(
     if result.passed:
         return result
     make_error_console().print(f"error: {result.explain_failure()}", style=ERROR)
-    return NegativeResult(result)
+    return NegativeVerdictResult(result)
 
 
 def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:

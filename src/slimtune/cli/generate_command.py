@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from typer import Argument, Option
 
-from ..core.foundation.formatting import escape_controls
+from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, nearest
 from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
@@ -265,7 +265,7 @@ class AnswerPrinter:
         if self.width is None:
             self.file.write(piece)
         else:
-            self.pending += escape_controls(piece.replace("\t", "    "))
+            self.pending += escape_control_characters(piece.replace("\t", "    "))
             *complete, self.pending = PARTS.findall(self.pending) or [""]
             for part in complete:
                 self._write_part(part)

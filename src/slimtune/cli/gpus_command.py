@@ -10,10 +10,10 @@ from typer import Argument, Option
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
 from .choose_command import parse_machine_kinds
-from .common import Json, make_console, make_table, print_fields, print_outdated_notice
+from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
 from .plan_command import describe_planned_run
-from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_on_gpus, estimate_runs, load_run_to_plan
+from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_runs, estimate_runs_on_gpus, load_run_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import GpuComparisonResult, SuitedGpusResult
@@ -84,7 +84,7 @@ def gpus_table(
             for g in shown
         )
         make_console().print(make_table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
-        print_outdated_notice(g.checked for g in shown)
+        print_outdated_figures_notice(g.checked for g in shown)
     return GpusResult([g.facts() for g in shown])
 
 
@@ -94,7 +94,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_on_gpus(jobs, ordered, smallest=True)
+    judged, planned = estimate_runs_on_gpus(jobs, ordered, smallest=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()
@@ -115,7 +115,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
             screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
-        print_outdated_notice(j.gpu.checked for j in fitting)
+        print_outdated_figures_notice(j.gpu.checked for j in fitting)
         if sources:
             evidence = next(iter(planned.values())).evidence
             screen.print()

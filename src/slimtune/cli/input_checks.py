@@ -46,10 +46,10 @@ def find_missing_inputs(
         rows: whether rows are read.
     """
     from ..core.adapters.config_fields import FieldError
-    from ..core.config.recipe_loading import find_missing_files
+    from ..core.config.recipe_loading import find_missing_data_files
 
     data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
-    errors = find_missing_files(data) if rows else []
+    errors = find_missing_data_files(data) if rows else []
     try:
         if isinstance(name := model.get("name"), str) and name:
             require_base_exists(name, weights)

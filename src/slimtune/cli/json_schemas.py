@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ..core.foundation.json_results import (
     JSON_TYPE_NAMES,
     JsonObject,
-    find_dataclass,
+    find_dataclass_in_type,
     find_key_suffixes,
     get_json_key,
     is_mapping_type,
@@ -27,7 +27,7 @@ def make_json_schema(cls: Any) -> JsonObject:
     schema: dict[str, Any] = {"title": cls.__name__, "description": inspect.cleandoc(cls.__doc__ or "")}
     properties: dict[str, Any] = {}
     further: Any = False
-    docs = read_field_docs(cls)
+    docs = read_field_docstrings(cls)
     for field, kind in list_fields_with_types(cls):
         inner = _describe_type(kind)
         if suffixes := find_key_suffixes(kind):
@@ -35,7 +35,7 @@ def make_json_schema(cls: Any) -> JsonObject:
             required += [get_json_key(field) + suffix for suffix in suffixes.values()]
             continue
         if field.metadata.get("inline"):
-            if (inline_class := find_dataclass(kind)) is not None:
+            if (inline_class := find_dataclass_in_type(kind)) is not None:
                 inner = make_json_schema(inline_class)
             properties |= inner.get("properties", {})
             required += [] if type(None) in get_args(kind) else inner.get("required", [])
@@ -52,8 +52,8 @@ def make_json_schema(cls: Any) -> JsonObject:
 def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> JsonObject:
     """Return the properties of a value that is written as a key for each of its parts."""
     may_be_null = type(None) in get_args(kind)
-    cls = find_dataclass(kind)
-    docs, properties = read_field_docs(cls), {}
+    cls = find_dataclass_in_type(kind)
+    docs, properties = read_field_docstrings(cls), {}
     for field, part in list_fields_with_types(cls):
         described = _describe_type(part | None if may_be_null else part)
         note = docs.get(field.name, "") if suffixes[field.name] else ""
@@ -88,7 +88,7 @@ def _describe_type(kind: Any) -> JsonObject:
 
 
 @cache
-def read_field_docs(cls: Any) -> dict[str, str]:
+def read_field_docstrings(cls: Any) -> dict[str, str]:
     """Return the string that stands below each field of a dataclass, by the field's name; those of its bases, too."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):

@@ -63,7 +63,7 @@ def load_json_types(command: str) -> list[Any]:
     return found
 
 
-def make_command_schema(command: str) -> JsonObject:
+def make_command_output_schema(command: str) -> JsonObject:
     """Return the JSON Schema of what a command prints with `--json`."""
     schemas = [make_json_schema(cls) for cls in load_json_types(command)]
     start = {"$schema": "https://json-schema.org/draft/2020-12/schema"}

@@ -123,16 +123,16 @@ def methods_table(
     as_json: Json = False,
 ) -> MethodsResult:
     """List the methods, or show the fields of one."""
-    from ..core.adapters.method_registry import config_class, list_methods, resolve_method_name
+    from ..core.adapters.method_registry import get_method_config_class, list_methods, resolve_method_name
 
     names = [resolve_method_name(name)] if name is not None else list_methods()
     if model is not None:
         require_base_exists(model, weights=False)
 
     has_fields = name is not None or as_json
-    described = [_describe_method(config_class(n), has_fields) for n in names]
+    described = [_describe_method(get_method_config_class(n), has_fields) for n in names]
     if model is not None:
-        source, sizes = _measure_sizes(map(config_class, names), model, trust_remote_code)
+        source, sizes = _measure_sizes(map(get_method_config_class, names), model, trust_remote_code)
         described = [
             replace(method, unfit=size) if isinstance(size, str) else replace(method, size=size)
             for method, size in zip(described, sizes, strict=True)
@@ -163,10 +163,10 @@ def methods_table(
 
 def _describe_rate(name: str) -> str:
     """Return a method's default learning rate in words."""
-    from ..core.adapters.method_registry import config_class
+    from ..core.adapters.method_registry import get_method_config_class
     from ..core.adapters.peft_config import PeftConfig
 
-    cls = config_class(name)
+    cls = get_method_config_class(name)
     depends = cls.default_learning_rate is not PeftConfig.default_learning_rate
     return f"default learning rate: {cls.learning_rate:g}" + ", more in short runs and for narrow bases" * depends
 
@@ -174,7 +174,7 @@ def _describe_rate(name: str) -> str:
 def _describe_method(cls: Any, has_fields: bool) -> MethodDescription:
     from ..core.adapters.method_registry import METHODS
 
-    merged, lora = cls.mergeable, cls.ships_as_lora
+    merged, lora = cls.mergeable, cls.uses_lora_file_format
     doc, module_doc = inspect.getdoc(cls) or "", METHODS.load(cls.name).__doc__ or ""
     return MethodDescription(
         name=cls.name,
@@ -193,11 +193,11 @@ def _describe_method(cls: Any, has_fields: bool) -> MethodDescription:
 
 def _describe_fields(cls: Any) -> list[MethodField]:
     """Return the fields that a recipe may set, those that other methods do not have first."""
-    from ..core.config.method_settings import fill_recipe_defaults, list_recipe_method_fields
+    from ..core.config.method_settings import fill_method_defaults, list_recipe_method_fields
 
     short_names = {full: short for short, full in cls.short_names.items()}
     flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
-    defaults = fill_recipe_defaults({}, cls)
+    defaults = fill_method_defaults({}, cls)
     own = inspect.get_annotations(cls)
     return [
         MethodField(
@@ -223,20 +223,20 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
 
     from ..core.adapters.adapter_tensors import get_adapter_tensors
     from ..core.adapters.peft_model import get_peft_model
-    from ..core.config.method_settings import fill_recipe_defaults
+    from ..core.config.method_settings import fill_method_defaults
     from ..core.models.base_config import load_base_config
-    from ..core.models.load_errors import translate_load_errors
+    from ..core.models.load_errors import silence_and_translate_load_errors
     from ..errors import SlimtuneError
 
     info = load_base_config(model, trust_remote_code=trust_remote_code)
     sizes: list[MethodSize | str] = []
     with torch.device("meta"):
-        with translate_load_errors(model):
+        with silence_and_translate_load_errors(model):
             # bf16, as in training: adapter tensors in the base's dtype are half as large then.
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
             base: Any = AutoModelForCausalLM.from_config(info.config, **how)
         for cls in classes:
-            settings = {"task_type": "CAUSAL_LM", **fill_recipe_defaults({}, cls)}
+            settings = {"task_type": "CAUSAL_LM", **fill_method_defaults({}, cls)}
             try:
                 with warnings.catch_warnings(action="ignore"):  # training shows them
                     adapted = get_peft_model(base, cls(**settings))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from ..core.foundation.formatting import format_count
-from .common import Json, make_console, make_table, print_fields, print_outdated_notice
+from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
 
 
 def models_table(
@@ -34,7 +34,7 @@ def models_table(
         make_console().print(found)
         make_console().print("\ngated: the Hub wants an account that has accepted the licence")
         make_console().print("every command also takes a Hub id, a folder or a GGUF file")
-        print_outdated_notice(b.checked for b in bases)
+        print_outdated_figures_notice(b.checked for b in bases)
         if sources:
             make_console().print()
             for b in bases:

@@ -67,7 +67,7 @@ def add_recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[...
             ]
             run.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
             app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            app.command(name, cls=GroupedCommand, epilog=epilog)(run)
+            app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(run)
             return typer.main.get_command(app)
 
         run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def require_flags_given_once(command: Any, args: Sequence[str]) -> None:
     _refuse_repeated_flags(given)
 
 
-def add_trust_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+def add_trust_remote_code_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--trust-remote-code` to a command that loads the base of a run: a run folder cannot say so itself."""
     signature = inspect.signature(command, eval_str=True)
 
@@ -117,7 +117,7 @@ def add_trust_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class GroupedCommand(TyperCommand):
+class CommandWithOptionGroups(TyperCommand):
     """A command whose help lists its options by group."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -105,7 +105,7 @@ def _load_recipes(
 ) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
-    from ..core.config.method_settings import get_full_field_names
+    from ..core.config.method_settings import get_full_method_field_names
     from ..core.config.recipe import read_optional_recipe_tree, replace_recipe_values
 
     path = find_recipe_file(job)
@@ -117,7 +117,7 @@ def _load_recipes(
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
     methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
     settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-    accepted = {method: set(get_full_field_names(method)) for method in methods}
+    accepted = {method: set(get_full_method_field_names(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
@@ -183,7 +183,7 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
     from ..core.data.example_lengths import ALL_SUPERVISED
     from ..core.models.model_source import resolve_model_source
     from ..core.training.base_model import load_base_tokenizer
-    from ..core.training.datasets import load_datasets
+    from ..core.training.datasets import tokenize_recipe_datasets
 
     try:
         source = resolve_model_source(model.spec)
@@ -196,7 +196,7 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
         return [], ALL_SUPERVISED
     # A plan knows more names of bases than training does: `spec` is where the weights are.
     recipe = replace(recipe, model=replace(recipe.model, name=model.spec))
-    datasets = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
+    datasets = tokenize_recipe_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
     print_progress(f"rows: {datasets.train_stats.text()}")
     for report in datasets.data_reports.values():
         if report is not None and report.verdict == "errors":
@@ -205,7 +205,7 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
     return datasets.train.example_lengths, datasets.train.content
 
 
-class GpuClass(NamedTuple):
+class GpuComputeClass(NamedTuple):
     """GPUs that compute a run alike."""
 
     device: str  # the kind of device that torch calls them
@@ -222,9 +222,9 @@ class GpuEstimate:
     speed: Interval | None  # trained tokens a second
 
 
-def estimate_on_gpus(
+def estimate_runs_on_gpus(
     jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, smallest: bool
-) -> tuple[list[GpuEstimate], dict[GpuClass, ResourceEstimate]]:
+) -> tuple[list[GpuEstimate], dict[GpuComputeClass, ResourceEstimate]]:
     """Return the run on each GPU, and the estimate of each class.
 
     A run is planned once for each class: on its smallest GPU, where a batch is split as far as training splits it if
@@ -235,8 +235,8 @@ def estimate_on_gpus(
 
     (recipe,) = jobs.recipes.values()
 
-    def class_of(gpu: GpuSpec) -> GpuClass:
-        return GpuClass(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
+    def class_of(gpu: GpuSpec) -> GpuComputeClass:
+        return GpuComputeClass(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
 
     ordered = sorted(gpus, key=lambda g: g.memory)
     planned = {class_of(gpu): gpu for gpu in (reversed(ordered) if smallest else ordered)}  # the last of each class

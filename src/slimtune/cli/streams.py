@@ -4,7 +4,7 @@ from collections.abc import Container
 from typing import Any, TextIO
 
 
-class TolerantStream:
+class WriteErrorIgnoringStream:
     """A text stream whose failed writes are dropped, so that work of hours does not end with the terminal it began in.
 
     `errors` are the error numbers that are tolerated; None: all.

@@ -12,7 +12,7 @@ from .tuner_layers import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
-    get_whole_copies,
+    get_fully_trained_copies,
 )
 
 TUNER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -83,7 +83,7 @@ def _get_status(name: str, layer: Any) -> TunerLayerStatus:
     elif isinstance(layer, ModulesToSaveWrapper):
         module_type = "ModulesToSaveWrapper"
     parameters: dict[str, list[nn.Parameter]] = {}
-    for table in (layer.adapters, layer.trained_copies, get_whole_copies(layer)):
+    for table in (layer.adapters, layer.trained_copies, get_fully_trained_copies(layer)):
         for adapter, module in table.items():
             parameters.setdefault(adapter, []).extend(module.parameters())
     return TunerLayerStatus(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..core.adapters.extension_hooks import PeftNameLookupMixin
-from ..core.adapters.generated_classes import PickledByClassRecipe
+from ..core.adapters.generated_classes import PickledByClassFactory
 
 
 class PeftTunerOfModel(nn.Module):
@@ -38,7 +38,7 @@ class PeftTunerOfModel(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class PeftTunerNamesMixin(PickledByClassRecipe, PeftNameLookupMixin):
+class PeftTunerNamesMixin(PickledByClassFactory, PeftNameLookupMixin):
     """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
 
     In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
@@ -67,7 +67,7 @@ def get_backbone(model: Any) -> Any:
     return model._modules.get(getattr(type(model), "base_model_prefix", ""), model)
 
 
-def add_backbone_names(model: Any) -> None:
+def add_peft_names_to_backbone(model: Any) -> None:
     """Give the backbone of an adapted model the names of PEFT's tuner, if it is a child of the model."""
     backbone = get_backbone(model)
     if backbone is not model:
@@ -75,7 +75,7 @@ def add_backbone_names(model: Any) -> None:
         backbone.__class__ = _make_backbone_class(backbone.__class__)
 
 
-def remove_backbone_names(model: Any) -> None:
+def remove_peft_names_from_backbone(model: Any) -> None:
     """Set the backbone's own class again."""
     backbone = get_backbone(model)
     if backbone is not model:

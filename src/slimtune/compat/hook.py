@@ -6,13 +6,13 @@ from torch import nn
 
 from ..core.adapters.peft_model import PeftModel
 from . import model_names, tuner_layers
-from .base_model_wrapper import add_backbone_names as add_backbone_names
-from .base_model_wrapper import remove_backbone_names as remove_backbone_names
+from .base_model_wrapper import add_peft_names_to_backbone as add_peft_names_to_backbone
+from .base_model_wrapper import remove_peft_names_from_backbone as remove_peft_names_from_backbone
 from .peft_registration import register_as_peft_subclass, register_with_transformers
-from .tuner_layers import format_layer as format_layer
+from .tuner_layers import format_layer_like_peft as format_layer_like_peft
 
 
-def resolve_name(owner: nn.Module, name: str) -> Any:
+def resolve_peft_name(owner: nn.Module, name: str) -> Any:
     """Return what PEFT calls `name` on an adapted layer, model or backbone; an object can be two of these."""
     attributes = vars(owner)
     is_layer = "adapters" in attributes.get("_modules", ())
@@ -40,12 +40,12 @@ def resolve_name(owner: nn.Module, name: str) -> Any:
         del cause
 
 
-def model_class(task_type: str | None, mixed: bool = False) -> Any:
+def get_peft_model_class(task_type: str | None, mixed: bool = False) -> Any:
     """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
     return model_names.PeftMixedModel if mixed else model_names.TASK_MODELS.get(task_type or "")
 
 
-def register_class(cls: Any, peft_class: str) -> Any:
+def register_as_peft_class(cls: Any, peft_class: str) -> Any:
     """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
     if peft_class == "PeftModel":
         register_with_transformers(PeftModel)

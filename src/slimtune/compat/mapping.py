@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapters.adapter_files import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
-from ..core.adapters.method_registry import METHODS, config_class
+from ..core.adapters.method_registry import METHODS, get_method_config_class
 from ..core.adapters.peft_config import CONFIG_FILE as CONFIG_NAME
 from ..core.adapters.peft_config import PeftType, get_peft_config
 from ..core.adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -28,7 +28,7 @@ __all__ = [
     "get_peft_config",
     "inject_adapter_in_model",
 ]
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {kind: config_class(kind) for kind in PeftType}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = {kind: get_method_config_class(kind) for kind in PeftType}
 """Config class by method; also found by the plain string."""
 _TUNERS = [c for c in vars(tuner).values() if getattr(c, "method", "") in METHODS.built_in_names()]
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = {PeftType(c.method.upper()): c for c in _TUNERS}
@@ -40,7 +40,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING = {k: c.prefix for k, c in PEFT_TYPE_TO_CONFIG_MAPPI
 
 
 def _get_default_targets(method: str) -> dict[str, list[str]]:
-    targets = config_class(method).architecture_targets
+    targets = get_method_config_class(method).architecture_targets
     return {name: list(modules) for name, modules in targets.items() if name is not None}
 
 
@@ -70,8 +70,8 @@ def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) 
     return tuple(flat)
 
 
-def find_layer_class(method: str, name: str) -> Any:
-    """Return the class of a method's layers of one type, such as `find_layer_class("lora", "Linear")`.
+def find_peft_layer_class(method: str, name: str) -> Any:
+    """Return the class of a method's layers of one type, such as `find_peft_layer_class("lora", "Linear")`.
 
     Raises:
         AttributeError: the method has no layers of its own.
@@ -82,4 +82,4 @@ def find_layer_class(method: str, name: str) -> Any:
         raise AttributeError(f"{method} has no {name}{nearest(method, classes)}; {format_names(classes)} have layers")
     # 4-bit and 8-bit layers of bitsandbytes are linear layers, too.
     base = nn.Linear if name.startswith("Linear") else getattr(nn, name)
-    return peft_layers.layer_class(classes[method], base)
+    return peft_layers.get_peft_layer_class(classes[method], base)

@@ -48,11 +48,11 @@ def get_peft_layer_attribute(layer: Any, name: str) -> Any:
 
 def get_modules_to_save(layer: Any) -> nn.Module:
     """Return the child `modules_to_save` of a layer; it has bare parameters, and PEFT's has modules."""
-    copies = get_whole_copies(layer)
+    copies = get_fully_trained_copies(layer)
     return nn.ModuleDict(copies) if copies else layer._modules["modules_to_save"]
 
 
-def format_layer(layer: Any, text: str) -> str:
+def format_layer_like_peft(layer: Any, text: str) -> str:
     """Return the text of an adapted layer as PEFT prints it: "lora.Linear(…)"; `text` is the base module's."""
     modules = [] if "_slimtune" in vars(layer) else [*layer.adapters.values()]
     if not modules:
@@ -399,7 +399,7 @@ class _PeftLayer:
 
     @property
     def _copies(self) -> dict[str, nn.Module]:
-        return get_whole_copies(self._layer)
+        return get_fully_trained_copies(self._layer)
 
     @property
     def _layers(self) -> list[Any]:
@@ -423,7 +423,7 @@ _LAYER_NAMES = {name for name in vars(_PeftLayer) if not name.startswith("_")}
 _LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter_names"}
 
 
-def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
+def get_fully_trained_copies(layer: Any) -> dict[str, nn.Module]:
     """Return the trained copies of all parameters of a layer (`modules_to_save`), by adapter; not those of a bias."""
     copies, own = layer.trained_copies.items(), set(layer._parameters)
     return {a: _without_adapters(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
@@ -529,7 +529,7 @@ class ModulesToSaveWrapper(metaclass=_LayerType):
 
     @classmethod
     def accepts_as_instance(cls, layer: Any) -> bool:
-        return bool(get_whole_copies(layer))
+        return bool(get_fully_trained_copies(layer))
 
 
 class TrainableTokensWrapper(metaclass=_LayerType):
@@ -549,7 +549,7 @@ class AuxiliaryTrainingWrapper(metaclass=_LayerType):
 
 
 @cache
-def layer_class(method: Any, base_type: type) -> Any:
+def get_peft_layer_class(method: Any, base_type: type) -> Any:
     """Return the class of a method's layers of one type, such as PEFT's `lora.Linear`."""
     bases: Any = (base_type, Conv1D) if base_type is nn.Linear else base_type
     body = {"base_type": bases, "__doc__": f"An adapted {base_type.__name__}: {method.__doc__}"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel, get_peft_model
-from ..core.adapters.targets import select_targets
+from ..core.adapters.targets import match_targets
 from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError
 from .base_model_wrapper import PeftTunerNamesMixin, PeftTunerOfModel
@@ -137,7 +137,7 @@ def inject_adapter_in_model(
 
 def _warn_about_targets(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> None:
     """Warn where the modules that a config targets are not those whose tensors are given."""
-    targeted, given = set(select_targets(model, config, strict=False).adapted), set(names)
+    targeted, given = set(match_targets(model, config, strict=False).adapted), set(names)
     more = [("PEFT config", targeted - given), ("state_dict", given - targeted)]
     found = [f"The {who} contained these additional target modules: {sorted(extra)}. " for who, extra in more if extra]
     if found:

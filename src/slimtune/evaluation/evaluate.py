@@ -20,7 +20,7 @@ import numpy as np
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
-from ..core.data.rows import Row, split_answers
+from ..core.data.rows import Row, split_into_answer_rows
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
@@ -28,7 +28,7 @@ from ..core.foundation.files import resolve_output_file, write_json
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.models.base_config import get_max_positions
-from ..core.training.datasets import load_datasets, load_eval_dataset, open_rows_for_objective
+from ..core.training.datasets import load_eval_dataset, open_rows_for_objective, tokenize_recipe_datasets
 from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective
 from ..core.training.run_dir import RunDir, find_adapter_folder
@@ -54,7 +54,7 @@ from .generated_answers import (
     select_eval_prompts,
 )
 from .judge import build_answer_judge, judge_answer_pairs, measure_win_rate
-from .lm_eval import load_task_manager, run_lm_eval_tasks
+from .lm_eval import load_lm_eval_task_manager, run_lm_eval_tasks
 from .model_comparison import ModelComparison
 from .preference_comparison import KTOComparison, PreferenceComparison
 from .run_report import write_run_report
@@ -141,7 +141,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     run, settings = Path(run), settings or EvalSettings()
     checks = {name: build_answer_check(name) for name in settings.checks}
     judge = None if settings.judge is None else build_answer_judge(settings.judge)
-    task_manager = load_task_manager(settings.tasks, settings.tasks_path) if settings.tasks else None
+    task_manager = load_lm_eval_task_manager(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     if run_dir is not None:
         resolve_output_file(run_dir.report_file)
@@ -226,7 +226,7 @@ def _prepare_prompts(
     models = make_base_and_tuned_models(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
-    prompts = select_eval_prompts((split_answers(row)[0] for row in rows), examples, settings.generate)
+    prompts = select_eval_prompts((split_into_answer_rows(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
     return models, prompts
@@ -298,7 +298,7 @@ def _load_unseen_rows(
     trained_rows: list[int] | None = None
     if file is None:
         assert trained.recipe is not None  # an adapter folder names no rows: a file is required
-        datasets = load_datasets(trained.recipe, tokenizer)
+        datasets = tokenize_recipe_datasets(trained.recipe, tokenizer)
         examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
             none = f"{getattr(sections.data, f'{split}_fraction')} of {report.kept} rows is none"
@@ -339,7 +339,7 @@ def _find_rows_trained_on(
     def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
         found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
-        rows = (split_answers(row)[0] if answers_alone else row for row in rows)
+        rows = (split_into_answer_rows(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
     evaluated = list(read(evaluation, file))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.adapters.adapter_strength import find_neutral_values
+from ..core.adapters.adapter_strength import find_trained_and_no_op_tensors
 from ..core.data.chat_template import encode_chat
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
 from ..core.foundation.formatting import shorten_text
 from ..core.models.base_config import get_max_positions
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
-from ..core.training.loss import count_targets
+from ..core.training.loss import count_supervised_targets
 from ..errors import DataError, UsageError, nearest
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
@@ -132,13 +132,13 @@ class GeneralText:
             DataError: the chat template rejects messages, or there is nothing to predict.
             UsageError: the strength of the model's method cannot be reduced.
         """
-        find_neutral_values(model, "default")
+        find_trained_and_no_op_tensors(model, "default")
         rows = tokenize_general_text(self.pieces, self.file, tokenizer, get_max_positions(model.config))
         kinds = group_row_numbers_by_kind(rows)
         wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
         chosen: list[Example] = []
         for numbers in kinds.values():
-            every = max(1, round(sum(count_targets(rows[i]) for i in numbers) / wanted))
+            every = max(1, round(sum(count_supervised_targets(rows[i]) for i in numbers) / wanted))
             chosen += [rows[i] for i in numbers[every // 2 :: every]]
         return chosen
 

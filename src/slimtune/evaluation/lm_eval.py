@@ -19,7 +19,7 @@ from ..errors import ModelError, UsageError, format_install_command, nearest
 from .eval_result import WHO, LmEvalTaskScores
 
 
-def load_task_manager(names: Sequence[str], folder: Path | None) -> Any:
+def load_lm_eval_task_manager(names: Sequence[str], folder: Path | None) -> Any:
     """Return the harness's task manager after checking that it knows every named task.
 
     Raises:
@@ -48,7 +48,7 @@ def run_lm_eval_tasks(
 ) -> dict[str, dict[str, LmEvalTaskScores]]:
     """Return the scores of base and tuned model by task and metric.
 
-    `names` are tasks or groups, and `manager` is what `load_task_manager` returned.
+    `names` are tasks or groups, and `manager` is what `load_lm_eval_task_manager` returned.
 
     Raises:
         ModelError: the harness could not run a task; its message is included.

@@ -20,7 +20,7 @@ from ..core.models.base_config import get_max_positions
 from ..core.training.loss import build_run_collator, compute_row_logits, score_examples
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
-from ..extras.row_columns import parse_record
+from ..extras.row_columns import parse_record_as_row
 from ..extras.row_files import find_data_files
 
 
@@ -115,7 +115,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
 
 def parse_prediction_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
     """Return a record with a text or messages as a row to classify; a label that it has is not read."""
-    return parse_record({**record, "label": "?"}, "classification", line, file)
+    return parse_record_as_row({**record, "label": "?"}, "classification", line, file)
 
 
 def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:

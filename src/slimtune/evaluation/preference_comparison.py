@@ -24,7 +24,7 @@ import numpy as np
 
 from ..core.data.tokenized_dataset import AnswerSubset, Example, split_example_rows
 from ..core.foundation.progress_bars import prefix_progress_name
-from ..core.training.loss import count_targets, score_row_logps
+from ..core.training.loss import count_supervised_targets, score_row_logps
 from ..errors import DataError
 from ..objectives.pair_objective import list_better_and_worse_rows
 from .estimate import Estimate
@@ -90,7 +90,9 @@ def measure_preferences(
     def take(values: Sequence[Sequence[float]]) -> np.ndarray:
         return np.array([[values[n][i], values[n][j]] for n, i, j in pairs], float)
 
-    tokens = take([[count_targets({"labels": labels}) for _, labels in split_example_rows(e)] for e in examples])
+    tokens = take(
+        [[count_supervised_targets({"labels": labels}) for _, labels in split_example_rows(e)] for e in examples]
+    )
     logps = {"base": take(base), "tuned": take(tuned)}
 
     def is_higher(values: np.ndarray) -> np.ndarray:

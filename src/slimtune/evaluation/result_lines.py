@@ -89,7 +89,7 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     for answer in answers:
         yield from _list_answer_lines(answer)
     if result.generation_summary:
-        yield from ("", make_check_table(result.generation_summary, len(answers)))
+        yield from ("", make_answer_check_table(result.generation_summary, len(answers)))
     if result.win_rate is not None:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
@@ -236,7 +236,7 @@ def _list_answer_lines(answer: AnswerPair) -> Iterator[ResultLine]:
         yield f"{who}: {text.strip() or '(empty)'}"
 
 
-def make_check_table(summary: dict[str, AnswerCheckScores], answers: int) -> ResultTable:
+def make_answer_check_table(summary: dict[str, AnswerCheckScores], answers: int) -> ResultTable:
     """Return the means of checks over so many answers of base and tuned model."""
     rows = [(name, f"{means.base:.3g}", f"{means.tuned:.3g}") for name, means in summary.items()]
     return ResultTable((f"mean of {answers} answers", "base", "tuned"), rows)

@@ -43,7 +43,13 @@ from .eval_result import (
     RewardMeasures,
     SFTMeasures,
 )
-from .result_lines import ResultTable, describe_win_rate, make_check_table, make_class_table, make_confusion_table
+from .result_lines import (
+    ResultTable,
+    describe_win_rate,
+    make_answer_check_table,
+    make_class_table,
+    make_confusion_table,
+)
 from .run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 
 
@@ -121,11 +127,11 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
     page = make_jinja_environment().get_template("report.html.j2")
     return page.render(
-        **values, errors=errors, guard=guard, style=style, version=__version__, **list_template_functions()
+        **values, errors=errors, guard=guard, style=style, version=__version__, **list_report_template_functions()
     )
 
 
-def list_template_functions() -> dict[str, Callable[..., Any]]:
+def list_report_template_functions() -> dict[str, Callable[..., Any]]:
     """Return the functions that the templates call, by their names there."""
     return {
         "fixed": fixed,
@@ -145,7 +151,7 @@ def list_template_functions() -> dict[str, Callable[..., Any]]:
         "measure_charts": _draw_measures,
         "class_table": _find_class_table,
         "confusion_table": _find_confusion_table,
-        "check_table": make_check_table,
+        "check_table": make_answer_check_table,
         "win_rate_text": describe_win_rate,
         "check_value": _check_value,
     }

@@ -15,7 +15,7 @@ from .eval_result import EvalResult, read_eval_result
 
 
 @dataclass(frozen=True)
-class StoredEvaluation:
+class StoredEvaluationJson:
     """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
 
     name: str
@@ -41,11 +41,11 @@ class RunResults:
     probe: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[StoredEvaluation] = field(default_factory=list)
+    evaluations: list[StoredEvaluationJson] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
-    def held_out(self) -> StoredEvaluation | None:
+    def held_out(self) -> StoredEvaluationJson | None:
         """The first complete evaluation on rows that were not trained on."""
         answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
         classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
@@ -83,7 +83,7 @@ def load_run_results(run: RunDir, strict: bool = True) -> RunResults:
 
     plan = load_json(run.plan_file, "plan", "probe")
     evaluations = [
-        StoredEvaluation(file.stem.removeprefix("eval-"), values)
+        StoredEvaluationJson(file.stem.removeprefix("eval-"), values)
         for file in sorted(run.path.glob("eval-*.json"), key=position)
         if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
     ]

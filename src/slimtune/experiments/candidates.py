@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.adapters.method_registry import ALIASES, VARIANTS, config_class, list_methods
+from ..core.adapters.method_registry import ALIASES, VARIANTS, get_method_config_class, list_methods
 from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.config.recipe_loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
@@ -90,7 +90,7 @@ def resolve_candidate_labels(names: Iterable[str], overrides: Mapping[str, Any],
 
 def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> ComparisonCandidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
-    cls = config_class(method)
+    cls = get_method_config_class(method)
     section = dict(recipe_tree.get("method") or {})
     recipe_settings = section if section.pop("name", "lora") == method else {}
     settings = {

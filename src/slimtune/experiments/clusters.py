@@ -120,7 +120,7 @@ class SlurmTask:
         self.job_file.unlink(missing_ok=True)
 
 
-class RequeuedRun:
+class RequeuedSlurmRun:
     """What a job runs; submitit submits it again if Slurm preempts the job or its time is over."""
 
     def __call__(self, launch: Launch) -> WorkerResult:
@@ -167,6 +167,6 @@ class SlurmExecutor(ParallelExecutor):
             job: Any = self.job_class(self.folder, str(read_json(job_file)["job"]))
             if not job.done(force_check=True):
                 return SlurmTask(job, job_file)
-        job = self.executor.submit(RequeuedRun(), launch)
+        job = self.executor.submit(RequeuedSlurmRun(), launch)
         write_json(job_file, {"job": job.job_id})
         return SlurmTask(job, job_file)

@@ -26,13 +26,13 @@ from .comparison_report import (
     compare_candidate_pairs,
     format_comparison_markdown,
     read_test_evaluation,
-    summarize_candidates,
+    summarize_finished_candidates,
 )
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
-from .experiment_output_dir import lock_output_dir, require_same_settings
-from .experiment_results import CompareResult, FailedRun, LeftOutMethod, RateSearch
-from .method_advice import choose_method, format_advice
+from .experiment_output_dir import lock_output_dir_and_write_settings, require_same_experiment_settings
+from .experiment_results import CompareResult, FailedRun, LearningRateSearch, LeftOutMethod
+from .method_advice import choose_best_method, format_method_advice
 from .run_grid import ComparisonGrid
 from .run_worker import Launch, run_worker_process
 
@@ -54,12 +54,12 @@ def run_comparison(
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
-    require_same_settings(grid.output_dir, grid.settings(), "comparison")
+    require_same_experiment_settings(grid.output_dir, grid.settings(), "comparison")
     with make_executor(place, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
             raise RunError(f"no method fits this machine: {left_out[0].why}", "at least one method that fits")
-        with lock_output_dir(grid.output_dir, grid.settings(), "comparison"):
+        with lock_output_dir_and_write_settings(grid.output_dir, grid.settings(), "comparison"):
             (grid.output_dir / "cells").mkdir(exist_ok=True)
             grid = dataclasses.replace(grid, candidates=tuple(fitting))
             grid, searched, failed = _search_learning_rates(grid, executor, log)
@@ -125,7 +125,7 @@ def _plan_candidates(
 
 def _search_learning_rates(
     grid: ComparisonGrid, executor: Executor, log: Log
-) -> tuple[ComparisonGrid, dict[str, RateSearch], list[FailedRun]]:
+) -> tuple[ComparisonGrid, dict[str, LearningRateSearch], list[FailedRun]]:
     """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
     if not grid.trials:
         return grid, {}, []
@@ -204,7 +204,7 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
 
 def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
     """Return the result of the runs that are finished; `how` are the fields that they do not give."""
-    candidates = summarize_candidates(grid)
+    candidates = summarize_finished_candidates(grid)
     pairs = compare_candidate_pairs(candidates)
     methods = [c.method for c in candidates]
     first = methods[0] if methods else None
@@ -223,6 +223,6 @@ def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
         base_loss=first.base_loss if first else None,
         methods=methods,
         pairs=pairs,
-        advice=format_advice(choose_method(methods, pairs)),
+        advice=format_method_advice(choose_best_method(methods, pairs)),
         **how,
     )

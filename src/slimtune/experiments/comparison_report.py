@@ -36,7 +36,7 @@ RATE_SOURCES = {"default": "the method's default", "given": "as given", "tuned":
 
 
 @dataclass(frozen=True)
-class CandidateRuns:
+class FinishedCandidateRuns:
     """What the finished runs of one candidate give."""
 
     method: ComparedMethod
@@ -55,7 +55,7 @@ class CandidateRuns:
     """By seed: trained tokens after each step; equal for equal rows and order."""
 
 
-def summarize_candidates(grid: ComparisonGrid) -> list[CandidateRuns]:
+def summarize_finished_candidates(grid: ComparisonGrid) -> list[FinishedCandidateRuns]:
     """Return the finished runs of each candidate that has some, the highest gain first.
 
     A candidate that lacks a seed is not ranked and comes last: the mean of the runs that did not fail flatters it.
@@ -106,7 +106,7 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
     return result
 
 
-def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequence[int]) -> CandidateRuns:
+def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequence[int]) -> FinishedCandidateRuns:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
     results = [read_json(run.result_file) for run in runs]
     measured = [read_test_evaluation(run).measures for run in runs]
@@ -160,7 +160,7 @@ def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequ
     def get_loss(row: Mapping[str, Any]) -> float:
         return float(row["tuned_margin"] <= 0) if pairs else row["tuned"]
 
-    return CandidateRuns(
+    return FinishedCandidateRuns(
         method=method,
         row_lines=[r["line"] for r in rows[0]],
         row_tokens=row_tokens,
@@ -194,13 +194,13 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> MethodPre
     )
 
 
-def compare_candidate_pairs(candidates: Sequence[CandidateRuns]) -> list[PairedDifference]:
+def compare_candidate_pairs(candidates: Sequence[FinishedCandidateRuns]) -> list[PairedDifference]:
     """Return the difference of the gains of each pair of candidates, a's minus b's: above 0, a is better.
 
     It is paired by seed and row. With one seed it is never beyond noise: the effect of another seed is unknown.
     Candidates that are not ranked are left out.
     """
-    found: list[tuple[CandidateRuns, CandidateRuns, list[int], Estimate, float]] = []
+    found: list[tuple[FinishedCandidateRuns, FinishedCandidateRuns, list[int], Estimate, float]] = []
     for a, b in combinations([c for c in candidates if c.method.ranked], 2):
         seeds = [s for s in a.tuned_losses if s in b.tuned_losses]
         if seeds:

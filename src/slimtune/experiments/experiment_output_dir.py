@@ -16,7 +16,7 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def require_same_settings(folder: Path, settings: Mapping[str, Any], what: str) -> JsonObject:
+def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], what: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
@@ -47,17 +47,17 @@ def require_same_settings(folder: Path, settings: Mapping[str, Any], what: str) 
 
 
 @contextmanager
-def lock_output_dir(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
     """Lock an output folder while the block runs, and write the settings into it, after checking it as above.
 
     Raises:
         UsageError: another process works in the folder.
     """
-    require_same_settings(folder, settings, what)  # before the folder is made
+    require_same_experiment_settings(folder, settings, what)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, require_same_settings(folder, settings, what))
+            write_json(folder / SETTINGS_FILE, require_same_experiment_settings(folder, settings, what))
             yield
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[what]} works in {folder}", "one at a time") from None

@@ -160,7 +160,7 @@ class FailedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateTrial:
+class LearningRateTrial:
     """A learning rate that was tried."""
 
     rate: float
@@ -172,14 +172,14 @@ class RateTrial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateSearch:
+class LearningRateSearch:
     """The search of a method's learning rate."""
 
     rate: float
     """The learning rate with the lowest validation loss."""
     at_the_edge: bool
     """Whether it lies within a tenth of the searched range from an end."""
-    trials: Sequence[RateTrial]
+    trials: Sequence[LearningRateTrial]
     """All that were tried, in their order."""
 
 
@@ -217,7 +217,7 @@ class CompareResult:
     """Which method to take, in one sentence."""
     on: str | None
     """Where runs trained at the same time, as `--on` says it; null: here, one after another."""
-    searched: dict[str, RateSearch]
+    searched: dict[str, LearningRateSearch]
     """The searches of learning rates by method."""
     left_out: Sequence[LeftOutMethod]
     """Methods that were not trained."""

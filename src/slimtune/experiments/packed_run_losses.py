@@ -15,7 +15,7 @@ from .packed_run_adapters import use_packed_adapters
 CONCATENATED = ("input_ids", "position_ids")
 
 
-def forward_backward_runs(
+def forward_backward_packed_runs(
     models: Sequence[Any],
     micro_batches: Sequence[Sequence[Batch]],
     objectives: Sequence[Objective],

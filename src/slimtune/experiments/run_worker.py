@@ -140,7 +140,7 @@ def train_and_evaluate_recipes(
     from ..core.config import load_recipe
     from ..core.training.run_dir import RunDir
     from ..evaluation.evaluate import EvalSettings, evaluate
-    from .simultaneous_runs import RunStopped, train_together
+    from .simultaneous_runs import RunStopped, train_recipes_together
 
     recipes = {file: load_recipe(file) for file in recipe_files}
     runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
@@ -151,7 +151,7 @@ def train_and_evaluate_recipes(
             if run.path.is_dir() and not resume[file]:
                 shutil.rmtree(run.path)  # the process was killed before it wrote anything to resume from
     stop_files = {str(recipes[file].output_dir): file.with_suffix(STOP_SUFFIX) for file in recipe_files}
-    outcomes = train_together(
+    outcomes = train_recipes_together(
         [recipes[file] for file in resume],
         resume=list(resume.values()),
         force=force,

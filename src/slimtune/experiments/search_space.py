@@ -110,7 +110,7 @@ def _parse_range(text: str) -> SettingRange:
     return SettingRange(path, choices=tuple(choices))
 
 
-def check_and_mark_ranges(
+def validate_and_mark_integer_ranges(
     ranges: Sequence[SettingRange], check: Callable[[Mapping[str, Any]], Any]
 ) -> list[SettingRange]:
     """Check every combination of ends and choices, and return the ranges, those of integers marked as `whole`.

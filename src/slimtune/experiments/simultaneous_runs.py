@@ -33,24 +33,24 @@ from ..core.training.loss import move_batch_to_device
 from ..core.training.prepare_run import prepare_run
 from ..core.training.train import train
 from ..core.training.train_result import TrainResult
-from ..core.training.training_loop import StepGradients, TrainingLoop
+from ..core.training.training_loop import StepGradientStats, TrainingLoop
 from ..errors import SlimtuneError, UsageError, is_out_of_memory
 from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupported_reason
-from .packed_run_losses import forward_backward_runs
+from .packed_run_losses import forward_backward_packed_runs
 
 
 class RunStopped(SlimtuneError):
     """How a run ended that its caller no longer wanted."""
 
 
-class RunInTurn:
+class InterleavedRun:
     """One of several runs: its loop, its random numbers while others have their turn, and how it ended."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.loop: TrainingLoop | None = None
         self.rows: Sequence[Any] = ()  # of the next step; empty once it has ended
-        self.gradients: StepGradients | None = None  # of the next step, if they were computed with other runs'
+        self.gradients: StepGradientStats | None = None  # of the next step, if they were computed with other runs'
         self.outcome: TrainResult | SlimtuneError | Interrupted | None = None
         self._steps: Iterator[Sequence[Any]] = iter(())
         self._rng: Any = None
@@ -73,7 +73,7 @@ class RunInTurn:
         if self.outcome is not None:
             self.release()
 
-    def take_gradients(self, rows: Sequence[Any]) -> StepGradients:
+    def take_gradients(self, rows: Sequence[Any]) -> StepGradientStats:
         """Return the gradients that were computed with other runs', or compute the run's own."""
         assert self.loop is not None
         computed, self.gradients = self.gradients, None
@@ -109,7 +109,7 @@ class RunInTurn:
         self._rng = get_rng_states(device), np.random.get_state(), random.getstate()
 
 
-def train_together(
+def train_recipes_together(
     recipes: Sequence[Recipe],
     *,
     resume: Sequence[bool] = (),
@@ -139,7 +139,7 @@ def train_together(
             return [train(recipes[0], resume=any(resume), force=force)]
         except SlimtuneError as error:
             return [error]
-    load_base, runs = _share_base(), [RunInTurn(recipe) for recipe in recipes]
+    load_base, runs = _share_base(), [InterleavedRun(recipe) for recipe in recipes]
     for run, again in zip(runs, resume or [False] * len(runs), strict=True):
         run.start(again, force, load_base)
     alive = [run for run in runs if run.loop is not None]
@@ -183,7 +183,7 @@ def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
     return packing_runs_unsupported_reason([loop.model for loop in loops])
 
 
-def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
+def _compute_gradients_together(runs: Sequence[InterleavedRun]) -> str:
     """Compute and clip the gradients of the next step of each run, for its loop to take.
 
     Returns why the runs must compute their own from now on, "" if they need not: memory ran out, or a layer of the base
@@ -198,7 +198,7 @@ def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
             for run, loop in zip(runs, loops, strict=True)
         ]
         parts = [loop.sharder(rows) for rows, loop in zip(prepared, loops, strict=True)]
-        losses = forward_backward_runs(
+        losses = forward_backward_packed_runs(
             [loop.model for loop in loops],
             [[move_batch_to_device(batch, loops[0].device) for batch in part["micro_batches"]] for part in parts],
             [loop.objective for loop in loops],
@@ -218,7 +218,7 @@ def _compute_gradients_together(runs: Sequence[RunInTurn]) -> str:
         loops[0].logger.say(f"the runs compute their gradients one after the other from now on: {reason}")
         return reason
     for run, loop, part, loss in zip(runs, loops, parts, losses, strict=True):
-        run.gradients = StepGradients(loss, loop.clip_gradients(), part["tokens"], part["targets"])
+        run.gradients = StepGradientStats(loss, loop.clip_gradients(), part["tokens"], part["targets"])
         # The loop counts the rest of its step itself.
         loop.state.train_seconds += (time.perf_counter() - started) / len(loops)
         loop.state.train_cpu_seconds += (time.process_time() - started_cpu) / len(loops)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.adapters.method_registry import config_class
+from ..core.adapters.method_registry import get_method_config_class
 from ..core.config import Recipe
 from ..core.config.recipe import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
@@ -26,11 +26,11 @@ from .candidates import ComparisonCandidate
 from .comparison_chart import write_search_chart
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
-from .experiment_output_dir import lock_output_dir
-from .experiment_results import RateSearch, RateTrial, TuneResult
+from .experiment_output_dir import lock_output_dir_and_write_settings
+from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
 from .run_grid import ComparisonGrid
-from .search import SettingsSearch, find_best_trial, run_search
-from .search_space import SettingRange, check_and_mark_ranges, format_setting_value, format_setting_values
+from .search import SettingsSearch, find_best_trial, run_settings_search
+from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges
 
 RATE = "train.learning_rate"
 RATE_FACTOR = 10.0
@@ -77,7 +77,7 @@ def run_tuning(
         settings = replace_recipe_values(tree, {**values, "output_dir": str(run.absolute())})
         return Recipe.from_dict(settings, "--over")
 
-    ranges = check_and_mark_ranges(ranges, build)
+    ranges = validate_and_mark_integer_ranges(ranges, build)
     if recipe.data.validation is None and recipe.data.validation_fraction == 0:
         raise UsageError("there are no validation rows to search on", "data.validation or data.validation_fraction")
     if recipe.train.max_steps is not None and any(r.path == "train.epochs" for r in ranges):
@@ -113,8 +113,11 @@ def run_tuning(
     filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = SettingsSearch(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
-    with lock_output_dir(output_dir, settings, "search"), make_executor(place, output_dir) as executor:
-        found = run_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
+    with (
+        lock_output_dir_and_write_settings(output_dir, settings, "search"),
+        make_executor(place, output_dir) as executor,
+    ):
+        found = run_settings_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]
         best_file = output_dir / "best.yaml"
@@ -140,7 +143,7 @@ def run_tuning(
 
 def search_learning_rate(
     grid: ComparisonGrid, candidate: ComparisonCandidate, log: Callable[[str], None], executor: Executor
-) -> RateSearch:
+) -> LearningRateSearch:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
     Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
@@ -155,17 +158,17 @@ def search_learning_rate(
     rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
     search = SettingsSearch(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
-    trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
+    trials = run_settings_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
-    tried = [RateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]
-    return RateSearch(rate=best, at_the_edge=rates.is_edge(best), trials=tried)
+    tried = [LearningRateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]
+    return LearningRateSearch(rate=best, at_the_edge=rates.is_edge(best), trials=tried)
 
 
 def _read_setting(recipe: Recipe, path: str) -> Any:
     """Return the value of a setting in a recipe, None if it has none; a method's short names are known."""
     section, _, name = path.partition(".")
     if section == "method":
-        name = config_class(recipe.method.name).short_names.get(name, name)
+        name = get_method_config_class(recipe.method.name).short_names.get(name, name)
     return parse_json(to_json(recipe.to_dict().get(section, {}).get(name)))
 
 

@@ -122,7 +122,7 @@ class MergeComparison:
 
 
 @dataclass(frozen=True)
-class MergedFacts:
+class MergedExportFacts:
     """What the manifest of a merged folder says beside the run."""
 
     comparison: MergeComparison = field(metadata=INLINE)

@@ -32,7 +32,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     factors, other = collect_low_rank_factors(model, adapter)
     replicated = bool(getattr(config, "layer_replication", None))
     on_published_base = on_published_base and not replicated  # the published one has fewer layers
-    can_be_lora = on_published_base and not lora_incompatibilities(config)
+    can_be_lora = on_published_base and not list_vllm_lora_incompatibilities(config)
     merged = (
         config.mergeable
         and not replicated
@@ -42,7 +42,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     return ExportSupport(
         merged=merged,
         gguf=on_published_base and bool(factors) and not other,
-        vllm=can_be_lora and not kinds & {"conv", "weight"} and not plain_lora_incompatibilities(config),
+        vllm=can_be_lora and not kinds & {"conv", "weight"} and not list_vllm_plain_lora_incompatibilities(config),
         as_lora=can_be_lora and merged and bool(kinds) and kinds <= {"linear", "embedding"},
     )
 
@@ -67,7 +67,7 @@ def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict
     return factors, other
 
 
-def lora_incompatibilities(config: Any) -> list[str]:
+def list_vllm_lora_incompatibilities(config: Any) -> list[str]:
     """Return the parts of an adapter that no LoRA can express in vLLM, one clause each."""
     given = {name: getattr(config, name, None) for name in _NOT_IN_VLLM}
     reasons = [f"{n} is {value!r}: {_NOT_IN_VLLM[n]}" for n, value in given.items() if value and value != "none"]
@@ -76,9 +76,9 @@ def lora_incompatibilities(config: Any) -> list[str]:
     return reasons
 
 
-def plain_lora_incompatibilities(config: Any) -> list[str]:
+def list_vllm_plain_lora_incompatibilities(config: Any) -> list[str]:
     """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
-    if not config.ships_as_lora:
+    if not config.uses_lora_file_format:
         return [f"its method is {config.name}, and vLLM only loads LoRA"]
     if parameters := [p for p in config.target_parameters or [] if not p.endswith(".weight")]:
         return [f"target_parameters is {parameters}: vLLM reads a LoRA on experts for some architectures only"]

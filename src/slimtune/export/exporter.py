@@ -18,7 +18,7 @@ from .export_format import ExportJob, make_export_format
 from .export_results import EngineVerdict, ExportResult
 from .manifest import write_export_manifest
 from .merge import load_run_for_export
-from .verify import ExportVerifier, describe_16_bit_base
+from .verify import ExportVerifier, describe_16_bit_serving_effect
 
 NOT_ASKED = "the check was left out (--no-verify); `slimtune verify FOLDER` makes it later"
 
@@ -38,7 +38,7 @@ def export(
 
     Args:
         run: a run folder, or an adapter folder.
-        target: the name of a format: gguf, ollama, vllm.
+        target: the name of a format: one of `list_export_targets`.
         out: folder to write; it does not exist yet, or is empty.
         options: of the format by name, the fields of its class; None is as if not given.
         verify: compare the engine with the trained adapter, and write nothing if they differ.
@@ -80,7 +80,7 @@ def export(
                 verifier = ExportVerifier(loaded, run, Path(temporary), threads=threads, log=log)
                 verdict = chosen.verify_folder(verifier, folder, written.facts)
         elif not chosen.is_merged and loaded.base.quantization is not None:
-            notes = [*notes, describe_16_bit_base(loaded, run)]
+            notes = [*notes, describe_16_bit_serving_effect(loaded, run)]
         if verdict.passed is False:
             message = f"{verdict.engine} differs from the trained adapter: {verdict.reason}"
             raise RunError(message, verdict.limit, chosen.hint_if_different(), code="merge-differs")

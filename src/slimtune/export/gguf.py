@@ -307,7 +307,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     writer.close()
 
 
-class LlamaCppToolError(RunError):
+class ToolError(RunError):
     """A program of llama.cpp failed: nothing is known about what it should have made."""
 
 
@@ -318,7 +318,7 @@ def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None
 
 
 @contextmanager
-def quantize_afterwards(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
+def quantize_gguf_on_exit(file: Path, precision: str) -> Iterator[tuple[Path, str]]:
     """Yield the GGUF to write and in which of `PRECISIONS`; llama.cpp's `llama-quantize` then makes any other."""
     if precision in PRECISIONS:
         yield file, precision
@@ -361,6 +361,4 @@ def _run_tool(command: Sequence[str]) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
         name = next(Path(word).name for word in command if word != sys.executable)
-        raise LlamaCppToolError(
-            f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
-        )
+        raise ToolError(f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows")

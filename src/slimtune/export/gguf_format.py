@@ -97,13 +97,13 @@ class GgufFormat(ExportFormat):
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write adapter.gguf or model.gguf."""
-        from .gguf import quantize_afterwards, write_adapter_gguf
+        from .gguf import quantize_gguf_on_exit, write_adapter_gguf
         from .merge import write_merged_gguf
 
         model: Any = job.loaded.model
         if self.merged:
             file, precision = job.folder / MODEL_GGUF, self.precision or "f16"
-            with quantize_afterwards(file, precision) as (whole, written):
+            with quantize_gguf_on_exit(file, precision) as (whole, written):
                 write_merged_gguf(job.loaded, job.run, whole, written)
             chat = shlex.join(["llama-cli", "-m", str(job.out / MODEL_GGUF)])
             return WrittenExport(GgufExportFacts(precision=precision), [chat, *_list_serve_commands(model, job.run)])
@@ -120,11 +120,11 @@ class GgufFormat(ExportFormat):
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the GGUF in llama.cpp with the trained adapter."""
-        from .verify import get_conversion_tolerance
+        from .verify import get_lora_conversion_tolerance
 
         adapter, model, precision = folder / ADAPTER_GGUF, folder / MODEL_GGUF, facts.precision
         if adapter.is_file():
-            tolerance = get_conversion_tolerance(facts)
+            tolerance = get_lora_conversion_tolerance(facts)
             served_base = getattr(facts, "ollama_base", None)
             return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
         if not model.is_file():

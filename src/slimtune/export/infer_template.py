@@ -48,11 +48,11 @@ Strip = tuple[str, str]
 """Characters stripped from the left and from the right of a content."""
 
 
-class UnsupportedTemplate(Exception):
+class UnsupportedChatTemplate(Exception):
     """The chat template does not have the form described above; the message says where."""
 
 
-class JinjaTemplate:
+class JinjaChatTemplate:
     """A tokenizer's chat template, rendered to text; `cut_bos` where the engine adds the first token."""
 
     def __init__(self, tokenizer: Any, cut_bos: bool) -> None:
@@ -77,7 +77,7 @@ class JinjaTemplate:
         if self.writes_bos is None:
             self.writes_bos = has_bos
         if self.writes_bos is not has_bos:
-            raise UnsupportedTemplate(f"the chat template writes {self.bos} before some conversations only")
+            raise UnsupportedChatTemplate(f"the chat template writes {self.bos} before some conversations only")
         return text.removeprefix(self.bos)
 
 
@@ -117,7 +117,7 @@ class InferredChatFormat:
         for message in messages:
             role, is_last = message["role"], message is messages[-1]
             if role == "system" and self.system == "refused":
-                raise UnsupportedTemplate("the chat template refuses system messages")
+                raise UnsupportedChatTemplate("the chat template refuses system messages")
             if role == "system" and self.system != "in order":
                 continue
             with_system = role == "user" and is_last and self.system == "last" and bool(system)
@@ -141,11 +141,11 @@ def make_probe_messages(shape: str, contents: Sequence[str]) -> Messages:
     return [{"role": ROLES[r], "content": c} for r, c in zip(shape, contents, strict=True)]
 
 
-def infer_chat_format(template: JinjaTemplate) -> InferredChatFormat:
+def infer_chat_format(template: JinjaChatTemplate) -> InferredChatFormat:
     """Infer a chat template's form, and check it on conversations that it was not inferred from.
 
     Raises:
-        UnsupportedTemplate: it has another form.
+        UnsupportedChatTemplate: it has another form.
         TemplateError: it refuses a conversation that Ollama can send.
     """
     gaps: dict[Neighbours, str] = {}  # texts between two contents: suffix and prefix together
@@ -158,14 +158,16 @@ def infer_chat_format(template: JinjaTemplate) -> InferredChatFormat:
         _observe(template, shape, gaps, strips, in_order=system == "in order")
     for shape in OPTIONAL_SHAPES if system == "in order" else ("au",):
         trial = dict(gaps), dict(strips)
-        with suppress(UnsupportedTemplate, TemplateError):
+        with suppress(UnsupportedChatTemplate, TemplateError):
             _observe(template, shape, *trial)
             gaps, strips = trial
     suffixes: dict[str, str] = {}
     for role, shape in (("system", "s"), ("user", "u"), ("assistant", "ua")):
         ends = [gap for (before, _), gap in gaps.items() if before == role]
         if shape != "s" or ("system", "prompt") in gaps:
-            with suppress(UnsupportedTemplate, TemplateError):  # some templates close a message only at the very end
+            with suppress(
+                UnsupportedChatTemplate, TemplateError
+            ):  # some templates close a message only at the very end
                 ends.append(_render_markers(template, shape, prompt=False)[2][-1])
         if ends:
             suffixes[role] = _common_beginning(ends, template.special_tokens)
@@ -177,11 +179,11 @@ def infer_chat_format(template: JinjaTemplate) -> InferredChatFormat:
         if expected != text:
             at = common_prefix_length(expected, text)
             here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in (expected, text))
-            raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
+            raise UnsupportedChatTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
 
 
-def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: InferredChatFormat) -> list[str]:
+def describe_ollama_differences(jinja_template: JinjaChatTemplate, inferred_format: InferredChatFormat) -> list[str]:
     """Return what the TEMPLATE does differently from the chat template, one sentence each."""
 
     def differs(shape: str, contents: Sequence[str], **variables: Any) -> bool:
@@ -190,7 +192,7 @@ def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: 
             return jinja_template.render(messages, **variables) != inferred_format.render(messages)
         except TemplateError:
             return False
-        except UnsupportedTemplate:
+        except UnsupportedChatTemplate:
             return True
 
     plain = _TEST_CONTENTS[0]
@@ -214,31 +216,31 @@ def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: 
 
 
 def _observe(
-    template: JinjaTemplate,
+    template: JinjaChatTemplate,
     shape: str,
     gaps: dict[Neighbours, str],
     strips: dict[Neighbours, Strip],
     in_order: bool = True,
 ) -> None:
-    """Add the gaps and the stripping of one conversation; UnsupportedTemplate if they contradict those of another."""
+    """Add the gaps and stripping of a conversation; UnsupportedChatTemplate if they contradict those of another."""
     text, order, texts = _render_markers(template, shape)
     if in_order and order != sorted(order):
-        raise UnsupportedTemplate("the chat template changes the order of messages")
+        raise UnsupportedChatTemplate("the chat template changes the order of messages")
     pairs = list(itertools.pairwise(["", *(ROLES[shape[i]] for i in order), "prompt"]))
     for pair, gap in zip(pairs, texts, strict=True):
         if gaps.setdefault(pair, gap) != gap:
             place = f"between {format_names(r or 'the beginning' for r in pair)}"
-            raise UnsupportedTemplate(f"the text {place} varies: {gaps[pair]!r} and {gap!r}")
+            raise UnsupportedChatTemplate(f"the text {place} varies: {gaps[pair]!r} and {gap!r}")
     for pair, i in zip(pairs, order, strict=False):
         role, strip = ROLES[shape[i]], _find_strip(text, _render_markers(template, shape, padded=i)[0], i)
         if strip is None:
-            raise UnsupportedTemplate(f"the chat template changes {role} messages that have whitespace around them")
+            raise UnsupportedChatTemplate(f"the chat template changes {role} messages that have whitespace around them")
         if strips.setdefault(pair, strip) != strip:
-            raise UnsupportedTemplate(f"whitespace around {role} messages is stripped in some places only")
+            raise UnsupportedChatTemplate(f"whitespace around {role} messages is stripped in some places only")
 
 
 def _render_markers(
-    template: JinjaTemplate, shape: str, prompt: bool = True, padded: int | None = None
+    template: JinjaChatTemplate, shape: str, prompt: bool = True, padded: int | None = None
 ) -> tuple[str, list[int], list[str]]:
     """Render a shape with markers as contents; the content at index `padded` gets whitespace around it.
 
@@ -250,18 +252,18 @@ def _render_markers(
     for role, marker in zip(shape, markers, strict=True):
         if (count := text.count(marker)) != 1:
             how = "more than once" if count else "not at all, or not as plain text"
-            raise UnsupportedTemplate(f"the chat template writes {ROLES[role]} messages {how}")
+            raise UnsupportedChatTemplate(f"the chat template writes {ROLES[role]} messages {how}")
     order = sorted(range(len(shape)), key=lambda i: text.index(markers[i]))
     return text, order, re.split("|".join(markers), text)
 
 
-def _find_system_place(template: JinjaTemplate) -> str:
+def _find_system_place(template: JinjaChatTemplate) -> str:
     try:
         _render_markers(template, "su")
         order = _render_markers(template, "suau")[1]
     except TemplateError:
         return "refused"
-    except UnsupportedTemplate:
+    except UnsupportedChatTemplate:
         return "left out"
     return "last" if order == [1, 2, 0, 3] else "in order"
 

@@ -32,7 +32,7 @@ from ..core.foundation.files import atomic_folder, read_json, require_disk_space
 from ..core.foundation.json_results import to_json_dict
 from ..core.models.base_config import load_checkpoint_config
 from ..core.models.dtype import pick_dtype
-from ..core.models.load_errors import silence_libraries
+from ..core.models.load_errors import silence_model_loading
 from ..core.models.loader import load_base
 from ..core.models.quantization import get_stored_quantization, remove_quantization_config
 from ..core.training.run_dir import ADAPTER_FILE, RunDir, find_adapter_folder
@@ -42,14 +42,14 @@ from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
 from ..generation.multi_run_loading import load_runs
-from ..planning.meta_model import build_meta_model
+from ..planning.meta_model import build_adapted_meta_model
 from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
 from .export_format import MERGED_FOLDER
-from .export_results import MergeComparison, MergedFacts, MergeResult
+from .export_results import MergeComparison, MergedExportFacts, MergeResult
 from .gptq_rounding import collect_rounding_inputs
 from .manifest import write_export_manifest
-from .merged_weights import LazyMergedStateDict, round_weight, save_merged_weights
+from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         (folder / "README.md").write_text(card, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        facts = MergedFacts(comparison, base.fingerprint, sha256)
+        facts = MergedExportFacts(comparison, base.fingerprint, sha256)
         write_export_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
     seconds = round(time.perf_counter() - start, 3)
@@ -170,7 +170,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
             )
         strength = 1 - mean / effect if effect else None
         comparison = MergeComparison(dtype_name(stored), largest, mean, effect, strength, len(texts))
-        facts = MergedFacts(comparison, loaded.base.fingerprint)
+        facts = MergedExportFacts(comparison, loaded.base.fingerprint)
         write_export_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
         written = sum(f.stat().st_size for f in folder.iterdir())
     seconds = round(time.perf_counter() - start, 3)
@@ -212,7 +212,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
             m.quantization is None and get_stored_quantization(config) is None
         ):  # a quantized base stays quantized in memory
             stored = dtype_name(config.dtype or torch.float32)
-    if stored in (None, dtype) or _is_small(build_meta_model(config, None, torch.float32)):
+    if stored in (None, dtype) or _is_small(build_adapted_meta_model(config, None, torch.float32)):
         yield load_run(run, dtype=dtype, device="cpu")
         return
     loaded = load_run(run, dtype=stored, device="cpu")
@@ -278,7 +278,7 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
     try:
         for name in inputs.keys() & model.adapted_layers().keys():
             weight = model.get_submodule(name).weight
-            rounded = round_weight(model, f"{name}.weight", weight.detach(), STORED_DTYPES[precision], inputs)
+            rounded = round_merged_weight(model, f"{name}.weight", weight.detach(), STORED_DTYPES[precision], inputs)
             weight.data = rounded.to(weight.dtype)
         gguf.write_gguf_from_template(Path(source.path), model, file, precision)
     finally:
@@ -288,7 +288,7 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
 def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") -> None:
     """Write the base an adapter was trained on as one GGUF."""
     source, base = loaded.base.source, loaded.base
-    with gguf.quantize_afterwards(file, precision) as (whole, written):
+    with gguf.quantize_gguf_on_exit(file, precision) as (whole, written):
         if source.kind == "gguf":
             gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
             return
@@ -325,7 +325,7 @@ def _save_checkpoint(
             # Some checkpoints set a temperature without do_sample, which transformers refuses to save.
             log.warning("the base's generation settings have sampling parameters without do_sample: it is set")
             generation.do_sample = True
-    with silence_libraries():
+    with silence_model_loading():
         PreTrainedModel.save_pretrained(model, folder, state_dict={})  # transformers' own, not the adapter's
         for empty in folder.glob("*.safetensors"):
             empty.unlink()

@@ -14,7 +14,7 @@ from ..core.foundation.dtype_names import short_dtype_name
 from ..core.foundation.files import read_json
 from ..errors import ModelError, RunError, format_names
 from .export_format import LICENCE_FILES, MERGED_FOLDER, TOKENIZER_FILES, ExportFormat
-from .export_results import EngineVerdict, MergedFacts
+from .export_results import EngineVerdict, MergedExportFacts
 
 if TYPE_CHECKING:
     from ..generation.inference_engines import InferenceEngine
@@ -30,7 +30,7 @@ class MergedFormat(ExportFormat):
     """A Hugging Face checkpoint; `slimtune merge` writes it."""
 
     kind: ClassVar[str] = MERGED_FOLDER
-    facts: ClassVar[type] = MergedFacts
+    facts: ClassVar[type] = MergedExportFacts
     upload_kind: ClassVar[str] = "checkpoint"
     upload_marker: ClassVar[str] = r"config\.json"
     upload_files: ClassVar[str] = (

@@ -164,7 +164,7 @@ def save_merged_weights(
         for names in track_progress(groups, f"weights of {file}"):
             # No variable for these: it would keep one layer in memory while the next file is computed.
             tensors |= revert_weight_conversion(
-                model, {n: round_weight(model, n, weights[n], outline[n].dtype, inputs or {}) for n in names}
+                model, {n: round_merged_weight(model, n, weights[n], outline[n].dtype, inputs or {}) for n in names}
             )
         save_file({n: t.contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(tensors, file)
@@ -193,7 +193,9 @@ def _group_names(model: Any, outline: dict[str, Tensor]) -> list[list[str]]:
     return list(groups.values()) if by_layer == convert(list(outline)) else [list(outline)]
 
 
-def round_weight(model: Any, name: str, weight: Tensor, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Tensor:
+def round_merged_weight(
+    model: Any, name: str, weight: Tensor, dtype: torch.dtype, inputs: Mapping[str, Tensor]
+) -> Tensor:
     """Round a parameter to `dtype`, with the inputs of its layer if they are known; AdapterError if it is too large."""
     nearest, (module, _, leaf) = weight.to(dtype), name.rpartition(".")
     if weight.dtype != dtype and dtype.is_floating_point and not torch.isfinite(nearest).all():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.models.base_config import get_max_positions
-from ..core.models.load_errors import translate_load_errors
+from ..core.models.load_errors import silence_and_translate_load_errors
 from ..errors import UsageError, format_names
 from ..extras.gguf_loading import import_gguf
 from ..extras.installed_programs import find_ollama_version
@@ -37,7 +37,7 @@ _MODEL_NAME = re.compile(  # host, namespace, model, tag
 
 
 @dataclass(frozen=True)
-class WrittenModelfile:
+class ModelfileContent:
     """What a Modelfile says."""
 
     commands: list[str]  # that build and start the model
@@ -59,7 +59,7 @@ def write_modelfile(
     max_seq_len: int | None = None,
     num_ctx: int | None = None,
     out: Path | None = None,
-) -> WrittenModelfile:
+) -> ModelfileContent:
     """Write `Modelfile` into an export folder.
 
     Args:
@@ -115,7 +115,7 @@ def write_modelfile(
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
     modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
-    return WrittenModelfile(commands, converted.template, stops, window, notes)
+    return ModelfileContent(commands, converted.template, stops, window, notes)
 
 
 def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
@@ -125,10 +125,10 @@ def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
     """
     if base.is_dir():
         file = base / "tokenizer_config.json"
-        with translate_load_errors(str(base), "model folder"):
+        with silence_and_translate_load_errors(str(base), "model folder"):
             return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") is True
     gguf = import_gguf()
-    with translate_load_errors(str(base), "GGUF file"):
+    with silence_and_translate_load_errors(str(base), "GGUF file"):
         setting = gguf.GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
         if setting is not None:
             return bool(setting.contents())

@@ -23,9 +23,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from .infer_template import (
     DATE_MARKERS,
     InferredChatFormat,
-    JinjaTemplate,
+    JinjaChatTemplate,
     Strip,
-    UnsupportedTemplate,
+    UnsupportedChatTemplate,
     describe_ollama_differences,
     infer_chat_format,
 )
@@ -50,10 +50,10 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> OllamaTemplate:
     `adds_bos`: Ollama itself puts the beginning-of-sequence token before the text, so the TEMPLATE leaves it out.
     """
     try:
-        template = JinjaTemplate(tokenizer, adds_bos)
+        template = JinjaChatTemplate(tokenizer, adds_bos)
         chat = infer_chat_format(template)
         text = _format_go_template(chat)
-    except UnsupportedTemplate as error:
+    except UnsupportedChatTemplate as error:
         reason = str(error)
     except TemplateSyntaxError as error:
         reason = f"the chat template is not valid Jinja ({error})"
@@ -182,5 +182,5 @@ def _write_date(style: str) -> str:
             chain = "{{ else ".join(f'if eq $month "{m:02}" }}}}{name}' for m, name in enumerate(names, 1))
             out += f"{{{{ $month := slice currentDate 5 7 }}}}{{{{ {chain}{{{{ end }}}}"
         else:
-            raise UnsupportedTemplate(f"the chat template writes the date as {style!r}, which Ollama cannot")
+            raise UnsupportedChatTemplate(f"the chat template writes the date as {style!r}, which Ollama cannot")
     return out

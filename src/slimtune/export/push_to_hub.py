@@ -29,7 +29,7 @@ from ..evaluation.run_results import RunResults, load_run_results
 from ..extras import model_card
 from ..extras.hub_commits import HubCommitResult, commit_files, require_no_tokens, require_repo_id
 from ..extras.model_card import CARD_FILE, strip_local_paths
-from ..planning.meta_model import build_meta_model
+from ..planning.meta_model import build_adapted_meta_model
 from .base_model_info import BaseModelInfo, fetch_base_model_info
 from .export_format import EXPORT_FORMATS, LICENCE_FILES, TOKENIZER_FILES
 from .export_results import PushContents, PushedCommit, PushPreview, PushResult
@@ -152,7 +152,7 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
         return HubUpload(chosen.upload_kind, run, files, message, notes=notes)
     if manifest := read_export_manifest(run):
         raise UsageError(
-            f"{run} is an export for {manifest.kind} without weights: {format_names(names)}",
+            f"{run} is an export for {manifest.kind}, which is not uploaded: {format_names(names)}",
             "a run, an adapter, a merged model or GGUF files",
             f"push the run it was made from: {manifest.run}",
         )
@@ -242,7 +242,7 @@ def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunRe
     elif config.task_type not in (None, "CAUSAL_LM"):
         return [f"the adapter is for {config.task_type}: its file was read, but not loaded into its base"]
     try:
-        base = build_meta_model(load_checkpoint_config(name, **options), None, torch.float32)
+        base = build_adapted_meta_model(load_checkpoint_config(name, **options), None, torch.float32)
     except (SlimtuneError, ValueError, OSError) as e:
         return [f"the adapter's file was read, but not loaded into its base, which is missing here: {type(e).__name__}"]
     PeftModel.from_pretrained(base, folder, config=config)

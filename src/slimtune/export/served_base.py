@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.foundation.files import read_json
 from ..core.foundation.fingerprint import get_hashed_config_facts
 from ..core.models.base_config import load_base_config
-from ..core.models.load_errors import translate_load_errors
+from ..core.models.load_errors import silence_and_translate_load_errors
 from ..errors import SlimtuneError, UsageError
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
 from .gguf import convert_to_llama_cpp_tensors, get_gguf_architecture, make_gguf_name_mapper
@@ -50,7 +50,7 @@ def require_matching_base(name: str, path: Path | None, loaded: Any) -> ServedBa
     Raises:
         UsageError: it is another base.
     """
-    comparison = Comparison(name, loaded)
+    comparison = ServedBaseComparison(name, loaded)
     path = _find_ollama_file(name) if path is None else path
     if path is None:
         return ServedBase(unproven=_check_name(comparison))
@@ -88,7 +88,7 @@ def _find_ollama_file(name: str) -> Path | None:
     return None
 
 
-def _check_name(comparison: "Comparison") -> str:
+def _check_name(comparison: "ServedBaseComparison") -> str:
     """Return why a name proves nothing; UsageError if it is known to name another base."""
     name = comparison.name
     try:
@@ -103,10 +103,10 @@ def _check_name(comparison: "Comparison") -> str:
     return f"{name} has the family and size of the base, but its weights were not compared with it"
 
 
-def _check_gguf(file: Path, comparison: "Comparison") -> None:
+def _check_gguf(file: Path, comparison: "ServedBaseComparison") -> None:
     """Compare a GGUF file's architecture, shapes and values with the base; raise UsageError if they differ."""
     gguf, config = import_gguf(), comparison.loaded.base.model.config
-    with translate_load_errors(comparison.name, "GGUF file"):
+    with silence_and_translate_load_errors(comparison.name, "GGUF file"):
         reader = open_gguf_reader(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
@@ -126,9 +126,9 @@ def _check_gguf(file: Path, comparison: "Comparison") -> None:
         raise comparison.make_error(f"it has {extra[0]}, too", "only the tensors of the base")
 
 
-def _check_folder(folder: Path, comparison: "Comparison") -> None:
+def _check_folder(folder: Path, comparison: "ServedBaseComparison") -> None:
     """Compare a Hugging Face folder's tensors with the base; raise UsageError if they differ."""
-    with translate_load_errors(comparison.name, "model folder"), contextlib.ExitStack() as stack:
+    with silence_and_translate_load_errors(comparison.name, "model folder"), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
         files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
         for name, weight in LazyMergedStateDict(comparison.loaded.model, adapters=()).items():
@@ -139,7 +139,7 @@ def _check_folder(folder: Path, comparison: "Comparison") -> None:
     comparison.check_norms()
 
 
-class Comparison:
+class ServedBaseComparison:
     """Compares the tensors of a served base, by the name that the user gave, with those of the base of the training."""
 
     def __init__(self, name: str, loaded: Any) -> None:

@@ -37,7 +37,7 @@ from .expected_logps import (
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
-from .gguf import LlamaCppToolError
+from .gguf import ToolError
 from .manifest import ExportManifest, read_export_manifest
 from .ollama import find_local_base
 from .served_base import ServedBase, read_gguf_precision, require_matching_base
@@ -166,7 +166,9 @@ class ExportVerifier:
         """Return the verdict of an adapter; it is not proven if the base that is served is not quantized as trained."""
         if self.loaded.base.quantization is None or not verdict.passed:
             return verdict
-        return replace(verdict, passed=None, reason=describe_16_bit_base(self.loaded, self.run, self.reference))
+        return replace(
+            verdict, passed=None, reason=describe_16_bit_serving_effect(self.loaded, self.run, self.reference)
+        )
 
     def verify_engine(
         self,
@@ -188,7 +190,7 @@ class ExportVerifier:
                 return compare_engine_with_adapter(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
-            if isinstance(error, LlamaCppToolError):
+            if isinstance(error, ToolError):
                 return EngineVerdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
@@ -235,7 +237,7 @@ class ExportVerifier:
         return LlamaCppInferenceEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
-def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: AdapterReference | None = None) -> str:
+def describe_16_bit_serving_effect(loaded: TrainedModel, run: Path, reference: AdapterReference | None = None) -> str:
     """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
 
     There it is added to W instead of the dequantized W_q. With a reference it is measured how far that moves answers.
@@ -253,7 +255,7 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: AdapterRefe
     )
 
 
-def get_conversion_tolerance(facts: Any) -> EngineTolerance | None:
+def get_lora_conversion_tolerance(facts: Any) -> EngineTolerance | None:
     """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known; None for others.
 
     `facts` are those of its manifest.

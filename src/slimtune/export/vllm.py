@@ -28,11 +28,16 @@ from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..extras.gguf_loading import convert_to_hf_folder
-from ..extras.lora_conversion import make_lora_rank_fields
+from ..extras.lora_conversion import make_lora_config_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_lora_rules
 from .export_format import LoraConversion, WrittenExport
-from .export_support import Factors, get_export_support, lora_incompatibilities, plain_lora_incompatibilities
+from .export_support import (
+    Factors,
+    get_export_support,
+    list_vllm_lora_incompatibilities,
+    list_vllm_plain_lora_incompatibilities,
+)
 from .vllm_format import VllmExportFacts
 
 SCRIPT, TEMPLATE = "serve.sh", "chat_template.jinja"
@@ -49,8 +54,8 @@ def round_up_max_lora_rank(rank: int) -> int:
 def is_served_unchanged_by_vllm(config: Any) -> bool:
     """Return whether every vLLM release reads an adapter file with this config correctly, as it is."""
     return not (
-        lora_incompatibilities(config)
-        or plain_lora_incompatibilities(config)
+        list_vllm_lora_incompatibilities(config)
+        or list_vllm_plain_lora_incompatibilities(config)
         or config.rank_pattern
         or config.alpha_pattern
         or is_init_subtracted_from_base(config.init_lora_weights)
@@ -62,7 +67,7 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
     config, rules = model.peft_config[adapter], load_vllm_lora_rules()
     modules = model.adapter_modules(adapter)
-    fixed, form = lora_incompatibilities(config), plain_lora_incompatibilities(config)
+    fixed, form = list_vllm_lora_incompatibilities(config), list_vllm_plain_lora_incompatibilities(config)
     if not form:
         rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
         twice = ", twice the config's because its start is subtracted"
@@ -192,10 +197,10 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
             A, B = A.float(), (B.double() * scale).float()
         tensors[f"base_model.model.{module}.{a}"] = A.detach().contiguous()
         tensors[f"base_model.model.{module}.{b}"] = B.detach().contiguous()
-    settings = {k: v for k, v in config.to_dict().items() if k not in config.extension_fields}
+    settings = {k: v for k, v in config.to_dict().items() if k not in config.fields_not_in_peft}
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
-        settings |= make_lora_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
+        settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)
     metadata = adapter_files.get_adapter_file_content(model, adapter)[1]
     write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors(tensors, metadata))

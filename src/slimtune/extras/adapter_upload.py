@@ -17,7 +17,7 @@ from .model_card import CARD_FILE, get_public_base_id, render_default_card, stri
 log = logging.getLogger(__name__)
 
 
-class AdapterUpload(PeftModel):
+class AdapterUploadMixin(PeftModel):
     """Mixed into adapted models: `push_to_hub`."""
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:

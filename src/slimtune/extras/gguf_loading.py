@@ -37,7 +37,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..core.foundation.files import atomic_folder
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import read_config_file
-from ..core.models.load_errors import silence_libraries, translate_load_errors
+from ..core.models.load_errors import silence_and_translate_load_errors, silence_model_loading
 from ..core.models.quantization import remove_quantization_config
 from ..errors import ModelError, RunError, format_names
 
@@ -121,7 +121,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         if _is_complete(folder):
             return read_config_file(folder / "config.json")
     open_checked_gguf_reader(path)
-    with translate_load_errors(str(path)):
+    with silence_and_translate_load_errors(str(path)):
         return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
 
 
@@ -148,7 +148,7 @@ def open_checked_gguf_reader(path: Path) -> Any:
     transformers takes a number of the metadata as it is: one of 2^31 layers would be built, and what is missing gets
     the value of another model. Raise ModelError for a file that contradicts itself, is cut, or lacks a fact.
     """
-    with translate_load_errors(str(path), "GGUF file"):
+    with silence_and_translate_load_errors(str(path), "GGUF file"):
         reader = open_gguf_reader(path)
         values = {name: f.contents() for name, f in reader.fields.items() if name != "tokenizer.ggml.merges"}
     if problem := _find_contradiction(values, reader):
@@ -231,7 +231,7 @@ def _write_folder(path: Path, folder: Path, digest: str) -> None:
     model, tokenizer = _load(path)
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
     with atomic_folder(folder, needed, "set SLIMTUNE_CACHE to a folder on another disk") as temporary:
-        with silence_libraries():
+        with silence_model_loading():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
@@ -260,7 +260,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     reader = open_checked_gguf_reader(path)  # first: it notices an incomplete file before the slow part
-    with translate_load_errors(str(path), "GGUF file"):
+    with silence_and_translate_load_errors(str(path), "GGUF file"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
         )

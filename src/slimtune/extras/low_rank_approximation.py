@@ -48,7 +48,7 @@ def nearest_low_rank(
     return LowRankApproximation(A, B, float(S[r:].double().square().sum()), total)
 
 
-def weighted_sum(
+def combine_weighted_updates(
     parts: Sequence[Tensor], weights: Sequence[float], kind: str = "linear", density: float = 1, sign_by: str = "total"
 ) -> Tensor:
     """Return `Σ w_i p_i`, optionally of pruned matrices; see `extras/lora_conversion.py`.

@@ -102,7 +102,7 @@ def _validate_tool_call(call: Any, name: str) -> ToolCall:
         arguments = parse_json_cell(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
         raise RowError(f"{name}.arguments is not an object but {get_json_type_name(arguments)}", "bad-tool-call")
-    require_limited_depth(arguments, f"{name}.arguments")
+    require_limited_json_depth(arguments, f"{name}.arguments")
     valid = ToolCall(type="function", function={"name": function["name"], "arguments": arguments})
     if call.get("id") is not None:
         valid["id"] = require_text(call["id"], f"{name}.id")
@@ -174,7 +174,7 @@ def decode_strict_json(text: str) -> Any:
     return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
 
 
-def require_limited_depth(value: Any, name: str) -> None:
+def require_limited_json_depth(value: Any, name: str) -> None:
     """Raise RowError if lists and objects are nested so deep that a template or another process could not take them."""
     level = [value]
     for _ in range(MAX_DEPTH):

@@ -29,7 +29,7 @@ from ..core.kernels.linear_layers import get_layer_kind
 from ..errors import MixedBatchError, UsageError, format_names, nearest
 
 
-class MixedBatchCalls(PeftModel):
+class MixedBatchCallsMixin(PeftModel):
     """Mixed into adapted models: calls with `adapter_names`."""
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ class _MixedBatchRunner:
 
         `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        groups = list_equal_group_adapters(self._expand_row_adapters(x.shape[0]))
+        groups = list_adapters_of_equal_row_groups(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
             return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]
@@ -252,7 +252,7 @@ def make_checkpointing_keep_row_adapters(model: PeftModel) -> None:
             module._gradient_checkpointing_func = _CheckpointSelection(checkpoint, model.adapter_state.active_state)  # type: ignore[assignment]
 
 
-def list_equal_group_adapters(row_adapters: Sequence[str]) -> list[str]:
+def list_adapters_of_equal_row_groups(row_adapters: Sequence[str]) -> list[str]:
     """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
     one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
     size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))

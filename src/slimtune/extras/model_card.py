@@ -19,8 +19,6 @@ from ..core.foundation.json_results import JsonObject
 
 CARD_FILE = "README.md"
 SAVED_MARKER = "<!-- Written by slimtune with the adapter. Uploading replaces it, unless you delete this line. -->"
-NOT_IN_PEFT = frozenset({"bitfit", "bottleneck", "full"})
-"""Built-in methods that PEFT does not have."""
 _NOT_SETTINGS = ("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision")
 
 
@@ -84,7 +82,7 @@ def render_model_card(data: ModelCardData, config: PeftConfig, **values: Any) ->
         "front": data.to_yaml().rstrip(),
         "config": config,
         "settings": json.dumps(settings, indent=2, sort_keys=True, allow_nan=False, default=str),
-        "peft_supports": config.name in METHODS.built_in_names() and config.name not in NOT_IN_PEFT,
+        "peft_supports": config.name in METHODS.built_in_names() and config.exists_in_peft,
         **values,
     }
     return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")

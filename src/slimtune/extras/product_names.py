@@ -13,7 +13,7 @@ LIKE = 0.75
 """Similarity of two words from which one is a typing error of the other."""
 
 
-def name_tokens(name: str) -> tuple[str, ...]:
+def tokenize_product_name(name: str) -> tuple[str, ...]:
     """Return the words and numbers of a name, in lower case."""
     return tuple(re.findall(r"[a-z]+|\d+(?:\.\d+)?", name.lower()))
 
@@ -38,14 +38,14 @@ def suggest_similar_name(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close!r}?" if close is not None else ""
 
 
-def list_same_family(name: str, known: Iterable[str]) -> list[str]:
+def list_same_family_names(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names that begin with the same word, such as every Gemma for `gemma-3-27b`."""
-    first = name_tokens(name)[:1]
-    return [other for other in known if first and _alike(first[0], name_tokens(other)[0])]
+    first = tokenize_product_name(name)[:1]
+    return [other for other in known if first and _alike(first[0], tokenize_product_name(other)[0])]
 
 
 def _split(name: str) -> tuple[list[str], list[str]]:
-    tokens = [t for t in name_tokens(name) if t not in VENDOR_WORDS]
+    tokens = [t for t in tokenize_product_name(name) if t not in VENDOR_WORDS]
     return [t for t in tokens if not t[0].isdigit()], [t for t in tokens if t[0].isdigit()]
 
 

@@ -21,7 +21,7 @@ def load_row_formats() -> dict[str, RowFormat]:
     return ROW_FORMATS.load_all()
 
 
-def parse_record(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
+def parse_record_as_row(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
     """Return a record as a row of a format, or what is wrong with it."""
     try:
         known = load_row_formats()[format]
@@ -51,7 +51,7 @@ COLUMN_MEANINGS = {
 
 
 @dataclass(frozen=True)
-class ColumnChoice:
+class ColumnMapping:
     """How the columns of a file are read: renamed (role → column) and left out (a column, or `messages.key`)."""
 
     columns: Mapping[str, str]
@@ -67,7 +67,7 @@ class ColumnChoice:
         for name in self.ignored:
             column, dot, key = name.partition(".")
             if dot and column in chosen:
-                with contextlib.suppress(RowError):  # `parse_record` says it
+                with contextlib.suppress(RowError):  # `parse_record_as_row` says it
                     chosen[column] = [_drop_key(turn, key) for turn in require_list(chosen[column], column)]
         return chosen
 
@@ -112,7 +112,7 @@ def validate_format_options(format: str | None, columns: Mapping[str, str]) -> N
             raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
-def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, format: str | None = None) -> str:
+def detect_row_format(path: Path, records: Iterable[Record], choice: ColumnMapping, format: str | None = None) -> str:
     """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
     Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, or several do.
@@ -177,7 +177,7 @@ def _suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, s
 
 def _is_rendering(record: Record, format: str) -> bool:
     """Return whether the `text` of a record contains every text of its row in another format."""
-    row, text = parse_record(record, format, 1), record.get("text")
+    row, text = parse_record_as_row(record, format, 1), record.get("text")
     if isinstance(row, InvalidRow) or not isinstance(text, str):
         return False
     texts = [row.prompt or "", row.completion or "", *(m["content"] for m in row.messages)]

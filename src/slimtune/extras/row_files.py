@@ -26,11 +26,11 @@ from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import shorten_text
 from ..errors import DataError, UsageError, format_names, nearest
 from .row_columns import (
-    ColumnChoice,
+    ColumnMapping,
     describe_missing_column_effect,
-    detect_format,
+    detect_row_format,
     load_row_formats,
-    parse_record,
+    parse_record_as_row,
     validate_format_options,
 )
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
@@ -63,7 +63,7 @@ class RowFile(RowSource):
     Its properties are known after an iteration.
     """
 
-    def __init__(self, path: Path, format: str, choice: ColumnChoice, parts: list[Part], given: bool) -> None:
+    def __init__(self, path: Path, format: str, choice: ColumnMapping, parts: list[Part], given: bool) -> None:
         self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
         self.ignored_columns = sorted(choice.ignored)
         self._has_text = _is_text_file(Path(parts[0][0] or path))
@@ -98,7 +98,7 @@ class RowFile(RowSource):
                         if not column.rows:
                             column.line, column.file = line, file
                         column.rows += 1
-                yield parse_record(self._choice.apply(record), self.format, line, file)
+                yield parse_record_as_row(self._choice.apply(record), self.format, line, file)
 
     @property
     def columns(self) -> list[str]:
@@ -187,7 +187,7 @@ def open_rows(
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
-    path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
+    path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
     validate_format_options(format, choice.columns)
     parts = find_data_files(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
@@ -198,7 +198,7 @@ def open_rows(
     for file, read in parts:
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
-            formats.setdefault(detect_format(path / file if file else path, records, choice, format), file)
+            formats.setdefault(detect_row_format(path / file if file else path, records, choice, format), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")

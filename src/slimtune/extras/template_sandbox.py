@@ -52,7 +52,7 @@ _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 _work = threading.local()
 
 
-def render_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
+def render_sandboxed_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
     """Return the text of a chat template with these variables; `spans` gets the characters that it marks.
 
     Raises:

@@ -55,7 +55,7 @@ def make_base_and_tuned_models(trained: TrainedModel) -> dict[str, GenerationMod
 
 def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> GenerationModel:
     """Return the base (`BASE_ROW`) or an adapter of an adapted model, with its end tokens and context."""
-    ends = frozenset(find_end_tokens(getattr(model, "generation_config", None), tokenizer))
+    ends = frozenset(find_end_token_ids(getattr(model, "generation_config", None), tokenizer))
     context = get_max_positions(model.config)
     virtual_tokens = getattr(model.peft_config.get(adapter), "num_virtual_tokens", None) or 0
     return GenerationModel(adapter, tokenizer, ends, None if context is None else context - virtual_tokens)
@@ -86,7 +86,7 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end an answer for the checkpoint, the tokenizer or the chat template, sorted."""
     stated = getattr(generation_config, "eos_token_id", None)
     ends = {*(stated if isinstance(stated, list | tuple) else [stated]), tokenizer.eos_token_id}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..core.foundation.formatting import escape_controls
+from ..core.foundation.formatting import escape_control_characters
 from ..errors import ModelError, RunError
 
 
@@ -91,7 +91,7 @@ class JsonClient:
 
 def _read_error(error: urllib.error.HTTPError) -> str:
     """Return a server's own message, which is inside the JSON of its answer."""
-    text = escape_controls(error.read(1 << 16).decode(errors="replace"))
+    text = escape_control_characters(error.read(1 << 16).decode(errors="replace"))
     try:
         return _find_message(json.loads(text), text)
     except ValueError:

@@ -221,7 +221,7 @@ def fit_training_speed(
             works.append(partial(run_optimizer_step, model, optimizer, collator, rows))
             sizes.append((width, layers, list(lengths)))
     seconds = clock.medians(works)
-    factors = fit_nonnegative(terms, seconds)
+    factors = fit_nonnegative_factors(terms, seconds)
     steps = [
         MeasuredTrainingStep(
             *size, seconds=measured, fitted_seconds=sum(f * t for f, t in zip(factors, own, strict=True))
@@ -337,7 +337,7 @@ def fit_serving_speed(
         ]
         for precision, size, config, cached in runs
     ]
-    *by_precision, cached_byte_s, logit_s, token_s = factors = fit_nonnegative(features, seconds)
+    *by_precision, cached_byte_s, logit_s, token_s = factors = fit_nonnegative_factors(features, seconds)
     inverse, layers = by_precision[: len(precisions)], by_precision[len(precisions) :]
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
@@ -411,7 +411,7 @@ def _write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple
 # --- fits -------------------------------------------------------------------------------------------------------------
 
 
-def fit_nonnegative(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+def fit_nonnegative_factors(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Return the factors, none below 0, whose sum of features is nearest to the seconds, by relative error."""
     matrix = np.array(features) / np.array(seconds)[:, None]
     ones, best, least = np.ones(len(seconds)), np.zeros(matrix.shape[1]), np.inf

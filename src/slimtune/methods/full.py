@@ -27,6 +27,7 @@ class FullConfig(PeftConfig):
     """Full fine-tuning: trains a copy of every weight of the base. It has no settings of its own."""
 
     name: ClassVar = "full"
+    exists_in_peft: ClassVar = False
     learning_rate: ClassVar = 5e-5
     kinds: ClassVar = ()
     trains_every_weight: ClassVar = True

@@ -89,13 +89,13 @@ class Classification(Objective):
         return max(sum(e["label_weight"] for e in examples), 1e-12)
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
-        return label_losses(values, batch).sum() / num_items
+        return compute_label_losses(values, batch).sum() / num_items
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return loss, weight, and whether the prediction is right, for each row; all classes have to be right."""
         import torch
 
-        losses, labels = label_losses(values, batch).double(), batch["label"]
+        losses, labels = compute_label_losses(values, batch).double(), batch["label"]
         if labels.dim() == 2:
             right = ((values > 0) == (labels > 0)).all(1)
             return torch.stack([losses.sum(1), torch.full_like(losses[:, 0], labels.shape[1]), right.double()], 1)
@@ -121,7 +121,7 @@ class Classification(Objective):
         return {name: float(self.class_weights.get(name, 1.0)) for name in counts}
 
 
-def label_losses(values: Tensor, batch: Batch) -> Tensor:
+def compute_label_losses(values: Tensor, batch: Batch) -> Tensor:
     """Return the weighted loss of each row [N], or of each of its classes [N, C], from logits [N, C]."""
     import torch
     import torch.nn.functional as F

@@ -15,10 +15,10 @@ from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
 from ..core.foundation.files import translate_os_errors, write_atomic
 from ..core.training.loss import score_row_logps
-from ..core.training.oom_recovery import OomRecovery, make_failure_check
+from ..core.training.oom_recovery import OomRecovery, make_peer_failure_check
 from ..core.training.prepared_run import PreparedRun
 from ..core.training.run_dir import RunDir
-from ..core.training.validation_scores import build_sharder, score_across_processes
+from ..core.training.validation_scores import make_data_parallel_sharder, score_across_processes
 from ..errors import RunError
 
 
@@ -42,9 +42,11 @@ def add_reference_logps(prepared: PreparedRun) -> None:
 
 def _compute_reference(rows: TokenizedDataset, prepared: PreparedRun) -> np.ndarray:
     model, collator = prepared.model, prepared.collator
-    recovery = OomRecovery(collator, prepared.device, prepared.logger, any_failed=make_failure_check(model))
+    recovery = OomRecovery(collator, prepared.device, prepared.logger, any_failed=make_peer_failure_check(model))
     where = "reference log-probabilities"
-    logps = score_across_processes(score_row_logps, where, model, rows, build_sharder(model, collator), recovery)
+    logps = score_across_processes(
+        score_row_logps, where, model, rows, make_data_parallel_sharder(model, collator), recovery
+    )
     values = np.full((len(rows), max(map(len, logps), default=1)), np.nan)
     for row, own in zip(values, logps, strict=True):
         row[: len(own)] = own

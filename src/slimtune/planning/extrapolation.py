@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ..core.attention.attention_functions import layout_unsupported_reason, original_attention
+from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, get_padded_length
 from ..core.data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
 from ..core.foundation.device import simulate_device
@@ -152,7 +152,7 @@ def fit_memory_formula(job: TrainingJob, model: Any) -> MemoryFormula:
     own = job.packing and tokens <= job.micro_batch_tokens <= 2 * tokens
     tokens = job.micro_batch_tokens if own else tokens
     longest = get_max_positions(job.base_config) or 2 * tokens
-    attention = original_attention(model.config._attn_implementation)
+    attention = get_original_attention_name(model.config._attn_implementation)
     by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
     columns: list[int] = [0, 1]
     shapes = [job.lengths if own else _split_row(tokens, longest), _split_row(2 * tokens, longest)]

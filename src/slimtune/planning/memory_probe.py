@@ -15,7 +15,7 @@ from ..core.foundation.device import count_peak_memory, reset_peak_memory
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.dropout import preserve_rng_state
 from ..core.training.loss import forward_backward, move_batch_to_device
-from ..core.training.prepared_run import MemoryPlan, PreparedRun, planned_bytes_range
+from ..core.training.prepared_run import MemoryPlan, PreparedRun, get_planned_bytes_range
 
 
 def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> None:
@@ -32,7 +32,7 @@ def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, residen
     )
     others = 0 if device.type == "cuda" else max(0, resident_at_start - int(plan.runtime_bytes.high))
     used -= others
-    low, high = planned_bytes_range(plan, device)
+    low, high = get_planned_bytes_range(plan, device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
     low = low - plan.parts["optimizer"] if collator.max_tokens == limit else 0

@@ -22,12 +22,12 @@ from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.device import record_simulated_attention_flops, simulate_device
 from ..core.models.lm_head import get_classifier_head, get_lm_head
-from ..core.training.loss import compute_outputs, forward_backward, make_collator
+from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
-from .meta_model import build_meta_model
+from .meta_model import build_adapted_meta_model
 from .plan_request import TrainingJob
 from .plan_result import PARTS
 
@@ -144,7 +144,7 @@ def trace_training_step(job: TrainingJob, model: Any = None, *, backward_only: b
                 tracker.start_phase("evaluation")
                 model.eval()
                 with torch.no_grad():
-                    compute_outputs(model, pack)
+                    compute_token_nll_or_row_logits(model, pack)
     parts = PARTS[:-1]  # the runtime is no tensor
     phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
     return StepTrace(state, phases, work, attention, tracker.host_peak)
@@ -169,7 +169,7 @@ def make_dummy_examples(lengths: Sequence[ExampleLength], supervised: float = 1.
 
 def trace_merge_peak(job: TrainingJob, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
-    model = build_meta_model(job.base_config, job.method, dtype)
+    model = build_adapted_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
     with fake_tensor_mode(), simulate_device("cpu"):
         replace_meta_with_fake(model)

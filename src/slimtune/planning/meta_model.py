@@ -9,13 +9,13 @@ from transformers import PreTrainedConfig
 
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import get_peft_model
-from ..core.models.load_errors import translate_load_errors
+from ..core.models.load_errors import silence_and_translate_load_errors
 from ..core.models.loader import get_auto_class
 from ..core.training.adapted_model import exclude_other_inputs
 from ..core.training.memory_savings import apply_memory_savings
 
 
-def build_meta_model(
+def build_adapted_meta_model(
     config: PreTrainedConfig,
     method: PeftConfig | None,
     dtype: torch.dtype,
@@ -40,7 +40,7 @@ def build_meta_model(
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        with translate_load_errors(config.name_or_path or config.model_type):
+        with silence_and_translate_load_errors(config.name_or_path or config.model_type):
             task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
             model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
         if first is not None:

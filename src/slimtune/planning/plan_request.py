@@ -19,7 +19,7 @@ from ..core.data.example_lengths import (
     RowContent,
     count_packed_tokens,
     count_row_tokens,
-    unshare_prefix,
+    remove_prefix_sharing,
 )
 from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
@@ -27,7 +27,7 @@ from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
-from .meta_model import build_meta_model
+from .meta_model import build_adapted_meta_model
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
@@ -86,7 +86,7 @@ class TrainingJob:
             UsageError: the targets match nothing, there is nothing to quantize, or every weight of a quantized base is
                 to be trained.
         """
-        return build_meta_model(
+        return build_adapted_meta_model(
             self.base_config,
             self.method,
             self.dtype,
@@ -191,7 +191,7 @@ def build_plan_request(
     objective = recipe.objective()
     notes += objective.list_plan_notes()
     if not train.share_prefix:
-        lengths, content = [*map(unshare_prefix, lengths)], content._replace(shared_prefix=0)
+        lengths, content = [*map(remove_prefix_sharing, lengths)], content._replace(shared_prefix=0)
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
             "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(

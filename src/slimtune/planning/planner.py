@@ -17,8 +17,8 @@ from ..core.data.example_lengths import (
     ExampleLength,
     count_packed_tokens,
     count_row_tokens,
+    remove_prefix_sharing,
     resize_example_rows,
-    unshare_prefix,
 )
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
@@ -91,9 +91,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         job = replace(job, packing=False)
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     if not make_collator(model, 0, packing=job.packing).share_prefix:
-        job = replace(job, lengths=tuple(map(unshare_prefix, job.lengths)))
+        job = replace(job, lengths=tuple(map(remove_prefix_sharing, job.lengths)))
         content = request.content._replace(shared_prefix=0)
-        request = replace(request, quantiles=tuple(map(unshare_prefix, request.quantiles)), content=content)
+        request = replace(request, quantiles=tuple(map(remove_prefix_sharing, request.quantiles)), content=content)
     memory_model = fit_memory_formula(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch_to_fit(request, job, memory_model)

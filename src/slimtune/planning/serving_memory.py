@@ -18,7 +18,7 @@ from ..core.models.base_config import get_max_positions
 from ..errors import ModelError, UsageError, format_names, nearest
 from .gpu_specs import GpuSpec
 from .interval import Interval
-from .meta_model import build_meta_model
+from .meta_model import build_adapted_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
 from .serving_speed import estimate_serving_speed
@@ -72,7 +72,7 @@ def estimate_serving_memory(
             raise UsageError(f"{name} is {number}", "a whole number from 1")
 
     text = config.get_text_config()
-    model = build_meta_model(config, None, torch.bfloat16)
+    model = build_adapted_meta_model(config, None, torch.bfloat16)
     file_bytes, embedding_bytes = count_weight_bytes(model, precision)
     # llama.cpp reads embeddings from CPU memory; if they are tied to the head, the device has a second copy.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)

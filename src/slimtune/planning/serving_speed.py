@@ -21,7 +21,7 @@ HBM = 1.4e12
 """Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""
 
 
-class DecodingFit(NamedTuple):
+class DecodingSpeedFit(NamedTuple):
     """How fast an engine decodes on a kind of hardware."""
 
     share: float  # of the bandwidth
@@ -30,7 +30,7 @@ class DecodingFit(NamedTuple):
     points: int  # published runs it is fitted to; 0: guessed
 
 
-class PrefillFit(NamedTuple):
+class PrefillSpeedFit(NamedTuple):
     """How fast an engine reads a prompt on a kind of hardware."""
 
     share: float  # of the rate
@@ -52,25 +52,25 @@ class ServingSpeed:
 
 
 DECODING = {
-    ("llama.cpp", "nvidia"): DecodingFit(0.85, 55e-6, Interval(0.84, 1.22), 74),
-    ("llama.cpp", "nvidia hbm"): DecodingFit(0.60, 100e-6, Interval(0.82, 1.15), 9),
-    ("llama.cpp", "amd"): DecodingFit(0.87, 70e-6, Interval(0.84, 1.10), 23),
-    ("llama.cpp", "apple m1, m2"): DecodingFit(0.72, 155e-6, Interval(0.65, 1.20), 14),
-    ("llama.cpp", "apple"): DecodingFit(0.90, 90e-6, Interval(0.80, 1.08), 22),
+    ("llama.cpp", "nvidia"): DecodingSpeedFit(0.85, 55e-6, Interval(0.84, 1.22), 74),
+    ("llama.cpp", "nvidia hbm"): DecodingSpeedFit(0.60, 100e-6, Interval(0.82, 1.15), 9),
+    ("llama.cpp", "amd"): DecodingSpeedFit(0.87, 70e-6, Interval(0.84, 1.10), 23),
+    ("llama.cpp", "apple m1, m2"): DecodingSpeedFit(0.72, 155e-6, Interval(0.65, 1.20), 14),
+    ("llama.cpp", "apple"): DecodingSpeedFit(0.90, 90e-6, Interval(0.80, 1.08), 22),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
-    ("vllm", "nvidia"): DecodingFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
-    ("vllm", "nvidia hbm"): DecodingFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
-    ("vllm", "amd"): DecodingFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
+    ("vllm", "nvidia"): DecodingSpeedFit(0.80, 40e-6, Interval(0.75, 1.15), 0),
+    ("vllm", "nvidia hbm"): DecodingSpeedFit(0.78, 20e-6, Interval(0.75, 1.15), 0),
+    ("vllm", "amd"): DecodingSpeedFit(0.70, 60e-6, Interval(0.6, 1.2), 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): PrefillFit(1.4, "float32", Interval(0.6, 1.65), 37),
-    ("llama.cpp", "nvidia hbm"): PrefillFit(0.25, "float16", Interval(0.55, 1.45), 9),
-    ("llama.cpp", "amd"): PrefillFit(0.66, "float32", Interval(0.8, 1.2), 3),
-    ("llama.cpp", "apple m1, m2"): PrefillFit(0.58, "float32", Interval(0.74, 1.28), 12),
-    ("llama.cpp", "apple"): PrefillFit(0.72, "float32", Interval(0.82, 1.15), 5),
-    ("vllm", "nvidia"): PrefillFit(0.5, "float16", Interval(0.6, 1.4), 0),
-    ("vllm", "nvidia hbm"): PrefillFit(0.5, "float16", Interval(0.6, 1.4), 0),
-    ("vllm", "amd"): PrefillFit(0.35, "float16", Interval(0.5, 1.5), 0),
+    ("llama.cpp", "nvidia"): PrefillSpeedFit(1.4, "float32", Interval(0.6, 1.65), 37),
+    ("llama.cpp", "nvidia hbm"): PrefillSpeedFit(0.25, "float16", Interval(0.55, 1.45), 9),
+    ("llama.cpp", "amd"): PrefillSpeedFit(0.66, "float32", Interval(0.8, 1.2), 3),
+    ("llama.cpp", "apple m1, m2"): PrefillSpeedFit(0.58, "float32", Interval(0.74, 1.28), 12),
+    ("llama.cpp", "apple"): PrefillSpeedFit(0.72, "float32", Interval(0.82, 1.15), 5),
+    ("vllm", "nvidia"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
+    ("vllm", "nvidia hbm"): PrefillSpeedFit(0.5, "float16", Interval(0.6, 1.4), 0),
+    ("vllm", "amd"): PrefillSpeedFit(0.35, "float16", Interval(0.5, 1.5), 0),
 }
 
 

@@ -108,7 +108,7 @@ def find_nearest_precision(precision: str, measured: Container[str]) -> str | No
 
 
 @dataclass(frozen=True)
-class VllmRules:
+class VllmLoraRules:
     """What vLLM's classes declare about LoRA."""
 
     version: str
@@ -120,7 +120,7 @@ class VllmRules:
 
 
 @cache
-def load_vllm_lora_rules() -> VllmRules:
+def load_vllm_lora_rules() -> VllmLoraRules:
     """Return the rules of vLLM, as `benchmarks/vllm_ways/facts.py` writes them."""
     text = (files(__package__) / "vllm_rules.json").read_text(encoding="utf-8")
-    return from_json_dict(VllmRules, json.loads(text))
+    return from_json_dict(VllmLoraRules, json.loads(text))

@@ -41,7 +41,7 @@ from ..export.verify import ExportVerifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from ..generation.inference_engines import LlamaCppInferenceEngine
 from ..generation.model_runner import MultiAdapterRunner
-from ..planning.meta_model import build_meta_model
+from ..planning.meta_model import build_adapted_meta_model
 from .served_models import ServedModel, make_served_models
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class LlamaCppServer(NamedTuple):
     """A server of llama.cpp, ready for answers."""
 
     models: list[ServedModel]  # the base first
-    queue: "LlamaCppQueue"
+    queue: "LlamaCppAnswerQueue"
     checks: list[EngineVerdict]  # of each run; none if they were left out
     cache_bytes: int  # keys and values of all slots
 
@@ -127,7 +127,7 @@ def start_llama_cpp_server(
             raise
     engines = {BASE_ROW: engine.with_adapter(None)}
     engines |= {trained.adapter_name: engine.with_adapter(index) for index, trained in enumerate(loaded)}
-    queue = LlamaCppQueue(engines, max_batch=max_batch, max_waiting=max_waiting)
+    queue = LlamaCppAnswerQueue(engines, max_batch=max_batch, max_waiting=max_waiting)
     return LlamaCppServer(models, queue, checks, cache_bytes)
 
 
@@ -148,7 +148,7 @@ def _require_gguf_form(run: Path) -> None:
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:
         get_gguf_architecture(base)
-        get_lora_factors(build_meta_model(base, config, torch.float32))
+        get_lora_factors(build_adapted_meta_model(base, config, torch.float32))
     except UsageError as error:
         raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
 
@@ -163,7 +163,7 @@ def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> t
     return file, precision
 
 
-class LlamaCppQueue(AnswerQueue):
+class LlamaCppAnswerQueue(AnswerQueue):
     """Generates answers by a server of llama.cpp, a thread for each that runs.
 
     Args:

@@ -15,7 +15,7 @@ import uvicorn
 from ..core.foundation.device import release_cached_memory
 from ..errors import UsageError
 from ..export.export_results import EngineVerdict
-from ..extras.sockets import format_address, is_loopback, open_listening_socket
+from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp_server
@@ -115,7 +115,7 @@ class ModelServer:
     @property
     def url(self) -> str:
         """The address for OpenAI's clients."""
-        return f"{format_address(self._socket)}/v1"
+        return f"{format_server_address(self._socket)}/v1"
 
     def run(self) -> None:
         """Serve until Ctrl-C, SIGTERM or `stop`; `queue` then knows how many answers and tokens were generated."""

@@ -72,7 +72,7 @@ class EventStream(StreamingResponse):
 
 
 @dataclass
-class Choice:
+class AnswerChoice:
     """One of the answers to a request, as far as it is generated."""
 
     index: int
@@ -83,7 +83,7 @@ class Choice:
     finish_reason: str | None = None
 
 
-class ChatFormat:
+class ChatResponseBuilder:
     """What `/v1/chat/completions` sends."""
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -92,7 +92,7 @@ class ChatFormat:
         self.model, self.logprobs = model, logprobs
         self.tool_calls = model.tool_calls if uses_tools else None
 
-    def format_choice(self, choice: Choice) -> ChatChoiceFields:
+    def format_choice(self, choice: AnswerChoice) -> ChatChoiceFields:
         """Return a finished answer."""
         text, calls = self.tool_calls.parse(choice.text) if self.tool_calls else (choice.text, [])
         message: ChatAnswerFields = {
@@ -106,11 +106,11 @@ class ChatFormat:
         logprobs = format_chat_logprobs(self.model, choice.logprobs) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def start_chunks(self, choice: Choice) -> list[ChatChunkFields]:
+    def start_chunks(self, choice: AnswerChoice) -> list[ChatChunkFields]:
         """Return what a stream says before an answer begins."""
         return [{"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
 
-    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[ChatChunkFields]:
+    def format_chunks(self, choice: AnswerChoice, piece: AnswerPiece) -> list[ChatChunkFields]:
         """Return what a piece adds to an answer; the beginning of a tool call is held back until it is complete."""
         text: str = choice.text
         calls: list[ToolCall] = []
@@ -135,7 +135,7 @@ class ChatFormat:
         return chunks
 
 
-class CompletionFormat:
+class CompletionResponseBuilder:
     """What `/v1/completions` sends."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
@@ -143,15 +143,15 @@ class CompletionFormat:
     def __init__(self, model: ServedModel, logprobs: bool) -> None:
         self.model, self.logprobs = model, logprobs
 
-    def format_choice(self, choice: Choice) -> CompletionChoiceFields:
+    def format_choice(self, choice: AnswerChoice) -> CompletionChoiceFields:
         """Return a finished answer."""
         return self._format(choice, choice.text, choice.logprobs, 0, choice.finish_reason)
 
-    def start_chunks(self, choice: Choice) -> list[CompletionChoiceFields]:
+    def start_chunks(self, choice: AnswerChoice) -> list[CompletionChoiceFields]:
         """Return what a stream says before an answer begins: nothing."""
         return []
 
-    def format_chunks(self, choice: Choice, piece: AnswerPiece) -> list[CompletionChoiceFields]:
+    def format_chunks(self, choice: AnswerChoice, piece: AnswerPiece) -> list[CompletionChoiceFields]:
         """Return what a piece adds to an answer."""
         if not (piece.text or piece.logprobs or piece.finish_reason):
             return []
@@ -159,18 +159,18 @@ class CompletionFormat:
         return [self._format(choice, piece.text, list(piece.logprobs), offset, piece.finish_reason)]
 
     def _format(
-        self, choice: Choice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
+        self, choice: AnswerChoice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
     ) -> CompletionChoiceFields:
         shown = format_completion_logprobs(self.model, logprobs, offset) if self.logprobs else None
         return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
 @dataclass(frozen=True)
-class PreparedRequest:
+class TokenizedRequest:
     """A request that was read and tokenized."""
 
     request: GenerationRequest
-    form: ChatFormat | CompletionFormat
+    form: ChatResponseBuilder | CompletionResponseBuilder
     prompts: list[Sequence[int]]
     max_tokens: int | None  # None: as many as there is room for
     top_logprobs: int | None
@@ -253,7 +253,7 @@ class OpenAiApi:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
 
-        def prepare(body: bytes) -> PreparedRequest:
+        def prepare(body: bytes) -> TokenizedRequest:
             asked = parse_request_body(ChatRequest, body)
             model = find_served_model(self.models, asked.model)
             if asked.top_logprobs and not asked.logprobs:
@@ -261,28 +261,30 @@ class OpenAiApi:
             tools, ids = _tokenize_chat(model, asked)
             count = (asked.top_logprobs or 0) if asked.logprobs else None
             limit = asked.max_completion_tokens or asked.max_tokens
-            return PreparedRequest(asked, ChatFormat(model, bool(tools), count is not None), [ids], limit, count)
+            return TokenizedRequest(
+                asked, ChatResponseBuilder(model, bool(tools), count is not None), [ids], limit, count
+            )
 
         return await self._answer(request, prepare)
 
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
 
-        def prepare(body: bytes) -> PreparedRequest:
+        def prepare(body: bytes) -> TokenizedRequest:
             asked = parse_request_body(CompletionRequest, body)
             model = find_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
-            form = CompletionFormat(model, asked.logprobs is not None)
-            return PreparedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
+            form = CompletionResponseBuilder(model, asked.logprobs is not None)
+            return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
 
         return await self._answer(request, prepare)
 
-    async def _answer(self, request: Request, prepare: Callable[[bytes], PreparedRequest]) -> Response:
+    async def _answer(self, request: Request, prepare: Callable[[bytes], TokenizedRequest]) -> Response:
         if self._requests >= self._max_requests:
             raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
         self._requests += 1
-        choices: list[Choice] = []
-        pieces: asyncio.Queue[tuple[Choice, AnswerPiece]] = asyncio.Queue()
+        choices: list[AnswerChoice] = []
+        pieces: asyncio.Queue[tuple[AnswerChoice, AnswerPiece]] = asyncio.Queue()
         is_streaming = False
 
         def release() -> None:
@@ -315,14 +317,14 @@ class OpenAiApi:
             if not is_streaming:
                 release()
 
-    def _make_choices(self, prepared: PreparedRequest, pieces: asyncio.Queue) -> list[Choice]:
+    def _make_choices(self, prepared: TokenizedRequest, pieces: asyncio.Queue) -> list[AnswerChoice]:
         """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
         asked, model, limit, prompts = prepared.request, prepared.form.model, prepared.max_tokens, prepared.prompts
         n, loop = asked.n or 1, asyncio.get_running_loop()
         if len(prompts) * n > MAX_ANSWERS:
             raise ApiError(400, f"{len(prompts)} prompts × n = {n} are more than {MAX_ANSWERS} answers", "n")
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
-        choices: list[Choice] = []
+        choices: list[AnswerChoice] = []
         for prompt in prompts:
             room = model.max_length - len(prompt)
             if room < (limit or 1):
@@ -349,14 +351,14 @@ class OpenAiApi:
                         loop.call_soon_threadsafe(pieces.put_nowait, (choices[index], piece))
 
                 deadline = time.monotonic() + self.timeout
-                choices.append(Choice(index, GeneratedAnswer(model, prompt, params, send, deadline)))
+                choices.append(AnswerChoice(index, GeneratedAnswer(model, prompt, params, send, deadline)))
         return choices
 
     async def _stream(
         self,
         form: Any,
         head: dict[str, Any],
-        choices: list[Choice],
+        choices: list[AnswerChoice],
         pieces: asyncio.Queue,
         with_usage: bool,
     ) -> AsyncIterator[bytes]:
@@ -415,7 +417,7 @@ def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]
     return ids
 
 
-def _add_piece(choice: Choice, piece: AnswerPiece) -> None:
+def _add_piece(choice: AnswerChoice, piece: AnswerPiece) -> None:
     if piece.error is not None:
         raise piece.error
     choice.text += piece.text
@@ -423,7 +425,7 @@ def _add_piece(choice: Choice, piece: AnswerPiece) -> None:
     choice.finish_reason = piece.finish_reason
 
 
-async def _collect(choices: list[Choice], pieces: asyncio.Queue) -> None:
+async def _collect(choices: list[AnswerChoice], pieces: asyncio.Queue) -> None:
     """Wait until all choices are finished."""
     while any(choice.finish_reason is None for choice in choices):
         _add_piece(*await pieces.get())
@@ -466,7 +468,7 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _count_usage(choices: list[Choice]) -> dict[str, int]:
+def _count_usage(choices: list[AnswerChoice]) -> dict[str, int]:
     prompts = {id(choice.answer.prompt): len(choice.answer.prompt) for choice in choices}
     prompt, new = sum(prompts.values()), sum(choice.answer.num_tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

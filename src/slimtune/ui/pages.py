@@ -14,7 +14,7 @@ from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import make_jinja_environment
-from ..evaluation.run_report import list_template_functions, render_memory_charts, render_run_report
+from ..evaluation.run_report import list_report_template_functions, render_memory_charts, render_run_report
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
@@ -81,7 +81,7 @@ class UiPages:
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
-        self.templates.globals.update(list_template_functions(), version=__version__, pages=PAGES)
+        self.templates.globals.update(list_report_template_functions(), version=__version__, pages=PAGES)
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""

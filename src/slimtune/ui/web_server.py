@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..extras.sockets import format_address, is_loopback, open_listening_socket
+from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from .command_jobs import CommandJob
 from .pages import UiPages
 from .request_security import RequestGuard
@@ -51,7 +51,7 @@ def serve_web_page(
         app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
         ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
-    url = f"{format_address(sock)}/?token={token}"
+    url = f"{format_server_address(sock)}/?token={token}"
     announce(url, is_loopback(host))
     # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()

@@ -15,7 +15,7 @@ from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.architectures import DEFAULT_TARGETS
-from slimtune.core.adapters.targets import select_targets
+from slimtune.core.adapters.targets import match_targets
 from slimtune.errors import TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -28,7 +28,7 @@ ARCHITECTURES |= {"t5": zoo.t5, "bart": zoo.bart, "bert": zoo.bert_encoder, "rob
 
 
 def assert_equals_peft(make, **settings):
-    ours = set(select_targets(make(), LoraConfig(**settings)).adapted)
+    ours = set(match_targets(make(), LoraConfig(**settings)).adapted)
     assert ours
     assert ours == set(peft.get_peft_model(make(), peft.LoraConfig(**settings)).base_model.targeted_module_names)
 

@@ -6,7 +6,7 @@ import torch
 from tiny_run import write_rows
 
 from slimtune.core.config import load_recipe
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def load(tmp_path, tiny_tokenizer):
 
     def run(**settings):
         base = {"model": "unused", "data.train": str(path), "output_dir": "unused"}
-        return load_datasets(load_recipe(None, {**base, **settings}), tiny_tokenizer())
+        return tokenize_recipe_datasets(load_recipe(None, {**base, **settings}), tiny_tokenizer())
 
     return run
 

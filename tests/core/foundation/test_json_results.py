@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import jsonschema
 import pytest
 
-from slimtune.cli.json_schemas import make_json_schema, read_field_docs
+from slimtune.cli.json_schemas import make_json_schema, read_field_docstrings
 from slimtune.core.foundation.json_results import (
     INLINE,
     OMIT_NONE,
@@ -111,7 +111,7 @@ def test_the_schema_has_the_docs_of_the_fields():
     assert schema["additionalProperties"] == {"type": "number"}
     assert "skipped" not in schema["required"]
     assert "loss" in schema["required"]
-    assert read_field_docs(Result)["steps"] == "Optimizer steps."
+    assert read_field_docstrings(Result)["steps"] == "Optimizer steps."
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
 from slimtune.core.attention.attention_functions import enable_packed_attention, packing_unsupported_reason
 from slimtune.core.config import Recipe
-from slimtune.core.models.lm_head import check_lm_head
+from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
@@ -58,7 +58,7 @@ def check_steps(name, folder, tokenizer):
         shake(model)
 
         model.train()
-        check_lm_head(model)
+        require_matching_lm_head_loss(model)
         collator = make_collator(model, 0)
         batch = collator(EXAMPLES)
         with enable_packed_attention(model):

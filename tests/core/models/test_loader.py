@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from slimtune.core.models import base_config
 from slimtune.core.models.base_config import load_checkpoint_config
-from slimtune.core.models.load_errors import translate_load_errors
+from slimtune.core.models.load_errors import silence_and_translate_load_errors
 from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.errors import ModelError, RunError, UsageError
 
@@ -64,7 +64,7 @@ def test_config_and_tokenizer_need_no_weights(tiny_folder):
 def test_libraries_are_silent(monkeypatch, capsys):
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with translate_load_errors("x"):
+    with silence_and_translate_load_errors("x"):
         print("text")
         assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
         assert not transformers_logging.is_progress_bar_enabled()

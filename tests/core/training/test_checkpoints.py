@@ -84,12 +84,12 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, message):
         checkpoint.write_checkpoint(tmp_path, step, fill)
     damage(tmp_path / "checkpoint-10")
     messages = []
-    assert checkpoint.find_undamaged_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-9"
+    assert checkpoint.find_newest_undamaged_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-9"
     assert [message in m for m in messages] == [True]
     assert (tmp_path / "damaged-checkpoint-10").exists()
     damage(tmp_path / "checkpoint-9")
     with pytest.raises(RunError, match="damaged"):
-        checkpoint.find_undamaged_checkpoint(tmp_path, messages.append)
+        checkpoint.find_newest_undamaged_checkpoint(tmp_path, messages.append)
 
 
 def test_partial_checkpoint_is_removed(tmp_path):
@@ -99,7 +99,7 @@ def test_partial_checkpoint_is_removed(tmp_path):
     (tmp_path / ".checkpoint-3.tmp").write_bytes(b"a file")
     (tmp_path / "checkpoint-²").mkdir()  # a digit for Python, and no number
     messages = []
-    assert checkpoint.find_undamaged_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-1"
+    assert checkpoint.find_newest_undamaged_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-1"
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-²"}
     assert messages
 

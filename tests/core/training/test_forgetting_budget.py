@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.core.adapters.peft_model import PeftModel, get_peft_model
 from slimtune.core.training import best_adapter
-from slimtune.core.training.loss import count_targets
+from slimtune.core.training.loss import count_supervised_targets
 from slimtune.core.training.train import train
 from slimtune.errors import RecipeError, UsageError
 from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, read_run_text
@@ -161,7 +161,7 @@ def test_built_in_rows_are_few_and_of_every_kind(tiny_llama, tiny_tokenizer):
     rows = read_run_text(None).choose_rows(tiny_tokenizer(), model)
     tokens = Counter()
     for row in rows:
-        tokens[row["kind"]] += count_targets(row)
+        tokens[row["kind"]] += count_supervised_targets(row)
     assert set(tokens) == {"prose", "instructions", "python", "javascript", "languages"}
     assert all(n == pytest.approx(TOKENS_OF_A_KIND, rel=0.5) for n in tokens.values())
 

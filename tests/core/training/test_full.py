@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from slimtune import get_peft_model
 from slimtune.core.training.base_model import load_base_tokenizer
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.loss import compute_step_loss, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
@@ -28,7 +28,9 @@ def test_one_step_equals_adamw_on_the_base(full):
     result = train(recipe)
     tokenizer = load_base_tokenizer(recipe.model, recipe.data.chat_template)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name)
-    batch = make_collator(model, tokenizer.pad_token_id, packing=False)(load_datasets(recipe, tokenizer).train)
+    batch = make_collator(model, tokenizer.pad_token_id, packing=False)(
+        tokenize_recipe_datasets(recipe, tokenizer).train
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     compute_step_loss(model.train(), batch).backward()
     optimizer.step()

@@ -15,7 +15,7 @@ from slimtune.core.config import load_recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training import checkpoint
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.loss import score_supervised_rows
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
@@ -46,7 +46,7 @@ def test_files_and_result(whole_run):
 
 def test_result_agrees_with_saved_adapter(whole_run):
     loaded = load_run(whole_run.run)
-    rows = load_datasets(loaded.recipe, loaded.base.tokenizer)
+    rows = tokenize_recipe_datasets(loaded.recipe, loaded.base.tokenizer)
     # Every row is trained on twice; a row's tokens are counted as they are, without padding.
     assert whole_run.trained_tokens == 2 * sum(len(e["input_ids"]) for e in rows.train)
     scores = score_supervised_rows(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_run import recipe_of
 
-from slimtune.core.training.progress_logger import require_trackers
+from slimtune.core.training.progress_logger import require_installed_trackers
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 
@@ -40,6 +40,6 @@ def test_missing_tracker_is_an_error_before_loading(settings, monkeypatch):
 
 def test_tensorboardx_will_do(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboardX" or None)
-    require_trackers(["tensorboard"])
+    require_installed_trackers(["tensorboard"])
     with pytest.raises(UsageError, match="'trackio'"):
-        require_trackers(["trackio"])
+        require_installed_trackers(["trackio"])

@@ -9,14 +9,14 @@ from row_files import write_jsonl
 
 from slimtune.core.config import load_recipe
 from slimtune.core.training.base_model import load_base_tokenizer
-from slimtune.core.training.datasets import load_datasets
+from slimtune.core.training.datasets import tokenize_recipe_datasets
 
 
 def load_rows(desk, rows, **settings):
     data = str(write_jsonl(desk.folder / "rows.jsonl", rows))
     flags = {"model": str(desk.base), "output_dir": str(desk.out), "data.validation_fraction": 0, "data.train": data}
     recipe = load_recipe(None, {**flags, **{f"data.{k}": v for k, v in settings.items()}})
-    return load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
+    return tokenize_recipe_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
 
 
 FORMATS = {

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.adapters.method_registry import config_class
+from slimtune.core.adapters.method_registry import get_method_config_class
 from slimtune.core.attention.attention_functions import enable_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
@@ -54,7 +54,7 @@ def compute_gradients(
     """Return a step's gradients by parameter's name, all processes' summed, or those of this process alone."""
     model: Any = load_base(base, dtype="bfloat16" if "16 bits" in name else "float32", device="cpu").model
     torch.manual_seed(0)
-    config = config_class(name.split()[0].strip(","))(task_type="CAUSAL_LM", **METHODS[name])
+    config = get_method_config_class(name.split()[0].strip(","))(task_type="CAUSAL_LM", **METHODS[name])
     model = get_peft_model(model, config)
     with torch.no_grad():
         for p in model.parameters():
@@ -161,7 +161,7 @@ def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
     for name, run, kind, ranks in (
         ("second", distributed.run_on_all_ranks, DataError, [1]),
         ("all", distributed.run_on_all_ranks, UsageError, [0, 1]),
-        ("first", distributed.run_on_main, DataError, [0]),
+        ("first", distributed.run_on_main_and_broadcast, DataError, [0]),
     ):
         try:
             run(raise_in(kind, ranks))
@@ -175,7 +175,7 @@ def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
         half.grad = torch.ones(2, 3)
     distributed.sum_gradients([some, none, half])
     found["sums"] = [some.grad.tolist(), none.grad, half.grad.tolist()]
-    found["main"] = distributed.run_on_main(lambda: distributed.rank())
+    found["main"] = distributed.run_on_main_and_broadcast(lambda: distributed.rank())
     return found
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from slimtune.core.adapters.adapter_module import AdapterModule, MergeUnsupported, Site
+from slimtune.core.adapters.adapter_module import AdapterModule, AdapterSite, MergeUnsupported
 from slimtune.core.adapters.config_fields import config_field
 from slimtune.core.adapters.peft_config import TargetedConfig
 
@@ -24,12 +24,12 @@ class TiltConfig(TargetedConfig):
 
     shift: bool = config_field(False, "also train a shift of each output")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         return LinearTilt(site, self.shift)
 
 
 class LinearTilt(AdapterModule):
-    def __init__(self, site: Site, shift: bool) -> None:
+    def __init__(self, site: AdapterSite, shift: bool) -> None:
         super().__init__()
         zeros = torch.zeros(site.out_features, device=site.device, dtype=site.dtype)
         self.tilt_gain = nn.Parameter(zeros)
@@ -39,7 +39,7 @@ class LinearTilt(AdapterModule):
         y = y + self.tilt_gain.to(y.dtype) * y
         return y if self.tilt_shift is None else y + self.tilt_shift.to(y.dtype)
 
-    def neutral_values(self, site):
+    def get_no_op_values(self, site):
         return {name: 0.0 for name, _ in self.named_parameters()}
 
     def merge_into(self, weight, bias):

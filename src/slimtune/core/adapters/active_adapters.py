@@ -19,7 +19,7 @@ class MixedAdapterLayerRunner(Protocol):
         """Run a layer, of which `base` is the base module's forward; arguments and result are the forward's."""
 
 
-class ChangedPositions(Protocol):
+class AdaptedTokenPositions(Protocol):
     """The tokens of a call that one adapter changes."""
 
     def find_indices(self, x: Tensor, layer: str) -> Tensor:
@@ -42,7 +42,7 @@ class ActiveAdapters:
     """During a call in which not all tokens use the same adapters: what runs each adapted layer."""
     row_adapters: tuple[str, ...] | None = None
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
-    changed_tokens: Mapping[str, ChangedPositions] | None = None
+    changed_tokens: Mapping[str, AdaptedTokenPositions] | None = None
     """During a call with activated LoRAs: the tokens that each one changes."""
     invocation_starts: Mapping[str, Tensor] | None = None
     """While generating with activated LoRAs: the first position that each one changes, by row of the prompt."""

@@ -37,10 +37,10 @@ from ..kernels.linear_layers import (
     list_persistent_buffers,
 )
 from .active_adapters import ActiveAdapters, LayerAdapterSelection
-from .adapter_module import WEIGHT_KINDS, BaseForward, Site, SiteKind
+from .adapter_module import WEIGHT_KINDS, AdapterSite, BaseForward, SiteKind
 from .architectures import get_text_config
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
-from .generated_classes import PickledByClassRecipe
+from .generated_classes import PickledByClassFactory
 
 ADAPTED_ATTRIBUTES = ("active_state", "selection", "original_parameters", "merged_names", "current_copy")
 """What an adapted module has in addition to its base's attributes."""
@@ -50,7 +50,9 @@ _NO_COPIES = nn.ModuleDict()
 """The trained copies of a layer without any; nothing is added to it."""
 
 
-def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
+def make_adapter_site(
+    name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, skip_init: bool = False
+) -> AdapterSite:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
     if get_layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
@@ -59,16 +61,16 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     else:
         in_features = out_features = getattr(get_text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    dtype = _trained_dtype(weight.dtype if weight.dtype.is_floating_point else torch.float32, autocast)
     # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
-    loading = loading or device.type == "meta"  # meta tensors have no values to initialise from
-    return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
+    skip_init = skip_init or device.type == "meta"  # meta tensors have no values to initialise from
+    return AdapterSite(name, kind, in_features, out_features, device, dtype, module, model, skip_init)
 
 
-class AdaptedLayer(PickledByClassRecipe, PeftNameLookupMixin):
+class AdaptedLayer(PickledByClassFactory, PeftNameLookupMixin):
     """Mixed into the class of an adapted module; see the top of this file."""
 
     adapters: nn.ModuleDict
@@ -139,7 +141,7 @@ class AdaptedLayer(PickledByClassRecipe, PeftNameLookupMixin):
             self.__dict__["current_copy"] = before
 
     def __repr__(self) -> str:
-        return load_compat_hook().format_layer(self, super().__repr__())
+        return load_compat_hook().format_layer_like_peft(self, super().__repr__())
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
@@ -232,7 +234,7 @@ def copy_parameters_to_adapter(
     table[adapter] = copies
 
 
-def remove_adapter(module: AdaptedLayer, adapter: str) -> None:
+def remove_adapter_from_layer(module: AdaptedLayer, adapter: str) -> None:
     """Drop one adapter; without any adapter left, the module gets its own class back."""
     for table in (module.adapters, module.trained_copies):
         if adapter in table:
@@ -241,7 +243,7 @@ def remove_adapter(module: AdaptedLayer, adapter: str) -> None:
         restore_base_class(module)
 
 
-def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
+def rename_adapter_in_layer(module: AdaptedLayer, old: str, new: str) -> None:
     """Rename one adapter."""
     for table in (module.adapters, module.trained_copies):
         if old in table:

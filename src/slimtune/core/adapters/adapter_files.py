@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightRenaming
 from ...errors import AdapterError, PeftWarning, UsageError, format_names, nearest
 from ..foundation.files import write_atomic
 from ..foundation.fingerprint import config_fingerprint
-from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_sizes
+from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_adapter_size
 from .extension_hooks import FOLDER_WRITERS
 from .peft_config import PeftConfig, find_or_download_file, write_adapter_config
 
@@ -163,7 +163,7 @@ def read_adapter_for_model(
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
         raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json", code="wrong-base")
     config.inference_mode = not is_trainable
-    require_plausible_sizes(model, config, tensors, path)
+    require_plausible_adapter_size(model, config, tensors, path)
     return tensors, config
 
 

@@ -41,7 +41,7 @@ WEIGHT_KINDS = frozenset[SiteKind](["linear", "embedding", "conv", "weight"])
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterSite:
     """One place in the base model where a method may add an adapter module.
 
     Args:
@@ -51,7 +51,7 @@ class Site:
         device: device of the base's weight.
         dtype: dtype of the adapter's parameters.
         module, model: the base module and the whole model, for reading only; do not keep a reference.
-        loading: True if a file's tensors will overwrite the parameters, so a costly initialisation can be skipped.
+        skip_init: True if a file's tensors will replace the initial values, or there are none (meta): any will do.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Site:
     dtype: torch.dtype
     module: nn.Module = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
     model: nn.Module = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
-    loading: bool = False
+    skip_init: bool = False
 
     @property
     def init_device(self) -> torch.device:
@@ -190,7 +190,7 @@ class AdapterModule(nn.Module):
     """Parameters that are the `weight` of a module in PEFT."""
     scales_input: ClassVar[bool] = False
     """Whether the module scales the layer's input: a feed-forward layer of (IA)³."""
-    neutral: ClassVar[Mapping[str, float] | None] = None
+    no_op_values: ClassVar[Mapping[str, float] | None] = None
     """Tensors by name, and the values at which the module changes nothing, where these are the same at each site."""
     method: str = ""
     """The method's name, set when the module is attached."""
@@ -245,12 +245,12 @@ class AdapterModule(nn.Module):
         """
         return None
 
-    def neutral_values(self, site: Site) -> Mapping[str, Tensor | float] | None:
+    def get_no_op_values(self, site: AdapterSite) -> Mapping[str, Tensor | float] | None:
         """Return tensors by name, and their values at which the module changes nothing; None if it has none such.
 
         Moved toward them in a straight line, together, they make the change smaller: see `adapter_strength.py`.
         """
-        return self.neutral
+        return self.no_op_values
 
     def make_base_config(self, module: nn.Module) -> Any:
         """Return the config that the base module reads while it has this adapter; None: its own."""
@@ -266,7 +266,7 @@ class AdapterModule(nn.Module):
         """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Prepare for a file's tensors, by name relative to the site, before they are copied into `tensors()`."""
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -293,7 +293,7 @@ class SharedParameterHolder(AdapterModule):
 
     takes_row_mask = True
     is_tuner_layer = False
-    neutral: ClassVar = {}
+    no_op_values: ClassVar = {}
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         return base(*args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from .adapted_layer import get_site
+from .adapted_layer import make_adapter_site
 
 
 class AdapterStrength:
@@ -28,24 +28,26 @@ class AdapterStrength:
     """
 
     def __init__(self, model: Any, adapter_name: str) -> None:
-        self.tensors = [(t, t.detach().clone(), neutral) for t, neutral in find_neutral_values(model, adapter_name)]
+        self.tensors = [
+            (t, t.detach().clone(), no_op) for t, no_op in find_trained_and_no_op_tensors(model, adapter_name)
+        ]
 
     @torch.no_grad()
     def set(self, strength: float) -> None:
         """Give the adapter this strength, 0 to 1; 1 restores its tensors bit for bit."""
-        for tensor, trained, neutral in self.tensors:
-            if isinstance(neutral, Tensor):
-                neutral = neutral.to(trained)
-            tensor.copy_(trained if strength == 1 else neutral + strength * (trained - neutral))
+        for tensor, trained, no_op in self.tensors:
+            if isinstance(no_op, Tensor):
+                no_op = no_op.to(trained)
+            tensor.copy_(trained if strength == 1 else no_op + strength * (trained - no_op))
 
 
-def find_neutral_values(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
+def find_trained_and_no_op_tensors(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
     """Return the tensors θ of an adapter, each once, and their θ₀; arguments and errors as for `AdapterStrength`."""
     kinds = model.match_report(adapter_name).kinds
     found: dict[int, tuple[Tensor, Any]] = {}
     with model.disable_adapter(), torch.no_grad():  # modules read the base's own weights
         for name, module in model.adapter_modules(adapter_name).items():
-            values = module.neutral_values(get_site(name, kinds[name], model))
+            values = module.get_no_op_values(make_adapter_site(name, kinds[name], model))
             if values is None:
                 message = f"the method {module.method} has no strength that can be reduced"
                 raise UsageError(message, "a method whose change has a size, such as lora")

@@ -20,9 +20,9 @@ from torch import Tensor
 from ...errors import AdapterError, PeftWarning, format_names, nearest
 from ..foundation.files import read_json
 from ..kernels.linear_layers import is_finite
-from .adapted_layer import get_site
+from .adapted_layer import make_adapter_site
 from .peft_config import PeftConfig
-from .targets import select_targets
+from .targets import match_targets
 
 PREFIX = "base_model.model."
 """How the keys of a file start."""
@@ -227,14 +227,16 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def require_plausible_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
+def require_plausible_adapter_size(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
     """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
     config = copy.deepcopy(config)
     config.check_model(model)
     config.fill_from_model(model)
-    kinds = select_targets(model, config, strict=False).kinds
+    kinds = match_targets(model, config, strict=False).kinds
     meta = torch.device("meta")
-    sites = [dataclasses.replace(get_site(n, kind, model, loading=True), device=meta) for n, kind in kinds.items()]
+    sites = [
+        dataclasses.replace(make_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()
+    ]
     unsaved = 0
     for site, module in zip(sites, config.build_all(sites), strict=True):
         prefix = _file_prefix(site.name, kinds)
@@ -260,9 +262,9 @@ def _leave_meta_device(model: Any, adapter: str) -> None:
     if not on_meta or all(p.is_meta for layer in layers.values() for p in layer._parameters.values() if p is not None):
         return
     config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
-    how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "loading": True}
+    how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "skip_init": True}
     with model.disable_adapter():
-        new = config.build_all([get_site(name, kind, model, **how) for name, kind in kinds.items()])
+        new = config.build_all([make_adapter_site(name, kind, model, **how) for name, kind in kinds.items()])
     for name, module in zip(kinds, new, strict=True):
         module.method = config.name
         trains = {n for n, p in old[name].named_parameters() if p.requires_grad}
@@ -282,7 +284,7 @@ def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[
         for tensor in module.tensors():
             if (key := config.file_key(site + tensor)) in given:
                 tensors[tensor] = given[key]
-        module.before_load_state_dict(tensors, get_site(name, kinds[name], model))
+        module.before_load_state_dict(tensors, make_adapter_site(name, kinds[name], model))
         optional |= {config.file_key(site + n) for n in module.optional}
     return optional
 

@@ -49,7 +49,7 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.Dense
 module, in which the linear layer at the end of the MLP takes its place."""
 
 
-def is_read_without_call(parent: Any, name: str) -> bool:
+def is_weight_read_without_call(parent: Any, name: str) -> bool:
     """Return whether `parent` reads the weight of its layer `name` without calling the layer (`UNCALLED_LAYERS`)."""
     class_name, last = type(parent).__name__, name.rpartition(".")[2]
     return any(last in layers and re.fullmatch(parents, class_name) for parents, layers in UNCALLED_LAYERS.items())

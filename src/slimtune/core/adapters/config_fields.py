@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from ...errors import ConfigError, format_names, nearest
-from ..foundation.formatting import format_value
+from ..foundation.formatting import format_short_value
 
 MAX_NUMBER = 1e9
 """Largest size of a number in a setting that declares no smaller bound: products of two still fit in fp32."""
@@ -99,9 +99,9 @@ class FieldError(NamedTuple):
         return ConfigError(self.sentence or self.problem, self.expected, self.hint, field=self.field)
 
 
-def make_value_error(field: str, value: object, expected: str, hint: str = "", more: str = "") -> FieldError:
+def make_invalid_value_error(field: str, value: object, expected: str, hint: str = "", more: str = "") -> FieldError:
     """Return the error for a value; `more` goes on after it: ", and train.fsdp is true"."""
-    text = format_value(value) + more
+    text = format_short_value(value) + more
     return FieldError(field, f"got {text}", expected, hint, f"{field} is {text}")
 
 
@@ -193,11 +193,11 @@ class SettingSpec:
         in_range = all(_BOUNDS[name][1](x, bound) for name, bound in self.bounds.items() for x in numbers)
         largest = MAX_NUMBER if not {"le", "lt"} & set(self.bounds) else math.inf
         if not all(-MAX_NUMBER <= x <= largest for x in numbers):  # not NaN, either
-            return make_value_error(self.name, value, f"{self.expected}; at most {MAX_NUMBER:g} in size")
+            return make_invalid_value_error(self.name, value, f"{self.expected}; at most {MAX_NUMBER:g} in size")
         if _has_type(value, self.type) and in_range and (not isinstance(value, str) or self._takes_text(value)):
             return None
         near = nearest(value, self.choices) if isinstance(value, str) else ""
-        return make_value_error(self.name, value, self.expected, more=near)
+        return make_invalid_value_error(self.name, value, self.expected, more=near)
 
     def _takes_text(self, value: str) -> bool:
         matches = not self.pattern or bool(re.fullmatch(self.pattern, value, re.DOTALL))
@@ -254,7 +254,7 @@ class DeclaredSettings:
 
     def error(self, name: str, expected: str, hint: str = "", more: str = "") -> FieldError:
         """Return the error for the value that a field has."""
-        return make_value_error(name, getattr(self, name), expected, hint, more)
+        return make_invalid_value_error(name, getattr(self, name), expected, hint, more)
 
     @classmethod
     def get_declaring_class(cls) -> type:
@@ -301,7 +301,7 @@ def _list_settings(cls: Any, prefix: str) -> tuple[SettingSpec, ...]:
     return tuple(found)
 
 
-def read_section_settings(
+def parse_section_settings(
     known: Mapping[str, SettingSpec],
     given: Mapping[str, Any],
     section: str,

@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 class CompatHook(Protocol):
     """What PEFT's users expect of adapted objects beyond the core; implemented by the module `compat/hook.py`."""
 
-    def resolve_name(self, owner: nn.Module, name: str) -> Any:
+    def resolve_peft_name(self, owner: nn.Module, name: str) -> Any:
         """Return what PEFT calls `name` on an adapted layer, an adapted model or its backbone, which lack the name.
 
         Raises:
             AttributeError: PEFT has no such name there.
         """
 
-    def format_layer(self, layer: Any, text: str) -> str:
+    def format_layer_like_peft(self, layer: Any, text: str) -> str:
         """Return the text of an adapted layer in `print(model)`; `text` is the base module's."""
 
-    def model_class(self, task_type: str | None, mixed: bool = False) -> Any:
+    def get_peft_model_class(self, task_type: str | None, mixed: bool = False) -> Any:
         """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
 
-    def register_class(self, cls: Any, peft_class: str) -> Any:
+    def register_as_peft_class(self, cls: Any, peft_class: str) -> Any:
         """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
 
-    def add_backbone_names(self, model: Any) -> None:
+    def add_peft_names_to_backbone(self, model: Any) -> None:
         """Give the backbone of a new adapted model the names of PEFT's `base_model`."""
 
-    def remove_backbone_names(self, model: Any) -> None:
-        """Undo `add_backbone_names`."""
+    def remove_peft_names_from_backbone(self, model: Any) -> None:
+        """Undo `add_peft_names_to_backbone`."""
 
 
 COMPAT: Registry[CompatHook] = Registry("slimtune.compat", "library")
@@ -66,6 +66,6 @@ class PeftNameLookupMixin(nn.Module):
         try:
             value = super().__getattr__(name)
         except AttributeError:
-            return load_compat_hook().resolve_name(self, name)
+            return load_compat_hook().resolve_peft_name(self, name)
         # The child of this name has bare parameters; PEFT's are modules of the base's class.
-        return load_compat_hook().resolve_name(self, name) if name == "modules_to_save" else value
+        return load_compat_hook().resolve_peft_name(self, name) if name == "modules_to_save" else value

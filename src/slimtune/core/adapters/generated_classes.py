@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class ClassRecipe(NamedTuple):
+class ClassFactoryCall(NamedTuple):
     """How a class is made: `function(*arguments)`."""
 
     function: Callable[..., type]
     arguments: tuple
 
 
-class PickledByClassRecipe:
+class PickledByClassFactory:
     """Mixed into made classes: pickle stores the recipe of the object's class instead of its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -28,12 +28,12 @@ def _describe_class(cls: Any) -> Any:
     if not isinstance(cls, type) or "_recipe" not in vars(cls):
         return cls
     function, *arguments = vars(cls)["_recipe"]
-    return ClassRecipe(function, tuple(_describe_class(a) for a in arguments))
+    return ClassFactoryCall(function, tuple(_describe_class(a) for a in arguments))
 
 
 def _make_class(description: Any) -> Any:
     """Return the class, or other argument, that `_describe_class` described."""
-    if not isinstance(description, ClassRecipe):
+    if not isinstance(description, ClassFactoryCall):
         return description
     return description.function(*(_make_class(a) for a in description.arguments))
 

@@ -45,7 +45,7 @@ def resolve_method_name(name: str) -> str:
     return method
 
 
-def config_class(name: str) -> Any:
+def get_method_config_class(name: str) -> Any:
     """Return the config class of a method; name and errors as for `resolve_method_name`."""
     method = resolve_method_name(name)
     module = METHODS.load(method)

@@ -20,11 +20,11 @@ from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
 from .adapter_module import AdapterModule, MergeUnsupported, ReversibleBaseChange
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
-from .generated_classes import PickledByClassRecipe
+from .generated_classes import PickledByClassFactory
 from .merging import merge_adapters_into_layer, retie_equal_merged_parameters, unmerge_adapters_from_layer
 from .peft_config import PeftConfig
 from .quantized_layers import count_parameters, keep_differentiable_4bit_layout
-from .targets import TargetMatches, find_tied_modules, matches_regex_or_names, select_targets
+from .targets import TargetMatches, find_modules_tied_to_embedding, match_targets, matches_regex_or_names
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AdapterState:
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
-class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
+class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
     """The adapters of a model."""
 
     @property
@@ -117,7 +117,7 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
     ) -> TargetMatches:
         """Add another adapter, inactive, and return what it matched.
 
-        `strict` is as in `select_targets`, the other arguments as in `get_peft_model`.
+        `strict` is as in `match_targets`, the other arguments as in `get_peft_model`.
         """
         state = self.adapter_state
         self.require_free_name(adapter_name)
@@ -132,20 +132,20 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
         peft_config.check_required()
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
-        report = select_targets(self, peft_config, strict=strict)
+        report = match_targets(self, peft_config, strict=strict)
         if getattr(peft_config, "target_modules", ()) is None:  # as in PEFT, a config tells which default it used
             default = peft_config.default_targets(self) or []
             matched = [t for t in default if any(matches_regex_or_names([t], n) for n in report.kinds)]
             vars(peft_config)["target_modules"] = matched or None
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
-        how = {"autocast": autocast_adapter_dtype, "loading": not strict or low_cpu_mem_usage}
+        how = {"autocast": autocast_adapter_dtype, "skip_init": not strict or low_cpu_mem_usage}
         shares_copies = peft_config.trains_every_weight or (
-            getattr(peft_config, "ensure_weight_tying", False) and find_tied_modules(self)
+            getattr(peft_config, "ensure_weight_tying", False) and find_modules_tied_to_embedding(self)
         )
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
-                sites = [layer.get_site(n, kind, self, **how) for n, kind in report.kinds.items()]
+                sites = [layer.make_adapter_site(n, kind, self, **how) for n, kind in report.kinds.items()]
                 if low_cpu_mem_usage:
                     sites = [replace(site, device=torch.device("meta")) for site in sites]
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
@@ -244,7 +244,7 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
         state = self.adapter_state
         self.require_free_name(new_name)
         for module in self.adapted_layers(adapter_name).values():
-            layer.rename_adapter(module, adapter_name, new_name)
+            layer.rename_adapter_in_layer(module, adapter_name, new_name)
 
         names = {adapter_name: new_name}
         for table in ("configs", "reports", "layers"):
@@ -264,7 +264,7 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
         """Take an adapter out of all layers; unlike `delete_adapter`, it makes no other adapter active."""
         state = self.adapter_state
         for module in state.layers.pop(name).values():
-            layer.remove_adapter(module, name)
+            layer.remove_adapter_from_layer(module, name)
         del state.configs[name], state.reports[name]
         state.active_state.active = [n for n in self.active_adapters if n != name]
         self.reset_layer_selections()
@@ -414,7 +414,7 @@ class ModelWithAdapters(PickledByClassRecipe, PeftNameLookupMixin):
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         if state.base_change is not None:
             state.base_change.undo(self)
-        load_compat_hook().remove_backbone_names(self)
+        load_compat_hook().remove_peft_names_from_backbone(self)
         del self.__dict__["_slimtune"]
         self.__class__ = state.base_class  # type: ignore[assignment]
         return self

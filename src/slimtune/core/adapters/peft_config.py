@@ -26,13 +26,13 @@ from ..foundation.json_results import JsonObject
 from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, get_model_type
 from .config_fields import DeclaredSettings, FieldError, config_field
-from .method_registry import config_class, list_methods
+from .method_registry import get_method_config_class, list_methods
 from .name_patterns import find_pattern_error, get_value_by_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, ReversibleBaseChange, Site
+    from .adapter_module import AdapterModule, AdapterSite, ReversibleBaseChange
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -102,7 +102,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """
 
     name: ClassVar[str] = ""
-    """The method's name: the name of its file."""
+    """The method's name: the name of its folder or file."""
     prefix: ClassVar[str] = ""
     """How the names of the method's tensors start, if PEFT has such a prefix."""
     unsupported_peft_fields: ClassVar[dict[str, Any]] = {}
@@ -121,10 +121,12 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """Whether its adapter modules define `merge_into`, so that it can be exported as a merged model."""
     sums_parameters: ClassVar[bool] = False
     """Whether a weighted sum of adapters is one of this method, with the sums of their parameters, as in PEFT."""
-    ships_as_lora: ClassVar[bool] = False
+    uses_lora_file_format: ClassVar[bool] = False
     """Whether vLLM and llama.cpp read its files as a LoRA."""
-    extension_fields: ClassVar[frozenset[str]] = frozenset()
+    fields_not_in_peft: ClassVar[frozenset[str]] = frozenset()
     """Fields that PEFT's config of the method lacks: left out of the file at their default."""
+    exists_in_peft: ClassVar[bool] = True
+    """Whether PEFT has the method, so that a model card may say so."""
     is_prompt_learning: ClassVar[bool] = False
     """Whether the method puts learned positions in front of the sequence."""
     is_adaption_prompt: ClassVar[bool] = False
@@ -198,11 +200,11 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         """Return the full names, with the kind of site, of modules that the method changes besides its targets."""
         return {}
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter module for `site`. A method defines this."""
         raise ConfigError(f"{type(self).__name__} belongs to no method", "a method's config, such as LoraConfig")
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the adapter modules for all sites. A method whose modules share tensors overrides this."""
         return [self.build(site) for site in sites]
 
@@ -267,7 +269,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
         values.pop("runtime_config", None)
         for field in dataclasses.fields(self):
-            if field.name in self.extension_fields and values[field.name] == field.default:
+            if field.name in self.fields_not_in_peft and values[field.name] == field.default:
                 del values[field.name]
         return values
 
@@ -283,7 +285,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         peft_type = values.get("peft_type") or cls.name
         if not peft_type:
             raise ConfigError("the config has no peft_type", "an adapter_config.json with a peft_type")
-        method_class = config_class(getattr(peft_type, "value", peft_type))
+        method_class = get_method_config_class(getattr(peft_type, "value", peft_type))
         known = {f.name for f in dataclasses.fields(method_class)} | set(method_class.unsupported_peft_fields)
         # Newer versions of PEFT write fields that are unknown here: empty ones change nothing.
         return method_class(**{k: v for k, v in values.items() if k in known or v})
@@ -320,10 +322,8 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         file = find_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
         values = cls.from_json_file(file)
         if not values.get("peft_type"):
-            message = (
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
-            )
-            raise ConfigFieldError(message, "an adapter_config.json", f"look into {file}")
+            text = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            raise ConfigFieldError(text, "an adapter_config.json", f"look into {file}")
         try:
             return cls.from_dict(cls.check_kwargs(**values))
         except ConfigError as e:
@@ -413,7 +413,7 @@ class TargetedConfig(PeftConfig):
 
 
 @dataclass
-class PatternedConfig(TargetedConfig):
+class RankPatternConfig(TargetedConfig):
     """The fields of methods with a rank `r` and an alpha that can differ by layer."""
 
     alpha_name: ClassVar[str] = "alpha"

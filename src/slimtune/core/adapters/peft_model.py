@@ -50,7 +50,7 @@ def get_peft_model(
     Raises:
         TargetError: a target, layer index, pattern or module to save matches nothing.
     """
-    cls = load_compat_hook().model_class(None, mixed=True) if mixed else PeftModel
+    cls = load_compat_hook().get_peft_model_class(None, mixed=True) if mixed else PeftModel
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision)
 
 
@@ -261,7 +261,7 @@ class PeftModel(ModelWithAdapters):
     def _attach_first_adapter(
         cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, **settings: bool
     ) -> Any:
-        of_task = load_compat_hook().model_class(config.task_type) if cls is PeftModel else None
+        of_task = load_compat_hook().get_peft_model_class(config.task_type) if cls is PeftModel else None
         peft_model = _make_peft_model(model, of_task or cls)
         try:
             peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, **settings)
@@ -302,10 +302,10 @@ def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
     base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = load_compat_hook().register_class(_make_model_class(base_class, cls), "PeftModel")
+    model.__class__ = load_compat_hook().register_as_peft_class(_make_model_class(base_class, cls), "PeftModel")
     model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_cpu_repacking_layers(model))
     assert isinstance(model, PeftModel)
-    load_compat_hook().add_backbone_names(model)
+    load_compat_hook().add_peft_names_to_backbone(model)
     return model
 
 

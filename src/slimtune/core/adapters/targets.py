@@ -21,7 +21,7 @@ from ...errors import TargetError, format_names, nearest
 from ..kernels.linear_layers import get_layer_kind, list_persistent_buffers
 from .adapted_layer import ADDED_CHILDREN, AdaptedLayer, can_have_adapters
 from .adapter_module import WEIGHT_KINDS, SiteKind
-from .architectures import HEADS, get_model_type, get_text_config, is_read_without_call
+from .architectures import HEADS, get_model_type, get_text_config, is_weight_read_without_call
 from .name_patterns import compile_name_pattern, find_matching_pattern
 from .peft_config import PeftConfig
 
@@ -71,7 +71,7 @@ class TargetMatches:
         return "; ".join(parts)
 
 
-def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> TargetMatches:
+def match_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> TargetMatches:
     """Return the modules that `config` selects in `model`, a base with or without adapters.
 
     `strict=False` accepts names that match nothing as long as one matches: for adapters loaded from files, whose
@@ -81,7 +81,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
     modules = get_base_modules(model)
-    tied = find_tied_modules(model)
+    tied = find_modules_tied_to_embedding(model)
     whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     further = config.extra_targets(model)
@@ -179,7 +179,7 @@ def find_target_parameters(model: nn.Module, config: Any) -> dict[str, list[str]
     return {n: names for n, names in found.items() if names}
 
 
-def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
+def find_target_modules(model: nn.Module, config: PeftConfig) -> Modules:
     """Return the modules that a config's target_modules match, by name."""
     modules = get_base_modules(model)
     targets = _resolve_targets(model, modules, config)
@@ -188,7 +188,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
 
 def find_linear_targets(model: nn.Module, config: PeftConfig) -> Modules:
     """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    return {n: m for n, m in find_targets(model, config).items() if get_layer_kind(m) == "linear"}
+    return {n: m for n, m in find_target_modules(model, config).items() if get_layer_kind(m) == "linear"}
 
 
 def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = None) -> list[str]:
@@ -220,10 +220,10 @@ def list_all_linear_targets(model: Any, config: PeftConfig) -> list[str]:
 def find_layers_read_without_call(model: nn.Module) -> list[str]:
     """Return the names of the layers whose weights are read without calling them (`UNCALLED_LAYERS`)."""
     modules = get_base_modules(model)
-    return [n for n in modules if is_read_without_call(modules.get(n.rpartition(".")[0], model), n)]
+    return [n for n in modules if is_weight_read_without_call(modules.get(n.rpartition(".")[0], model), n)]
 
 
-def shorten_names(names: list[str], model: nn.Module) -> list[str]:
+def shorten_module_names(names: list[str], model: nn.Module) -> list[str]:
     """Return the ends of these names of modules or parameters, without the layer's number, if nothing else has them."""
     ends = list(dict.fromkeys(re.sub(r".*\.[0-9]+\.", "", name) for name in names))
     modules = get_base_modules(model)
@@ -237,7 +237,7 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
-def find_tied_modules(model: Any) -> list[str]:
+def find_modules_tied_to_embedding(model: Any) -> list[str]:
     """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # a model of images has none
@@ -318,7 +318,9 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets if isinstance(targets, str) else sorted(targets)
     if experts := find_expert_parameters(model, getattr(config, "exclude_modules", None)):
-        message = f'target_modules="all-linear" leaves out the experts ({format_names(shorten_names(experts, model))})'
+        message = (
+            f'target_modules="all-linear" leaves out the experts ({format_names(shorten_module_names(experts, model))})'
+        )
         warnings.warn(f"{message}: {config.name} does not adapt them, LoRA does", stacklevel=2)
     return list_all_linear_targets(model, config)
 
@@ -361,7 +363,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if kind == "conv" and not forward.__module__.startswith("torch.nn."):
         raise TargetError(f"{name} is a {class_name}, which computes something else than a torch convolution")
     parent = modules.get(name.rpartition(".")[0], model)
-    if is_read_without_call(parent, name):
+    if is_weight_read_without_call(parent, name):
         what = f"a {type(parent).__name__} reads its weight without calling it, so an adapter would be skipped"
         hint = f'exclude_modules=["{name.rpartition(".")[2]}"]; "all-linear" leaves it out'
         raise TargetError(f"{name} cannot be adapted: {what}", "other modules", hint)

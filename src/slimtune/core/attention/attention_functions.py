@@ -24,7 +24,7 @@ from .packed_attention import (
     attend_by_segment,
     flex_attention_supported,
     make_tree_mask,
-    simulate_tree_attention,
+    simulate_tree_attention_memory,
     tree_attention,
 )
 from .packed_layout import PackedLayout
@@ -78,9 +78,9 @@ def packing_unsupported_reason(model: Any) -> str:
 
 def layout_unsupported_reason(model: Any) -> str:
     """Return why a model cannot run packed layouts, "" if it can; reads only its class and config."""
-    implementation = original_attention(getattr(model.config, "_attn_implementation", None))
+    implementation = get_original_attention_name(getattr(model.config, "_attn_implementation", None))
     text = model.config.get_text_config()
-    other_layers = find_layers_without_attention(text)
+    other_layers = find_layer_types_without_attention(text)
     if reason := _foreign_code_reason(model):
         return reason
     if other_layers or getattr(text, "attention_chunk_size", None):
@@ -96,7 +96,7 @@ def layout_unsupported_reason(model: Any) -> str:
     return ""
 
 
-def find_layers_without_attention(text_config: Any) -> list[str]:
+def find_layer_types_without_attention(text_config: Any) -> list[str]:
     """Return the types of a text model's layers that have no keys and values, sorted."""
     types = (getattr(text_config, name, None) or () for name in ("layer_types", "layers_block_type"))
     return sorted(set().union(*types) - {"full_attention", "sliding_attention", "attention"})
@@ -115,7 +115,7 @@ def _foreign_code_reason(model: Any) -> str:
     return "" if known else f"the code of {type(model).__name__} is not transformers' own"
 
 
-def original_attention(implementation: Any) -> Any:
+def get_original_attention_name(implementation: Any) -> Any:
     """Return the attention implementation that the user chose, inside `enable_packed_attention` too."""
     return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
 
@@ -170,7 +170,7 @@ def _attend_packed(
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
     if plain_sdpa and not long_row and flex_attention_supported(query, key, dropout):
         if is_device_simulated():
-            out = simulate_tree_attention(query, key, value, layout.count_pairs(window))
+            out = simulate_tree_attention_memory(query, key, value, layout.count_pairs(window))
         else:
             out = tree_attention(query, key, value, make_tree_mask(layout, window, query.device), scaling)
         return out.transpose(1, 2).contiguous()

@@ -285,7 +285,7 @@ def get_padded_length(tokens: int) -> int:
     return max(BLOCK, 1 << (tokens - 1).bit_length())
 
 
-def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
+def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
     """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors.
 
     `pairs` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).

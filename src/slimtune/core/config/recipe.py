@@ -15,37 +15,37 @@ from ..adapters.config_fields import (
     SettingSpec,
     config_field,
     list_settings,
-    make_value_error,
-    read_section_settings,
+    make_invalid_value_error,
+    parse_section_settings,
 )
-from ..adapters.method_registry import config_class
-from ..foundation.formatting import format_value
+from ..adapters.method_registry import get_method_config_class
+from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allow_remote_code
 from ..foundation.strict_yaml import format_yaml
-from .method_settings import get_full_field_names, parse_method_section, parse_task_section
+from .method_settings import get_full_method_field_names, parse_method_section, parse_task_section
 from .objective_registry import load_objective_class
 from .recipe_loading import (
-    expand_short_sections,
-    find_missing_files,
+    expand_section_shorthand,
+    find_missing_data_files,
     make_recipe_paths_absolute,
     parse_overrides,
     read_recipe_tree,
     set_tree_value,
 )
-from .schema import DataSettings, MethodSettings, ModelSettings, PathLike, Section, TaskSettings, TrainSettings
+from .schema import DataSettings, MethodSettings, ModelSettings, PathLike, RecipeSection, TaskSettings, TrainSettings
 
 MIN_EVAL_ROWS = 6
 """Fewer held-out rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
 MOST_ERRORS = 20
 """Errors that a message lists."""
-SECTIONS: dict[str, type[Section]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
+SECTIONS: dict[str, type[RecipeSection]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
 """The sections whose settings do not depend on a name in them."""
 FindMore = Callable[[Mapping[str, Any]], tuple[list[FieldError], SlimtuneError | None]]
 """Returns further errors in a tree, such as missing files, and an exception to raise if there is no other error."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Section):
+class Recipe(RecipeSection):
     """All settings of a run.
 
     `output_dir` is relative to the working folder. The paths of data and model are absolute, so that the run reads the
@@ -77,7 +77,9 @@ class Recipe(Section):
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
-        return config_class(self.method.name)(**{"task_type": self.objective().task_type, **self.method.settings})
+        return get_method_config_class(self.method.name)(
+            **{"task_type": self.objective().task_type, **self.method.settings}
+        )
 
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""
@@ -114,7 +116,7 @@ class Recipe(Section):
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        _raise_errors(find_missing_files(self.data.to_dict()), "the recipe")
+        _raise_errors(find_missing_data_files(self.data.to_dict()), "the recipe")
 
 
 def load_recipe(
@@ -132,16 +134,16 @@ def load_recipe(
     )
 
 
-def load_recipe_tree(
+def load_validated_recipe_tree(
     path: str | Path, overrides: Mapping[str, Any], optional: Collection[str] = (), find_more: FindMore | None = None
 ) -> dict[str, Any]:
     """Return a recipe file's tree with overrides, after every check; settings in `optional` may be missing in it."""
     tree = replace_recipe_values(read_optional_recipe_tree(path, overrides), overrides)
     parse_recipe_sections(tree, str(path), optional, find_more)
-    return expand_short_sections(tree)
+    return expand_section_shorthand(tree)
 
 
-def build_recipe_sections(settings: Mapping[str, Any], *classes: type[Section]) -> list[Any]:
+def build_recipe_sections(settings: Mapping[str, Any], *classes: type[RecipeSection]) -> list[Any]:
     """Return some sections that overrides by dotted path describe; the others may lack required settings."""
     names = [name for name, section in SECTIONS.items() if section in classes]
     optional = [s.path for s in list_settings(Recipe) if s.path.partition(".")[0] not in names]
@@ -167,7 +169,9 @@ def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
     # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
-    names = get_full_field_names(str(overrides.get("method.name", overrides.get("method", method.get("name", "lora")))))
+    names = get_full_method_field_names(
+        str(overrides.get("method.name", overrides.get("method", method.get("name", "lora"))))
+    )
     full_name = names.get(name, name)
     for spelling in [full_name, *(short for short, full in names.items() if full == full_name)]:
         method.pop(spelling, None)
@@ -186,28 +190,28 @@ def parse_recipe_sections(
         RecipeError: it names every error in the tree by its path.
     """
     if not isinstance(tree, Mapping):
-        raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
-    tree = expand_short_sections(copy.deepcopy(dict(tree)))
+        raise RecipeError(f"{source} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
+    tree = expand_section_shorthand(copy.deepcopy(dict(tree)))
     make_recipe_paths_absolute(tree)
     method, method_errors = parse_method_section(tree.get("method", {}))
     task, task_errors = parse_task_section(tree.get("task", {}))
     every = list_settings(Recipe)
-    paths = [s.path for s in every] + [f"method.{name}" for name in get_full_field_names(method["name"])]
+    paths = [s.path for s in every] + [f"method.{name}" for name in get_full_method_field_names(method["name"])]
     sections: dict[str, Any] = {"task": TaskSettings(**task), "method": MethodSettings(**method)}
     errors: list[FieldError] = []
     for name, section in SECTIONS.items():
         given, known = tree.get(name, {}), {s.name: s for s in list_settings(section)}
         if not isinstance(given, Mapping):
-            errors.append(FieldError(name, f"got {format_value(given)}", f"a section with {format_names(known)}"))
+            errors.append(FieldError(name, f"got {format_short_value(given)}", f"a section with {format_names(known)}"))
             continue
-        values, found = read_section_settings(known, given, name, paths=paths, most=MOST_ERRORS)
+        values, found = parse_section_settings(known, given, name, paths=paths, most=MOST_ERRORS)
         missing = [s for s in known.values() if s.required and s.name not in given]
         errors += found + [_missing_error(s, f"{name}.{s.name}") for s in missing if f"{name}.{s.name}" not in optional]
         if not found and not missing:
             sections[name] = section(**values)
     output_dir = next(s for s in every if s.path == "output_dir")
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
-    values, found = read_section_settings({"output_dir": output_dir}, rest, "", names=RECIPE_NAMES, paths=paths)
+    values, found = parse_section_settings({"output_dir": output_dir}, rest, "", names=RECIPE_NAMES, paths=paths)
     if "output_dir" not in rest and "output_dir" not in optional:
         found.insert(0, _missing_error(output_dir, "output_dir"))
     errors += [*found, *method_errors, *task_errors]
@@ -241,10 +245,10 @@ def find_setting_conflicts(
     if budget is not None and objective.task_type != "CAUSAL_LM":
         more = f", and task is {task.name}, whose model has no loss on text"
         expected = "null, or the task of a language model"
-        yield make_value_error("train.forgetting_budget", budget, expected, more=more)
+        yield make_invalid_value_error("train.forgetting_budget", budget, expected, more=more)
     elif budget is not None and train.fsdp:
         expected = "only one of the two"
-        yield make_value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
+        yield make_invalid_value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
     if train.compile and train.fsdp:
         yield FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two")
     if method.settings.get("init_lora_weights") == "loftq" and model.quantization is None:
@@ -253,18 +257,20 @@ def find_setting_conflicts(
         yield FieldError("method.init_lora_weights", message, expected)
     if data.format is not None and not objective.takes_format(data.format):
         expected = " or ".join((*objective.formats, *objective.named_formats))
-        yield make_value_error("data.format", data.format, expected, more=f", and task is {task.name}")
+        yield make_invalid_value_error("data.format", data.format, expected, more=f", and task is {task.name}")
     if data.test is not None and data.test_fraction > 0:
         more = ", and data.test names rows for `slimtune eval`"
-        yield make_value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
+        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
     if data.validation is None and data.validation_fraction + data.test_fraction >= 1:
         more = f", and data.validation_fraction is {data.validation_fraction}: no row is left"
-        yield make_value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
+        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
     if data.validation is None and data.validation_fraction == 0:
         for name in ("early_stopping_patience", "eval_steps"):
             if (value := getattr(train, name)) is not None:
                 expected = f"data.validation, or {name} null"
-                yield make_value_error(f"train.{name}", value, expected, more=", but there are no validation rows")
+                yield make_invalid_value_error(
+                    f"train.{name}", value, expected, more=", but there are no validation rows"
+                )
 
 
 def _raise_errors(errors: Iterable[FieldError], source: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import RecipeError, UsageError, nearest
 from ..adapters.config_fields import FieldError
 from ..foundation.files import parse_dataset_id
-from ..foundation.formatting import format_value
+from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
 
@@ -38,8 +38,8 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
-    tree = expand_short_sections(tree or {})
+        raise RecipeError(f"{path} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
+    tree = expand_section_shorthand(tree or {})
     make_recipe_paths_absolute(tree, path.absolute().parent)
     _check_trust(tree, path)
     return tree
@@ -57,7 +57,7 @@ def _check_trust(tree: dict[str, Any], path: Path) -> None:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def expand_short_sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+def expand_section_shorthand(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with `model: x` written as `model: {name: x}` and without empty sections."""
     return {
         name: {SHORT_SECTIONS[name]: value} if name in SHORT_SECTIONS and not isinstance(value, Mapping) else value
@@ -94,7 +94,7 @@ def set_tree_value(tree: dict[str, Any], path: str, value: Any) -> None:
         elif parent is tree and section in SHORT_SECTIONS and not isinstance(inner, Mapping):
             inner = {SHORT_SECTIONS[section]: inner}
         if not isinstance(inner, Mapping):
-            raise RecipeError(f"--set {path}: {section!r} is {format_value(inner)}", "a path through sections")
+            raise RecipeError(f"--set {path}: {section!r} is {format_short_value(inner)}", "a path through sections")
         parent[section] = dict(inner)
         parent = parent[section]
     parent[name] = value
@@ -122,7 +122,7 @@ def make_recipe_paths_absolute(tree: dict[str, Any], folder: Path | None = None)
         model["name"] = locate(path)
 
 
-def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
+def find_missing_data_files(data: Mapping[str, Any]) -> list[FieldError]:
     """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
     errors = []
     for name in DATA_FILES:

@@ -37,7 +37,7 @@ Dtype = Annotated[
 
 
 @dataclass(frozen=True)
-class Section(DeclaredSettings):
+class RecipeSection(DeclaredSettings):
     """A section of the recipe: frozen, strict about types, and without unknown fields."""
 
     yaml_words: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class Section(DeclaredSettings):
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, Section):
+    if isinstance(value, RecipeSection):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {k: _to_plain(v) for k, v in value.items()}
@@ -58,7 +58,7 @@ def _to_plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(Section):
+class ModelSettings(RecipeSection):
     """The base model and how it is loaded."""
 
     name: str = config_field(
@@ -84,7 +84,7 @@ class ModelSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Section):
+class DataSettings(RecipeSection):
     """The rows to train on and how they become tokens."""
 
     train: PathLike = config_field(
@@ -131,7 +131,7 @@ class DataSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(Section):
+class MethodSettings(RecipeSection):
     """The method's name and its own fields, which its config class declares."""
 
     name: str = config_field("lora", "method to train", see="`slimtune methods` lists them", flag="--method")
@@ -143,7 +143,7 @@ class MethodSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings(Section):
+class TaskSettings(RecipeSection):
     """The objective's name and its own fields, which its class declares."""
 
     name: str = config_field(
@@ -161,7 +161,7 @@ class TaskSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(Section):
+class TrainSettings(RecipeSection):
     """How long to train, how fast, with how much at once, and what is written."""
 
     epochs: Number = config_field(3.0, "passes over the training rows", gt=0, le=10**6)

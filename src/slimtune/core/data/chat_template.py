@@ -239,10 +239,10 @@ def find_end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
 def compile_special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern that matches any special or added token; added runs of blanks are left out."""
     known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    return compile_alternatives(t for t in known if t.strip())
+    return compile_alternatives_pattern(t for t in known if t.strip())
 
 
-def compile_alternatives(texts: Iterable[str]) -> re.Pattern[str]:
+def compile_alternatives_pattern(texts: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of these texts, the longest that fits."""
     return re.compile("|".join(sorted(map(re.escape, texts), key=len, reverse=True)) or r"(?!)")
 

@@ -47,7 +47,7 @@ def count_row_tokens(length: ExampleLength) -> list[int]:
     return [length] if isinstance(length, int) else [length[0] + n for n in length[1:]]
 
 
-def unshare_prefix(length: ExampleLength) -> ExampleLength:
+def remove_prefix_sharing(length: ExampleLength) -> ExampleLength:
     """Return the length of an example with rows as long that share nothing."""
     return length if isinstance(length, int) else (0, *count_row_tokens(length))
 

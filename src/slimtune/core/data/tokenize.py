@@ -19,11 +19,11 @@ from ...errors import DataError, UsageError, format_names, nearest
 from ..foundation.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
-from .messages import REASONING_KEYS, RowError, count_thinking_turns, get_thinking, require_template_keys
+from .messages import REASONING_KEYS, RowError, count_thinking_turns, get_thinking_text, require_template_keys
 from .parallel import parallel_map
 from .row_observer import RowObserver
-from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_answers
-from .tokenized_dataset import DatasetWriter, TokenizedDataset
+from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_into_answer_rows
+from .tokenized_dataset import TokenizedDataset, TokenizedDatasetWriter
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
 """Most rows that a process tokenizes at once, and characters from which fewer are enough: each takes 150 bytes."""
@@ -128,7 +128,7 @@ def tokenize_rows(
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
                 return RenderedText(rendered.text, [])
-            thinks = any(get_thinking(message)[0] for message in row.messages)
+            thinks = any(get_thinking_text(message)[0] for message in row.messages)
             if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
                 generation_prompt_differs = chat_template.prompt_differs_in_generation(
                     tokenizer, row.messages, row.tools, rendered
@@ -144,7 +144,7 @@ def tokenize_rows(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    parts = [split_answers(row) for row in rows]
+    parts = [split_into_answer_rows(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
@@ -306,7 +306,7 @@ def tokenize_dataset(
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = TokenizationStats(max_seq_len), [], []
-    with DatasetWriter() as writer:
+    with TokenizedDatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
             columns = {"row_lengths": batch.row_lengths, "classes": batch.labels, "row_scores": batch.row_scores}
             writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, **columns)

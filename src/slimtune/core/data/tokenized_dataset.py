@@ -29,7 +29,7 @@ def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
 
 
 class TokenizedDataset(Sequence[Example]):
-    """Tokenized rows, read from an Arrow table with the columns of `DatasetWriter` as they are asked for.
+    """Tokenized rows, read from an Arrow table with the columns of `TokenizedDatasetWriter` as they are asked for.
 
     `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all. `columns` are more values of
     these examples, arrays [N, …] by the key that an example gets.
@@ -184,7 +184,7 @@ class AnswerSubset(TokenizedDataset):
         return example | ({"row_lengths": [len(ids) for ids, _ in rows]} if len(rows) > 1 else {})
 
 
-class DatasetWriter:
+class TokenizedDatasetWriter:
     """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 
     def __init__(self) -> None:

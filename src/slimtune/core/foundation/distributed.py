@@ -104,7 +104,7 @@ def destroy_process_group() -> None:
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
-def run_on_main(work: Callable[[], T]) -> T:
+def run_on_main_and_broadcast(work: Callable[[], T]) -> T:
     """Run `work` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
     if world_size() == 1:
         return work()
@@ -121,11 +121,11 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 
 def runs_on_main(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that the main process runs alone, as `run_on_main` does."""
+    """Decorate a function that the main process runs alone, as `run_on_main_and_broadcast` does."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run_on_main(lambda: function(*args, **kwargs))
+        return run_on_main_and_broadcast(lambda: function(*args, **kwargs))
 
     return run
 
@@ -213,7 +213,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def raise_peer_gone() -> Iterator[None]:
+def translate_communication_errors() -> Iterator[None]:
     """Raise `PeerGone` in place of a communication error inside the block."""
     try:
         yield

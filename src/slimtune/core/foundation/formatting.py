@@ -10,7 +10,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 
 
-def escape_controls(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     r"""Return a text with its control characters written out: ESC becomes `\x1b`.
 
     They are what can steer a terminal or turn the direction of its text, except line feeds and tabs, and halves of
@@ -27,7 +27,7 @@ def shorten_text(value: str, limit: int = 80) -> str:
     return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
 
 
-def format_value(value: object, limit: int = 100) -> str:
+def format_short_value(value: object, limit: int = 100) -> str:
     """Return a value as short text."""
     if isinstance(value, int) and abs(value) > 1e100:  # Python refuses to print integers of over 4,300 digits
         return f"an integer of {value.bit_length()} bits"

@@ -56,7 +56,7 @@ def get_json_key(field: Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
 
 
-def find_dataclass(kind: Any) -> Any:
+def find_dataclass_in_type(kind: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
     members = [m for m in (get_args(kind) or (kind,)) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
@@ -64,7 +64,7 @@ def find_dataclass(kind: Any) -> Any:
 
 def find_key_suffixes(kind: Any) -> Mapping[str, str]:
     """Return the `json_suffixes` of a dataclass, also if the value may be None; empty if it has none."""
-    return getattr(find_dataclass(kind), "json_suffixes", {})
+    return getattr(find_dataclass_in_type(kind), "json_suffixes", {})
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -165,7 +165,7 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
             if not _has_default(field):
                 values[field.name] = None
     for field, kind in inline:  # each takes its keys, a mapping all that are left
-        if (inner := find_dataclass(kind)) is not None:
+        if (inner := find_dataclass_in_type(kind)) is not None:
             own = {key: left.pop(key) for key in _list_keys(inner) if key in left}
         else:
             own, left = left, {}
@@ -249,7 +249,7 @@ def _describe_kind(kind: Any) -> str:
 def _list_keys(cls: Any) -> list[str]:
     keys: list[str] = []
     for field, kind in list_fields_with_types(cls):
-        if field.metadata.get("inline") and (inner := find_dataclass(kind)) is not None:
+        if field.metadata.get("inline") and (inner := find_dataclass_in_type(kind)) is not None:
             keys += _list_keys(inner)
         else:
             keys += [get_json_key(field) + suffix for suffix in (find_key_suffixes(kind) or {"": ""}).values()]

@@ -8,7 +8,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from ...errors import RecipeError
-from .formatting import format_value
+from .formatting import format_short_value
 
 MAX_DEPTH, MAX_KEYS, MAX_VALUES, MAX_DIGITS = 40, 10_000, 200_000, 300
 """Limits of a YAML text: levels of nesting, keys of a mapping, values with aliases written out, digits of a number."""
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
                 self._refuse("a key that is not text: put it in quotes", key)
             if key.value in seen:
-                self._refuse(f"{format_value(key.value)} is given twice", key)
+                self._refuse(f"{format_short_value(key.value)} is given twice", key)
             seen.add(key.value)
         return node
 
@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, ValueError):  # PyYAML trusts a tag such as !!int
-            self._refuse(f"{format_value(node.value)} is not of the type !!{kind}", node)
+            self._refuse(f"{format_short_value(node.value)} is not of the type !!{kind}", node)
 
     def _refuse(self, problem: str, node: Any) -> NoReturn:
         raise ComposerError(None, None, problem, node.start_mark)

@@ -13,7 +13,7 @@ def make_dropout(probability: float) -> nn.Module:
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
-def active_dropout_p(module: nn.Module) -> float:
+def get_active_dropout_probability(module: nn.Module) -> float:
     """Return the probability with which a module made by `make_dropout` drops an input in its current mode."""
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 

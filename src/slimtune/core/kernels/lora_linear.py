@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import fork_rng, get_rng_state
-from .rms_norm import find_rms_norm_node, recompute_norm_output
+from .rms_norm import find_rms_norm_node, recompute_rms_norm_output
 
 
 def low_rank_linear(
@@ -31,14 +31,14 @@ def low_rank_linear(
         scale: s.
         dropout: probability in [0, 1) of dropping an input of A; the others are scaled up.
     """
-    if needs_separate_operations(x):
+    if needs_unfused_operations(x):
         return add_low_rank_update(F.linear(x, weight, bias), x, A, B, scale, dropout)
     return _LowRankLinear.apply(x, None, weight, bias, A, B, scale, dropout)
 
 
 def add_low_rank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Return `y + s · d(x) Aᵀ Bᵀ` for any `y (..., out)`; other arguments as in `low_rank_linear`."""
-    if not needs_separate_operations(x):
+    if not needs_unfused_operations(x):
         return _LowRankLinear.apply(x, y, None, None, A, B, scale, dropout)
     # x is flattened before A, which may have no rows.
     z = F.linear(F.dropout(x, dropout).reshape(-1, x.shape[-1]), A.to(x.dtype))
@@ -50,7 +50,7 @@ def add_low_rank_to_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -
     return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
 
 
-def needs_separate_operations(x: Tensor) -> bool:
+def needs_unfused_operations(x: Tensor) -> bool:
     """Return whether separate operations have to run in place of one autograd step."""
     # torch.compile fuses on its own and cannot replay random states; autocast chooses a dtype per operation.
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
@@ -109,7 +109,7 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if need_A:
             if ctx.norm is not None:
-                x = recompute_norm_output(ctx.norm)
+                x = recompute_rms_norm_output(ctx.norm)
             if ctx.dropout:
                 with fork_rng(ctx.rng_state, g.device):
                     x = _drop(x, ctx.dropout)

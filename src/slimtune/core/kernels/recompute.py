@@ -1,19 +1,19 @@
 """Autograd steps that save only their input and recompute the rest in the backward pass.
 
-`recompute_linear`: a linear layer whose weight is computed from small tensors p,
+`linear_recomputing_weight`: a linear layer whose weight is computed from small tensors p,
 
     y = x M(p)ᵀ        x (..., in), M(p) (out, in)
 
 saves x and p; the full weight exists only while the layer runs.
 
-`run_tiled`: a map of tokens, run on a few tokens at a time,
+`run_in_token_tiles`: a map of tokens, run on a few tokens at a time,
 
     y[:, i] depends only on x[:, i]          x (batch, tokens, ...), y (batch, tokens, ...)
 
 saves x. Norms and MLPs are such maps, and their activations between x and y take up to ten times the memory of x; in
 tiles they exist for one tile at a time. Gradients of parameters are summed over the tiles.
 
-`gated_linear`: the second half of a gated MLP,
+`gated_linear_recomputing_product`: the second half of a gated MLP,
 
     y = linear(h),  h = activation(gate) * up          gate, up, h (..., d), y (..., out)
 
@@ -34,7 +34,7 @@ from ...errors import ModelError
 from .dropout import fork_rng, get_rng_state
 
 
-def recompute_linear(make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+def linear_recomputing_weight(make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
     """Return `x make_weight(*tensors)ᵀ` in x's dtype.
 
     Args:
@@ -69,7 +69,7 @@ class _RecomputeLinear(torch.autograd.Function):
         return None, grad_x, *(grads.pop(0) if need else None for need in needed)
 
 
-def run_tiled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: Sequence[Tensor]) -> Tensor:
+def run_in_token_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: Sequence[Tensor]) -> Tensor:
     """Return `run(x)`, computed for `tokens` tokens of each row at a time.
 
     Args:
@@ -90,7 +90,7 @@ def run_tiled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: 
     return _TiledMap.apply(run, tokens, saved, x, *trained)
 
 
-def gated_linear(
+def gated_linear_recomputing_product(
     activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, linear: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return `linear(activation(gate) * up)` and keep only gate and up of what comes before `linear`.

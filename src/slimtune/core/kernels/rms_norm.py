@@ -25,7 +25,7 @@ def find_rms_norm_node(y: Tensor) -> Any:
     return y.grad_fn if hasattr(y.grad_fn, "norm_output") else None
 
 
-def recompute_norm_output(node: Any) -> Tensor:
+def recompute_rms_norm_output(node: Any) -> Tensor:
     """Return a norm's output again, `(..., d)`, from its autograd node; one tensor for all that need it."""
     if node.norm_output is None:
         x, inverse, weight = node.saved_tensors

@@ -11,8 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, nearest
 from ..foundation.remote_code import remote_code_allowed
-from .load_errors import remote_code_error, translate_load_errors
-from .model_source import BASE_READERS, ModelSource, find_known_base, resolve_model_source, unknown_base_error
+from .load_errors import make_remote_code_error, silence_and_translate_load_errors
+from .model_source import BASE_READERS, ModelSource, find_known_base, make_unknown_base_error, resolve_model_source
 
 SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -63,10 +63,10 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
     hub_options = {"revision": revision} if revision else {}
     # trust_remote_code is always given: without it transformers asks on the terminal.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **hub_options}
-    with translate_load_errors(spec):
+    with silence_and_translate_load_errors(spec):
         raw, _ = PreTrainedConfig.get_config_dict(location, **hub_options)
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-            raise remote_code_error(spec)
+            raise make_remote_code_error(spec)
         config = AutoConfig.from_pretrained(location, **options)
     _require_valid_config(config, spec)
     return PreparedBase(source, location, options, config, seconds)
@@ -103,7 +103,7 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
         loads = known.alias if known.packaged is not None and "/" not in spec else known.hub_id
         return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
-        raise unknown_base_error(spec)
+        raise make_unknown_base_error(spec)
     model = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     return BaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
 
@@ -128,13 +128,13 @@ def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedC
     """Return the config in a file; raise ModelError if it is damaged or lacks what decides the model's size."""
     location = str(path.parent if path.name == "config.json" else path)
     hint = _CONFIG_HINT
-    with translate_load_errors(str(path), "config"):
+    with silence_and_translate_load_errors(str(path), "config"):
         raw, _ = PreTrainedConfig.get_config_dict(location)
         kind = str(raw.get("model_type") or "")
         if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
             raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
         if kind not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
-            raise remote_code_error(str(path))
+            raise make_remote_code_error(str(path))
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
             problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)

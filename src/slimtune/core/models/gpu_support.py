@@ -7,6 +7,6 @@ VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "c
 NO_XPU = "slimtune does not train on Intel GPUs (torch's device xpu): no run was ever tested on one"
 
 
-def default_bf16(device_type: str, in_hardware: bool) -> bool:
+def is_bf16_default(device_type: str, in_hardware: bool) -> bool:
     """Return whether "auto" is bfloat16 on another machine, by the kind of its device and what its hardware has."""
     return device_type == "mps" or in_hardware

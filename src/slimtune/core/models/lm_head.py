@@ -81,7 +81,7 @@ def get_classifier_head(model: Any) -> Any:
 
 
 @torch.no_grad()
-def check_lm_head(model: Any) -> None:
+def require_matching_lm_head_loss(model: Any) -> None:
     """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
 
     A head may do more to its logits than its config says: transformers does not tell.

@@ -43,7 +43,7 @@ _TRANSLATIONS: tuple[tuple[tuple[type[Exception] | str, ...], type[SlimtuneError
 
 
 @contextlib.contextmanager
-def silence_libraries() -> Iterator[None]:
+def silence_model_loading() -> Iterator[None]:
     """Load without progress bars, without text on stdout, and without asking the Hub to convert pickled weights."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     variable = "DISABLE_SAFETENSORS_CONVERSION"
@@ -65,7 +65,7 @@ def silence_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
+def silence_and_translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
     """Silence the libraries, and raise a UsageError, ModelError or RunError in place of their exceptions.
 
     Args:
@@ -73,7 +73,7 @@ def translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
         what: what is loaded from it.
     """
     try:
-        with silence_libraries():
+        with silence_model_loading():
             yield
     except SlimtuneError:
         raise
@@ -81,7 +81,7 @@ def translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
         raise _translate(error, spec, what) from error
 
 
-def remote_code_error(spec: str) -> UsageError:
+def make_remote_code_error(spec: str) -> UsageError:
     """Return the error for a base with Python code of its own."""
     return UsageError(_REMOTE_CODE.format(spec=spec), hint=_TRUST, code="remote-code")
 

@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ...errors import ModelError, UsageError, format_names, nearest
 from ..foundation.chat_rendering import render_chat_template
-from ..foundation.fingerprint import config_fingerprint, hash_weights
+from ..foundation.fingerprint import config_fingerprint, hash_weight_samples
 from .base_config import PreparedBase, get_hidden_size, prepare_base
 from .dtype import pick_device, pick_dtype
-from .load_errors import translate_load_errors
+from .load_errors import silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource
 from .quantization import BASE_QUANTIZATIONS, make_quantization_options
 
@@ -52,7 +52,7 @@ class LoadedBase:
     load_seconds: float  # spent on reading model and tokenizer
     prepare_seconds: float  # spent on making a folder of a base in another format
     fingerprint: str  # 16 hex digits that name the base
-    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weights`)
+    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
     new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
     revision: str | None = None  # branch, tag or commit of a base from the Hub
@@ -70,7 +70,7 @@ class LoadedBase:
         if source.kind == "folder":
             return Path(source.path)
         files = ["*.safetensors*", "*.json"]
-        with translate_load_errors(source.spec):
+        with silence_and_translate_load_errors(source.spec):
             return Path(snapshot_download(source.path, revision=self.revision, allow_patterns=files))
 
 
@@ -122,7 +122,7 @@ def load_base(
         setattr(opened.config, name, value)
     options |= {"config": opened.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     # A new head is the same in every load of a base.
-    with translate_load_errors(spec), torch.random.fork_rng(devices=[]):
+    with silence_and_translate_load_errors(spec), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, info = get_auto_class(opened.config, task).from_pretrained(opened.location, **options)
         if not is_placed:
@@ -148,7 +148,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        weight_hashes=hash_weights(model, set(info["missing_keys"])),
+        weight_hashes=hash_weight_samples(model, set(info["missing_keys"])),
         quantization=quantization,
         new_weights=tuple(sorted(info["missing_keys"])),
         revision=revision,
@@ -194,7 +194,7 @@ def _read_template(given: str | Path | None) -> str | None:
 def _load_tokenizer(opened: PreparedBase, template: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a pad token; `template` replaces its chat template."""
     spec = opened.source.spec
-    with translate_load_errors(spec, "tokenizer of"):
+    with silence_and_translate_load_errors(spec, "tokenizer of"):
         tokenizer = AutoTokenizer.from_pretrained(opened.location, **opened.options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(

@@ -119,13 +119,13 @@ def resolve_model_source(spec: str) -> ModelSource:
     if is_hub_id:
         return ModelSource("hub", spec, path.name, spec)
     if "/" not in spec and path.suffix.lower() not in _FILE_TYPES:
-        raise unknown_base_error(spec)
+        raise make_unknown_base_error(spec)
     missing = next(p for p in (*reversed(path.parents), path) if not os.path.exists(p))
     close = nearest(missing.name, _file_names(missing.parent))
     raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}", code="repository-not-found")
 
 
-def unknown_base_error(name: str) -> UsageError:
+def make_unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
     found = [catalog.suggest_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
     close = next((close for close, _ in found if close), "") or nearest(name, _file_names(Path()))

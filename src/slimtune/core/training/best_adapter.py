@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..adapters.adapter_strength import AdapterStrength
 from . import checkpoint
 from .forgetting_budget import reduce_strength_to_budget
-from .loss import count_targets
+from .loss import count_supervised_targets
 from .resuming import load_checkpoint_adapter
 from .train_result import ForgettingResult
 from .training_loop import TrainingLoop
@@ -54,7 +54,7 @@ def restore_best_adapter(loop: TrainingLoop) -> _KeptAdapter:
             before = forgetting = known[step]
     result = ForgettingResult(
         budget=budget,
-        tokens=sum(count_targets(row) for row in loop.general_rows),
+        tokens=sum(count_supervised_targets(row) for row in loop.general_rows),
         base_losses=state.general_base_losses,
         measured=state.forgetting,
         before=before,

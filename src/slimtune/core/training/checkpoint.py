@@ -163,7 +163,7 @@ def describe_checkpoint_damage(folder: Path) -> str:
     return ""
 
 
-def find_undamaged_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+def find_newest_undamaged_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
     """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over."""
     for partial in root.glob(f".{PREFIX}*"):
         say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")

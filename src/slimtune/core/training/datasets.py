@@ -14,7 +14,7 @@ from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
-from ..data.row_observer import DATA_REPORTS, DataReport, RowObserver
+from ..data.row_observer import DATA_REPORTS, ObservedRowsReport, RowObserver
 from ..data.rows import ROW_SOURCES, RowSource
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
@@ -38,7 +38,7 @@ class RunDatasets:
     test: TokenizedDataset
     train_stats: TokenizationStats
     validation_stats: TokenizationStats | None
-    data_reports: dict[str, DataReport | None]
+    data_reports: dict[str, ObservedRowsReport | None]
     classes: ClassLabels | None = None  # of a sequence classifier
 
     def lengths(self) -> list[ExampleLength]:
@@ -87,7 +87,7 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
         require_bitsandbytes("train.optimizer adamw-8bit")
-    data = load_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
+    data = tokenize_recipe_datasets(recipe, load_base_tokenizer(recipe.model, recipe.data.chat_template))
     for report in data.data_reports.values():
         if report is not None and not force:
             report.require_no_errors()
@@ -99,7 +99,7 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
     return data
 
 
-def load_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
+def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
     """Read, tokenize and report on the training and validation rows of a recipe, and prepare them for its objective.
 
     Raises:
@@ -121,7 +121,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
 
     own = read(data.train)
     other: _ObservedRows | None = None
-    reports: dict[str, DataReport | None] = {"validation": None}
+    reports: dict[str, ObservedRowsReport | None] = {"validation": None}
     train, test = _split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
     if data.validation is not None:
         other = read(data.validation, own.observer)

@@ -31,7 +31,14 @@ from ..foundation.device import count_free_memory
 from ..foundation.progress_bars import track_progress
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
-from ..models.lm_head import LMHead, ModelInputs, check_lm_head, get_classifier_head, get_hidden_states, get_lm_head
+from ..models.lm_head import (
+    LMHead,
+    ModelInputs,
+    get_classifier_head,
+    get_hidden_states,
+    get_lm_head,
+    require_matching_lm_head_loss,
+)
 from .objective import Objective, sum_tokens_by_row
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
@@ -68,7 +75,7 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
     if settings.packing and not collator.packing:
         message = f"train.packing is true, but {packing_unsupported_reason(model)}"
         raise UsageError(message, hint="--set train.packing=null packs where it is exact")
-    check_lm_head(model)
+    require_matching_lm_head_loss(model)
     limit = settings.max_tokens_per_micro_batch
     collator.max_tokens = choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator
@@ -145,14 +152,14 @@ def compute_row_logits(model: Any, batch: Batch) -> Tensor:
     return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
-def compute_outputs(model: Any, batch: Batch) -> Tensor:
+def compute_token_nll_or_row_logits(model: Any, batch: Batch) -> Tensor:
     """Return the inputs of the objective's loss: `compute_row_logits` of a classifier, else `compute_token_nll`."""
     return compute_row_logits(model, batch) if "row_ends" in batch else compute_token_nll(model, batch)
 
 
 def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
-    values = compute_outputs(model, batch)
+    values = compute_token_nll_or_row_logits(model, batch)
     return (objective or load_default_objective()).loss(
         values, batch, max(1, len(batch["targets"])) if num_items is None else num_items
     )
@@ -226,7 +233,7 @@ def score_objective(
     """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
 
     def measure(batch: Batch) -> Tensor:
-        return objective.score(compute_outputs(model, batch), batch)
+        return objective.score(compute_token_nll_or_row_logits(model, batch), batch)
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -275,7 +282,7 @@ def score_examples(
     return {i: values.tolist() for i, values in measured.items()}
 
 
-def count_targets(example: Example) -> int:
+def count_supervised_targets(example: Example) -> int:
     """Return how many of a row's tokens are supervised; the first token has nothing to be predicted from."""
     return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 

@@ -28,8 +28,8 @@ from ...errors import UsageError, format_names
 from ..adapters.architectures import FEED_FORWARD
 from ..kernels.activation_offload import ActivationOffload
 from ..kernels.linear_layers import get_layer_kind
-from ..kernels.lora_linear import needs_separate_operations
-from ..kernels.recompute import gated_linear, run_tiled
+from ..kernels.lora_linear import needs_unfused_operations
+from ..kernels.recompute import gated_linear_recomputing_product, run_in_token_tiles
 from ..kernels.rms_norm import rms_norm
 
 
@@ -88,14 +88,14 @@ def has_same_forward(module: nn.Module, expected: type[nn.Module]) -> bool:
 
 
 def _forward_gated(module: Any, x: Tensor) -> Tensor:
-    if needs_separate_operations(x) or not torch.is_grad_enabled():
+    if needs_unfused_operations(x) or not torch.is_grad_enabled():
         return type(module).forward(module, x)
-    return gated_linear(module.act_fn, module.gate_proj(x), module.up_proj(x), module.down_proj)
+    return gated_linear_recomputing_product(module.act_fn, module.gate_proj(x), module.up_proj(x), module.down_proj)
 
 
 def _forward_norm(module: Any, x: Tensor) -> Tensor:
     plain = x.element_size() != 2 or module.weight.requires_grad or not torch.is_grad_enabled()
-    if plain or needs_separate_operations(x):
+    if plain or needs_unfused_operations(x):
         return type(module).forward(module, x)
     return rms_norm(x, module.weight, module.variance_epsilon)
 
@@ -128,7 +128,7 @@ def _forward_tiled(
     if args or kwargs or not isinstance(x, Tensor) or x.dim() < 3:
         return run(x, *args, **kwargs)
     trained = [p for p in module.parameters() if p.requires_grad]
-    return run_tiled(run, x, max(1, tokens // x.shape[0]), trained)
+    return run_in_token_tiles(run, x, max(1, tokens // x.shape[0]), trained)
 
 
 def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:

@@ -39,7 +39,7 @@ class _FailedTry(NamedTuple):
     held_bytes: int
 
 
-def make_failure_check(model: Any) -> Callable[[bool], bool] | None:
+def make_peer_failure_check(model: Any) -> Callable[[bool], bool] | None:
     """Return the function by which a process learns that another one failed; None for a base that FSDP2 shards.
 
     There the others wait inside the failed pass for its weights, and cannot repeat it.

@@ -26,7 +26,7 @@ from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
 from .memory_savings import compile_layers
 from .prepared_run import MemoryPlan, PreparedRun
-from .progress_logger import ProgressLogger, require_trackers, start_trackers
+from .progress_logger import ProgressLogger, require_installed_trackers, start_trackers
 from .resuming import (
     create_locked_run_dir,
     delete_later_metrics,
@@ -74,12 +74,12 @@ def prepare_run(
     with _release_on_error(RunLock(run)) as lock:
         recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
         # Packages, data and plan, before a weight is loaded.
-        require_trackers(recipe.train.report_to)
+        require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, force)
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
-        plan = distributed.run_on_main(lambda: planner(recipe, lengths, data.train.content))
+        plan = distributed.run_on_main_and_broadcast(lambda: planner(recipe, lengths, data.train.content))
 
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)

@@ -20,10 +20,10 @@ from .datasets import RunDatasets
 from .loss import score_row_logps
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
-from .oom_recovery import OomRecovery, make_failure_check
+from .oom_recovery import OomRecovery, make_peer_failure_check
 from .progress_logger import ProgressLogger
 from .run_dir import RunDir, RunLock
-from .validation_scores import build_sharder, score_across_processes
+from .validation_scores import make_data_parallel_sharder, score_across_processes
 
 
 class BytesRange(Protocol):
@@ -121,7 +121,7 @@ class PreparedRun:
     @cached_property
     def sharder(self) -> DataParallelSharder:
         """What divides the rows of a step over the processes."""
-        return build_sharder(self.model, self.collator)
+        return make_data_parallel_sharder(self.model, self.collator)
 
     @cached_property
     def recovery(self) -> OomRecovery:
@@ -132,8 +132,8 @@ class PreparedRun:
             self.device,
             self.logger,
             enable_checkpointing=(lambda: enable_activation_checkpointing(self.model)) if can_checkpoint else None,
-            planned_bytes=None if self.plan is None else planned_bytes_range(self.plan, self.device)[1],
-            any_failed=make_failure_check(self.model),
+            planned_bytes=None if self.plan is None else get_planned_bytes_range(self.plan, self.device)[1],
+            any_failed=make_peer_failure_check(self.model),
         )
 
     def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
@@ -142,7 +142,7 @@ class PreparedRun:
         return score_across_processes(score_row_logps, where, self.model, rows, self.sharder, self.recovery)
 
 
-def planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:
+def get_planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:
     """Return the fewest and most planned bytes, as `count_peak_memory(reserved=True)` counts them."""
     need, runtime = plan.need_bytes, plan.runtime_bytes
     if device.type != "cuda":

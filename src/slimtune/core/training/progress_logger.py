@@ -16,7 +16,7 @@ from ...errors import UsageError, format_names
 from ..config import Recipe
 from ..foundation import distributed
 from ..foundation.device import count_memory_in_use
-from ..foundation.formatting import escape_controls, format_bytes, format_duration
+from ..foundation.formatting import escape_control_characters, format_bytes, format_duration
 from .checkpoint import TrainingState
 from .run_dir import RunDir
 
@@ -72,7 +72,7 @@ class ProgressLogger:
         """Print a line on stderr and append it to the run's log; a log that cannot be written does not end the run."""
         if not self.enabled:
             return
-        text = escape_controls(text)  # of rows and names, for the terminal and whoever shows the log on one
+        text = escape_control_characters(text)  # of rows and names, for the terminal and whoever shows the log on one
         screen = self.progress.console  # a terminal gets lines of whole words, a pipe long lines
         screen.print(text, highlight=False, markup=False, soft_wrap=not screen.is_terminal)
         try:
@@ -119,7 +119,7 @@ class ProgressLogger:
 
 
 @distributed.runs_on_all_ranks
-def require_trackers(names: Sequence[str]) -> None:
+def require_installed_trackers(names: Sequence[str]) -> None:
     """Raise UsageError if the package of a tracker is not installed; each is named like its package."""
     alternatives = {"tensorboard": ("tensorboard", "tensorboardX")}
     missing = [n for n in names if not any(map(importlib.util.find_spec, alternatives.get(n, (n,))))]

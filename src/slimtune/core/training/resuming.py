@@ -119,8 +119,8 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
     torch.manual_seed(settings.seed)
     newest = None
     if resume:
-        newest = distributed.run_on_main(
-            lambda: checkpoint.find_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
+        newest = distributed.run_on_main_and_broadcast(
+            lambda: checkpoint.find_newest_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
         )
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter(prepared.model, newest)

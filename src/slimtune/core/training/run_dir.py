@@ -29,7 +29,7 @@ from ..config import Recipe, load_recipe
 from ..foundation.files import (
     parse_json,
     read_json,
-    require_regular,
+    require_regular_file,
     require_writable,
     to_json,
     translate_os_errors,
@@ -156,7 +156,7 @@ class RunDir:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
         line = to_json(values).encode() + b"\n"
         with translate_os_errors(self.metrics_file, len(line)):
-            require_regular(self.metrics_file, follow_links=False)
+            require_regular_file(self.metrics_file, follow_links=False)
             with open(self.metrics_file, "ab+") as f:
                 if f.seek(0, os.SEEK_END):
                     f.seek(-1, os.SEEK_END)

@@ -12,7 +12,7 @@ from .train_result import TrainResult
 from .training_loop import TrainingLoop
 
 
-@distributed.raise_peer_gone()
+@distributed.translate_communication_errors()
 def train(
     recipe: Recipe,
     *,

@@ -45,7 +45,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 """As many skipped steps in a row, or all steps of a shorter run, end the run: the weights are what is wrong."""
 
 
-class StepGradients(NamedTuple):
+class StepGradientStats(NamedTuple):
     """What a step's forward and backward passes leave beside the gradients themselves, which are clipped."""
 
     loss: Tensor  # of the step, a scalar
@@ -71,7 +71,7 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, prepared: PreparedRun, compute_gradients: Callable[[Sequence[Example]], StepGradients] | None = None
+        self, prepared: PreparedRun, compute_gradients: Callable[[Sequence[Example]], StepGradientStats] | None = None
     ) -> None:
         self.prepared, self.settings = prepared, prepared.settings
         self.run_dir, self.logger = prepared.run, prepared.logger
@@ -235,7 +235,7 @@ class TrainingLoop:
                 hint += f", and skips such steps with: {self.run_dir.resume_command()} --on-nonfinite skip"
         raise RunError(found, "finite losses and gradients", hint)
 
-    def compute_gradients(self, rows: Sequence[Example]) -> StepGradients:
+    def compute_gradients(self, rows: Sequence[Example]) -> StepGradientStats:
         """Compute and clip a step's gradients."""
         rows = self.objective.prepare_step(rows, self.prepared.score_rows)
         alone, num_items = self.processes == 1, self.objective.count_items(rows)
@@ -270,7 +270,7 @@ class TrainingLoop:
                 self.stop_signal = max(distributed.all_gather_object(self.stop_signal))
             distributed.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
             grad_norm = self.clip_gradients()
-        return StepGradients(loss, grad_norm, tokens, targets)
+        return StepGradientStats(loss, grad_norm, tokens, targets)
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients of the model to the largest norm of the settings; return the norm they had."""

@@ -10,7 +10,7 @@ from ..foundation import distributed
 from .oom_recovery import OomRecovery
 
 
-def build_sharder(model: Any, collator: Collator) -> DataParallelSharder:
+def make_data_parallel_sharder(model: Any, collator: Collator) -> DataParallelSharder:
     """Return what divides rows over the processes of this run."""
     width = getattr(get_text_config(model), "hidden_size", 1024)
     return DataParallelSharder(collator, width, distributed.world_size(), distributed.rank())

@@ -39,7 +39,7 @@ _CHUNK = 65_536
 """Pairs of signatures that are compared at once."""
 
 
-def hash_texts(*texts: str) -> int:
+def hash_normalized_texts(*texts: str) -> int:
     """Return a 64-bit hash of texts; white space and Unicode's spelling of a character do not count."""
     normal = "\0".join(" ".join(text.split()) for text in texts)
     normal = normal if normal.isascii() else unicodedata.normalize("NFC", normal)

@@ -15,8 +15,8 @@ from ...core.foundation.cpu import count_usable_cpus
 from ...errors import nearest
 from ...extras.row_files import RowFile, open_rows
 from ...extras.row_formats.classification import sort_class_names
-from ...extras.row_formats.documents import find_window_cuts
-from .batch_stats import BatchValidator
+from ...extras.row_formats.documents import measure_document_windows
+from .batch_stats import RowBatchValidator
 from .data_report import (
     DataIssue,
     DataReport,
@@ -101,7 +101,7 @@ class DataReportBuilder:
     ) -> None:
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
-        self.measure_batch = None if tokenizer is None else BatchValidator(tokenizer, max_seq_len)
+        self.measure_batch = None if tokenizer is None else RowBatchValidator(tokenizer, max_seq_len)
         if self.measure_batch is not None and like is not None and like.measure_batch is not None:
             self.measure_batch.common_trigrams = like.measure_batch.common_trigrams
         special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if source.format == "document" else None
@@ -173,7 +173,7 @@ class DataReportBuilder:
         if special is None or self.tokenizer is None:
             return None, self.facts.packed_tokens
         lengths = facts.stats_by_row["length"]
-        windows = int(find_window_cuts(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
+        windows = int(measure_document_windows(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
         # A window inside a document begins with tokens that it does not learn.
         return windows, facts.stats.tokens + (windows - len(lengths)) * special
 

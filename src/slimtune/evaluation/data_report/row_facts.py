@@ -11,7 +11,7 @@ from ...core.data.rows import InvalidRow
 from ...core.data.tokenize import TokenizationStats, TokenizedBatch
 from ...core.foundation.sequences import find_shared_prefix
 from ...extras.row_files import RowFile
-from .batch_stats import ROW_STATS, SAMPLES, BatchStats
+from .batch_stats import ROW_STATS, SAMPLES, RowBatchStats
 from .near_duplicates import HASHES, Array
 
 SHOWN_INVALID_ROWS = 100
@@ -89,7 +89,7 @@ class RowFactsCollector:
 
     def add_batch(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
-        found: BatchStats = batch.stats
+        found: RowBatchStats = batch.stats
         self.stats.add(batch.report)
         self.add_invalid(batch.invalid)
         if batch.labels is not None:

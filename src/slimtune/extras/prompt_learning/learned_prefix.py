@@ -24,8 +24,8 @@ from ...core.attention.attention_functions import (
     LAYOUT_KWARG,
     SUPPORTED_ATTENTION,
     get_attention_function,
+    get_original_attention_name,
     has_attention_interface,
-    original_attention,
 )
 from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError
@@ -78,7 +78,7 @@ def make_prefix_attention_config(module: nn.Module) -> Any:
     """Return a copy of an attention module's config that names our attention function, or the config as it is."""
     config = vars(module)["config"]
     implementation = getattr(config, "_attn_implementation", None)
-    if original_attention(implementation) not in SUPPORTED_ATTENTION:
+    if get_original_attention_name(implementation) not in SUPPORTED_ATTENTION:
         return config
     cached = vars(module).get("_prefix_config")
     if cached is None or cached[0] is not config or cached[1] != implementation:
@@ -88,7 +88,7 @@ def make_prefix_attention_config(module: nn.Module) -> Any:
     return cached[2]
 
 
-def make_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def make_bool_or_additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask of `visible` (bool): itself for dtype bool, else what is added to the scores."""
     if dtype == torch.bool:
         return visible
@@ -156,8 +156,10 @@ def _extend_mask(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         # Several queries without a mask are the start of the sequence; later slots of a static cache are empty.
         visible = torch.ones(1, 1, q, k, dtype=torch.bool, device=query.device)
-        eager = original_attention(vars(module)["config"]._attn_implementation) == "eager"
-        mask = make_mask(visible.tril() if causal and q > 1 else visible, query.dtype if eager else torch.bool)
+        eager = get_original_attention_name(vars(module)["config"]._attn_implementation) == "eager"
+        mask = make_bool_or_additive_mask(
+            visible.tril() if causal and q > 1 else visible, query.dtype if eager else torch.bool
+        )
     mask = mask[..., :k]
     # A window of w covers a query and the w - 1 positions before it: first its tokens, then the prefix from its end.
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -172,7 +174,7 @@ def _extend_mask(
             visible = visible & (n - torch.arange(n, device=query.device) <= remaining)
             if rows is None:  # in a mixed batch each row has one prefix
                 remaining = remaining - n
-        parts.insert(0, make_mask(visible, mask.dtype))
+        parts.insert(0, make_bool_or_additive_mask(visible, mask.dtype))
     mask_batch = batch if any(len(p) > 1 for p in parts) else 1
     return torch.cat([p.expand(mask_batch, mask.shape[1], q, -1) for p in parts], dim=-1)
 

@@ -65,9 +65,9 @@ class PromptLearningConfig(PeftConfig):
     def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:
         """Raise ModelError if a forward pass of the model did not call the backbone that has the virtual tokens."""
         from .learned_prefix import OTHER_METHODS
-        from .prompt_modules import BackboneModule
+        from .prompt_modules import BackboneAdapterModule
 
-        missed = [n for n, m in modules.items() if isinstance(m, BackboneModule) and not m.calls]
+        missed = [n for n, m in modules.items() if isinstance(m, BackboneAdapterModule) and not m.calls]
         if missed:
             names = format_names([n or "the model's own" for n in missed])
             message = f"the model ran without calling the forward of {names}, so its adapter did nothing"

@@ -1,7 +1,7 @@
 """Base classes of prompt learning: virtual tokens before the sequence, learned keys and values in the attention.
 
-    prompt tuning, P-tuning           [v_1 … v_n, x_1 … x_T] → backbone → hidden states of x_1 … x_T     `PromptModule`
-    prefix tuning, LLaMA-Adapter      n learned keys and values in the attention of every layer       `AttentionModule`
+    prompt tuning, P-tuning          [v_1 … v_n, x_1 … x_T] → backbone → hidden states of x_1 … x_T `VirtualTokenModule`
+    prefix tuning, LLaMA-Adapter     n learned keys and values in the attention of every layer `PrefixAttentionModule`
 
 Virtual tokens enter with the backbone's input and are removed from its output: everything above it (logits, labels,
 losses, `generate`) has T positions, as without them. `virtual_tokens.py` changes positions, masks and cache:
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.auto import modeling_auto
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.adapters.architectures import get_text_config
-from ...core.attention.attention_functions import SUPPORTED_ATTENTION, original_attention
+from ...core.attention.attention_functions import SUPPORTED_ATTENTION, get_original_attention_name
 from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError, UsageError, format_names
 from .learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, make_prefix_attention_config
@@ -40,7 +40,7 @@ CACHES = frozenset(["cache", "past_key_values"])
 """The names that a backbone's cache of keys and values can have as an argument."""
 
 
-class BackboneModule(AdapterModule):
+class BackboneAdapterModule(AdapterModule):
     """Adapter module at a backbone; it records that it was called, which `require_reached` checks.
 
     For the task FEATURE_EXTRACTION, PEFT ignores token types.
@@ -64,7 +64,7 @@ class BackboneModule(AdapterModule):
         return call
 
 
-class PromptModule(BackboneModule):
+class VirtualTokenModule(BackboneAdapterModule):
     """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`.
 
     Args:
@@ -72,7 +72,7 @@ class PromptModule(BackboneModule):
         task_type: the adapter's task.
     """
 
-    def __init__(self, site: Site, task_type: str | None) -> None:
+    def __init__(self, site: AdapterSite, task_type: str | None) -> None:
         super().__init__(task_type)
         found = find_backbones(site.model)
         self.causal = found.causal
@@ -94,7 +94,7 @@ class PromptModule(BackboneModule):
         return call.run_encoder(base, self.virtual_embeddings(), keep=self.keeps_positions)
 
 
-class EncoderMask(BackboneModule):
+class EncoderVirtualTokenMask(BackboneAdapterModule):
     """Adapter module at a decoder that lets it attend to the `n` virtual tokens in the encoder's output."""
 
     def __init__(self, n: int) -> None:
@@ -114,7 +114,7 @@ class EncoderMask(BackboneModule):
         return base(**call.get_caller_inputs())
 
 
-class PositionShift(BackboneModule):
+class PrefixPositionShift(BackboneAdapterModule):
     """Adapter module at the backbone that starts the tokens' positions at `n`, for prefixes that take the first `n`."""
 
     @property
@@ -131,7 +131,7 @@ class PositionShift(BackboneModule):
         return call.format_output(call.run_and_mark_cache(base, self, 0))
 
 
-class AttentionModule(AdapterModule):
+class PrefixAttentionModule(AdapterModule):
     """Adds learned keys and values at a layer's attention; a method defines `compute_prefix_key_values`."""
 
     takes_row_mask = True
@@ -148,7 +148,7 @@ class AttentionModule(AdapterModule):
         """Run the attention module with the prefix passed to its attention function."""
         module: Any = base.module
         implementation = vars(module)["config"]._attn_implementation
-        if original_attention(implementation) not in SUPPORTED_ATTENTION:
+        if get_original_attention_name(implementation) not in SUPPORTED_ATTENTION:
             message = (
                 f"{type(module).__name__} runs with attn_implementation={implementation!r}, which cannot take a prefix"
             )
@@ -164,7 +164,7 @@ class AttentionModule(AdapterModule):
         return out
 
 
-class LearnedEmbeddings(AdapterModule):
+class LearnedPromptEmbeddings(AdapterModule):
     """Mixin for modules that learn `prompt_embeddings (n, width)`, as a table or as the output of a prompt encoder.
 
     A file always contains `prompt_embeddings`, which is all that PEFT reads and inference needs. With a prompt encoder,
@@ -177,9 +177,9 @@ class LearnedEmbeddings(AdapterModule):
         more: arguments of the class after it.
     """
 
-    def __init__(self, site: Site, start: Tensor | nn.Module, *more: Any) -> None:
+    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, *more: Any) -> None:
         super().__init__(*more)
-        encoder = start if isinstance(start, nn.Module) else EmbeddingTable(start)
+        encoder = start if isinstance(start, nn.Module) else PromptEmbeddingTable(start)
         self.prompt_encoder = encoder.to(site.device, site.dtype)
 
     def get_embeddings(self) -> Tensor:
@@ -192,23 +192,23 @@ class LearnedEmbeddings(AdapterModule):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
-        if isinstance(self.prompt_encoder, EmbeddingTable):
+        if isinstance(self.prompt_encoder, PromptEmbeddingTable):
             return {"prompt_embeddings": self.prompt_encoder.embedding.weight}
         with torch.no_grad(), _evaluation_mode(self.prompt_encoder):
             return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Replace the encoder by a table if the file contains only the embeddings."""
-        is_table = isinstance(self.prompt_encoder, EmbeddingTable)
+        is_table = isinstance(self.prompt_encoder, PromptEmbeddingTable)
         if is_table or any(k.startswith("prompt_encoder.") for k in state_dict):
             return
         embeddings = self.tensors()["prompt_embeddings"]
         if "prompt_embeddings" in state_dict and state_dict["prompt_embeddings"].shape == embeddings.shape:
             trains = any(p.requires_grad for p in self.parameters())
-            self.prompt_encoder = EmbeddingTable(embeddings).requires_grad_(trains)
+            self.prompt_encoder = PromptEmbeddingTable(embeddings).requires_grad_(trains)
 
 
-class EmbeddingTable(nn.Module):
+class PromptEmbeddingTable(nn.Module):
     """Learned embeddings `(n, width)` as one parameter, with PEFT's name: `embedding.weight`."""
 
     def __init__(self, start: Tensor) -> None:

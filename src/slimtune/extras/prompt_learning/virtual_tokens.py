@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ...core.adapters.adapter_module import AdapterModule, BaseForward
-from ...core.attention.attention_functions import LAYOUT_KWARG, original_attention
+from ...core.attention.attention_functions import LAYOUT_KWARG, get_original_attention_name
 from ...core.attention.packed_layout import RowMask
 from ...core.models.lm_head import ModelInputs
 from ...errors import ModelError, UsageError
-from .learned_prefix import make_mask
+from .learned_prefix import make_bool_or_additive_mask
 
 
 class BackboneCall:
@@ -245,7 +245,7 @@ class BackboneCall:
 
         Shapes do not depend on values, so that the planner can trace this on fake tensors.
         """
-        implementation = original_attention(self.module.config._attn_implementation)
+        implementation = get_original_attention_name(self.module.config._attn_implementation)
         if implementation not in ("eager", "sdpa"):
             message = f"packed rows behind virtual tokens need another attn_implementation than {implementation!r}"
             raise UsageError(message, "'sdpa' or 'eager'", "or rows of a padded batch")
@@ -255,7 +255,7 @@ class BackboneCall:
         dtype = torch.bool if implementation == "sdpa" else self._embed_tokens().dtype
 
         def mask(window: int | None) -> Tensor:
-            return make_mask(visible if window is None else visible & (distance < window), dtype)
+            return make_bool_or_additive_mask(visible if window is None else visible & (distance < window), dtype)
 
         windows = self._get_windows()
         return {k: mask(w) for k, w in windows.items()} if isinstance(windows, dict) else mask(windows)
@@ -354,5 +354,5 @@ def _add_mask_columns(
     if not cached:
         # In rows that do not use them, virtual tokens see themselves, so that no row of the mask is empty.
         visible = visible | torch.eye(*distance.shape[1:], dtype=torch.bool, device=mask.device)
-    columns = make_mask(visible[:, None], mask.dtype).expand(-1, mask.shape[1], -1, -1)
+    columns = make_bool_or_additive_mask(visible[:, None], mask.dtype).expand(-1, mask.shape[1], -1, -1)
     return torch.cat([columns, mask.expand(len(positions), -1, -1, -1)], dim=3)

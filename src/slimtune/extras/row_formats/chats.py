@@ -8,7 +8,7 @@ from ...errors import format_names, nearest
 from ..message_parsing import (
     parse_json_cell,
     parse_messages_and_train_mask,
-    require_limited_depth,
+    require_limited_json_depth,
     require_list,
     require_strings,
     require_text,
@@ -23,13 +23,13 @@ SHAREGPT_ROLES = {
 
 
 def _read_chat(record: Record) -> Fields:
-    return make_chat_fields(record, *parse_messages_and_train_mask(record["messages"]))
+    return make_chat_row_fields(record, *parse_messages_and_train_mask(record["messages"]))
 
 
 def _read_sharegpt(record: Record) -> Fields:
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     messages = [*system, *_convert_sharegpt(record["conversations"])]
-    return make_chat_fields(record, *parse_messages_and_train_mask(messages, "conversations"))
+    return make_chat_row_fields(record, *parse_messages_and_train_mask(messages, "conversations"))
 
 
 def _read_instruction(record: Record) -> Fields:
@@ -71,7 +71,7 @@ def _convert_sharegpt(value: Any) -> Messages:
     return messages
 
 
-def make_chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
+def make_chat_row_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
     """Return the fields of a conversation; `learned` says for each message whether the model learns it."""
     every_turn = tuple(m["role"] == "assistant" for m in messages)
     return {
@@ -90,7 +90,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"tools[{i}] is not the JSON schema of a function: it has no name", "bad-tool")
-        require_limited_depth(tool, f"tools[{i}]")
+        require_limited_json_depth(tool, f"tools[{i}]")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 

@@ -43,10 +43,10 @@ def _parse_label(value: Any) -> str:
         return require_text(value, "'label'").strip()
     if isinstance(value, bool | int):
         return str(value)
-    raise RowError(f"'label' is {format_cell(value)}: wanted the name or the number of a class", "bad-label")
+    raise RowError(f"'label' is {format_cell_for_error(value)}: wanted the name or the number of a class", "bad-label")
 
 
-def format_cell(value: Any) -> str:
+def format_cell_for_error(value: Any) -> str:
     """Return a value as errors show it: its JSON type and its beginning."""
     return "empty" if value in (None, "", {}) else f"{get_json_type_name(value)}: {str(value)[:40]}"
 

@@ -85,7 +85,9 @@ class DocumentWindows(TokenizedDataset):
         Without `rng`, first windows are as long as they can be, so that some window is as long as any of an epoch.
         """
         lengths = self._documents.lengths
-        counts, low, high = find_window_cuts(lengths, self.max_seq_len, len(self._prefix), vary=self.seed is not None)
+        counts, low, high = measure_document_windows(
+            lengths, self.max_seq_len, len(self._prefix), vary=self.seed is not None
+        )
         first = high if rng is None else rng.integers(low, high, endpoint=True)
         w = _get_window_size(self.max_seq_len, len(self._prefix))
         self._owners = np.repeat(np.arange(len(lengths)), counts)
@@ -106,7 +108,7 @@ def _get_window_size(max_seq_len: int, prefix: int) -> int:
     return max_seq_len - 1 - prefix
 
 
-def find_window_cuts(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool) -> tuple[Any, Any, Any]:
+def measure_document_windows(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool) -> tuple[Any, Any, Any]:
     """Return the number of windows of each document, and the least and most predicted tokens of its first window.
 
     `lengths` are the documents' tokens. If the cuts must `vary`, a document whose fewest windows leave little room to

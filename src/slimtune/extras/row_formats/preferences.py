@@ -8,7 +8,7 @@ from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
 from ..message_parsing import parse_messages_and_train_mask, require_list, require_text
 from .chats import parse_tools
-from .classification import format_cell
+from .classification import format_cell_for_error
 from .texts import parse_prompt_completion
 
 ANSWER_KEYS = ("response", "content", "answer")
@@ -61,7 +61,7 @@ def _read_unpaired_preference(record: Record) -> Fields:
     named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
     if not isinstance(named, bool):
         wanted = "wanted true for a good answer, false for a bad one"
-        raise RowError(f"'label' is {format_cell(label)}: {wanted}", "bad-label")
+        raise RowError(f"'label' is {format_cell_for_error(label)}: {wanted}", "bad-label")
     return parse_prompt_completion(record) | {"is_good": named}
 
 
@@ -84,7 +84,9 @@ def _parse_score(value: Any, number: int) -> float:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise RowError(f"the score of answer {number + 1} is {format_cell(value)}: wanted a number", "bad-score")
+        raise RowError(
+            f"the score of answer {number + 1} is {format_cell_for_error(value)}: wanted a number", "bad-score"
+        )
     return score
 
 

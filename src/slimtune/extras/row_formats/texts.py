@@ -3,7 +3,7 @@
 from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ..message_parsing import parse_messages_and_train_mask, require_text
-from .chats import make_chat_fields
+from .chats import make_chat_row_fields
 
 
 def parse_prompt_completion(record: Record) -> Fields:
@@ -16,7 +16,7 @@ def parse_prompt_completion(record: Record) -> Fields:
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
     after, learned = parse_messages_and_train_mask(completion, "completion")
-    return make_chat_fields(record, before + after, (False,) * len(before) + learned)
+    return make_chat_row_fields(record, before + after, (False,) * len(before) + learned)
 
 
 def parse_text_record(record: Record) -> Fields:

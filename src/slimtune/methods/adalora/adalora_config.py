@@ -16,7 +16,7 @@ from ..lora.lora_config import LoraConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -90,11 +90,11 @@ class AdaLoraConfig(TargetedConfig):
             )
             warnings.warn(f"{text} `init_r` instead.", PeftWarning, stacklevel=4)
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
         from .adalora_modules import LinearAdaLora
 
-        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
+        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.skip_init else None
         if site.kind == "conv":
             site.require_ungrouped("AdaLoRA")
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import active_dropout_p, make_dropout
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
+from ...core.kernels.dropout import get_active_dropout_probability, make_dropout
 from ...core.kernels.linear_layers import get_layer_kind
 
 
@@ -18,11 +18,11 @@ class LinearAdaLora(AdapterModule):
     the smoothed sensitivities and deviations of each parameter. Files contain the kept ranks only.
     """
 
-    neutral: ClassVar = {"lora_E": 0.0}
+    no_op_values: ClassVar = {"lora_E": 0.0}
 
     _NAMES = ("lora_A", "lora_E", "lora_B")
 
-    def __init__(self, site: Site, config: Any, r: int) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int) -> None:
         super().__init__()
         # PEFT's divisor; by the rank a layer starts with, not the rank it keeps.
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
@@ -45,7 +45,7 @@ class LinearAdaLora(AdapterModule):
         if get_layer_kind(base.module) == "conv":
             A, B, scale = self.low_rank_factors()
             return base(x) + base.convolve(self.lora_dropout(x), (B @ A).to(x.dtype)) * scale
-        return base.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))
+        return base.plus_low_rank(x, *self.low_rank_factors(), get_active_dropout_probability(self.lora_dropout))
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
@@ -77,7 +77,7 @@ class LinearAdaLora(AdapterModule):
         kept = self.kept_ranks.to(self.lora_A.device)
         return {"lora_A": self.lora_A[kept], "lora_E": self.lora_E[kept], "lora_B": self.lora_B[:, kept]}
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Change to the file's number of ranks."""
         if not all(n in state_dict and state_dict[n].dim() == 2 for n in ("lora_A", "lora_E", "lora_B")):
             return

@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import PeftConfig, config_field
 from ...errors import TargetError, format_names, nearest
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AdaptionPromptConfig(PeftConfig):
             raise TargetError(f"adapter_layers is {count}", f"at most the model's {len(matching)} layers")
         return dict.fromkeys(matching[-count:], "attention")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .adaption_prompt_modules import GatedPrompt, Gpt2GatedPrompt
 
         module: Any = site.module

@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.attention.packed_layout import RowMask
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...extras.prompt_learning.learned_prefix import AttentionPrefix, gated_prefix_attention
-from ...extras.prompt_learning.prompt_modules import AttentionModule
+from ...extras.prompt_learning.prompt_modules import PrefixAttentionModule
 
 
-class GatedPrompt(AttentionModule):
+class GatedPrompt(PrefixAttentionModule):
     """Learned tokens of one layer, with their gate."""
 
-    neutral: ClassVar = {"adaption_gate": 0.0}
+    no_op_values: ClassVar = {"adaption_gate": 0.0}
 
-    def __init__(self, site: Site, config: Any) -> None:
+    def __init__(self, site: AdapterSite, config: Any) -> None:
         super().__init__()
         tokens = torch.empty(1, config.adapter_len, site.in_features, device=site.init_device).normal_()
         self.adaption_prompt = nn.Parameter(tokens)

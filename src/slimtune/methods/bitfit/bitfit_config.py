@@ -10,7 +10,7 @@ from ...core.adapters.peft_config import TargetedConfig, config_field
 from ...errors import TargetError, format_names
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -18,6 +18,7 @@ class BitFitConfig(TargetedConfig):
     """BitFit: train biases only; without target_modules every bias of the model."""
 
     name: ClassVar = "bitfit"
+    exists_in_peft: ClassVar = False
     learning_rate: ClassVar = 1e-3
     kinds: ClassVar = ("linear", "norm")
     short_names: ClassVar = {"targets": "target_modules"}
@@ -44,12 +45,12 @@ class BitFitConfig(TargetedConfig):
             )
         return with_bias
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .bitfit_modules import AddedBias
 
         return AddedBias(site)
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from .bitfit_modules import has_bias
 
         without_bias = [s.name for s in sites if not has_bias(s.module)]

@@ -5,15 +5,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, MergeUnsupported, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, MergeUnsupported
 
 
 class AddedBias(AdapterModule):
     """`y + d`."""
 
-    neutral: ClassVar = {"bitfit_bias": 0.0}
+    no_op_values: ClassVar = {"bitfit_bias": 0.0}
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: AdapterSite) -> None:
         super().__init__()
         self.name, self.has_base_parameter = site.name, "bias" in site.module._parameters
         self.bitfit_bias = nn.Parameter(torch.zeros(site.out_features, device=site.device, dtype=site.dtype))

@@ -13,7 +13,7 @@ from ...errors import ConfigError, TargetError, format_names
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -38,6 +38,7 @@ class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: a small network after, or beside, a sub-layer; Houlsby, Pfeiffer and parallel."""
 
     name: ClassVar = "bottleneck"
+    exists_in_peft: ClassVar = False
     # Fields of the `adapters` library, with its defaults.
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys(("ln_before", "ln_after", "use_gating", "adapter_residual_before_ln", "cross_adapter"), False),
@@ -127,7 +128,7 @@ class BottleneckConfig(TargetedConfig):
                 targets.append(find_sublayer_name(name, layer, "feed-forward", bool(self.is_parallel)))
         return targets
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the adapters; each layer number in reduction_factor must be that of an adapted layer."""
         from ...core.adapters.targets import get_layer_index
 
@@ -139,7 +140,7 @@ class BottleneckConfig(TargetedConfig):
                 raise TargetError(message, f"one of {format_names(sorted(numbers))}")
         return [self.build(site) for site in sites]
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
         from ...core.adapters.targets import get_layer_index
         from ...core.kernels.linear_layers import get_layer_kind, get_layer_sizes

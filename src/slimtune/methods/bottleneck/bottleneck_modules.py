@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...core.adapters.adapter_module import Site, SubLayerAdapter
+from ...core.adapters.adapter_module import AdapterSite, SubLayerAdapter
 from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, get_text_config
 from ...core.kernels.dropout import make_dropout
 from ...core.kernels.linear_layers import get_layer_kind
@@ -24,9 +24,9 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 class Bottleneck(SubLayerAdapter):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
-    neutral: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
+    no_op_values: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
 
-    def __init__(self, site: Site, inputs: int, size: int, outputs: int, config: BottleneckConfig) -> None:
+    def __init__(self, site: AdapterSite, inputs: int, size: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()
         self.is_parallel = config.is_parallel
         self.activation = F.leaky_relu if config.non_linearity == "leakyrelu" else ACT2FN[config.non_linearity]

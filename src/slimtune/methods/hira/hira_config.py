@@ -10,7 +10,7 @@ from ...core.adapters.name_patterns import get_value_by_pattern
 from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -38,7 +38,7 @@ class HiraConfig(TargetedConfig):
         """The fields that map layer patterns to values; each pattern must match a target."""
         return {"rank_pattern": self.rank_pattern}
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         import torch
         from torch import nn
 

@@ -15,7 +15,7 @@ from ...core.kernels.linear_layers import is_quantized
 class LinearHira(AdapterModule):
     """`W x + b + (W ⊙ (B A)) dropout(x)`."""
 
-    neutral: ClassVar = {"hira_B": 0.0}
+    no_op_values: ClassVar = {"hira_B": 0.0}
 
     def __init__(self, A: Tensor, B: Tensor, dropout_p: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ConvHira(LinearHira):
 class EmbeddingHira(AdapterModule):
     """`y ⊙ (1 + (B A)[:, x])` for an embedding, `x (...)` being token ids."""
 
-    neutral: ClassVar = {"hira_embedding_A": 0.0}
+    no_op_values: ClassVar = {"hira_embedding_A": 0.0}
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, co
 from ...errors import ConfigError, TargetError, format_names, nearest
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 _QV, _KV, _DOWN = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["down_proj"]
@@ -43,7 +43,7 @@ class IA3Config(TargetedConfig):
     name: ClassVar = "ia3"
     prefix: ClassVar = "ia3_"
     sums_parameters: ClassVar = True
-    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 1e-2
     kinds: ClassVar = ("linear", "conv")
     architecture_targets: ClassVar = {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
@@ -73,22 +73,22 @@ class IA3Config(TargetedConfig):
         if self.feedforward_modules is None:
             self.feedforward_modules = list(SCALED[kind][1])
 
-    def build(self, site: Site) -> AdapterModule:
-        from .ia3_modules import ScaledInput, ScaledOutput, matches_ending
+    def build(self, site: AdapterSite) -> AdapterModule:
+        from .ia3_modules import ScaledInput, ScaledOutput, matches_name_ending
 
-        is_feedforward = matches_ending(self.feedforward_modules or [], site.name)
+        is_feedforward = matches_name_ending(self.feedforward_modules or [], site.name)
         return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the factors at all sites; each of feedforward_modules must match one of them."""
-        from .ia3_modules import matches_ending
+        from .ia3_modules import matches_name_ending
 
         given = self.feedforward_modules or []
         default = SCALED.get(get_model_type(sites[0].model), ([], []))[1] if sites else given
-        if given != default and not any(s.loading for s in sites):
+        if given != default and not any(s.skip_init for s in sites):
             names = [s.name for s in sites]
             for pattern in [given] if isinstance(given, str) else given:
-                if not any(matches_ending(given if isinstance(given, str) else [pattern], n) for n in names):
+                if not any(matches_name_ending(given if isinstance(given, str) else [pattern], n) for n in names):
                     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
                     message = (
                         f"feedforward_modules: {pattern!r} matches no target{nearest(pattern, [*endings, *names])}"

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.adapters.targets import matches_regex_or_names
 
 
-def matches_ending(given: list[str] | str, name: str) -> bool:
+def matches_name_ending(given: list[str] | str, name: str) -> bool:
     """Return whether a name matches: any ending does, as in PEFT, not only one that starts at a dot."""
     return matches_regex_or_names(given, name) if isinstance(given, str) else name.endswith(tuple(given))
 
@@ -17,9 +17,9 @@ def matches_ending(given: list[str] | str, name: str) -> bool:
 class ScaledOutput(AdapterModule):
     """`l ⊙ y`; for a convolution by channel."""
 
-    neutral: ClassVar = {"ia3_l": 1.0}
+    no_op_values: ClassVar = {"ia3_l": 1.0}
 
-    def __init__(self, site: Site, init: bool) -> None:
+    def __init__(self, site: AdapterSite, init: bool) -> None:
         super().__init__()
         self.is_conv = site.kind == "conv"
         self.ia3_l = _make_factors(site, init, (site.out_features, 1))
@@ -36,10 +36,10 @@ class ScaledOutput(AdapterModule):
 class ScaledInput(AdapterModule):
     """`W (l ⊙ x) + b`; for a convolution by channel."""
 
-    neutral: ClassVar = {"ia3_l": 1.0}
+    no_op_values: ClassVar = {"ia3_l": 1.0}
     scales_input = True
 
-    def __init__(self, site: Site, init: bool) -> None:
+    def __init__(self, site: AdapterSite, init: bool) -> None:
         super().__init__()
         self.is_conv, self.groups = site.kind == "conv", getattr(site.module, "groups", 1)
         self.ia3_l = _make_factors(site, init, (1, getattr(site.module, "in_channels", site.in_features)))
@@ -54,7 +54,7 @@ class ScaledInput(AdapterModule):
         return (parts * l).view(weight.shape), bias
 
 
-def _make_factors(site: Site, init: bool, shape: tuple[int, int]) -> nn.Parameter:
+def _make_factors(site: AdapterSite, init: bool, shape: tuple[int, int]) -> nn.Parameter:
     """Return the factors, `shape`; for a convolution `(1, channels, 1, …)`."""
     conv: Any = site.module
     full_shape = (1, max(shape), *[1] * len(conv.kernel_size)) if site.kind == "conv" else shape

@@ -10,7 +10,7 @@ from ...core.adapters.peft_config import TargetedConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
@@ -41,7 +41,7 @@ class LNTuningConfig(TargetedConfig):
 
     name: ClassVar = "ln_tuning"
     prefix: ClassVar = "ln_tuning_"
-    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 5e-3
     architecture_targets: ClassVar = NORMS
     kinds: ClassVar = ("norm", "linear")
@@ -53,7 +53,7 @@ class LNTuningConfig(TargetedConfig):
         norms = [n for n, m in model.named_modules() if get_layer_kind(m) == "norm"]
         return super().default_targets(model) or norms or None
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .ln_tuning_modules import TrainedNorm
 
         return TrainedNorm(site)

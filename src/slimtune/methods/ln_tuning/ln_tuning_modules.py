@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.kernels.linear_layers import get_layer_kind, is_quantized, is_weight_transposed
 from ...errors import TargetError
 
@@ -12,7 +12,7 @@ from ...errors import TargetError
 class TrainedNorm(AdapterModule):
     """`w' ⊙ n(x) + b'`."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: AdapterSite) -> None:
         super().__init__()
         if is_quantized(site.module):
             raise TargetError(f"{site.name} is quantized, so it cannot train", "norms, or a base in 16 or 32 bits")
@@ -37,7 +37,7 @@ class TrainedNorm(AdapterModule):
             return (base(x) + (y - base.run_base_with(before, inputs))).to(x.dtype)
         return y.to(x.dtype)
 
-    def neutral_values(self, site: Site) -> dict[str, Tensor]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor]:
         return {n: self.get_buffer(n.replace("ln_tuning_layers.", "base_")) for n, _ in self.named_parameters()}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

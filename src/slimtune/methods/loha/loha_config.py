@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...core.adapters.peft_config import PatternedConfig, config_field
+from ...core.adapters.peft_config import RankPatternConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
-class LycorisConfig(PatternedConfig):
+class LycorisConfig(RankPatternConfig):
     """The fields that LoHa and LoKr share."""
 
     kinds: ClassVar = ("linear", "conv")
@@ -34,7 +34,7 @@ class LycorisConfig(PatternedConfig):
         "at Conv1d and Conv2d with a kernel larger than 1: factors that are small convolutions, of fewer parameters",
     )
 
-    def effective_kernel(self, site: Site) -> tuple[int, int] | None:
+    def effective_kernel(self, site: AdapterSite) -> tuple[int, int] | None:
         """Return the kernel of factors that are convolutions, `(k, 1)` for a Conv1d; None: they are matrices."""
         kernel = getattr(site.module, "kernel_size", ()) if site.kind == "conv" else ()
         if not self.use_effective_conv2d or math.prod(kernel) == 1:
@@ -55,7 +55,7 @@ class LoHaConfig(LycorisConfig):
 
     init_weights: bool = config_field(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .loha_modules import ConvLoHa, LinearLoHa
 
         return (ConvLoHa if site.kind == "conv" else LinearLoHa)(site, self)

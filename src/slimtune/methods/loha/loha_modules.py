@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.kernels.dropout import draw_output_dropout_mask
-from ...core.kernels.recompute import recompute_linear
+from ...core.kernels.recompute import linear_recomputing_weight
 from .loha_config import LoHaConfig, LycorisConfig
 
 _FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
@@ -18,7 +18,7 @@ _FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("had
 class LycorisModule(AdapterModule):
     """The rank, scale and dropout that LoHa and LoKr share."""
 
-    def __init__(self, site: Site, config: LycorisConfig, *, rescale: bool) -> None:
+    def __init__(self, site: AdapterSite, config: LycorisConfig, *, rescale: bool) -> None:
         super().__init__()
         self.r, self.rescale = config.get_rank(site.name), rescale
         self.scale = config.get_alpha(site.name) / self.r
@@ -34,7 +34,7 @@ class LycorisModule(AdapterModule):
             return update
         return update * draw_output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
 
-    def add_factors(self, site: Site, shapes: Mapping[str, tuple[int, ...]], zero: str | None) -> None:
+    def add_factors(self, site: AdapterSite, shapes: Mapping[str, tuple[int, ...]], zero: str | None) -> None:
         """Create the factors, Kaiming-uniform except `zero`, in PEFT's order: one seed gives equal adapters in both."""
         for name, shape in shapes.items():
             factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
@@ -68,9 +68,9 @@ class ConvLycoris(LycorisModule):
 class LinearLoHa(LycorisModule):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) x` for a linear layer."""
 
-    neutral: ClassVar = {"hada_w2_b": 0.0}
+    no_op_values: ClassVar = {"hada_w2_b": 0.0}
 
-    def __init__(self, site: Site, config: LoHaConfig) -> None:
+    def __init__(self, site: AdapterSite, config: LoHaConfig) -> None:
         super().__init__(site, config, rescale=True)
         out, in_, r = site.out_features, site.in_features, self.r
         self.low_rank = r * r * (in_ + out) <= in_ * out
@@ -89,7 +89,7 @@ class LinearLoHa(LycorisModule):
             A, B = _as_low_rank(*factors)
             update = x @ A.t() @ B.t()
         else:
-            update = recompute_linear(_multiply, x, *factors)
+            update = linear_recomputing_weight(_multiply, x, *factors)
         return torch.add(y, self.drop_outputs(update), alpha=self.scale)
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:

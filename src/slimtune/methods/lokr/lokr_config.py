@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import config_field
 from ..loha.loha_config import LycorisConfig
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -36,7 +36,7 @@ class LoKrConfig(LycorisConfig):
         if self.decompose_factor == 0:
             yield self.error("decompose_factor", "-1, or at least 1")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .lokr_modules import ConvLoKr, LinearLoKr
 
         return (ConvLoKr if site.kind == "conv" else LinearLoKr)(site, self)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...core.adapters.adapter_module import Site
+from ...core.adapters.adapter_module import AdapterSite
 from ..loha.loha_modules import ConvLycoris, LycorisModule, rebuild_conv_kernel
 from .lokr_config import LoKrConfig
 
@@ -13,7 +13,7 @@ from .lokr_config import LoKrConfig
 class LinearLoKr(LycorisModule):
     """`y + s · (W1 ⊗ W2) x` for a linear layer."""
 
-    def __init__(self, site: Site, config: LoKrConfig) -> None:
+    def __init__(self, site: AdapterSite, config: LoKrConfig) -> None:
         super().__init__(site, config, rescale=config.rank_dropout_scale)
         kernel: tuple[int, ...] = site.module.kernel_size if site.kind == "conv" else ()  # type: ignore[assignment]
         m, n = factorize_size(site.in_features // math.prod(kernel), config.decompose_factor)
@@ -52,7 +52,7 @@ class LinearLoKr(LycorisModule):
             update = _times(w1, _times_transposed(X, w2[0]))
         return y + self.drop_outputs(update.reshape(y.shape))
 
-    def neutral_values(self, site: Site) -> dict[str, float]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, float]:
         return {self.w1_names[0]: 0.0}
 
     def compute_change(self, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward, MergeUnsupported
 from ...core.models.lm_head import ModelInputs
 from .lora_modules import LinearLora
 
@@ -31,7 +31,7 @@ class LinearALora(LinearLora):
     takes_tokens: ClassVar[bool] = True
     has_base_parameter = False
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self.site_name = site.name
 

@@ -32,7 +32,7 @@ Offsets = Sequence[int | None]
 _STARTS = "slimtune_invocation_starts"
 
 
-class ActivatedLoraCalls(PeftModel):
+class ActivatedLoraCallsMixin(PeftModel):
     """Mixed into adapted models: a call knows which of its tokens each activated LoRA changes."""
 
     def __call__(self, *args: Any, alora_offsets: Offsets | None = None, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import Site
+from ...core.adapters.adapter_module import AdapterSite
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...errors import ConfigError
@@ -123,7 +123,7 @@ def _decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tens
     return S, U, (Vh @ inverse).t()
 
 
-def take_corda_factors(site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def pop_corda_factors(site: AdapterSite, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from what `preprocess_corda` left on the layer, which is removed."""
     module: Any = site.module
     eigens: _CordaEigens | None = getattr(module, "eigens", None)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...core.kernels.lora_linear import add_low_rank_to_weight
 from .lora_modules import EmbeddingLora, LinearLora, LoraModule
@@ -49,12 +49,12 @@ class DoraCaching:
         DoraCaching.enabled = self.before
 
 
-class CachedNorms(LoraModule):
+class CachedDoraNorms(LoraModule):
     """The norms n of DoRA, which `DoraCaching` keeps; mixed into the classes of LoRA."""
 
     peft_modules: ClassVar = ("lora_magnitude_vector",)
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self._dora_cache: dict[Any, Tensor] = {}
 
@@ -74,16 +74,18 @@ class CachedNorms(LoraModule):
         return super().train(mode)
 
 
-class _Magnitude(CachedNorms):
+class _Magnitude(CachedDoraNorms):
     """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self._cached_squares: tuple[Any, Tensor] | None = None
         norms = torch.ones(site.out_features, device=site.device)
-        if not site.loading:
+        if not site.skip_init:
             weight = get_dequantized_weight(site.module).detach()
-            norms = row_norms(self._base_squares(site.module, weight), weight, *self.low_rank(), scale).detach()
+            norms = compute_dora_row_norms(
+                self._base_squares(site.module, weight), weight, *self.low_rank(), scale
+            ).detach()
         self.lora_magnitude_vector = nn.Parameter(norms.to(site.dtype))
 
     def _base_squares(self, module: Any, weight: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class _Magnitude(CachedNorms):
         def compute() -> Tensor:
             squares = _squared_norms(weight) if base.inner_modules else self._base_squares(base.module, weight)
             # In the dtype of m, so that m / n is exactly 1 at the start.
-            return row_norms(squares, weight, A, B, self.scale).to(m.dtype)
+            return compute_dora_row_norms(squares, weight, A, B, self.scale).to(m.dtype)
 
         n = self.get_norms(base, weight, compute)
         flat_y, flat_z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
@@ -113,14 +115,14 @@ class _Magnitude(CachedNorms):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
-    def neutral_values(self, site: Site) -> dict[str, Tensor | float]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor | float]:
         norms = self._base_squares(site.module, get_dequantized_weight(site.module).detach()).sqrt()
-        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+        return {**super().get_no_op_values(site), "lora_magnitude_vector": norms}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""
         (A, B), m = self.low_rank(), self.lora_magnitude_vector
-        norms = row_norms(_squared_norms(weight), weight, A, B, self.scale).to(m.dtype)
+        norms = compute_dora_row_norms(_squared_norms(weight), weight, A, B, self.scale).to(m.dtype)
         c = m.to(weight.dtype) / norms.to(weight.dtype)
         return add_low_rank_to_weight(weight, A, B, self.scale) * c[:, None], bias
 
@@ -142,7 +144,7 @@ class EmbeddingDora(_Magnitude, EmbeddingLora):
 
 
 @torch.no_grad()
-def row_norms(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def compute_dora_row_norms(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return the norms `(out)` of the rows of `W + s · B A`, in the dtype of `squares`, W's squared row norms."""
     weight_A = (weight @ A.t().to(weight.dtype)).to(squares.dtype)
     A, B = A.to(squares.dtype), B.to(squares.dtype)

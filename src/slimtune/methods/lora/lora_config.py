@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.config_fields import FieldError, list_settings, read_section_settings
+from ...core.adapters.config_fields import FieldError, list_settings, parse_section_settings
 from ...core.adapters.peft_config import (
     BIAS_HELP,
     FAN_IN_FAN_OUT_HELP,
     DataInitialization,
-    PatternedConfig,
     PeftConfig,
+    RankPatternConfig,
     config_field,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
@@ -25,7 +25,7 @@ from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, Lora
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, ReversibleBaseChange, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, ReversibleBaseChange, SiteKind
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -37,13 +37,13 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(PatternedConfig):
+class LoraConfig(RankPatternConfig):
     """LoRA: low-rank matrices beside frozen layers; PEFT's field names and defaults."""
 
     name: ClassVar = "lora"
     prefix: ClassVar = "lora_"
     alpha_name: ClassVar = "lora_alpha"
-    extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
+    fields_not_in_peft: ClassVar = frozenset(["freeze_a", "lr_ratio"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "velora_config",
@@ -52,7 +52,7 @@ class LoraConfig(PatternedConfig):
         "use_qalora": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
     kinds: ClassVar = ("linear", "embedding", "conv", "weight")
-    ships_as_lora: ClassVar = True
+    uses_lora_file_format: ClassVar = True
     short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
@@ -186,13 +186,13 @@ class LoraConfig(PatternedConfig):
         return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
 
     def check_model(self, model: nn.Module) -> None:
-        from ...core.adapters.targets import find_tied_modules, matches_regex_or_names
+        from ...core.adapters.targets import find_modules_tied_to_embedding, matches_regex_or_names
 
         super().check_model(model)
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
         if self.ensure_weight_tying and self.trainable_token_indices is not None:
-            tied = find_tied_modules(model)
+            tied = find_modules_tied_to_embedding(model)
             if not tied:
                 what = "ensure_weight_tying=True but the model does not have tied weights"
                 warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
@@ -225,9 +225,9 @@ class LoraConfig(PatternedConfig):
             find_expert_parameters,
             find_layers_read_without_call,
             list_all_linear_targets,
-            shorten_names,
+            shorten_module_names,
         )
-        from .lora_parameter_modules import find_unsupported_field, move_expert_like_targets_to_parameters
+        from .lora_parameter_modules import find_field_unsupported_on_parameters, move_expert_like_targets_to_parameters
 
         super().fill_from_model(model)
         if self.target_modules == ALL_LINEAR and (
@@ -235,10 +235,10 @@ class LoraConfig(PatternedConfig):
         ):
             # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers
             # of Mamba mixers that it then refuses.
-            self.target_modules = shorten_names(list_all_linear_targets(model, self), model)
+            self.target_modules = shorten_module_names(list_all_linear_targets(model, self), model)
             experts = find_expert_parameters(model, self.exclude_modules)
             if self.target_parameters is None and experts:
-                names, field = shorten_names(experts, model), find_unsupported_field(self)
+                names, field = shorten_module_names(experts, model), find_field_unsupported_on_parameters(self)
                 self.target_parameters = [] if field else names
                 if field:
                     value = f"{field} is {getattr(self, field)!r}, which they do not support"
@@ -264,14 +264,14 @@ class LoraConfig(PatternedConfig):
             raise ConfigError(message, "one of them, or two adapters")
         return parameters | rows
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        from ...core.adapters.targets import find_tied_modules
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
+        from ...core.adapters.targets import find_modules_tied_to_embedding
         from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
-        from .lora_modules import TiedEmbeddingLora, TiedLinearLora, double_out_projections
+        from .lora_modules import TiedEmbeddingLora, TiedLinearLora, double_out_projection_updates
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
-        tied = find_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
+        tied = find_modules_tied_to_embedding(sites[0].model) if sites and self.ensure_weight_tying else []
         for site in sites:
             if site.name not in built and site.name not in tied[1:]:
                 built[site.name] = self.build(site)
@@ -279,7 +279,7 @@ class LoraConfig(PatternedConfig):
             shared: Any = built[tied[0]]
             built[site.name] = (TiedEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(site, self, shared)
         modules = [built[site.name] for site in sites]
-        double_out_projections(sites, modules)
+        double_out_projection_updates(sites, modules)
         return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
@@ -300,7 +300,7 @@ class LoraConfig(PatternedConfig):
         self.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
         return initialize_loftq
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from ...core.adapters.targets import matches_regex_or_names
         from .alora import LinearALora
         from .dora import EmbeddingDora, LinearDora
@@ -308,7 +308,7 @@ class LoraConfig(PatternedConfig):
         from .lora_modules import AttentionWeightLora, EmbeddingLora, LinearLora
         from .lora_parameter_modules import ParameterLora
 
-        if self.init_lora_weights == "loftq" and not site.loading:
+        if self.init_lora_weights == "loftq" and not site.skip_init:
             raise ConfigError(
                 "init_lora_weights='loftq' needs the weights before quantization, which the model no longer has",
                 "a base in NF4 or int8 and another initialization",
@@ -324,7 +324,7 @@ class LoraConfig(PatternedConfig):
         name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
         r, alpha = self.get_rank(name), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
+        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.skip_init:
             what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"
             what += ": the adapter cannot be merged"
             warnings.warn(what, PeftWarning, stacklevel=2)
@@ -402,7 +402,7 @@ _INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
-    _, errors = read_section_settings({s.name: s for s in list_settings(cls)}, given, name)
+    _, errors = parse_section_settings({s.name: s for s in list_settings(cls)}, given, name)
     return errors
 
 

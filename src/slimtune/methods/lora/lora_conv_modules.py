@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import BaseForward, MergeUnsupported, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward, MergeUnsupported
 from ...core.kernels.dropout import make_dropout
 from ...errors import ConfigError
-from .dora import CachedNorms
+from .dora import CachedDoraNorms
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModule
 
@@ -28,7 +28,7 @@ _CLASSES: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 class ConvLora(LoraModule):
     """`y + s · B ∗ (A ∗ dropout(x))` for a convolution."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         conv: Any = site.module
         self.name, self.groups = site.name, conv.groups
@@ -41,7 +41,7 @@ class ConvLora(LoraModule):
         if not isinstance(self.init, bool) and self.init != "gaussian":
             message = f"init_lora_weights is {self.init!r}, and {site.name} is a convolution"
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")
-        if conv.groups > 1 and not site.loading:
+        if conv.groups > 1 and not site.skip_init:
             warnings.warn(f"{site.name} has groups={conv.groups}: a LoRA on it cannot be merged", stacklevel=2)
         self.lora_dropout = make_dropout(config.lora_dropout)
         cls, device = _CLASSES[len(conv.kernel_size)], site.init_device
@@ -83,13 +83,13 @@ class ConvLora(LoraModule):
         return (B.to(weight.dtype) @ A.to(weight.dtype)).view_as(weight) * self.scale
 
 
-class ConvDora(CachedNorms, ConvLora):
+class ConvDora(CachedDoraNorms, ConvLora):
     """`y = c ⊙ (W + s · B A) ∗ x + b` with `c = m / n`; with groups n is, as in PEFT, that of B A in W's shape."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         norms = torch.ones(site.out_features, device=site.device)
-        if not site.loading:
+        if not site.skip_init:
             norms = self._row_norms(site.weight())
         shape = (1, -1, *[1] * (self.lora_A.weight.dim() - 2))
         self.lora_magnitude_vector = nn.Parameter(norms.to(site.dtype).view(shape))
@@ -107,9 +107,9 @@ class ConvDora(CachedNorms, ConvLora):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
-    def neutral_values(self, site: Site) -> dict[str, Tensor | float]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor | float]:
         norms = site.weight().norm(dim=1).view_as(self.lora_magnitude_vector)
-        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+        return {**super().get_no_op_values(site), "lora_magnitude_vector": norms}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""

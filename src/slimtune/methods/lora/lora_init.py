@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import Site
+from ...core.adapters.adapter_module import AdapterSite
 from ...errors import ConfigError
-from .corda import take_corda_factors
+from .corda import pop_corda_factors
 from .init_configs import PISSA_NITER, LoraGAConfig
-from .loraga import take_loraga_factors
+from .loraga import pop_loraga_factors
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def initialize_lora_factors(init: bool | str, A: Any, B: Any, r: int | None = No
 
 @torch.no_grad()
 def make_lora_factors_from_base(
-    init: str, site: Site, r: int, scale: float, loraga: LoraGAConfig | None = None
+    init: str, site: AdapterSite, r: int, scale: float, loraga: LoraGAConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the weight, or from data."""
     if init == "corda":
-        return take_corda_factors(site, r, scale)
+        return pop_corda_factors(site, r, scale)
     if init == "lora_ga":
-        return take_loraga_factors(loraga, site, r, scale)
+        return pop_loraga_factors(loraga, site, r, scale)
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
         title = {"mica": "MiCA", "olora": "OLoRA"}.get(init, "PiSSA")

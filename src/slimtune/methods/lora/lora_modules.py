@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
-from ...core.kernels.dropout import active_dropout_p, make_dropout
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
+from ...core.kernels.dropout import get_active_dropout_probability, make_dropout
 from ...core.kernels.lora_linear import add_low_rank_to_weight
 from ...errors import AdapterError, ConfigError
 from .init_configs import is_init_subtracted_from_base
@@ -34,7 +34,7 @@ class LoraModule(AdapterModule):
     groups: int = 1
     """Groups of the base, a convolution: each has its own part of the rank."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__()
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
         self.initial_scale, self.lora_alpha = scale, config.get_alpha(site.name)
@@ -80,7 +80,7 @@ class LoraModule(AdapterModule):
                 tensors[name] = t * ratio
         return tensors
 
-    def neutral_values(self, site: Site) -> dict[str, Tensor | float]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor | float]:
         names = ("lora_B.weight", "lora_B.bias", "start_B", "lora_embedding_A")
         return {n: 0.0 for n, _ in (*self.named_parameters(), *self.named_buffers()) if n.endswith(names)}
 
@@ -101,7 +101,7 @@ class LinearLora(LoraModule):
     start_A: Tensor
     start_B: Tensor
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self.lora_dropout = make_dropout(config.lora_dropout)
         # In PEFT's order: one seed gives the same adapter in both libraries.
@@ -111,7 +111,7 @@ class LinearLora(LoraModule):
         self.to(site.device, site.dtype)
         if config.freeze_a or self.init == "mica":
             self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
-        if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.loading:
+        if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.skip_init:
             A, B = make_lora_factors_from_base(self.init, site, r, scale, config.lora_ga_config)
             self.lora_A.weight.data.copy_(A)
             self.lora_B.weight.data.copy_(B)
@@ -128,7 +128,7 @@ class LinearLora(LoraModule):
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         A, B = self.low_rank()
-        y = base.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout))
+        y = base.plus_low_rank(x, A, B, self.scale, get_active_dropout_probability(self.lora_dropout))
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
@@ -139,7 +139,7 @@ class LinearLora(LoraModule):
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return add_low_rank_to_weight(weight, *self.low_rank(), self.scale), self.add_bias(bias, weight.dtype)
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
         if "start_A" in self._buffers and "start_A" not in state_dict:
             if self.init == "lora_ga":
@@ -160,7 +160,7 @@ class LinearLora(LoraModule):
 class EmbeddingLora(LoraModule):
     """`y + s · (B A)[:, x]` for an embedding, `x (...)` being token ids; A starts at zero, B normal."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
         self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
         self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.init_device))
@@ -171,7 +171,7 @@ class EmbeddingLora(LoraModule):
         if self.init == "mica":
             self.freeze_parameter("lora_embedding_B")
             # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
-            if not site.loading:
+            if not site.skip_init:
                 self.lora_embedding_B.data.copy_(make_lora_factors_from_base("mica", site, r, scale)[1])
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ class EmbeddingLora(LoraModule):
 class _TiedLora(LoraModule):
     """What both kinds of tied modules share: no parameters of their own, and the embedding's module, their owner."""
 
-    def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
+    def __init__(self, site: AdapterSite, config: Any, owner: EmbeddingLora) -> None:
         super().__init__(site, config, owner.r, owner.scale)
         self.held = (owner,)  # a tuple, so that PyTorch registers its parameters once
 
@@ -206,7 +206,7 @@ class TiedLinearLora(_TiedLora):
     lora_A = property(lambda self: self.owner.lora_embedding_B.t())
     lora_B = property(lambda self: self.owner.lora_embedding_A.t())
 
-    def __init__(self, site: Site, config: Any, owner: EmbeddingLora) -> None:
+    def __init__(self, site: AdapterSite, config: Any, owner: EmbeddingLora) -> None:
         super().__init__(site, config, owner)
         self.lora_dropout = make_dropout(config.lora_dropout)
 
@@ -214,7 +214,9 @@ class TiedLinearLora(_TiedLora):
         return self.lora_A, self.lora_B
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        return base.plus_low_rank(x, self.lora_A, self.lora_B, self.scale, active_dropout_p(self.lora_dropout))
+        return base.plus_low_rank(
+            x, self.lora_A, self.lora_B, self.scale, get_active_dropout_probability(self.lora_dropout)
+        )
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # The product of the embedding, so that both round to the same weight.
@@ -247,14 +249,14 @@ class AttentionWeightLora(LinearLora):
     times: int = 1
     """n. PEFT adds the update of out_proj twice, in its forward pass and its merge, and its files are trained so."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+    def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         wrong = [n for n in ("use_dora", "lora_bias") if getattr(config, n)]
         wrong += ["init_lora_weights"] if config.init_lora_weights in ("eva", "corda", "lora_ga") else []
         if wrong:
             value = getattr(config, wrong[0])
             message = f"{wrong[0]} is {value!r}, which an nn.MultiheadAttention ({site.name}) does not support"
             raise ConfigError(message, str(isinstance(value, str)), f"or take {site.name} out of target_modules")
-        if config.lora_dropout and not site.loading:
+        if config.lora_dropout and not site.skip_init:
             what = "lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT"
             warnings.warn(f"{site.name}: {what}", stacklevel=2)
         super().__init__(site, config, r, scale)
@@ -266,7 +268,7 @@ class AttentionWeightLora(LinearLora):
         return add_low_rank_to_weight(weight, *self.low_rank_factors()), bias
 
 
-def double_out_projections(sites: Sequence[Site], modules: Iterable[AdapterModule]) -> None:
+def double_out_projection_updates(sites: Sequence[AdapterSite], modules: Iterable[AdapterModule]) -> None:
     """Set `times` to 2 at each out_proj whose attention module has the same adapter."""
     attentions = {site.name for site in sites if site.kind == "weight"}
     for site, module in zip(sites, modules, strict=True):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import conversion_mapping
 
-from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
-from ...core.adapters.targets import find_targets, shorten_names
+from ...core.adapters.targets import find_target_modules, shorten_module_names
 from ...errors import ConfigError, MixedBatchError, TargetError, UsageError, format_names
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModule
@@ -38,10 +38,10 @@ class ParameterLora(LoraModule):
         names: the module's parameters to adapt, in the module's order.
     """
 
-    def __init__(self, site: Site, config: Any, names: list[str]) -> None:
+    def __init__(self, site: AdapterSite, config: Any, names: list[str]) -> None:
         *earlier, name = names
         full_name = f"{site.name}.{name}"
-        if (field := find_unsupported_field(config)) is not None:
+        if (field := find_field_unsupported_on_parameters(config)) is not None:
             hint = f"leave {field} out, or name layers in target_modules"
             raise ConfigError(f"{field} is {getattr(config, field)!r}, and {full_name} is a parameter", hint=hint)
         r, alpha = config.get_rank(full_name), config.get_alpha(full_name)
@@ -143,7 +143,7 @@ class ParameterLora(LoraModule):
         return parameter
 
 
-def find_unsupported_field(config: Any) -> str | None:
+def find_field_unsupported_on_parameters(config: Any) -> str | None:
     """Return a setting that has no meaning for a parameter, whose input the adapter does not see, or None."""
     fields = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens")
     init = config.init_lora_weights
@@ -172,16 +172,16 @@ def find_linears_peft_takes_for_experts(model: nn.Module) -> set[str]:
 def move_expert_like_targets_to_parameters(config: Any, model: nn.Module) -> None:
     """Move the targets of a LoraConfig that PEFT takes for experts from target_modules to target_parameters."""
     misread = find_linears_peft_takes_for_experts(model)
-    targets = find_targets(model, config) if misread else {}
+    targets = find_target_modules(model, config) if misread else {}
     if not (moved := [name for name in targets if name in misread]):
         return
-    names = shorten_names([f"{name}.weight" for name in moved], model)
-    if (field := find_unsupported_field(config)) is not None:
+    names = shorten_module_names([f"{name}.weight" for name in moved], model)
+    if (field := find_field_unsupported_on_parameters(config)) is not None:
         message = f"HF PEFT takes the targets {format_names(names)} for experts, and will not load this adapter"
         warnings.warn(f"{message}: {field} is {getattr(config, field)!r}", stacklevel=3)
         return
     rest = [name for name in targets if name not in misread]
-    config.target_modules = shorten_names(rest, model)
+    config.target_modules = shorten_module_names(rest, model)
     config.layers_to_transform = config.layers_pattern = None
     config.target_parameters = [*(config.target_parameters or []), *names]
     for patterns in (config.rank_pattern, config.alpha_pattern):

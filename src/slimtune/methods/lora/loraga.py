@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import Site
+from ...core.adapters.adapter_module import AdapterSite
 from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import is_quantized, is_weight_transposed
 from ...errors import ConfigError
@@ -95,7 +95,7 @@ def _average_gradients(model: nn.Module, layers: dict[str, Any], train_step: Cal
         model.train(was_training)
 
 
-def take_loraga_factors(settings: LoraGAConfig | None, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def pop_loraga_factors(settings: LoraGAConfig | None, site: AdapterSite, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from the gradient that `preprocess_loraga` left on the layer; removes it."""
     module: Any = site.module
     if settings is None:

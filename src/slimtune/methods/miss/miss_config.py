@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import BIAS_HELP, TargetedConfig, config_field
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -41,7 +41,7 @@ class MissConfig(TargetedConfig):
         if self.init_weights == "bat" and self.miss_dropout:
             yield self.error("miss_dropout", "0 with 'bat'")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         from .miss_modules import LinearBat, LinearMiss
 
         in_, out, r, bat = site.in_features, site.out_features, self.r, self.init_weights == "bat"

@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.kernels.dropout import make_dropout
 from ...core.kernels.linear_layers import is_quantized
-from ...core.kernels.recompute import recompute_linear
+from ...core.kernels.recompute import linear_recomputing_weight
 from .miss_config import MissConfig
 
 
 class LinearMiss(AdapterModule):
     """`y + Dᵀ S x` for a linear layer."""
 
-    neutral: ClassVar = {"miss_block": 0.0}
+    no_op_values: ClassVar = {"miss_block": 0.0}
 
-    def __init__(self, site: Site, config: MissConfig) -> None:
+    def __init__(self, site: AdapterSite, config: MissConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = site.in_features, site.out_features
         self.miss_dropout = make_dropout(config.miss_dropout)
@@ -49,9 +49,9 @@ class LinearMiss(AdapterModule):
 class LinearBat(AdapterModule):
     """`y + (W D + D) x`, block by block."""
 
-    neutral: ClassVar = {"miss_block": 0.0}
+    no_op_values: ClassVar = {"miss_block": 0.0}
 
-    def __init__(self, site: Site, config: MissConfig) -> None:
+    def __init__(self, site: AdapterSite, config: MissConfig) -> None:
         super().__init__()
         blocks = site.out_features // config.r
         self.miss_block = nn.Parameter(torch.zeros(blocks, config.r, config.r, device=site.init_device))
@@ -61,8 +61,8 @@ class LinearBat(AdapterModule):
         y = base(x)
         # The backward pass computes the weight's update again; with a quantized base it dequantizes again, too.
         if is_quantized(base.module) and not base.inner_modules:
-            return y + recompute_linear(lambda D: _block_update(base.weight(), D), x, self.miss_block)
-        return y + recompute_linear(_block_update, x, base.weight(), self.miss_block)
+            return y + linear_recomputing_weight(lambda D: _block_update(base.weight(), D), x, self.miss_block)
+        return y + linear_recomputing_weight(_block_update, x, base.weight(), self.miss_block)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + _block_update(weight, self.miss_block), bias

@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, Targete
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -51,7 +51,7 @@ class OFTConfig(TargetedConfig):
         if (self.r == 0) == (self.oft_block_size == 0):
             yield self.error("oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
         from .oft_modules import BlockRotation, ConvOft, EmbeddingOft, LinearOft, nearest_divisor
 
@@ -61,12 +61,12 @@ class OFTConfig(TargetedConfig):
         size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
         layer = f"{site.name} has {width} {'columns' if site.kind == 'embedding' else 'inputs'}"
         fits = size * self.r == width if self.r else size == self.oft_block_size
-        if not site.loading and size == 1:  # a file keeps the size it was trained with
+        if not site.skip_init and size == 1:  # a file keeps the size it was trained with
             smallest = next((d for d in range(2, width + 1) if width % d == 0), None)
             hint = f"{'r=0, ' if self.r else ''}oft_block_size={smallest}, or " if smallest else ""
             message = f"{layer}, which no block size near the configured one divides"
             raise ConfigError(message, "a block of at least 2", f"{hint}leave the layer out")
-        if not site.loading and not fits:
+        if not site.skip_init and not fits:
             configured = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
             warnings.warn(f"{layer}: its blocks have size {size} instead of {configured}", stacklevel=2)
         cls = {"embedding": EmbeddingOft, "conv": ConvOft}.get(site.kind, LinearOft)

@@ -5,14 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from .oft_config import OFTConfig
 
 
 class BlockRotation(nn.Module):
     """Blocks (k, k) that rotate the last dimension, `width`, of its input."""
 
-    def __init__(self, width: int, block_size: int, site: Site, config: OFTConfig) -> None:
+    def __init__(self, width: int, block_size: int, site: AdapterSite, config: OFTConfig) -> None:
         super().__init__()
         self.block_size = block_size
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
@@ -79,7 +79,7 @@ class BlockRotation(nn.Module):
 class LinearOft(AdapterModule):
     """A linear layer with a rotated input."""
 
-    neutral: ClassVar = {"oft_R.weight": 0.0}
+    no_op_values: ClassVar = {"oft_R.weight": 0.0}
 
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ConvOft(LinearOft):
 class EmbeddingOft(AdapterModule):
     """An embedding with rotated rows."""
 
-    neutral: ClassVar = {"oft_embedding_R.weight": 0.0}
+    no_op_values: ClassVar = {"oft_embedding_R.weight": 0.0}
 
     def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import config_field
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -46,7 +46,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from ..prompt_tuning.prompt_tuning_modules import build_prompt_modules
         from .p_tuning_modules import PromptEncoder
 

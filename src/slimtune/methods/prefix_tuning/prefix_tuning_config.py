@@ -14,7 +14,7 @@ from ...errors import ModelError, format_names
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
 
 
 @dataclass
@@ -23,7 +23,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     name: ClassVar = "prefix_tuning"
     kinds: ClassVar = ("model", "attention")
-    extension_fields: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
+    fields_not_in_peft: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
     learning_rate: ClassVar = 1e-2
     recipe_defaults: ClassVar = {
         "num_virtual_tokens": 20,
@@ -81,7 +81,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Return the backbone, where the prefix is stored, and every attention module that can take its part."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        from ...core.attention.attention_functions import find_layers_without_attention, has_attention_interface
+        from ...core.attention.attention_functions import find_layer_types_without_attention, has_attention_interface
         from ...extras.prompt_learning import prompt_modules as prompt
         from ...extras.prompt_learning.learned_prefix import find_attention_modules
 
@@ -91,7 +91,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         parameters = inspect.signature(type(backbone).forward).parameters
         if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
             return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
-        if other := find_layers_without_attention(get_text_config(model)):
+        if other := find_layer_types_without_attention(get_text_config(model)):
             message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(other)}"
             raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
         encodes = not found.causal and found.decoder is None
@@ -101,7 +101,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
         return {name: "model"}
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
         from .prefix_tuning_modules import CachedPrefix, LayerPrefix, StoredPrefix, make_initial_prefix_or_encoder
 

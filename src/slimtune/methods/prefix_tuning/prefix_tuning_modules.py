@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ...core.adapters.adapter_module import BaseForward, Site
+from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.adapters.architectures import get_text_config
 from ...core.attention.packed_layout import RowMask
 from ...core.foundation.chat_rendering import render_chat_template
@@ -17,10 +17,10 @@ from ...extras.prompt_learning import prompt_modules as prompt
 from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 
 
-class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
+class StoredPrefix(prompt.LearnedPromptEmbeddings, prompt.PrefixPositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
-    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
+    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
         super().__init__(site, start, config.task_type)
         self.heads, self.layer_width = config.num_attention_heads, 2 * config.token_dim
         self.layers = config.num_layers
@@ -55,7 +55,7 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
 class CachedPrefix(StoredPrefix):
     """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
 
-    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
+    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
         super().__init__(site, start, config)
         found = prompt.find_backbones(site.model)
         self.causal = found.causal or found.decoder is not None
@@ -70,7 +70,7 @@ class CachedPrefix(StoredPrefix):
         return call.run_with_cached_prefix(base, self, prefix, causal=self.causal)
 
 
-class LayerPrefix(prompt.AttentionModule):
+class LayerPrefix(prompt.PrefixAttentionModule):
     """A layer's part of the prefix."""
 
     def __init__(self, stored: StoredPrefix, layer: int) -> None:
@@ -168,7 +168,7 @@ def initialize_kv_prefix_from_past_key_values(
 def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
     name = adapter or model.active_adapters[0]
     found = [d for d in model.adapter_modules(name).values() if isinstance(d, StoredPrefix)]
-    if not found or not isinstance(found[0].prompt_encoder, prompt.EmbeddingTable):
+    if not found or not isinstance(found[0].prompt_encoder, prompt.PromptEmbeddingTable):
         raise UsageError(f"adapter {name!r} has no prefix that can be set", "prefix tuning without prefix_projection")
     return found[0]
 
@@ -195,16 +195,16 @@ def _make_prefix_from_cache(cache: Any, n: int) -> Tensor:
     return torch.stack([t[0, :, :n] for t in tensors]).permute(2, 0, 1, 3).reshape(n, -1)
 
 
-def make_initial_prefix_or_encoder(config: Any, site: Site) -> Tensor | nn.Module:
+def make_initial_prefix_or_encoder(config: Any, site: AdapterSite) -> Tensor | nn.Module:
     """Return the keys and values that a new prefix starts as, or the network that computes them."""
     n: Any = config.num_virtual_tokens
     ids = None
     if config.prefix_projection:
         return PrefixProjection(config, site.init_device)
-    if config.prefix_tuning_init_text is not None and not site.loading:
+    if config.prefix_tuning_init_text is not None and not site.skip_init:
         settings: Any = (config.prefix_tuning_init_text, config.tokenizer_name_or_path, config.tokenizer_kwargs)
         ids = prompt.tokenize_prompt_text(*settings)
-    elif config.init_weights == "vocab" and not site.loading:
+    elif config.init_weights == "vocab" and not site.skip_init:
         ids = torch.randint(site.config.vocab_size, (n,)).tolist()
     if ids is not None:
         return _make_prefix_from_cache(_compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)

@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import config_field
 from ...extras.prompt_learning.prompt_config import PromptLearningConfig
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 class PromptTuningInit(StrEnum):
@@ -55,7 +55,7 @@ class PromptTuningConfig(PromptLearningConfig):
         if "trust_remote_code" in options:
             yield self.error("tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from .prompt_tuning_modules import build_prompt_modules, make_initial_embeddings
 
         return build_prompt_modules(self, sites, make_initial_embeddings(self, sites[0]))

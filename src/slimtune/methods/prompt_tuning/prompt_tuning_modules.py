@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 from ...extras.prompt_learning import prompt_modules as prompt
 
 
-class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):
+class SoftPrompt(prompt.LearnedPromptEmbeddings, prompt.VirtualTokenModule):
     """Learned embeddings, or those that a small network computes, in front of the sequence.
 
     PEFT's adapter of an encoder-decoder (`num_transformer_submodules` 2) has twice as many and uses the first half.
     """
 
-    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
+    def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
         super().__init__(site, start, site, config.task_type)
         self.n = config.num_virtual_tokens
 
@@ -25,19 +25,22 @@ class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):
         return self.get_embeddings()[: self.n]
 
 
-def build_prompt_modules(config: Any, sites: Sequence[Site], start: Tensor | nn.Module) -> list[AdapterModule]:
+def build_prompt_modules(config: Any, sites: Sequence[AdapterSite], start: Tensor | nn.Module) -> list[AdapterModule]:
     """Return the virtual tokens at the first site, and what makes them visible to a decoder at the second."""
     width = prompt.get_embedding_width(sites[0].module)
     config.require(config.token_dim == width, "token_dim", f"{width}, as the model's embeddings")
-    return [SoftPrompt(sites[0], start, config), *(prompt.EncoderMask(config.num_virtual_tokens) for _ in sites[1:])]
+    return [
+        SoftPrompt(sites[0], start, config),
+        *(prompt.EncoderVirtualTokenMask(config.num_virtual_tokens) for _ in sites[1:]),
+    ]
 
 
-def make_initial_embeddings(config: Any, site: Site) -> Tensor:
+def make_initial_embeddings(config: Any, site: AdapterSite) -> Tensor:
     """Return the embeddings that a new prompt starts as `(n, hidden)`."""
     n: Any = config.num_virtual_tokens * config.num_transformer_submodules
     # PEFT draws them for every start: one seed gives the same adapter in both libraries.
     random = nn.Embedding(n, config.token_dim, device=site.init_device).weight
-    if config.prompt_tuning_init == "RANDOM" or site.loading:
+    if config.prompt_tuning_init == "RANDOM" or site.skip_init:
         return random
     table: Any = site.module.get_input_embeddings()  # type: ignore[operator]
     if config.prompt_tuning_init == "SAMPLE_VOCAB":

@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, co
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 
 
 @dataclass
@@ -22,7 +22,7 @@ class ShiraConfig(TargetedConfig):
     prefix: ClassVar = "shira_"
     learning_rate: ClassVar = 1e-3
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
-    extension_fields: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
+    fields_not_in_peft: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "target_modules": "all-linear"}
     mask_fn: ClassVar[Callable[..., Any] | None] = None
@@ -36,15 +36,16 @@ class ShiraConfig(TargetedConfig):
     fan_in_fan_out: bool = config_field(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool = config_field(True, "start at zero; False: normal random entries, for tests")
 
-    def build(self, site: Site) -> AdapterModule:
+    def build(self, site: AdapterSite) -> AdapterModule:
         import torch
 
-        from .shira_modules import SparseUpdate, choose_trained_entries
+        from .shira_modules import SparseWeightUpdate, choose_trained_entries
 
         inputs, outputs = site.in_features, site.out_features
         n, size = self.r * (inputs + outputs), inputs * outputs
         if n > size:
             message = f"r={self.r} is {n:,} entries for {site.name}, which has {size:,}"
             raise ConfigError(message, f"r up to {size // (inputs + outputs)} there")
-        indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
-        return SparseUpdate(site, indices if site.loading else choose_trained_entries(self, site, n), self.init_weights)
+        no_indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
+        indices = no_indices if site.skip_init else choose_trained_entries(self, site, n)
+        return SparseWeightUpdate(site, indices, self.init_weights)

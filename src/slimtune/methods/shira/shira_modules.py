@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 from ...errors import AdapterError, ConfigError
 
 
-class SparseUpdate(AdapterModule):
+class SparseWeightUpdate(AdapterModule):
     """`y + S x`."""
 
-    neutral: ClassVar = {"shira_weight": 0.0}
+    no_op_values: ClassVar = {"shira_weight": 0.0}
     shira_indices: Tensor
 
-    def __init__(self, site: Site, indices: Tensor, zero: bool) -> None:
+    def __init__(self, site: AdapterSite, indices: Tensor, zero: bool) -> None:
         super().__init__()
         self.sizes = site.out_features, site.in_features
         values = (torch.zeros if zero else torch.randn)(indices.shape[1], device=site.init_device)
@@ -31,7 +31,7 @@ class SparseUpdate(AdapterModule):
         rows, columns = self.shira_indices.long()
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias
 
-    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: AdapterSite) -> None:
         """Check that a file's indices are inside the weight and in row-major order, which the products rely on."""
         indices = state_dict.get("shira_indices")
         if indices is None or indices.shape != self.shira_indices.shape:
@@ -77,7 +77,7 @@ def _sparse_times(
     return torch.sparse.mm(S, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], sizes[0])
 
 
-def choose_trained_entries(config: Any, site: Site, n: int) -> Tensor:
+def choose_trained_entries(config: Any, site: AdapterSite, n: int) -> Tensor:
     """Return the rows and columns of the entries as int32 `(2, n)`, in row-major order."""
     shape = (site.out_features, site.in_features)
     if config.mask_fn is not None:

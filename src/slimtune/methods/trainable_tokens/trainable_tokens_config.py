@@ -12,7 +12,7 @@ from ...core.adapters.peft_config import TargetedConfig, config_field
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
     from .trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -23,7 +23,7 @@ class TrainableTokensConfig(TargetedConfig):
     name: ClassVar = "trainable_tokens"
     prefix: ClassVar = "trainable_tokens_"
     learning_rate: ClassVar = 1e-2
-    extension_fields: ClassVar = frozenset(
+    fields_not_in_peft: ClassVar = frozenset(
         ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
     )
     kinds: ClassVar = ("embedding", "linear")
@@ -48,7 +48,7 @@ class TrainableTokensConfig(TargetedConfig):
         """Return the modules that are tied to the targets."""
         return {n: rows.kind for n, rows in self._find_trainable_rows(model).items() if not self._is_target(n)}
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from .trainable_tokens_modules import build_trainable_row_modules
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}

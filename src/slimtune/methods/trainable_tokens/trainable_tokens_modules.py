@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, BaseForward, Site, SiteKind
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward, SiteKind
 from ...core.adapters.targets import matches_regex_or_names
 from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
 from ...errors import TargetError, nearest
@@ -66,7 +66,7 @@ def find_trainable_rows(
 
 
 def build_trainable_row_modules(
-    sites: Sequence[Site],
+    sites: Sequence[AdapterSite],
     trained: Mapping[str, TrainableRowsSpec],
     save_shared: bool = False,
     start_as_base: bool = True,
@@ -77,7 +77,10 @@ def build_trainable_row_modules(
     """
     built: dict[str, AdapterModule] = {}
     for site in sorted(sites, key=lambda s: trained[s.name].tied_to is not None):
-        cls, owner = TokenEmbedding if site.kind == "embedding" else TokenHead, trained[site.name].tied_to
+        cls, owner = (
+            TrainableTokenEmbedding if site.kind == "embedding" else TrainableTokenHead,
+            trained[site.name].tied_to,
+        )
         held = () if owner is None else (built[owner],)
         built[site.name] = cls(site, trained[site.name].token_indices, held, save_shared, start_as_base)
     return built
@@ -88,7 +91,9 @@ class _TokenRows(AdapterModule):
 
     peft_values: ClassVar = {"token_indices": "token_indices", "trainable_tokens_delta": "rows"}
 
-    def __init__(self, site: Site, token_ids: list[int], held: tuple, save_shared: bool, start_as_base: bool) -> None:
+    def __init__(
+        self, site: AdapterSite, token_ids: list[int], held: tuple, save_shared: bool, start_as_base: bool
+    ) -> None:
         super().__init__()
         # The owner is in a tuple, so that its parameter is not registered here too.
         self.held, self.save_shared, self.token_indices = held, save_shared, token_ids
@@ -132,7 +137,7 @@ class _TokenRows(AdapterModule):
     def replaced_rows(self) -> frozenset[int]:
         return frozenset(self.token_indices)
 
-    def neutral_values(self, site: Site) -> dict[str, Tensor]:
+    def get_no_op_values(self, site: AdapterSite) -> dict[str, Tensor]:
         weight, ids = site.weight(), self.owner.ids
         rows = weight.t()[ids] if site.kind == "embedding" else weight[ids]
         return {n: rows for n, _ in self.named_parameters()}
@@ -144,7 +149,7 @@ class _TokenRows(AdapterModule):
         return {"trainable_tokens_delta": self.rows.detach().clone()} if self.save_shared else {}
 
 
-class TokenEmbedding(_TokenRows):
+class TrainableTokenEmbedding(_TokenRows):
     """Trained rows of an embedding: maps token ids `x (...)` and the frozen rows `y (..., d)` to `(..., d)`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class TokenEmbedding(_TokenRows):
         return weight.index_copy(1, self.owner.ids, self.rows.to(weight.dtype).t()), bias
 
 
-class TokenHead(_TokenRows):
+class TrainableTokenHead(_TokenRows):
     """Trained rows of a linear layer: maps `x (..., d)` to logits `(..., rows)`."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:

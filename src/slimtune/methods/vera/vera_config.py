@@ -11,7 +11,7 @@ from ...core.adapters.peft_config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, Targete
 from ...errors import TargetError
 
 if TYPE_CHECKING:
-    from ...core.adapters.adapter_module import AdapterModule, Site, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
 
 
 @dataclass
@@ -20,7 +20,7 @@ class VeraConfig(TargetedConfig):
 
     name: ClassVar = "vera"
     prefix: ClassVar = "vera_lambda_"
-    extension_fields: ClassVar = frozenset(["exclude_modules"])
+    fields_not_in_peft: ClassVar = frozenset(["exclude_modules"])
     learning_rate: ClassVar = 1e-2
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     short_names: ClassVar = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
@@ -48,7 +48,7 @@ class VeraConfig(TargetedConfig):
         name = key.rpartition(".")[2]
         return f"base_model.{name}" if name in ("vera_A", "vera_B") else key
 
-    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+    def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the trained vectors of each layer, and A and B at the backbone."""
         from .vera_modules import LinearVera, SharedRandomProjections
 

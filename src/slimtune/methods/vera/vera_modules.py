@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapters.adapter_module import AdapterModule, SharedParameterHolder, Site
+from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SharedParameterHolder
 from ...core.kernels.dropout import make_dropout
 from .vera_config import VeraConfig
 
@@ -15,7 +15,7 @@ from .vera_config import VeraConfig
 class SharedRandomProjections(SharedParameterHolder):
     """A `(r, in)` and B `(out, r)`, random and frozen."""
 
-    def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
+    def __init__(self, site: AdapterSite, config: VeraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         # In the dtype the base computes in, so that no layer needs a copy in another dtype.
         dtype = next((p.dtype for p in site.module.parameters() if p.dtype.is_floating_point), site.dtype)
@@ -31,12 +31,12 @@ class SharedRandomProjections(SharedParameterHolder):
 class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
-    neutral: ClassVar = {"vera_lambda_b": 0.0}
+    no_op_values: ClassVar = {"vera_lambda_b": 0.0}
     peft_values: ClassVar = {"vera_A": "vera_A", "vera_B": "vera_B"}
     vera_A = property(lambda self: self.held[0].vera_A)
     vera_B = property(lambda self: self.held[0].vera_B)
 
-    def __init__(self, site: Site, config: VeraConfig, shared: SharedRandomProjections) -> None:
+    def __init__(self, site: AdapterSite, config: VeraConfig, shared: SharedRandomProjections) -> None:
         super().__init__()
         self.held = (shared,)
         self.sizes = site.in_features, site.out_features
