@@ -1,9 +1,10 @@
 """What every room's tests share: no network, commands, tiny random models, the real SmolLM2 where it is installed."""
 
+import gc
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,17 @@ def slimtune_json(slimtune: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@pytest.fixture(scope="module")
+def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the traces of plans, as a user's commands do: a second plan of the same job takes no second.
+
+    For modules that call the command line and patch nothing inside a trace.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMTUNE_TRACES", str(tmp_path_factory.getbasetemp() / "kept-traces"))
+        yield
+
+
 @pytest.fixture
 def screen(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with the reviewed file cli/screens/NAME.txt, which --update-screens writes anew."""
@@ -139,6 +151,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the tests with screens and of tests/core/models/test_family_table.py."""
     parser.addoption("--update-screens", action="store_true", help="write the files in tests/cli/screens anew")
     parser.addoption("--update-families", action="store_true", help="write tests/core/models/family_table.json anew")
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what importing has made from garbage collections: each took 0.7 s, and engines ask for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

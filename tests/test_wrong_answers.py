@@ -17,6 +17,9 @@ from tiny_run import write_rows
 from typer.testing import CliRunner
 
 from slimtune.cli import app
+from slimtune.export import expected_logps
+
+pytestmark = pytest.mark.usefixtures("kept_traces", "few_tokens")
 
 
 class Case(NamedTuple):
@@ -362,6 +365,13 @@ CASES: list[Case] = [
     Case("surrogate-in-out", {}, f"{TRAIN_FLAGS} --out a\udcffb", 2, "output_dir"),
     Case("surrogate-in-data", {}, "train --model BASE --data a\udcffb --out o", 2, "data.train"),
 ]
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch):
+    """An export is compared on a few tokens: what it says of them is tested beside it."""
+    for name, value in {"MAX_TOKENS": 32, "MAX_POSITIONS": 60, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 4}.items():
+        monkeypatch.setattr(expected_logps, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import pytest
 from row_files import write_jsonl
 
+pytestmark = pytest.mark.usefixtures("kept_traces")
 BROKEN = "So<|im_end|>"
 
 

@@ -15,6 +15,7 @@ from slimtune.cli import app
 from slimtune.cli.json_schemas import make_json_schema
 from slimtune.cli.json_types import JSON_TYPES, load_json_types, make_command_output_schema
 
+pytestmark = pytest.mark.usefixtures("kept_traces")
 ROOT = Path(__file__).parents[2]
 COMMAND_LINES = {
     "ChooseResult": "choose base --kind laptop",

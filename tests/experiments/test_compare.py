@@ -24,6 +24,7 @@ from slimtune.experiments.experiment_output_dir import SETTINGS_FILE
 from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, FailedRun, LeftOutMethod
 from slimtune.experiments.run_worker import WorkerResult
 
+pytestmark = pytest.mark.usefixtures("kept_traces")
 FIGURES = ("method", "rate", "seeds", "trained_tokens", "loss_reduction_by_seed", "loss_reduction", "tuned_loss",
            "file_bytes")  # fmt: skip
 

@@ -24,6 +24,7 @@ from slimtune.experiments.run_worker import WorkerResult
 from slimtune.experiments.search_space import parse_setting_ranges
 from slimtune.experiments.tuning import run_tuning
 
+pytestmark = pytest.mark.usefixtures("kept_traces")
 DONE = WorkerResult("", False, 0.0)
 
 

@@ -11,7 +11,7 @@ from run_answers import RunAnswers
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 0}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def worker():
     """Start the process of a run: `read` waits for an event, `ask` sends a request."""
     started = []
@@ -44,9 +44,17 @@ def worker():
         process.communicate()
 
 
-def test_base_and_tuned_answer_at_the_same_time_and_remember(run, worker):
-    process, answers = worker(run), RunAnswers.open(run)
+@pytest.fixture(scope="module")
+def process(worker, shared_run):
+    """The process of a run, which is ready."""
+    process = worker(shared_run)
     assert process.read()["ready"].startswith("tiny-base with the lora adapter in ")
+    return process
+
+
+def test_base_and_tuned_answer_at_the_same_time_and_remember(process, shared_run):
+    answers = RunAnswers.open(shared_run)
+    process.send(system=None)
     messages = {name: [] for name in ("base", "tuned")}
     for text in ("Define hope.", "And a year?"):
         found, problem = process.ask(text, "base", "tuned")
@@ -60,9 +68,8 @@ def test_base_and_tuned_answer_at_the_same_time_and_remember(run, worker):
     assert process.ask("Hi", "tuned")[0]["tuned"] == answers.generate(asked, max_new_tokens=12)
 
 
-def test_a_problem_and_a_stop_end_one_answer_only(run, worker):
-    process = worker(run)
-    process.read()
+def test_a_problem_and_a_stop_end_one_answer_only(process):
+    process.send(system=None)
     assert "512" in process.ask("x" * 600, "base", "tuned")[1]
     process.send(text="Hi", models=["base", "tuned"], settings={**SETTINGS, "max_new_tokens": 470})
     assert process.read()["piece"]

@@ -121,10 +121,10 @@ def test_peak_of_a_merge():
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_share_keys_are_planned_without_them(family):
     """A model of two or three layers shares none, so the plan of one that does must come from all its layers."""
-    base = tiny_families.build(family, num_hidden_layers=6, num_kv_shared_layers=3)
+    base = tiny_families.build(family, num_hidden_layers=4, num_kv_shared_layers=2)
     job = TrainingJob(base.config, LORA, torch.float32, (16,), device="cpu")
     model = job.build_model()
-    without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=6).config).build_model()
+    without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=4).config).build_model()
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())
     trace, extrapolated = trace_training_step(job), extrapolate_step_trace(job, model)
     assert extrapolated.state == trace.state

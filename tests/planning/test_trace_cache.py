@@ -1,5 +1,6 @@
 """Traces that are kept on the disk: the same plan again, and a new trace where anything differs or is damaged."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,13 +13,13 @@ from slimtune.planning import extrapolation as extrapolate
 from slimtune.planning.extrapolation import extrapolate_merge_peak, extrapolate_step_trace
 from slimtune.planning.plan_request import TrainingJob
 
-LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+LORA = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 @pytest.fixture
 def job():
     config = zoo.llama().config
-    config.num_hidden_layers = 2
+    config.num_hidden_layers = 1
     return TrainingJob(base_config=config, method=LORA, dtype=torch.bfloat16, lengths=(64,))
 
 
@@ -38,7 +39,9 @@ def traced(monkeypatch, tmp_path):
 
 def test_second_plan_traces_nothing(job, traced, tmp_path):
     first, merge = extrapolate_step_trace(job), extrapolate_merge_peak(job, 1000)
-    again = extrapolate_step_trace(replace(job))
+    elsewhere = copy.deepcopy(job.base_config)
+    elsewhere.name_or_path = "another/folder"
+    again = extrapolate_step_trace(replace(job, base_config=elsewhere))
     assert len(traced) == 1
     assert (again, list(again.operator_counts.items())) == (first, list(first.operator_counts.items()))
     assert extrapolate_merge_peak(job, 1000) == merge > 0

@@ -68,7 +68,8 @@ def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
         return None
     others = {f.name: getattr(job, f.name) for f in dataclasses.fields(job) if f.name not in ("base_config", "method")}
     implementations = [getattr(config, f"_{what}_implementation", None) for what in ("attn", "experts")]
-    key = {"classes": classes, "config": config.to_dict(), "implementations": implementations, "method": vars(method),
+    values = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}  # the same base in another folder
+    key = {"classes": classes, "config": values, "implementations": implementations, "method": vars(method),
            "job": others, "options": options, "environment": _describe_environment(),
            "threads": torch.get_num_threads() if job.device == "cpu" else 0}  # fmt: skip
 

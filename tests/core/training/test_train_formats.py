@@ -11,6 +11,8 @@ from slimtune.core.config import load_recipe
 from slimtune.core.training.base_model import load_base_tokenizer
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 
+pytestmark = pytest.mark.usefixtures("kept_traces")
+
 
 def load_rows(desk, rows, **settings):
     data = str(write_jsonl(desk.folder / "rows.jsonl", rows))
