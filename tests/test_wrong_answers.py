@@ -17,9 +17,8 @@ from tiny_run import write_rows
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.export import expected_logps
 
-pytestmark = pytest.mark.usefixtures("kept_traces", "few_tokens")
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 class Case(NamedTuple):
@@ -367,13 +366,6 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.fixture
-def few_tokens(monkeypatch: pytest.MonkeyPatch):
-    """An export is compared on a few tokens: what it says of them is tested beside it."""
-    for name, value in {"MAX_TOKENS": 32, "MAX_POSITIONS": 60, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 4}.items():
-        monkeypatch.setattr(expected_logps, name, value)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]):
     folder = tmp_path_factory.mktemp("wrong-answers")
@@ -386,7 +378,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+CONVERTED = ("ollama-name-unknown", "proof-required")
+"""Cases in which llama.cpp's own program converts the base, which takes seconds."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.name in CONVERTED else []) for c in CASES]
+)
 def test_wrong_answer(case: Case, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     places = {"BASE": home / "base", "RUN": tmp_path / "run", "ROWS": home / "rows.jsonl"}
 
