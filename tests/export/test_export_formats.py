@@ -1,8 +1,9 @@
 """The table of docs/export.md, method × export format, made by attaching each method to a tiny Llama.
 
-python tests/export/test_export_formats.py        prints it
+python tests/export/test_export_formats.py        writes it (docs/internals/make_methods.py does so, too)
 """
 
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -52,11 +53,11 @@ def table() -> str:
     for name in sorted(SHOWN):
         cells = ["yes" if found else "–" for found in try_formats(name)[1]]
         rows.append(f"| {name.replace('+', ', ')} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
 
 
 def test_docs_table():
-    assert table() in PAGE.read_text()
+    assert table() in PAGE.read_text(), "run python docs/internals/make_methods.py"
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -67,4 +68,4 @@ def test_get_export_formats(name):
 
 
 if __name__ == "__main__":
-    print(table())
+    PAGE.write_text(re.sub(re.escape(HEAD) + r"\n(\|[^\n]*\n)+", lambda _: table(), PAGE.read_text(), count=1))

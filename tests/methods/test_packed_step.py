@@ -1,7 +1,5 @@
 """Every method in the packed training step: packed rows give the loss and gradients of each row run alone."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from method_cases import CASES, config
@@ -10,7 +8,6 @@ from reference import compute_in_float64, get_gradients, largest_relative_error,
 from torch import nn
 
 from slimtune import get_peft_model
-from slimtune.core.adapters.method_registry import METHODS
 from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.packing import pack_sequences
@@ -165,8 +162,3 @@ def test_a_packed_sequence_has_one_adapter(names):
     batch = make_collator(model, 0)(ROWS)
     with enable_packed_attention(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})
-
-
-def test_the_docs_list_every_method():
-    page = (Path(__file__).parents[2] / "docs/internals/step.md").read_text()
-    assert {m for m in METHODS.built_in_names() if f"\n| [{m}](../methods/{m}.md)" not in page} == set()
