@@ -27,7 +27,8 @@ def _find_export_formats() -> dict[str, str]:
 
 PARTS: dict[str, dict[str, str]] = {
     "slimtune.methods": _find_modules("methods"),
-    "slimtune.objectives": _find_modules("objectives", "pair_objective", "reference_logps"),
+    "slimtune.objectives": {"sft": "slimtune.objectives.sft"}  # the default first
+    | _find_modules("objectives", "pair_objective", "reference_logps"),
     "slimtune.row_sources": {"files": "slimtune.extras.row_files:open_rows"},
     "slimtune.row_readers": {
         ".jsonl": "slimtune.extras.row_readers:JSONL",

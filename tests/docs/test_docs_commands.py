@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from slimtune.cli import app
-from slimtune.cli.options import require_flags_given_once
+from slimtune.cli.command_help import require_flags_given_once
 from slimtune.core.config.recipe import parse_recipe_sections
 from slimtune.core.config.recipe_loading import parse_override, set_tree_value
 from slimtune.core.foundation.strict_yaml import parse_yaml
@@ -83,7 +83,7 @@ def check_command(line: str) -> None:
         for path, value in (NEEDED | {"method.name": method} | settings).items():
             set_tree_value(tree, path, value)
         # It raises for a setting that does not exist; `data` has no task, which may not take the format.
-        parse_recipe_sections(tree, line, optional=["model.name"] if name == "data" else [])
+        parse_recipe_sections(tree, line, partial=name == "data")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -71,8 +71,8 @@ def test_configs_need_no_torch():
     """A recipe's method is checked before torch, whose import takes seconds."""
     code = "; ".join([
         "import sys, slimtune",
-        "from slimtune.core.adapters.method_registry import METHODS, config_class",
-        "print([config_class(name).__name__ for name in METHODS.built_in_names()])",
+        "from slimtune.core.adapters.method_registry import METHODS, get_method_config_class",
+        "print([get_method_config_class(name).__name__ for name in METHODS.built_in_names()])",
         "sys.exit('torch' in sys.modules)",
     ])  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

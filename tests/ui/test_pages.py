@@ -40,6 +40,12 @@ def test_rows_are_checked_by_the_command(browser, pages, commands, finish):
     assert 'href="/plan">Next' in text
 
 
+def test_fields_of_a_run_are_chosen_or_typed_as_their_types_say(browser):
+    text = browser.get("/plan").text
+    for path, tag in {"method.name": "select", "model.quantization": "select", "train.learning_rate": "input"}.items():
+        assert f'<{tag} id="f-{path}"' in text
+
+
 def test_a_plan_begins_with_its_verdict(browser, commands, finish):
     commands(PLAN)
     browser.post("/rows", data=FORM)

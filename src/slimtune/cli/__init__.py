@@ -18,6 +18,7 @@ from ..errors import UsageError
 from .bench_command import bench_machine
 from .choose_command import choose_machine, cost_comparison
 from .command_examples import EXAMPLES
+from .command_help import CommandWithOptionGroups, add_trust_remote_code_flag
 from .common import CommandGroup
 from .compare_command import compare_methods, tune_settings
 from .data_command import data_report
@@ -29,7 +30,6 @@ from .generate_command import chat_with_run, generate_answer, predict_rows
 from .gpus_command import gpus_table
 from .methods_command import methods_table
 from .models_command import models_table
-from .options import CommandWithOptionGroups, add_trust_remote_code_flag
 from .plan_command import plan_run
 from .serve_command import serve_runs
 from .streams import WriteErrorIgnoringStream

@@ -7,6 +7,7 @@ on stderr and, with `--json`, the object `{"error": {...}}`.
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import sys
@@ -32,7 +33,7 @@ from ..core.foundation.files import explain_os_error, to_json
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.progress_bars import display_progress
 from ..diagnostics.knowledge import match_error_code
-from ..errors import RunError, SlimtuneError, UsageError, exception_chain, is_out_of_memory
+from ..errors import RunError, SlimtuneError, UsageError, exception_chain, format_install_command, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -41,6 +42,8 @@ ERROR, WARNING, GOOD = "bold red3", "dark_orange3", "green4"
 """Colors that can be read on white and on black; a terminal's own yellow and green cannot."""
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
+PACKAGES = {"multipart": "python-multipart"}
+"""Packages that have another name than their module."""
 PACKAGE = Path(__file__).parents[1]
 # Typer has a copy of click or uses click itself, depending on its version.
 ClickError: Any = BadParameter.__mro__[2]
@@ -62,7 +65,7 @@ class CommandGroup(TyperGroup):
         if build_command is not None:
             command = build_command(name, getattr(command, "epilog", None))
         if command is not None:
-            from .options import require_flags_given_once
+            from .command_help import require_flags_given_once
 
             require_flags_given_once(command, rest)
         return name, command, rest
@@ -106,6 +109,19 @@ class CommandGroup(TyperGroup):
             stdout.write(to_json(result) + "\n")
             stdout.flush()
         sys.exit(code)
+
+
+def require_installed_packages(command: str, extra: str, modules: Iterable[str]) -> None:
+    """Raise UsageError unless what a command imports is installed; nothing is imported.
+
+    Args:
+        command: its name.
+        extra: the extra of slimtune that brings the packages.
+        modules: what it imports of them.
+    """
+    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+        message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
+        raise UsageError(message, hint=format_install_command(extra))
 
 
 def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:

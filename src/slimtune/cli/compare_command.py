@@ -8,8 +8,8 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from ..experiments.executor_specs import PLACES, parse_executor_spec
-from .common import Json, NegativeVerdictResult, make_console, make_table, print_progress
-from .input_checks import find_missing_inputs, require_installed_packages
+from .common import Json, NegativeVerdictResult, make_console, make_table, print_progress, require_installed_packages
+from .input_checks import find_missing_inputs
 from .options import add_recipe_flags
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def compare_methods(
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = split_candidate_settings(settings.items())
     resolve_candidate_labels(names, method_settings, tasks=tasks is not None)
-    tree = load_validated_recipe_tree(recipe, recipe_settings, ["output_dir"], find_missing_inputs)
+    tree = load_validated_recipe_tree(recipe, recipe_settings, find_missing_inputs)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_comparison_grid
 
@@ -77,7 +77,7 @@ def compare_methods(
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
-    folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
+    folder = out if out is not None else Path(f"{tree['output_dir']}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
     how["at_once"] = at_once
     grid = build_comparison_grid(tree, candidates, output_dir=folder.expanduser(), **how)
@@ -133,7 +133,8 @@ def tune_settings(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..core.config.recipe import load_validated_recipe_tree, parse_recipe_sections, replace_recipe_values
+    from ..core.config.recipe import load_validated_recipe_tree, parse_recipe_sections
+    from ..core.config.recipe_loading import replace_recipe_values
     from ..evaluation.charts import require_figure_path
     from ..experiments.search_space import parse_setting_ranges, validate_and_mark_integer_ranges
 
@@ -142,10 +143,7 @@ def tune_settings(
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = {
-        "output_dir": "runs/run",
-        **load_validated_recipe_tree(recipe, settings, ["output_dir"], find_missing_inputs),
-    }
+    tree = load_validated_recipe_tree(recipe, settings, find_missing_inputs)
     # A wrong name or value is answered at once, before torch is imported.
     validate_and_mark_integer_ranges(
         ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over")

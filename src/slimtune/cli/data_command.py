@@ -51,17 +51,18 @@ def data_report(
         require_rows_exist(rows, settings.get("data.format"))
     if "model.name" in settings:
         require_base_exists(str(settings["model.name"]))
-    from ..core.config import DataSettings, ModelSettings, TrainSettings
-    from ..core.config.recipe import build_recipe_sections
+    from ..core.config.recipe import parse_recipe_sections
+    from ..core.config.recipe_loading import replace_recipe_values
     from ..evaluation.data_report.report_builder import make_data_report
 
-    settings = {"data.train": str(file), **settings}
-    data, train = build_recipe_sections(settings, DataSettings, TrainSettings)
+    tree = replace_recipe_values({}, {"data.train": str(file), **settings})
+    sections = parse_recipe_sections(tree, "the flags", partial=True)
+    data, train = sections["data"], sections["train"]
     tokenizer, model = None, None
     if "model.name" in settings or "model" in settings:
         from ..core.training.base_model import load_base_tokenizer
 
-        (base,) = build_recipe_sections(settings, ModelSettings)
+        base = sections["model"]
         tokenizer, model = load_base_tokenizer(base, data.chat_template), base.name
     report = make_data_report(
         file,

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
+from .command_help import CommandWithOptionGroups, add_trust_remote_code_flag
 from .common import (
     ERROR,
     WARNING,
@@ -25,7 +26,6 @@ from .common import (
     show_progress,
 )
 from .input_checks import require_rows_exist, require_run_exists
-from .options import CommandWithOptionGroups, add_trust_remote_code_flag
 
 if TYPE_CHECKING:
     from ..export.export_results import EngineVerdict

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SlimtuneError, UsageError, format_install_command
+from ..errors import SlimtuneError
 
 if TYPE_CHECKING:
     from ..core.adapters.config_fields import FieldError
@@ -18,27 +17,10 @@ ROW_SETTINGS = (
     "data.chat_template",
 )  # fmt: skip
 """The settings that say how rows are read: commands that read rows have the same flags for them."""
-PACKAGES = {"multipart": "python-multipart"}
-"""Packages that have another name than their module."""
 
 
-def require_installed_packages(command: str, extra: str, modules: Iterable[str]) -> None:
-    """Raise UsageError unless what a command imports is installed; nothing is imported.
-
-    Args:
-        command: its name.
-        extra: the extra of slimtune that brings the packages.
-        modules: what it imports of them.
-    """
-    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
-        message = f"{command} needs {' and '.join(PACKAGES.get(m, m) for m in missing)}, not installed here"
-        raise UsageError(message, hint=format_install_command(extra))
-
-
-def find_missing_inputs(
-    tree: Mapping[str, Any], *, weights: bool = True, rows: bool = True
-) -> tuple[list[FieldError], SlimtuneError | None]:
-    """Return the errors for the base and the rows of a recipe's tree that do not exist, and what the base's raised.
+def find_missing_inputs(tree: Mapping[str, Any], *, weights: bool = True, rows: bool = True) -> list[FieldError]:
+    """Return the errors for the base and the rows of a recipe's tree that do not exist.
 
     Args:
         tree: the recipe, with sections in long form and absolute paths.
@@ -54,8 +36,8 @@ def find_missing_inputs(
         if isinstance(name := model.get("name"), str) and name:
             require_base_exists(name, weights)
     except SlimtuneError as e:
-        return [*errors, FieldError("model.name", e.message, e.expected)], e
-    return errors, None
+        errors.append(FieldError("model.name", e.message, e.expected, cause=e))
+    return errors
 
 
 def require_base_exists(name: str, weights: bool = True) -> None:
@@ -68,28 +50,22 @@ def require_base_exists(name: str, weights: bool = True) -> None:
 
 def require_run_exists(path: Path) -> None:
     """Raise unless there is a run, or an adapter folder, with an adapter whose base has not gone."""
-    from ..core.config.recipe_loading import read_recipe_tree
     from ..core.foundation.files import read_json
     from ..core.training.run_dir import RunDir, find_adapter_folder
 
+    file = path / "adapter_config.json"
     if find_adapter_folder(path) != path:
-        model = read_recipe_tree(RunDir(path).recipe_file).get("model")
-        name = model.get("name") if isinstance(model, Mapping) else None
-    else:
-        file = path / "adapter_config.json"
-        name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
-    if isinstance(name, str) and name:
+        require_base_exists(RunDir(path).load_recipe().model.name)
+    elif file.is_file() and isinstance(name := read_json(file).get("base_model_name_or_path"), str) and name:
         require_base_exists(name)
 
 
 def require_rows_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
-    from ..core.config.recipe_loading import read_recipe_tree
     from ..core.training.run_dir import RunDir
     from ..extras.row_files import find_data_files
 
     if path is not None:
-        if run is not None and (recipe := RunDir(run).recipe_file).is_file():
-            data = read_recipe_tree(recipe).get("data")
-            format = data.get("format") if isinstance(data, Mapping) else None
+        if run is not None and RunDir(run).recipe_file.is_file():
+            format = RunDir(run).load_recipe().data.format
         find_data_files(Path(path), format)

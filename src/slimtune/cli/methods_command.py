@@ -14,9 +14,10 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes, format_count
 from ..core.foundation.json_results import INLINE, OMIT_NONE
+from .command_help import TrustFlag
 from .common import Json, make_console, make_table, print_fields
 from .input_checks import require_base_exists
-from .options import METHOD_FLAGS, TrustFlag
+from .options import METHOD_FLAGS
 
 LEGEND = """file: an adapter in Hugging Face form; merged: one plain model, also for
 Ollama and vLLM; lora: an adapter in Ollama and vLLM.
@@ -193,7 +194,8 @@ def _describe_method(cls: Any, has_fields: bool) -> MethodDescription:
 
 def _describe_fields(cls: Any) -> list[MethodField]:
     """Return the fields that a recipe may set, those that other methods do not have first."""
-    from ..core.config.method_settings import fill_method_defaults, list_recipe_method_fields
+    from ..core.adapters.config_fields import list_settings
+    from ..core.config.method_settings import fill_method_defaults
 
     short_names = {full: short for short, full in cls.short_names.items()}
     flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
@@ -209,7 +211,8 @@ def _describe_fields(cls: Any) -> list[MethodField]:
             flag=flags.get(setting.name),
             help=setting.description,
         )
-        for setting in sorted(list_recipe_method_fields(cls).values(), key=lambda setting: setting.name not in own)
+        for setting in sorted(list_settings(cls), key=lambda setting: setting.name not in own)
+        if setting.in_recipe
     ]
 
 

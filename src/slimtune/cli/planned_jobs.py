@@ -105,19 +105,19 @@ def _load_recipes(
 ) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
-    from ..core.config.method_settings import get_full_method_field_names
-    from ..core.config.recipe import read_optional_recipe_tree, replace_recipe_values
+    from ..core.config.method_settings import find_method_fields
+    from ..core.config.recipe_loading import read_recipe_tree, replace_recipe_values
 
     path = find_recipe_file(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
     find_more = partial(find_missing_inputs, weights=False, rows=path is not None or "data.train" in settings)
-    tree = read_optional_recipe_tree(path, settings)
+    tree = read_recipe_tree(path)
     section = tree.get("method")
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
     methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
     settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-    accepted = {method: set(get_full_method_field_names(method)) for method in methods}
+    accepted = {method: set(find_method_fields(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:

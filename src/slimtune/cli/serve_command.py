@@ -10,9 +10,18 @@ from typer import Argument, Option
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, nearest
 from ..export.export_results import EngineVerdict
-from .common import WARNING, Device, Json, make_console, make_error_console, print_progress, show_progress
+from .common import (
+    WARNING,
+    Device,
+    Json,
+    make_console,
+    make_error_console,
+    print_progress,
+    require_installed_packages,
+    show_progress,
+)
 from .export_command import print_engine_verdicts
-from .input_checks import require_installed_packages, require_run_exists
+from .input_checks import require_run_exists
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 

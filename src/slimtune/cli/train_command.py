@@ -144,9 +144,9 @@ def _print_result(result: "TrainResult", recipe: Any) -> None:
         ("peak memory", format_bytes(result.peak_bytes)),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
-    from ..core.config.recipe import MIN_EVAL_ROWS
+    from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_eval_split
 
-    run, split, held_out = shlex.quote(result.run), recipe.eval_split(), result.held_out_rows
+    run, split, held_out = shlex.quote(result.run), find_eval_split(recipe.data), result.held_out_rows
     if held_out is not None and held_out < MIN_EVAL_ROWS:
         split = None
     rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]

@@ -8,8 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import UsageError
-from .common import WARNING, Json, make_error_console
-from .input_checks import require_installed_packages
+from .common import WARNING, Json, make_error_console, require_installed_packages
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
-from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.data.collator import Example
 from ..core.data.rows import Row, split_into_answer_rows
 from ..core.data.tokenize import TokenizationStats
@@ -29,6 +28,7 @@ from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_eval_dataset, open_rows_for_objective, tokenize_recipe_datasets
+from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective
 from ..core.training.run_dir import RunDir, find_adapter_folder

@@ -17,10 +17,10 @@ import jinja2
 from markupsafe import Markup
 
 from ..core.config import Recipe
-from ..core.config.recipe import MIN_EVAL_ROWS
 from ..core.foundation.files import resolve_output_file, write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
+from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_eval_split
 from ..core.training.run_dir import RunDir
 from .charts import (
     ChartEstimate,
@@ -78,7 +78,9 @@ def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
     eval_options = ["--data", "HELD_OUT.jsonl"]
     held_out = r.result.get("held_out_rows")
     if not isinstance(held_out, int) or held_out >= MIN_EVAL_ROWS:
-        eval_options = {"test": [], "validation": ["--split", "validation"], None: eval_options}[recipe.eval_split()]
+        eval_options = {"test": [], "validation": ["--split", "validation"], None: eval_options}[
+            find_eval_split(recipe.data)
+        ]
     settings = recipe.method.settings.items()
     recipe_text = re.sub(  # with absolute paths shortened
         r"(?m)^((?:[ -]*|[ \w-]*[\w]: )['\"]?)(/[^\n]*?)(['\"]?)$",

@@ -24,6 +24,7 @@ from ..core.foundation.files import parse_json, read_regular_file
 from ..core.models.dtype import pick_device
 from ..core.training.base_model import load_base_tokenizer, read_hidden_size
 from ..core.training.datasets import load_eval_dataset, load_training_datasets
+from ..core.training.default_learning_rate import resolve_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
 from ..errors import RecipeError, UsageError
@@ -181,7 +182,7 @@ def build_comparison_grid(
 
     def with_rate(candidate: ComparisonCandidate) -> ComparisonCandidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
-        filled = built.resolve_learning_rate(len(lengths), hidden_size)
+        filled = resolve_learning_rate(built, len(lengths), hidden_size)
         return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)
 
     return dataclasses.replace(

@@ -15,12 +15,13 @@ from typing import Any
 
 from ..core.adapters.method_registry import get_method_config_class
 from ..core.config import Recipe
-from ..core.config.recipe import replace_recipe_values
+from ..core.config.recipe_loading import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration, format_markdown_table
 from ..core.foundation.json_results import to_json_dict
 from ..core.training.base_model import read_hidden_size
 from ..core.training.datasets import load_training_datasets
+from ..core.training.default_learning_rate import resolve_learning_rate
 from ..errors import UsageError
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_search_chart
@@ -110,7 +111,7 @@ def run_tuning(
         steps = trial.train.count_steps(len(rows.train))
         return replace(trial, train=replace(trial.train, max_steps=steps))
 
-    filled = recipe.resolve_learning_rate(len(rows.train), read_hidden_size(recipe.model))
+    filled = resolve_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = SettingsSearch(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with (

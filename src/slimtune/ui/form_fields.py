@@ -1,9 +1,8 @@
 """The fields of the forms: settings of the recipe, with help, limits and defaults of its schema."""
 
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..core.adapters.config_fields import SettingSpec, list_settings
 from ..core.adapters.method_registry import list_methods
@@ -33,23 +32,17 @@ RUN_FIELDS = {
     "model.quantization": "Quantization",
 }
 """Label of each setting of the second page that has a field of its own; its last field, `more`, takes all others."""
-NO_FLAG = {
-    "data": set(RUN_FIELDS),
-    "plan": {"data.columns", "data.train_on", "data.on_overlong", "train.learning_rate", "data.validation_fraction"},
-    "train": set(),
-}
-"""The settings for which a command has no flag; `--set` takes them."""
+NO_PLAN_FLAG = ("train.learning_rate", "data.validation_fraction")
+"""The settings for which `slimtune plan` has no flag; `--set` takes them."""
 
 
 class FormField(NamedTuple):
     """One field of a form."""
 
-    name: str  # the setting's dotted path
+    setting: SettingSpec
     label: str
-    help: str
-    options: Sequence[str]  # to choose from; empty: a text
-    default: str  # shown where nothing is given
-    kind: str  # "number" or "text"
+    options: Sequence[str]  # to choose from; empty: a text or a number
+    is_number: bool
 
 
 def make_form_fields(labels: Mapping[str, str]) -> list[FormField]:
@@ -59,12 +52,10 @@ def make_form_fields(labels: Mapping[str, str]) -> list[FormField]:
 
 
 def _make_field(setting: SettingSpec, label: str) -> FormField:
-    names = {"method.name": list_methods, "task.name": list_objectives}
-    options = list(names[setting.path]()) if setting.path in names else list(setting.choices)
-    is_number = {int, float} & set(_members(setting.type))
-    limits = f" ({setting.limits})" if setting.limits else ""
-    default = "" if setting.default in (None, {}) else f"{setting.default}"
-    return FormField(setting.path, label, setting.help + limits, options, default, "number" if is_number else "text")
+    if {int, float} & set(setting.kinds):
+        return FormField(setting, label, (), is_number=True)
+    names = {"method.name": list_methods(), "task.name": list_objectives()}
+    return FormField(setting, label, names.get(setting.path, setting.list_choices()), is_number=False)
 
 
 def make_option_args(workspace: WorkspaceFolder, choices: Mapping[str, str], command: str) -> list[str]:
@@ -79,10 +70,9 @@ def make_option_args(workspace: WorkspaceFolder, choices: Mapping[str, str], com
         value = choices.get(path, "").strip()
         # Columns are several values, `role=column` each.
         for part in (v.strip() for v in value.split(",")) if path == "data.columns" else [value]:
-            if part and path in NO_FLAG[command]:
-                args.append(f"--set={path}{'.' if path == 'data.columns' else '='}{part}")
-            elif part:
-                args.append(f"{known[path].flag}={part}")
+            if part:
+                flag = f"--set={path}" if command == "plan" and path in NO_PLAN_FLAG else known[path].flag
+                args.append(f"{flag}={part}")
     if command != "data":
         lines = filter(None, map(str.strip, choices.get(MORE, "").splitlines()))
         args += [f"--set={_check_setting(workspace, line, known)}" for line in lines]
@@ -97,20 +87,10 @@ def _check_setting(workspace: WorkspaceFolder, line: str, known: Mapping[str, Se
         reason = "code of a base runs only if a command in a terminal says so" if "trust" in path else "it has a field"
         raise UsageError(f"{path} cannot be set here: {reason}", "another setting")
     if path not in known and section not in ("method", "task"):
-        raise UsageError(
-            f"there is no setting {path!r}{nearest(path, known)}",
-            "PATH=VALUE, as in docs/recipe.md",
-            code="recipe-error",
-        )
-    takes_path = path in known and Path in _members(known[path].type)
-    if takes_path and value is not None:
+        message = f"there is no setting {path!r}{nearest(path, known)}"
+        raise UsageError(message, "PATH=VALUE, as in docs/recipe.md", code="recipe-error")
+    if path in known and Path in known[path].kinds and value is not None:
         return f"{path}={workspace.resolve_rows(str(value))}"
     if any(mark in str(value) for mark in ("/", "\\", "~")):
         raise UsageError(f"{path} got {value!r}, which looks like a path", "a value without / \\ ~")
     return line
-
-
-def _members(hint: Any) -> Iterator[Any]:
-    yield hint
-    for member in typing.get_args(hint):
-        yield from _members(member)

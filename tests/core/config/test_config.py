@@ -71,38 +71,6 @@ def test_short_names_and_alpha_from_the_rank(method, r, alpha):
     assert (config.r, config.lora_alpha) == (r, alpha)
 
 
-def test_each_method_has_a_learning_rate():
-    def rate(**recipe):
-        return make_recipe(**recipe).resolve_learning_rate(rows=96, hidden_size=576).train.learning_rate
-
-    assert rate(method="prompt_tuning") == 3e-2
-    assert rate(method="prompt_tuning", task="dpo") == 3e-3
-    assert rate(method="prompt_tuning", train={"learning_rate": 1e-3}) == 1e-3
-
-
-@pytest.mark.parametrize(
-    ("steps", "hidden_size", "rate"),
-    [(12, 576, 4e-3), (48, 576, 2e-3), (5000, 576, 2e-4), (12, 4096, 8.7e-4), (300, 4096, 2e-4), (1, 32, 5e-3)],
-)
-def test_short_runs_of_lora_and_narrow_bases_have_a_higher_rate(steps, hidden_size, rate):
-    def taken(**recipe):
-        one_epoch = make_recipe(train={"epochs": 1}, **recipe)
-        return one_epoch.resolve_learning_rate(rows=8 * steps, hidden_size=hidden_size).train.learning_rate
-
-    assert taken() == rate
-    assert 2e-4 <= taken(method={"rank": 64}) <= rate <= taken(method={"rank": 4}) <= 5e-3
-    assert taken(method={"init_lora_weights": "pissa"}) == taken(task="classification") == 2e-4
-    assert taken(method="full") == 5e-5
-
-
-def test_rows_that_come_again_lower_the_rate_of_lora():
-    def taken(rows):
-        recipe = make_recipe(train={"max_steps": 36})
-        return recipe.resolve_learning_rate(rows=rows, hidden_size=576).train.learning_rate
-
-    assert (taken(288), taken(96), taken(24), taken(1000)) == (2.3e-3, 1e-3, 3.6e-4, 2.3e-3)
-
-
 # --- errors
 
 
@@ -208,6 +176,13 @@ def test_errors_of_the_method(method, lines):
 )
 def test_settings_that_contradict_each_other(changes, line):
     assert line in error_text(**changes)
+
+
+def test_contradictions_are_named_beside_other_errors():
+    text = error_text(output_dir=None, zzz=1, method={"r": 0}, train={"compile": True, "fsdp": True})
+    assert [line.partition(":")[0].strip() for line in text.splitlines()[1:5]] == [
+        "output_dir", "zzz", "method.r", "train.compile",
+    ]  # fmt: skip
 
 
 # --- YAML

@@ -47,10 +47,4 @@ def resolve_method_name(name: str) -> str:
 
 def get_method_config_class(name: str) -> Any:
     """Return the config class of a method; name and errors as for `resolve_method_name`."""
-    method = resolve_method_name(name)
-    module = METHODS.load(method)
-    # Recognized by attributes: the config base class imports this module, so its class is not available here.
-    classes = [c for c in vars(module).values() if hasattr(c, "peft_type") and getattr(c, "name", None) == method]
-    if not classes:
-        raise ConfigError(f"{module.__name__} defines no PeftConfig whose name is {method!r}")
-    return classes[0]
+    return METHODS.load_class(resolve_method_name(name))

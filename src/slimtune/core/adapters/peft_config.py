@@ -109,8 +109,6 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     """PEFT's fields that this library lacks, with PEFT's defaults: accepted at the default, refused at other values."""
     recipe_defaults: ClassVar[dict[str, Any]] = {}
     """Defaults of recipes and the command line that differ from PEFT's; a callable gets the other settings."""
-    short_names: ClassVar[dict[str, str]] = {}
-    """Short names for recipes and flags: `{"rank": "r"}`."""
     learning_rate: ClassVar[float] = 2e-4
     """The default learning rate of recipes; see `default_learning_rate`."""
     kinds: ClassVar[tuple[SiteKind, ...]] = ("linear",)
@@ -140,7 +138,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     peft_type: str | PeftType | None = dataclasses.field(default=None, kw_only=True)  # set below to the method's
     base_model_name_or_path: str | None = dataclasses.field(default=None, kw_only=True)
     revision: str | None = dataclasses.field(default=None, kw_only=True)
-    inference_mode: bool = config_field(False, "attach the adapter frozen", kw_only=True)
+    inference_mode: bool = config_field(False, "attach the adapter frozen", in_recipe=False, kw_only=True)
     auto_mapping: dict | None = dataclasses.field(default=None, kw_only=True)
     peft_version: str | None = dataclasses.field(default=None, kw_only=True)  # set below to the version that writes it
 

@@ -3,27 +3,37 @@
 A relative path in a YAML file means the file beside it if there is one, else the file in the working folder.
 """
 
+import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import RecipeError, UsageError, nearest
-from ..adapters.config_fields import FieldError
+from ..adapters.config_fields import FieldError, list_settings
 from ..foundation.files import parse_dataset_id
 from ..foundation.formatting import format_short_value
-from ..foundation.remote_code import remote_code_allowed
+from ..foundation.remote_code import allow_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
+from .method_settings import find_method_fields
+from .schema import DataSettings, MethodSettings, RecipeTree
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
-DATA_FILES = ("train", "validation", "test", "general_text", "chat_template")
+DATA_FILES = tuple(s.name for s in list_settings(DataSettings) if Path in s.kinds)
 """Fields of `data` that name files."""
 
 
-def read_recipe_tree(path: Path) -> dict[str, Any]:
-    """Return the tree of a recipe file: sections in long form, absolute paths."""
+def read_recipe_tree(path: str | Path | None, overrides: Mapping[str, Any] = MappingProxyType({})) -> RecipeTree:
+    """Return the tree of a recipe file, empty without one, with overrides: sections in long form, absolute paths."""
+    with allow_remote_code(overrides.get("model.trust_remote_code") is True):
+        tree = {} if path is None else _read_recipe_file(Path(path).expanduser())
+    return replace_recipe_values(tree, overrides)
+
+
+def _read_recipe_file(path: Path) -> RecipeTree:
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "a recipe file", f"name the file: {path}/recipe.yaml")
     if not path.is_file():
@@ -45,7 +55,7 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _check_trust(tree: dict[str, Any], path: Path) -> None:
+def _check_trust(tree: RecipeTree, path: Path) -> None:
     """Set `model.trust_remote_code` to what the user says; what a file says does not count."""
     model = tree.get("model")
     if not isinstance(model, dict) or model.get("trust_remote_code") not in (True, None):
@@ -57,7 +67,7 @@ def _check_trust(tree: dict[str, Any], path: Path) -> None:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def expand_section_shorthand(tree: Mapping[str, Any]) -> dict[str, Any]:
+def expand_section_shorthand(tree: Mapping[str, Any]) -> RecipeTree:
     """Return the tree with `model: x` written as `model: {name: x}` and without empty sections."""
     return {
         name: {SHORT_SECTIONS[name]: value} if name in SHORT_SECTIONS and not isinstance(value, Mapping) else value
@@ -74,25 +84,30 @@ def parse_override(text: str) -> tuple[str, Any]:
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
-def parse_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
-    """Return values by dotted path, of which `["path=value"]` are read as YAML."""
-    given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
-    return dict(given)
+def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> RecipeTree:
+    """Return a recipe's tree with other values at dotted paths; a method setting's other spellings are dropped."""
+    changed = expand_section_shorthand(copy.deepcopy(dict(tree)))
+    for path, value in settings.items():
+        method = changed.get("method")
+        if path.startswith("method.") and isinstance(method, dict):
+            # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
+            name = settings.get("method.name", settings.get("method", method.get("name", MethodSettings.name)))
+            fields = find_method_fields(str(name))
+            field = fields.get(path.removeprefix("method."))
+            changed["method"] = {k: v for k, v in method.items() if field is None or fields.get(k) is not field}
+        set_tree_value(changed, path, value)
+    return changed
 
 
-def set_tree_value(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path, in place; missing sections are created."""
+def set_tree_value(tree: RecipeTree, path: str, value: Any) -> None:
+    """Set the value at a dotted path of a tree with sections in long form, in place; missing sections are created."""
     if path in SHORT_SECTIONS and not isinstance(value, Mapping):
         path = f"{path}.{SHORT_SECTIONS[path]}"
     # A third part is a key of a mapping and may contain dots: method.rank_pattern.layers.0.q_proj
     *sections, name = path.split(".", 2)
     parent = tree
     for section in sections:
-        inner = parent.get(section)
-        if inner is None:
-            inner = {}
-        elif parent is tree and section in SHORT_SECTIONS and not isinstance(inner, Mapping):
-            inner = {SHORT_SECTIONS[section]: inner}
+        inner = {} if parent.get(section) is None else parent[section]
         if not isinstance(inner, Mapping):
             raise RecipeError(f"--set {path}: {section!r} is {format_short_value(inner)}", "a path through sections")
         parent[section] = dict(inner)
@@ -100,7 +115,7 @@ def set_tree_value(tree: dict[str, Any], path: str, value: Any) -> None:
     parent[name] = value
 
 
-def make_recipe_paths_absolute(tree: dict[str, Any], folder: Path | None = None) -> None:
+def make_recipe_paths_absolute(tree: RecipeTree, folder: Path | None = None) -> None:
     """Make the paths of data and model absolute, in place.
 
     Paths are looked up in `folder`, where those that do not exist stay as they are; None: the working folder.

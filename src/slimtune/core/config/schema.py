@@ -5,13 +5,14 @@ YAML, `--set`, the flags of the commands, the error messages and the tables in `
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings, config_field
+from ..data.rows import ROW_FORMATS
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS
+from ..foundation.json_results import to_json_dict
 from .objective_registry import load_objective_class
 
 
@@ -28,6 +29,8 @@ def _read_path(value: Any) -> Any:
     return Path(value).expanduser() if is_path else value  # no path that every command can write: an error of type
 
 
+RecipeTree = dict[str, Any]
+"""A recipe, or a section of one, as YAML has it: plain values, some of them wrong."""
 Number = Annotated[float, _read_number]
 PathLike = Annotated[Path, _read_path]
 Dtype = Annotated[
@@ -42,19 +45,9 @@ class RecipeSection(DeclaredSettings):
 
     yaml_words: ClassVar[bool] = True
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> RecipeTree:
         """Return the values as plain YAML and JSON have them."""
-        return {f.name: _to_plain(getattr(self, f.name)) for f in fields(self)}
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, RecipeSection):
-        return value.to_dict()
-    if isinstance(value, Mapping):
-        return {k: _to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_to_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+        return to_json_dict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,7 @@ class ModelSettings(RecipeSection):
     device: str = config_field(
         "auto",
         "device to run on; auto: a GPU if there is one",
-        expected="auto, cpu, cuda, cuda:N or mps",
+        takes="auto, cpu, cuda, cuda:N or mps",
         pattern=r"auto|cpu|mps|cuda(:\d+)?",
     )
     trust_remote_code: bool = config_field(
@@ -103,21 +96,9 @@ class DataSettings(RecipeSection):
     general_text: PathLike | None = config_field(
         None, "text for train.forgetting_budget, a .txt or JSONL file", when_null="the text that comes with slimtune"
     )
-    format: (
-        Literal[
-            "chat",
-            "instruction",
-            "sharegpt",
-            "prompt-completion",
-            "text",
-            "document",
-            "preference",
-            "ranked-preference",
-            "unpaired-preference",
-            "classification",
-        ]
-        | None
-    ) = config_field(None, "format of a row", when_null="inferred from its columns")
+    format: str | None = config_field(
+        None, "format of a row", when_null="inferred from its columns", choices=ROW_FORMATS.names
+    )
     columns: dict[str, str] = config_field({}, "names of the format's columns in these rows", flag="--column")
     ignore_columns: list[str] = config_field(
         [], "columns to leave out although they may change what a row means; messages.KEY: a key of the messages"
@@ -131,33 +112,32 @@ class DataSettings(RecipeSection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(RecipeSection):
-    """The method's name and its own fields, which its config class declares."""
+class NamedSettings(RecipeSection):
+    """A section that names a method or a task, whose class declares the section's other settings."""
 
-    name: str = config_field("lora", "method to train", see="`slimtune methods` lists them", flag="--method")
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The method's own fields by their full names, with the defaults of recipes."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **_to_plain(self.settings)}
+    name: str = ""
+    settings: dict[str, Any] = field(default_factory=dict, metadata={"inline": True})
+    """Those other settings by their full names, with the defaults of recipes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings(RecipeSection):
+class MethodSettings(NamedSettings):
+    """The method's name and its own fields, which its config class declares."""
+
+    name: str = config_field("lora", "method to train", see="`slimtune methods` lists them", flag="--method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(NamedSettings):
     """The objective's name and its own fields, which its class declares."""
 
     name: str = config_field(
         "sft", "objective: sft learns the answers of the rows", see="docs/recipe.md lists the others", flag="--task"
     )
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The objective's own fields, with their defaults."""
 
     def build_objective(self) -> Any:
         """Return the objective, an `Objective`."""
         return load_objective_class(self.name)(**self.settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **_to_plain(self.settings)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,12 +61,20 @@ class Registry(Generic[T]):
             ConfigError: there is none; the error names the known ones and the nearest.
         """
         paths = self.paths()
-        if name not in paths:
+        if name not in tuple(paths):  # a recipe may give a name that cannot be hashed
             message = f"there is no {self.kind} {name!r}{nearest(name, paths)}"
             raise ConfigError(message, f"one of {format_names(paths)}")
         module, _, attribute = paths[name].partition(":")
         part: Any = importlib.import_module(module)
         return getattr(part, attribute) if attribute else part
+
+    def load_class(self, name: str) -> Any:
+        """Import the module with this name and return the class in it that has the name, too; errors as for `load`."""
+        module = self.load(name)
+        for value in vars(module).values():
+            if isinstance(value, type) and getattr(value, "name", None) == name:
+                return value
+        raise ConfigError(f"{self.paths()[name]} defines no {self.kind} whose name is {name!r}")
 
     def load_all(self) -> dict[str, T]:
         """Import all parts and return them by name."""

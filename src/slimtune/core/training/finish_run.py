@@ -16,8 +16,8 @@ from ..foundation.installed_versions import read_installed_versions
 from ..foundation.json_results import to_json_dict
 from ..foundation.registry import Registry
 from .best_adapter import restore_best_adapter
+from .held_out_rows import count_held_out_rows
 from .oom_recovery import EVENT
-from .run_description import count_held_out_rows
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
 from .train_result import ExportFormatsResult, ExportSupport, TokenizedRowsResult, TrainResult
 from .training_loop import TrainingLoop

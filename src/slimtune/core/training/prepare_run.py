@@ -22,6 +22,7 @@ from ..foundation.registry import Registry
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
+from .default_learning_rate import resolve_learning_rate
 from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
 from .memory_savings import compile_layers
@@ -84,7 +85,7 @@ def prepare_run(
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)
         has_own_rate = recipe.train.learning_rate != "auto"
-        recipe = recipe.resolve_learning_rate(len(data.train), base.hidden_size)
+        recipe = resolve_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:

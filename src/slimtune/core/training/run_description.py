@@ -4,11 +4,11 @@ import math
 
 from ..attention.attention_functions import packing_unsupported_reason
 from ..config import Recipe
-from ..config.recipe import MIN_EVAL_ROWS
 from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
 from ..foundation.formatting import format_count
 from .datasets import RunDatasets
+from .held_out_rows import MIN_EVAL_ROWS, count_held_out_rows, find_eval_split
 from .prepared_run import PreparedRun
 from .progress_logger import ProgressLogger
 
@@ -59,15 +59,9 @@ def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: RunDatasets) ->
                 logger.say(line)
 
 
-def count_held_out_rows(recipe: Recipe, data: RunDatasets) -> int | None:
-    """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
-    split = recipe.eval_split()
-    return None if split is None or getattr(recipe.data, split) is not None else len(getattr(data, split).documents)
-
-
 def _warn_of_few_held_out_rows(recipe: Recipe, data: RunDatasets) -> str | None:
     """Return why `slimtune eval` will not be able to say whether the run is better, and the flag that helps."""
-    count, split = count_held_out_rows(recipe, data), recipe.eval_split()
+    count, split = count_held_out_rows(recipe, data), find_eval_split(recipe.data)
     if count is None or count >= MIN_EVAL_ROWS:
         return None
     rows = sum(len(part.documents) for part in (data.train, data.validation, data.test))

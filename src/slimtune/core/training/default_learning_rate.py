@@ -1,0 +1,26 @@
+"""The learning rate of a run whose recipe has none."""
+
+from dataclasses import replace
+
+from ..config import Recipe
+
+
+def resolve_learning_rate(recipe: Recipe, rows: int, hidden_size: int) -> Recipe:
+    """Return the recipe with a number for its learning rate.
+
+    Args:
+        recipe: the run's settings.
+        rows: training rows.
+        hidden_size: width of the base's hidden states.
+    """
+    train = recipe.train
+    if train.learning_rate != "auto":
+        return recipe
+    method, objective = recipe.method_config(), recipe.objective()
+    rate = method.learning_rate * objective.learning_rate_factor
+    # How the best rate depends on the run was measured with the loss of tokens alone.
+    if objective.task_type == "CAUSAL_LM" and objective.learning_rate_factor == 1:
+        steps = train.count_steps(rows)
+        epochs = max(1.0, steps * train.rows_per_step / max(rows, 1))
+        rate = method.default_learning_rate(steps, epochs, hidden_size)
+    return replace(recipe, train=replace(train, learning_rate=float(f"{rate:.2g}")))
