@@ -1,6 +1,6 @@
-"""The registry of methods: a module in `slimtune/methods/` is one method, and the module's name is the method's name.
+"""The registry of methods: a folder (or module) in `slimtune/methods/` is one method and has its name.
 
-The module has a config class (a `PeftConfig`) whose `name` is that name. Third parties register methods through the
+It has a config class (a `PeftConfig`) whose `name` is that name. Third parties register methods through the
 entry point group `slimtune.methods`: `name = "package.module"`.
 """
 
