@@ -183,18 +183,18 @@ def is_disk_full(error: BaseException) -> bool:
     return _chain_says(error, (errno.ENOSPC, errno.EDQUOT), DISK_FULL_TEXTS)
 
 
-def find_errno_and_file(error: BaseException, direct: Container[int] = ()) -> tuple[int | None, str | None]:
+def find_errno_and_file(error: BaseException, only_direct_errnos: Container[int] = ()) -> tuple[int | None, str | None]:
     """Return number and file name of the OSError in an exception or its causes; None where there is none.
 
-    Libraries in Rust give the number only in a text. A number in `direct` counts only for the exception itself: a file
-    that is missing may have been handled, and what was raised then is another fault.
+    Libraries in Rust give the number only in a text. One of `only_direct_errnos` counts only for the exception itself:
+    a file that is missing may have been handled, and what was raised then is another fault.
     """
     for e in exception_chain(error):
         found = re.search(r"\(os error (\d+)\)", str(e))
         number = e.errno if isinstance(e, OSError) else int(found[1]) if found else None
         if str(e).startswith("Symlink loop"):  # pathlib's RuntimeError
             number = errno.ELOOP
-        if number is not None and (e is error or number not in direct):
+        if number is not None and (e is error or number not in only_direct_errnos):
             name = getattr(e, "filename", None)
             return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
     return None, None

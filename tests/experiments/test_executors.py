@@ -148,7 +148,7 @@ def test_run_that_is_no_longer_wanted_ends_alone():
 def test_comparison_at_the_same_time_has_the_numbers_of_one_after_another(grid, without_training):
     alone = run_comparison(grid("lora", seeds=6, out="alone"))
     log: list[str] = []
-    result = run_comparison(grid("lora", seeds=6), log.append, place=parse_executor_spec("local:4"))
+    result = run_comparison(grid("lora", seeds=6), log.append, executor_spec=parse_executor_spec("local:4"))
     same = {"output_dir": "", "seconds": 0.0, "on": None}
     assert replace(result, **same) == replace(alone, **same)
     assert (result.on, alone.on) == ("local:4", None)
@@ -165,7 +165,9 @@ def test_method_too_large_for_this_machine_is_tried_on_others(grid, without_trai
     monkeypatch.setattr(comparison, "estimate_resources", refuse)
     monkeypatch.setattr(LocalExecutor, "is_remote", True)
     log: list[str] = []
-    assert run_comparison(grid("lora", seeds=1), log.append, place=parse_executor_spec("local:2")).left_out == []
+    assert (
+        run_comparison(grid("lora", seeds=1), log.append, executor_spec=parse_executor_spec("local:2")).left_out == []
+    )
     assert log[0].startswith("plan: lora ")
 
 
@@ -197,7 +199,9 @@ def flat_losses(monkeypatch):
 def test_search_at_the_same_time_resumes_with_the_same_values(tree, tmp_path, flat_losses):
     def run(out, trials=9):
         ranges = parse_setting_ranges(["train.learning_rate=log:1e-5..1e-2"])
-        found = run_tuning(tree, ranges, tmp_path / out, trials=trials, place=parse_executor_spec("local:4")).trials
+        found = run_tuning(
+            tree, ranges, tmp_path / out, trials=trials, executor_spec=parse_executor_spec("local:4")
+        ).trials
         return [(t.values, t.outcome, t.loss) for t in found]
 
     whole = run("whole")
@@ -217,7 +221,7 @@ def test_search_needs_the_number_of_trials_at_a_time(tree, tmp_path):
             parse_setting_ranges(["method.r=2,4"]),
             tmp_path / "t",
             trials=2,
-            place=ExecutorSpec("ray", "ray", None),
+            executor_spec=ExecutorSpec("ray", "ray", None),
         )
     assert "ray:4" in e.value.expected
     assert not (tmp_path / "t").exists()
@@ -232,7 +236,7 @@ def test_cells_are_jobs_of_submitit(grid, monkeypatch):
     settings.output_dir.mkdir()
     with lock_output_dir_and_write_settings(settings.output_dir, settings.settings(), "comparison"):
         pass  # before its executor makes a folder there
-    result = run_comparison(settings, place=parse_executor_spec("slurm:time=30"))
+    result = run_comparison(settings, executor_spec=parse_executor_spec("slurm:time=30"))
     assert result.failed == []
     assert {m.method: m.seeds for m in result.methods} == {"lora": [7], "ia3": [7]}
     assert len(list((settings.output_dir / "slurm").glob("*_submitted.pkl"))) == 2

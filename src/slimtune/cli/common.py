@@ -148,16 +148,16 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
-def find_error_code(error: BaseException, shown: SlimtuneError) -> str:
+def find_error_code(error: BaseException, user_error: SlimtuneError) -> str:
     """Return the page for an error: the code that was given where it was raised, else by a foreign cause's text.
 
     torch, CUDA and the Hub have no codes, so the pages have patterns for their texts. Ours are not searched.
     """
-    if shown.code != type(shown).code:
-        return shown.code
-    start = error.__cause__ or error.__context__ if error is shown else error
+    if user_error.code != type(user_error).code:
+        return user_error.code
+    start = error.__cause__ or error.__context__ if error is user_error else error
     foreign = [f"{type(e).__name__}: {e}" for e in exception_chain(start)] if start is not None else []
-    return match_error_code("\n".join(foreign), shown.code) if foreign else shown.code
+    return match_error_code("\n".join(foreign), user_error.code) if foreign else user_error.code
 
 
 def _find_address() -> str:

@@ -81,7 +81,7 @@ def compare_methods(
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
     how["at_once"] = at_once
     grid = build_comparison_grid(tree, candidates, output_dir=folder.expanduser(), **how)
-    result = comparison.run_comparison(grid, print_progress, plot=plot, place=place)
+    result = comparison.run_comparison(grid, print_progress, plot=plot, executor_spec=place)
     if not as_json:
         _print_comparison(result)
     return NegativeVerdictResult(result) if result.failed or not result.methods else result

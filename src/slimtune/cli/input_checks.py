@@ -19,32 +19,36 @@ ROW_SETTINGS = (
 """The settings that say how rows are read: commands that read rows have the same flags for them."""
 
 
-def find_missing_inputs(tree: Mapping[str, Any], *, weights: bool = True, rows: bool = True) -> list[FieldError]:
+def find_missing_inputs(
+    recipe_tree: Mapping[str, Any], *, need_weights: bool = True, need_rows: bool = True
+) -> list[FieldError]:
     """Return the errors for the base and the rows of a recipe's tree that do not exist.
 
     Args:
-        tree: the recipe, with sections in long form and absolute paths.
-        weights: whether the base is loaded; a plan needs only its config.
-        rows: whether rows are read.
+        recipe_tree: the recipe, with sections in long form and absolute paths.
+        need_weights: whether the base is loaded; a plan needs only its config.
+        need_rows: whether rows are read.
     """
     from ..core.adapters.config_fields import FieldError
     from ..core.config.recipe_loading import find_missing_data_files
 
-    data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
-    errors = find_missing_data_files(data) if rows else []
+    data, model = (
+        recipe_tree[name] if isinstance(recipe_tree.get(name), Mapping) else {} for name in ("data", "model")
+    )
+    errors = find_missing_data_files(data) if need_rows else []
     try:
         if isinstance(name := model.get("name"), str) and name:
-            require_base_exists(name, weights)
+            require_base_exists(name, need_weights)
     except SlimtuneError as e:
         errors.append(FieldError("model.name", e.message, e.expected, cause=e))
     return errors
 
 
-def require_base_exists(name: str, weights: bool = True) -> None:
-    """Raise unless something has a base's name; with `weights`, unless it can have them."""
+def require_base_exists(name: str, need_weights: bool = True) -> None:
+    """Raise unless something has a base's name; with `need_weights`, unless it can have them."""
     from ..core.models.model_source import find_known_base, resolve_model_source
 
-    if weights or not (os.path.exists(Path(name).expanduser()) or find_known_base(name)):
+    if need_weights or not (os.path.exists(Path(name).expanduser()) or find_known_base(name)):
         resolve_model_source(name)
 
 

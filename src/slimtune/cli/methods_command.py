@@ -128,7 +128,7 @@ def methods_table(
 
     names = [resolve_method_name(name)] if name is not None else list_methods()
     if model is not None:
-        require_base_exists(model, weights=False)
+        require_base_exists(model, need_weights=False)
 
     has_fields = name is not None or as_json
     described = [_describe_method(get_method_config_class(n), has_fields) for n in names]

@@ -111,7 +111,9 @@ def _load_recipes(
     path = find_recipe_file(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
-    find_more = partial(find_missing_inputs, weights=False, rows=path is not None or "data.train" in settings)
+    extra_checks = partial(
+        find_missing_inputs, need_weights=False, need_rows=path is not None or "data.train" in settings
+    )
     tree = read_recipe_tree(path)
     section = tree.get("method")
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
@@ -129,7 +131,7 @@ def _load_recipes(
         changes = {**base, **chosen, "method.name": method, **own}
         try:
             recipes[method] = Recipe.from_dict(
-                replace_recipe_values(tree, changes), str(path or "the flags"), find_more
+                replace_recipe_values(tree, changes), str(path or "the flags"), extra_checks
             )
         except UsageError as e:
             errors[method] = e

@@ -328,7 +328,7 @@ class _PeftLayer:
         """Merge adapters (None: the active ones) into this layer's parameters."""
         names = [n for n in adapter_names or self._layer.selection.active if n in self._available]
         for layer in self._layers:
-            merge_adapters_into_layer(type(layer).__name__, layer, names, check=safe_merge)
+            merge_adapters_into_layer(type(layer).__name__, layer, names, require_finite=safe_merge)
 
     def unmerge(self) -> None:
         """Put this layer's original parameters back."""

@@ -198,12 +198,12 @@ def render_length_histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None
     )
 
 
-def choose_axis_ticks(low: float, high: float, about: int) -> list[float]:
+def choose_axis_ticks(low: float, high: float, approximate_count: int) -> list[float]:
     """Return numbers that enclose `low` to `high`, in equal steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         spread = abs(low) / 2 or 0.5
         low, high = low - spread, high + spread
-    rough = (high - low) / about
+    rough = (high - low) / approximate_count
     size = 10 ** math.floor(math.log10(rough))
     step = size * next(m for m in (1, 2, 5, 10) if m * size >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

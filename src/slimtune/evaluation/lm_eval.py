@@ -19,7 +19,7 @@ from ..errors import ModelError, UsageError, format_install_command, nearest
 from .eval_result import WHO, LmEvalTaskScores
 
 
-def load_lm_eval_task_manager(names: Sequence[str], folder: Path | None) -> Any:
+def load_lm_eval_task_manager(task_names: Sequence[str], folder: Path | None) -> Any:
     """Return the harness's task manager after checking that it knows every named task.
 
     Raises:
@@ -36,7 +36,7 @@ def load_lm_eval_task_manager(names: Sequence[str], folder: Path | None) -> Any:
 
         manager = TaskManager(include_path=None if folder is None else str(folder))
     known = list(manager.all_tasks)
-    for name in names:
+    for name in task_names:
         if name not in known:
             expected = f"one of the {len(known)} tasks of lm-eval, or the `task:` of a YAML file in --tasks-path"
             raise UsageError(f"there is no task {name!r}{nearest(name, known)}", expected, "lm-eval ls tasks")
@@ -44,11 +44,11 @@ def load_lm_eval_task_manager(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def run_lm_eval_tasks(
-    trained: TrainedModel, names: Sequence[str], manager: Any
+    trained: TrainedModel, task_names: Sequence[str], manager: Any
 ) -> dict[str, dict[str, LmEvalTaskScores]]:
     """Return the scores of base and tuned model by task and metric.
 
-    `names` are tasks or groups, and `manager` is what `load_lm_eval_task_manager` returned.
+    `task_names` are tasks or groups, and `manager` is what `load_lm_eval_task_manager` returned.
 
     Raises:
         ModelError: the harness could not run a task; its message is included.
@@ -64,7 +64,7 @@ def run_lm_eval_tasks(
             try:
                 results[who] = simple_evaluate(
                     HFLM(pretrained=trained.model, tokenizer=tokenizer, batch_size=1),
-                    tasks=list(names),
+                    tasks=list(task_names),
                     task_manager=manager,
                     log_samples=False,
                     bootstrap_iters=1000,
@@ -72,7 +72,7 @@ def run_lm_eval_tasks(
                 )
             except Exception as e:  # a task's own code and data can raise anything
                 raise ModelError(
-                    f"lm-eval could not run {', '.join(names)}: {type(e).__name__}: {e}",
+                    f"lm-eval could not run {', '.join(task_names)}: {type(e).__name__}: {e}",
                     "tasks whose data is on this machine, or a network to fetch it",
                     "--tasks-path FOLDER with tasks on local data (docs/eval.md)",
                 ) from e

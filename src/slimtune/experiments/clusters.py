@@ -57,22 +57,22 @@ class RayExecutor(ParallelExecutor):
     package = "ray"
     is_remote = takes_address = True
 
-    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
-        super().__init__(place, folder)
+    def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
+        super().__init__(spec, folder)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a cluster that is lost must not be replaced by a new one
         import ray
 
         self.ray = ray
-        how: dict[str, Any] = {} if place.address else {"include_dashboard": False, "log_to_driver": False}
+        how: dict[str, Any] = {} if spec.address else {"include_dashboard": False, "log_to_driver": False}
         try:
-            ray.init(address=place.address, logging_level=logging.WARNING, **how)
+            ray.init(address=spec.address, logging_level=logging.WARNING, **how)
         except (ConnectionError, RuntimeError, ValueError) as e:
-            message = f"--on {place.text}: no connection to Ray: {' '.join(str(e).split())}"
+            message = f"--on {spec.text}: no connection to Ray: {' '.join(str(e).split())}"
             expected = "the address of a cluster that runs, with the same version of Ray"
             hint = "if the cluster asks for a token, set RAY_AUTH_MODE=token and give Ray the token"
             raise RunError(message, expected, hint) from None
-        given = {name: float(value) for name, value in place.parameters.items()}
+        given = {name: float(value) for name, value in spec.parameters.items()}
         # A run takes one GPU where there are some, else Ray would hide them from it.
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         resources: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": gpus, **given}
@@ -81,12 +81,12 @@ class RayExecutor(ParallelExecutor):
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, int(resources["num_cpus"]))))
 
     @classmethod
-    def check(cls, place: ExecutorSpec) -> None:
-        for name, value in place.parameters.items():
+    def check(cls, spec: ExecutorSpec) -> None:
+        for name, value in spec.parameters.items():
             if name not in RAY_PARAMETERS:
-                raise UsageError(f"--on {place.text}: no such parameter: {name}{nearest(name, RAY_PARAMETERS)}")
+                raise UsageError(f"--on {spec.text}: no such parameter: {name}{nearest(name, RAY_PARAMETERS)}")
             if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", value):
-                raise UsageError(f"--on {place.text}: {name} is {value}", "a number, as 1 or 0.5")
+                raise UsageError(f"--on {spec.text}: {name} is {value}", "a number, as 1 or 0.5")
 
     def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         return RayTask(self.ray, self.launch.remote(launch, environment=self.environment))
@@ -141,25 +141,25 @@ class SlurmExecutor(ParallelExecutor):
     is_remote = True
     cluster = "slurm"
 
-    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
-        super().__init__(place, (folder / "slurm").absolute())
+    def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
+        super().__init__(spec, (folder / "slurm").absolute())
         import submitit
 
         if self.cluster == "slurm" and shutil.which("srun") is None:
-            raise UsageError(f"--on {place.text}: there is no srun here", "a machine that can submit Slurm jobs")
+            raise UsageError(f"--on {spec.text}: there is no srun here", "a machine that can submit Slurm jobs")
         self.job_class = submitit.SlurmJob if self.cluster == "slurm" else submitit.LocalJob
         self.executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)
-        parameters = {f"slurm_{n}": int(v) if v.isdecimal() else v for n, v in place.parameters.items() if n != "time"}
+        parameters = {f"slurm_{n}": int(v) if v.isdecimal() else v for n, v in spec.parameters.items() if n != "time"}
         try:
-            self.executor.update_parameters(timeout_min=int(place.parameters["time"]), name="slimtune", **parameters)
+            self.executor.update_parameters(timeout_min=int(spec.parameters["time"]), name="slimtune", **parameters)
         except (NameError, ValueError, AssertionError) as e:
-            raise UsageError(f"--on {place.text}: {' '.join(str(e).split())}", "parameters of submitit") from None
+            raise UsageError(f"--on {spec.text}: {' '.join(str(e).split())}", "parameters of submitit") from None
 
     @classmethod
-    def check(cls, place: ExecutorSpec) -> None:
-        if not re.fullmatch("[1-9][0-9]{0,5}", place.parameters.get("time", "")):
+    def check(cls, spec: ExecutorSpec) -> None:
+        if not re.fullmatch("[1-9][0-9]{0,5}", spec.parameters.get("time", "")):
             expected = "the minutes after which Slurm may end a run, as slurm:partition=gpu,time=240"
-            raise UsageError(f"--on {place.text} lacks time", expected, "submitit's own default is 5 minutes")
+            raise UsageError(f"--on {spec.text} lacks time", expected, "submitit's own default is 5 minutes")
 
     def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
         job_file = recipe_file.with_suffix(".job")

@@ -40,7 +40,11 @@ Log = Callable[[str], None]
 
 
 def run_comparison(
-    grid: ComparisonGrid, log: Log = lambda _: None, *, plot: Path | None = None, place: ExecutorSpec | None = None
+    grid: ComparisonGrid,
+    log: Log = lambda _: None,
+    *,
+    plot: Path | None = None,
+    executor_spec: ExecutorSpec | None = None,
 ) -> CompareResult:
     """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
 
@@ -50,12 +54,12 @@ def run_comparison(
         grid: what is compared.
         log: shows a line of progress.
         plot: an additional file for the chart (`.svg` or `.png`).
-        place: where runs train at the same time (`--on`); None: here, one after another.
+        executor_spec: where runs train at the same time (`--on`); None: here, one after another.
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
     require_same_experiment_settings(grid.output_dir, grid.settings(), "comparison")
-    with make_executor(place, grid.output_dir) as executor:
+    with make_executor(executor_spec, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
             raise RunError(f"no method fits this machine: {left_out[0].why}", "at least one method that fits")
@@ -66,7 +70,7 @@ def run_comparison(
             failed += _run_cells(grid, executor, log)
             result = _build_result(
                 grid,
-                on=place.text if place else None,
+                on=executor_spec.text if executor_spec else None,
                 searched=searched,
                 left_out=left_out,
                 failed=failed,

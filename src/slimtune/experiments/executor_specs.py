@@ -40,6 +40,6 @@ def parse_executor_spec(text: str) -> ExecutorSpec:
     return place
 
 
-def make_executor(place: ExecutorSpec | None, folder: Path) -> Executor:
+def make_executor(spec: ExecutorSpec | None, folder: Path) -> Executor:
     """Return the executor that `--on` asks for; None: one run after another. Arguments as for `ParallelExecutor`."""
-    return Executor() if place is None else EXECUTORS[place.kind](place, folder)
+    return Executor() if spec is None else EXECUTORS[spec.kind](spec, folder)

@@ -116,7 +116,7 @@ class ParallelExecutor(Executor):
     """Several runs at the same time.
 
     Args:
-        place: what `--on` says.
+        spec: what `--on` says.
         folder: of the comparison or the search, which every machine must see under this path.
 
     Attributes:
@@ -128,13 +128,13 @@ class ParallelExecutor(Executor):
     takes_address = False
     takes_parameters = True
 
-    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
-        self.place, self.folder, self.runs = place, folder, place.runs
+    def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
+        self.spec, self.folder, self.runs = spec, folder, spec.runs
         self.unfinished: dict[Path, ExecutorTask] = {}
         self.cancelled = False
 
     @classmethod
-    def check(cls, place: ExecutorSpec) -> None:
+    def check(cls, spec: ExecutorSpec) -> None:
         """Raise UsageError if `--on` lacks something, or has a parameter that does not exist."""
         raise NotImplementedError
 
@@ -212,11 +212,11 @@ class LocalExecutor(ParallelExecutor):
 
     takes_parameters = False
 
-    def __init__(self, place: ExecutorSpec, folder: Path) -> None:
-        super().__init__(place, folder)
+    def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
+        super().__init__(spec, folder)
         from torch.cuda import device_count
 
-        runs = place.runs or 1
+        runs = spec.runs or 1
         self.threads = ThreadPoolExecutor(runs)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.gpus = visible.split(",") if visible else [str(i) for i in range(device_count())]
@@ -229,9 +229,9 @@ class LocalExecutor(ParallelExecutor):
             self.environments.put({**cores, **gpu})
 
     @classmethod
-    def check(cls, place: ExecutorSpec) -> None:
-        if place.runs is None:
-            message = f"--on {place.text} does not say how many runs train at the same time"
+    def check(cls, spec: ExecutorSpec) -> None:
+        if spec.runs is None:
+            message = f"--on {spec.text} does not say how many runs train at the same time"
             raise UsageError(message, "a number, as local:4")
 
     def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:

@@ -16,14 +16,14 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], what: str) -> JsonObject:
+def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
         folder: of the work.
         settings: what determines its results. Those of single `methods` may be added later, so only those that both
             have must agree; the others are kept.
-        what: a key of `COMMANDS`, for messages.
+        experiment: a key of `COMMANDS`, for messages.
     """
     other = "give another --out"
     if folder.exists() and not folder.is_dir():
@@ -32,35 +32,35 @@ def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], 
     current: JsonObject = parse_json(to_json(settings))
     if not (folder / SETTINGS_FILE).is_file():
         if content := sorted(p.name for p in folder.glob("*") if p.name != ".lock"):
-            message = f"{folder} contains {format_names(content)}, which belongs to no {what}"
-            raise UsageError(message, f"an empty or new folder, or the folder of a {what} to resume", other)
+            message = f"{folder} contains {format_names(content)}, which belongs to no {experiment}"
+            raise UsageError(message, f"an empty or new folder, or the folder of a {experiment} to resume", other)
         return current
     recorded = read_json(folder / SETTINGS_FILE)
     methods, added = recorded.get("methods", {}), current.get("methods", {})
     shared = methods.keys() & added.keys()
     before, now = ({**s, "methods": {k: s.get("methods", {})[k] for k in shared}} for s in (recorded, current))
     if differences := _list_differences(before, now):
-        message = f"{folder} holds another {what}: {'; '.join(differences[:8])}"
+        message = f"{folder} holds another {experiment}: {'; '.join(differences[:8])}"
         more = "; methods and seeds may be added" if added else ""
         raise UsageError(message, f"the command that started it{more}", other)
     return {**current, "methods": {**methods, **added}} if methods else current
 
 
 @contextmanager
-def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any], what: str) -> Iterator[None]:
+def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any], experiment: str) -> Iterator[None]:
     """Lock an output folder while the block runs, and write the settings into it, after checking it as above.
 
     Raises:
         UsageError: another process works in the folder.
     """
-    require_same_experiment_settings(folder, settings, what)  # before the folder is made
+    require_same_experiment_settings(folder, settings, experiment)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, require_same_experiment_settings(folder, settings, what))
+            write_json(folder / SETTINGS_FILE, require_same_experiment_settings(folder, settings, experiment))
             yield
     except Timeout:
-        raise UsageError(f"another slimtune {COMMANDS[what]} works in {folder}", "one at a time") from None
+        raise UsageError(f"another slimtune {COMMANDS[experiment]} works in {folder}", "one at a time") from None
 
 
 def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:

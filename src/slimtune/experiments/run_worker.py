@@ -118,13 +118,13 @@ def run_worker_process(
     return WorkerResult(error, False, time.perf_counter() - start, failed, killed=code < 0)
 
 
-def retry_once_if_killed(launch: Launch, **how: Any) -> WorkerResult:
+def retry_once_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerResult:
     """Call a partial of `run_worker_process`, and again if the process was killed; it resumes from its checkpoint.
 
     Beside other runs memory may run out that suffices later.
     """
     start, restarts = time.perf_counter(), 0
-    while (result := launch(**how)).killed and restarts < RESTARTS:
+    while (result := start_worker(**worker_options)).killed and restarts < RESTARTS:
         restarts += 1
     return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 

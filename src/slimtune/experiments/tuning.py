@@ -52,7 +52,7 @@ def run_tuning(
     minutes: float | None = None,
     force: bool = False,
     plot: Path | None = None,
-    place: ExecutorSpec | None = None,
+    executor_spec: ExecutorSpec | None = None,
     at_once: int = 1,
 ) -> TuneResult:
     """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
@@ -68,7 +68,7 @@ def run_tuning(
         minutes: when the search ends at the latest; None: no limit.
         force: train on rows that the data report finds faulty.
         plot: an additional file for the chart (`.svg` or `.png`).
-        place: where trials train at the same time (`--on`); None: here, one after another.
+        executor_spec: where trials train at the same time (`--on`); None: here, one after another.
         at_once: how many trials train at the same time in one process, on one base in memory.
     """
     start = time.perf_counter()
@@ -92,9 +92,9 @@ def run_tuning(
         raise UsageError(
             f"--at-once trains on one base, which {other[0]} changes", "no --at-once, or no --over model.…"
         )
-    if place is not None and place.runs is None:
-        message = f"--on {place.text} does not say how many trials train at the same time"
-        raise UsageError(message, f"a number, as {place.text}{',' if ':' in place.text else ':'}4")
+    if executor_spec is not None and executor_spec.runs is None:
+        message = f"--on {executor_spec.text} does not say how many trials train at the same time"
+        raise UsageError(message, f"a number, as {executor_spec.text}{',' if ':' in executor_spec.text else ':'}4")
     settings = {
         **{name: value for name, value in recipe.to_dict().items() if name != "output_dir"},
         "over": {r.path: str(r) for r in ranges},
@@ -116,7 +116,7 @@ def run_tuning(
     search = SettingsSearch(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with (
         lock_output_dir_and_write_settings(output_dir, settings, "search"),
-        make_executor(place, output_dir) as executor,
+        make_executor(executor_spec, output_dir) as executor,
     ):
         found = run_settings_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
         best = find_best_trial(found)

@@ -123,7 +123,7 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
                 values = get_dequantized_weight(module) if leaf == "weight" and is_quantized(module) else parameter
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-        merge_adapters_into_layer(name or type(module).__name__, module, adapters, check=True)
+        merge_adapters_into_layer(name or type(module).__name__, module, adapters, require_finite=True)
         replaced = module.original_parameters
         buffers = {n: b.detach().clone() for n, b in module._buffers.items() if n in replaced}
         return {n: p.detach() for n, p in module._parameters.items() if p is not None and p is not wide[n]} | buffers

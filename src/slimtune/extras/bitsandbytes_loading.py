@@ -21,24 +21,24 @@ _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_load_options(
-    config: PreTrainedConfig, kind: str, is_stored: bool, dtype: torch.dtype, device: torch.device
+    config: PreTrainedConfig, quantization: str, is_stored: bool, dtype: torch.dtype, device: torch.device
 ) -> LoadOptions:
     """Return the arguments of `from_pretrained` for a base in "nf4", "int8" or, stored, "fp4"."""
     if dtype not in _COMPUTE_DTYPES:
         names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
-        raise UsageError(f"a base in {kind} cannot compute in {dtype_name(dtype)}", names)
-    require_bitsandbytes(f"a base in {kind}")
+        raise UsageError(f"a base in {quantization} cannot compute in {dtype_name(dtype)}", names)
+    require_bitsandbytes(f"a base in {quantization}")
     options: LoadOptions = {"device_map": {"": device}}
-    if not is_stored and kind == "int8":
+    if not is_stored and quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif not is_stored:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
+            bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    elif kind != "int8":
+    elif quantization != "int8":
         stored_settings: Any = config.quantization_config
         stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     return options

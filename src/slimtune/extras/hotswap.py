@@ -105,7 +105,7 @@ def hotswap_adapter(
     temporary = next(n for n in map("hotswap{}".format, itertools.count()) if n not in model.peft_config)
     model.add_adapter(temporary, config, strict=False)
     try:
-        load_adapter_tensors(model, temporary, tensors, where=str(model_name_or_path))
+        load_adapter_tensors(model, temporary, tensors, source=str(model_name_or_path))
         unknown = [n for n in model.adapter_modules(temporary) if n not in live_modules]
         if unknown:
             names = f"{len(unknown)} modules that {adapter_name!r} does not, such as {format_names(unknown, 2)}"

@@ -25,11 +25,11 @@ BATCH_TOKENS = 1024
 
 
 @contextmanager
-def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `receive(name, x)` with a layer's first argument whenever it runs inside the `with` block."""
+def record_layer_inputs(layers: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `callback(name, x)` with a layer's first argument whenever it runs inside the `with` block."""
 
     def hook(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        receive(name, arguments[0])
+        callback(name, arguments[0])
 
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
     try:

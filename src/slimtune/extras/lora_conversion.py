@@ -173,7 +173,7 @@ class LoraConversionMixin(PeftModel):
             deltas = _collect_weight_deltas(self, names, weights, shared)
             kind, rank = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
-            how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
+            how: dict[str, Any] = {"combination": pruning, "density": density or 1, "sign_by": majority_sign_method}
             pairs: dict[str, LoraPair]
             if kind == "cat":
                 pairs = {n: _concatenate(layer) for n, layer in deltas.items()}

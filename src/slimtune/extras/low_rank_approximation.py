@@ -49,25 +49,29 @@ def nearest_low_rank(
 
 
 def combine_weighted_updates(
-    parts: Sequence[Tensor], weights: Sequence[float], kind: str = "linear", density: float = 1, sign_by: str = "total"
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
+    combination: str = "linear",
+    density: float = 1,
+    sign_by: str = "total",
 ) -> Tensor:
     """Return `Σ w_i p_i`, optionally of pruned matrices; see `extras/lora_conversion.py`.
 
     Args:
         parts: matrices of one shape.
         weights: one coefficient per matrix.
-        kind: "linear": no pruning. "magnitude_prune" keeps the largest values of each matrix, "dare_linear" random
+        combination: "linear": no pruning. "magnitude_prune" keeps each matrix's largest values, "dare_linear" random
             ones, which it scales up. "ties" and "dare_ties" then average the values that have the elected sign.
         density: fraction in (0, 1] of the values to keep.
         sign_by: elected sign: the sign of the sum ("total") or the most frequent one ("frequency").
     """
-    if kind.startswith("dare") and density < 1:
+    if combination.startswith("dare") and density < 1:
         parts = [p * torch.bernoulli(torch.full_like(p, density)) / density for p in parts]
-    elif kind in ("ties", "magnitude_prune"):
+    elif combination in ("ties", "magnitude_prune"):
         parts = [_keep_largest(p, density) for p in parts]
     stack = torch.stack(list(parts))
     weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, 1, 1)
-    if not kind.endswith("ties"):
+    if not combination.endswith("ties"):
         return weighted.sum(0)
     signs = stack.sign()
     elected = torch.where((stack if sign_by == "total" else signs).sum(0) >= 0, 1, -1)

@@ -87,13 +87,15 @@ def _drop_key(turn: Any, key: str) -> Any:
     return {k: v for k, v in turn.items() if k != key}
 
 
-def describe_missing_column_effect(column: str, format: str, given: bool) -> str:
+def describe_missing_column_effect(column: str, format: str, format_is_given: bool) -> str:
     """Return how rows of a format change without a column; empty: it is metadata.
 
-    `given`: the format was named, not recognized from the columns.
+    `format_is_given`: the format was named, not recognized from the columns.
     """
     name = column.casefold()
-    partner = not given and format in load_row_formats() and name in load_row_formats()[format].partner_columns
+    partner = (
+        not format_is_given and format in load_row_formats() and name in load_row_formats()[format].partner_columns
+    )
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
@@ -112,20 +114,22 @@ def validate_format_options(format: str | None, columns: Mapping[str, str]) -> N
             raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
-def detect_row_format(path: Path, records: Iterable[Record], choice: ColumnMapping, format: str | None = None) -> str:
+def detect_row_format(
+    path: Path, records: Iterable[Record], column_mapping: ColumnMapping, format: str | None = None
+) -> str:
     """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
     Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, or several do.
     """
     records = list(records)
     present = list(dict.fromkeys(key for record in records for key in record))
-    for role, column in choice.columns.items():
+    for role, column in column_mapping.columns.items():
         if column not in present:
             problem = f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}"
             raise UsageError(problem, f"one of {format_names(present)}")
     if format is not None:
         return format
-    records = list(map(choice.apply, records))
+    records = list(map(column_mapping.apply, records))
     present = list(dict.fromkeys(key for record in records for key in record))
     known = load_row_formats()
     fitting = [name for name, f in known.items() if not f.by_name_only and f.fits(present)]

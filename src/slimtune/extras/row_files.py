@@ -63,9 +63,17 @@ class RowFile(RowSource):
     Its properties are known after an iteration.
     """
 
-    def __init__(self, path: Path, format: str, choice: ColumnMapping, parts: list[Part], given: bool) -> None:
-        self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
-        self.ignored_columns = sorted(choice.ignored)
+    def __init__(
+        self, path: Path, format: str, column_mapping: ColumnMapping, parts: list[Part], format_is_given: bool
+    ) -> None:
+        self.path, self.format, self._choice, self._parts, self._given = (
+            path,
+            format,
+            column_mapping,
+            parts,
+            format_is_given,
+        )
+        self.ignored_columns = sorted(column_mapping.ignored)
         self._has_text = _is_text_file(Path(parts[0][0] or path))
         self._used: dict[str, None] = {}
         self._unused: dict[str, UnusedColumn] = {}

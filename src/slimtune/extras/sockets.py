@@ -31,9 +31,9 @@ def open_listening_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-def format_server_address(bound: socket.socket) -> str:
+def format_server_address(listening_socket: socket.socket) -> str:
     """Return the address by which this machine reaches a socket that listens, such as `http://127.0.0.1:8000`."""
-    host, port = bound.getsockname()[:2]
+    host, port = listening_socket.getsockname()[:2]
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{host}:{port}"
 

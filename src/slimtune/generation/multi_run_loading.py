@@ -13,19 +13,19 @@ from ..core.training.trained_model import TrainedModel, load_run, require_traine
 from ..errors import UsageError
 
 
-def load_runs(paths: Sequence[str | Path], **how: Any) -> list[TrainedModel]:
+def load_runs(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
     """Load the adapters of several runs, or of bare adapter folders, on one base.
 
     All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
 
     Args:
         paths: run folders or adapter folders, one or more.
-        how: dtype, device and so on, as for `load_run`; None: as the first run says.
+        load_options: dtype, device and so on, as for `load_run`; None: as the first run says.
 
     Raises:
         UsageError: two of them need different bases, or the same one in another dtype or quantization.
     """
-    first = load_run(paths[0], **how)
+    first = load_run(paths[0], **load_options)
     others = [_add_adapter(first, Path(path), f"default_{i}") for i, path in enumerate(paths[1:], 1)]
     return [first, *others]
 

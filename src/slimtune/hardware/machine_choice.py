@@ -201,8 +201,8 @@ def rank_machines(
 # --- what is shown, and where it is from ------------------------------------------------------------------------------
 
 
-def list_machine_comparison_rows(offers: Sequence[MachineOffer], run: str | None) -> Iterator[tuple[str, ...]]:
-    """Yield a label and a value for each machine; `run` names what is trained, None: nothing."""
+def list_machine_comparison_rows(offers: Sequence[MachineOffer], run_name: str | None) -> Iterator[tuple[str, ...]]:
+    """Yield a label and a value for each machine; `run_name` names what is trained, None: nothing."""
 
     def row(label: str, value: Callable[[MachineOffer], str]) -> tuple[str, ...]:
         return (label, *map(value, offers))
@@ -221,11 +221,11 @@ def list_machine_comparison_rows(offers: Sequence[MachineOffer], run: str | None
     yield row(
         "reads, t/s", lambda m: format_interval_compact(m.serving.prefill if m.serving else None, format_three_digits)
     )
-    if run is None:
+    if run_name is None:
         return
     yield row("training", lambda m: m.verdict or "-")
     yield row("trains, t/s", lambda m: format_interval_compact(m.tokens_per_second, format_three_digits))
-    yield row(run, lambda m: format_hours(m.cost.hours if m.cost else None))
+    yield row(run_name, lambda m: format_hours(m.cost.hours if m.cost else None))
     yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
     yield row("its kWh", lambda m: format_interval_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
     if any(m.electricity_dollars for m in offers):

@@ -170,7 +170,7 @@ def resolve_quantization_kind(config: PreTrainedConfig, requested: str | None = 
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes
 
 
-def fake_quantize_model(model: Any, kind: str) -> None:
+def fake_quantize_model(model: Any, quantization: str) -> None:
     """Quantize the linear layers of a model in place, those that BitsAndBytesConfig would: no head, none tied.
 
     Call it before a method is attached, on a model on meta. Experts in one 3-D parameter stay as they are.
@@ -178,8 +178,10 @@ def fake_quantize_model(model: Any, kind: str) -> None:
     Raises:
         UsageError: the kind is none of `KINDS`, or the model has no layer to quantize.
     """
-    if kind not in KINDS:
-        raise UsageError(f"{kind!r} is no quantization{nearest(kind, KINDS)}", f"one of {format_names(KINDS)}")
+    if quantization not in KINDS:
+        raise UsageError(
+            f"{quantization!r} is no quantization{nearest(quantization, KINDS)}", f"one of {format_names(KINDS)}"
+        )
     # Heavy: they import bitsandbytes if it is installed.
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -188,8 +190,8 @@ def fake_quantize_model(model: Any, kind: str) -> None:
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
     layers: list[Any] = [module for name, module in linear.items() if should_convert_module(name, skipped)]
     if not layers:
-        raise UsageError(f"a {type(model).__name__} has no linear layer beside its head to quantize to {kind}")
-    cls, settings = KINDS[kind]
+        raise UsageError(f"a {type(model).__name__} has no linear layer beside its head to quantize to {quantization}")
+    cls, settings = KINDS[quantization]
     for layer in layers:
         sizes = get_layer_sizes(layer)
         layer.__class__ = cls  # the layer keeps its name and its place in the model; only its weight changes

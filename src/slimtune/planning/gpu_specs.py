@@ -206,35 +206,35 @@ def load_measured_gpu() -> GpuSpec | None:
     return add_gpu_measurement(known, found)
 
 
-def make_gpu_table_row(found: MachineMeasurement) -> dict[str, str]:
+def make_gpu_table_row(measurement: MachineMeasurement) -> dict[str, str]:
     """Return a measurement by the columns of `gpus.csv`."""
     gpu = load_measured_gpu()
-    name = found.processor if found.device == "cpu" else found.name
+    name = measurement.processor if measurement.device == "cpu" else measurement.name
     row = dict.fromkeys(_read_table()[0], "")
     row |= {
         "name": "-".join(name.lower().replace("(r)", "").replace("(tm)", "").split()),
-        "kind": gpu.kind if gpu is not None else found.device,
+        "kind": gpu.kind if gpu is not None else measurement.device,
         "vendor": gpu.vendor if gpu is not None else "",
         "architecture": gpu.architecture if gpu is not None else "",
-        "memory_gib": f"{found.memory / GIB:.4g}",
-        "bandwidth_gbs": f"{found.bandwidth / 1e9:.4g}",
-        "unified": "yes" if found.device != "cuda" else "no",
-        "source": f"slimtune bench {found.versions['slimtune']}, torch {found.versions['torch']}",
-        "checked": found.date,
+        "memory_gib": f"{measurement.memory / GIB:.4g}",
+        "bandwidth_gbs": f"{measurement.bandwidth / 1e9:.4g}",
+        "unified": "yes" if measurement.device != "cuda" else "no",
+        "source": f"slimtune bench {measurement.versions['slimtune']}, torch {measurement.versions['torch']}",
+        "checked": measurement.date,
     }
-    return row | {RATE_COLUMNS[dtype]: f"{rate / 1e12:.4g}" for dtype, rate in found.rates.items()}
+    return row | {RATE_COLUMNS[dtype]: f"{rate / 1e12:.4g}" for dtype, rate in measurement.rates.items()}
 
 
-def add_gpu_measurement(gpu: GpuSpec, found: MachineMeasurement) -> GpuSpec:
+def add_gpu_measurement(gpu: GpuSpec, measurement: MachineMeasurement) -> GpuSpec:
     """Return a GPU with what was measured on it."""
     return replace(
         gpu,
-        measured=found,
-        bandwidth=found.bandwidth,
-        rates=found.rates,
-        auto_bf16=found.bf16,
-        source=f"slimtune bench, {found.evidence}",
-        checked=found.date,
+        measured=measurement,
+        bandwidth=measurement.bandwidth,
+        rates=measurement.rates,
+        auto_bf16=measurement.bf16,
+        source=f"slimtune bench, {measurement.evidence}",
+        checked=measurement.date,
     )
 
 

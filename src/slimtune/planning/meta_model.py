@@ -23,7 +23,7 @@ def build_adapted_meta_model(
     checkpointing: bool = False,
     offload: bool = False,
     tile: int | None = None,
-    first: Callable[[Any], None] | None = None,
+    change_base: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the model that training would have, on the meta device: shapes and dtypes without weights.
 
@@ -32,7 +32,7 @@ def build_adapted_meta_model(
         method: the method's config; None: no adapter, and every weight trains.
         dtype: dtype of the base's weights.
         checkpointing, offload, tile: as for `apply_memory_savings`.
-        first: changes the base before the method is attached, such as quantizing it.
+        change_base: changes the base before the method is attached, such as quantizing it.
     """
     config, method = copy.deepcopy((config, method))  # building a model writes into both
     if method is not None:
@@ -43,8 +43,8 @@ def build_adapted_meta_model(
         with silence_and_translate_load_errors(config.name_or_path or config.model_type):
             task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
             model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
-        if first is not None:
-            first(model)
+        if change_base is not None:
+            change_base(model)
         if method is not None:
             exclude_other_inputs(model, method)
             model = get_peft_model(model, method)

@@ -93,7 +93,7 @@ class TrainingJob:
             checkpointing=self.gradient_checkpointing,
             offload=self.offload_activations,
             tile=self.mlp_tile_size,
-            first=partial(fake_quantize_model, kind=self.quantization) if self.quantization else None,
+            change_base=partial(fake_quantize_model, quantization=self.quantization) if self.quantization else None,
         )
 
 

@@ -20,20 +20,20 @@ KERNEL_LAUNCH_S = 8e-6
 a micro-batch at 256 tokens, and no less at 512)."""
 
 
-def estimate_training_speed(work: TrainingWorkload, gpu: GpuSpec) -> Interval | None:
+def estimate_training_speed(workload: TrainingWorkload, gpu: GpuSpec) -> Interval | None:
     """Return trained tokens a second of a run on a GPU; None if the GPU's rates are unknown.
 
     Only a measured GPU has a speed for fused attention; for the others it is part of `UTILIZATION`.
     """
     if gpu.measured is not None:
-        seconds = gpu.measured.estimate_step_seconds(work)
-        return Interval(*(end * work.tokens / seconds for end in gpu.measured.training.spread))
+        seconds = gpu.measured.estimate_step_seconds(workload)
+        return Interval(*(end * workload.tokens / seconds for end in gpu.measured.training.spread))
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")
-    seconds = work.optimizer_step_bytes / bandwidth / work.micro_batches
-    for (operations, moved, dtype), count in work.operator_counts.items():
+    seconds = workload.optimizer_step_bytes / bandwidth / workload.micro_batches
+    for (operations, moved, dtype), count in workload.operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(dtype_name(dtype)) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
-    return Interval(UTILIZATION.low * work.tokens / seconds, UTILIZATION.high * work.tokens / seconds)
+    return Interval(UTILIZATION.low * workload.tokens / seconds, UTILIZATION.high * workload.tokens / seconds)

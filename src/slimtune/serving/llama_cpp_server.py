@@ -102,7 +102,7 @@ def start_llama_cpp_server(
     cache_bytes = MultiAdapterRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest
     with tempfile.TemporaryDirectory(prefix="slimtune-serve-") as temporary:
         folder = Path(temporary)
-        with translate_os_errors(folder / "base.gguf", fix="set TMPDIR to a folder on another disk"):
+        with translate_os_errors(folder / "base.gguf", hint="set TMPDIR to a folder on another disk"):
             progress("writing base and adapters as GGUF")
             base, weights = _write_base(loaded[0], folder, precision)
             adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]

@@ -74,7 +74,7 @@ def compute_gradients(
                 model,
                 part["micro_batches"],
                 num_items=part["targets"],
-                weights=part["weights"],
+                micro_batch_weights=part["weights"],
                 regularize=rank == 0,
             )
     if not alone:

@@ -137,27 +137,27 @@ def save_adapter(
         write_file(config, folder, getattr(model, "model_tags", None) or ())
 
 
-def require_compatible_config(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:
-    """Raise AdapterError if an adapter's settings give its tensors another meaning than they have in `here`."""
-    ours, theirs = here.to_dict(), there.to_dict()
-    ignored = _UNCOMPARED_FIELDS | here.training_written_fields
+def require_compatible_config(attached: PeftConfig, loaded: PeftConfig, source: str | os.PathLike) -> None:
+    """Raise AdapterError if an adapter's settings give its tensors another meaning than they have in `attached`."""
+    ours, theirs = attached.to_dict(), loaded.to_dict()
+    ignored = _UNCOMPARED_FIELDS | attached.training_written_fields
     different = [k for k in ours if k not in ignored and ours[k] != theirs.get(k)]
     if different:
         values = "; ".join(f"{k} is {theirs.get(k)!r} there, {ours[k]!r} here" for k in different)
-        raise AdapterError(f"{where} was trained with other settings: {values}", hint="load it under another name")
+        raise AdapterError(f"{source} was trained with other settings: {values}", hint="load it under another name")
 
 
 def read_adapter_for_model(
-    model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
+    model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub_arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
     # Models written for transformers 4 whose modules were renamed have a mapping from the names of older checkpoints.
-    key_mapping = hub.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
-    hub = {k: v for k, v in hub.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
-    require_valid_hub_arguments(hub)
-    tensors, fingerprint = read_adapter_file(path, **hub)
+    key_mapping = hub_arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+    hub_arguments = {k: v for k, v in hub_arguments.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
+    require_valid_hub_arguments(hub_arguments)
+    tensors, fingerprint = read_adapter_file(path, **hub_arguments)
     tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
-    config = config or PeftConfig.from_pretrained(path, **hub)
+    config = config or PeftConfig.from_pretrained(path, **hub_arguments)
     here = _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
@@ -167,9 +167,9 @@ def read_adapter_for_model(
     return tensors, config
 
 
-def require_valid_hub_arguments(hub: Mapping[str, Any]) -> None:
+def require_valid_hub_arguments(hub_arguments: Mapping[str, Any]) -> None:
     """Raise UsageError if an argument is not one of `hf_hub_download`'s."""
-    for name in hub.keys() - set(_HUB_ARGUMENTS):
+    for name in hub_arguments.keys() - set(_HUB_ARGUMENTS):
         expected = f"one of {format_names(_HUB_ARGUMENTS)}"
         raise UsageError(f"unknown argument {name!r}{nearest(name, _HUB_ARGUMENTS)}", expected)
 

@@ -137,7 +137,7 @@ def _is_resized(model: Any, base: str | None) -> bool:
 
 
 def load_adapter_tensors(
-    model: Any, adapter: str, given: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool = False
+    model: Any, adapter: str, tensors: Mapping[str, Tensor], source: str, ignore_mismatched_sizes: bool = False
 ) -> LoadResult:
     """Copy a file's tensors into an attached adapter, all or none; return the keys that did not match: none.
 
@@ -149,37 +149,37 @@ def load_adapter_tensors(
     _leave_meta_device(model, adapter)
     if ignore_mismatched_sizes:
         own = get_adapter_tensors(model, adapter)
-        keys = {k: _normalize_key(k, own) for k in given}
-        wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != given[k].shape]
+        keys = {k: _normalize_key(k, own) for k in tensors}
+        wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != tensors[k].shape]
         if wrong:
-            sizes = "; ".join(f"{k}: {tuple(given[k].shape)}, not {tuple(own[keys[k]].shape)}" for k in wrong)
+            sizes = "; ".join(f"{k}: {tuple(tensors[k].shape)}, not {tuple(own[keys[k]].shape)}" for k in wrong)
             message = f"{len(wrong)} tensors of the adapter were not loaded, since their shapes differ: {sizes}"
             warnings.warn(message, PeftWarning, stacklevel=3)
-        given = {**given, **{k: own[keys[k]].detach() for k in wrong}}
-    optional = _prepare_load(model, adapter, given)
+        tensors = {**tensors, **{k: own[keys[k]].detach() for k in wrong}}
+    optional = _prepare_load(model, adapter, tensors)
     own = get_adapter_tensors(model, adapter)
-    given = {_normalize_key(k, own): t for k, t in given.items()}
-    missing = [k for k in own if k not in given and k not in optional]
-    extra = {k: _find_base_weight(model, k) for k in given if k not in own}
+    tensors = {_normalize_key(k, own): t for k, t in tensors.items()}
+    missing = [k for k in own if k not in tensors and k not in optional]
+    extra = {k: _find_base_weight(model, k) for k in tensors if k not in own}
     resized = bool(extra) and _is_resized(model, model.peft_config[adapter].base_model_name_or_path)
-    unexpected = [k for k, base in extra.items() if base is None or not _fits_base(model, base, given[k], resized)]
+    unexpected = [k for k, base in extra.items() if base is None or not _fits_base(model, base, tensors[k], resized)]
     # A config with bias="none" may come with biases that were trained. A bias is not a mark of another base.
     shapes_here = {k: base.shape for k, base in extra.items() if base is not None and k.endswith(".bias")}
-    biases = [k for k in unexpected if shapes_here.get(k) == given[k].shape]
+    biases = [k for k in unexpected if shapes_here.get(k) == tensors[k].shape]
     unexpected = [k for k in unexpected if k not in biases]
-    if faults := _list_faults(own, given, missing, unexpected):
+    if faults := _list_faults(own, tensors, missing, unexpected):
         hint = "load the base named in its adapter_config.json"
         if len(faults) == 1 and "NaN or Inf" in faults[0]:
             hint = "the training that wrote it diverged: load an earlier checkpoint"
-        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint, code="wrong-base")
+        raise AdapterError(f"{source} does not fit this model: {'; '.join(faults)}", hint=hint, code="wrong-base")
     if biases:
         model.copy_biases(adapter, [_get_base_name(k) for k in biases])
         own = get_adapter_tensors(model, adapter)
-        given = {_normalize_key(k, own): t for k, t in given.items()}
+        tensors = {_normalize_key(k, own): t for k, t in tensors.items()}
     with torch.no_grad():
         for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
-            if tensor is not None and key in given:
-                tensor.copy_(given[key])
+            if tensor is not None and key in tensors:
+                tensor.copy_(tensors[key])
     return LoadResult([], [])
 
 
@@ -227,7 +227,9 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def require_plausible_adapter_size(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
+def require_plausible_adapter_size(
+    model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], source: object
+) -> None:
     """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
     config = copy.deepcopy(config)
     config.check_model(model)
@@ -242,15 +244,15 @@ def require_plausible_adapter_size(model: Any, config: PeftConfig, given: Mappin
         prefix = _file_prefix(site.name, kinds)
         for name, tensor in module.tensors().items():
             key = config.file_key(prefix + name)
-            if key not in given:
+            if key not in tensors:
                 unsaved += tensor.numel()
-            elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * given[key].numel():
-                sizes = f"{key} is {tuple(given[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
+            elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * tensors[key].numel():
+                sizes = f"{key} is {tuple(tensors[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
                 raise AdapterError(
-                    f"{where}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
+                    f"{source}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
                 )
     if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
-        message = f"{where}: its config asks for {unsaved:,} values that its file does not have"
+        message = f"{source}: its config asks for {unsaved:,} values that its file does not have"
         raise AdapterError(message, "an adapter_config.json that belongs to the tensors", code="wrong-base")
 
 

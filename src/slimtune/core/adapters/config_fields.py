@@ -70,9 +70,9 @@ class FieldError(NamedTuple):
         return ConfigError(self.sentence or self.problem, self.expected, self.hint, field=self.field)
 
 
-def make_invalid_value_error(field: str, value: object, expected: str, hint: str = "", more: str = "") -> FieldError:
-    """Return the error for a value; `more` goes on after it: ", and train.fsdp is true"."""
-    text = format_short_value(value) + more
+def make_invalid_value_error(field: str, value: object, expected: str, hint: str = "", suffix: str = "") -> FieldError:
+    """Return the error for a value; `suffix` goes on after it: ", and train.fsdp is true"."""
+    text = format_short_value(value) + suffix
     return FieldError(field, f"got {text}", expected, hint, f"{field} is {text}")
 
 
@@ -176,7 +176,7 @@ class SettingSpec:
         if has_type(value, self.type) and in_range and fits_pattern and (not choices or value in choices):
             return None
         near = nearest(value, choices) if choices else ""
-        return make_invalid_value_error(self.name, value, self.expected, more=near)
+        return make_invalid_value_error(self.name, value, self.expected, suffix=near)
 
 
 class DeclaredSettings:
@@ -283,13 +283,13 @@ def list_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
 
 
 def parse_section_settings(
-    known: Mapping[str, SettingSpec | None], given: Mapping[str, Any], section: str, paths: Iterable[str] = ()
+    specs: Mapping[str, SettingSpec | None], section_tree: Mapping[str, Any], section: str, paths: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the values of a recipe's section by full name, and every error in it.
 
     Args:
-        known: the settings that the section has, by their names and short names; None: the name is only suggested.
-        given: what the recipe says.
+        specs: the settings that the section has, by their names and short names; None: the name is only suggested.
+        section_tree: what the recipe says.
         section: its name; empty: the recipe itself.
         paths: paths of all settings, for suggestions.
     """
@@ -297,12 +297,12 @@ def parse_section_settings(
     errors: list[FieldError] = []
     seen: set[str] = set()
     elsewhere = {path.rpartition(".")[2]: path for path in paths}
-    for name, value in given.items():
+    for name, value in section_tree.items():
         path = f"{section}.{name}" if section else str(name)
-        if (spec := known.get(name)) is None:
+        if (spec := specs.get(name)) is None:
             near = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else ""
-            near = near or (nearest(name, known) if len(errors) < MOST_ERRORS else "")
-            errors.append(FieldError(path, f"no such field{near}", "" if near else f"one of {format_names(known, 40)}"))
+            near = near or (nearest(name, specs) if len(errors) < MOST_ERRORS else "")
+            errors.append(FieldError(path, f"no such field{near}", "" if near else f"one of {format_names(specs, 40)}"))
         elif spec.name in seen:
             errors.append(FieldError(path, f"given twice, also as {spec.name} or its short name"))
         else:

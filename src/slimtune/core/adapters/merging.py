@@ -11,13 +11,15 @@ from .adapted_layer import AdaptedLayer
 from .adapter_module import MergeUnsupported
 
 
-def merge_adapters_into_layer(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
+def merge_adapters_into_layer(
+    name: str, module: AdaptedLayer, adapters: Iterable[str], *, require_finite: bool = False
+) -> None:
     """Merge adapters into the parameters of a module, which keeps the replaced ones for `unmerge_adapters_from_layer`.
 
     If other adapters are merged already, all are merged into the original parameters.
 
     Raises:
-        MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
+        MergeUnsupported: a method cannot merge, the base is quantized or (`require_finite`) the result is not finite.
     """
     adapters = [*module.merged_names, *(a for a in adapters if a not in module.merged_names)]
     unmerge_adapters_from_layer(module)
@@ -57,7 +59,7 @@ def merge_adapters_into_layer(name: str, module: AdaptedLayer, adapters: Iterabl
         base = replaced[n]
         if base is None:
             raise MergeUnsupported(f"{name} has no bias, into which the adapter's bias could be merged")
-        if check and not torch.isfinite(tensor).all():
+        if require_finite and not torch.isfinite(tensor).all():
             names = ", ".join(adapters)
             raise MergeUnsupported(
                 f"{name}.{n} contains NaN or Inf after merging: the adapter {names} seems to be broken"

@@ -303,7 +303,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
             for name, module in layers.items():
                 present = [a for a in names[name] if a in module.adapters or a in module.trained_copies]
                 if present:
-                    merge_adapters_into_layer(name or type(self).__name__, module, present, check=safe_merge)
+                    merge_adapters_into_layer(name or type(self).__name__, module, present, require_finite=safe_merge)
             retie_equal_merged_parameters(layers.values())
         except BaseException:
             self.unmerge_adapter()

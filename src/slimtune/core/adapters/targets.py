@@ -276,11 +276,11 @@ def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> No
         warnings.warn(message, stacklevel=6)
 
 
-def matches_regex_or_names(wanted: Iterable[str] | str, name: str) -> bool:
+def matches_regex_or_names(regex_or_names: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
-    if isinstance(wanted, str):
-        return compile_name_pattern(wanted).matches(name)
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
+    if isinstance(regex_or_names, str):
+        return compile_name_pattern(regex_or_names).matches(name)
+    return any(name == w or name.endswith(f".{w}") for w in regex_or_names)
 
 
 def get_layer_index(name: str, patterns: list[str] | str | None) -> int | None:

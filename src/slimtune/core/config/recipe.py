@@ -45,7 +45,7 @@ from .schema import (
 
 SECTIONS: dict[str, type[RecipeSection]] = {"model": ModelSettings, "data": DataSettings, "train": TrainSettings}
 """The sections whose settings do not depend on a name in them."""
-FindMore = Callable[[Mapping[str, Any]], list[FieldError]]
+Check = Callable[[Mapping[str, Any]], list[FieldError]]
 """Returns further errors in a tree, such as missing files."""
 
 
@@ -70,15 +70,15 @@ class Recipe(RecipeSection):
         """Do nothing: `from_dict` has checked the sections, and what contradicts in them."""
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe", find_more: FindMore | None = None) -> Self:
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe", extra_checks: Check | None = None) -> Self:
         """Return the recipe that a plain tree describes; a RecipeError names every error in it by its path.
 
         Args:
             tree: sections and fields, as YAML has them; `model: x` is short for `model: {name: x}`.
             source: name of the tree in messages.
-            find_more: returns further errors in the tree.
+            extra_checks: returns further errors in the tree.
         """
-        return cls(**parse_recipe_sections(tree, source, find_more=find_more))
+        return cls(**parse_recipe_sections(tree, source, extra_checks=extra_checks))
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
@@ -100,33 +100,33 @@ class Recipe(RecipeSection):
 
 
 def load_recipe(
-    path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = (), find_more: FindMore | None = None
+    path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = (), extra_checks: Check | None = None
 ) -> Recipe:
     """Read a recipe file and apply overrides; without a file the overrides hold everything.
 
     Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
-    read as YAML. `find_more` is that of `Recipe.from_dict`.
+    read as YAML. `extra_checks` is that of `Recipe.from_dict`.
     """
     settings = overrides if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))
-    return Recipe.from_dict(read_recipe_tree(path, settings), str(path or "the flags"), find_more)
+    return Recipe.from_dict(read_recipe_tree(path, settings), str(path or "the flags"), extra_checks)
 
 
 def load_validated_recipe_tree(
-    path: str | Path, overrides: Mapping[str, Any], find_more: FindMore | None = None
+    path: str | Path, overrides: Mapping[str, Any], extra_checks: Check | None = None
 ) -> RecipeTree:
     """Return a recipe file's tree with overrides, after every check; it need not say an `output_dir`."""
     tree = {"output_dir": "runs/run", **read_recipe_tree(path, overrides)}
-    parse_recipe_sections(tree, str(path), find_more=find_more)
+    parse_recipe_sections(tree, str(path), extra_checks=extra_checks)
     return expand_section_shorthand(tree)
 
 
 def parse_recipe_sections(
-    tree: Mapping[str, Any], source: str, *, partial: bool = False, find_more: FindMore | None = None
+    tree: Mapping[str, Any], source: str, *, partial: bool = False, extra_checks: Check | None = None
 ) -> dict[str, Any]:
     """Return the arguments of the `Recipe` that a tree describes, without the sections that are incomplete.
 
     Args:
-        tree, source, find_more: as for `Recipe.from_dict`.
+        tree, source, extra_checks: as for `Recipe.from_dict`.
         partial: whether required settings may be missing; then conflicts between settings are not looked for.
 
     Raises:
@@ -160,7 +160,7 @@ def parse_recipe_sections(
     errors += [*found, *method_errors, *task_errors]
     if not task_errors and not partial and SECTIONS.keys() <= sections.keys():
         errors += find_setting_conflicts(**sections)
-    _raise_errors([*errors, *(find_more(tree) if find_more is not None else ())], source)
+    _raise_errors([*errors, *(extra_checks(tree) if extra_checks is not None else ())], source)
     return sections | values
 
 
@@ -182,10 +182,10 @@ def find_setting_conflicts(
     if budget is not None and objective.task_type != "CAUSAL_LM":
         more = f", and task is {task.name}, whose model has no loss on text"
         expected = "null, or the task of a language model"
-        yield make_invalid_value_error("train.forgetting_budget", budget, expected, more=more)
+        yield make_invalid_value_error("train.forgetting_budget", budget, expected, suffix=more)
     elif budget is not None and train.fsdp:
         expected = "only one of the two"
-        yield make_invalid_value_error("train.forgetting_budget", budget, expected, more=", and train.fsdp is true")
+        yield make_invalid_value_error("train.forgetting_budget", budget, expected, suffix=", and train.fsdp is true")
     if train.compile and train.fsdp:
         yield FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two")
     if method.settings.get("init_lora_weights") == "loftq" and model.quantization is None:
@@ -194,18 +194,18 @@ def find_setting_conflicts(
         yield FieldError("method.init_lora_weights", message, expected)
     if data.format is not None and not objective.takes_format(data.format):
         expected = " or ".join((*objective.formats, *objective.named_formats))
-        yield make_invalid_value_error("data.format", data.format, expected, more=f", and task is {task.name}")
+        yield make_invalid_value_error("data.format", data.format, expected, suffix=f", and task is {task.name}")
     if data.test is not None and data.test_fraction > 0:
         more = ", and data.test names rows for `slimtune eval`"
-        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "only one of the two", more=more)
+        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "only one of the two", suffix=more)
     if data.validation is None and data.validation_fraction + data.test_fraction >= 1:
         more = f", and data.validation_fraction is {data.validation_fraction}: no row is left"
-        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "less than 1 together", more=more)
+        yield make_invalid_value_error("data.test_fraction", data.test_fraction, "less than 1 together", suffix=more)
     if data.validation is None and data.validation_fraction == 0:
         for name in ("early_stopping_patience", "eval_steps"):
             if (value := getattr(train, name)) is not None:
                 more = ", but there are no validation rows"
-                yield make_invalid_value_error(f"train.{name}", value, f"data.validation, or {name} null", more=more)
+                yield make_invalid_value_error(f"train.{name}", value, f"data.validation, or {name} null", suffix=more)
 
 
 def _raise_errors(errors: Sequence[FieldError], source: str) -> None:

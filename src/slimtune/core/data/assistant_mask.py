@@ -35,18 +35,18 @@ TAIL_CHARACTERS = 40
 """Characters at the end of a tool call by which it is found in another rendering."""
 
 
-def find_assistant_spans(full: str, messages: Messages, render: Render, special_tokens: re.Pattern[str]) -> list[Span]:
-    """Return the `[start, end)` characters of `full` that the model must produce, one span per assistant turn.
+def find_assistant_spans(text: str, messages: Messages, render: Render, special_tokens: re.Pattern[str]) -> list[Span]:
+    """Return the `[start, end)` characters of `text` that the model must produce, one span per assistant turn.
 
-    `full` are the rendered messages, `render(messages, add_generation_prompt)` may raise `jinja2.TemplateError`. Raise
+    `text` are the rendered messages, `render(messages, add_generation_prompt)` may raise `jinja2.TemplateError`. Raise
     ModelError if the template does not show where a turn is, DataError if it writes a tool's result inside a turn.
     """
-    finder = _SpanFinder(full, messages, render, special_tokens)
+    finder = _SpanFinder(text, messages, render, special_tokens)
     spans = [finder.find_turn(i) for i, m in enumerate(messages) if m["role"] == "assistant"]
     for i, message in enumerate(messages):
         if message["role"] == "tool":  # some templates move the content of a call after its result
             marked = finder.render(_replace_content(messages, i, MARK + message["content"]))
-            at = common_prefix_length(full, marked) if marked is not None and MARK in marked else 0
+            at = common_prefix_length(text, marked) if marked is not None and MARK in marked else 0
             if any(start < at < end for start, end in spans):
                 raise _move_error(f"the chat template writes messages[{i}] (tool) within the turn that called it")
     if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):

@@ -163,7 +163,7 @@ def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> st
     return render(messages)
 
 
-def prompt_differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
+def prompt_differs_in_generation(tokenizer: Any, messages: Messages, tools: Tools, rendered_chat: RenderedText) -> bool:
     """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
 
     So it is if a template ends its prompt with `<think>` and writes none before an answer: then the model is asked
@@ -174,7 +174,7 @@ def prompt_differs_in_generation(tokenizer: Any, messages: Messages, tools: Tool
         prompt = render_chat_template(tokenizer, messages[:last], tools, add_generation_prompt=True)
     except TemplateError:
         return False
-    return last > 0 and not rendered.text.startswith(prompt)
+    return last > 0 and not rendered_chat.text.startswith(prompt)
 
 
 def render_without_template(tokenizer: Any, prompt: str, completion: str) -> RenderedText:

@@ -99,9 +99,9 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def simulate_device(get_device_type: str) -> Iterator[None]:
+def simulate_device(device_type: str) -> Iterator[None]:
     """Choose kernels and chunks as on a device of this type ("cpu", "cuda", "mps"), wherever the tensors are."""
-    before = _simulated.set(get_device_type)
+    before = _simulated.set(device_type)
     try:
         yield
     finally:

@@ -104,14 +104,14 @@ def destroy_process_group() -> None:
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
-def run_on_main_and_broadcast(work: Callable[[], T]) -> T:
-    """Run `work` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
+def run_on_main_and_broadcast(function: Callable[[], T]) -> T:
+    """Run `function` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
     if world_size() == 1:
-        return work()
+        return function()
     outcome: list[Any] = [None, None]
     if is_main_process():
         try:
-            outcome[0] = work()
+            outcome[0] = function()
         except SlimtuneError as e:
             outcome[1] = e
     dist.broadcast_object_list(outcome)
@@ -140,19 +140,19 @@ def runs_on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def run_on_all_ranks(work: Callable[[], T], *, in_turns: bool = False) -> T:
-    """Run `work`, which must not communicate, in every process; if it fails in one, raise in all.
+def run_on_all_ranks(function: Callable[[], T], *, in_turns: bool = False) -> T:
+    """Run `function`, which must not communicate, in every process; if it fails in one, raise in all.
 
     A process raises its own error, or else that of the first process that has one. With `in_turns` the processes of a
     machine run it one after another, because it takes much CPU memory.
     """
     if world_size() == 1:
-        return work()
+        return function()
     result, error = None, None
     for turn in range(local_world_size() if in_turns else 1):
         if not in_turns or turn == local_rank():
             try:
-                result = work()
+                result = function()
             except SlimtuneError as e:
                 error = e
         if in_turns:

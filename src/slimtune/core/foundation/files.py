@@ -226,23 +226,23 @@ def _fsync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
+def atomic_folder(path: Path, needed_bytes: int = 0, hint: str = "") -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
 
     Args:
         path: must not exist, or be an empty folder; missing parents are created.
-        needed: bytes that will be written, roughly.
-        fix: what the user can do about a full disk.
+        needed_bytes: bytes that will be written, roughly.
+        hint: what the user can do about a full disk.
 
     Raises:
         RunError, UsageError: the disk is full or refuses, or another process writes to the same path.
     """
     target = Path(os.path.realpath(path))
-    with translate_os_errors(target, needed, fix):
+    with translate_os_errors(target, needed_bytes, hint):
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
-        require_disk_space(target, needed, fix)
+        require_disk_space(target, needed_bytes, hint)
         prefix = _temporary_prefix(target)
         for other in target.parent.glob(f"{glob.escape(prefix)}????????"):
             with contextlib.suppress(OSError):  # it ended, or is no folder
@@ -268,10 +268,10 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
                 os.close(lock)
 
 
-def require_disk_space(path: Path, needed: int, fix: str = "") -> None:
-    """Raise RunError unless `needed` bytes are free in the folder of `path`."""
-    if shutil.disk_usage(Path(os.path.realpath(path)).parent).free < needed:
-        raise _disk_full_error(path, needed, fix)
+def require_disk_space(path: Path, needed_bytes: int, hint: str = "") -> None:
+    """Raise RunError unless `needed_bytes` bytes are free in the folder of `path`."""
+    if shutil.disk_usage(Path(os.path.realpath(path)).parent).free < needed_bytes:
+        raise _disk_full_error(path, needed_bytes, hint)
 
 
 def _temporary_prefix(path: Path) -> str:
@@ -295,33 +295,35 @@ def _try_lock(folder: Path) -> int | None:
 
 
 @contextmanager
-def translate_os_errors(path: Path, needed: int | None = None, fix: str = "") -> Iterator[None]:
+def translate_os_errors(path: Path, needed_bytes: int | None = None, hint: str = "") -> Iterator[None]:
     """Turn what a full disk, a file system or a wrong path raises into an error that names the file and the cause."""
     try:
         yield
     except SlimtuneError:
         raise
     except Exception as e:
-        error = explain_os_error(e, path, needed, fix)
+        error = explain_os_error(e, path, needed_bytes, hint)
         if error is None:
             raise
         raise error from e
 
 
 def explain_os_error(
-    error: BaseException, path: Path | None = None, needed: int | None = None, fix: str = ""
+    error: BaseException, path: Path | None = None, needed_bytes: int | None = None, disk_full_hint: str = ""
 ) -> SlimtuneError | None:
     """Return the error that says what a file system refused; None if `error` is about something else.
 
     Args:
         error: what Python, or a library, raised.
         path: what was being written; without it, the file that `error` names.
-        needed: bytes to write.
-        fix: what the user can do about a full disk.
+        needed_bytes: bytes to write.
+        disk_full_hint: what the user can do about a full disk.
     """
     if is_disk_full(error):
         name = getattr(error, "filename", None)
-        return _disk_full_error(path or Path(os.fsdecode(name) if name else Path.cwd() / "a file"), needed, fix)
+        return _disk_full_error(
+            path or Path(os.fsdecode(name) if name else Path.cwd() / "a file"), needed_bytes, disk_full_hint
+        )
     number, name = find_errno_and_file(error, PATH_ERRORS)
     if (number not in PATH_ERRORS and number not in DISK_ERRORS) or (number in PATH_ERRORS and not (name or path)):
         return None

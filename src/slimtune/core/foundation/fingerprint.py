@@ -43,15 +43,15 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_weight_samples(model: Any, left_out: Collection[str] = ()) -> dict[str, str]:
+def hash_weight_samples(model: Any, excluded: Collection[str] = ()) -> dict[str, str]:
     """Return 8 hex digits for each kind of a model's weights ("q_proj.weight"), over samples of all layers.
 
     The ends of each weight are hashed in bfloat16, so this takes milliseconds; packed weights of a quantized base are
-    left out, and those named in `left_out`. Two loads of one checkpoint in one dtype agree.
+    left out, and those named in `excluded`. Two loads of one checkpoint in one dtype agree.
     """
     hashes: dict[str, Any] = {}
     for name, weight in model.named_parameters():
-        if name in left_out or not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
+        if name in excluded or not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
             continue
         flat, kind = weight.detach().view(-1), ".".join(name.split(".")[-2:])
         ends = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16).view(torch.int16)

@@ -56,15 +56,15 @@ def get_json_key(field: Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
 
 
-def find_dataclass_in_type(kind: Any) -> Any:
+def find_dataclass_in_type(type_hint: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
-    members = [m for m in (get_args(kind) or (kind,)) if m is not type(None)]
+    members = [m for m in (get_args(type_hint) or (type_hint,)) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
 
 
-def find_key_suffixes(kind: Any) -> Mapping[str, str]:
+def find_key_suffixes(type_hint: Any) -> Mapping[str, str]:
     """Return the `json_suffixes` of a dataclass, also if the value may be None; empty if it has none."""
-    return getattr(find_dataclass_in_type(kind), "json_suffixes", {})
+    return getattr(find_dataclass_in_type(type_hint), "json_suffixes", {})
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -217,14 +217,18 @@ def _read_value(kind: Any, value: Any, strict: bool, path: str) -> Any:
     return Path(value) if kind is Path else value
 
 
-def is_mapping_type(kind: Any) -> bool:
+def is_mapping_type(type_hint: Any) -> bool:
     """Return whether a type hint is a mapping, which is an object in JSON."""
-    return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Mapping)
+    return inspect.isclass(origin := get_origin(type_hint) or type_hint) and issubclass(origin, Mapping)
 
 
-def is_sequence_type(kind: Any) -> bool:
+def is_sequence_type(type_hint: Any) -> bool:
     """Return whether a type hint is a list or a tuple, which is an array in JSON."""
-    return inspect.isclass(origin := get_origin(kind) or kind) and issubclass(origin, Sequence) and origin is not str
+    return (
+        inspect.isclass(origin := get_origin(type_hint) or type_hint)
+        and issubclass(origin, Sequence)
+        and origin is not str
+    )
 
 
 def _item_types(kind: Any, count: int, path: str) -> list[Any]:

@@ -11,12 +11,12 @@ _displays: list[Display] = []
 _names: list[str] = []
 
 
-def track_progress(items: Sequence[T], what: str) -> Iterator[T]:
+def track_progress(items: Sequence[T], label: str) -> Iterator[T]:
     """Yield the items, and report how many are done; without a display nothing happens."""
     for number, item in enumerate(items):
-        _report(what, number, len(items))
+        _report(label, number, len(items))
         yield item
-    _report(what, len(items), len(items))
+    _report(label, len(items), len(items))
 
 
 @contextmanager

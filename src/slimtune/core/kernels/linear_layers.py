@@ -29,9 +29,9 @@ def get_layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", 
     return "norm" if is_norm else None
 
 
-def is_plain_linear_forward(run: Any) -> bool:
-    """Return whether `run`, a partial, is the forward of an unquantized linear layer and nothing else."""
-    return getattr(run, "func", None) in (nn.Linear.forward, Conv1D.forward)
+def is_plain_linear_forward(forward: Any) -> bool:
+    """Return whether `forward`, a partial, is the forward of an unquantized linear layer and nothing else."""
+    return getattr(forward, "func", None) in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_weight_transposed(module: nn.Module) -> bool:

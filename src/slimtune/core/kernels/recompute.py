@@ -69,25 +69,27 @@ class _RecomputeLinear(torch.autograd.Function):
         return None, grad_x, *(grads.pop(0) if need else None for need in needed)
 
 
-def run_in_token_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: Sequence[Tensor]) -> Tensor:
-    """Return `run(x)`, computed for `tokens` tokens of each row at a time.
+def run_in_token_tiles(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int, trained: Sequence[Tensor]
+) -> Tensor:
+    """Return `function(x)`, computed for `tile_size` tokens of each row at a time.
 
     Args:
-        run: a map that treats each token independently.
+        function: a map that treats each token independently.
         x: `(batch, tokens, ...)`.
-        tokens: tokens per tile and row.
-        trained: all parameters in `run` that need gradients.
+        tile_size: tokens per tile and row.
+        trained: all parameters in `function` that need gradients.
 
     Raises:
-        ModelError: in the backward pass, if `run` trains a parameter that is not in `trained`.
+        ModelError: in the backward pass, if `function` trains a parameter that is not in `trained`.
     """
-    if x.shape[1] <= tokens:
-        return run(x)
+    if x.shape[1] <= tile_size:
+        return function(x)
     if not torch.is_grad_enabled():
-        return _run_tiles(run, x, tokens)
+        return _run_tiles(function, x, tile_size)
     saved: list[Any] = []
     x = _SaveInput.apply(x, saved) if x.requires_grad else x  # without a gradient it would save nothing
-    return _TiledMap.apply(run, tokens, saved, x, *trained)
+    return _TiledMap.apply(function, tile_size, saved, x, *trained)
 
 
 def gated_linear_recomputing_product(

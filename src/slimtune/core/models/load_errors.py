@@ -65,12 +65,12 @@ def silence_model_loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silence_and_translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
+def silence_and_translate_load_errors(spec: str, label: str = "base") -> Iterator[None]:
     """Silence the libraries, and raise a UsageError, ModelError or RunError in place of their exceptions.
 
     Args:
         spec: name of the base.
-        what: what is loaded from it.
+        label: what is loaded from it.
     """
     try:
         with silence_model_loading():
@@ -78,7 +78,7 @@ def silence_and_translate_load_errors(spec: str, what: str = "base") -> Iterator
     except SlimtuneError:
         raise
     except Exception as error:
-        raise _translate(error, spec, what) from error
+        raise _translate(error, spec, label) from error
 
 
 def make_remote_code_error(spec: str) -> UsageError:

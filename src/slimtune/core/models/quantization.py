@@ -39,10 +39,10 @@ class QuantizedModelLoader(Protocol):
 BASE_QUANTIZATIONS: Registry[QuantizedModelLoader] = Registry("slimtune.base_quantizations", "quantization of bases")
 
 
-def require_bitsandbytes(what: str) -> None:
-    """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
+def require_bitsandbytes(feature: str) -> None:
+    """Raise ModelError if bitsandbytes, which `feature` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        message = f"{what} needs the package bitsandbytes, which is not installed"
+        message = f"{feature} needs the package bitsandbytes, which is not installed"
         raise ModelError(
             message, "bitsandbytes 0.48 or newer", format_install_command("quant"), code="bitsandbytes-missing"
         )
@@ -65,7 +65,7 @@ def has_double_quantization(config: PreTrainedConfig) -> bool:
 
 
 def make_quantization_options(
-    config: PreTrainedConfig, kind: str | None, dtype: torch.dtype, device: torch.device, spec: str
+    config: PreTrainedConfig, quantization: str | None, dtype: torch.dtype, device: torch.device, spec: str
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
 
@@ -74,21 +74,23 @@ def make_quantization_options(
 
     Args:
         config: the base's config.
-        kind: "nf4", "int8", or None: as the checkpoint is stored.
+        quantization: "nf4", "int8", or None: as the checkpoint is stored.
         dtype: of what is not quantized, and of every product.
         device: where the base is loaded to.
         spec: name of the base, for messages.
     """
     stored = get_stored_quantization(config)
-    if kind not in (None, stored, *KINDS):
-        raise UsageError(f"quantization is {kind!r}{nearest(str(kind), KINDS)}", f"{format_names(KINDS)}, or nothing")
-    if stored is not None and kind not in (None, stored):
+    if quantization not in (None, stored, *KINDS):
         raise UsageError(
-            f"the checkpoint {spec!r} is stored in {stored}, and {kind} was asked for",
+            f"quantization is {quantization!r}{nearest(str(quantization), KINDS)}", f"{format_names(KINDS)}, or nothing"
+        )
+    if stored is not None and quantization not in (None, stored):
+        raise UsageError(
+            f"the checkpoint {spec!r} is stored in {stored}, and {quantization} was asked for",
             f"{stored}, or nothing: a quantized checkpoint is loaded as it is",
             "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
         )
-    used = stored or kind
+    used = stored or quantization
     if used is None or used not in BASE_QUANTIZATIONS.names():
         return used, {}
     return used, BASE_QUANTIZATIONS.load(used).make_load_options(config, used, stored is not None, dtype, device)

@@ -163,10 +163,10 @@ def describe_checkpoint_damage(folder: Path) -> str:
     return ""
 
 
-def find_newest_undamaged_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over."""
+def find_newest_undamaged_checkpoint(root: Path, log: Callable[[str], None]) -> Path | None:
+    """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `log` about each one passed over."""
     for partial in root.glob(f".{PREFIX}*"):
-        say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
+        log(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
         delete_path(partial)
     damaged: list[Path] = []
     for folder in reversed(list_checkpoints(root)):
@@ -175,7 +175,7 @@ def find_newest_undamaged_checkpoint(root: Path, say: Callable[[str], None]) -> 
             for other in damaged:  # renamed, so that they do not count among those that are kept
                 rename_as_damaged(other)
             return folder
-        say(f"{folder.name} is passed over: {damage}")
+        log(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
     if damaged:
         message = f"every checkpoint in {root} is damaged: {format_names(p.name for p in reversed(damaged))}"

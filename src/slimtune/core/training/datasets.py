@@ -115,7 +115,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
             max_seq_len=data.max_seq_len,
             on_overlong=data.on_overlong,
             rows_per_step=recipe.train.rows_per_step,
-            like=like,
+            compared_with=like,
         )
         return _ObservedRows(rows, *_tokenize(rows, data, tokenizer, observer), observer)
 

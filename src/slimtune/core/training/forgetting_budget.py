@@ -48,17 +48,17 @@ def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[st
 
 
 def reduce_strength_to_budget(
-    strength: AdapterStrength, measure: Callable[[], float], budget: float
+    strength: AdapterStrength, measure_forgetting: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.
 
-    `measure` returns the forgetting at the strength that is set. Strength 0 forgets nothing, so it is never measured.
+    `measure_forgetting` returns the forgetting at the current strength. Strength 0 forgets nothing and is not measured.
     """
     inside, outside, tried = 0.0, 1.0, []
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
         strength.set(middle)
-        tried.append((middle, forgetting := measure()))
+        tried.append((middle, forgetting := measure_forgetting()))
         inside, outside = (middle, outside) if forgetting <= budget else (inside, middle)
     strength.set(inside)
     return inside, tried

@@ -171,7 +171,7 @@ def forward_backward(
     *,
     objective: Objective | None = None,
     num_items: Any = None,
-    weights: Sequence[float] | None = None,
+    micro_batch_weights: Sequence[float] | None = None,
     regularize: bool = True,
 ) -> Tensor:
     """Run the forward and backward passes of one optimizer step; return the step's loss, detached.
@@ -181,7 +181,7 @@ def forward_backward(
         micro_batches: the step's batches, on the model's device.
         objective: what is minimized; None: cross-entropy.
         num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
-        weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
+        micro_batch_weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
         regularize: add the method's regularization loss, which one process of a run does.
     """
     if num_items is None:
@@ -189,8 +189,8 @@ def forward_backward(
     total = torch.zeros((), device=micro_batches[0]["targets"].device)
     for number, batch in enumerate(micro_batches):
         loss = compute_step_loss(model, batch, num_items, objective)
-        if weights is not None and weights[number] != 1:
-            loss = loss * weights[number]
+        if micro_batch_weights is not None and micro_batch_weights[number] != 1:
+            loss = loss * micro_batch_weights[number]
         if number == 0 and regularize and hasattr(model, "regularization_loss"):
             penalty = model.regularization_loss()
             loss = loss if penalty is None else loss + penalty

@@ -146,7 +146,7 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
 def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model."""
     tensors, _ = adapter_files.read_adapter_file(folder)
-    load_adapter_tensors(model, "default", tensors, where=str(folder))
+    load_adapter_tensors(model, "default", tensors, source=str(folder))
 
 
 def _restore_state(prepared: PreparedRun, folder: Path) -> None:

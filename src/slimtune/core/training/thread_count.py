@@ -24,11 +24,11 @@ class ThreadCountTuner:
     """Chooses torch's number of threads after each step of a training.
 
     Args:
-        say: gets a sentence when the number changes, and once when other processes compete and it stays.
+        log: gets a sentence when the number changes, and once when other processes compete and it stays.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.most = say, torch.get_num_threads()
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.say, self.most = log, torch.get_num_threads()
         self.before_trial: tuple[int, float] | None = None  # threads and tokens a second before the trial that runs
         self.steps_until_trial = 0
         self.told = False

@@ -254,7 +254,7 @@ class TrainingLoop:
                     micro_batches,
                     objective=self.objective,
                     num_items=num_items,
-                    weights=part["weights"],
+                    micro_batch_weights=part["weights"],
                     regularize=distributed.is_main_process(),
                 )
             # One process can repeat the clipping with the rest; several have exchanged their gradients by then.
@@ -324,7 +324,9 @@ class TrainingLoop:
         """
         self.recovery.step = self.state.step
         score = partial(score_objective, objective=objective)
-        scores = score_across_processes(score, "evaluation", self.model, rows, self.sharder, self.recovery, alone=alone)
+        scores = score_across_processes(
+            score, "evaluation", self.model, rows, self.sharder, self.recovery, score_all_here=alone
+        )
         return dict(enumerate(scores)), objective.summarize(np.array(scores))
 
     def measure_forgetting(self, alone: bool = False) -> float:

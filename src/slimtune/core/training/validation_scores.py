@@ -17,33 +17,33 @@ def make_data_parallel_sharder(model: Any, collator: Collator) -> DataParallelSh
 
 
 def score_across_processes(
-    score: Callable[..., dict[int, list[float]]],
-    where: str,
+    score_rows: Callable[..., dict[int, list[float]]],
+    label: str,
     model: Any,
     rows: Sequence[Example],
     sharder: DataParallelSharder,
     recovery: OomRecovery,
-    alone: bool = False,
+    score_all_here: bool = False,
 ) -> list[list[float]]:
     """Return the scores of all rows, in their order, in every process.
 
     Args:
-        score: `score_row_logps`, or another function with its arguments.
-        where: what is done, for messages about memory.
+        score_rows: `score_row_logps`, or another function with its arguments.
+        label: what is done, for messages about memory.
         model: the model.
         rows: the examples, the same in every process.
         sharder: chooses the part of this process.
         recovery: repeats the work in smaller micro-batches when memory runs out.
-        alone: this process scores all rows.
+        score_all_here: this process scores all rows.
     """
 
     def work() -> dict[int, list[float]]:
         def group_rows(some: Sequence[Example]) -> list[list[int]]:
-            return sharder.collator.group_rows(some) if alone else sharder.assign_groups(some)[0]
+            return sharder.collator.group_rows(some) if score_all_here else sharder.assign_groups(some)[0]
 
-        return score(model, rows, sharder.collator, group_rows=group_rows)
+        return score_rows(model, rows, sharder.collator, group_rows=group_rows)
 
-    part = recovery.run_in_micro_batches(where, rows, work, lambda: None, grad=False)
-    parts = [part] if alone else distributed.all_gather_object(part)
+    part = recovery.run_in_micro_batches(label, rows, work, lambda: None, grad=False)
+    parts = [part] if score_all_here else distributed.all_gather_object(part)
     found = {i: scores for some in parts for i, scores in some.items()}
     return [found[i] for i in range(len(rows))]

@@ -68,7 +68,7 @@ def match_error_code(text: str, default: str) -> str:
     return best if scores[best] else default
 
 
-def search_error_pages(text: str, most: int = 3) -> tuple[bool, list[ErrorPage]]:
+def search_error_pages(text: str, max_pages: int = 3) -> tuple[bool, list[ErrorPage]]:
     """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
@@ -82,13 +82,13 @@ def search_error_pages(text: str, most: int = 3) -> tuple[bool, list[ErrorPage]]
     }
     ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
     if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
-        return True, [pages[code] for code in ranked[:most] if any(scores[code][:2])]
+        return True, [pages[code] for code in ranked[:max_pages] if any(scores[code][:2])]
     if find_command_guides(text):
         return False, []
     first, second = sorted(words.values(), reverse=True)[:2]
     found = coverage >= _LEAST_COVERAGE or (coverage > 0 and first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
     return found, [
-        pages[code] for code in ranked[:most] if found or any(scores[code][:2]) or words[code] >= _LEAST_NEAR
+        pages[code] for code in ranked[:max_pages] if found or any(scores[code][:2]) or words[code] >= _LEAST_NEAR
     ]
 
 

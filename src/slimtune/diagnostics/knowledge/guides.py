@@ -45,11 +45,11 @@ class CommandGuide:
     """What the command does, or the text of the answer or definition."""
 
 
-def find_command_guides(text: str) -> list[CommandGuide]:
+def find_command_guides(question: str) -> list[CommandGuide]:
     """Return the commands and texts that answer a short question about no error, each with what it does or says."""
-    if len(text) > MOST_QUESTION:
+    if len(question) > MOST_QUESTION:
         return []
-    words = f" {' '.join(re.findall(r'[a-z0-9-]+', text.lower()))} "
+    words = f" {' '.join(re.findall(r'[a-z0-9-]+', question.lower()))} "
     quick = _load_sections("quick_answers.md")
     return (
         [CommandGuide(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
@@ -58,14 +58,14 @@ def find_command_guides(text: str) -> list[CommandGuide]:
             for asked, title in QUICK_ANSWERS
             if any(f" {part} " in words for part in asked)
         ]
-        or find_glossary_definition(text)
-        or [guide for guide in [_load_terms().get(_normalize(text))] if guide]
+        or find_glossary_definition(question)
+        or [guide for guide in [_load_terms().get(_normalize(question))] if guide]
     )
 
 
-def find_glossary_definition(text: str) -> list[CommandGuide]:
+def find_glossary_definition(question: str) -> list[CommandGuide]:
     """Return the word of the glossary that a question asks the meaning of, with its definition; nothing if none."""
-    asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", text[: MOST_QUESTION + 1].lower())))
+    asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", question[: MOST_QUESTION + 1].lower())))
     found = _load_terms().get(_normalize(asked[1] or asked[2])) if asked else None
     return [found] if found else []
 

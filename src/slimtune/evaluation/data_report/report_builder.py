@@ -86,7 +86,7 @@ def make_data_report(
 class DataReportBuilder:
     """Watches the rows of a file while they are tokenized (core/data/row_observer.py), and makes the report of them.
 
-    Arguments are those of `make_data_report`; `like` is the builder of rows that these will be compared with.
+    Arguments are those of `make_data_report`; `compared_with` is the builder of rows that these will be compared with.
     `measure_batch` computes the statistics of a batch, possibly in another process.
     """
 
@@ -97,13 +97,13 @@ class DataReportBuilder:
         max_seq_len: int,
         on_overlong: str = "drop",
         rows_per_step: int = 8,
-        like: "DataReportBuilder | None" = None,
+        compared_with: "DataReportBuilder | None" = None,
     ) -> None:
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
         self.measure_batch = None if tokenizer is None else RowBatchValidator(tokenizer, max_seq_len)
-        if self.measure_batch is not None and like is not None and like.measure_batch is not None:
-            self.measure_batch.common_trigrams = like.measure_batch.common_trigrams
+        if self.measure_batch is not None and compared_with is not None and compared_with.measure_batch is not None:
+            self.measure_batch.common_trigrams = compared_with.measure_batch.common_trigrams
         special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if source.format == "document" else None
         self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens)
 

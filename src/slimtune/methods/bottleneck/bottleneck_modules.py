@@ -78,9 +78,11 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     return layers
 
 
-def find_sublayer_name(name: str, layer: nn.Module, what: Literal["attention", "feed-forward"], parallel: bool) -> str:
+def find_sublayer_name(
+    name: str, layer: nn.Module, sublayer: Literal["attention", "feed-forward"], parallel: bool
+) -> str:
     """Return the full name of the module that returns a sub-layer's output, without its residual."""
-    paths = ATTENTION if what == "attention" else FEED_FORWARD
+    paths = ATTENTION if sublayer == "attention" else FEED_FORWARD
     path = _first_submodule(layer, paths)
     module = layer.get_submodule(path) if path else None
     if module is not None and path not in ("fc2", "output.dense"):
@@ -90,10 +92,10 @@ def find_sublayer_name(name: str, layer: nn.Module, what: Literal["attention", "
             path, module = f"{path}.{output_layer}", module.get_submodule(output_layer) if output_layer else None
     if module is None:
         children = format_names(n for n, _ in layer.named_children())
-        message = f"the layer {name} ({type(layer).__name__}) has no known {what}; it has {children}"
+        message = f"the layer {name} ({type(layer).__name__}) has no known {sublayer}; it has {children}"
         raise TargetError(message, f"one of {format_names(paths)}", "name the modules to adapt in target_modules")
     if parallel and get_layer_kind(module) is not None:
-        message = f"the {what} of {name} is not a module ({path} gives its output), so its input is unknown"
+        message = f"the {sublayer} of {name} is not a module ({path} gives its output), so its input is unknown"
         raise TargetError(message, "style 'houlsby' or 'pfeiffer'")
     return f"{name}.{path}"
 

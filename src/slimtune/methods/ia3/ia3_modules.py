@@ -9,9 +9,9 @@ from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForw
 from ...core.adapters.targets import matches_regex_or_names
 
 
-def matches_name_ending(given: list[str] | str, name: str) -> bool:
+def matches_name_ending(endings: list[str] | str, name: str) -> bool:
     """Return whether a name matches: any ending does, as in PEFT, not only one that starts at a dot."""
-    return matches_regex_or_names(given, name) if isinstance(given, str) else name.endswith(tuple(given))
+    return matches_regex_or_names(endings, name) if isinstance(endings, str) else name.endswith(tuple(endings))
 
 
 class ScaledOutput(AdapterModule):

@@ -84,10 +84,10 @@ def _times_transposed(X: Tensor, W: Tensor) -> Tensor:
     return (X.reshape(-1, X.shape[-1]) @ W.t()).unflatten(0, X.shape[:2])
 
 
-def factorize_size(size: int, most: int = -1) -> tuple[int, int]:
-    """Return two factors of `size`: `most` first where it divides, else the largest factor up to `most` and √size."""
-    if most > 0 and size % most == 0:
-        return most, size // most
-    limit = math.isqrt(size) if most == -1 else min(most, math.isqrt(size))
+def factorize_size(size: int, preferred: int = -1) -> tuple[int, int]:
+    """Return factors of `size`: `preferred` first where it divides, else the largest up to `preferred` and √size."""
+    if preferred > 0 and size % preferred == 0:
+        return preferred, size // preferred
+    limit = math.isqrt(size) if preferred == -1 else min(preferred, math.isqrt(size))
     first = next(d for d in range(limit, 0, -1) if size % d == 0)
     return first, size // first
