@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings, config_field
-from ..data.rows import ROW_FORMATS
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS
 from ..foundation.json_results import to_json_dict
+from ..foundation.registry import Registry
 from .objective_registry import load_objective_class
 
 
@@ -97,7 +97,10 @@ class DataSettings(RecipeSection):
         None, "text for train.forgetting_budget, a .txt or JSONL file", when_null="the text that comes with slimtune"
     )
     format: str | None = config_field(
-        None, "format of a row", when_null="inferred from its columns", choices=ROW_FORMATS.names
+        None,
+        "format of a row",
+        when_null="inferred from its columns",
+        choices=Registry("slimtune.row_formats", "data format").names,
     )
     columns: dict[str, str] = config_field({}, "names of the format's columns in these rows", flag="--column")
     ignore_columns: list[str] = config_field(
