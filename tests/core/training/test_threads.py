@@ -60,3 +60,11 @@ def test_end_of_training_restores_the_threads(machine):
     take(6, {4: 2000, 2: 4000, 1: 3000}, share=0.4)
     count.restore()
     assert torch.get_num_threads() == 4
+
+
+def test_resumed_training_starts_with_the_threads_of_its_checkpoint(machine):
+    count, take, _ = machine
+    count.start_with(2)
+    assert take(2, {4: 2000, 2: 4000, 1: 3000}, share=0.4) == [2, 2]
+    count.start_with(8)  # written on a larger machine
+    assert take(1, {4: 2000, 2: 4000, 1: 3000}, share=0.4) == [4]

@@ -63,6 +63,7 @@ class TrainingState:
         skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
         unlogged_loss: summed training losses since they were logged; of the last checkpoint.
         unlogged_steps: how many these are.
+        threads: torch's threads on a CPU, of the last checkpoint: the bits of a step depend on them.
     """
 
     max_steps: int
@@ -80,6 +81,7 @@ class TrainingState:
     forgetting: list[tuple[int, float]] = field(default_factory=list)
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
+    threads: int | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -34,6 +34,10 @@ class ThreadCountTuner:
         self.told = False
         self.start_window()
 
+    def start_with(self, threads: int) -> None:
+        """Set the number of threads that a checkpoint was written with, at most torch's own."""
+        torch.set_num_threads(min(threads, self.most))
+
     def start_window(self) -> None:
         """Forget the measured steps."""
         self.rates: list[float] = []

@@ -110,6 +110,8 @@ class TrainingLoop:
         """
         self.model.train()
         with enable_packed_attention(self.model), self.logger.track_training(self.state):
+            if self.thread_count is not None and self.state.threads is not None:
+                self.thread_count.start_with(self.state.threads)
             try:
                 with translate_os_errors(self.run_dir.path):
                     for rows in self.remaining_steps():
@@ -368,6 +370,7 @@ class TrainingLoop:
         checkpoint.save_optimizer(folder, self.optimizer.state_dict())
         checkpoint.save_rng_state(folder)
         self.state.unlogged_loss, self.state.unlogged_steps = self.unlogged_loss.item(), self.unlogged_steps
+        self.state.threads = None if self.thread_count is None else torch.get_num_threads()
         values = {
             **asdict(self.state),
             "scheduler": self.scheduler.state_dict(),
