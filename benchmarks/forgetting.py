@@ -13,9 +13,10 @@ from typing import Any
 from slimtune.core.adapters.adapter_strength import AdapterStrength
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.forgetting_budget import group_row_numbers_by_kind, max_loss_increase
-from slimtune.core.training.loss import build_run_collator, score_supervised_rows
+from slimtune.core.training.loss import build_run_collator
 from slimtune.core.training.trained_model import load_run
 from slimtune.evaluation.general_text import read_run_text
+from slimtune.evaluation.row_scores import score_supervised_rows
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.875, 1.0)
 

@@ -6,9 +6,9 @@ import re
 import pytest
 from hand_run import TALKS, write_rows
 
-from slimtune.core.training.loss import RowScore
 from slimtune.errors import AdapterError, DataError, ModelError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.row_scores import RowScore
 from slimtune.generation.answer_queue import AnswerPiece
 
 MORE = [*TALKS, ("Define a day.", "A period of twenty-four hours, mostly misspent."), ("Define dawn.", "Too early.")]

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.core.adapters.peft_model import PeftModel
-from slimtune.core.training.loss import RowScore
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.forgetting import measure_forgetting
 from slimtune.evaluation.general_text import BUILT_IN_TEXT, WINDOW, read_general_text, tokenize_general_text
+from slimtune.evaluation.row_scores import RowScore
 
 
 @pytest.fixture

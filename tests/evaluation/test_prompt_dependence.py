@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.core.training.loss import RowScore
 from slimtune.evaluation.prompt_dependence import measure_prompt_dependence, shuffle_prompts
+from slimtune.evaluation.row_scores import RowScore
 
 TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 

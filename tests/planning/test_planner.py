@@ -16,8 +16,6 @@ from slimtune.core.data.collator import Collator
 from slimtune.core.data.example_lengths import (
     RowContent,
     measure_example_length,
-    remove_prefix_sharing,
-    resize_example_rows,
 )
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import BaseConfig, load_base_config
@@ -25,6 +23,7 @@ from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name, make_gpu_with_memory
 from slimtune.planning.memory_trace import estimate_sharding_savings, make_dummy_examples
+from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
 from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.plan_result import PARTS
 from slimtune.planning.planner import (

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from ..core.data.collator import Example
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
-from ..core.training.loss import RowScore
 from .eval_result import ForgettingMeasures, LossChange
+from .row_scores import RowScore
 from .statistics import paired_bootstrap
 
 DEFAULT_BUDGET = 0.1

@@ -15,10 +15,10 @@ from ..core.data.class_labels import ClassLabels
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.progress_bars import prefix_progress_name
-from ..core.training.loss import RowScore, score_supervised_rows
 from ..core.training.objective import Objective
 from ..errors import AdapterError, ModelError, format_names
 from .eval_result import EvalMeasures, EvalResult
+from .row_scores import RowScore, score_supervised_rows
 from .statistics import PairedEstimate, paired_bootstrap
 
 Measures = TypeVar("Measures", bound=EvalMeasures)

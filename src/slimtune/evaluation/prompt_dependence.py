@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..core.data.collator import IGNORE_INDEX, Example
-from ..core.training.loss import RowScore
 from .eval_result import PromptDependence
+from .row_scores import RowScore
 from .statistics import paired_bootstrap
 
 MAX_ROWS = 256

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.progress_bars import prefix_progress_name
-from ..core.training.loss import RowScore
 from .eval_result import LossMeasures, SFTEvalResult, SFTMeasures
 from .model_comparison import ModelComparison, RowFigures
 from .prompt_dependence import MIN_DEPENDENCE, measure_prompt_dependence, shuffle_prompts
+from .row_scores import RowScore
 from .statistics import compute_perplexity, format_interval
 
 

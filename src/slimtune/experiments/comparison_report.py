@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.config.objective_registry import load_objective_class
 from ..core.foundation.files import parse_json, read_json, read_regular_file
-from ..core.foundation.formatting import format_bytes, format_duration, format_markdown_table
+from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from ..evaluation.estimate import Estimate
@@ -17,6 +17,7 @@ from ..evaluation.eval_result import TextEvalResult, read_eval_result
 from ..evaluation.statistics import estimate_mean_difference, holm_correction, mark_pareto_optimal
 from .candidates import ComparisonCandidate
 from .experiment_results import COSTS, ComparedMethod, CompareResult, Cost, MethodPreferences, PairedDifference
+from .markdown_table import format_markdown_table
 from .method_advice import SIGNIFICANCE
 from .run_grid import ComparisonGrid
 

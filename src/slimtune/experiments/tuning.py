@@ -17,7 +17,7 @@ from ..core.adapters.method_registry import get_method_config_class
 from ..core.config import Recipe
 from ..core.config.recipe_loading import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
-from ..core.foundation.formatting import format_duration, format_markdown_table
+from ..core.foundation.formatting import format_duration
 from ..core.foundation.json_results import to_json_dict
 from ..core.training.base_model import read_hidden_size
 from ..core.training.datasets import load_training_datasets
@@ -29,6 +29,7 @@ from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
 from .experiment_output_dir import lock_output_dir_and_write_settings
 from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
+from .markdown_table import format_markdown_table
 from .run_grid import ComparisonGrid
 from .search import SettingsSearch, find_best_trial, run_settings_search
 from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges

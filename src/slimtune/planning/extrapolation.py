@@ -22,13 +22,14 @@ import torch
 
 from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, get_padded_length
-from ..core.data.example_lengths import ExampleLength, count_packed_tokens, count_row_tokens
+from ..core.data.example_lengths import ExampleLength, count_row_tokens
 from ..core.foundation.device import simulate_device
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
 from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
 from .fake_tensors import list_module_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_merge_peak, trace_training_step
+from .packed_lengths import count_packed_tokens
 from .plan_request import TrainingJob
 from .trace_cache import load_or_compute_trace
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Literal
 
 from ..core.foundation.formatting import GIB, format_bytes
-from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES, is_bf16_default
+from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES
 from ..errors import UsageError, format_names
 from ..extras.product_names import suggest_similar_name
 from .interval import Interval
@@ -96,7 +96,7 @@ class GpuSpec:
         if self.auto_bf16 is not None:
             return self.auto_bf16
         # torch says that every AMD GPU has it, also those that emulate it.
-        return is_bf16_default(self.device, self.rates is None or self.vendor == "amd" or "bfloat16" in self.rates)
+        return self.device == "mps" or self.rates is None or self.vendor == "amd" or "bfloat16" in self.rates
 
     @property
     def trains(self) -> bool:

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..core.attention.attention_functions import enable_packed_attention
 from ..core.data.collator import Collator, Example
-from ..core.data.example_lengths import count_packed_tokens
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
 from ..core.foundation.device import count_peak_memory, reset_peak_memory
@@ -16,6 +15,7 @@ from ..core.foundation.formatting import format_bytes
 from ..core.kernels.dropout import preserve_rng_state
 from ..core.training.loss import forward_backward, move_batch_to_device
 from ..core.training.prepared_run import MemoryPlan, PreparedRun, get_planned_bytes_range
+from .packed_lengths import count_packed_tokens
 
 
 def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> None:

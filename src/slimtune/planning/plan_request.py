@@ -17,9 +17,7 @@ from ..core.data.example_lengths import (
     ALL_SUPERVISED,
     ExampleLength,
     RowContent,
-    count_packed_tokens,
     count_row_tokens,
-    remove_prefix_sharing,
 )
 from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
@@ -28,6 +26,7 @@ from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
 from .meta_model import build_adapted_meta_model
+from .packed_lengths import count_packed_tokens, remove_prefix_sharing
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""

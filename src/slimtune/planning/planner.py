@@ -15,10 +15,7 @@ from ..core.adapters.quantized_layers import count_parameters
 from ..core.attention.attention_functions import packing_unsupported_reason
 from ..core.data.example_lengths import (
     ExampleLength,
-    count_packed_tokens,
     count_row_tokens,
-    remove_prefix_sharing,
-    resize_example_rows,
 )
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
@@ -29,6 +26,7 @@ from .extrapolation import MemoryFormula, extrapolate_merge_peak, extrapolate_st
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings
+from .packed_lengths import count_packed_tokens, remove_prefix_sharing, resize_example_rows
 from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
 from .throughput import estimate_training_speed

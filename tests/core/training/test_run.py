@@ -16,11 +16,11 @@ from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.training import checkpoint
 from slimtune.core.training.datasets import tokenize_recipe_datasets
-from slimtune.core.training.loss import score_supervised_rows
 from slimtune.core.training.train import train
 from slimtune.core.training.trained_model import load_run
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import RunError, UsageError
+from slimtune.evaluation.row_scores import score_supervised_rows
 
 
 def test_files_and_result(whole_run):

@@ -2,7 +2,6 @@
 
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Sequence
 
 GIB = 1 << 30
 _CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -62,10 +61,3 @@ def format_duration(s: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
-
-
-def format_markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = ()) -> str:
-    """Return a table in Markdown; columns are aligned to the right, except those whose numbers are `left`."""
-    alignment = [" --- " if i in left else " ---: " for i in range(len(heads))]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], f"|{'|'.join(alignment)}|", *lines[1:]])

@@ -5,8 +5,3 @@ from typing import Literal
 VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "apple": "mps"}
 """Kind of device that torch has for the GPUs of a vendor that training runs on."""
 NO_XPU = "slimtune does not train on Intel GPUs (torch's device xpu): no run was ever tested on one"
-
-
-def is_bf16_default(device_type: str, in_hardware: bool) -> bool:
-    """Return whether "auto" is bfloat16 on another machine, by the kind of its device and what its hardware has."""
-    return device_type == "mps" or in_hardware

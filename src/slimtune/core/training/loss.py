@@ -8,7 +8,7 @@ and planning all run these functions; the objective (`objectives/`) is cross-ent
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ from ..data.collator import IGNORE_INDEX, Collator
 from ..data.example_types import Batch, Example
 from ..foundation.device import count_free_memory
 from ..foundation.progress_bars import track_progress
-from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import (
     LMHead,
@@ -103,19 +102,11 @@ def compute_token_nll(model: Any, batch: Batch) -> Tensor:
 
     If the batch has a `layout`, call this inside `enable_packed_attention(model)`, and the backward pass, too.
     """
-    head, h = _head_and_inputs(model, batch)
+    head, h = compute_head_inputs(model, batch)
     if head is None:
         logits = h.to(torch.promote_types(h.dtype, torch.float32))
         return F.cross_entropy(logits, batch["targets"], reduction="none")
     return head.target_nll(h, batch["targets"])
-
-
-def _compute_token_nll_and_accuracy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return `compute_token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
-    head, h = _head_and_inputs(model, batch)
-    if head is None:
-        return nll_and_accuracy(h, lambda logits: logits, batch["targets"], h.shape[-1])
-    return head.nll_and_accuracy(h, batch["targets"])
 
 
 def _model_inputs(batch: Batch) -> ModelInputs:
@@ -128,7 +119,7 @@ def _model_inputs(batch: Batch) -> ModelInputs:
     return inputs
 
 
-def _head_and_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
+def compute_head_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
     inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
     head = get_lm_head(model)
@@ -205,26 +196,6 @@ def forward_backward(
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-class RowScore(NamedTuple):
-    """One row: summed −log p of its supervised tokens, how many are the model's likeliest token, and their number."""
-
-    nats: float
-    hits: int
-    tokens: int
-
-
-def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
-    """Return the score of each row, in the order given; arguments as for `score_examples`."""
-
-    def measure(batch: Batch) -> Tensor:
-        values = torch.stack([v.double() for v in _compute_token_nll_and_accuracy(model, batch)])
-        rows = values.split(batch["row_targets"], dim=1)
-        return torch.stack([torch.stack([*row.sum(1), row.new_tensor(row.shape[1])]) for row in rows])
-
-    scores = score_examples(model, examples, collator, measure)
-    return [RowScore(scores[i][0], int(scores[i][1]), int(scores[i][2])) for i in range(len(examples))]
 
 
 def score_objective(

@@ -80,7 +80,7 @@ def prepare_run(
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
-        plan = distributed.run_on_main_and_broadcast(lambda: planner(recipe, lengths, data.train.content))
+        plan = distributed.runs_on_main(planner)(recipe, lengths, data.train.content)
 
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)
