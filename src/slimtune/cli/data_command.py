@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 from typer import Argument, Option
 
-from ..core.foundation.files import resolve_output_file, write_atomic
+from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import escape_control_characters
 from ..errors import DataError
+from ..evaluation.output_files import resolve_output_file
 from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_fields, print_progress
 from .input_checks import ROW_SETTINGS, require_base_exists, require_rows_exist
 from .options import add_recipe_flags

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from ..core.foundation.files import resolve_output_file, write_atomic
+from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count
 from ..errors import UsageError
+from ..evaluation.output_files import resolve_output_file
 from .common import Json, make_console, make_table, print_fields
 from .options import add_recipe_flags
 from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs, load_runs_to_plan

@@ -16,9 +16,10 @@ from typing import Any, TypeGuard
 import jinja2
 from markupsafe import Markup
 
-from ..core.foundation.files import resolve_output_file, write_atomic
+from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_install_command, format_names
+from .output_files import resolve_output_file
 
 BOX = 1000.0
 MAX_POINTS = 300

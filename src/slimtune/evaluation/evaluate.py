@@ -23,7 +23,7 @@ from ..core.data.rows import Row, split_into_answer_rows
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
-from ..core.foundation.files import resolve_output_file, write_json
+from ..core.foundation.files import write_json
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.models.base_config import get_max_positions
@@ -56,6 +56,7 @@ from .generated_answers import (
 from .judge import build_answer_judge, judge_answer_pairs, measure_win_rate
 from .lm_eval import load_lm_eval_task_manager, run_lm_eval_tasks
 from .model_comparison import ModelComparison
+from .output_files import resolve_output_file
 from .preference_comparison import KTOComparison, PreferenceComparison
 from .run_report import write_run_report
 from .sft_comparison import SFTComparison

@@ -13,7 +13,7 @@ import torch
 from ..core.config import TrainSettings
 from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
 from ..core.data.tokenize import tokenize_rows
-from ..core.foundation.files import resolve_output_file, to_json, write_atomic
+from ..core.foundation.files import to_json, write_atomic
 from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import get_max_positions
@@ -22,6 +22,7 @@ from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_columns import parse_record_as_row
 from ..extras.row_files import find_data_files
+from .output_files import resolve_output_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..core.config import Recipe
-from ..core.foundation.files import resolve_output_file, write_atomic
+from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
 from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_eval_split
@@ -43,6 +43,7 @@ from .eval_result import (
     RewardMeasures,
     SFTMeasures,
 )
+from .output_files import resolve_output_file
 from .result_lines import (
     ResultTable,
     describe_win_rate,

@@ -14,18 +14,18 @@ import torch
 from error_facts import has_code
 
 from slimtune.core.foundation import files
-from slimtune.core.foundation.files import (  # fmt: skip
+from slimtune.core.foundation.files import (
     atomic_folder,
     explain_os_error,
     parse_json,
     read_json,
-    resolve_output_file,
     to_json,
     write_atomic,
     write_json,
 )
 from slimtune.core.training.run_dir import RunDir
 from slimtune.errors import AdapterError, RunError, SlimtuneError, UsageError
+from slimtune.evaluation.output_files import resolve_output_file
 
 
 def fail(code: int):
