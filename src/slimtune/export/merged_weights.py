@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..core.adapters.adapted_layer import ADDED_CHILDREN
-from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
-from ..core.adapters.model_with_adapters import mark_embeddings_untied
+from ..core.adapters.merging import mark_embeddings_untied, merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.adapters.quantized_layers import find_cpu_repacking_layers, keep_differentiable_4bit_layout
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress

@@ -1,5 +1,6 @@
 """Merging: adapters are added to a layer's parameters; `unmerge_adapters_from_layer` puts the original ones back."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,3 +92,41 @@ def unmerge_adapters_from_layer(module: AdaptedLayer) -> None:
         for n, tensor in module.original_parameters.items():
             (module._buffers if n in module._buffers else module._parameters)[n] = tensor
         module.__dict__.update(original_parameters=None, merged_names=())
+
+
+def find_tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters that are one tensor, in groups of two and more."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def copy_separated_ties(model: Any, tied: Iterable[list[str]]) -> None:
+    """Give a base whose `tied` parameters are no longer all one tensor a tensor for each, and say so in its config.
+
+    Saving writes tensors that share memory once, and a config cannot say that only some are tied (T5, BART).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    groups = [[name for name in group if name in parameters] for group in tied]  # the adapters' own are gone
+    separated = [group for group in groups if len({id(parameters[name]) for name in group}) > 1]
+    if separated:
+        mark_embeddings_untied(model)
+    for group in separated:
+        seen = {id(parameters[group[0]])}
+        for name in group[1:]:
+            if id(parameters[name]) in seen:
+                outer, _, last = name.rpartition(".")
+                model.get_submodule(outer)._parameters[last] = copy.deepcopy(parameters[name])
+            seen.add(id(parameters[name]))
+
+
+def mark_embeddings_untied(model: Any) -> None:
+    """Record in the config that input and output embeddings are two tensors, so that saving writes both."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -5,7 +5,6 @@ It is mixed into the class of the base: see `peft_model.py`. `unload()` returns 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,13 @@ from .active_adapters import BASE_ROW, ActiveAdapters
 from .adapter_module import AdapterModule, MergeUnsupported, ReversibleBaseChange
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassFactory
-from .merging import merge_adapters_into_layer, retie_equal_merged_parameters, unmerge_adapters_from_layer
+from .merging import (
+    copy_separated_ties,
+    find_tied_names,
+    merge_adapters_into_layer,
+    retie_equal_merged_parameters,
+    unmerge_adapters_from_layer,
+)
 from .peft_config import PeftConfig
 from .quantized_layers import count_parameters, keep_differentiable_4bit_layout
 from .targets import TargetMatches, find_modules_tied_to_embedding, match_targets, matches_regex_or_names
@@ -322,25 +327,11 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
         """Merge for good and return the plain base: its own class, no adapters, changed weights."""
-        names: dict[int, list[str]] = {}
-        for n, p in self.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(n)
-        tied = [group for group in names.values() if len(group) > 1]
+        tied = find_tied_names(self)
         self.unmerge_adapter()
         self.merge_adapter(adapter_names, safe_merge)
-        merged = dict(self.named_parameters(remove_duplicate=False))
         model = self._restore_base_class()
-        split = [group for group in tied if len({id(merged[n]) for n in group}) > 1]
-        if split:
-            mark_embeddings_untied(model)
-        for group in split:
-            # Saving writes tensors that share memory once, and a config cannot say that only some are tied (T5, BART).
-            seen = {id(merged[group[0]])}
-            for name in group[1:]:
-                if id(merged[name]) in seen:
-                    outer, _, last = name.rpartition(".")
-                    model.get_submodule(outer)._parameters[last] = copy.deepcopy(merged[name])
-                seen.add(id(merged[name]))
+        copy_separated_ties(model, tied)
         return model
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -426,14 +417,3 @@ def _require_one_with_biases(configs: Iterable[Any]) -> None:
         message = f"{count} adapters would train the base's biases"
         hint = "adapters with biases that were saved can be loaded together: load_adapter"
         raise UsageError(message, 'bias="none" for all but one', hint)
-
-
-def mark_embeddings_untied(model: Any) -> None:
-    """Record in the config that input and output embeddings are two tensors, so that saving writes both."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
