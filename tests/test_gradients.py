@@ -39,8 +39,14 @@ WAYS = {
 }
 WORST: dict[tuple[str, torch.dtype], float] = {}
 
-every_model = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2"])
-every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "fp64"])
+NAMES = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
+every_model = pytest.mark.parametrize("name", NAMES)
+every_model_and_dtype = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float64) for name in NAMES] + [(name, torch.float32) for name in ("llama", "gemma2")],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+"""Every model in fp64; in fp32 one whose attention is fused, and one that is eager."""
 
 
 def build(name, dtype, *, r=4, alpha=5, drop=0.0):
@@ -109,8 +115,7 @@ CASES = {
 }
 
 
-@every_dtype
-@every_model
+@every_model_and_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_common_prefixes(case, name, dtype):
     batch = Collator(0, layout=True)(CASES[case])
@@ -178,8 +183,7 @@ def trees(draw):
     return [*rows, row(some(12, 7), range(4, 12))]
 
 
-@every_dtype
-@every_model
+@every_model_and_dtype
 @settings(max_examples=5, derandomize=True)  # rounding has a tail: of 400 examples in fp32 the largest is 3e-6
 @given(rows=trees(), r=st.integers(1, 8), scale=st.floats(0.2, 2))
 def test_any_rows(name, dtype, rows, r, scale):
@@ -189,8 +193,7 @@ def test_any_rows(name, dtype, rows, r, scale):
 # --- dropout and activation checkpointing -----------------------------------------------------------------------------
 
 
-@every_dtype
-@every_model
+@every_model_and_dtype
 @settings(max_examples=4, derandomize=True)
 @given(seed=st.integers(0, 999), r=st.integers(1, 8), drop=st.sampled_from([0.1, 0.5]))
 def test_fused_dropout(name, dtype, seed, r, drop):
@@ -210,8 +213,7 @@ def test_fused_dropout(name, dtype, seed, r, drop):
         assert largest_relative_error(get_gradients(model, run), expected) > 1e-3
 
 
-@every_dtype
-@every_model
+@every_model_and_dtype
 @pytest.mark.parametrize("drop", [0.0, 0.1])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_checkpointed(name, dtype, drop):

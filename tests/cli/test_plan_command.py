@@ -280,7 +280,6 @@ def test_json(slimtune_json):
     assert one["cost"]["prices"] == []
     assert [p["method"] for p in one["plans"]] == ["lora"]
     several = slimtune_json(*BASE, "--method", "lora,ia3")
-    assert set(several) == {"model", "card", "plans", "unfit", "serve", "plot", "recipe"}
     assert [p["verdict"] for p in several["plans"]] == ["fits", "tight"]
     assert several["plans"][0]["cost"]["prices"][0]["card"] == "rtx-3090"
 

@@ -99,9 +99,7 @@ def test_gradient_is_the_derivative(method, base):
             assert (found[name] * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
-@pytest.mark.parametrize(
-    ("other", "width", "dtype"), [(False, 32, torch.float32), (True, 24, torch.bfloat16), (False, 16, torch.float64)]
-)
+@pytest.mark.parametrize(("other", "width", "dtype"), [(False, 32, torch.float32), (True, 24, torch.bfloat16)])
 def test_saved_and_loaded_is_the_same(method, tmp_path, other, width, dtype):
     def base():
         return llama(dtype=dtype, layers=2, hidden_size=width, intermediate_size=width + 8)
