@@ -32,9 +32,8 @@ def find_missing_inputs(
     from ..core.adapters.config_fields import FieldError
     from ..core.config.recipe_loading import find_missing_data_files
 
-    data, model = (
-        recipe_tree[name] if isinstance(recipe_tree.get(name), Mapping) else {} for name in ("data", "model")
-    )
+    sections = (recipe_tree.get(name) for name in ("data", "model"))
+    data, model = (section if isinstance(section, Mapping) else {} for section in sections)
     errors = find_missing_data_files(data) if need_rows else []
     try:
         if isinstance(name := model.get("name"), str) and name:

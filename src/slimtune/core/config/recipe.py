@@ -82,9 +82,8 @@ class Recipe(RecipeSection):
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
-        return get_method_config_class(self.method.name)(
-            **{"task_type": self.objective().task_type, **self.method.settings}
-        )
+        settings = {"task_type": self.objective().task_type, **self.method.settings}
+        return get_method_config_class(self.method.name)(**settings)
 
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""
