@@ -3,6 +3,9 @@
 `pytest tests/cli/test_screens.py --update-screens` writes them anew; look at each change before you commit it. A file
 holds the command, its exit code, and stdout and stderr, or what a pseudo-terminal shows, with its colors as escape
 sequences: `cat` shows them. Times, memory, versions and paths are replaced.
+
+Other tests compare a sentence or a table with a file there by the fixture `screen`, which the same flag writes anew:
+wording is asserted nowhere else (tests/test_structure.py).
 """
 
 import contextlib
