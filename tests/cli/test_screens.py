@@ -5,7 +5,7 @@ holds the command, its exit code, and stdout and stderr, or what a pseudo-termin
 sequences: `cat` shows them. Times, memory, versions and paths are replaced.
 
 Other tests compare a sentence or a table with a file there by the fixture `screen`, which the same flag writes anew:
-wording is asserted nowhere else (tests/test_structure.py).
+wording is asserted hardly anywhere else (tests/test_structure.py counts it).
 """
 
 import contextlib
