@@ -89,7 +89,12 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     from slimtune.core.data.tokenize import tokenize_dataset
     from slimtune.core.foundation.device import disable_malloc_trim
     from slimtune.core.models.loader import load_base
-    from slimtune.core.training.loss import choose_micro_batch_tokens, forward_backward, make_collator, score_row_logps
+    from slimtune.core.training.loss import (
+        choose_micro_batch_tokens,
+        forward_backward,
+        make_collator,
+        score_row_logps_by_example,
+    )
     from slimtune.core.training.memory_savings import apply_memory_savings
 
     disable_peft_registration()
@@ -105,7 +110,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     )
     started = time.perf_counter()
     with model.disable_adapter():
-        reference = score_row_logps(model, data, collator)
+        reference = score_row_logps_by_example(model, data, collator)
     prepare = time.perf_counter() - started
     examples = [e | {"reference": reference[i]} for i, e in enumerate(data)]
     objective: Any = load_objective_class("dpo")(beta=BETA)

@@ -90,7 +90,7 @@ class ConfigError(UsageError):
     code = "method-setting"
 
 
-class ConfigFieldError(ConfigError, TypeError):
+class UnknownOrMissingFieldError(ConfigError, TypeError):
     """A config has no such field, or a file lacks a required one."""
 
 

@@ -75,7 +75,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return WorkerResult("" if len(files) > 1 else failed.pop(str(files[0]), ""), False, 0.0, failed)
 
     monkeypatch.setattr(compare, "estimate_resources", plan_once)
-    monkeypatch.setattr(compare, "write_comparison_chart", lambda *_: None)
+    monkeypatch.setattr(compare, "write_score_cost_chart", lambda *_: None)
     monkeypatch.setattr(compare, "run_worker_process", launch_worker)
     monkeypatch.setattr("slimtune.experiments.search.run_worker_process", launch_worker)
     return started

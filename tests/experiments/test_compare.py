@@ -19,7 +19,7 @@ from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.comparison import run_comparison
-from slimtune.experiments.comparison_chart import write_comparison_chart
+from slimtune.experiments.comparison_chart import write_score_cost_chart
 from slimtune.experiments.experiment_output_dir import SETTINGS_FILE
 from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, FailedRun, LeftOutMethod
 from slimtune.experiments.run_worker import WorkerResult
@@ -42,7 +42,7 @@ def by_method(result: CompareResult) -> dict[str, ComparedMethod]:
 @pytest.mark.slow
 def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     log: list[str] = []
-    monkeypatch.setattr(module, "write_comparison_chart", write_comparison_chart)
+    monkeypatch.setattr(module, "write_score_cost_chart", write_score_cost_chart)
     result = run_comparison(grid("lora", "ia3"), log.append, plot=tmp_path / "p.png")
     assert in_process == ["lora-7", "ia3-7", "lora-8", "ia3-8"]
     out = tmp_path / "c"

@@ -9,7 +9,7 @@ from slimtune.errors import UsageError
 from slimtune.experiments import comparison as module
 from slimtune.experiments.candidates import build_candidates
 from slimtune.experiments.comparison import run_comparison
-from slimtune.experiments.comparison_chart import write_comparison_chart
+from slimtune.experiments.comparison_chart import write_score_cost_chart
 from slimtune.experiments.run_grid import build_comparison_grid
 
 RECIPE = {"method": {"name": "lora", "rank": 4}, "task": {"name": "dpo", "beta": 0.2}}
@@ -44,7 +44,7 @@ def test_wrong_tasks(tasks, overrides, message):
 
 @pytest.mark.slow
 def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "write_comparison_chart", write_comparison_chart)
+    monkeypatch.setattr(module, "write_score_cost_chart", write_score_cost_chart)
     for name, start, count in (("train", 0, 24), ("test", 100, 12)):
         rows = [
             {"prompt": f"say {i}: ", "chosen": "abc " * (1 + i % 4), "rejected": "xyz " * (1 + i % 3)}

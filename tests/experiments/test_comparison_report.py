@@ -3,7 +3,11 @@
 import pytest
 from hand_results import make_comparison, make_difference, make_method
 
-from slimtune.experiments.comparison_report import format_comparison_markdown, format_comparison_row, mark_pareto_fronts
+from slimtune.experiments.comparison_report import (
+    format_comparison_markdown,
+    make_comparison_row_cells,
+    mark_pareto_fronts,
+)
 from slimtune.experiments.experiment_results import LearningRateSearch
 from slimtune.experiments.method_advice import choose_best_method, format_method_advice
 
@@ -44,7 +48,7 @@ def test_markdown_table(incomplete, screen):
     lora = make_method("lora", 0.5, front=["memory", "size"], seeds=[1] if incomplete else [1, 2])
     searched = {"lora": LearningRateSearch(rate=2e-4, at_the_edge=incomplete, trials=[])}
     result = make_comparison(lora, make_method("ia3", 0.4, seeds=[1, 2]), searched=searched)
-    assert format_comparison_row(lora) == (
+    assert make_comparison_row_cells(lora) == (
         "lora", "0.0002 default", "1.25 %", "10.0 MiB", "2.0 GiB", "1 min 0 s", "4.000", "0.500 [0.480, 0.520]",
         "memory, size",
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from slimtune.core.attention.attention_functions import enable_packed_attention
-from slimtune.core.training.loss import compute_step_loss, score_row_logps
+from slimtune.core.training.loss import compute_step_loss, score_row_logps_by_example
 
 
 def get_gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -15,7 +15,7 @@ def get_gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def score_rows(model, examples, collator):
-    logps = score_row_logps(model.get_base_model(), examples, collator)
+    logps = score_row_logps_by_example(model.get_base_model(), examples, collator)
     return [logps[i] for i in range(len(examples))]
 
 

@@ -31,7 +31,7 @@ def set_machine(monkeypatch, *, cuda=None, bf16=False, mps=False, macos14=True, 
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: macos14)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
-    monkeypatch.setattr(dtypes, "read_cpu_flags", lambda: cpu_flags.split())
+    monkeypatch.setattr(dtypes, "read_linux_cpu_flags", lambda: cpu_flags.split())
 
 
 def trained(device="auto"):

@@ -53,7 +53,7 @@ def choose_machine(
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, RankedOffer
     from ..hardware.machine_choice import make_machine_offer, rank_machines
-    from ..hardware.run_cost import format_hours, list_rent_prices
+    from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import list_gpu_specs, load_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
@@ -84,7 +84,7 @@ def choose_machine(
         names = {g.name: g.name + (MARK if g.vendor in vendors else "") for g in gpus}
         screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
         if mine is not None and here is not None and here.measured is not None:
-            time = f", {format_hours(mine.cost.hours)}" if mine.cost is not None else ""
+            time = f", {format_hours_range(mine.cost.hours)}" if mine.cost is not None else ""
             screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
         for way, ranked in picks.items():
             if (way == "buy" and owned) or (way == "rent" and rented):
@@ -121,7 +121,7 @@ def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -
 
 
 def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> Any:
-    from ..hardware.run_cost import format_dollars, format_hours
+    from ..hardware.run_cost import format_dollars, format_hours_range
     from ..planning.interval import format_interval_compact, format_three_digits
 
     rows = []
@@ -131,7 +131,7 @@ def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]
         kwh = format_interval_compact(cost.kwh if cost else None, "{:.2g}".format)
         power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
         writes = format_interval_compact(m.serving.decode if m.serving else None, format_three_digits)
-        time = format_hours(cost.hours if cost else None)
+        time = format_hours_range(cost.hours if cost else None)
         rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, time, power, writes))
     headings = ("price" if way == "buy" else "rent", "the run", "power" if ranked[0].electricity_dollars else "kWh")
     return make_table("machine", "GiB", *headings, "an 8B, t/s", rows=rows)
@@ -163,7 +163,7 @@ def cost_comparison(
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
     from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalCost, ServiceCost
     from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
-    from ..hardware.run_cost import format_hours, list_rent_prices
+    from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import find_gpu_by_name, format_source_date, require_trainable_gpu
     from ..planning.interval import Interval
 
@@ -203,7 +203,7 @@ def cost_comparison(
     if not as_json:
         screen = make_console()
         where = f"{jobs.model.name} with {estimate.method} on {spec.name}, {format_count(count)} tokens"
-        screen.print(f"{where}: {format_hours(hours)}\n")
+        screen.print(f"{where}: {format_hours_range(hours)}\n")
         screen.print(_cost_table(result, kwh_price))
         screen.print(f"\n{_explain_break_even(result)}")
         if spec.kind not in WHOLE_MACHINES:

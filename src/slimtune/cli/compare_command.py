@@ -59,13 +59,17 @@ def compare_methods(
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
     from ..core.config.recipe import load_validated_recipe_tree
     from ..evaluation.charts import require_figure_path
-    from ..experiments.candidates import build_candidates, resolve_candidate_labels, split_candidate_settings
+    from ..experiments.candidates import (
+        build_candidates,
+        resolve_candidate_labels,
+        separate_recipe_and_candidate_settings,
+    )
 
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
-    recipe_settings, method_settings = split_candidate_settings(settings.items())
+    recipe_settings, method_settings = separate_recipe_and_candidate_settings(settings.items())
     resolve_candidate_labels(names, method_settings, tasks=tasks is not None)
     tree = load_validated_recipe_tree(recipe, recipe_settings, find_missing_inputs)
     from ..experiments import comparison as comparison

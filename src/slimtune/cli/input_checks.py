@@ -66,9 +66,9 @@ def require_run_exists(path: Path) -> None:
 def require_rows_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.training.run_dir import RunDir
-    from ..extras.row_files import find_data_files
+    from ..extras.row_files import find_data_file_readers
 
     if path is not None:
         if run is not None and RunDir(run).recipe_file.is_file():
             format = RunDir(run).load_recipe().data.format
-        find_data_files(Path(path), format)
+        find_data_file_readers(Path(path), format)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.training.loss import compute_row_logits, score_examples, score_objective
-from ..objectives.classification import compute_label_losses
+from ..objectives.classification import compute_weighted_label_losses
 from .eval_result import (
     BaselineComparisonMeasures,
     ClassificationEvalResult,
@@ -96,7 +96,7 @@ def _measure_against_baseline(
 def _score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return the logits of each row and its unweighted loss [N, classes + 1]."""
     logits = compute_row_logits(model, batch)
-    losses = compute_label_losses(logits, {**batch, "label_weight": batch["label_weight"] * 0 + 1}).view(
+    losses = compute_weighted_label_losses(logits, {**batch, "label_weight": batch["label_weight"] * 0 + 1}).view(
         len(logits), -1
     )
     return torch.cat([logits, losses.mean(1, keepdim=True)], dim=1).double()

@@ -13,7 +13,7 @@ from ..core.adapters.adapter_strength import find_trained_and_no_op_tensors
 from ..core.data.chat_template import encode_chat
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
-from ..core.foundation.formatting import shorten_text
+from ..core.foundation.formatting import truncate_noting_length
 from ..core.models.base_config import get_max_positions
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
 from ..core.training.loss import count_supervised_targets
@@ -55,7 +55,7 @@ def read_general_text(file: Path) -> list[GeneralTextPiece]:
         elif (piece := _parse_piece(*found)) is not None:
             pieces.append(piece)
         else:
-            errors.add(found[0], f"is neither a text nor messages: {shorten_text(str(found[1]))}")
+            errors.add(found[0], f"is neither a text nor messages: {truncate_noting_length(str(found[1]))}")
         if errors.full:
             break
     if not pieces and not errors.messages:

@@ -21,7 +21,7 @@ from ..core.training.loss import build_run_collator, compute_row_logits, score_e
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_columns import parse_record_as_row
-from ..extras.row_files import find_data_files
+from ..extras.row_files import find_data_file_readers
 from .output_files import resolve_output_file
 
 
@@ -99,7 +99,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
-    for file, read in find_data_files(path):
+    for file, read in find_data_file_readers(path):
         for found in read():
             row = found if isinstance(found, InvalidRow) else parse_prediction_input(found[1], found[0], file)
             if isinstance(row, InvalidRow):

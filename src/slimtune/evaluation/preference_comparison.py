@@ -24,7 +24,7 @@ import numpy as np
 
 from ..core.data.tokenized_dataset import AnswerSubset, Example, split_example_rows
 from ..core.foundation.progress_bars import prefix_progress_name
-from ..core.training.loss import count_supervised_targets, score_row_logps
+from ..core.training.loss import count_supervised_targets, score_row_logps_by_example
 from ..errors import DataError
 from ..objectives.pair_objective import list_better_and_worse_rows
 from .estimate import Estimate
@@ -51,9 +51,9 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
         with prefix_progress_name("tuned model"):
-            tuned = score_row_logps(self.model, self.examples, self.collator)
+            tuned = score_row_logps_by_example(self.model, self.examples, self.collator)
         with self.model.disable_adapter(), prefix_progress_name("base"):
-            base = score_row_logps(self.model, self.examples, self.collator)
+            base = score_row_logps_by_example(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
         measures, figures, _ = measure_base_and_tuned_losses(self, AnswerSubset(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)

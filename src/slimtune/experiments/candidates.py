@@ -131,11 +131,13 @@ def _set_rate(candidate: ComparisonCandidate, given: Any) -> ComparisonCandidate
     return dataclasses.replace(candidate, learning_rate=rate, rate_source="given")
 
 
-def split_candidate_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def separate_recipe_and_candidate_settings(
+    set_pairs: Iterable[tuple[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split `--set` pairs into those of the recipe and those of single candidates."""
     of_recipe: dict[str, Any] = {}
     of_candidates: dict[str, Any] = {}
-    for path, value in pairs:
+    for path, value in set_pairs:
         section, dot, _ = path.partition(".")
         is_recipe = section in SECTIONS or (not dot and path in SHORT_SECTIONS)
         (of_recipe if is_recipe else of_candidates)[path] = value

@@ -21,7 +21,7 @@ from ..planning.plan_request import build_plan_request
 from ..planning.planner import estimate_resources
 from ..planning.this_machine import detect_gpu
 from .candidates import ComparisonCandidate
-from .comparison_chart import write_comparison_chart
+from .comparison_chart import write_score_cost_chart
 from .comparison_report import (
     compare_candidate_pairs,
     format_comparison_markdown,
@@ -80,7 +80,7 @@ def run_comparison(
             write_atomic(grid.output_dir / "table.md", format_comparison_markdown(result))
             if result.methods:
                 for file in filter(None, (grid.output_dir / "compare.svg", plot)):
-                    write_comparison_chart(result, file)
+                    write_score_cost_chart(result, file)
     return result
 
 

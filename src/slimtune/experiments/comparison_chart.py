@@ -38,7 +38,7 @@ def _open_figure(path: Path, width: float, height: float, title: str) -> Iterato
         save_figure(figure, path)
 
 
-def write_comparison_chart(result: CompareResult, path: Path) -> None:
+def write_score_cost_chart(result: CompareResult, path: Path) -> None:
     """Draw what ranks the methods against each cost into a `.svg` or `.png`."""
     methods = result.methods
     height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)

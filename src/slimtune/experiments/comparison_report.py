@@ -228,7 +228,7 @@ def compare_candidate_pairs(candidates: Sequence[FinishedCandidateRuns]) -> list
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def format_comparison_row(method: ComparedMethod) -> tuple[str, ...]:
+def make_comparison_row_cells(method: ComparedMethod) -> tuple[str, ...]:
     """Return a method's cells, one for each of `COLUMNS`, of pairs for each of `PAIR_COLUMNS`."""
     if method.preference is None:
         gains = [_format_with_interval(method.loss_reduction)]
@@ -262,7 +262,7 @@ def _format_plus_minus(estimate: Estimate, digits: int) -> str:
 
 def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
     """Return a method's cells for 80 columns, one for each of `list_comparison_columns(…, terminal=True)`."""
-    name, _, trains, file, memory, time, loss, *gains, best_for = format_comparison_row(method)
+    name, _, trains, file, memory, time, loss, *gains, best_for = make_comparison_row_cells(method)
     rate, gain = f"{method.rate:.2g}", _format_plus_minus(method.gain, 3)
     if method.preference is not None:
         margin = _format_plus_minus(method.preference.margin_gain, 2)
@@ -271,7 +271,7 @@ def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
 
 
 def list_comparison_columns(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
-    """Return the heads of the cells of `format_comparison_row`, or of `format_terminal_row`."""
+    """Return the heads of the cells of `make_comparison_row_cells`, or of `format_terminal_row`."""
     if not methods or methods[0].preference is None:
         return TERMINAL_COLUMNS if terminal else COLUMNS
     first = "task" if all(m.task for m in methods) else "method"
@@ -340,6 +340,6 @@ def describe_comparison_limits(result: CompareResult) -> list[str]:
 def format_comparison_markdown(result: CompareResult) -> str:
     """Return `table.md`."""
     columns = list_comparison_columns(result.methods)
-    table = format_markdown_table(columns, map(format_comparison_row, result.methods), left=(0, len(columns) - 1))
+    table = format_markdown_table(columns, map(make_comparison_row_cells, result.methods), left=(0, len(columns) - 1))
     parts = [describe_comparison_setup(result), table, *describe_comparison_limits(result), result.advice]
     return "\n\n".join(parts) + "\n"

@@ -46,7 +46,7 @@ RUN, WHY, SECONDS, REPEATS = "run", "why", "seconds", "repeats"
 
 
 @dataclass(frozen=True)
-class SettingsSearch:
+class SettingsSearchSpec:
     """What is searched, and how long.
 
     Attributes:
@@ -85,7 +85,7 @@ class SettingsSearch:
 
 
 def run_settings_search(
-    search: SettingsSearch, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
+    search: SettingsSearchSpec, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
 ) -> list[TrialResult]:
     """Run the trials that are left, and return all of them in the order they were begun.
 
@@ -173,7 +173,7 @@ def find_best_trial(trials: Sequence[TrialResult]) -> TrialResult:
     return min(trials, key=lambda t: math.inf if t.loss is None else t.loss)
 
 
-def _list_trials(study: optuna.Study, search: SettingsSearch) -> list[TrialResult]:
+def _list_trials(study: optuna.Study, search: SettingsSearchSpec) -> list[TrialResult]:
     """Return every trial that ended, in the order in which they were begun first."""
     outcomes: dict[TrialState, Literal["complete", "pruned", "failed"]] = {
         TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
@@ -193,7 +193,7 @@ def _list_trials(study: optuna.Study, search: SettingsSearch) -> list[TrialResul
     ]
 
 
-def _enqueue_unfinished(study: optuna.Study, search: SettingsSearch) -> None:
+def _enqueue_unfinished(study: optuna.Study, search: SettingsSearchSpec) -> None:
     """Enqueue the first values of a new study, or the trials of an earlier process that were killed or failed."""
     if not study.trials:
         known = [r for r in search.ranges if r.path in search.first]
@@ -207,7 +207,7 @@ def _enqueue_unfinished(study: optuna.Study, search: SettingsSearch) -> None:
 
 
 def _ask_untried(
-    study: optuna.Study, search: SettingsSearch, tried: Sequence[Mapping[str, Any]], at_once: int
+    study: optuna.Study, search: SettingsSearchSpec, tried: Sequence[Mapping[str, Any]], at_once: int
 ) -> optuna.Trial:
     """Return the next trial; its values were not tried before, as the same recipe gives the same loss."""
     distributions = {r.path: _distribution(r) for r in search.ranges}
@@ -251,7 +251,7 @@ class TrialRun:
         seconds: how long it took.
     """
 
-    def __init__(self, search: SettingsSearch, trial: optuna.Trial, number: str, deadline: float) -> None:
+    def __init__(self, search: SettingsSearchSpec, trial: optuna.Trial, number: str, deadline: float) -> None:
         self.search, self.trial, self.deadline = search, trial, deadline
         self.values, self.recipe_file = search.values(trial), search.trial_recipe_file(trial).absolute()
         self.text = f"{number}: {format_setting_values(self.values)}"

@@ -31,7 +31,7 @@ from .experiment_output_dir import lock_output_dir_and_write_settings
 from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
 from .markdown_table import format_markdown_table
 from .run_grid import ComparisonGrid
-from .search import SettingsSearch, find_best_trial, run_settings_search
+from .search import SettingsSearchSpec, find_best_trial, run_settings_search
 from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges
 
 RATE = "train.learning_rate"
@@ -114,7 +114,7 @@ def run_tuning(
 
     filled = resolve_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
-    search = SettingsSearch(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
+    search = SettingsSearchSpec(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with (
         lock_output_dir_and_write_settings(output_dir, settings, "search"),
         make_executor(executor_spec, output_dir) as executor,
@@ -159,7 +159,7 @@ def search_learning_rate(
 
     rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
-    search = SettingsSearch(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
+    search = SettingsSearchSpec(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
     trials = run_settings_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
     tried = [LearningRateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]

@@ -41,7 +41,7 @@ from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_files import open_rows
-from ..generation.inference_engines import InferenceEngine, TokenScores, TransformersInferenceEngine
+from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .export_results import EngineVerdict
 
 QUESTIONS = (
@@ -279,7 +279,7 @@ def compare_engine_with_adapter(
     )
 
 
-def _kl_divergence(log_probs: Tensor, scores: TokenScores) -> Tensor:
+def _kl_divergence(log_probs: Tensor, scores: TextTokenScores) -> Tensor:
     """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
 
     `log_probs` `(n - 1, k)` are the adapter's of those tokens.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..core.training.trained_model import TrainedModel
     from .export_results import EngineVerdict
-    from .verify import EngineCheck, ExportVerifier
+    from .verify import ExportEngineCheck, ExportVerifier
 
 
 def make_flag_metadata(help: str, *names: str, parse: Callable[[str], Any] | None = None) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ class ExportFormat:
         """Compare what a folder contains with the trained adapter; `facts` are those of its manifest."""
         raise NotImplementedError
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield what `slimtune verify RUN` compares: exports into a temporary folder. By default nothing."""
         return iter(())
 

@@ -25,7 +25,7 @@ from .export_results import EngineVerdict
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
     from ..generation.inference_engines import InferenceEngine
-    from .verify import EngineCheck, ExportVerifier
+    from .verify import ExportEngineCheck, ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
 ADAPTER_ENGINE, MODEL_ENGINE = "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"
@@ -135,14 +135,14 @@ class GgufFormat(ExportFormat):
             MODEL_ENGINE, precision, lambda: verifier.open_llama_cpp(model), open_base=open_base
         )
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return
         from ..generation.inference_engines import LlamaCppInferenceEngine
         from .gguf import write_adapter_gguf
         from .merge import write_merged_gguf
-        from .verify import EngineCheck
+        from .verify import ExportEngineCheck
 
         adapter, whole = verifier.folder / ADAPTER_GGUF, verifier.folder / MODEL_GGUF
 
@@ -155,8 +155,8 @@ class GgufFormat(ExportFormat):
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)
 
-        yield EngineCheck(ADAPTER_ENGINE, "f32", open_adapter, LlamaCppInferenceEngine.without_adapter)
-        yield EngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
+        yield ExportEngineCheck(ADAPTER_ENGINE, "f32", open_adapter, LlamaCppInferenceEngine.without_adapter)
+        yield ExportEngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
 
     def hint_if_different(self) -> str:
         """Return what to do if llama.cpp differs from the trained adapter."""

@@ -41,7 +41,7 @@ from ..errors import AdapterError, RunError
 from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
 from ..generation.inference_engines import TransformersInferenceEngine
-from ..generation.multi_run_loading import load_runs
+from ..generation.multi_run_loading import load_runs_on_one_base
 from ..planning.meta_model import build_adapted_meta_model
 from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
@@ -250,9 +250,9 @@ def load_run_for_export(run: Path, dtype: str | None = None) -> TrainedModel:
 
 
 def load_runs_for_export(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
-    """Load the adapters of several runs on one base, as `load_run_for_export` loads one; errors as for `load_runs`."""
+    """Load the adapters of several runs on one base, as `load_run_for_export` loads one, with the same errors."""
     how = {"dtype": dtype or _get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
-    loaded = load_runs(runs, **how, device="cpu", unpack=True)
+    loaded = load_runs_on_one_base(runs, **how, device="cpu", unpack=True)
     model: Any = loaded[0].model
     if _is_small(model):
         model.to(torch.promote_types(loaded[0].base.dtype, torch.float32))

@@ -18,7 +18,7 @@ from .export_results import EngineVerdict, MergedExportFacts
 
 if TYPE_CHECKING:
     from ..generation.inference_engines import InferenceEngine
-    from .verify import EngineCheck, ExportVerifier
+    from .verify import ExportEngineCheck, ExportVerifier
 
 ENGINE_NAME = "merged folder"
 _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
@@ -42,10 +42,10 @@ class MergedFormat(ExportFormat):
         precision = short_dtype_name(facts.comparison.dtype)
         return verifier.verify_engine(ENGINE_NAME, precision, lambda: verifier.open_merged(folder))
 
-    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[EngineCheck]:
+    def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
         """Yield the comparison of the run, merged."""
         from .merge import merge
-        from .verify import EngineCheck
+        from .verify import ExportEngineCheck
 
         folder = verifier.folder / "merged"
 
@@ -54,7 +54,7 @@ class MergedFormat(ExportFormat):
             merge(verifier.run, folder)
             return verifier.open_merged(folder)
 
-        yield EngineCheck(ENGINE_NAME, short_dtype_name(verifier.loaded.base.dtype), open_merged)
+        yield ExportEngineCheck(ENGINE_NAME, short_dtype_name(verifier.loaded.base.dtype), open_merged)
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if the checkpoint is damaged or incomplete; remove local paths from its card."""

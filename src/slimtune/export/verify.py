@@ -90,7 +90,7 @@ def verify(
 
 
 @dataclass(frozen=True)
-class EngineCheck:
+class ExportEngineCheck:
     """A comparison of a run's export with the trained adapter."""
 
     engine: str  # what is compared

@@ -44,7 +44,7 @@ def list_aliases() -> Collection[str]:
     return load_known_models()
 
 
-def suggest_aliases(name: str) -> tuple[str, list[str]]:
+def format_alias_hint(name: str) -> tuple[str, list[str]]:
     """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
     return suggest_similar_name(name, list_aliases()), list_same_family_names(name, list_aliases())
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowReader, RowSource
 from ..core.foundation.files import parse_dataset_id
-from ..core.foundation.formatting import shorten_text
+from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, UsageError, format_names, nearest
 from .row_columns import (
     ColumnMapping,
@@ -197,7 +197,7 @@ def open_rows(
     """
     path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
     validate_format_options(format, choice.columns)
-    parts = find_data_files(path, format)
+    parts = find_data_file_readers(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
         raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
@@ -222,7 +222,7 @@ def read_rows(path: str | Path, **options: Any) -> list[Row]:
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def find_data_files(path: Path, format: str | None = None) -> list[Part]:
+def find_data_file_readers(path: Path, format: str | None = None) -> list[Part]:
     """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
         return [(None, _make_reader(path, format))]
@@ -313,6 +313,7 @@ def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Loc
     try:
         return read_hf_dataset(load_dataset(name, config, split=split))
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten_text(str(error), 300)}"
+        reason = truncate_noting_length(str(error), 300)
+        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {reason}"
         expected = "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split"
         raise UsageError(problem, expected, "check the name and the connection") from error

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from ..core.data.messages import RowError
 from ..core.data.rows import InvalidRow, Located, Record, RowReader
-from ..core.foundation.formatting import shorten_text
+from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, format_names
 from .message_parsing import STRICT_JSON, decode_strict_json, get_json_type_name
 
@@ -62,7 +62,7 @@ def _read_lines(file: IO[str]) -> Iterator[str | None]:
 def _check_utf8(path: Path, line: int, text: str) -> InvalidRow | None:
     if text.isascii() or not (wrong := _WRONG_BYTE.search(text)):
         return None
-    shown = shorten_text(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    shown = truncate_noting_length(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     convert = f"iconv -f CP1252 -t UTF-8 {shlex.quote(path.name)} > utf8{path.suffix}"
     hint = f"save the file as UTF-8 (in Excel: CSV UTF-8), or convert it; from Windows: {convert}"
     return InvalidRow(line, f"is not UTF-8 at character {wrong.start() + 1}: {shown}", "not-utf8", hint=hint)
@@ -71,7 +71,7 @@ def _check_utf8(path: Path, line: int, text: str) -> InvalidRow | None:
 def _check_object(line: int, value: Any) -> Located:
     if isinstance(value, dict):
         return line, value
-    shown = shorten_text(json.dumps(value, ensure_ascii=False))
+    shown = truncate_noting_length(json.dumps(value, ensure_ascii=False))
     return InvalidRow(line, f"is not a JSON object but {get_json_type_name(value)}: {shown}", "not-an-object")
 
 
@@ -100,7 +100,7 @@ def _read_jsonl(path: Path) -> Iterator[Located]:
             except RowError as error:
                 yield InvalidRow(line, str(error), error.code)
             except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
-                yield InvalidRow(line, f"{_describe_json_error(error)}: {shorten_text(text)}", "bad-json")
+                yield InvalidRow(line, f"{_describe_json_error(error)}: {truncate_noting_length(text)}", "bad-json")
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -122,7 +122,7 @@ def read_json(path: Path) -> Iterator[Located]:
             at += len(between_items.match(text, at)[0])  # type: ignore[index]  # it always matches
             if text.startswith("]", at):
                 if rest := text[at + 1 :].strip() or file.read(JSON_CHUNK).strip():
-                    yield InvalidRow(item, f"follows the end of the array: {shorten_text(rest)}", "bad-json")
+                    yield InvalidRow(item, f"follows the end of the array: {truncate_noting_length(rest)}", "bad-json")
                 return
             try:
                 found, end = _decode_item(item, text, at)
@@ -133,7 +133,7 @@ def read_json(path: Path) -> Iterator[Located]:
                     text, at = text[at:] + more, 0
                     continue
                 cause = _TOO_LONG if too_long else _describe_json_error(error)
-                shown = shorten_text(text[at : at + MAX_ROW]) or "the array has no end"
+                shown = truncate_noting_length(text[at : at + MAX_ROW]) or "the array has no end"
                 yield InvalidRow(item, f"{cause}; the rest of the file is not read: {shown}", "bad-json")
                 return
             yield found if end - at <= MAX_ROW else InvalidRow(item, _TOO_LONG, "too-large")
@@ -196,7 +196,9 @@ def _read_csv_lines(file: IO[str]) -> Iterator[str]:
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     others = [d for d in (",", ";", "\t", "|") if d != delimiter and d in header[0]]
     if len(header) == 1 and others:
-        problem = f"its header is one column, {shorten_text(header[0])!r}: the delimiter seems to be {others[0]!r}"
+        problem = (
+            f"its header is one column, {truncate_noting_length(header[0])!r}: the delimiter seems to be {others[0]!r}"
+        )
         suffix = ".tsv" if others[0] == "\t" else ".csv" if delimiter == "\t" and others[0] != "|" else None
         hint = f"rename it to {path.stem}{suffix}" if suffix else "write it with commas between the cells, as .csv"
         raise DataError(f"{path}: {problem}", f"cells separated by {delimiter!r}", hint)
@@ -206,7 +208,7 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     name, count = Counter(header).most_common(1)[0]
     if count > 1:
         raise DataError(
-            f"{path}: its header names {shorten_text(name)!r} twice", "each column once", "rename one of them"
+            f"{path}: its header names {truncate_noting_length(name)!r} twice", "each column once", "rename one of them"
         )
 
 
@@ -307,11 +309,13 @@ def _read_arrow_row(row: Any, item: int) -> Record | InvalidRow:
         try:
             record[name] = column.to_pylist()[0]
         except UnicodeDecodeError:
-            return InvalidRow(item, f"is not UTF-8 in the column {shorten_text(name)!r}", "not-utf8")
+            return InvalidRow(item, f"is not UTF-8 in the column {truncate_noting_length(name)!r}", "not-utf8")
         except (ValueError, OverflowError) as error:  # a time that Python has no value for
             if not types.is_temporal(column.type):  # no format reads one
                 return InvalidRow(
-                    item, f"has an unreadable {shorten_text(name)!r}: {shorten_text(str(error))}", "bad-cell"
+                    item,
+                    f"has an unreadable {truncate_noting_length(name)!r}: {truncate_noting_length(str(error))}",
+                    "bad-cell",
                 )
     return record
 

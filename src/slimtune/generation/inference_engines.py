@@ -23,7 +23,7 @@ TOP_K, VLLM_TOP_K = 64, 20
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class TextTokenScores:
     """What an engine gives for the tokens of one text except the first, each given those before it."""
 
     token_log_probs: Tensor  # natural log-probability of the token that follows `(n - 1,)`, float64
@@ -31,11 +31,11 @@ class TokenScores:
     top_log_probs: Tensor  # their log-probabilities `(n - 1, k)`, float64
 
 
-def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> TokenScores:
+def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> TextTokenScores:
     """Make tensors of each position's log-probability and its likeliest tokens with theirs."""
     own, top = zip(*positions, strict=True)
     ids, values = ([[pair[i] for pair in each] for each in top] for i in (0, 1))
-    return TokenScores(
+    return TextTokenScores(
         torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
     )
 
@@ -48,7 +48,7 @@ class InferenceEngine(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return the engine's ids of a rendered prompt, its beginning-of-sequence token included."""
 
-    def score(self, ids: Sequence[int]) -> TokenScores:
+    def score(self, ids: Sequence[int]) -> TextTokenScores:
         """Return log-probabilities of all tokens of a text but the first."""
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -68,13 +68,13 @@ class TransformersInferenceEngine:
         # The chat template wrote the beginning-of-sequence token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def score(self, ids: Sequence[int]) -> TokenScores:
+    def score(self, ids: Sequence[int]) -> TextTokenScores:
         following = torch.tensor(ids[1:])[:, None]
         own, top = [], []
         for part, log_probs in self._log_probs(ids):
             own.append(log_probs.gather(1, following[part])[:, 0])
             top.append(log_probs.topk(min(TOP_K, log_probs.shape[1])))
-        return TokenScores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
+        return TextTokenScores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
 
     def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
         """Return the log-probabilities of candidate tokens `(n - 1, k)`, k for each position but the last, float64."""
@@ -173,7 +173,7 @@ class LlamaCppInferenceEngine:
         # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
         return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
-    def score(self, ids: Sequence[int]) -> TokenScores:
+    def score(self, ids: Sequence[int]) -> TextTokenScores:
         return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
 
     def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
@@ -286,7 +286,7 @@ class VllmClient:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
         return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
 
-    def score(self, ids: Sequence[int]) -> TokenScores:
+    def score(self, ids: Sequence[int]) -> TextTokenScores:
         positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")

@@ -13,7 +13,7 @@ from ..core.training.trained_model import TrainedModel, load_run, require_traine
 from ..errors import UsageError
 
 
-def load_runs(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
+def load_runs_on_one_base(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
     """Load the adapters of several runs, or of bare adapter folders, on one base.
 
     All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.

@@ -15,7 +15,7 @@ from ..planning.gpu_specs import GpuSpec, format_source_date
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_serving_speed
-from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours, list_rent_prices, read_price_table
+from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours_range, list_rent_prices, read_price_rows
 
 REFERENCE: dict[str, Any] = {
     "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
@@ -62,14 +62,14 @@ class ApiPrice:
 @cache
 def list_purchase_prices(gpu: str = "") -> tuple[PurchasePrice, ...]:
     """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
-    rows = ([*row.values()] for row in read_price_table("purchase_prices.csv"))
+    rows = ([*row.values()] for row in read_price_rows("purchase_prices.csv"))
     return tuple(PurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
 
 
 @cache
 def list_api_prices() -> tuple[ApiPrice, ...]:
     """Return the prices of `api_prices.csv`."""
-    rows = ([*row.values()] for row in read_price_table("api_prices.csv"))
+    rows = ([*row.values()] for row in read_price_rows("api_prices.csv"))
     return tuple(
         ApiPrice(name, float(size) if size else None, float(dollars), *rest) for name, size, dollars, *rest in rows
     )
@@ -118,7 +118,7 @@ class MachineOffer:
     def explain_pick(self, way: str) -> str:
         """Return its price for the run, to "buy" or to "rent", and the run's time."""
         amount = self.price if way == "buy" else self.cost.rent if self.cost else None
-        return f"{format_dollars(amount)}, the run in {format_hours(self.cost.hours if self.cost else None)}"
+        return f"{format_dollars(amount)}, the run in {format_hours_range(self.cost.hours if self.cost else None)}"
 
 
 def make_machine_offer(
@@ -225,7 +225,7 @@ def list_machine_comparison_rows(offers: Sequence[MachineOffer], run_name: str |
         return
     yield row("training", lambda m: m.verdict or "-")
     yield row("trains, t/s", lambda m: format_interval_compact(m.tokens_per_second, format_three_digits))
-    yield row(run_name, lambda m: format_hours(m.cost.hours if m.cost else None))
+    yield row(run_name, lambda m: format_hours_range(m.cost.hours if m.cost else None))
     yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
     yield row("its kWh", lambda m: format_interval_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
     if any(m.electricity_dollars for m in offers):

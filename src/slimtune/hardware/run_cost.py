@@ -94,14 +94,14 @@ def estimate_run_cost(
 @cache
 def list_rent_prices(gpu: str = "") -> tuple[RentPrice, ...]:
     """Return the prices of `rent_prices.csv` for a GPU, by its name in `gpus.csv`; for "", all of them."""
-    rows = ([*row.values()] for row in read_price_table("rent_prices.csv"))
+    rows = ([*row.values()] for row in read_price_rows("rent_prices.csv"))
     return tuple(RentPrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
 
 
 @cache
-def read_price_table(name: str) -> tuple[dict[str, str], ...]:
+def read_price_rows(file_name: str) -> tuple[dict[str, str], ...]:
     """Return the rows of a CSV file of this folder, by the names of its columns."""
-    return tuple(csv.DictReader((files(__package__) / name).read_text(encoding="utf-8").splitlines()))
+    return tuple(csv.DictReader((files(__package__) / file_name).read_text(encoding="utf-8").splitlines()))
 
 
 def format_dollars(values: Interval | None) -> str:
@@ -110,7 +110,7 @@ def format_dollars(values: Interval | None) -> str:
     return text if text == "-" else f"{text} $"
 
 
-def format_hours(hours: Interval | None) -> str:
+def format_hours_range(hours: Interval | None) -> str:
     """Return a time as `39–96 min`, `1.1–2.6 h` or `2–5 days`, `-` for None."""
     if hours is None:
         return "-"

@@ -89,13 +89,13 @@ class Classification(Objective):
         return max(sum(e["label_weight"] for e in examples), 1e-12)
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
-        return compute_label_losses(values, batch).sum() / num_items
+        return compute_weighted_label_losses(values, batch).sum() / num_items
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
         """Return loss, weight, and whether the prediction is right, for each row; all classes have to be right."""
         import torch
 
-        losses, labels = compute_label_losses(values, batch).double(), batch["label"]
+        losses, labels = compute_weighted_label_losses(values, batch).double(), batch["label"]
         if labels.dim() == 2:
             right = ((values > 0) == (labels > 0)).all(1)
             return torch.stack([losses.sum(1), torch.full_like(losses[:, 0], labels.shape[1]), right.double()], 1)
@@ -121,19 +121,19 @@ class Classification(Objective):
         return {name: float(self.class_weights.get(name, 1.0)) for name in counts}
 
 
-def compute_label_losses(values: Tensor, batch: Batch) -> Tensor:
+def compute_weighted_label_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Return the weighted loss of each row [N], or of each of its classes [N, C], from logits [N, C]."""
     import torch
     import torch.nn.functional as F
 
-    labels, weights = batch["label"], batch["label_weight"].to(values.dtype)
+    labels, weights = batch["label"], batch["label_weight"].to(logits.dtype)
     if labels.dim() == 2:
-        targets = labels.to(values.dtype)
+        targets = labels.to(logits.dtype)
         # weights apply to the positives alone, like `pos_weight`
         return F.binary_cross_entropy_with_logits(
-            values, targets, torch.where(labels > 0, weights, 1.0), reduction="none"
+            logits, targets, torch.where(labels > 0, weights, 1.0), reduction="none"
         )
-    return F.cross_entropy(values, labels, reduction="none") * weights
+    return F.cross_entropy(logits, labels, reduction="none") * weights
 
 
 # --- labels as numbers -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
-from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, get_padded_length
+from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two
 from ..core.data.example_lengths import ExampleLength, count_row_tokens
 from ..core.foundation.device import simulate_device
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
@@ -186,4 +186,6 @@ def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
     tokens = sum(map(count_packed_tokens, lengths))
     rows = [n for length in lengths for n in count_row_tokens(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
-    return np.array([1, tokens, tokens if one_long_row else get_padded_length(tokens), sum(n * n for n in rows)], float)
+    return np.array(
+        [1, tokens, tokens if one_long_row else round_up_to_power_of_two(tokens), sum(n * n for n in rows)], float
+    )

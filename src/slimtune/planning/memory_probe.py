@@ -28,7 +28,10 @@ def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, residen
     collator, device, limit = prepared.collator, prepared.device, prepared.collator.max_tokens
     rows = pick_longest_micro_batch(prepared.data.train, collator, prepared.settings.rows_per_step)
     tokens, used = prepared.recovery.run_in_micro_batches(
-        "the longest micro-batch, run before the first step", rows, lambda: probe_memory(prepared, rows), lambda: None
+        "the longest micro-batch, run before the first step",
+        rows,
+        lambda: probe_longest_micro_batch_memory(prepared, rows),
+        lambda: None,
     )
     others = 0 if device.type == "cuda" else max(0, resident_at_start - int(plan.runtime_bytes.high))
     used -= others
@@ -76,7 +79,7 @@ def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows
     return [dataset[i] for i in chosen]
 
 
-def probe_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, int]:
+def probe_longest_micro_batch_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, int]:
     """Run the longest micro-batch of some rows, forward and backward; return its tokens and the most bytes in use.
 
     Nothing is left of it, even if it runs out of memory: gradients are dropped, random number generators are restored,

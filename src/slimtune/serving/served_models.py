@@ -9,7 +9,7 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
-from ..generation.multi_run_loading import load_runs
+from ..generation.multi_run_loading import load_runs_on_one_base
 from .tool_calls import ToolCallFormat, detect_tool_call_format
 
 
@@ -53,15 +53,15 @@ def load_served_models(
 
     Args:
         runs: run folders or adapter folders by name.
-        device: as for `load_runs`.
+        device: as for `load_runs_on_one_base`.
         max_length: most tokens of a prompt and its answer; a base with a shorter context has less.
 
     Raises:
-        UsageError: as for `load_runs`, or a run has the name of the base.
+        UsageError: as for `load_runs_on_one_base`, or a run has the name of the base.
     """
     for path in runs.values():
         require_causal_lm_run(path)
-    loaded = load_runs(list(runs.values()), device=device)
+    loaded = load_runs_on_one_base(list(runs.values()), device=device)
     return make_served_models(runs, loaded, max_length), loaded[0]
 
 

@@ -28,11 +28,11 @@ class ChatSession:
 
     Args:
         run: the run folder.
-        folder: where the process runs.
+        working_folder: where the process runs.
         program: the process, which gets the run as its argument.
     """
 
-    def __init__(self, run: str, folder: Path, program: Sequence[str] = CHAT_WORKER) -> None:
+    def __init__(self, run: str, working_folder: Path, program: Sequence[str] = CHAT_WORKER) -> None:
         self.run = run
         self.state: ChatState = "loading"
         self.description = ""
@@ -41,7 +41,7 @@ class ChatSession:
         self.messages: deque[str] = deque(maxlen=20)
         self._lock = threading.Lock()
         self.process = subprocess.Popen(
-            [*program, run], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*program, run], cwd=working_folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, encoding="utf-8", errors="replace", start_new_session=True,
         )  # fmt: skip
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._read_events, self._read_messages)]

@@ -15,7 +15,7 @@ from several_adapters import save_adapter
 from slimtune import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from slimtune import get_peft_model_state_dict as get_state
 from slimtune import set_peft_model_state_dict as set_state
-from slimtune.errors import AdapterError, ConfigFieldError, SlimtuneError, UsageError
+from slimtune.errors import AdapterError, SlimtuneError, UnknownOrMissingFieldError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -85,7 +85,7 @@ FAULTS = {
     "a list": (write(CONFIG, "[1]"), AdapterError, [CONFIG, "a JSON object"]),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), UsageError, [f"has no {WEIGHTS}; it has", "'README.md'"]),
     "no config": (lambda f: (f / CONFIG).unlink(), UsageError, [f"has no {CONFIG}; it has"]),
-    "no method": (edit_config(peft_type=None), ConfigFieldError, ["missing required keys: {'peft_type'}"]),
+    "no method": (edit_config(peft_type=None), UnknownOrMissingFieldError, ["missing required keys: {'peft_type'}"]),
     "unknown method": (edit_config(peft_type="LORAX"), AdapterError, ["there is no method", "did you mean 'lora'"]),
     "unsupported field": (edit_config(use_qalora=True), AdapterError, ["no field 'use_qalora' (given True)"]),
     "newer field": (edit_config(lora_magic={"a": 1}), AdapterError,

@@ -18,8 +18,8 @@ from slimtune.core.attention.packed_attention import (
     _find_kernel_options,
     _test_kernel,
     flex_attention_supported,
-    get_padded_length,
     make_tree_mask,
+    round_up_to_power_of_two,
     tree_attention,
 )
 from slimtune.core.attention.packed_layout import PackedLayout
@@ -106,7 +106,7 @@ def test_gradients_and_number_of_kernels(compile_on_cpu):
 
 
 def test_padded_length():
-    assert [get_padded_length(n) for n in (1, 128, 129, 256, 257, 5000)] == [128, 128, 256, 256, 512, 8192]
+    assert [round_up_to_power_of_two(n) for n in (1, 128, 129, 256, 257, 5000)] == [128, 128, 256, 256, 512, 8192]
 
 
 def test_not_on_cpu():

@@ -282,22 +282,22 @@ def list_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
     return settings | {short: settings[name] for short, name in cls.short_names.items()}
 
 
-def parse_section_settings(
-    specs: Mapping[str, SettingSpec | None], section_tree: Mapping[str, Any], section: str, paths: Iterable[str] = ()
+def check_section_settings(
+    specs: Mapping[str, SettingSpec | None], tree: Mapping[str, Any], section: str, all_paths: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the values of a recipe's section by full name, and every error in it.
 
     Args:
         specs: the settings that the section has, by their names and short names; None: the name is only suggested.
-        section_tree: what the recipe says.
+        tree: what the recipe says.
         section: its name; empty: the recipe itself.
-        paths: paths of all settings, for suggestions.
+        all_paths: dotted paths of all settings, for suggestions.
     """
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
     seen: set[str] = set()
-    elsewhere = {path.rpartition(".")[2]: path for path in paths}
-    for name, value in section_tree.items():
+    elsewhere = {path.rpartition(".")[2]: path for path in all_paths}
+    for name, value in tree.items():
         path = f"{section}.{name}" if section else str(name)
         if (spec := specs.get(name)) is None:
             near = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else ""

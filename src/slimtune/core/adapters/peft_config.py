@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ...compat.peft_registration import register_as_peft_subclass
-from ...errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
+from ...errors import (
+    AdapterError,
+    ConfigError,
+    PeftWarning,
+    UnknownOrMissingFieldError,
+    UsageError,
+    format_names,
+    nearest,
+)
 from ..foundation.files import read_json, write_atomic
 from ..foundation.json_results import JsonObject
 from ..foundation.version import __version__
@@ -86,7 +94,7 @@ class _ConfigMeta(type):
             if name in unsupported and value == unsupported[name]:
                 continue
             full_name = getattr(cls, "short_names", {}).get(name)
-            raise ConfigFieldError(
+            raise UnknownOrMissingFieldError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
                 f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
@@ -314,14 +322,14 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
 
         Raises:
             UsageError: there is no such folder, repository or file.
-            ConfigFieldError: the file has no peft_type.
+            UnknownOrMissingFieldError: the file has no peft_type.
             AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
         file = find_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
         values = cls.from_json_file(file)
         if not values.get("peft_type"):
             text = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
-            raise ConfigFieldError(text, "an adapter_config.json", f"look into {file}")
+            raise UnknownOrMissingFieldError(text, "an adapter_config.json", f"look into {file}")
         try:
             return cls.from_dict(cls.check_kwargs(**values))
         except ConfigError as e:

@@ -248,7 +248,10 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
     end = (torch.tensor(first) + torch.tensor(subtree)).repeat_interleave(counts)
 
     # Append padding, which attends to itself only, and put the prefix keys in front, which all tokens attend to.
-    pad_q, pad_k = get_padded_length(total) - total, get_padded_length(prefix_keys + total) - total - prefix_keys
+    pad_q, pad_k = (
+        round_up_to_power_of_two(total) - total,
+        round_up_to_power_of_two(prefix_keys + total) - total - prefix_keys,
+    )
     padding = total + torch.arange(max(pad_q, pad_k))
     vectors = (
         torch.cat([place, padding[:pad_q]]),
@@ -280,9 +283,9 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=attends)
 
 
-def get_padded_length(tokens: int) -> int:
-    """Return the length to which a sequence is padded: a power of two."""
-    return max(BLOCK, 1 << (tokens - 1).bit_length())
+def round_up_to_power_of_two(length: int) -> int:
+    """Return the length to which a sequence is padded: a power of two, at least a block."""
+    return max(BLOCK, 1 << (length - 1).bit_length())
 
 
 def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
@@ -290,7 +293,7 @@ def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pa
 
     `pairs` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
     """
-    q, k, v = (_pad_to(t, get_padded_length(t.shape[2])) for t in (query, key, value))
+    q, k, v = (_pad_to(t, round_up_to_power_of_two(t.shape[2])) for t in (query, key, value))
     return _FakeAttention.apply(q, k, v, pairs)[:, :, : query.shape[2]]
 
 

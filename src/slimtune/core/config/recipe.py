@@ -14,11 +14,11 @@ from ..adapters.config_fields import (
     MOST_ERRORS,
     FieldError,
     SettingSpec,
+    check_section_settings,
     config_field,
     list_recipe_fields,
     list_settings,
     make_invalid_value_error,
-    parse_section_settings,
 )
 from ..adapters.method_registry import get_method_config_class
 from ..foundation.formatting import format_short_value
@@ -28,9 +28,9 @@ from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_section_shorthand,
     find_missing_data_files,
-    make_recipe_paths_absolute,
     parse_override,
     read_recipe_tree,
+    set_recipe_paths_absolute_in_place,
 )
 from .schema import (
     DataSettings,
@@ -134,7 +134,7 @@ def parse_recipe_sections(
     if not isinstance(tree, Mapping):
         raise RecipeError(f"{source} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_section_shorthand(copy.deepcopy(dict(tree)))
-    make_recipe_paths_absolute(tree)
+    set_recipe_paths_absolute_in_place(tree)
     method, method_errors = parse_named_section("method", tree.get("method", {}))
     task, task_errors = parse_named_section("task", tree.get("task", {}))
     every = {s.path: s for s in list_settings(Recipe)}
@@ -146,7 +146,7 @@ def parse_recipe_sections(
         if not isinstance(given, Mapping):
             errors.append(FieldError(name, f"got {format_short_value(given)}", f"a section with {format_names(known)}"))
             continue
-        values, found = parse_section_settings(known, given, name, paths)
+        values, found = check_section_settings(known, given, name, paths)
         missing = [f"{name}.{s.name}" for s in known.values() if s.required and s.name not in given]
         errors += found + [_missing_error(every[path]) for path in missing if not partial]
         if not found and not missing:
@@ -155,7 +155,7 @@ def parse_recipe_sections(
         errors.append(_missing_error(every["output_dir"]))
     names = dict.fromkeys((f.name for f in fields(Recipe)), None)
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
-    values, found = parse_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
+    values, found = check_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
     errors += [*found, *method_errors, *task_errors]
     if not task_errors and not partial and SECTIONS.keys() <= sections.keys():
         errors += find_setting_conflicts(**sections)

@@ -50,7 +50,7 @@ def _read_recipe_file(path: Path) -> RecipeTree:
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_section_shorthand(tree or {})
-    make_recipe_paths_absolute(tree, path.absolute().parent)
+    set_recipe_paths_absolute_in_place(tree, path.absolute().parent)
     _check_trust(tree, path)
     return tree
 
@@ -115,7 +115,7 @@ def set_tree_value(tree: RecipeTree, path: str, value: Any) -> None:
     parent[name] = value
 
 
-def make_recipe_paths_absolute(tree: RecipeTree, folder: Path | None = None) -> None:
+def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = None) -> None:
     """Make the paths of data and model absolute, in place.
 
     Paths are looked up in `folder`, where those that do not exist stay as they are; None: the working folder.

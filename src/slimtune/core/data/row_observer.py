@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .tokenize import PairedRow, TokenizedBatch
 
 
-class ObservedRowsReport(Protocol):
+class RowFindings(Protocol):
     """What was found in the rows of a file: a frozen dataclass, which the run folder keeps as JSON."""
 
     @property
@@ -57,9 +57,7 @@ class RowObserver(Protocol):
     def kept_hashes(self) -> np.ndarray:
         """Return a hash of the text of each row that is kept, uint64 [N]; it depends on neither base nor seed."""
 
-    def finish(
-        self, *, file: str | Path, model: str | None, validation: tuple[str, Self] | None = None
-    ) -> ObservedRowsReport:
+    def finish(self, *, file: str | Path, model: str | None, validation: tuple[str, Self] | None = None) -> RowFindings:
         """Return the report, once; `validation` is the file of the validation rows and their observer."""
 
 

@@ -20,7 +20,7 @@ def escape_control_characters(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def shorten_text(value: str, limit: int = 80) -> str:
+def truncate_noting_length(value: str, limit: int = 80) -> str:
     """Return a text, or its first `limit` characters and its length if it is longer."""
     value = value.strip()
     return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"

@@ -34,15 +34,15 @@ from ...errors import ModelError
 from .dropout import fork_rng, get_rng_state
 
 
-def linear_recomputing_weight(make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
-    """Return `x make_weight(*tensors)ᵀ` in x's dtype.
+def linear_recomputing_weight(make_weight: Callable[..., Tensor], x: Tensor, *weight_inputs: Tensor) -> Tensor:
+    """Return `x make_weight(*weight_inputs)ᵀ` in x's dtype.
 
     Args:
-        make_weight: returns the weight `(out, in)` from `tensors` by differentiable, deterministic operations.
+        make_weight: returns the weight `(out, in)` from `weight_inputs` by differentiable, deterministic operations.
         x: `(..., in)`.
-        tensors: what the weight is computed from; other tensors that `make_weight` uses get no gradient.
+        weight_inputs: what the weight is computed from; other tensors that `make_weight` uses get no gradient.
     """
-    return _RecomputeLinear.apply(make_weight, x, *tensors)
+    return _RecomputeLinear.apply(make_weight, x, *weight_inputs)
 
 
 class _RecomputeLinear(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 
 from ...errors import UsageError, format_names, nearest
 from ..foundation import distributed
-from ..foundation.cpu import read_cpu_flags
+from ..foundation.cpu import read_linux_cpu_flags
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
 from .gpu_support import NO_XPU
 
@@ -116,7 +116,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type != "cpu":
         return False
-    flags = read_cpu_flags()
+    flags = read_linux_cpu_flags()
     if flags is None:  # torch knows from 2.10 on; before, float32 is right everywhere
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
         flags = [name for name, value in get_capabilities().items() if value is True]

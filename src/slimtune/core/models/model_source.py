@@ -60,7 +60,7 @@ class KnownModelCatalog(Protocol):
     def find_known_base(self, spec: str) -> KnownBase | None:
         """Return the base with this alias, Hub id or spelling."""
 
-    def suggest_aliases(self, name: str) -> tuple[str, list[str]]:
+    def format_alias_hint(self, name: str) -> tuple[str, list[str]]:
         """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
 
 
@@ -127,7 +127,7 @@ def resolve_model_source(spec: str) -> ModelSource:
 
 def make_unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    found = [catalog.suggest_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
+    found = [catalog.format_alias_hint(name) for catalog in KNOWN_MODELS.load_all().values()]
     close = next((close for close, _ in found if close), "") or nearest(name, _file_names(Path()))
     family = [alias for _, aliases in found for alias in aliases]
     known = f"an alias, such as {format_names(_list_aliases(), 4)}"

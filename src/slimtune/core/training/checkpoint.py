@@ -175,7 +175,7 @@ def find_newest_undamaged_checkpoint(root: Path, log: Callable[[str], None]) -> 
         damage = describe_checkpoint_damage(folder)
         if not damage:
             for other in damaged:  # renamed, so that they do not count among those that are kept
-                rename_as_damaged(other)
+                rename_as_damaged_replacing_older(other)
             return folder
         log(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
@@ -200,7 +200,7 @@ def delete_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def rename_as_damaged(path: Path) -> Path:
+def rename_as_damaged_replacing_older(path: Path) -> Path:
     """Rename a file or folder to `damaged-<name>`, replacing an older one; return its new path."""
     damaged = path.with_name(f"damaged-{path.name}")
     delete_path(damaged)

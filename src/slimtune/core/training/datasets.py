@@ -14,7 +14,7 @@ from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
-from ..data.row_observer import DATA_REPORTS, ObservedRowsReport, RowObserver
+from ..data.row_observer import DATA_REPORTS, RowFindings, RowObserver
 from ..data.rows import ROW_SOURCES, RowSource
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
@@ -38,7 +38,7 @@ class RunDatasets:
     test: TokenizedDataset
     train_stats: TokenizationStats
     validation_stats: TokenizationStats | None
-    data_reports: dict[str, ObservedRowsReport | None]
+    data_reports: dict[str, RowFindings | None]
     classes: ClassLabels | None = None  # of a sequence classifier
 
     def lengths(self) -> list[ExampleLength]:
@@ -121,7 +121,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
 
     own = read(data.train)
     other: _ObservedRows | None = None
-    reports: dict[str, ObservedRowsReport | None] = {"validation": None}
+    reports: dict[str, RowFindings | None] = {"validation": None}
     train, test = _split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
     if data.validation is not None:
         other = read(data.validation, own.observer)

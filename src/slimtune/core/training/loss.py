@@ -209,7 +209,7 @@ def score_objective(
     return score_examples(model, examples, collator, measure, **options)
 
 
-def score_row_logps(
+def score_row_logps_by_example(
     model: Any, examples: Sequence[Example], collator: Collator, **options: Any
 ) -> dict[int, list[float]]:
     """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""

@@ -52,7 +52,7 @@ The last argument is the bytes that this process had resident at the start.
 """
 
 
-def skip_planning(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
+def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
     """Plan no run."""
 
 
@@ -61,7 +61,7 @@ def prepare_run(
     *,
     resume: bool = False,
     init_adapter: Path | None = None,
-    planner: Planner = skip_planning,
+    planner: Planner = plan_nothing,
     force: bool = False,
     load_base: LoadBase = load_base_model,
 ) -> PreparedRun:
@@ -89,7 +89,7 @@ def prepare_run(
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
-            create_locked_run_dir(run, recipe, lock, data, model if init_adapter is not None else None)
+            create_locked_run_dir(run, recipe, lock, data.data_reports, model if init_adapter is not None else None)
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):

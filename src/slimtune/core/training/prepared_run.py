@@ -17,7 +17,7 @@ from ..data.step_sharding import DataParallelSharder
 from ..models.loader import LoadedBase
 from .checkpoint import TrainingState
 from .datasets import RunDatasets
-from .loss import score_row_logps
+from .loss import score_row_logps_by_example
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
 from .oom_recovery import OomRecovery, make_peer_failure_check
@@ -139,7 +139,7 @@ class PreparedRun:
     def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
         """Return the summed log p of each row of some examples, computed by all processes without gradient."""
         where = "the forward pass before a training step"
-        return score_across_processes(score_row_logps, where, self.model, rows, self.sharder, self.recovery)
+        return score_across_processes(score_row_logps_by_example, where, self.model, rows, self.sharder, self.recovery)
 
 
 def get_planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:

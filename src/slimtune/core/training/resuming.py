@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from ..adapters import adapter_files
 from ..adapters.adapter_tensors import load_adapter_tensors
 from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
+from ..data.row_observer import RowFindings
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
 from ..foundation.json_results import to_json_dict
 from . import checkpoint
 from .checkpoint import TrainingState
-from .datasets import RunDatasets
 from .optimizer import build_optimizer
 from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
@@ -92,14 +93,16 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 
 @distributed.runs_on_main
-def create_locked_run_dir(run: RunDir, recipe: Recipe, lock: RunLock, data: RunDatasets, init_model: Any) -> None:
+def create_locked_run_dir(
+    run: RunDir, recipe: Recipe, lock: RunLock, data_reports: Mapping[str, RowFindings | None], init_model: Any
+) -> None:
     """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
         if init_model is not None:
             adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
-        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data.data_reports.items()})
+        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data_reports.items()})
 
     RunDir.create(run.path, recipe, write_start)
 
@@ -180,6 +183,6 @@ def delete_later_metrics(prepared: PreparedRun) -> None:
     except RunError as e:
         metrics, damage = [], e.message.removeprefix(f"{file}, ")
     if damage:  # the log of the steps is not needed to continue them
-        kept = checkpoint.rename_as_damaged(file)
+        kept = checkpoint.rename_as_damaged_replacing_older(file)
         say(f"{file.name}: {damage}; the log begins again, the old one is now {kept.name}")
     write_atomic(file, "".join(to_json(m) + "\n" for m in metrics if m.get("step", 0) <= state.step))

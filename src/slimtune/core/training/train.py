@@ -7,7 +7,7 @@ from ..foundation import distributed
 from .finish_run import Interrupted as Interrupted
 from .finish_run import Terminated as Terminated
 from .finish_run import save_final_results
-from .prepare_run import Planner, prepare_run, skip_planning
+from .prepare_run import Planner, plan_nothing, prepare_run
 from .train_result import TrainResult
 from .training_loop import TrainingLoop
 
@@ -18,7 +18,7 @@ def train(
     *,
     resume: bool = False,
     init_adapter: Path | None = None,
-    planner: Planner = skip_planning,
+    planner: Planner = plan_nothing,
     force: bool = False,
 ) -> TrainResult:
     """Run a recipe; return what `slimtune train --json` prints.

@@ -356,7 +356,7 @@ class TrainingLoop:
         root, step = self.run_dir.checkpoints, self.state.step
         self.recovery.step = step
         if root.exists() and not root.is_dir():
-            kept = checkpoint.rename_as_damaged(root)
+            kept = checkpoint.rename_as_damaged_replacing_older(root)
             self.logger.say(f"{root} was replaced by a file, which is now {kept.name}")
         self.recovery.retry_once(
             "writing a checkpoint", lambda: checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)

@@ -8,8 +8,8 @@ cache contains only the sequence, activation checkpointing, padding, packing and
 row of a packed sequence attends to the prefix and to itself.
 
 transformers looks the function up by a name in the module's config. An attention module with such an adapter reads its
-config through a copy that names our function (`make_prefix_attention_config`). Ours takes the prefixes from the call's
-keyword arguments, extends keys, values and mask, and calls the function that the user chose.
+config through a copy that names our function (`copy_config_with_prefix_attention`). Ours takes the prefixes from the
+call's keyword arguments, extends keys, values and mask, and calls the function that the user chose.
 """
 
 import copy
@@ -74,7 +74,7 @@ def find_attention_modules(model: Any) -> list[str]:
     return sorted(layers, key=layers.__getitem__)
 
 
-def make_prefix_attention_config(module: nn.Module) -> Any:
+def copy_config_with_prefix_attention(module: nn.Module) -> Any:
     """Return a copy of an attention module's config that names our attention function, or the config as it is."""
     config = vars(module)["config"]
     implementation = getattr(config, "_attn_implementation", None)

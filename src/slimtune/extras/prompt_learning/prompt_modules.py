@@ -33,7 +33,7 @@ from ...core.adapters.architectures import get_text_config
 from ...core.attention.attention_functions import SUPPORTED_ATTENTION, get_original_attention_name
 from ...core.attention.packed_layout import RowMask
 from ...errors import ModelError, UsageError, format_names
-from .learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, make_prefix_attention_config
+from .learned_prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, copy_config_with_prefix_attention
 from .virtual_tokens import BackboneCall
 
 CACHES = frozenset(["cache", "past_key_values"])
@@ -138,7 +138,7 @@ class PrefixAttentionModule(AdapterModule):
     is_tuner_layer = False
 
     def make_base_config(self, module: nn.Module) -> Any:
-        return make_prefix_attention_config(module)
+        return copy_config_with_prefix_attention(module)
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer, whose frozen attention is `module`."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...core.adapters.adapter_module import AdapterSite, SubLayerAdapter
+from ...core.adapters.adapter_module import AdapterSite, SubLayerOutputAdapter
 from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, get_text_config
 from ...core.kernels.dropout import make_dropout
 from ...core.kernels.linear_layers import get_layer_kind
@@ -21,7 +21,7 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 """Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
 
 
-class Bottleneck(SubLayerAdapter):
+class Bottleneck(SubLayerOutputAdapter):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
     no_op_values: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
