@@ -11,8 +11,9 @@ from ..core.foundation.formatting import escape_control_characters
 from ..errors import DataError
 from ..evaluation.output_files import resolve_output_file
 from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_fields, print_progress
-from .input_checks import ROW_SETTINGS, require_base_exists, require_rows_exist
+from .input_checks import require_base_exists, require_rows_exist
 from .options import add_recipe_flags
+from .planned_jobs import ROW_SETTINGS
 
 if TYPE_CHECKING:
     from ..evaluation.data_report.data_report import DataReport

@@ -12,12 +12,6 @@ from ..errors import SlimtuneError
 if TYPE_CHECKING:
     from ..core.adapters.config_fields import FieldError
 
-ROW_SETTINGS = (
-    "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
-    "data.chat_template",
-)  # fmt: skip
-"""The settings that say how rows are read: commands that read rows have the same flags for them."""
-
 
 def find_missing_inputs(
     recipe_tree: Mapping[str, Any], *, need_weights: bool = True, need_rows: bool = True
@@ -32,11 +26,9 @@ def find_missing_inputs(
     from ..core.adapters.config_fields import FieldError
     from ..core.config.recipe_loading import find_missing_data_files
 
-    sections = (recipe_tree.get(name) for name in ("data", "model"))
-    data, model = (section if isinstance(section, Mapping) else {} for section in sections)
-    errors = find_missing_data_files(data) if need_rows else []
+    errors = find_missing_data_files(recipe_tree.get("data", {})) if need_rows else []
     try:
-        if isinstance(name := model.get("name"), str) and name:
+        if isinstance(name := recipe_tree.get("model", {}).get("name"), str) and name:
             require_base_exists(name, need_weights)
     except SlimtuneError as e:
         errors.append(FieldError("model.name", e.message, e.expected, cause=e))

@@ -16,7 +16,7 @@ from typer import Argument
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
-from .input_checks import ROW_SETTINGS, find_missing_inputs
+from .input_checks import find_missing_inputs
 
 if TYPE_CHECKING:
     from ..core.config import Recipe
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from ..planning.interval import Interval
     from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 
+ROW_SETTINGS = (
+    "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
+    "data.chat_template",
+)  # fmt: skip
+"""The settings that say how rows are read: commands that read rows have the same flags for them."""
 JOB_SETTINGS = (
     "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", *ROW_SETTINGS,
     "task.name", "method.name", "train.epochs", "train.max_steps", "train.batch_size",
