@@ -67,7 +67,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
-    "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:read_run_text"},
+    "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:read_forgetting_text"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report"},

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_templates import CHATML, TOKENIZERS, make_tokenizer
 
-from slimtune.export.infer_template import DATE_MARKERS, JinjaChatTemplate, make_probe_messages
+from slimtune.export.chat_format_inference import DATE_MARKERS, JinjaChatTemplate, make_probe_messages
 from slimtune.export.ollama_template import convert_chat_template, escape_go_template_text
 
 SHAPES = ["u", "uau", "uauau", "uauauau", "su", "suau", "suauau", "suauauau"]

@@ -18,10 +18,7 @@ from slimtune.errors import RunError, UsageError
 from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
 from slimtune.planning.gpu_specs import find_gpu_by_name, load_measured_gpu
-from slimtune.planning.measured_speeds import (
-    load_machine_measurement,
-    save_machine_measurement,
-)
+from slimtune.planning.measured_speeds import load_machine_measurement, save_machine_measurement
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.serving_speed import estimate_serving_speed
 from slimtune.planning.this_machine import detect_gpu

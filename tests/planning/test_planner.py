@@ -13,10 +13,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.example_lengths import (
-    RowContent,
-    measure_example_length,
-)
+from slimtune.core.data.example_lengths import RowContent, measure_example_length
 from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError

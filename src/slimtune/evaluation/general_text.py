@@ -116,7 +116,7 @@ def tokenize_general_text(
 
 @dataclass(frozen=True)
 class GeneralText:
-    """The text that a run with a forgetting budget is measured on; read by `read_run_text`."""
+    """The text that a run with a forgetting budget is measured on; read by `read_forgetting_text`."""
 
     file: Path
     pieces: Sequence[GeneralTextPiece]
@@ -143,7 +143,7 @@ class GeneralText:
         return chosen
 
 
-def read_run_text(file: Path | None) -> GeneralText:
+def read_forgetting_text(file: Path | None) -> GeneralText:
     """Return the text to measure the forgetting of a run on, from a file or the built-in one."""
     file = file or BUILT_IN_TEXT
     return GeneralText(file, read_general_text(file))

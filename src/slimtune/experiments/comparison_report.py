@@ -77,12 +77,12 @@ def summarize_finished_candidates(grid: ComparisonGrid) -> list[FinishedCandidat
             if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
-    methods = mark_pareto_fronts([c.method for c in candidates])
+    methods = mark_pareto_optimal_methods([c.method for c in candidates])
     marked = [replace(c, method=method) for c, method in zip(candidates, methods, strict=True)]
     return sorted(marked, key=lambda c: (not c.method.ranked, -c.method.gain.value))
 
 
-def mark_pareto_fronts(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
+def mark_pareto_optimal_methods(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
     """Return the methods with the costs for which each is the best, as `describe_comparison_limits` explains it.
 
     A method is the best for no cost if it may not help at all, or if some of its runs failed.

@@ -111,18 +111,18 @@ def _parse_range(text: str) -> SettingRange:
 
 
 def validate_and_mark_integer_ranges(
-    ranges: Sequence[SettingRange], check: Callable[[Mapping[str, Any]], Any]
+    ranges: Sequence[SettingRange], check_values: Callable[[Mapping[str, Any]], Any]
 ) -> list[SettingRange]:
     """Check every combination of ends and choices, and return the ranges, those of integers marked as `whole`.
 
-    `check` raises RecipeError for values, by path, that a recipe cannot have.
+    `check_values` raises RecipeError for values, by path, that a recipe cannot have.
     """
     try:
         for values in itertools.islice(itertools.product(*(r.ends for r in ranges)), MOST_COMBINATIONS):
-            check(dict(zip((r.path for r in ranges), values, strict=True)))
+            check_values(dict(zip((r.path for r in ranges), values, strict=True)))
     except RecipeError as e:
         raise RecipeError(e.message, e.expected, EXAMPLE) from None
-    return [r if r.choices else dataclasses.replace(r, whole=_takes_whole_numbers(r, check)) for r in ranges]
+    return [r if r.choices else dataclasses.replace(r, whole=_takes_whole_numbers(r, check_values)) for r in ranges]
 
 
 def _takes_whole_numbers(searched: SettingRange, check: Callable[[Mapping[str, Any]], Any]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from .infer_template import (
+from .chat_format_inference import (
     DATE_MARKERS,
     InferredChatFormat,
     JinjaChatTemplate,

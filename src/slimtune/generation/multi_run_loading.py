@@ -9,7 +9,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.models.dtype import pick_dtype
 from ..core.models.loader import load_tokenizer
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.trained_model import TrainedModel, load_run, require_trained_base, resolve_trained_base
+from ..core.training.trained_model import TrainedModel, load_run, require_base_weights_of_run, resolve_trained_base
 from ..errors import UsageError
 
 
@@ -48,7 +48,7 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
                 "serve the others by a process of their own",
             )
     if recipe is not None:
-        require_trained_base(RunDir(path), base)
+        require_base_weights_of_run(RunDir(path), base)
     template: Any = None if recipe is None else recipe.data.chat_template
     if recipe is None and (file := folder / "chat_template.jinja").is_file():
         template = file

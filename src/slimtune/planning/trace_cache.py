@@ -36,20 +36,20 @@ KNOWN = {"slimtune", "peft", "transformers", "builtins"}
 """Packages whose classes are in the key by their versions."""
 
 
-def load_or_compute_trace(job: TrainingJob, trace: Callable[[], T], **options: Any) -> T:
-    """Return what `trace()` returns, a StepTrace or a number of bytes, from the disk if it is there.
+def load_or_compute_trace(job: TrainingJob, compute_trace: Callable[[], T], **options: Any) -> T:
+    """Return what `compute_trace()` returns, a StepTrace or a number of bytes, from the disk if it is there.
 
     `options` are what it depends on besides the job.
     """
     if (key := _describe(job, options)) is None:
-        return trace()
+        return compute_trace()
     folder = Path(os.environ.get("SLIMTUNE_TRACES") or get_gguf_cache_root() / "traces")
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         kept = json.loads(file.read_text())
         if kept["sha256"] == _hash_json(kept["trace"]):
             return _from_json(kept["trace"])
-    found = trace()
+    found = compute_trace()
     values = _to_json(found)
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

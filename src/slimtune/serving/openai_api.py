@@ -39,8 +39,8 @@ from .openai_protocol import (
     CompletionChoiceFields,
     CompletionRequest,
     GenerationRequest,
-    NumberedToolCall,
     ServedModelFields,
+    StreamedToolCall,
     find_served_model,
     format_chat_logprobs,
     format_completion_logprobs,
@@ -127,7 +127,7 @@ class ChatResponseBuilder:
                 {"index": choice.index, "delta": {"content": new}, "logprobs": logprobs, "finish_reason": None}
             )
         if calls:
-            numbered: list[NumberedToolCall] = [{"index": i, **call} for i, call in enumerate(calls)]
+            numbered: list[StreamedToolCall] = [{"index": i, **call} for i, call in enumerate(calls)]
             chunks.append({"index": choice.index, "delta": {"tool_calls": numbered}, "finish_reason": None})
         if piece.finish_reason:
             reason = "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason

@@ -82,7 +82,7 @@ class ChatChoiceFields(TypedDict):
     finish_reason: str | None
 
 
-class NumberedToolCall(ToolCall):
+class StreamedToolCall(ToolCall):
     """A tool call in a stream, and its number in the answer."""
 
     index: int
@@ -93,7 +93,7 @@ class ChatDelta(TypedDict, total=False):
 
     role: str
     content: str
-    tool_calls: list[NumberedToolCall]
+    tool_calls: list[StreamedToolCall]
 
 
 class ChatChunkFields(TypedDict):

@@ -86,7 +86,7 @@ def _read_class_labels(folder: Path) -> ClassLabels:
     return ClassLabels(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
 
 
-def require_trained_base(run: RunDir, base: LoadedBase) -> None:
+def require_base_weights_of_run(run: RunDir, base: LoadedBase) -> None:
     """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
     try:
         result = read_json(run.result_file)
@@ -128,7 +128,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
     if recipe is not None:
-        require_trained_base(RunDir(path), base)
+        require_base_weights_of_run(RunDir(path), base)
     if unpack and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)

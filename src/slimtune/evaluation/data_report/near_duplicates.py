@@ -46,7 +46,7 @@ def hash_normalized_texts(*texts: str) -> int:
     return int.from_bytes(blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def combine_hashes(first: Array, second: Array, third: Array) -> Array:
+def combine_three_hashes(first: Array, second: Array, third: Array) -> Array:
     """Return a hash of three values in their order, uint64 [N] each."""
     return first * _MIX[0] + second * _MIX[1] + third * _MIX[2]
 
@@ -57,7 +57,7 @@ def _hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
     if len(tokens) < 3:
         return np.zeros(0, np.uint32), np.zeros(len(rows) + 1, np.int64)
-    mixed = combine_hashes(tokens[:-2], tokens[1:-1], tokens[2:])
+    mixed = combine_three_hashes(tokens[:-2], tokens[1:-1], tokens[2:])
     mixed ^= mixed >> np.uint64(29)
     mixed *= _MIX[1]
     inside = np.ones(len(tokens), dtype=bool)

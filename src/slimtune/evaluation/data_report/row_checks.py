@@ -16,7 +16,14 @@ from ...errors import format_names
 from ...extras.row_files import describe_unused_columns, make_unused_column_hint
 from ...extras.row_formats.classification import sort_class_names
 from .data_report import DataIssue, PairLengthCounts
-from .near_duplicates import SHORT_ANSWER, THRESHOLD, Array, combine_hashes, find_near_duplicates, find_repeated_values
+from .near_duplicates import (
+    SHORT_ANSWER,
+    THRESHOLD,
+    Array,
+    combine_three_hashes,
+    find_near_duplicates,
+    find_repeated_values,
+)
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
 
 SAME_ANSWER_ROWS = 10
@@ -238,7 +245,9 @@ def _check_contradictory_pairs(facts: RowFacts) -> Iterator[RowFinding]:
     if facts.source.format not in PAIR_FORMATS or not len(rows):
         return
     _, prompts, better = rows["hashes"].T
-    keys, swapped = (combine_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better)))
+    keys, swapped = (
+        combine_three_hashes(prompts, *pair) for pair in ((better, rows["worst"]), (rows["worst"], better))
+    )
     order = np.argsort(keys, kind="stable")
     # the first row that is the reverse of each, if there is one
     place = order[np.searchsorted(keys[order], swapped).clip(max=len(keys) - 1)]
