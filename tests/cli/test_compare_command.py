@@ -37,8 +37,8 @@ def calls(monkeypatch) -> list:
     """Replace `compare` by one that returns RESULT; list its grids, plots and places."""
     found: list = []
 
-    def compare(grid, log, *, plot=None, place=None):
-        found.append((grid, plot, place))
+    def compare(grid, log, *, plot=None, executor_spec=None):
+        found.append((grid, plot, executor_spec))
         return RESULT
 
     monkeypatch.setattr(comparison, "run_comparison", compare)

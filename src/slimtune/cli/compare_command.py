@@ -82,9 +82,10 @@ def compare_methods(
         reason = "each method has its own default, or --tune searches it"
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
     folder = out if out is not None else Path(f"{tree['output_dir']}-compare")
-    how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
-    how["at_once"] = at_once
-    grid = build_comparison_grid(tree, candidates, output_dir=folder.expanduser(), **how)
+    grid = build_comparison_grid(
+        tree, candidates, output_dir=folder.expanduser(), seeds=seeds, tokens=tokens, trials=trials if tune else 0,
+        force=force, at_once=at_once,
+    )  # fmt: skip
     result = comparison.run_comparison(grid, print_progress, plot=plot, executor_spec=place)
     if not as_json:
         _print_comparison(result)
@@ -157,9 +158,10 @@ def tune_settings(
     from ..experiments.tuning import run_tuning as search
 
     limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
-    how: dict[str, Any] = {"trials": limit, "minutes": minutes, "force": force, "plot": plot, "place": place}
-    how["at_once"] = at_once
-    result = search(tree, ranges, folder.expanduser(), print_progress, **how)
+    result = search(
+        tree, ranges, folder.expanduser(), print_progress, trials=limit, minutes=minutes, force=force, plot=plot,
+        executor_spec=place, at_once=at_once,
+    )  # fmt: skip
     if not as_json:
         _print_search(result)
     return result

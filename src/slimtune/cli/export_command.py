@@ -240,8 +240,10 @@ def push_run(
         require_run_exists(run)
     from ..export.push_to_hub import push
 
-    how: dict[str, Any] = {"revision": revision, "message": message, "base": base, "private": private or None}
-    result = push(run, repo_id, keep_card=keep_card, dry_run=dry_run, **how)
+    result = push(
+        run, repo_id, keep_card=keep_card, dry_run=dry_run, revision=revision, message=message, base=base,
+        private=private or None,
+    )  # fmt: skip
     if not as_json:
         make_console().print("\n".join(result.lines()))
     return result
