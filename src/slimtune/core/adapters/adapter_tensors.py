@@ -227,9 +227,7 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def require_plausible_adapter_size(
-    model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], source: object
-) -> None:
+def require_plausible_adapter_size(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], path: object) -> None:
     """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
     config = copy.deepcopy(config)
     config.check_model(model)
@@ -249,10 +247,10 @@ def require_plausible_adapter_size(
             elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * tensors[key].numel():
                 sizes = f"{key} is {tuple(tensors[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
                 raise AdapterError(
-                    f"{source}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
+                    f"{path}: {sizes}", "an adapter_config.json that belongs to the tensors", code="wrong-base"
                 )
     if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
-        message = f"{source}: its config asks for {unsaved:,} values that its file does not have"
+        message = f"{path}: its config asks for {unsaved:,} values that its file does not have"
         raise AdapterError(message, "an adapter_config.json that belongs to the tensors", code="wrong-base")
 
 

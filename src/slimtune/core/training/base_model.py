@@ -19,18 +19,16 @@ LoadBase = Callable[[ModelSettings, Path | None, ClassLabels | None], LoadedBase
 """Loads a base with its settings, a chat template in place of its own, and a head for classes: `load_base_model`."""
 
 
-def load_base_model(
-    settings: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None
-) -> LoadedBase:
+def load_base_model(model: ModelSettings, chat_template: Path | None, classes: ClassLabels | None = None) -> LoadedBase:
     """Load a base and its tokenizer, with a head for `classes`."""
     base = load_base(
-        settings.name,
-        dtype=settings.dtype,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
+        model.name,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
         chat_template=chat_template,
-        quantization=settings.quantization,
+        quantization=model.quantization,
         task="CAUSAL_LM" if classes is None else "SEQ_CLS",
         head=None if classes is None else classes.config,
     )
@@ -41,21 +39,16 @@ def load_base_model(
     return base
 
 
-def load_base_tokenizer(settings: ModelSettings, chat_template: Path | None) -> Any:
+def load_base_tokenizer(model: ModelSettings, chat_template: Path | None) -> Any:
     """Load the tokenizer of a base, no weights."""
     return load_tokenizer(
-        settings.name,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-        chat_template=chat_template,
+        model.name, trust_remote_code=model.trust_remote_code, revision=model.revision, chat_template=chat_template
     )
 
 
-def read_hidden_size(settings: ModelSettings) -> int:
+def read_hidden_size(model: ModelSettings) -> int:
     """Return the width of a base's hidden states by its config, no weights."""
-    config = load_base_config(
-        settings.name, trust_remote_code=settings.trust_remote_code, revision=settings.revision
-    ).config
+    config = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision).config
     return get_hidden_size(config)
 
 
