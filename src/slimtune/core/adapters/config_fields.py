@@ -264,14 +264,9 @@ def list_settings(cls: Any, prefix: str = "") -> tuple[SettingSpec, ...]:
         elif not in_yaml or spec is not None:  # the others are a method's or a task's own, which another class declares
             default = field.default_factory() if callable(field.default_factory) else field.default
             required = default is dataclasses.MISSING
-            spec = dataclasses.replace(
-                spec or SettingSpec(in_recipe=False),
-                path=f"{prefix}{field.name}",
-                type=hint,
-                default=None if required else default,
-                required=required,
-                in_yaml=in_yaml,
-            )
+            said: dict[str, Any] = {"type": hint, "default": None if required else default, "required": required}
+            spec = spec or SettingSpec(in_recipe=False)
+            spec = dataclasses.replace(spec, path=f"{prefix}{field.name}", in_yaml=in_yaml, **said)
             found.append(spec if spec.flag else dataclasses.replace(spec, flag=f"--{field.name.replace('_', '-')}"))
     return tuple(found)
 

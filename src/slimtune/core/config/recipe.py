@@ -13,7 +13,6 @@ from ...errors import RecipeError, format_names
 from ..adapters.config_fields import (
     MOST_ERRORS,
     FieldError,
-    SettingSpec,
     check_section_settings,
     config_field,
     list_recipe_fields,
@@ -138,6 +137,7 @@ def parse_recipe_sections(
     method, method_errors = parse_named_section("method", tree.get("method", {}))
     task, task_errors = parse_named_section("task", tree.get("task", {}))
     every = {s.path: s for s in list_settings(Recipe)}
+    lacking = {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.description) for s in every.values()}
     paths = [*every, *(f"method.{name}" for name in find_method_fields(method.name))]
     sections: dict[str, Any] = {"task": task, "method": method}
     errors: list[FieldError] = []
@@ -148,11 +148,11 @@ def parse_recipe_sections(
             continue
         values, found = check_section_settings(known, given, name, paths)
         missing = [f"{name}.{s.name}" for s in known.values() if s.required and s.name not in given]
-        errors += found + [_missing_error(every[path]) for path in missing if not partial]
+        errors += found + [lacking[path] for path in missing if not partial]
         if not found and not missing:
             sections[name] = section(**values)
     if "output_dir" not in tree and not partial:
-        errors.append(_missing_error(every["output_dir"]))
+        errors.append(lacking["output_dir"])
     names = dict.fromkeys((f.name for f in fields(Recipe)), None)
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
     values, found = check_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
@@ -161,10 +161,6 @@ def parse_recipe_sections(
         errors += find_setting_conflicts(**sections)
     _raise_errors([*errors, *(extra_checks(tree) if extra_checks is not None else ())], source)
     return sections | values
-
-
-def _missing_error(spec: SettingSpec) -> FieldError:
-    return FieldError(spec.path, f"missing (flag {spec.flag})", spec.description)
 
 
 def find_setting_conflicts(
