@@ -19,10 +19,12 @@ from typing import Any
 
 from ..core.config import Recipe
 from ..core.config.objective_registry import load_objective_class
+from ..core.config.schema import ModelSettings
 from ..core.data.example_lengths import ExampleLength
 from ..core.foundation.files import parse_json, read_regular_file
+from ..core.models.base_config import get_hidden_size, load_base_config
 from ..core.models.dtype import pick_device
-from ..core.training.base_model import load_base_tokenizer, read_hidden_size
+from ..core.training.base_model import load_base_tokenizer
 from ..core.training.datasets import load_eval_dataset, load_training_datasets
 from ..core.training.default_learning_rate import resolve_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
@@ -206,3 +208,9 @@ def _count_steps_for_tokens(recipe: Recipe, lengths: Sequence[int], tokens: int 
             f"--tokens {tokens} is less than one step: {step}", f"{math.ceil(tokens_per_step)} or more", hint
         )
     return math.floor(tokens / tokens_per_step)
+
+
+def read_hidden_size(model: ModelSettings) -> int:
+    """Return the width of a base's hidden states by its config, no weights."""
+    config = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision).config
+    return get_hidden_size(config)

@@ -19,7 +19,6 @@ from ..core.config.recipe_loading import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration
 from ..core.foundation.json_results import to_json_dict
-from ..core.training.base_model import read_hidden_size
 from ..core.training.datasets import load_training_datasets
 from ..core.training.default_learning_rate import resolve_learning_rate
 from ..errors import UsageError
@@ -30,7 +29,7 @@ from .executors import Executor, ExecutorSpec
 from .experiment_output_dir import lock_output_dir_and_write_settings
 from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
 from .markdown_table import format_markdown_table
-from .run_grid import ComparisonGrid
+from .run_grid import ComparisonGrid, read_hidden_size
 from .search import SettingsSearchSpec, find_best_trial, run_settings_search
 from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges
 

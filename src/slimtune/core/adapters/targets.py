@@ -186,11 +186,6 @@ def find_target_modules(model: nn.Module, config: PeftConfig) -> Modules:
     return {n: m for n, m in modules.items() if is_target_module(n, config, targets)}
 
 
-def find_linear_targets(model: nn.Module, config: PeftConfig) -> Modules:
-    """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    return {n: m for n, m in find_target_modules(model, config).items() if get_layer_kind(m) == "linear"}
-
-
 def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = None) -> list[str]:
     """Return the names of the experts' stacked weights `(experts, ..., ...)`, without those of `excluded` modules."""
     return [

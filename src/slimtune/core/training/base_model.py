@@ -10,7 +10,6 @@ from ...errors import ModelError, format_names
 from ..config.schema import ModelSettings
 from ..data.class_labels import ClassLabels
 from ..foundation.device import disable_malloc_trim
-from ..models.base_config import get_hidden_size, load_base_config
 from ..models.lm_head import get_classifier_head
 from ..models.loader import LoadedBase, load_base, load_tokenizer
 from .nonfinite import find_nonfinite_weights
@@ -44,12 +43,6 @@ def load_base_tokenizer(model: ModelSettings, chat_template: Path | None) -> Any
     return load_tokenizer(
         model.name, trust_remote_code=model.trust_remote_code, revision=model.revision, chat_template=chat_template
     )
-
-
-def read_hidden_size(model: ModelSettings) -> int:
-    """Return the width of a base's hidden states by its config, no weights."""
-    config = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision).config
-    return get_hidden_size(config)
 
 
 def _require_row_head(model: Any) -> None:

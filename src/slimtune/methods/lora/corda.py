@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterSite
-from ...core.adapters.targets import find_linear_targets
-from ...core.kernels.linear_layers import get_dequantized_weight
+from ...core.adapters.targets import find_target_modules
+from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
 from ...errors import ConfigError
 from ...extras.layer_inputs import load_cached_statistics, record_layer_inputs, save_cached_statistics
 from .init_configs import CordaConfig as CordaConfig
@@ -137,3 +137,8 @@ def pop_corda_factors(site: AdapterSite, r: int, scale: float) -> tuple[Tensor, 
     root = (eigens.S_WC / scale).sqrt()
     del module.eigens
     return root[:, None] * eigens.V_WC.t(), eigens.U_WC * root
+
+
+def find_linear_targets(model: nn.Module, config: Any) -> dict[str, Any]:
+    """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
+    return {n: m for n, m in find_target_modules(model, config).items() if get_layer_kind(m) == "linear"}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterSite
-from ...core.adapters.targets import find_linear_targets
 from ...core.kernels.linear_layers import is_quantized, is_weight_transposed
 from ...errors import ConfigError
 from ...extras.layer_inputs import load_cached_statistics, save_cached_statistics
+from .corda import find_linear_targets
 from .init_configs import LoraGAConfig as LoraGAConfig
 
 _GRADIENT = "_peft_loraga_grad"
