@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 from row_files import write_jsonl
@@ -11,7 +10,6 @@ from tiny_tokenizer import CHATML, GPT_OSS, make_tokenizer, template_text
 from tiny_tokenizer import SMOLLM2_TOK as TOK
 from tokenizers.processors import TemplateProcessing
 
-from slimtune.core.config import DataSettings
 from slimtune.core.data.rows import InvalidRow, Row
 from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.core.data.tokenized_dataset import split_example_rows
@@ -260,11 +258,6 @@ def test_renamed_columns(tmp_path):
 def test_wrong_format_or_column(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         read_one(tmp_path, {"dialog": [USER, SAID]}, **options)
-
-
-def test_recipe_names_the_same_formats():
-    names, _ = get_args(get_type_hints(DataSettings)["format"])
-    assert list(get_args(names)) == list(load_row_formats())
 
 
 def supervised_text(row, train_on="assistant", tokenizer=TOK):

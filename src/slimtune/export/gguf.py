@@ -350,7 +350,10 @@ def _require_llama_cpp_tool(name: str, purpose: str, hint: str) -> str:
     path = next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
     if path is None:
         raise ModelError(
-            f"llama.cpp's {name}, which {purpose}, is not installed", f"{name} on the PATH or in $LLAMA_CPP", hint
+            f"llama.cpp's {name}, which {purpose}, is not installed",
+            f"{name} on the PATH or in $LLAMA_CPP",
+            hint,
+            code="llama-cpp-tools",
         )
     return path
 
