@@ -141,7 +141,8 @@ def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
     want = alone(model)
     with counted() as calls:
         yield "packed = rows alone", apart(laid(model, share=False), want), LIMIT
-    if device.type == "cuda" and packed_attention._gpu_has_flex_attention(next(model.parameters()).device):
+    heads = torch.empty(1, SHAPE["num_attention_heads"], 4096, SHAPE["head_dim"], device=device)
+    if packed_attention.flex_attention_supported(heads, heads[:, : SHAPE["num_key_value_heads"]]):
         yield "its layers that flex attention did not compute", SHAPE["num_hidden_layers"] - len(calls), 0.5
     yield "packed, beginnings shared = rows alone", apart(laid(model), want), LIMIT
     with by_segment():
