@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from slimtune.export.expected_logps import AdapterReference, make_reference_texts
-from slimtune.export.gptq_rounding import collect_rounding_inputs, round_with_inputs
+from slimtune.export.gptq_rounding import record_linear_layer_inputs, round_with_inputs
 from slimtune.export.merge import load_run_for_export
 from slimtune.export.merged_weights import LazyMergedStateDict
 from slimtune.generation.inference_engines import TransformersInferenceEngine
@@ -31,7 +31,7 @@ def main() -> None:
         model, tokenizer, make_reference_texts(tokenizer, loaded.recipe, model.config.get_text_config())
     )
     effect, positions = reference.effect, sum(map(len, reference.log_probs))
-    inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer)
+    inputs = record_linear_layer_inputs(model, loaded.recipe, tokenizer)
     exact = {n: t.clone() for n, t in LazyMergedStateDict(model).items() if t.dim() == 2}
     plain = model.merge_and_unload()
     nearest_outputs = 0.0

@@ -229,7 +229,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
         if not packed_attention.flex_attention_supported(*thin[:2]):
             continue
-        mask = packed_attention.make_tree_mask(tree, None, device)
+        mask = packed_attention.get_flex_block_mask(tree, None, device)
         got = packed_attention.tree_attention(*thin, mask, None)
         want = F.scaled_dot_product_attention(*full, seen, enable_gqa=True)
         weights = torch.randn_like(want).to(dtype)

@@ -202,7 +202,7 @@ def test_adapter_folder_is_merged_in_its_bases_dtype(tmp_path, tiny_folder):
 def test_large_models_give_the_same_weights(tmp_path, tiny_folder, monkeypatch, dtype):
     """A large base in another dtype than the run's is rounded on the disk; the check computes in the run's dtype."""
     run = make_run(tmp_path / "run", tiny_folder, model={"dtype": "bfloat16"})
-    monkeypatch.setattr(module, "collect_rounding_inputs", lambda *_: {})
+    monkeypatch.setattr(module, "record_linear_layer_inputs", lambda *_: {})
     merge(run, tmp_path / "small", dtype=dtype)
     monkeypatch.setattr(module, "SMALL_MODEL", 0)
     monkeypatch.setattr(SHARD_BYTES, 40_000)
@@ -217,7 +217,7 @@ def test_rounding_with_rows_is_nearer(tmp_path, make_base, tiny_llama, monkeypat
     run = make_run(tmp_path / "run", make_base(tiny_llama().bfloat16()), model={"dtype": "bfloat16"})
     monkeypatch.setattr("slimtune.export.merged_weights.MIN_INPUTS", 1)
     with_rows = merge(run, tmp_path / "rows")
-    monkeypatch.setattr(module, "collect_rounding_inputs", lambda *_: {})
+    monkeypatch.setattr(module, "record_linear_layer_inputs", lambda *_: {})
     assert with_rows["mean_difference"] < merge(run, tmp_path / "nearest")["mean_difference"]
 
 
@@ -233,7 +233,7 @@ def test_gguf_in_16_bits_is_rounded_with_the_rows_of_the_run(tmp_path, make_base
     for precision in ("f32", "f16"):
         module.write_merged_gguf(loaded, run, tmp_path / "model.gguf", precision)
     name = "model.layers.0.mlp.up_proj"
-    inputs = module.collect_rounding_inputs(loaded.model, loaded.recipe, loaded.base.tokenizer)[name]
+    inputs = module.record_linear_layer_inputs(loaded.model, loaded.recipe, loaded.base.tokenizer)[name]
     exact, rounded = (found[precision][f"{name}.weight"].float() for precision in ("f32", "f16"))
     assert found["f16"][f"{name}.weight"].dtype == torch.float16
     assert not torch.equal(exact, exact.half().float())

@@ -32,7 +32,7 @@ def bases(tmp_path_factory):
         model = llama(dtype=torch.float32)
         _, told = make_quantization_options(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
-        bitsandbytes_loading.prepare_model(model)
+        bitsandbytes_loading.prevent_cpu_weight_repacking(model)
         return model
 
     return make

@@ -10,7 +10,12 @@ from method_cases import CASES
 
 import slimtune
 from slimtune.core.attention.packed_attention import MAX_SPLIT_TOKENS, PART
-from slimtune.planning.extrapolation import TOKENS, extrapolate_merge_peak, extrapolate_step_trace, fit_memory_formula
+from slimtune.planning.extrapolation import (
+    TOKENS,
+    extrapolate_merge_cpu_peak,
+    extrapolate_step_trace,
+    fit_memory_formula,
+)
 from slimtune.planning.memory_trace import BACKWARD, trace_merge_peak, trace_training_step
 from slimtune.planning.plan_request import TrainingJob
 
@@ -113,9 +118,11 @@ def test_layers_that_differ_are_traced_whole(settings):
 def test_peak_of_a_merge():
     job = make_job()
     peak = trace_merge_peak(job, torch.float32)
-    assert extrapolate_merge_peak(job, num_params=1000) == peak  # small models are merged in float32
-    assert extrapolate_merge_peak(job, num_params=10**10) < peak
-    assert extrapolate_merge_peak(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None
+    assert extrapolate_merge_cpu_peak(job, num_params=1000) == peak  # small models are merged in float32
+    assert extrapolate_merge_cpu_peak(job, num_params=10**10) < peak
+    assert (
+        extrapolate_merge_cpu_peak(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None
+    )
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])

@@ -75,7 +75,7 @@ def test_rates_keep_the_ratio_of_their_architecture(gpu):
 def test_age_of_figures():
     assert gpus.is_date_outdated("2020-01-01")
     assert not gpus.is_date_outdated(datetime.date.today().isoformat())
-    assert re.search(r"^2020-01-01, .*180 days$", gpus.format_source_date("2020-01-01"))
+    assert re.search(r"^2020-01-01, .*180 days$", gpus.format_date_with_age_note("2020-01-01"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 import slimtune
 from slimtune.planning import extrapolation as extrapolate
-from slimtune.planning.extrapolation import extrapolate_merge_peak, extrapolate_step_trace
+from slimtune.planning.extrapolation import extrapolate_merge_cpu_peak, extrapolate_step_trace
 from slimtune.planning.plan_request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -38,13 +38,13 @@ def traced(monkeypatch, tmp_path):
 
 
 def test_second_plan_traces_nothing(job, traced, tmp_path):
-    first, merge = extrapolate_step_trace(job), extrapolate_merge_peak(job, 1000)
+    first, merge = extrapolate_step_trace(job), extrapolate_merge_cpu_peak(job, 1000)
     elsewhere = copy.deepcopy(job.base_config)
     elsewhere.name_or_path = "another/folder"
     again = extrapolate_step_trace(replace(job, base_config=elsewhere))
     assert len(traced) == 1
     assert (again, list(again.operator_counts.items())) == (first, list(first.operator_counts.items()))
-    assert extrapolate_merge_peak(job, 1000) == merge > 0
+    assert extrapolate_merge_cpu_peak(job, 1000) == merge > 0
     assert len(list((tmp_path / "traces").iterdir())) == 2
 
 

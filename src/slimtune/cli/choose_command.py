@@ -51,7 +51,7 @@ def choose_machine(
     kinds = parse_machine_kinds(kind, KINDS)
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
-    from ..hardware.hardware_results import MILLION, ChooseResult, RankedOffer
+    from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
     from ..hardware.machine_choice import make_machine_offer, rank_machines
     from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import list_gpu_specs, load_measured_gpu
@@ -106,8 +106,8 @@ def choose_machine(
         tokens=count,
         here=mine,
         need_bytes={estimate.gpu: estimate.need_bytes for estimate in planned.values()},
-        buy=[RankedOffer(offer, offer.explain_pick("buy")) for offer in picks["buy"]],
-        rent=[RankedOffer(offer, offer.explain_pick("rent")) for offer in picks["rent"]],
+        buy=[FittingOffer(offer, offer.explain_pick("buy")) for offer in picks["buy"]],
+        rent=[FittingOffer(offer, offer.explain_pick("rent")) for offer in picks["rent"]],
     )
     return result if any(picks.values()) else NegativeVerdictResult(result)
 
@@ -164,7 +164,7 @@ def cost_comparison(
     from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalCost, ServiceCost
     from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import find_gpu_by_name, format_source_date, require_trainable_gpu
+    from ..planning.gpu_specs import find_gpu_by_name, format_date_with_age_note, require_trainable_gpu
     from ..planning.interval import Interval
 
     spec = find_gpu_by_name(gpu)
@@ -211,7 +211,10 @@ def cost_comparison(
         _print_sources([machine], [s.price.date for s in services], sources=sources)
         if sources:
             print_fields(
-                (p.service, f"{p.dollars_per_million} $ a million tokens, {format_source_date(p.date)}: {p.source}")
+                (
+                    p.service,
+                    f"{p.dollars_per_million} $ a million tokens, {format_date_with_age_note(p.date)}: {p.source}",
+                )
                 for p in (s.price for s in services)
             )
     return result

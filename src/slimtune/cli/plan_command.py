@@ -79,7 +79,7 @@ def plan_run(
     from ..evaluation.charts import require_figure_path
     from ..planning.gpu_specs import (
         find_gpu_by_name,
-        format_source_date,
+        format_date_with_age_note,
         is_date_outdated,
         make_gpu_with_memory,
         require_trainable_gpu,
@@ -123,7 +123,9 @@ def plan_run(
         for part in _render_answer(runs[0]) if len(runs) == 1 else [_estimates_table(estimates)]:
             screen.print(part)
         if spec.checked and is_date_outdated(spec.checked):
-            screen.print(f"note: figures of {spec.name} are of {format_source_date(spec.checked)}: --sources has them")
+            screen.print(
+                f"note: figures of {spec.name} are of {format_date_with_age_note(spec.checked)}: --sources has them"
+            )
         if details and len(runs) == 1:
             for part in _render_details(runs[0], spec):
                 screen.print(part)

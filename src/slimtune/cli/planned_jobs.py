@@ -69,12 +69,12 @@ def find_recipe_file(job: str | None) -> Path | None:
 
 
 def load_run_to_plan(
-    job: str, settings: Mapping[str, Any], message: str = "several methods are given", hint: str = "--method lora"
+    job: str, flags: Mapping[str, Any], error_message: str = "several methods are given", hint: str = "--method lora"
 ) -> RunsToPlan:
     """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
-    jobs = load_runs_to_plan(job, settings)
+    jobs = load_runs_to_plan(job, flags)
     if len(jobs.recipes) > 1 or jobs.errors:
-        raise UsageError(message, "one run", hint)
+        raise UsageError(error_message, "one run", hint)
     return jobs
 
 

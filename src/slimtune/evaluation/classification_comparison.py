@@ -25,7 +25,7 @@ from .model_comparison import ModelComparison, RowFigures
 from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1
 
 
-class ClassificationComparison(ModelComparison[ClassificationMeasures]):
+class PredictionLabelComparison(ModelComparison[ClassificationMeasures]):
     """Compares the predicted classes of rows with `label` (see `Classification`)."""
 
     result_type = ClassificationEvalResult

@@ -42,7 +42,7 @@ from ..objectives.kto import KTO
 from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
-from .classification_comparison import ClassificationComparison, RewardComparison
+from .classification_comparison import PredictionLabelComparison, RewardComparison
 from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .general_text import read_general_text, tokenize_general_text
@@ -65,7 +65,7 @@ COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
     SFT: SFTComparison,
     PairObjective: PreferenceComparison,
     KTO: KTOComparison,
-    Classification: ClassificationComparison,
+    Classification: PredictionLabelComparison,
     Reward: RewardComparison,
 }
 """The comparison of each objective and of its subclasses."""

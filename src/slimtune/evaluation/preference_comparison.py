@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..core.data.tokenized_dataset import AnswerSubset, Example, split_example_rows
+from ..core.data.tokenized_dataset import Example, RankedAnswerSelection, split_example_rows
 from ..core.foundation.progress_bars import prefix_progress_name
 from ..core.training.loss import count_supervised_targets, score_row_logps_by_example
 from ..errors import DataError
@@ -55,7 +55,7 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
         with self.model.disable_adapter(), prefix_progress_name("base"):
             base = score_row_logps_by_example(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        measures, figures, _ = measure_base_and_tuned_losses(self, AnswerSubset(self.examples, (0,)))
+        measures, figures, _ = measure_base_and_tuned_losses(self, RankedAnswerSelection(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}

@@ -29,7 +29,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     initialisation, which changed the base in memory.
     """
     config = model.peft_config[adapter]
-    factors, other = collect_low_rank_factors(model, adapter)
+    factors, other = split_low_rank_and_other_changes(model, adapter)
     replicated = bool(getattr(config, "layer_replication", None))
     on_published_base = on_published_base and not replicated  # the published one has fewer layers
     can_be_lora = on_published_base and not list_vllm_lora_incompatibilities(config)
@@ -47,7 +47,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     )
 
 
-def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
+def split_low_rank_and_other_changes(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
     """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes.
 
     Updates of stacked experts are under the parameter's name.

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 from ..extras.gguf_loading import import_gguf
-from .export_support import Factors, collect_low_rank_factors, get_export_support
+from .export_support import Factors, get_export_support, split_low_rank_and_other_changes
 from .gguf_format import GgufExportFacts
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
@@ -212,7 +212,7 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
 
     UsageError names what else the adapter does, and the alternatives.
     """
-    layers, other = collect_low_rank_factors(model, adapter)
+    layers, other = split_low_rank_and_other_changes(model, adapter)
     if layers and not other:
         return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
     config = model.peft_config[adapter]

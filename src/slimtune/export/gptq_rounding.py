@@ -71,7 +71,7 @@ def _invert_upper(M: Tensor) -> Tensor:
     return U
 
 
-def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -> dict[str, Tensor]:
+def record_linear_layer_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -> dict[str, Tensor]:
     """Run an adapted model on the first rows its run trained on; return the inputs of its linear layers by name.
 
     Empty without a recipe, or if its rows are not there any more. The head is left out: it is often tied to embeddings.

@@ -47,7 +47,7 @@ from . import gguf
 from .expected_logps import AdapterReference, get_loosest_tolerance, make_reference_texts
 from .export_format import MERGED_FOLDER
 from .export_results import MergeComparison, MergedExportFacts, MergeResult
-from .gptq_rounding import collect_rounding_inputs
+from .gptq_rounding import record_linear_layer_inputs
 from .manifest import write_export_manifest
 from .merged_weights import LazyMergedStateDict, round_merged_weight, save_merged_weights
 
@@ -92,7 +92,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         texts = make_reference_texts(tokenizer, loaded.recipe, model.config)
         reference = AdapterReference(model, tokenizer, texts)
         effect = reference.effect  # measured before the model changes
-        inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
+        inputs = record_linear_layer_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
         if quantized:
             remove_quantization_config(model.get_base_model())
         with _translate_merge_errors(run):
@@ -272,7 +272,7 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
         return
     inputs: dict[str, torch.Tensor] = {}
     if precision in STORED_DTYPES and small:  # f32 holds the change, and q8_0 rounds in blocks
-        inputs = collect_rounding_inputs(model, loaded.recipe, loaded.base.tokenizer)
+        inputs = record_linear_layer_inputs(model, loaded.recipe, loaded.base.tokenizer)
     with _translate_merge_errors(run):
         model.merge_adapter(safe_merge=True)
     try:

@@ -202,7 +202,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     if folded:
         settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)
-    metadata = adapter_files.get_adapter_file_content(model, adapter)[1]
+    metadata = adapter_files.get_adapter_tensors_and_metadata(model, adapter)[1]
     write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors(tensors, metadata))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, adapter_files.WEIGHTS_FILE))
 

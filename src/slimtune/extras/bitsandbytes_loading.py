@@ -44,7 +44,7 @@ def make_load_options(
     return options
 
 
-def prepare_model(model: nn.Module) -> None:
+def prevent_cpu_weight_repacking(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU in a way that would be wrong or fail.
 
     On CPUs with AVX-512 BF16, bitsandbytes repacks a layer's weight for a faster kernel when the layer first runs in

@@ -159,7 +159,7 @@ class GpuComparisonResult:
 
 
 @dataclass(frozen=True)
-class RankedOffer:
+class FittingOffer:
     """A machine that the run fits on."""
 
     offer: MachineOffer = field(metadata=INLINE)
@@ -180,9 +180,9 @@ class ChooseResult:
     """This machine, if it was measured."""
     need_bytes: dict[str, Interval]
     """Bytes that the run needs, by the largest GPU of each kind."""
-    buy: list[RankedOffer]
+    buy: list[FittingOffer]
     """Machines to buy, the cheapest first."""
-    rent: list[RankedOffer]
+    rent: list[FittingOffer]
     """Machines to rent, the cheapest run first."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.foundation.formatting import format_bytes
 from ..core.foundation.json_results import make_json_key_metadata
 from ..core.models.gpu_support import NO_XPU
-from ..planning.gpu_specs import GpuSpec, format_source_date
+from ..planning.gpu_specs import GpuSpec, format_date_with_age_note
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
 from ..planning.serving_speed import ServingSpeed, estimate_serving_speed
@@ -254,16 +254,16 @@ def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     if gpu.released:
         yield "released", gpu.released
     yield "source", gpu.source
-    yield "checked", format_source_date(gpu.checked)
+    yield "checked", format_date_with_age_note(gpu.checked)
     yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_price_sources(gpu.name))
 
 
 def list_price_sources(gpu: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu):
-        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_source_date(p.date)}: {p.source}"
+        yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_date_with_age_note(p.date)}: {p.source}"
     for q in list_rent_prices(gpu):
-        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_source_date(q.date)}: {q.source}"
+        yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_date_with_age_note(q.date)}: {q.source}"
 
 
 def list_offer_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, str]]:
@@ -271,7 +271,7 @@ def list_offer_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, st
     for offer in offers:
         yield (
             offer.gpu,
-            f"{offer.source} (checked {format_source_date(offer.checked)})" if offer.checked else offer.source,
+            f"{offer.source} (checked {format_date_with_age_note(offer.checked)})" if offer.checked else offer.source,
         )
         yield from ((amount, source) for _, amount, source in list_price_sources(offer.gpu))
     yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"

@@ -78,9 +78,9 @@ class PairObjective(Objective):
         self, rows: TokenizedDataset, classes: ClassLabels | None = None, path: Path | None = None
     ) -> TokenizedDataset:
         """Return ranked lists as pairs of their best and worst answer, if the setting `pairs` says so."""
-        from ..core.data.tokenized_dataset import AnswerSubset
+        from ..core.data.tokenized_dataset import RankedAnswerSelection
 
-        return AnswerSubset(rows, (0, -1)) if getattr(self, "pairs", None) == "best-worst" else rows
+        return RankedAnswerSelection(rows, (0, -1)) if getattr(self, "pairs", None) == "best-worst" else rows
 
     def prepare_run(self, prepared: PreparedRun) -> None:
         if self.needs_reference:

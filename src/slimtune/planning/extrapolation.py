@@ -29,7 +29,7 @@ from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
 from .fake_tensors import list_module_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_merge_peak, trace_training_step
-from .packed_lengths import count_packed_tokens
+from .packed_lengths import count_tokens_with_shared_prompt
 from .plan_request import TrainingJob
 from .trace_cache import load_or_compute_trace
 
@@ -84,7 +84,7 @@ def extrapolate_step_trace(job: TrainingJob, model: Any = None, *, backward_only
     )
 
 
-def extrapolate_merge_peak(job: TrainingJob, num_params: int) -> int | None:
+def extrapolate_merge_cpu_peak(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
 
@@ -183,7 +183,7 @@ def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
 
 
 def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
-    tokens = sum(map(count_packed_tokens, lengths))
+    tokens = sum(map(count_tokens_with_shared_prompt, lengths))
     rows = [n for length in lengths for n in count_row_tokens(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
     return np.array(

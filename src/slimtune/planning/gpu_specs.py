@@ -120,7 +120,7 @@ class GpuSpec:
 
     def format_source(self) -> str:
         """Return where its figures are from, and when they were read there."""
-        return f"{self.source} (checked {format_source_date(self.checked)})" if self.checked else self.source
+        return f"{self.source} (checked {format_date_with_age_note(self.checked)})" if self.checked else self.source
 
     @property
     def usable(self) -> Interval:
@@ -272,7 +272,7 @@ def is_date_outdated(date: str) -> bool:
     return (datetime.date.today() - datetime.date.fromisoformat(date)).days > MAX_AGE
 
 
-def format_source_date(date: str) -> str:
+def format_date_with_age_note(date: str) -> str:
     """Return a date, and whether a figure of that date is old."""
     return f"{date}, older than {MAX_AGE} days" if is_date_outdated(date) else date
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UsageError, format_names
 from ..extras.known_models import load_known_models, read_known_config
-from .gpu_specs import format_source_date
+from .gpu_specs import format_date_with_age_note
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class KnownBaseFacts:
 
     def format_source(self) -> str:
         """Return its ids, and where its facts are from."""
-        return f"{', '.join([self.hub, *self.ollama])}: {self.source} (checked {format_source_date(self.checked)})"
+        return (
+            f"{', '.join([self.hub, *self.ollama])}: {self.source} (checked {format_date_with_age_note(self.checked)})"
+        )
 
 
 @dataclass(frozen=True)

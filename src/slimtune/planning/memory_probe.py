@@ -15,7 +15,7 @@ from ..core.foundation.formatting import format_bytes
 from ..core.kernels.dropout import preserve_rng_state
 from ..core.training.loss import forward_backward, move_batch_to_device
 from ..core.training.prepared_run import MemoryPlan, PreparedRun, get_planned_bytes_range
-from .packed_lengths import count_packed_tokens
+from .packed_lengths import count_tokens_with_shared_prompt
 
 
 def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> None:
@@ -58,7 +58,7 @@ def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows
     """
     lengths = dataset.lengths
     if collator.share_prefix:
-        lengths = np.array([*map(count_packed_tokens, dataset.example_lengths)])
+        lengths = np.array([*map(count_tokens_with_shared_prompt, dataset.example_lengths)])
     order = np.argsort(-lengths, kind="stable").tolist()
     most = min(filter(None, (rows_per_step, collator.max_rows, len(order))))
     limit = collator.max_tokens or math.inf

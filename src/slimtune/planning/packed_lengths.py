@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ..core.data.example_lengths import ExampleLength, count_row_tokens
 
 
-def count_packed_tokens(example_length: ExampleLength) -> int:
+def count_tokens_with_shared_prompt(example_length: ExampleLength) -> int:
     """Return the tokens of an example in a packed sequence, those of a prompt once."""
     return example_length if isinstance(example_length, int) else sum(example_length)
 

@@ -26,7 +26,7 @@ from ..errors import UsageError
 from .fake_quantization import fake_quantize_model, resolve_quantization_kind
 from .gpu_specs import GpuSpec, require_trainable_gpu
 from .meta_model import build_adapted_meta_model
-from .packed_lengths import count_packed_tokens, remove_prefix_sharing
+from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing
 
 QUANTILES = 64
 """Examples that stand for all of the data in an estimate of the speed."""
@@ -60,7 +60,7 @@ class TrainingJob:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of the micro-batch, shared prefixes once."""
-        return sum(map(count_packed_tokens, self.lengths))
+        return sum(map(count_tokens_with_shared_prompt, self.lengths))
 
     @property
     def num_layers(self) -> int:
@@ -136,7 +136,9 @@ class PlanRequest:
             base_config=self.model.config,
             method=self.method,
             dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
-            lengths=tuple(sorted(self.lengths or (example,) * self.batch_size, key=count_packed_tokens, reverse=True)),
+            lengths=tuple(
+                sorted(self.lengths or (example,) * self.batch_size, key=count_tokens_with_shared_prompt, reverse=True)
+            ),
             micro_batches=self.gradient_accumulation_steps,
             device=self.gpu.device,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -203,8 +205,10 @@ def build_plan_request(
         dtype=model.dtype,
         quantization=resolve_quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
-        lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_packed_tokens)),
-        quantiles=pick_length_quantiles(sorted(lengths, key=count_packed_tokens), QUANTILES) if lengths else (),
+        lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_tokens_with_shared_prompt)),
+        quantiles=pick_length_quantiles(sorted(lengths, key=count_tokens_with_shared_prompt), QUANTILES)
+        if lengths
+        else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,
         content=content,

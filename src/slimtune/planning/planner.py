@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core.adapters.adapter_files import get_adapter_file_content
+from ..core.adapters.adapter_files import get_adapter_tensors_and_metadata
 from ..core.adapters.quantized_layers import count_parameters
 from ..core.attention.attention_functions import packing_unsupported_reason
 from ..core.data.example_lengths import (
@@ -22,11 +22,11 @@ from ..core.foundation.formatting import format_bytes
 from ..core.models.base_config import get_max_positions
 from ..core.training.loss import make_collator
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from .extrapolation import MemoryFormula, extrapolate_merge_peak, extrapolate_step_trace, fit_memory_formula
+from .extrapolation import MemoryFormula, extrapolate_merge_cpu_peak, extrapolate_step_trace, fit_memory_formula
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings
-from .packed_lengths import count_packed_tokens, remove_prefix_sharing, resize_example_rows
+from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
 from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
 from .throughput import estimate_training_speed
@@ -114,7 +114,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 
     adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
     peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
-    if (merge := extrapolate_merge_peak(job, total_params)) is not None:
+    if (merge := extrapolate_merge_cpu_peak(job, total_params)) is not None:
         peaks["merge"] = merge
     # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
     # recipe keeps are on disk when the next is written.
@@ -188,7 +188,7 @@ def split_batch_to_fit(request: PlanRequest, job: TrainingJob, memory_model: Mem
 
     def fits(examples: int) -> bool:
         some = job.lengths[:examples]
-        if request.max_tokens is not None and sum(map(count_packed_tokens, some)) > request.max_tokens:
+        if request.max_tokens is not None and sum(map(count_tokens_with_shared_prompt, some)) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
         need = estimate_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
@@ -204,7 +204,7 @@ def pick_typical_micro_batches(request: PlanRequest, job: TrainingJob) -> Traini
     if not request.quantiles:
         return job
     prefix, supervised = request.content
-    mean = sum(map(count_packed_tokens, request.quantiles)) / len(request.quantiles)
+    mean = sum(map(count_tokens_with_shared_prompt, request.quantiles)) / len(request.quantiles)
     tokens = min(job.micro_batch_tokens, request.max_tokens or MAX_SEQ_LEN)
     count = max(1, min(len(request.lengths), int((tokens - prefix) / max(1, mean - prefix))))
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
@@ -257,7 +257,7 @@ def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
 
     adapters = model.adapter_modules("default")
     growth = model.peft_config["default"].max_added_bytes(adapters)
-    tensors, _ = get_adapter_file_content(model, "default")
+    tensors, _ = get_adapter_tensors_and_metadata(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
     return size(tensors.values()) + (growth or 0), size(extra), growth is not None
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.core.adapters.name_patterns import ModuleNamePattern, find_matching_pattern
+from slimtune.core.adapters.name_patterns import ModuleNameRegex, find_matching_pattern
 from slimtune.core.adapters.targets import get_layer_index
 from slimtune.errors import ConfigError
 
@@ -30,7 +30,7 @@ NAMES = [f"model.layers.{i}.{m}" for i in range(40) for m in ("self_attn.q_proj"
 def test_the_same_matches_as_re(text, name):
     starts = (0, *(i + 1 for i, c in enumerate(name) if c == "."))
     for some in ((0,), starts):
-        assert ModuleNamePattern(text).matches(name, some) == any(re.compile(text).fullmatch(name, s) for s in some)
+        assert ModuleNameRegex(text).matches(name, some) == any(re.compile(text).fullmatch(name, s) for s in some)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_same_matches_as_re(text, name):
 def test_endless_patterns_end(text):
     started = time.process_time()
     with contextlib.suppress(ConfigError):
-        assert not any(ModuleNamePattern(text).matches(name) for name in NAMES)
+        assert not any(ModuleNameRegex(text).matches(name) for name in NAMES)
     assert time.process_time() - started < 5
 
 
@@ -59,7 +59,7 @@ def test_endless_patterns_end(text):
 )
 def test_malformed(text, words):
     with pytest.raises(ConfigError, match=words):
-        ModuleNamePattern(text)
+        ModuleNameRegex(text)
 
 
 def test_end_of_a_name():

@@ -18,7 +18,7 @@ from slimtune.core.attention.packed_attention import (
     _find_kernel_options,
     _test_kernel,
     flex_attention_supported,
-    make_tree_mask,
+    get_flex_block_mask,
     round_up_to_power_of_two,
     tree_attention,
 )
@@ -47,7 +47,7 @@ def to_dense(mask):
 @settings(max_examples=60, deadline=None)
 @given(layouts(12, 70, (0, 0, 3, 130)), st.sampled_from([None, 1, 5, 64, 200]))
 def test_mask(layout, window):
-    mask, expected = to_dense(make_tree_mask(layout, window, CPU)), dense_mask(layout, window)
+    mask, expected = to_dense(get_flex_block_mask(layout, window, CPU)), dense_mask(layout, window)
     assert torch.equal(mask[: layout.total, : expected.shape[1]], expected)
     assert not mask[: layout.total, expected.shape[1] :].any()  # padding is not seen
     assert mask.any(1).all()  # a query that sees nothing would divide by zero
@@ -55,7 +55,7 @@ def test_mask(layout, window):
 
 def test_blocks_between_rows_are_skipped():
     """16 rows of 256 tokens: 3 of the 2 × 2 blocks in each."""
-    mask = make_tree_mask(PackedLayout((256,) * 16, (-1,) * 16), None, CPU)
+    mask = get_flex_block_mask(PackedLayout((256,) * 16, (-1,) * 16), None, CPU)
     assert (mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()).item() == 16 * 3
     assert mask.full_kv_num_blocks.sum() == 16
 
@@ -66,7 +66,7 @@ def test_uncompiled_attention(prefix_keys, window, monkeypatch):
     layout = PackedLayout((150, 40, 90, 60), (-1, 0, 0, 1), prefix_keys)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 24) for heads, n in ((6, 340), (2, prefix_keys + 340), (2, prefix_keys + 340)))
-    out = tree_attention(q, k, v, make_tree_mask(layout, window, CPU), 0.3)
+    out = tree_attention(q, k, v, get_flex_block_mask(layout, window, CPU), 0.3)
     expected = F.scaled_dot_product_attention(q, k, v, dense_mask(layout, window), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected)
 
@@ -97,7 +97,7 @@ def test_gradients_and_number_of_kernels(compile_on_cpu):
         layout = PackedLayout(lengths, parents)
         leaves = [torch.randn(1, heads, layout.total, 16, requires_grad=True) for heads in (4, 2, 2)]
         expected = F.scaled_dot_product_attention(*leaves, dense_mask(layout), enable_gqa=True)
-        out = tree_attention(*leaves, make_tree_mask(layout, None, CPU), None)
+        out = tree_attention(*leaves, get_flex_block_mask(layout, None, CPU), None)
         torch.testing.assert_close(out, expected)
         weights = torch.randn_like(expected)
         grads, expected_grads = (torch.autograd.grad(y, leaves, weights) for y in (out, expected))
@@ -124,8 +124,8 @@ def test_kernel_that_works(compile_on_cpu):
 
 
 def test_kernel_with_wrong_values(compile_on_cpu, monkeypatch):
-    other_mask = make_tree_mask(PackedLayout((166, 50, 40), (-1, 0, 1)), None, CPU)
-    monkeypatch.setattr(packed_attention, "make_tree_mask", lambda *_: other_mask)
+    other_mask = get_flex_block_mask(PackedLayout((166, 50, 40), (-1, 0, 1)), None, CPU)
+    monkeypatch.setattr(packed_attention, "get_flex_block_mask", lambda *_: other_mask)
     assert "values" in _test_kernel(*HEADS, {})
 
 

@@ -186,4 +186,4 @@ if __name__ == "__main__":
     result = {check: globals()[f"check_{check}"](settings) for check in checks.split(",")}
     if distributed.is_main_process():
         Path(out).write_text(json.dumps(result))
-    distributed.destroy_process_group()
+    distributed.wait_and_destroy_process_group()

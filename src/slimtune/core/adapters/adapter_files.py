@@ -67,7 +67,7 @@ def read_adapter_file(
         raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None
 
 
-def get_adapter_file_content(
+def get_adapter_tensors_and_metadata(
     model: Any,
     adapter: str,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -110,7 +110,7 @@ def save_adapter(
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    tensors, metadata = get_adapter_file_content(model, adapter, state_dict, save_embedding_layers)
+    tensors, metadata = get_adapter_tensors_and_metadata(model, adapter, state_dict, save_embedding_layers)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     config = model.peft_config[adapter]
     if flat := [k for k, t in tensors.items() if k.endswith(("lora_A.weight", "lora_B.weight")) and t.dim() < 2]:

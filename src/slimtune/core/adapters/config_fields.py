@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from ...errors import ConfigError, SlimtuneError, format_names, nearest
 from ..foundation.formatting import format_short_value
-from ..foundation.type_hints import describe_type_hint, has_type, list_union_members
+from ..foundation.type_hints import describe_type_hint, has_type, iterate_union_members
 
 MAX_NUMBER = 1e9
 """Largest size of a number in a setting that declares no smaller bound: products of two still fit in fp32."""
@@ -119,7 +119,7 @@ class SettingSpec:
     @cached_property
     def kinds(self) -> tuple[Any, ...]:
         """The types that a value may have: `(int, NoneType)` of an integer that may be null."""
-        return tuple(list_union_members(self.type))
+        return tuple(iterate_union_members(self.type))
 
     def list_choices(self) -> tuple[str, ...]:
         """Return the strings allowed; empty: any."""

@@ -21,7 +21,7 @@ MAX_SECONDS = 2.0
 """Time that a pattern may take for all names together; a pattern that people write takes microseconds for each."""
 
 
-class ModuleNamePattern:
+class ModuleNameRegex:
     """A regular expression for module names.
 
     Raises:
@@ -60,9 +60,9 @@ class ModuleNamePattern:
 
 
 @cache
-def compile_name_pattern(text: str) -> ModuleNamePattern:
+def compile_name_pattern(text: str) -> ModuleNameRegex:
     """Return the pattern for a text, made once."""
-    return ModuleNamePattern(text)
+    return ModuleNameRegex(text)
 
 
 def find_pattern_error(text: str) -> ConfigError | None:

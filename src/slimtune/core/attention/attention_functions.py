@@ -23,7 +23,7 @@ from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,
     flex_attention_supported,
-    make_tree_mask,
+    get_flex_block_mask,
     simulate_tree_attention_memory,
     tree_attention,
 )
@@ -172,7 +172,7 @@ def _attend_packed(
         if is_device_simulated():
             out = simulate_tree_attention_memory(query, key, value, layout.count_pairs(window))
         else:
-            out = tree_attention(query, key, value, make_tree_mask(layout, window, query.device), scaling)
+            out = tree_attention(query, key, value, get_flex_block_mask(layout, window, query.device), scaling)
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]

@@ -206,7 +206,7 @@ def tree_attention(
 
     Args:
         query, key, value, scale: as in `attend_by_segment`.
-        mask: from `make_tree_mask`.
+        mask: from `get_flex_block_mask`.
         options: kernel options; None: those that `flex_attention_supported` found.
     """
     from torch.nn.attention.flex_attention import flex_attention
@@ -223,7 +223,7 @@ def tree_attention(
     return out[:, :, : query.shape[2]]
 
 
-def make_tree_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
+def get_flex_block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
     """Return the flex attention `BlockMask` of a layout; cached in it."""
     return layout.compute_once(("flex", window, device), lambda: _make_block_mask(layout, window, device))
 
@@ -351,7 +351,7 @@ def _find_kernel_options(
 def _test_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, options: dict) -> str:
     """Return what is wrong with attention in a small tree and its gradients, "" if nothing is."""
     n = MIN_FLEX_TOKENS
-    mask = make_tree_mask(PackedLayout((n - 90, 50, 40), (-1, 0, 0)), None, device)
+    mask = get_flex_block_mask(PackedLayout((n - 90, 50, 40), (-1, 0, 0)), None, device)
     shapes = [(1, h, n, size) for h in (heads, kv_heads, kv_heads, heads)]
     q, k, v, g = (torch.arange(1.0, 1 + n * s[1] * size, device=device).mul(5).sin().view(s).to(dtype) for s in shapes)
     visible = torch.tril(torch.ones(n, n, dtype=torch.bool, device=device))

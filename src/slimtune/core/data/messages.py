@@ -59,7 +59,7 @@ def require_template_keys(messages: Messages, template: str) -> None:
             raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
 
 
-def get_thinking_text(message: Message) -> tuple[str, str]:
+def find_thinking_and_source(message: Message) -> tuple[str, str]:
     """Return what an assistant's message thinks before it answers, and where it says so; "", "" if it does not think.
 
     It is the text of a key of `REASONING_KEYS`, or what is before `</think>` in the content. Templates that split a
@@ -93,7 +93,7 @@ def count_thinking_turns(
     places = turns if len(turns) == len(assistant) else [(0, len(rendered))] * len(assistant)
     counts = [0, 0, 0]
     for i, (start, end) in zip(assistant, places, strict=True):
-        text, where = get_thinking_text(messages[i])
+        text, where = find_thinking_and_source(messages[i])
         is_learned = learned is None or learned[i]
         if not text:
             continue

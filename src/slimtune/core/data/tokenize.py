@@ -19,7 +19,7 @@ from ...errors import DataError, UsageError, format_names, nearest
 from ..foundation.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
-from .messages import REASONING_KEYS, RowError, count_thinking_turns, get_thinking_text, require_template_keys
+from .messages import REASONING_KEYS, RowError, count_thinking_turns, find_thinking_and_source, require_template_keys
 from .parallel import parallel_map
 from .row_observer import RowObserver
 from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_into_answer_rows
@@ -128,7 +128,7 @@ def tokenize_rows(
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
                 return RenderedText(rendered.text, [])
-            thinks = any(get_thinking_text(message)[0] for message in row.messages)
+            thinks = any(find_thinking_and_source(message)[0] for message in row.messages)
             if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
                 generation_prompt_differs = chat_template.prompt_differs_in_generation(
                     tokenizer, row.messages, row.tools, rendered

@@ -156,28 +156,28 @@ class TokenizedDataset(Sequence[Example]):
         return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
 
 
-class AnswerSubset(TokenizedDataset):
-    """Some answers of each preference pair or ranked list, by their indices, 0 for the best.
+class RankedAnswerSelection(TokenizedDataset):
+    """Some answers of each preference pair or ranked list, by their ranks, 0 for the best.
 
     `(0,)` are the chosen answers as single rows, `(0, -1)` pairs of the best and the worst answer.
     """
 
-    def __init__(self, examples: TokenizedDataset, answer_indices: tuple[int, ...]) -> None:
+    def __init__(self, examples: TokenizedDataset, answer_ranks: tuple[int, ...]) -> None:
         super().__init__(examples.table, examples.indices, examples._columns)
-        self.answer_indices = answer_indices
+        self.answer_ranks = answer_ranks
 
     @property
     def lengths(self) -> np.ndarray:
         rows = self.table["row_lengths"].take(self.indices).to_pylist()
-        return np.array([sum(lengths[place] for place in self.answer_indices) for lengths in rows], np.int64)
+        return np.array([sum(lengths[place] for place in self.answer_ranks) for lengths in rows], np.int64)
 
-    def select(self, indices: np.ndarray) -> "AnswerSubset":
-        return AnswerSubset(super().select(indices), self.answer_indices)
+    def select(self, indices: np.ndarray) -> "RankedAnswerSelection":
+        return RankedAnswerSelection(super().select(indices), self.answer_ranks)
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         example = super().read(number)
         answers = split_example_rows(example)
-        rows = [answers[place] for place in self.answer_indices]
+        rows = [answers[place] for place in self.answer_ranks]
         example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
         for i, key in enumerate(("input_ids", "labels")):
             example[key] = [token for row in rows for token in row[i]]

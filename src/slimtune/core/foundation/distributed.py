@@ -94,7 +94,7 @@ def init_distributed() -> bool:
     return True
 
 
-def destroy_process_group() -> None:
+def wait_and_destroy_process_group() -> None:
     """Wait for all processes and destroy the process group."""
     if dist.is_initialized():
         dist.barrier()

@@ -17,18 +17,18 @@ _YAML_WORDS = _PYTHON_WORDS | {bool: "true or false", str: "text", type(None): "
 _UNIONS = (typing.Union, types.UnionType)
 
 
-def list_union_members(hint: Any) -> Iterator[Any]:
+def iterate_union_members(hint: Any) -> Iterator[Any]:
     """Yield the types of a union, or the type itself, without what annotates them."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     for member in arguments[:1] if origin is Annotated else arguments if origin in _UNIONS else ():
-        yield from list_union_members(member)
+        yield from iterate_union_members(member)
     if origin is not Annotated and origin not in _UNIONS:
         yield hint
 
 
 def has_type(value: Any, hint: Any) -> bool:
     """Return whether a value has a type; an int is a float, a bool is no int, NaN and Inf are no floats."""
-    return any(_is_of_kind(value, kind) for kind in list_union_members(hint))
+    return any(_is_of_kind(value, kind) for kind in iterate_union_members(hint))
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
@@ -51,7 +51,7 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
 
 def describe_type_hint(hint: Any, in_yaml: bool = False, choices: tuple[Any, ...] = ()) -> str:
     """Return a type as a phrase: `"an integer or None"`; `choices` are the strings that a text may be."""
-    return " or ".join(dict.fromkeys(_describe_kind(kind, in_yaml, choices) for kind in list_union_members(hint)))
+    return " or ".join(dict.fromkeys(_describe_kind(kind, in_yaml, choices) for kind in iterate_union_members(hint)))
 
 
 def _describe_kind(kind: Any, in_yaml: bool, choices: tuple[Any, ...]) -> str:

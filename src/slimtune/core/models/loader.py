@@ -134,7 +134,7 @@ def load_base(
             "move adapter_config.json and the adapter's weights to a folder of their own",
         )
     if quantization is not None and quantization in BASE_QUANTIZATIONS.names():
-        BASE_QUANTIZATIONS.load(quantization).prepare_model(model)
+        BASE_QUANTIZATIONS.load(quantization).prevent_cpu_weight_repacking(model)
     _check_weights(model, tokenizer, info, opened.source, task, warn=head is None)
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:

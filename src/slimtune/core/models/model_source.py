@@ -64,7 +64,7 @@ class KnownModelCatalog(Protocol):
         """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
 
 
-class BaseFormatConverter(Protocol):
+class HuggingFaceFolderConverter(Protocol):
     """Makes a Hugging Face folder of a base in another format."""
 
     def convert_to_hf_folder(self, path: Path) -> tuple[Path, float]:
@@ -75,7 +75,7 @@ class BaseFormatConverter(Protocol):
 
 
 KNOWN_MODELS: Registry[KnownModelCatalog] = Registry("slimtune.known_models", "catalog of bases")
-BASE_READERS: Registry[BaseFormatConverter] = Registry("slimtune.base_readers", "format of a base")
+BASE_READERS: Registry[HuggingFaceFolderConverter] = Registry("slimtune.base_readers", "format of a base")
 """By the suffix of the files, without its dot; it is the `kind` of their `ModelSource`."""
 
 

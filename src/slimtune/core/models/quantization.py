@@ -32,7 +32,7 @@ class QuantizedModelLoader(Protocol):
         cannot compute, ModelError if the library is missing.
         """
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prevent_cpu_weight_repacking(self, model: nn.Module) -> None:
         """Change what is wrong in a base that was just loaded."""
 
 

@@ -17,7 +17,7 @@ from ..data.example_lengths import ExampleLength
 from ..data.row_observer import DATA_REPORTS, RowFindings, RowObserver
 from ..data.rows import ROW_SOURCES, RowSource
 from ..data.tokenize import TokenizationStats, tokenize_dataset
-from ..data.tokenized_dataset import AnswerSubset, TokenizedDataset
+from ..data.tokenized_dataset import RankedAnswerSelection, TokenizedDataset
 from ..foundation import distributed
 from ..foundation.cpu import count_usable_cpus
 from ..models.quantization import require_bitsandbytes
@@ -94,7 +94,7 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
-        train, validation = (AnswerSubset(rows, (0,)) for rows in (data.train, data.validation))
+        train, validation = (RankedAnswerSelection(rows, (0,)) for rows in (data.train, data.validation))
         return dataclasses.replace(data, train=train, validation=validation)
     return data
 

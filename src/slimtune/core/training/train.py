@@ -43,5 +43,5 @@ def train(
         loop.run()
         result = save_final_results(loop)
     if created_group:
-        distributed.destroy_process_group()
+        distributed.wait_and_destroy_process_group()
     return result

@@ -104,14 +104,14 @@ class LinearLoHa(LycorisModule):
         if not hasattr(self, "hada_t1"):
             return self.scale * _multiply(w1a, w1b, w2a, w2b)
         t1, t2 = self.get_factors(_KERNELS, dtype)
-        return self.scale * rebuild_conv_kernel(t1, w1a, w1b) * rebuild_conv_kernel(t2, w2a, w2b)
+        return self.scale * compute_flat_conv_kernel(t1, w1a, w1b) * compute_flat_conv_kernel(t2, w2a, w2b)
 
 
 class ConvLoHa(LinearLoHa, ConvLycoris):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) ∗ x` for a convolution."""
 
 
-def rebuild_conv_kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def compute_flat_conv_kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the matrix `Σ_pq a_po t_pqk b_qi (out, in · k1 · k2)` of `t (r, r, k1, k2)`, `a (r, out)`, `b (r, in)`."""
     return torch.einsum("pqkl,po,qi->oikl", t, a, b).flatten(1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapters.adapter_module import AdapterSite
-from ..loha.loha_modules import ConvLycoris, LycorisModule, rebuild_conv_kernel
+from ..loha.loha_modules import ConvLycoris, LycorisModule, compute_flat_conv_kernel
 from .lokr_config import LoKrConfig
 
 
@@ -59,7 +59,7 @@ class LinearLoKr(LycorisModule):
         """Return `s · W1 ⊗ W2`."""
         w2 = self.get_factors(self.w2_names, dtype)
         if len(w2) == 3:
-            w2 = [rebuild_conv_kernel(w2[2], w2[0], w2[1])]
+            w2 = [compute_flat_conv_kernel(w2[2], w2[0], w2[1])]
         w1, W2 = self._get_scaled_w1(dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]
         # Of a W2 (q, n, k) PEFT multiplies the last two dimensions by W1, so a Conv1d's weight has another order.
         return (

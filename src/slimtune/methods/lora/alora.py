@@ -54,20 +54,20 @@ class LinearALora(LinearLora):
         raise MergeUnsupported("an activated LoRA changes only the tokens after its invocation: it cannot be merged")
 
 
-def find_last_invocations(ids: Tensor, invocation: Sequence[int], rows: Tensor) -> Tensor:
+def find_last_invocation_per_token(ids: Tensor, invocation: Sequence[int], token_rows: Tensor) -> Tensor:
     """Return for each token of `ids (tokens)` the index where its row's last invocation starts, `NEVER` without one.
 
-    `rows (tokens)` gives each token's row; a row's tokens are neighbours.
+    `token_rows (tokens)` gives each token's row; a row's tokens are neighbours.
     """
     n = len(invocation)
     last = torch.full((ids.shape[0],), -1, device=ids.device)  # by row
     if n <= ids.shape[0]:
-        windows, row_windows = ids.unfold(0, n, 1), rows.unfold(0, n, 1)
+        windows, row_windows = ids.unfold(0, n, 1), token_rows.unfold(0, n, 1)
         found = (windows == torch.tensor(invocation, device=ids.device)).all(1)
         found &= row_windows[:, 0] == row_windows[:, -1]
         index = torch.arange(len(found), device=ids.device)
         last = last.scatter_reduce(0, row_windows[:, 0], torch.where(found, index, -1), "amax")
-    starts = last[rows]
+    starts = last[token_rows]
     return torch.where(starts < 0, NEVER, starts)
 
 
@@ -81,7 +81,7 @@ def calculate_alora_offsets(
     offsets: list[int | None] = []
     for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids), strict=True):
         invocation = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        start = int(find_last_invocations(row, invocation, torch.zeros_like(row))[0]) if invocation else NEVER
+        start = int(find_last_invocation_per_token(row, invocation, torch.zeros_like(row))[0]) if invocation else NEVER
         offsets.append(None if start == NEVER else len(row) - start)
     return offsets
 
