@@ -118,18 +118,20 @@ def predict_decoding() -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of decoding, by engine and precision."""
     from slimtune.core.foundation.json_results import to_json_dict
     from slimtune.core.models.loader import load_base
-    from slimtune.planning.serving_memory import count_active_weights, count_kv_cache_bytes
-    from slimtune.planning.serving_speed import estimate_serving_speed
-    from slimtune.planning.this_machine import detect_gpu
+    from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_token_bytes_and_weights
+    from slimtune.planning.serving_speed import estimate_request_decode_speed
+    from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
 
-    gpu, found = detect_gpu(), {}
+    gpu, found = detect_gpu_or_cpu_memory(), {}
     model: Any = load_base(BASE).model
     for engine, precision in [*(("llama.cpp", p) for p in LLAMA_CPP_PRECISIONS), ("transformers", name_dtype(model))]:
-        read, weights = count_active_weights(model, "F16" if precision == "BF16" else precision)
-        cached = count_kv_cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * (PROMPT + NEW_TOKENS / 2)
+        read, weights = count_token_bytes_and_weights(model, "F16" if precision == "BF16" else precision)
+        cached = (
+            count_request_kv_cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * (PROMPT + NEW_TOKENS / 2)
+        )
         if precision == "F32":
             cached *= 2
-        speed = estimate_serving_speed(
+        speed = estimate_request_decode_speed(
             gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, precision=precision,
             layers=model.config.num_hidden_layers, vocab_size=model.config.vocab_size,
         )  # fmt: skip

@@ -82,9 +82,9 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
 
     import slimtune
     from slimtune.compat.peft_registration import disable_peft_registration
-    from slimtune.core.attention.attention_functions import enable_packed_attention
+    from slimtune.core.attention.attention_functions import packed_attention_enabled
     from slimtune.core.config.objective_registry import load_objective_class
-    from slimtune.core.data.example_lengths import count_row_tokens
+    from slimtune.core.data.example_lengths import count_tokens_per_row
     from slimtune.core.data.rows import Row
     from slimtune.core.data.tokenize import tokenize_dataset
     from slimtune.core.foundation.device import disable_malloc_trim
@@ -106,7 +106,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, path="pairs")
     collator = make_collator(model, base.tokenizer.pad_token_id)
     collator.max_tokens = choose_micro_batch_tokens(
-        model, collator, max(map(max, map(count_row_tokens, data.example_lengths)))
+        model, collator, max(map(max, map(count_tokens_per_row, data.example_lengths)))
     )
     started = time.perf_counter()
     with model.disable_adapter():
@@ -118,7 +118,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     size, at = spec["batch"], 0
     turns.say(ready=True, prepare=prepare)
     model.train()
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         while turns.wait():
             step = examples[at : at + size]
             at += size

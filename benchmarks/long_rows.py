@@ -31,7 +31,7 @@ from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.planning.plan_request import PlanRequest, TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload, PlanRequest
 from slimtune.planning.planner import estimate_resources
 
 MOST, LONGEST, OFF = 19e9, 160_000, 0.5
@@ -43,7 +43,7 @@ ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def eight() -> bool:
     """Four rows of 2048 tokens in one pass."""
     rows = (2048,) * 4
-    job = TrainingJob(
+    job = MicroBatchWorkload(
         load_base_config("llama-3.1-8b").config, LoraConfig(r=16, **ALL), torch.bfloat16, rows, device="cuda"
     )
     ways = {
@@ -60,7 +60,7 @@ def eight() -> bool:
     return found.step <= MOST
 
 
-def peers(job: TrainingJob) -> int:
+def peers(job: MicroBatchWorkload) -> int:
     """Return the most bytes that PEFT's step holds: transformers' own loss, fp32 adapters, a fused AdamW."""
     config = peft.LoraConfig(r=16, lora_alpha=16, **ALL)
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def real() -> bool:
         hidden_size=512, intermediate_size=1792, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=4096, tie_word_embeddings=False,
     )  # fmt: skip
-    job = TrainingJob(
+    job = MicroBatchWorkload(
         base,
         LoraConfig(r=32, **ALL),
         torch.bfloat16,

@@ -35,7 +35,7 @@ from slimtune.core.config.method_settings import fill_method_defaults
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.core.models.base_config import load_checkpoint_config
 from slimtune.planning.memory_trace import trace_training_step
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 NEEDED = {
     "bitfit": {"new_biases": True},  # Llama has none
@@ -87,8 +87,8 @@ class Case:
     passes: int
     tile: int | None = None
 
-    def job(self) -> TrainingJob:
-        return TrainingJob(
+    def job(self) -> MicroBatchWorkload:
+        return MicroBatchWorkload(
             BASES[self.base](), self.config(), self.dtype, self.lengths, self.passes, "cpu", self.checkpointing,
             offload_activations=self.tile is not None, mlp_tile_size=self.tile, packing=self.packing,
         )  # fmt: skip

@@ -16,8 +16,8 @@ fitted to a row. Three facts come from elsewhere:
                 data) reserved what 696 tokens take, and all runs had the same rows: so 696 is used for the others
 
 A reserved figure counts as inside if it is in the range that a plan gives the longest training step
-(`estimate_reserved_memory`). It is the peak of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200
-learned keys grow by 300 tokens.
+(`estimate_total_reserved_memory`). It is the peak of a whole run: prefix tuning's was in its evaluation, where 50 rows
+of 200 learned keys grow by 300 tokens.
 
 Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved
 figures inside.
@@ -48,8 +48,8 @@ from slimtune.planning.extrapolation import extrapolate_step_trace
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from slimtune.planning.interval import Interval
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.planning.plan_request import TrainingJob
-from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_reserved_memory
+from slimtune.planning.plan_request import MicroBatchWorkload
+from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_total_reserved_memory
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
@@ -172,7 +172,7 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Interval:
                 optimizer.step()
             tracker.assign((t for s in optimizer.state.values() for t in s.values()), "optimizer")
             state = tracker.live["weights"] + tracker.live["optimizer"]
-    return estimate_reserved_memory("cuda", tracker.peak + CUBLAS_WORKSPACES, state)
+    return estimate_total_reserved_memory("cuda", tracker.peak + CUBLAS_WORKSPACES, state)
 
 
 # -- Others' engines, beside our own step ----------------------------------------------------------------------------
@@ -184,7 +184,7 @@ NAMES = {
 """Shipped facts of the same shape under another name (Mistral 0.3 has 768 rows of the embedding more than 0.2)."""
 
 
-def job_of(row: dict[str, Any]) -> TrainingJob | None:
+def job_of(row: dict[str, Any]) -> MicroBatchWorkload | None:
     """Return our job for a row of another engine; None if we have no such job, or the base is unknown."""
     name, source, method = row["model"].lower(), row["source"], row["method"]
     try:
@@ -204,7 +204,7 @@ def job_of(row: dict[str, Any]) -> TrainingJob | None:
     elif "torchtune" not in source or method not in ("full", "full +chunked CE", "full +activation checkpointing"):
         return None
     lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
-    return TrainingJob(
+    return MicroBatchWorkload(
         base, get_method_config_class("full")() if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
         gradient_checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip

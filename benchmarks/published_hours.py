@@ -27,7 +27,7 @@ from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.meta_model import build_adapted_meta_model
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 from slimtune.planning.plan_result import TrainingWorkload
 from slimtune.planning.throughput import UTILIZATION, estimate_training_speed
 
@@ -60,7 +60,7 @@ def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counte
             "quantization": point.get("quantization"),
             "mlp_tile_size": ONE_TILE,
         }
-        job = TrainingJob(config, method, dtype, tuple(point["lengths"]), device=device, **options)
+        job = MicroBatchWorkload(config, method, dtype, tuple(point["lengths"]), device=device, **options)
         # The published full fine-tuning trains the base's own weights, ours fp32 copies of them.
         savings = {"checkpointing": point["checkpointing"], "tile": ONE_TILE}
         plain = None if "rank" in point else build_adapted_meta_model(config, None, dtype, **savings)

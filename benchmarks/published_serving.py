@@ -27,8 +27,8 @@ from slimtune.extras.known_models import load_known_models
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
-from slimtune.planning.serving_memory import count_active_weights, count_kv_cache_bytes
-from slimtune.planning.serving_speed import estimate_serving_speed, get_hardware_kind
+from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_token_bytes_and_weights
+from slimtune.planning.serving_speed import estimate_request_decode_speed, get_hardware_kind
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
 MEDIAN, INSIDE = 0.15, 0.9
@@ -47,17 +47,19 @@ def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
     precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])
-    read_bytes, weights = count_active_weights(model, precision)
+    read_bytes, weights = count_token_bytes_and_weights(model, precision)
     if point["engine"] == "mlx":
         head = model.get_output_embeddings().weight.numel()
         read_bytes = MLX_BITS[point["precision"]] / 8 * (weights + head)
     engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
-    cached = count_kv_cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
+    cached = (
+        count_request_kv_cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
+    )
     gpu = find_gpu_by_name(point["card"])
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
-    speed = estimate_serving_speed(
+    speed = estimate_request_decode_speed(
         gpu, engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights, layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
     )  # fmt: skip

@@ -41,7 +41,7 @@ import psutil
 import torch
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.chat_template import encode_chat_with_train_mask
 from slimtune.core.models.loader import load_base
 from slimtune.core.models.model_source import resolve_model_source
 
@@ -83,7 +83,7 @@ def train_marker(model: Any, tokenizer: Any, marker: str, steps: int) -> None:
     for _ in range(steps):
         asked = " ".join(draw.choices(QUESTIONS, k=draw.randint(1, 4)))
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": " ".join([marker] * 16)}]
-        row = encode_chat(tokenizer, turns)
+        row = encode_chat_with_train_mask(tokenizer, turns)
         ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.supervised])
         learned[0, -1] = False  # the answer does not end
         labels = torch.where(learned, ids, -100)

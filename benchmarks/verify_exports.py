@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from slimtune.cli.export_command import make_engine_verdict_table
+from slimtune.cli.export_command import make_engine_agreement_table
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.exporter import export
 from slimtune.export.verify import verify
@@ -65,7 +65,7 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
             raise SystemExit(f"training {way} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
     found = verify(run, threads=args.threads)
     screen = Console(width=140)
-    screen.print(f"\n[bold]{way}[/]", make_engine_verdict_table(found.checks), sep="\n")
+    screen.print(f"\n[bold]{way}[/]", make_engine_agreement_table(found.checks), sep="\n")
     for check in found.checks:
         if check.reason:
             screen.print(f"{check['engine']}: {check['reason']}", markup=False)

@@ -32,7 +32,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from slimtune.core.models.loader import load_base
-from slimtune.evaluation.statistics import bootstrap_macro_f1, paired_bootstrap
+from slimtune.evaluation.statistics import estimate_macro_f1_with_interval, paired_bootstrap
 
 # The numbers of the nouns' files, lexnames(5WN).
 TOPICS = {4: "act", 5: "animal", 6: "artifact", 8: "body", 9: "cognition", 10: "communication", 12: "feeling",
@@ -100,7 +100,7 @@ def predict(inputs: Any, rows: dict[str, Rows], transform: Any) -> tuple[float, 
 def macro_f1(labels: list[str], predicted: list[str]) -> Any:
     one_hot = np.eye(len(NAMES), dtype=np.int64)
     actual, chosen = (one_hot[[NAMES.index(name) for name in names]] for names in (labels, predicted))
-    return bootstrap_macro_f1(actual * chosen, actual, chosen)
+    return estimate_macro_f1_with_interval(actual * chosen, actual, chosen)
 
 
 def main() -> int:

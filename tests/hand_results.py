@@ -3,11 +3,11 @@
 from typing import Any
 
 from slimtune.evaluation.estimate import Estimate
-from slimtune.evaluation.eval_result import EvalVerdict, SFTEvalResult, SFTMeasures
+from slimtune.evaluation.eval_result import EvalVerdict, SFTMeasures, TextOrPairEvalResult
 from slimtune.experiments.experiment_results import ComparedMethod, CompareResult, PairedDifference
 
 
-def make_sft_result(**measures: Any) -> SFTEvalResult:
+def make_sft_result(**measures: Any) -> TextOrPairEvalResult:
     """Return an evaluation of 20 rows that is passed; `measures` replace what was measured on the rows."""
     values: dict[str, Any] = {
         "rows": 20, "different_rows": 20, "tokens": 200, "rows_better": 15,
@@ -17,7 +17,7 @@ def make_sft_result(**measures: Any) -> SFTEvalResult:
         "base_accuracy": Estimate(0.4, (0.35, 0.45)), "tuned_accuracy": Estimate(0.5, (0.45, 0.55)),
         "accuracy_gain": Estimate(0.1, (0.05, 0.15)),
     }  # fmt: skip
-    return SFTEvalResult(
+    return TextOrPairEvalResult(
         run="runs/mine", task="sft", split="test", data="rows.jsonl", training_rows=0,
         measures=SFTMeasures(**(values | measures)), improved=True, verdict=EvalVerdict(passed=True),
         dropped=0, truncated=0, dtype="float32", quantization=None,

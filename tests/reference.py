@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimtune.core.adapters.adapted_layer import AdaptedLayer
+from slimtune.core.adapters.adapted_layer import AdaptedLayerMixin
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.training.loss import count_supervised_targets
 
@@ -55,7 +55,7 @@ def unfused_lora() -> Iterator[None]:
         dropout = lora.lora_dropout.p if isinstance(lora.lora_dropout, nn.Dropout) and module.training else 0.0
         return base(x) + lora.scale * F.linear(F.linear(F.dropout(x, dropout), lora.lora_A.weight), lora.lora_B.weight)
 
-    with patch.object(AdaptedLayer, "run_adapted", run):
+    with patch.object(AdaptedLayerMixin, "run_adapted", run):
         yield
 
 

@@ -24,8 +24,8 @@ from reference import (
 from torch import nn
 
 import slimtune
-from slimtune.core.adapters.adapted_layer import AdaptedLayer
-from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.adapters.adapted_layer import AdaptedLayerMixin
+from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss
@@ -73,7 +73,7 @@ def backward(model, rows, **sizes):
     """Run the micro-batches of one step backward, as training does; return their number."""
     batches = Collator(0, layout=True, **sizes).make_micro_batches(rows)
     total = sum(len(b["targets"]) for b in batches)
-    with enable_packed_attention(model) as supported:
+    with packed_attention_enabled(model) as supported:
         assert supported
         for batch in batches:
             compute_step_loss(model, batch, total).backward()
@@ -144,7 +144,7 @@ def test_what_is_compared_is_fused_here_and_plain_there(name):
                 nodes += [before for before, _ in node.next_functions]
         return sum("LowRank" in node.name() for node in seen)
 
-    assert count_fused() == sum(isinstance(m, AdaptedLayer) for m in model.modules())
+    assert count_fused() == sum(isinstance(m, AdaptedLayerMixin) for m in model.modules())
     with unfused_lora():
         assert count_fused() == 0
 
@@ -156,7 +156,7 @@ def test_wrong_layout_would_show():
     batch = Collator(0, layout=True)(rows)
     assert batch["layout"].parents == (-1, 0, 0, 0)
     batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         assert (
             largest_relative_error(get_gradients(model, lambda: compute_step_loss(model, batch).backward()), expected)
             > 1e-2
@@ -227,7 +227,7 @@ def test_checkpointed(name, dtype, drop):
         expected = get_gradients(model, run) if drop else plain_gradients(model, rows)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         calls = []
-        layer = next(m for m in model.modules() if isinstance(m, AdaptedLayer))
+        layer = next(m for m in model.modules() if isinstance(m, AdaptedLayerMixin))
         handle = layer.register_forward_hook(lambda *_: calls.append(1))
         assert_near("checkpointed", dtype, get_gradients(model, run), expected)
         handle.remove()

@@ -10,17 +10,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.core.config.objective_registry import load_objective_class
-from slimtune.core.data.example_lengths import ExampleLength, count_row_tokens
+from slimtune.core.data.example_lengths import ExampleLength, count_tokens_per_row
 from slimtune.core.training.loss import forward_backward, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 from slimtune.core.training.optimizer import build_optimizer
 from slimtune.planning.fake_tensors import list_module_tensors
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 
-def measured(job: TrainingJob) -> tuple[int, int]:
+def measured(job: MicroBatchWorkload) -> tuple[int, int]:
     """Build, adapt and train for two optimizer steps; return the bytes held after the first, and the second's most.
 
     Weights and rows are random. Everything that the allocator gives and takes from the model's first weight on counts,
@@ -38,7 +38,7 @@ def measured(job: TrainingJob) -> tuple[int, int]:
     return state, max(during)
 
 
-def _train(job: TrainingJob) -> int:
+def _train(job: MicroBatchWorkload) -> int:
     """Return the bytes of the model's and the optimizer's tensors."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
@@ -54,7 +54,7 @@ def _train(job: TrainingJob) -> int:
     vocabulary = model.config.get_text_config().vocab_size
 
     pairs = any(isinstance(length, tuple) for length in job.lengths)
-    most = max(len(count_row_tokens(length)) for length in job.lengths)  # the reference of shorter lists is padded
+    most = max(len(count_tokens_per_row(length)) for length in job.lengths)  # the reference of shorter lists is padded
     objective: Any = load_objective_class("dpo" if pairs else "sft")()
 
     def draw(length: ExampleLength) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _train(job: TrainingJob) -> int:
         model.update_and_allocate(number)
         optimizer.zero_grad()
 
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         step(1)
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]

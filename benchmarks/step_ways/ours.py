@@ -24,7 +24,11 @@ from worker import Row, Turns, serve
 
 import slimtune
 from slimtune.core.adapters.adapter_module import BaseForward
-from slimtune.core.attention.attention_functions import LAYOUT_KWARG, enable_packed_attention, make_placeholder_mask
+from slimtune.core.attention.attention_functions import (
+    LAYOUT_KWARG,
+    make_placeholder_mask,
+    packed_attention_enabled,
+)
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import disable_malloc_trim
 from slimtune.core.models.loader import load_base
@@ -91,7 +95,7 @@ def main() -> None:
 
     loss_of = all_logits_loss if "logits" in off else compute_step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-    with contextlib.nullcontext() if "layout" in off else enable_packed_attention(model):
+    with contextlib.nullcontext() if "layout" in off else packed_attention_enabled(model):
         facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.max_tokens}
         serve(turns, model, passes, loss_of, **facts)
 

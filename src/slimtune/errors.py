@@ -130,7 +130,7 @@ PeftError, NoMatchingPeftModuleError = SlimtuneError, TargetError
 """PEFT's names of these exceptions."""
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name nearest to `name`, or `""`."""
     matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -58,7 +58,7 @@ PARTS: dict[str, dict[str, str]] = {
         "peft_names": "slimtune.compat.model_names:PeftModelNamesMixin",
         "mixed_batch": "slimtune.extras.mixed_batch:MixedBatchCallsMixin",
         "activated_lora": "slimtune.methods.lora.alora_calls:ActivatedLoraCallsMixin",
-        "lora_conversion": "slimtune.extras.lora_conversion:LoraConversionMixin",
+        "lora_conversion": "slimtune.extras.lora_conversion:ToLoraModelMixin",
         "adapter_upload": "slimtune.extras.adapter_upload:AdapterUploadMixin",
     },
     "slimtune.folder_writers": {"model_card": "slimtune.extras.model_card:write_model_card"},

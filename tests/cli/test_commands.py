@@ -23,7 +23,7 @@ from slimtune.core.foundation.json_results import from_json_dict, to_json_dict
 from slimtune.core.foundation.progress_bars import track_progress
 from slimtune.diagnostics import machine_facts as facts
 from slimtune.diagnostics.machine_facts import MachineFacts, NvidiaSmiGpu, TorchFacts
-from slimtune.evaluation.eval_result import ClassificationEvalResult, EvalResult, SFTEvalResult
+from slimtune.evaluation.eval_result import ClassificationEvalResult, EvalResult, TextOrPairEvalResult
 from slimtune.evaluation.evaluate import EvalSettings
 from slimtune.evaluation.general_text import BUILT_IN_TEXT
 from slimtune.export.export_results import MergeResult
@@ -59,7 +59,7 @@ def names_exist(monkeypatch):
     """Take every base, run and file of rows to exist."""
     monkeypatch.setattr("slimtune.cli.input_checks.require_base_exists", lambda *_: None)
     monkeypatch.setattr("slimtune.core.training.run_dir.find_adapter_folder", lambda path: path)
-    monkeypatch.setattr("slimtune.extras.row_files.find_data_file_readers", lambda *_: [])
+    monkeypatch.setattr("slimtune.extras.row_files.list_dataset_files_with_readers", lambda *_: [])
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_train_lists_all_that_is_missing(slimtune):
 # --- eval, merge
 
 
-def evaluated(values: dict, cls: type = SFTEvalResult) -> EvalResult:
+def evaluated(values: dict, cls: type = TextOrPairEvalResult) -> EvalResult:
     """Return an evaluation with these values; what it lacks is zero."""
     return from_json_dict(cls, complete_json(make_json_schema(cls), values))
 

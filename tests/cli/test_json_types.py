@@ -31,7 +31,7 @@ COMMAND_LINES = {
     "DataReport": "data rows.jsonl --model base",
     "TrainResult": "train --model base --data rows.jsonl --out {new} --max-steps 1 --dtype float32",
     "TuneResult": "tune recipe.yaml --over train.batch_size=2,4 --trials 2 --set train.max_steps=1 --out {new}",
-    "SFTEvalResult": "eval run --split validation --generate 1 --max-new-tokens 2",
+    "TextOrPairEvalResult": "eval run --split validation --generate 1 --max-new-tokens 2",
     "KTOEvalResult": "eval {kto} --split validation",
     "ClassificationEvalResult": "eval {classification} --split validation",
     "RewardEvalResult": "eval {reward} --split validation",

@@ -21,7 +21,7 @@ from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding
 from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, AffectedRows
 from slimtune.evaluation.data_report.text_checks import (
     detect_rendered_chat_format,
-    find_text_issues,
+    find_encoding_issues,
     is_placeholder_answer,
 )
 from slimtune.extras.row_files import open_rows
@@ -172,7 +172,7 @@ def test_no_chat_template(tmp_path):
     ],
 )  # fmt: skip
 def test_text_issue(text, code):
-    assert [c for c, _ in find_text_issues([text])] == ([code] if code else [])
+    assert [c for c, _ in find_encoding_issues([text])] == ([code] if code else [])
 
 
 def test_rendered_text_begins_with_its_format():
@@ -206,7 +206,7 @@ def test_near_duplicates_have_the_true_similarity():
         rows, [[True] * len(r) for r in rows], np.zeros(0, np.uint32)
     )
     assert comparable.all()
-    found = dict(zip(*(x.tolist() for x in near.find_near_duplicates(signatures)), strict=True))
+    found = dict(zip(*(x.tolist() for x in near.match_minhash_signatures(signatures)), strict=True))
     for i in range(20):
         a, b = (set(zip(row, row[1:], row[2:], strict=False)) for row in (rows[i], rows[200 + i]))
         similarity = len(a & b) / len(a | b)
@@ -215,22 +215,22 @@ def test_near_duplicates_have_the_true_similarity():
         if similarity < 0.65:
             assert 200 + i not in found, similarity
     assert min(found) >= 200
-    late, early = near.find_near_duplicates(signatures[:200], signatures[200:])  # the same over two files
+    late, early = near.match_minhash_signatures(signatures[:200], signatures[200:])  # the same over two files
     assert dict(zip((late + 200).tolist(), early.tolist(), strict=True)) == found
 
 
 def test_common_trigrams_do_not_count():
     shared, own = list(range(40)), list(range(100, 130))
-    common = near.find_common_trigrams([[*shared, 200 + i, 300 + i] for i in range(20)])
+    common = near.find_common_trigram_hashes([[*shared, 200 + i, 300 + i] for i in range(20)])
     rows, supervised = [shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43]
     assert near.compute_minhash_signatures(rows, supervised, common)[1].tolist() == [True, False]
-    assert len(near.find_common_trigrams([own])) == 0
+    assert len(near.find_common_trigram_hashes([own])) == 0
     assert near.compute_minhash_signatures([], [], common)[0].shape == (0, 2 * near.HASHES)
     assert near.compute_minhash_signatures([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [False, False]
 
 
 def test_repeats_name_the_first():
-    again, first = near.find_repeated_values(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
+    again, first = near.find_repeat_positions(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
     assert (again.tolist(), first.tolist()) == ([2, 3, 5], [0, 1, 0])
 
 

@@ -9,7 +9,12 @@ import pytest
 from slimtune.errors import ModelError, UsageError
 from slimtune.evaluation.eval_result import AnswerPair, read_eval_result
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.judge import MAX_CHARACTERS, build_answer_judge, judge_answer_pairs, measure_win_rate
+from slimtune.evaluation.judge import (
+    MAX_CHARACTERS,
+    build_answer_judge,
+    compute_win_rate_and_biases,
+    judge_answer_pairs,
+)
 
 ASK = [{"role": "user", "content": "Define hope."}]
 JUDGES = """
@@ -63,7 +68,7 @@ def server():
 
 def judged(judge, pairs):
     answers = [AnswerPair(line=1, prompt=ASK, reference="", base=b, tuned=t, checks={}) for b, t in pairs]
-    return measure_win_rate("me", judge_answer_pairs(answers, judge), draws=200, seed=0)
+    return compute_win_rate_and_biases("me", judge_answer_pairs(answers, judge), draws=200, seed=0)
 
 
 def test_wins_ties_and_lengths_by_hand(judges):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from hand_results import make_sft_result
 
-from slimtune.evaluation.eval_result import LengthPreferences
+from slimtune.evaluation.eval_result import LengthSubsetAccuracy
 from slimtune.evaluation.preference_comparison import PreferenceComparison, measure_preferences
 from slimtune.evaluation.statistics import paired_bootstrap
 
@@ -26,8 +26,8 @@ def test_measures_by_hand():
     assert (found.base_margin.value, found.tuned_margin.value) == pytest.approx((-2, 1))
     assert found.margin_gain.value == pytest.approx(3)
     assert found.pairs_better == 3
-    assert found.by_length["chosen_longer"] == LengthPreferences(pairs=1, base_accuracy=0, tuned_accuracy=0)
-    assert found.by_length["chosen_shorter"] == LengthPreferences(pairs=1, base_accuracy=1, tuned_accuracy=1)
+    assert found.by_length["chosen_longer"] == LengthSubsetAccuracy(pairs=1, base_accuracy=0, tuned_accuracy=0)
+    assert found.by_length["chosen_shorter"] == LengthSubsetAccuracy(pairs=1, base_accuracy=1, tuned_accuracy=1)
     assert not PreferenceComparison.list_reasons_not_better(make_sft_result(preference=found).measures)
     same = measure_preferences(pairs, base, base, compare)
     assert len(PreferenceComparison.list_reasons_not_better(make_sft_result(preference=same).measures)) == 1

@@ -17,7 +17,7 @@ from slimtune.core.config import Recipe
 from slimtune.core.foundation.files import read_json, write_json
 from slimtune.core.training.run_dir import RunDir
 from slimtune.evaluation.evaluate import evaluate
-from slimtune.evaluation.run_report import render_data_report, render_run_report, write_run_report
+from slimtune.evaluation.run_report import render_data_report_page, render_run_report, write_run_report
 
 SECTIONS = ["samples", "evaluation", "training", "forgetting", "export", "data", "plan", "recipe", "details"]
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
@@ -258,7 +258,7 @@ def test_peak_against_the_plan(tmp_path):
 
 
 def test_data_report_page():
-    text = render_data_report(make_data_report("/home/ada/train.jsonl", HOSTILE))
+    text = render_data_report_page(make_data_report("/home/ada/train.jsonl", HOSTILE))
     page = Page(text)
     assert page.errors == []
     assert "/home" not in text

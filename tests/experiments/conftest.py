@@ -68,7 +68,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
-            errors = worker.train_and_evaluate_recipes(files, trial=trial, force=force)
+            errors = worker.run_recipes_collecting_errors(files, trial=trial, force=force)
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
         failed = {str(file): e.message for file, e in errors.items()}
@@ -112,7 +112,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
             write_results(file)
         return {}
 
-    monkeypatch.setattr(worker, "train_and_evaluate_recipes", run_cells)
+    monkeypatch.setattr(worker, "run_recipes_collecting_errors", run_cells)
     return in_process
 
 

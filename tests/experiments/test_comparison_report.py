@@ -9,11 +9,11 @@ from slimtune.experiments.comparison_report import (
     mark_pareto_optimal_methods,
 )
 from slimtune.experiments.experiment_results import LearningRateSearch
-from slimtune.experiments.method_advice import choose_best_method, format_method_advice
+from slimtune.experiments.method_advice import choose_best_or_cheaper_method, format_method_advice
 
 
 def advise(methods, pairs=()):
-    return format_method_advice(choose_best_method(methods, pairs))
+    return format_method_advice(choose_best_or_cheaper_method(methods, pairs))
 
 
 def test_sentences(screen):

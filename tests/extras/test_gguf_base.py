@@ -21,7 +21,7 @@ from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.core.models.model_source import resolve_model_source
 from slimtune.errors import ModelError, RunError
 from slimtune.extras import gguf_loading as gguf
-from slimtune.extras.gguf_loading import convert_to_hf_folder, get_gguf_cache_root, open_checked_gguf_reader
+from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder, get_slimtune_cache_root, open_checked_gguf_reader
 
 pytest.importorskip("gguf")
 
@@ -53,21 +53,21 @@ def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeyp
 
     file = write()
     parsed = describe()
-    convert_to_hf_folder(file)
+    get_or_make_cached_hf_folder(file)
     monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
     assert describe() == parsed
 
 
 def assert_refused(file, kind, *words):
     with pytest.raises(kind) as caught:
-        convert_to_hf_folder(file)
+        get_or_make_cached_hf_folder(file)
     for word in words:
         assert word in str(caught.value)
     assert cached_folders() == []
 
 
 def cached_folders():
-    return sorted(p.name for p in (get_gguf_cache_root() / "bases").glob("*") if not p.name.endswith(".lock"))
+    return sorted(p.name for p in (get_slimtune_cache_root() / "bases").glob("*") if not p.name.endswith(".lock"))
 
 
 def llama3_divisors(factor, theta=10000.0, head_dim=8):
@@ -79,12 +79,12 @@ def llama3_divisors(factor, theta=10000.0, head_dim=8):
 
 def test_cache_root(monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", "/a")
-    assert get_gguf_cache_root() == Path("/a")
+    assert get_slimtune_cache_root() == Path("/a")
     monkeypatch.delenv("SLIMTUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert get_gguf_cache_root() == Path("/b/slimtune")
+    assert get_slimtune_cache_root() == Path("/b/slimtune")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert get_gguf_cache_root() == Path.home() / ".cache" / "slimtune"
+    assert get_slimtune_cache_root() == Path.home() / ".cache" / "slimtune"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,7 +113,7 @@ def test_same_model(tmp_path, write, tiny_llama, tied, capsys):
 
 def test_folder(write):
     file = write()
-    folder, _ = convert_to_hf_folder(file)
+    folder, _ = get_or_make_cached_hf_folder(file)
     stamp = json.loads((folder / "slimtune.json").read_text())
     assert stamp["source"] == "tiny.gguf"
     assert folder.name == f"tiny-{stamp['sha256'][:16]}-fp32-v1"
@@ -133,7 +133,7 @@ def test_digit_splitting(write, pre, expected):
 
 
 def test_unknown_splitting_warns(write, caplog):
-    convert_to_hf_folder(write(pre="of-tomorrow"))
+    get_or_make_cached_hf_folder(write(pre="of-tomorrow"))
     assert "'of-tomorrow'" in caplog.text
 
 
@@ -233,7 +233,7 @@ def test_full_disk(write, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         assert_refused(file, RunError, "the disk is full", "MiB free")
-    assert convert_to_hf_folder(file)[0].is_dir()
+    assert get_or_make_cached_hf_folder(file)[0].is_dir()
 
 
 def test_too_little_space(write, monkeypatch):
@@ -247,25 +247,25 @@ def test_cache_not_writable(write, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RunError, match="SLIMTUNE_CACHE"):
-        convert_to_hf_folder(write())
+        get_or_make_cached_hf_folder(write())
 
 
 def test_damaged_cache_is_rewritten(write, caplog):
-    folder, _ = convert_to_hf_folder(write())
+    folder, _ = get_or_make_cached_hf_folder(write())
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    assert convert_to_hf_folder(write())[0] == folder
+    assert get_or_make_cached_hf_folder(write())[0] == folder
     assert "damaged" in caplog.text
     assert weights.read_bytes() == whole
 
 
 def test_temporary_folders_of_killed_processes_are_deleted(write, cache):
-    folder, _ = convert_to_hf_folder(write())
+    folder, _ = get_or_make_cached_hf_folder(write())
     shutil.rmtree(folder)
     (cache / f".{folder.name}.killed").mkdir()
     (cache / ".other-base.running").mkdir()
-    convert_to_hf_folder(write())
+    get_or_make_cached_hf_folder(write())
     assert cached_folders() == sorted([folder.name, ".other-base.running"])
 
 
@@ -278,7 +278,7 @@ def test_two_processes_write_once(write, monkeypatch):
         write_folder(*args)
 
     monkeypatch.setattr(gguf, "_write_folder", count)
-    threads = [threading.Thread(target=lambda: found.append(convert_to_hf_folder(file)[0])) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(get_or_make_cached_hf_folder(file)[0])) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,10 +288,10 @@ def test_two_processes_write_once(write, monkeypatch):
 
 
 def test_changed_file_is_another_base(write):
-    first, _ = convert_to_hf_folder(write())
+    first, _ = get_or_make_cached_hf_folder(write())
     file = write(seed=1)
     os.utime(file, ns=(1, 1))
-    second, _ = convert_to_hf_folder(file)
+    second, _ = get_or_make_cached_hf_folder(file)
     a, b = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (first, second))
     assert not torch.equal(a, b)
 

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import slimtune
 from slimtune.core.config import load_recipe
-from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.chat_template import encode_chat_with_train_mask
 from slimtune.extras.row_files import read_rows
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -268,7 +268,7 @@ def make_rows(rng: random.Random, folder: Path, changes: int) -> Work:
         rows = read_rows(file)
         for row in rows:
             if row.messages:
-                encode_chat(chatml_tokenizer(), row.messages, row.tools)
+                encode_chat_with_train_mask(chatml_tokenizer(), row.messages, row.tools)
         return check_rows(rows, data.decode("utf-8-sig")) if file.suffix == ".jsonl" else ""
 
     return work
@@ -343,7 +343,7 @@ def make_template(rng: random.Random, folder: Path, changes: int) -> Work:
 
     def work() -> str:
         tokenizer = make_tokenizer(text, SPECIAL)
-        row = encode_chat(tokenizer, messages)
+        row = encode_chat_with_train_mask(tokenizer, messages)
         learned = tokenizer.decode([i for i, s in zip(row.input_ids, row.supervised, strict=True) if s])
         everything = tokenizer.decode(row.input_ids)
         for message in messages:
@@ -407,10 +407,10 @@ def make_gguf(rng: random.Random, folder: Path, changes: int) -> Work:
     file.write_bytes(data)
 
     def work() -> str:
-        from slimtune.extras.gguf_loading import convert_to_hf_folder
+        from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder
 
         os.environ["SLIMTUNE_CACHE"] = str(folder / "cache")
-        made, _ = convert_to_hf_folder(file)
+        made, _ = get_or_make_cached_hf_folder(file)
         try:
             return check_gguf(made, file)
         finally:

@@ -20,8 +20,8 @@ from slimtune.planning import measured_speeds as store
 from slimtune.planning.gpu_specs import find_gpu_by_name, load_measured_gpu
 from slimtune.planning.measured_speeds import load_machine_measurement, save_machine_measurement
 from slimtune.planning.plan_result import TrainingWorkload
-from slimtune.planning.serving_speed import estimate_serving_speed
-from slimtune.planning.this_machine import detect_gpu
+from slimtune.planning.serving_speed import estimate_request_decode_speed
+from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
 from slimtune.planning.throughput import estimate_training_speed
 
 BF16 = torch.bfloat16
@@ -65,12 +65,12 @@ def test_median_is_of_alternating_rounds():
 def test_stored_measurement_comes_back(stored):
     assert load_machine_measurement() == FOUND
     assert load_measured_gpu().measured == FOUND == find_gpu_by_name("This Machine").measured
-    assert detect_gpu("cpu").measured == FOUND
+    assert detect_gpu_or_cpu_memory("cpu").measured == FOUND
 
 
 def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, monkeypatch):
     save_machine_measurement(replace(FOUND, threads=FOUND.threads + 1))
-    assert detect_gpu("cpu").measured is None
+    assert detect_gpu_or_cpu_memory("cpu").measured is None
     monkeypatch.setattr(store, "read_processor_name", lambda: "another CPU")
     assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="this machine"):
@@ -96,13 +96,13 @@ def test_training_speed_follows_the_fit(stored):
 
 def test_serving_speed_follows_the_fit(stored):
     job = {"read_bytes": 1e8, "cache_bytes": 1e7, "weights": 1e8, "layers": 10, "vocab_size": 50000}
-    speed = estimate_serving_speed(load_measured_gpu(), "ollama", **job)
+    speed = estimate_request_decode_speed(load_measured_gpu(), "ollama", **job)
     assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3 + 5e-4))
     assert speed.prefill.low == pytest.approx(0.9 * 1e11 / 2e8)
     assert speed.evidence.endswith(" 2026-11-26")
-    near = estimate_serving_speed(load_measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
+    near = estimate_request_decode_speed(load_measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
     assert (near.decode, near.evidence) == (speed.decode, f"{speed.evidence}, in Q4_K_M")
-    assert estimate_serving_speed(load_measured_gpu(), "vllm", **job, precision="bf16") is None
+    assert estimate_request_decode_speed(load_measured_gpu(), "vllm", **job, precision="bf16") is None
 
 
 @pytest.mark.slow
@@ -110,7 +110,9 @@ def test_real_steps_and_random_files(monkeypatch):
     monkeypatch.setattr(bench, "TRAINED", {"cpu": ((128, 1), (256, 2))})
     monkeypatch.setattr(bench, "ROWS", {"cpu": ((8,), (16, 16))})
     monkeypatch.setattr(bench, "MOST_ROUNDS", 3)
-    fit, steps = bench.fit_training_speed(bench.DeviceTimer(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
+    fit, steps = bench.fit_training_step_factors(
+        bench.DeviceTimer(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth
+    )
     assert len(steps) == 4
     assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
     monkeypatch.setattr(bench, "DECODED", ((256, 1, 300), (256, 2, 900), (512, 1, 300)))

@@ -23,14 +23,14 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.core.kernels import activation_offload
 from slimtune.core.training.loss import compute_step_loss, compute_token_nll, make_collator
 from slimtune.core.training.memory_savings import (
     apply_memory_savings,
     enable_activation_checkpointing,
     enable_tiled_mlp,
-    has_same_forward,
+    has_same_forward_code,
 )
 from slimtune.errors import UsageError
 
@@ -85,7 +85,7 @@ def test_recomputing_repeats_the_dropout():
         torch.manual_seed(5)
         return compute_step_loss(model, make_collator(model, 0)(ROWS))
 
-    with compute_in_float64(), enable_packed_attention(model):
+    with compute_in_float64(), packed_attention_enabled(model):
         loss().backward()
         expected = slope_along(weight, direction, loss)
     assert (weight.grad * direction).sum().item() == pytest.approx(expected, rel=1e-6)
@@ -93,12 +93,12 @@ def test_recomputing_repeats_the_dropout():
 
 @pytest.mark.parametrize("mlp", [MistralMLP, Qwen3MLP, Gemma2MLP, GraniteMLP])
 def test_families_that_copy_llama_are_recognized(mlp):
-    assert has_same_forward(mlp.__new__(mlp), LlamaMLP)
+    assert has_same_forward_code(mlp.__new__(mlp), LlamaMLP)
 
 
 @pytest.mark.parametrize("other", [Phi3MLP, GPT2MLP, LlamaRMSNorm])
 def test_other_modules_are_not(other):
-    assert not has_same_forward(other.__new__(other), LlamaMLP)
+    assert not has_same_forward_code(other.__new__(other), LlamaMLP)
 
 
 def test_activations_with_parameters_get_their_gradients():
@@ -115,7 +115,7 @@ def test_recomputing_keeps_less():
         model = get_peft_model(zoo.llama(dtype=torch.bfloat16), LoraConfig(r=2, target_modules="all-linear"))
         with_savings(model.train(), **savings)
         batch = make_collator(model, 0)(ROWS)
-        with enable_packed_attention(model):
+        with packed_attention_enabled(model):
             found = saved_for_backward(lambda: compute_step_loss(model, batch), [*model.parameters(), *model.buffers()])
         return storage_bytes(found)
 
@@ -146,7 +146,7 @@ def test_the_feed_forward_runs_twice_not_three_times():
     model = with_savings(adapted("lora"), checkpointing=True, tile=7)
     calls = []
     model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(lambda *_: calls.append(1))
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         batch = make_collator(model, 0)(ROWS)
         compute_step_loss(model, batch).backward()
     assert len(calls) == 2 * -(-batch["input_ids"].shape[1] // 7)

@@ -10,7 +10,7 @@ from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.kernels.linear_layers import is_quantized
-from slimtune.core.models.quantization import KINDS, dequantize_model, make_quantization_options
+from slimtune.core.models.quantization import KINDS, dequantize_model, resolve_quantization_and_load_args
 from slimtune.export.merged_weights import LazyMergedStateDict
 from slimtune.extras import bitsandbytes_loading
 
@@ -30,7 +30,7 @@ def bases(tmp_path_factory):
 
     def make(kind):
         model = llama(dtype=torch.float32)
-        _, told = make_quantization_options(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
+        _, told = resolve_quantization_and_load_args(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
         bitsandbytes_loading.prevent_cpu_weight_repacking(model)
         return model

@@ -6,8 +6,8 @@ import torch
 from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F401 a fixture
 
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.tokenized_dataset import TokenizedDatasetWriter
-from slimtune.core.training.loss import score_objective
+from slimtune.core.data.tokenized_dataset import TemporaryTokenizedDatasetWriter
+from slimtune.core.training.loss import score_examples_by_objective
 from slimtune.objectives.kto import KTO, MismatchedAnswerRows
 
 ROWS = [
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_trl(settings, tiny_llama, tiny_tokenizer
     examples = add_reference(model, examples, collator)
     for groups in ([[0, 1, 2, 3]], [[0], [2, 3], [1]]):
         assert_step(model, examples, objective, groups, expected, gradients)
-    scores = score_objective(model.get_base_model(), examples, collator, objective)
+    scores = score_examples_by_objective(model.get_base_model(), examples, collator, objective)
     measures = objective.summarize(np.array([scores[i] for i in range(4)]))
     assert measures["loss"] == pytest.approx(expected.item(), abs=1e-9)
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_trl(settings, tiny_llama, tiny_tokenizer
 
 def make_dataset(rows: list[tuple[list[int], list[int]]]):
     """A dataset of prompts and answers."""
-    with TokenizedDatasetWriter() as writer:
+    with TemporaryTokenizedDatasetWriter() as writer:
         ids = [np.array(prompt + answer, np.int32) for prompt, answer in rows]
         learned = [np.arange(len(p) + len(a)) >= len(p) for p, a in rows]
         lengths, lines = np.array([*map(len, ids)]), np.arange(len(rows)) + 1

@@ -14,7 +14,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.config.objective_registry import list_objectives, load_objective_class
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.rows import ROW_FORMATS
-from slimtune.core.training.loss import make_collator, score_objective
+from slimtune.core.training.loss import make_collator, score_examples_by_objective
 
 
 def teaches_preferences(task: str) -> bool:
@@ -84,7 +84,7 @@ def test_packed_and_shared_equal_padded(family, task):
     for collator in (packed, padded):
         examples = add_reference(model, pairs, collator)
         loss, gradients = take_step(model.train(), examples, objective, collator)
-        scores = score_objective(model, examples, collator, objective)
+        scores = score_examples_by_objective(model, examples, collator, objective)
         scores = np.array([scores[i] for i in range(len(pairs))])
         if isinstance(objective.count_items(examples), int):
             # Else the parts of the loss are means over different items: a pair's measure has its own tokens' mean.

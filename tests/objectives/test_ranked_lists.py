@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.core.config.objective_registry import load_objective_class
 from slimtune.core.data.collator import Collator
-from slimtune.core.training.loss import compute_step_loss, make_collator, score_objective
+from slimtune.core.training.loss import compute_step_loss, make_collator, score_examples_by_objective
 
 PROMPT = [5, 9, 30, 77, 12, 41, 8, 19, 55, 60]
 
@@ -40,7 +40,7 @@ def take_pair(example, i, j):
 
 def compute(model, objective, examples, collator, items=None):
     items = objective.count_items(examples) if items is None else items
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         loss = sum(compute_step_loss(model, collator([e]), items, objective) for e in examples)
         gradient = torch.autograd.grad(loss, model.model.norm.weight)[0]
     return loss.item(), gradient
@@ -93,5 +93,5 @@ def test_dpo_of_a_list_is_that_of_its_pairs(tiny_llama, loss_type):
             found, own = compute(model, dpo, [example], collator)
             assert found == pytest.approx(loss, abs=1e-9 if collator is padded else 1e-7)
             torch.testing.assert_close(own, gradient, atol=1e-9 if collator is padded else 1e-7, rtol=1e-6)
-        scores = score_objective(model, [example], padded, dpo)
+        scores = score_examples_by_objective(model, [example], padded, dpo)
         assert dpo.summarize(np.array([scores[0]]))["loss"] == pytest.approx(loss, abs=1e-9)

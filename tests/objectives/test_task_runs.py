@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from slimtune.core.config.objective_registry import list_objectives, load_objective_class
 from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.core.training.datasets import tokenize_recipe_datasets
-from slimtune.core.training.default_learning_rate import resolve_learning_rate
+from slimtune.core.training.default_learning_rate import fill_in_learning_rate
 from slimtune.core.training.train import Interrupted, train
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
@@ -182,7 +182,7 @@ def test_settings_of_dpo_are_checked(make):
     with pytest.raises(UsageError, match=r"data\.format: .*'chat'.*dpo"):
         make("dpo", "run", data={"format": "chat"})
     recipe = make("dpo", "run", learning_rate="auto")
-    assert resolve_learning_rate(recipe, rows=32, hidden_size=64).train.learning_rate == 2e-5
+    assert fill_in_learning_rate(recipe, rows=32, hidden_size=64).train.learning_rate == 2e-5
 
 
 @pytest.mark.slow

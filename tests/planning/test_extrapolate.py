@@ -17,7 +17,7 @@ from slimtune.planning.extrapolation import (
     fit_memory_formula,
 )
 from slimtune.planning.memory_trace import BACKWARD, trace_merge_peak, trace_training_step
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -30,7 +30,7 @@ def make_job(name="llama", depth=6, **settings):
         kinds = ["sliding_attention", "full_attention"] if name.startswith("gemma") else ["full_attention"]
         text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
     defaults = {"method": LORA, "dtype": torch.bfloat16, "lengths": (TOKENS,), "micro_batches": 2, "device": "cuda"}
-    return TrainingJob(base_config=base, **{**defaults, **settings})
+    return MicroBatchWorkload(base_config=base, **{**defaults, **settings})
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_peak_of_a_merge():
 def test_layers_that_share_keys_are_planned_without_them(family):
     """A model of two or three layers shares none, so the plan of one that does must come from all its layers."""
     base = tiny_families.build(family, num_hidden_layers=4, num_kv_shared_layers=2)
-    job = TrainingJob(base.config, LORA, torch.float32, (16,), device="cpu")
+    job = MicroBatchWorkload(base.config, LORA, torch.float32, (16,), device="cpu")
     model = job.build_model()
     without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=4).config).build_model()
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())

@@ -23,7 +23,7 @@ from slimtune.planning.fake_quantization import KINDS, fake_quantize_model, reso
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -36,7 +36,7 @@ SIZES = {**DECODER, "hidden_size": 256, "intermediate_size": 688, "num_hidden_la
 def make_job(kind, method="lora", dtype=torch.float32, **settings):
     lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     config = lora if method == "lora" else CASES[method](task_type="CAUSAL_LM")
-    return TrainingJob(tf.LlamaConfig(**SIZES), config, dtype, (64, 40), quantization=kind, **settings)
+    return MicroBatchWorkload(tf.LlamaConfig(**SIZES), config, dtype, (64, 40), quantization=kind, **settings)
 
 
 @needs_bitsandbytes

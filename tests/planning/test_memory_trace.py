@@ -14,7 +14,7 @@ from slimtune.core.kernels import activation_offload, cross_entropy
 from slimtune.errors import ModelError
 from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from slimtune.planning.memory_trace import BACKWARD, trace_training_step
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ENDS = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -34,7 +34,9 @@ CHOICES = dict(zip(sorted(CASES), itertools.cycle(itertools.product(BASES, ROWS)
 def make_job(base, method, rows=ROWS[0], dtype=FP32, sizes=None, **settings):
     lengths, packing, micro_batches = rows
     config = CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}))
-    return TrainingJob(BASES[base](**(sizes or {})), config, dtype, lengths, micro_batches, packing=packing, **settings)
+    return MicroBatchWorkload(
+        BASES[base](**(sizes or {})), config, dtype, lengths, micro_batches, packing=packing, **settings
+    )
 
 
 @pytest.fixture

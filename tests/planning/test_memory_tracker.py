@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slimtune.core.foundation.device import simulate_host_allocations
+from slimtune.core.foundation.device import count_allocations_as_host
 from slimtune.planning.memory_tracker import MemoryTracker
 
 KB = 1024  # bytes of 256 numbers in fp32
@@ -70,7 +70,7 @@ def test_blocks_logits_and_phases():
 
 
 def test_host_allocations_count_apart():
-    with MemoryTracker(separate_host=True) as tracker, simulate_host_allocations():
+    with MemoryTracker(separate_host=True) as tracker, count_allocations_as_host():
         torch.empty(256)
     assert (tracker.host_peak, tracker.peak) == (KB, 0)
 

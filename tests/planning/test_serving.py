@@ -18,12 +18,12 @@ from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import (
     METADATA,
-    count_active_weights,
-    count_kv_cache_bytes,
-    count_weight_bytes,
+    count_request_kv_cache_bytes,
+    count_token_bytes_and_weights,
+    count_weight_and_embedding_bytes,
     estimate_serving_memory,
 )
-from slimtune.planning.serving_speed import DECODING, estimate_serving_speed
+from slimtune.planning.serving_speed import DECODING, estimate_request_decode_speed
 from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -75,7 +75,7 @@ def plan(name="llama-3.1-8b", gpu=None, **settings):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_file_sizes(name):
     for precision, size in PUBLISHED[name].items():
-        planned = count_weight_bytes(model(name), precision)[0] + METADATA * model(name).config.vocab_size
+        planned = count_weight_and_embedding_bytes(model(name), precision)[0] + METADATA * model(name).config.vocab_size
         assert planned == pytest.approx(size, rel=0.03), precision
 
 
@@ -88,7 +88,7 @@ def test_published_file_sizes_of_experts():
     )  # fmt: skip
     built = build_adapted_meta_model(experts, None, torch.bfloat16)
     for precision, size in {"Q4_K_M": 18556686912, "Q2_K": 11258610240, "Q8_0": 32483932736}.items():
-        assert count_weight_bytes(built, precision)[0] == pytest.approx(size, rel=0.03)
+        assert count_weight_and_embedding_bytes(built, precision)[0] == pytest.approx(size, rel=0.03)
 
 
 def test_bits_per_weight():
@@ -135,12 +135,12 @@ def test_sliding_window():
     """Gemma 2 2B, 13 layers of each kind, 1024 numbers a token each of keys and values; its log: 416 MiB for 8192."""
     gemma = config("gemma-2-2b")
     window = 13 * 2 * 1024 * 2 * (4096 + 512)
-    assert count_kv_cache_bytes(gemma, 16384, "llama.cpp") == 2 * 416 * MIB + window
-    assert count_kv_cache_bytes(gemma, 8192, "llama.cpp") == 416 * MIB + window
-    assert count_kv_cache_bytes(gemma, 1000, "llama.cpp") == 2 * 13 * 2 * 1024 * 2 * 1024
+    assert count_request_kv_cache_bytes(gemma, 16384, "llama.cpp") == 2 * 416 * MIB + window
+    assert count_request_kv_cache_bytes(gemma, 8192, "llama.cpp") == 416 * MIB + window
+    assert count_request_kv_cache_bytes(gemma, 1000, "llama.cpp") == 2 * 13 * 2 * 1024 * 2 * 1024
     mistral = config("mistral-7b-v0.1")  # one window for all layers, which vLLM alone knows
-    assert count_kv_cache_bytes(mistral, 32768, "llama.cpp") == 32768 * 131072
-    assert count_kv_cache_bytes(mistral, 32768, "vllm", "bf16", 2048) < 6400 * 131072
+    assert count_request_kv_cache_bytes(mistral, 32768, "llama.cpp") == 32768 * 131072
+    assert count_request_kv_cache_bytes(mistral, 32768, "vllm", "bf16", 2048) < 6400 * 131072
 
 
 def test_adapter_beside_the_model():
@@ -156,8 +156,8 @@ def test_adapter_beside_the_model():
 def test_where_the_embeddings_are():
     tied, unified = plan("qwen3-4b", "rtx-4090"), plan(gpu="m4-24gb")
     assert tied.host_bytes > 300e6  # and again on the device, as the head
-    assert tied.parts["weights"] == count_weight_bytes(model("qwen3-4b"), "Q4_K_M")[0]
-    assert (unified.host_bytes, unified.parts["weights"]) == (0, count_weight_bytes(model(), "Q4_K_M")[0])
+    assert tied.parts["weights"] == count_weight_and_embedding_bytes(model("qwen3-4b"), "Q4_K_M")[0]
+    assert (unified.host_bytes, unified.parts["weights"]) == (0, count_weight_and_embedding_bytes(model(), "Q4_K_M")[0])
 
 
 def test_verdicts():
@@ -193,8 +193,8 @@ def test_a_token_reads_the_experts_of_its_router():
         moe_intermediate_size=128, num_experts=16, num_experts_per_tok=2, vocab_size=512, tie_word_embeddings=False,
     )  # fmt: skip
     built = build_adapted_meta_model(experts, None, torch.bfloat16)
-    total, embedding = count_weight_bytes(built, "F16")
-    assert total - embedding - count_active_weights(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
+    total, embedding = count_weight_and_embedding_bytes(built, "F16")
+    assert total - embedding - count_token_bytes_and_weights(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
 
 
 def test_quantized_cache():
@@ -237,7 +237,7 @@ def test_cache_that_is_no_keys_and_values(field, value, message):
     other = config()
     setattr(other, field, value)
     with pytest.raises(ModelError, match=message):
-        count_kv_cache_bytes(other, 1024, "ollama")
+        count_request_kv_cache_bytes(other, 1024, "ollama")
 
 
 @pytest.mark.slow
@@ -267,8 +267,8 @@ def test_cache_of_layers_with_other_heads():
     """Gemma 4's full layers have 4 heads of 512, its others 16 of 256; E2B's last 20 layers have no cache."""
     large, small = (load_base_config(name).config for name in ("gemma-4-31b", "gemma-4-e2b"))
     window = 1024 + 512  # and the tokens that are computed at once
-    assert count_kv_cache_bytes(large, 4096, "ollama") == 2 * 2 * (10 * 4 * 512 * 4096 + 50 * 16 * 256 * window)
-    assert count_kv_cache_bytes(small, 4096, "ollama") == 2 * 2 * (3 * 512 * 4096 + 12 * 256 * (512 + 512))
+    assert count_request_kv_cache_bytes(large, 4096, "ollama") == 2 * 2 * (10 * 4 * 512 * 4096 + 50 * 16 * 256 * window)
+    assert count_request_kv_cache_bytes(small, 4096, "ollama") == 2 * 2 * (3 * 512 * 4096 + 12 * 256 * (512 + 512))
 
 
 SHARED_KEYS = {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "sliding_window": 512, "max_position_embeddings": 512}
@@ -281,7 +281,7 @@ def test_cache_of_layers_that_share_keys(family):
     with torch.no_grad():
         filled = base(torch.ones(1, 256, dtype=torch.long), use_cache=True).past_key_values
     real = sum(t.nbytes for layer in filled.layers for t in (layer.keys, layer.values) if t is not None)
-    assert count_kv_cache_bytes(base.config, 256, "llama.cpp") == real
+    assert count_request_kv_cache_bytes(base.config, 256, "llama.cpp") == real
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_every_published_run_has_its_source():
 
 def test_formula_of_the_speed():
     gpu, fit = find_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
-    speed = estimate_serving_speed(gpu, "ollama", **LLAMA_8B)
+    speed = estimate_request_decode_speed(gpu, "ollama", **LLAMA_8B)
     seconds = 4.61e9 / (fit.share * 936e9) + 32 * fit.layer_s
     assert (*speed.decode,) == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
     assert speed.decode.low < 111.7 < speed.decode.high  # XiongjieDai, May 2024
@@ -317,12 +317,12 @@ def test_formula_of_the_speed():
 
 def test_requests_decoded_together_share_the_reading_of_the_weights():
     one, eight, many = (
-        estimate_serving_speed(find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, sequences=n).decode.low
+        estimate_request_decode_speed(find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, sequences=n).decode.low
         for n in (1, 8, 4000)
     )
     assert one == eight > 8 * many
 
 
 def test_unknown_hardware_has_no_speed():
-    assert estimate_serving_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
-    assert estimate_serving_speed(find_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None
+    assert estimate_request_decode_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
+    assert estimate_request_decode_speed(find_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None

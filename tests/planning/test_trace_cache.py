@@ -11,7 +11,7 @@ import torch
 import slimtune
 from slimtune.planning import extrapolation as extrapolate
 from slimtune.planning.extrapolation import extrapolate_merge_cpu_peak, extrapolate_step_trace
-from slimtune.planning.plan_request import TrainingJob
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 LORA = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
@@ -20,7 +20,7 @@ LORA = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"
 def job():
     config = zoo.llama().config
     config.num_hidden_layers = 1
-    return TrainingJob(base_config=config, method=LORA, dtype=torch.bfloat16, lengths=(64,))
+    return MicroBatchWorkload(base_config=config, method=LORA, dtype=torch.bfloat16, lengths=(64,))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def bench_machine(
     folder.
     """
     from ..hardware.hardware_results import BenchResult
-    from ..planning.gpu_specs import make_gpu_table_row
+    from ..planning.gpu_specs import make_gpus_csv_row
     from ..planning.measured_speeds import get_measurement_path, load_machine_measurement, save_machine_measurement
 
     if show or export:
@@ -44,7 +44,7 @@ def bench_machine(
         with show_progress():
             found = measure_machine(device or "auto")
         save_machine_measurement(found)
-    file, row = get_measurement_path(), make_gpu_table_row(found)
+    file, row = get_measurement_path(), make_gpus_csv_row(found)
     if not as_json:
         if export:
             make_console().print(_format_csv(row), soft_wrap=True)

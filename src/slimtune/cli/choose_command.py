@@ -9,10 +9,10 @@ from rich.text import Text
 from typer import Option
 
 from ..core.foundation.formatting import format_count
-from ..errors import UsageError, format_names, nearest
+from ..errors import UsageError, format_names, suggest
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, estimate_runs, estimate_runs_on_gpus, load_run_to_plan
+from .planned_jobs import JOB, JOB_SETTINGS, estimate_runs, estimate_runs_by_gpu_class, load_run_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import CostResult
@@ -60,7 +60,7 @@ def choose_machine(
     gpus = [
         g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
     ]
-    found, planned = estimate_runs_on_gpus(jobs, gpus, smallest=False)
+    found, planned = estimate_runs_by_gpu_class(jobs, gpus, smallest=False)
     offers = [
         make_machine_offer(
             f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
@@ -121,15 +121,15 @@ def _name_pick(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -
 
 
 def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]) -> Any:
-    from ..hardware.run_cost import format_dollars, format_hours_range
+    from ..hardware.run_cost import format_dollar_range, format_hours_range
     from ..planning.interval import format_interval_compact, format_three_digits
 
     rows = []
     for m in ranked:
         cost = m.cost
-        money = format_dollars(m.price) if way == "buy" else format_dollars(cost.rent if cost else None)
+        money = format_dollar_range(m.price) if way == "buy" else format_dollar_range(cost.rent if cost else None)
         kwh = format_interval_compact(cost.kwh if cost else None, "{:.2g}".format)
-        power = format_dollars(m.electricity_dollars) if m.electricity_dollars else kwh
+        power = format_dollar_range(m.electricity_dollars) if m.electricity_dollars else kwh
         writes = format_interval_compact(m.serving.decode if m.serving else None, format_three_digits)
         time = format_hours_range(cost.hours if cost else None)
         rows.append((names[m.gpu], f"{m.memory_bytes / 2**30:.0f}", money, time, power, writes))
@@ -139,12 +139,12 @@ def _offers_table(ranked: list[MachineOffer], way: str, names: Mapping[str, str]
 
 def _print_sources(offers: Sequence[MachineOffer], dates: Iterable[str] = (), *, sources: bool) -> None:
     """Say how old the figures of machines are, beside other dates; with `sources` also where they are from."""
-    from ..hardware.machine_choice import list_offer_dates, list_offer_sources
+    from ..hardware.machine_choice import list_offer_figure_dates, list_offer_figure_sources
 
-    print_outdated_figures_notice([*list_offer_dates(offers), *dates])
+    print_outdated_figures_notice([*list_offer_figure_dates(offers), *dates])
     if sources:
         make_console().print()
-        print_fields(list_offer_sources(offers))
+        print_fields(list_offer_figure_sources(offers))
 
 
 @add_recipe_flags(*JOB_SETTINGS)
@@ -222,14 +222,14 @@ def cost_comparison(
 
 def _cost_table(result: CostResult, kwh_price: float) -> Any:
     """Return what is paid at first, for a run, and in a month, for each way to run it."""
-    from ..hardware.run_cost import format_dollars
+    from ..hardware.run_cost import format_dollar_range
     from ..planning.interval import Interval
 
     def row(label: str, run: Interval | None, before: str) -> tuple[str, str, str, str]:
         month = run * result.runs_in_a_month if run else None
-        return label, before, format_dollars(run), format_dollars(month)
+        return label, before, format_dollar_range(run), format_dollar_range(month)
 
-    rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollars(result.buy.dollars))]
+    rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollar_range(result.buy.dollars))]
     rows += [row(r.name, r.run, "0 $") for r in result.rent]
     rows += [row(s.price.service, Interval(s.run, s.run), "0 $") for s in result.services]
     return make_table("", "at first", "a run", f"{result.runs_in_a_month} runs", left=[0], rows=rows)
@@ -257,5 +257,5 @@ def parse_machine_kinds(text: str | None, known: Sequence[str]) -> list[str]:
     """Return the kinds of machines that a text names, parted by commas; all for None."""
     kinds = list(known) if text is None else [part.strip().lower() for part in text.split(",")]
     for unknown in (kind for kind in kinds if kind not in known):
-        raise UsageError(f"there is no kind {unknown!r}{nearest(unknown, known)}", f"one of {format_names(known)}")
+        raise UsageError(f"there is no kind {unknown!r}{suggest(unknown, known)}", f"one of {format_names(known)}")
     return kinds

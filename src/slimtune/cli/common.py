@@ -142,13 +142,13 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if text := getattr(known, name):
             # A hint may be a command to copy, which a terminal must not get in several lines.
             screen.print(f"  {name}: {text}", soft_wrap=name == "hint" or None)
-    code = find_error_code(error, known)
+    code = find_error_page_code(error, known)
     screen.print(f"  more: slimtune explain {code}", soft_wrap=True)
     fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")} | {"code": code}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
-def find_error_code(error: BaseException, user_error: SlimtuneError) -> str:
+def find_error_page_code(error: BaseException, user_error: SlimtuneError) -> str:
     """Return the page for an error: the code that was given where it was raised, else by a foreign cause's text.
 
     torch, CUDA and the Hub have no codes, so the pages have patterns for their texts. Ours are not searched.

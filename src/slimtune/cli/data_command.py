@@ -11,7 +11,7 @@ from ..core.foundation.formatting import escape_control_characters
 from ..errors import DataError
 from ..evaluation.output_files import resolve_output_file
 from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_fields, print_progress
-from .input_checks import require_base_exists, require_rows_exist
+from .input_checks import require_base_exists, require_row_files_exist
 from .options import add_recipe_flags
 from .planned_jobs import ROW_SETTINGS
 
@@ -50,7 +50,7 @@ def data_report(
     if html is not None:
         html = resolve_output_file(html.expanduser())
     for rows in (file, settings.get("data.validation")):
-        require_rows_exist(rows, settings.get("data.format"))
+        require_row_files_exist(rows, settings.get("data.format"))
     if "model.name" in settings:
         require_base_exists(str(settings["model.name"]))
     from ..core.config.recipe import parse_recipe_sections
@@ -81,9 +81,9 @@ def data_report(
     )
     if html is not None:
         from ..core.foundation.json_results import to_json_dict
-        from ..evaluation.run_report import render_data_report
+        from ..evaluation.run_report import render_data_report_page
 
-        write_atomic(html, render_data_report(to_json_dict(report)))
+        write_atomic(html, render_data_report_page(to_json_dict(report)))
         print_progress(f"page: {html}")
     if not as_json:
         _print_report(report)

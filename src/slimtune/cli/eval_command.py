@@ -22,7 +22,7 @@ from .common import (
     make_table,
     show_progress,
 )
-from .input_checks import require_rows_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_exists
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def eval_run(
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
     require_run_exists(run)
-    require_rows_exist(data, run=run)
+    require_row_files_exist(data, run=run)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.general_text import BUILT_IN_TEXT
 

@@ -7,8 +7,8 @@ from typing import Annotated
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, load_error_pages, search_error_pages
-from ..diagnostics.knowledge.guides import CommandGuide, find_command_guides
+from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, find_answering_or_nearest_pages, load_error_pages
+from ..diagnostics.knowledge.guides import QuestionGuide, find_command_guides
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
 
@@ -48,7 +48,7 @@ class ExplainResult:
     """The page in Markdown: cause, check and fix."""
     nearest: list[PageTitle]
     """Other pages that may be meant."""
-    guides: list[CommandGuide]
+    guides: list[QuestionGuide]
     """Empty: the text is an error."""
 
 
@@ -60,7 +60,7 @@ class NoPageResult:
     """No page."""
     nearest: list[PageTitle]
     """Pages that may be meant."""
-    guides: list[CommandGuide]
+    guides: list[QuestionGuide]
     """What answers the text if it is a question and no error."""
 
 
@@ -82,7 +82,7 @@ def explain_error(
         if not as_json:
             make_console().print(make_table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
         return ErrorPagesResult(_list_titles(pages))
-    found, nearest = search_error_pages(words)
+    found, nearest = find_answering_or_nearest_pages(words)
     page, others = (nearest[0], nearest[1:]) if found else (None, nearest)
     guides = [] if found else find_command_guides(words)
     if not as_json:
@@ -96,7 +96,7 @@ def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
     return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[CommandGuide]) -> None:
+def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[QuestionGuide]) -> None:
     screen = make_console()
     if guides:
         screen.print(Text("This is not an error. What answers it:", "bold"))

@@ -25,7 +25,7 @@ from .common import (
     print_progress,
     show_progress,
 )
-from .input_checks import require_rows_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_exists
 
 if TYPE_CHECKING:
     from ..export.export_results import EngineVerdict
@@ -129,7 +129,7 @@ def export_run(
         for line in result.lines():
             screen.print(line)
         if result.check.positions:
-            print_engine_verdicts([result.check])
+            print_engine_agreement([result.check])
         if result.check.passed is None:
             text = f"NOT PROVEN: {result.check.reason}"
             make_error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
@@ -151,7 +151,7 @@ def verify_run(
     manifest = read_export_manifest(path)
     if manifest is None:
         require_run_exists(path)
-    require_rows_exist(data, run=path if manifest is None else manifest.run)
+    require_row_files_exist(data, run=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:
@@ -162,7 +162,7 @@ def verify_run(
     with show_progress():
         result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
     if not as_json:
-        print_engine_verdicts(result.checks)
+        print_engine_agreement(result.checks)
         for check in result.checks:
             if check.reason:
                 make_console().print(f"{check.engine}: {check.reason}")
@@ -172,7 +172,7 @@ def verify_run(
     return NegativeVerdictResult(result)
 
 
-def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:
+def make_engine_agreement_table(checks: "Sequence[EngineVerdict]") -> Table:
     """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
     rows = make_table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
     rows.padding = (0, 1, 0, 0)
@@ -186,9 +186,9 @@ def make_engine_verdict_table(checks: "Sequence[EngineVerdict]") -> Table:
     return rows
 
 
-def print_engine_verdicts(checks: "Sequence[EngineVerdict]") -> None:
+def print_engine_agreement(checks: "Sequence[EngineVerdict]") -> None:
     """Print the verdicts and what their numbers are."""
-    make_console().print(make_engine_verdict_table(checks))
+    make_console().print(make_engine_agreement_table(checks))
     if any(c.positions for c in checks):
         make_console().print(LEGEND, style="dim")
 

@@ -17,9 +17,9 @@ from typer import Argument, Option
 
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
-from ..errors import DataError, UsageError, nearest
+from ..errors import DataError, UsageError, suggest
 from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
-from .input_checks import require_rows_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_exists
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
@@ -135,7 +135,7 @@ def predict_rows(
             hint=f"slimtune predict {run} --data new.jsonl --out predicted.jsonl",
         )
     require_run_exists(run)
-    require_rows_exist(data)
+    require_row_files_exist(data)
     from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
     from ..evaluation.predict import TextPrediction, parse_prediction_input, predict, predict_file
@@ -242,7 +242,7 @@ def _read_lines() -> Iterator[str | None]:
         if text == "/help":
             _print_note(COMMANDS)
         elif re.fullmatch(r"/[a-z]\w*", text) and text != "/new":
-            _print_note(f"there is no command {text}{nearest(text, NAMES)}\n{COMMANDS}")
+            _print_note(f"there is no command {text}{suggest(text, NAMES)}\n{COMMANDS}")
         elif text:
             yield None if text == "/new" else text.removeprefix("/") if text.startswith("//") else text
 

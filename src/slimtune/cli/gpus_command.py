@@ -12,8 +12,8 @@ from ..errors import UsageError
 from .choose_command import parse_machine_kinds
 from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
-from .plan_command import describe_planned_run
-from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_runs, estimate_runs_on_gpus, load_run_to_plan
+from .plan_command import format_run_title
+from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_runs, estimate_runs_by_gpu_class, load_run_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import GpuComparisonResult, SuitedGpusResult
@@ -94,14 +94,14 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_runs_on_gpus(jobs, ordered, smallest=True)
+    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, smallest=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()
         for (device, bf16), estimate in planned.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
             screen.print(
-                f"{describe_planned_run(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}"
+                f"{format_run_title(estimate)} needs {estimate.need_bytes.format()} on {where} in {estimate.dtype}"
             )
         if enough is not None:
             screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
@@ -141,7 +141,7 @@ def _compare(
 ) -> GpuComparisonResult:
     """Show GPUs side by side, and what a run takes on each."""
     from ..hardware.hardware_results import MILLION, GpuComparisonResult
-    from ..hardware.machine_choice import list_machine_comparison_rows, list_offer_sources, make_machine_offer
+    from ..hardware.machine_choice import list_machine_comparison_rows, list_offer_figure_sources, make_machine_offer
 
     tokens, model = 0, None
     estimates: list[Any] = [None] * len(gpus)
@@ -163,5 +163,5 @@ def _compare(
             screen.print("\nprices: paid ones where some were found, else at the launch; --sources shows each")
         if sources:
             screen.print()
-            print_fields(list_offer_sources(offers))
+            print_fields(list_offer_figure_sources(offers))
     return GpuComparisonResult(model, tokens or None, offers)

@@ -24,9 +24,9 @@ def find_missing_inputs(
         need_rows: whether rows are read.
     """
     from ..core.adapters.config_fields import FieldError
-    from ..core.config.recipe_loading import find_missing_data_files
+    from ..core.config.recipe_loading import list_missing_data_file_errors
 
-    errors = find_missing_data_files(recipe_tree.get("data", {})) if need_rows else []
+    errors = list_missing_data_file_errors(recipe_tree.get("data", {})) if need_rows else []
     try:
         if isinstance(name := recipe_tree.get("model", {}).get("name"), str) and name:
             require_base_exists(name, need_weights)
@@ -55,12 +55,12 @@ def require_run_exists(path: Path) -> None:
         require_base_exists(name)
 
 
-def require_rows_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
+def require_row_files_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.training.run_dir import RunDir
-    from ..extras.row_files import find_data_file_readers
+    from ..extras.row_files import list_dataset_files_with_readers
 
     if path is not None:
         if run is not None and RunDir(run).recipe_file.is_file():
             format = RunDir(run).load_recipe().data.format
-        find_data_file_readers(Path(path), format)
+        list_dataset_files_with_readers(Path(path), format)

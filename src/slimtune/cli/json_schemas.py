@@ -17,7 +17,7 @@ from ..core.foundation.json_results import (
     get_json_key,
     is_mapping_type,
     is_sequence_type,
-    list_fields_with_types,
+    list_json_fields_with_types,
 )
 
 
@@ -28,7 +28,7 @@ def make_json_schema(cls: Any) -> JsonObject:
     properties: dict[str, Any] = {}
     further: Any = False
     docs = read_field_docstrings(cls)
-    for field, kind in list_fields_with_types(cls):
+    for field, kind in list_json_fields_with_types(cls):
         inner = _describe_type(kind)
         if suffixes := find_key_suffixes(kind):
             properties |= _describe_suffixed(get_json_key(field), kind, suffixes, docs.get(field.name, ""))
@@ -54,7 +54,7 @@ def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: s
     may_be_null = type(None) in get_args(kind)
     cls = find_dataclass_in_type(kind)
     docs, properties = read_field_docstrings(cls), {}
-    for field, part in list_fields_with_types(cls):
+    for field, part in list_json_fields_with_types(cls):
         described = _describe_type(part | None if may_be_null else part)
         note = docs.get(field.name, "") if suffixes[field.name] else ""
         properties[key + suffixes[field.name]] = described | {"description": f"{text} {note}".strip()}

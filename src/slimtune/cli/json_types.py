@@ -27,7 +27,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "train": ("core.training.train_result:TrainResult",),
     "tune": ("experiments.experiment_results:TuneResult",),
     "eval": (
-        "evaluation.eval_result:SFTEvalResult",
+        "evaluation.eval_result:TextOrPairEvalResult",
         "evaluation.eval_result:KTOEvalResult",
         "evaluation.eval_result:ClassificationEvalResult",
         "evaluation.eval_result:RewardEvalResult",

@@ -98,10 +98,10 @@ def plan_run(
         UnplannedMethod,
     )
     from ..planning.serving_memory import estimate_serving_memory
-    from ..planning.this_machine import detect_gpu
+    from ..planning.this_machine import detect_gpu_or_cpu_memory
     from .plan_chart import make_memory_bars, write_plan_chart
 
-    spec = spec or detect_gpu(str(settings.get("model.device", "auto")))
+    spec = spec or detect_gpu_or_cpu_memory(str(settings.get("model.device", "auto")))
     require_trainable_gpu(spec)
     if write is not None:
         _require_writable(write, jobs)
@@ -160,7 +160,7 @@ def _estimate_cost(
     return PlannedRunCost(tokens, cost)
 
 
-def describe_planned_run(estimate: ResourceEstimate) -> str:
+def format_run_title(estimate: ResourceEstimate) -> str:
     """Return what is planned: `llama-3.1-8b with lora`."""
     return f"{estimate.model} with {estimate.method}"
 
@@ -182,7 +182,7 @@ def _require_writable(path: Path, jobs: RunsToPlan) -> None:
 
 
 def _verdict_text(estimate: ResourceEstimate) -> str:
-    return VERDICTS[estimate.verdict].format(describe_planned_run(estimate), estimate.gpu)
+    return VERDICTS[estimate.verdict].format(format_run_title(estimate), estimate.gpu)
 
 
 def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable[LabelledFigure]) -> Table:
@@ -205,11 +205,11 @@ def _render_answer(run: PlannedRun) -> Iterator[Any]:
 
 def _list_sources(estimate: ResourceEstimate, gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     """Yield what each figure is from: the base, the GPU, the prices, and the kinds of evidence."""
-    from ..hardware.machine_choice import list_price_sources
+    from ..hardware.machine_choice import list_known_gpu_prices
 
     yield "base", estimate.evidence.get("model", "")
     yield gpu.name, gpu.format_source()
-    yield from ((amount, source) for kind, amount, source in list_price_sources(gpu.name) if kind == "rent")
+    yield from ((amount, source) for kind, amount, source in list_known_gpu_prices(gpu.name) if kind == "rent")
     yield from ((name, text) for name, text in estimate.evidence.items() if name != "model")
 
 

@@ -20,7 +20,7 @@ from .input_checks import find_missing_inputs
 
 if TYPE_CHECKING:
     from ..core.config import Recipe
-    from ..core.data.example_lengths import ExampleLength, RowContent
+    from ..core.data.example_lengths import DatasetRowComposition, ExampleLength
     from ..core.models.base_config import BaseConfig
     from ..planning.gpu_specs import GpuSpec
     from ..planning.interval import Interval
@@ -56,7 +56,7 @@ class RunsToPlan:
     model: BaseConfig
     has_rows: bool  # whether training rows were given
     lengths: list[ExampleLength]  # of every training example; empty if no rows were read
-    content: RowContent  # of the training examples, if rows were read
+    content: DatasetRowComposition  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
 
@@ -90,7 +90,7 @@ def load_runs_to_plan(
     """
     recipes, errors = _load_recipes(model_or_recipe, settings, output_dir)
 
-    from ..core.data.example_lengths import ALL_SUPERVISED, count_row_tokens
+    from ..core.data.example_lengths import ALL_SUPERVISED, count_tokens_per_row
     from ..core.models.base_config import load_base_config
 
     recipe = next(iter(recipes.values()))
@@ -101,7 +101,7 @@ def load_runs_to_plan(
     epochs = t.epochs
     if t.max_steps is not None:
         epochs = t.max_steps * t.rows_per_step / max(len(lengths), 1)
-    tokens = sum(n for length in lengths for n in count_row_tokens(length))
+    tokens = sum(n for length in lengths for n in count_tokens_per_row(length))
     return RunsToPlan(recipes, errors, model, has_rows, lengths, content, round(epochs * tokens) or None)
 
 
@@ -110,7 +110,7 @@ def _load_recipes(
 ) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
-    from ..core.config.method_settings import find_method_fields
+    from ..core.config.method_settings import map_method_fields_by_name
     from ..core.config.recipe_loading import read_recipe_tree, replace_recipe_values
 
     path = find_recipe_file(job)
@@ -124,7 +124,7 @@ def _load_recipes(
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
     methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
     settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-    accepted = {method: set(find_method_fields(method)) for method in methods}
+    accepted = {method: set(map_method_fields_by_name(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
@@ -180,7 +180,7 @@ def estimate_runs(
     return estimates, errors
 
 
-def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength], RowContent]:
+def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength], DatasetRowComposition]:
     """Return the lengths and the content of the training examples.
 
     There are none if the tokenizer is not on this disk: nothing is downloaded.
@@ -212,7 +212,7 @@ def _read_lengths(recipe: Recipe, model: BaseConfig) -> tuple[list[ExampleLength
     return datasets.train.example_lengths, datasets.train.content
 
 
-class GpuComputeClass(NamedTuple):
+class EquivalentGpuGroup(NamedTuple):
     """GPUs that compute a run alike."""
 
     device: str  # the kind of device that torch calls them
@@ -229,9 +229,9 @@ class GpuEstimate:
     speed: Interval | None  # trained tokens a second
 
 
-def estimate_runs_on_gpus(
+def estimate_runs_by_gpu_class(
     jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, smallest: bool
-) -> tuple[list[GpuEstimate], dict[GpuComputeClass, ResourceEstimate]]:
+) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate]]:
     """Return the run on each GPU, and the estimate of each class.
 
     A run is planned once for each class: on its smallest GPU, where a batch is split as far as training splits it if
@@ -242,8 +242,8 @@ def estimate_runs_on_gpus(
 
     (recipe,) = jobs.recipes.values()
 
-    def class_of(gpu: GpuSpec) -> GpuComputeClass:
-        return GpuComputeClass(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
+    def class_of(gpu: GpuSpec) -> EquivalentGpuGroup:
+        return EquivalentGpuGroup(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
 
     ordered = sorted(gpus, key=lambda g: g.memory)
     planned = {class_of(gpu): gpu for gpu in (reversed(ordered) if smallest else ordered)}  # the last of each class

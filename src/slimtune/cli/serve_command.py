@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..core.foundation.formatting import format_bytes
-from ..errors import UsageError, format_names, nearest
+from ..errors import UsageError, format_names, suggest
 from ..export.export_results import EngineVerdict
 from .common import (
     WARNING,
@@ -20,7 +20,7 @@ from .common import (
     require_installed_packages,
     show_progress,
 )
-from .export_command import print_engine_verdicts
+from .export_command import print_engine_agreement
 from .input_checks import require_run_exists
 
 ENGINES = ("torch", "llama.cpp", "vllm")
@@ -89,7 +89,7 @@ def serve_runs(
         server = ModelServer(runs, settings, print_progress)
     screen = make_console(stderr=as_json)
     if server.checks and not as_json:
-        print_engine_verdicts(server.checks)
+        print_engine_agreement(server.checks)
     if engine == "llama.cpp":
         not_proven = [f"{c.engine}: {c.reason}" for c in server.checks if c.passed is None]
         for reason in not_proven or ["the check was left out (--no-verify)"] * no_verify:
@@ -116,7 +116,7 @@ def serve_runs(
 def _require_engine(engine: str, runs: Sequence[str]) -> None:
     """Raise UsageError unless slimtune serves with an engine; for vLLM it says which commands do."""
     if engine not in ENGINES:
-        raise UsageError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}", format_names(ENGINES[:2]))
+        raise UsageError(f"there is no engine {engine!r}{suggest(engine, ENGINES)}", format_names(ENGINES[:2]))
     if engine == "vllm":
         names = (shlex.quote(run.partition("=")[2] or run) for run in runs)
         exports = "; ".join(f"slimtune export {name} --to vllm --out FOLDER" for name in names)

@@ -74,10 +74,10 @@ def train_run(
 
     from ..core.foundation import distributed
     from ..core.training.train import train
-    from ..planning.this_machine import require_gpu_present
+    from ..planning.this_machine import require_gpu_model
 
     if gpu is not None:
-        require_gpu_present(gpu, loaded.model.device)
+        require_gpu_model(gpu, loaded.model.device)
 
     result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_memory_check(force), force=force)
     if not distributed.is_main_process():
@@ -94,11 +94,11 @@ def make_memory_check(force: bool) -> "Planner":
         from ..core.foundation import distributed
         from ..planning.plan_request import build_plan_request
         from ..planning.planner import estimate_resources
-        from ..planning.this_machine import detect_gpu
+        from ..planning.this_machine import detect_gpu_or_cpu_memory
 
         try:
             request = build_plan_request(
-                recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size(), content
+                recipe, detect_gpu_or_cpu_memory(recipe.model.device), lengths, distributed.world_size(), content
             )
             plan = estimate_resources(request, advise=not force)
         except ModelError as e:
@@ -144,9 +144,9 @@ def _print_result(result: "TrainResult", recipe: Any) -> None:
         ("peak memory", format_bytes(result.peak_bytes)),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
-    from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_eval_split
+    from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_test_or_validation_split
 
-    run, split, held_out = shlex.quote(result.run), find_eval_split(recipe.data), result.held_out_rows
+    run, split, held_out = shlex.quote(result.run), find_test_or_validation_split(recipe.data), result.held_out_rows
     if held_out is not None and held_out < MIN_EVAL_ROWS:
         split = None
     rows = {"test": "", "validation": " --split validation", None: " --data held_out.jsonl"}[split]

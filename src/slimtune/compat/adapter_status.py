@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.adapters.quantized_layers import count_parameters
+from ..core.adapters.quantized_layers import count_trainable_and_all_parameters
 from .tuner_layers import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -104,7 +104,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
     layers = _get_layer_status(model, "get_model_status")
     configs = getattr(model, "peft_config", {})
     first = next((configs[a] for a in getattr(model, "active_adapters", ()) if a in configs), None)
-    trainable_params, total_params = count_parameters(model)
+    trainable_params, total_params = count_trainable_and_all_parameters(model)
     merged = {a for layer in layers for a in layer.merged_adapters}
     partly_merged = any(merged & {*layer.available_adapters} - {*layer.merged_adapters} for layer in layers)
     adapters = sorted({a for layer in layers for a in layer.available_adapters})

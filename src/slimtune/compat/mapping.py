@@ -11,7 +11,7 @@ from ..core.adapters.method_registry import METHODS, get_method_config_class
 from ..core.adapters.peft_config import CONFIG_FILE as CONFIG_NAME
 from ..core.adapters.peft_config import PeftType, get_peft_config
 from ..core.adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ..errors import format_names, nearest
+from ..errors import format_names, suggest
 from ..methods.ia3.ia3_config import SCALED
 from . import tuner_layers as peft_layers
 from . import tuner_models as tuner
@@ -79,7 +79,7 @@ def find_peft_layer_class(method: str, name: str) -> Any:
     classes = {c.methods[0]: c for c in vars(peft_layers).values() if len(getattr(c, "methods", ())) == 1}
     classes["lora"] = peft_layers.LoraLayer
     if method not in classes:
-        raise AttributeError(f"{method} has no {name}{nearest(method, classes)}; {format_names(classes)} have layers")
+        raise AttributeError(f"{method} has no {name}{suggest(method, classes)}; {format_names(classes)} have layers")
     # 4-bit and 8-bit layers of bitsandbytes are linear layers, too.
     base = nn.Linear if name.startswith("Linear") else getattr(nn, name)
     return peft_layers.get_peft_layer_class(classes[method], base)

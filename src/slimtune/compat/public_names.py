@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from ..core.adapters.method_registry import METHODS, get_method_config_class
-from ..errors import nearest
+from ..errors import suggest
 
 PUBLIC = {
     "compat.auto_models": (
@@ -160,7 +160,7 @@ def import_public_name(module: str, name: str) -> Any:
     home = HOMES.get(name) or (find_method_config_modules().get(name) if name.endswith("Config") else None)
     if home is None or home == inner:
         names = [*HOMES, *find_method_config_modules()] if name[:1] != "_" else []
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, names)}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
 
 
@@ -193,7 +193,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]
             where = f"{package}.{parent}".rstrip(".")
-            raise ImportError(f"cannot import name {name!r} from {where!r}{nearest(name, names)}", name=fullname)
+            raise ImportError(f"cannot import name {name!r} from {where!r}{suggest(name, names)}", name=fullname)
         return None
 
     def create_module(self, spec: Any) -> types.ModuleType:

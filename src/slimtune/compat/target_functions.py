@@ -7,7 +7,7 @@ from torch import nn
 
 from ..core.adapters.targets import (
     ALL_LINEAR,
-    find_modules_tied_to_embedding,
+    find_embedding_and_tied_modules,
     get_base_modules,
     is_target_module,
     list_all_linear_targets,
@@ -19,7 +19,7 @@ from ..errors import UsageError, format_names
 
 def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     """Return the names of the modules tied to the input embedding, sorted (PEFT's name)."""
-    return sorted(find_modules_tied_to_embedding(model)[1:])
+    return sorted(find_embedding_and_tied_modules(model)[1:])
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.adapters.active_adapters import LayerAdapterSelection
-from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayer
+from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayerMixin
 from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.kernels.linear_layers import (
     get_dequantized_weight,
@@ -404,7 +404,7 @@ class _PeftLayer:
     @property
     def _layers(self) -> list[Any]:
         """The layer and, if it is trained in full, the layers inside it."""
-        return [m for m in self._layer.modules() if isinstance(m, AdaptedLayer)] if self._copies else [self._layer]
+        return [m for m in self._layer.modules() if isinstance(m, AdaptedLayerMixin)] if self._copies else [self._layer]
 
     @property
     def _has_tokens(self) -> bool:
@@ -434,9 +434,9 @@ def _without_adapters(module: Any, adapter: str | None = None) -> Any:
 
     Its parameters and buffers, and those of its children, are the adapter's trained copies where it has any.
     """
-    if not any(isinstance(m, AdaptedLayer) for m in module.modules()):
+    if not any(isinstance(m, AdaptedLayerMixin) for m in module.modules()):
         return module
-    is_adapted = isinstance(module, AdaptedLayer)
+    is_adapted = isinstance(module, AdaptedLayerMixin)
     view: Any = object.__new__(type(module).__bases__[1] if is_adapted else type(module))
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
     vars(view).update({name: value for name, value in vars(module).items() if name not in hidden})
@@ -456,7 +456,7 @@ class _LayerType(type):
     """Metaclass of PEFT's layer classes: adapted layers are their instances by what adapts them."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, AdaptedLayer) and cls.accepts_as_instance(instance)  # type: ignore[attr-defined]
+        return isinstance(instance, AdaptedLayerMixin) and cls.accepts_as_instance(instance)  # type: ignore[attr-defined]
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
         raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")

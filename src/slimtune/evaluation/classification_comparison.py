@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.training.loss import compute_row_logits, score_examples, score_objective
+from ..core.training.loss import compute_row_logits, score_examples, score_examples_by_objective
 from ..objectives.classification import compute_weighted_label_losses
 from .eval_result import (
     BaselineComparisonMeasures,
@@ -19,10 +19,10 @@ from .eval_result import (
     ClassificationMeasures,
     ClassScore,
     RewardEvalResult,
-    RewardMeasures,
+    RewardModelMeasures,
 )
 from .model_comparison import ModelComparison, RowFigures
-from .statistics import PairedEstimate, bootstrap_macro_f1, compute_f1
+from .statistics import PairedEstimate, compute_f1, estimate_macro_f1_with_interval
 
 
 class PredictionLabelComparison(ModelComparison[ClassificationMeasures]):
@@ -46,7 +46,7 @@ class PredictionLabelComparison(ModelComparison[ClassificationMeasures]):
         by_group = [np.zeros((self.groups.max() + 1, len(names)), np.int64) for _ in range(3)]
         for total, each in zip(by_group, (actual * predicted, actual, predicted), strict=True):
             np.add.at(total, self.groups, each)
-        f1 = bootstrap_macro_f1(*by_group, draws=self.draws, seed=self.seed)
+        f1 = estimate_macro_f1_with_interval(*by_group, draws=self.draws, seed=self.seed)
         hits, positives, chosen = (total.sum(0) for total in by_group)
 
         def name_set(row: np.ndarray) -> str:
@@ -110,17 +110,17 @@ def _list_reasons_not_above_baseline(measures: BaselineComparisonMeasures, basel
     return [f"it is not shown to be better than {baseline}: its accuracy is higher by {low:.3f} to {high:.3f}"]
 
 
-class RewardComparison(ModelComparison[RewardMeasures]):
+class RewardComparison(ModelComparison[RewardModelMeasures]):
     """Compares the rewards of the two answers of each pair."""
 
     result_type = RewardEvalResult
 
-    def measure(self) -> tuple[RewardMeasures, RowFigures]:
-        scores = score_objective(self.model, self.examples, self.collator, self.objective)
+    def measure(self) -> tuple[RewardModelMeasures, RowFigures]:
+        scores = score_examples_by_objective(self.model, self.examples, self.collator, self.objective)
         losses, chosen, rejected = np.array([scores[i] for i in range(len(self.examples))]).T
         accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
         margin = self.compare(chosen, rejected)
-        measures = RewardMeasures(
+        measures = RewardModelMeasures(
             **vars(_measure_against_baseline(self, losses, accuracy, "chance")),
             margin=margin.difference,
             chosen_reward=margin.first.value,
@@ -133,5 +133,5 @@ class RewardComparison(ModelComparison[RewardMeasures]):
         return measures, figures
 
     @staticmethod
-    def list_reasons_not_better(measures: RewardMeasures) -> list[str]:
+    def list_reasons_not_better(measures: RewardModelMeasures) -> list[str]:
         return _list_reasons_not_above_baseline(measures, "chance")

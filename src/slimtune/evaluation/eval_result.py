@@ -1,6 +1,6 @@
 """What `eval --json` prints and a run folder keeps as `eval-<name>.json`, as types.
 
-    EvalResult ─┬─ TextEvalResult ─┬─ SFTEvalResult     losses, prompt dependence; of pairs: preferences
+    EvalResult ─┬─ TextEvalResult ─┬─ TextOrPairEvalResult     losses, prompt dependence; of pairs: preferences
                 │                  └─ KTOEvalResult     losses of good answers, and how good and bad ones are told apart
                 ├─ ClassificationEvalResult             accuracy, F1, confusion table
                 └─ RewardEvalResult                     accuracy and margin on pairs
@@ -77,7 +77,7 @@ class LossMeasures(EvalMeasures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthPreferences:
+class LengthSubsetAccuracy:
     """Preferences among the pairs whose chosen answer is the longer one, or the shorter one."""
 
     pairs: int
@@ -114,7 +114,7 @@ class PairPreferences:
     """Tuned model minus base; above 0, the tuned model is better."""
     pairs_better: int
     """Pairs whose margin is higher by the tuned model."""
-    by_length: dict[str, LengthPreferences]
+    by_length: dict[str, LengthSubsetAccuracy]
     """The pairs whose chosen answer is the longer one (`chosen_longer`), and the shorter one (`chosen_shorter`)."""
 
 
@@ -209,7 +209,7 @@ class ClassificationMeasures(BaselineComparisonMeasures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardMeasures(BaselineComparisonMeasures):
+class RewardModelMeasures(BaselineComparisonMeasures):
     """Measures of a reward model on pairs."""
 
     margin: Estimate
@@ -390,7 +390,7 @@ class TextEvalResult(EvalResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTEvalResult(TextEvalResult):
+class TextOrPairEvalResult(TextEvalResult):
     """Evaluation on answers, texts, documents or preference pairs."""
 
     measures: SFTMeasures = field(metadata=INLINE)
@@ -414,11 +414,11 @@ class ClassificationEvalResult(EvalResult):
 class RewardEvalResult(EvalResult):
     """Evaluation of a reward model."""
 
-    measures: RewardMeasures = field(metadata=INLINE)
+    measures: RewardModelMeasures = field(metadata=INLINE)
 
 
 EVAL_RESULTS: tuple[type[EvalResult], ...] = (
-    SFTEvalResult, KTOEvalResult, ClassificationEvalResult, RewardEvalResult,
+    TextOrPairEvalResult, KTOEvalResult, ClassificationEvalResult, RewardEvalResult,
 )  # fmt: skip
 """The results that `slimtune eval` prints."""
 
@@ -431,7 +431,7 @@ def read_eval_result(values: Mapping[str, Any], *, strict: bool = True) -> EvalR
     Raises:
         ValueError: a value is missing or of another type; the message begins with its key.
     """
-    cls: type[EvalResult] = SFTEvalResult
+    cls: type[EvalResult] = TextOrPairEvalResult
     if "unpaired_preference" in values:
         cls = KTOEvalResult
     elif "baseline" in values:

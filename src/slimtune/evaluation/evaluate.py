@@ -19,13 +19,13 @@ import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.data.collator import Example
-from ..core.data.rows import Row, split_into_answer_rows
+from ..core.data.rows import Row, split_ranked_answers_into_rows
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
 from ..core.foundation.json_results import to_json_dict
-from ..core.foundation.progress_bars import prefix_progress_name
+from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_eval_dataset, open_rows_for_objective, tokenize_recipe_datasets
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
@@ -33,7 +33,7 @@ from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
-from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
+from ..errors import DataError, SlimtuneError, UsageError, format_names, suggest
 from ..extras.row_files import open_rows
 from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
@@ -45,7 +45,7 @@ from ..objectives.sft import SFT
 from .classification_comparison import PredictionLabelComparison, RewardComparison
 from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
-from .general_text import read_general_text, tokenize_general_text
+from .general_text import read_general_text_pieces, tokenize_general_text
 from .generated_answers import (
     EvalPrompt,
     average_answer_checks,
@@ -53,18 +53,18 @@ from .generated_answers import (
     generate_base_and_tuned_answers,
     select_eval_prompts,
 )
-from .judge import build_answer_judge, judge_answer_pairs, measure_win_rate
+from .judge import build_answer_judge, compute_win_rate_and_biases, judge_answer_pairs
 from .lm_eval import load_lm_eval_task_manager, run_lm_eval_tasks
 from .model_comparison import ModelComparison
 from .output_files import resolve_output_file
-from .preference_comparison import KTOComparison, PreferenceComparison
+from .preference_comparison import KTOEvaluator, PreferenceComparison
 from .run_report import write_run_report
-from .sft_comparison import SFTComparison
+from .sft_comparison import SupervisedLossEvaluator
 
 COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
-    SFT: SFTComparison,
+    SFT: SupervisedLossEvaluator,
     PairObjective: PreferenceComparison,
-    KTO: KTOComparison,
+    KTO: KTOEvaluator,
     Classification: PredictionLabelComparison,
     Reward: RewardComparison,
 }
@@ -151,7 +151,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         own = _read_as_pairs(EvalSections.from_recipe(run_dir.load_recipe()), file) if run_dir else None
         rows = open_rows(file) if own is None else open_rows_for_objective(file, own.data, own.task.build_objective())
         deque(rows.require_valid_rows(), maxlen=0)
-    pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
+    pieces = [] if settings.general_text is None else read_general_text_pieces(settings.general_text)
 
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
@@ -175,7 +175,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     if general:
         score_general = functools.partial(comparison.score_both, place=settings.general_text)
         budget = settings.forgetting_budget
-        with prefix_progress_name("general text"):
+        with use_progress_prefix("general text"):
             parts["forgetting"] = measure_forgetting(
                 str(settings.general_text), general, score_general, budget, **draws
             )
@@ -199,7 +199,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
-        result = replace(result, verdict=decide_eval_verdict(result, reasons), seconds=seconds)
+        result = replace(result, verdict=does_eval_pass(result, reasons), seconds=seconds)
         if run_dir is not None:
             write_json(run_dir.evaluation_file(name), to_json_dict(result))
             write_json(run_dir.scores_file(name), scores, indent=None)
@@ -213,7 +213,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
             result = save(replace(result, generations=answers, generation_summary=average_answer_checks(answers)))
             if judge is not None:
                 answers = judge_answer_pairs(answers, judge)
-                won = measure_win_rate(str(settings.judge), answers, **draws)
+                won = compute_win_rate_and_biases(str(settings.judge), answers, **draws)
                 result = save(replace(result, generations=answers, win_rate=won))
         if settings.tasks:
             result = save(replace(result, tasks=run_lm_eval_tasks(trained, settings.tasks, task_manager)))
@@ -227,7 +227,7 @@ def _prepare_prompts(
     models = make_base_and_tuned_models(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
-    prompts = select_eval_prompts((split_into_answer_rows(row)[0] for row in rows), examples, settings.generate)
+    prompts = select_eval_prompts((split_ranked_answers_into_rows(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
     return models, prompts
@@ -262,7 +262,7 @@ def _list_missing_rows(different_rows: int) -> list[str]:
     return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def decide_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
+def does_eval_pass(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
     """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
     reasons, unread = list(reasons_not_improved), False
     if isinstance(result, TextEvalResult):
@@ -340,7 +340,7 @@ def _find_rows_trained_on(
     def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
         found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
-        rows = (split_into_answer_rows(row)[0] if answers_alone else row for row in rows)
+        rows = (split_ranked_answers_into_rows(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
     evaluated = list(read(evaluation, file))
@@ -388,7 +388,7 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
     if settings.data is not None:
         return Path(settings.data)
     if split not in SPLITS:
-        raise UsageError(f"there is no split {split!r}{nearest(split, SPLITS)}", f"one of {format_names(SPLITS)}")
+        raise UsageError(f"there is no split {split!r}{suggest(split, SPLITS)}", f"one of {format_names(SPLITS)}")
     if run_dir is None:
         problem = f"{run} is an adapter folder without a recipe, so its held-out rows are unknown"
         raise UsageError(problem, "rows the adapter was not trained on", "--data FILE")

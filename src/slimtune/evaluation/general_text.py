@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.adapters.adapter_strength import find_trained_and_no_op_tensors
-from ..core.data.chat_template import encode_chat
+from ..core.data.chat_template import encode_chat_with_train_mask
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
 from ..core.foundation.formatting import truncate_noting_length
 from ..core.models.base_config import get_max_positions
 from ..core.training.forgetting_budget import group_row_numbers_by_kind
 from ..core.training.loss import count_supervised_targets
-from ..errors import DataError, UsageError, nearest
+from ..errors import DataError, UsageError, suggest
 
 BUILT_IN_TEXT = Path(__file__).parent / "general" / "text.jsonl"
 WINDOW = 256
@@ -34,7 +34,7 @@ class GeneralTextPiece(NamedTuple):
     content: str | list[dict[str, str]]  # plain text, or messages
 
 
-def read_general_text(file: Path) -> list[GeneralTextPiece]:
+def read_general_text_pieces(file: Path) -> list[GeneralTextPiece]:
     """Return the pieces of a file: a `.txt` file is one piece, any other file is read as JSONL.
 
     Raises:
@@ -43,7 +43,7 @@ def read_general_text(file: Path) -> list[GeneralTextPiece]:
     """
     if not file.is_file():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise UsageError(f"there is no file {str(file)!r}{nearest(file.name, siblings)}", "a .txt or .jsonl file")
+        raise UsageError(f"there is no file {str(file)!r}{suggest(file.name, siblings)}", "a .txt or .jsonl file")
     errors = RowErrorCollector(
         file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line'
     )
@@ -97,7 +97,7 @@ def tokenize_general_text(
             rows = [(ids[i : i + length], ids[i : i + length]) for i in range(0, len(ids), length)]
         else:
             try:
-                chat = encode_chat(tokenizer, content)
+                chat = encode_chat_with_train_mask(tokenizer, content)
             except DataError as e:
                 errors.add(line, e.message)
                 continue
@@ -146,4 +146,4 @@ class GeneralText:
 def read_forgetting_text(file: Path | None) -> GeneralText:
     """Return the text to measure the forgetting of a run on, from a file or the built-in one."""
     file = file or BUILT_IN_TEXT
-    return GeneralText(file, read_general_text(file))
+    return GeneralText(file, read_general_text_pieces(file))

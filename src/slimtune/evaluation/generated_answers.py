@@ -27,7 +27,7 @@ from ..core.data.collator import Example
 from ..core.data.messages import Message
 from ..core.data.rows import Row
 from ..core.foundation.progress_bars import track_progress
-from ..errors import ModelError, UsageError, format_install_command, nearest
+from ..errors import ModelError, UsageError, format_install_command, suggest
 from ..generation.answer_queue import GeneratedAnswer, SamplingParams
 from ..generation.generation_models import GenerationModel
 from ..generation.text_generator import TextGenerator
@@ -141,7 +141,7 @@ def build_answer_check(name: str) -> Check:
         case "json-schema", True:
             validator = _load_schema(Path(argument))
             return lambda answer, _: (parsed := _parse_json(answer)) is not None and validator.is_valid(parsed[0])
-    raise UsageError(f"there is no check {name!r}{nearest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}")
+    raise UsageError(f"there is no check {name!r}{suggest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}")
 
 
 def _load_schema(file: Path) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..core.data.messages import Message
 from ..core.foundation.progress_bars import track_progress
-from ..errors import ModelError, UsageError, nearest
+from ..errors import ModelError, UsageError, suggest
 from ..generation.json_client import JsonClient
 from .eval_result import AnswerPair, WinRate
 from .statistics import paired_bootstrap
@@ -56,13 +56,13 @@ def build_answer_judge(name: str) -> Judge:
         raise UsageError(f"{name!r} is no judge", "path.py:function, or the address of a server: http://…/v1")
     if not file.is_file():
         siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise UsageError(f"there is no file {path!r}{nearest(file.name, siblings)}", "a Python file")
+        raise UsageError(f"there is no file {path!r}{suggest(file.name, siblings)}", "a Python file")
     try:
         names = {n: value for n, value in runpy.run_path(path).items() if callable(value) and not n.startswith("_")}
     except Exception as e:
         raise UsageError(f"{path} cannot be run: {type(e).__name__}: {e}", "a Python file that runs") from e
     if function not in names:
-        raise UsageError(f"{path} has no function {function!r}{nearest(function, names)}", "judge(prompt, a, b)")
+        raise UsageError(f"{path} has no function {function!r}{suggest(function, names)}", "judge(prompt, a, b)")
     judge = names[function]
 
     def compare(prompt: Sequence[Message], first: str, second: str) -> float:
@@ -124,7 +124,7 @@ def judge_answer_pairs(answers: Sequence[AnswerPair], judge: Judge) -> list[Answ
     return judged
 
 
-def measure_win_rate(name: str, answers: Sequence[AnswerPair], *, draws: int, seed: int) -> WinRate:
+def compute_win_rate_and_biases(name: str, answers: Sequence[AnswerPair], *, draws: int, seed: int) -> WinRate:
     """Return the win rate of answers that the judge `name` has judged, and what it may have looked at instead."""
     clear = [a for a in answers if a.judged is not None and None not in a.judged]
     verdicts = [a.judged for a in clear if a.judged is not None]

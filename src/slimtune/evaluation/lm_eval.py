@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.training.trained_model import TrainedModel
-from ..errors import ModelError, UsageError, format_install_command, nearest
+from ..errors import ModelError, UsageError, format_install_command, suggest
 from .eval_result import WHO, LmEvalTaskScores
 
 
@@ -39,7 +39,7 @@ def load_lm_eval_task_manager(task_names: Sequence[str], folder: Path | None) ->
     for name in task_names:
         if name not in known:
             expected = f"one of the {len(known)} tasks of lm-eval, or the `task:` of a YAML file in --tasks-path"
-            raise UsageError(f"there is no task {name!r}{nearest(name, known)}", expected, "lm-eval ls tasks")
+            raise UsageError(f"there is no task {name!r}{suggest(name, known)}", expected, "lm-eval ls tasks")
     return manager
 
 

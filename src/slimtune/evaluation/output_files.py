@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..core.foundation.files import require_regular_file, require_writable
+from ..core.foundation.files import refuse_non_regular_file, require_writable
 from ..errors import UsageError
 
 
@@ -15,7 +15,7 @@ def resolve_output_file(path: Path) -> Path:
     """
     expected, hint = "a file in an existing folder", "give another path"
     try:
-        require_regular_file(path)
+        refuse_non_regular_file(path)
         is_link, parent_exists = path.is_symlink(), path.parent.is_dir()
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror}", expected, hint) from None

@@ -20,8 +20,8 @@ from ..core.models.base_config import get_max_positions
 from ..core.training.loss import build_run_collator, compute_row_logits, score_examples
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
-from ..extras.row_columns import parse_record_as_row
-from ..extras.row_files import find_data_file_readers
+from ..extras.row_columns import parse_row_or_error
+from ..extras.row_files import list_dataset_files_with_readers
 from .output_files import resolve_output_file
 
 
@@ -99,7 +99,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
-    for file, read in find_data_file_readers(path):
+    for file, read in list_dataset_files_with_readers(path):
         for found in read():
             row = found if isinstance(found, InvalidRow) else parse_prediction_input(found[1], found[0], file)
             if isinstance(row, InvalidRow):
@@ -116,7 +116,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
 
 def parse_prediction_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
     """Return a record with a text or messages as a row to classify; a label that it has is not read."""
-    return parse_record_as_row({**record, "label": "?"}, "classification", line, file)
+    return parse_row_or_error({**record, "label": "?"}, "classification", line, file)
 
 
 def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:

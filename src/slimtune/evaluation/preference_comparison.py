@@ -23,23 +23,23 @@ from dataclasses import replace
 import numpy as np
 
 from ..core.data.tokenized_dataset import Example, RankedAnswerSelection, split_example_rows
-from ..core.foundation.progress_bars import prefix_progress_name
+from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.training.loss import count_supervised_targets, score_row_logps_by_example
 from ..errors import DataError
-from ..objectives.pair_objective import list_better_and_worse_rows
+from ..objectives.pair_objective import list_preference_pair_indices
 from .estimate import Estimate
 from .eval_result import (
     KTOEvalResult,
     KTOMeasures,
-    LengthPreferences,
+    LengthSubsetAccuracy,
     PairPreferences,
-    SFTEvalResult,
     SFTMeasures,
+    TextOrPairEvalResult,
     UnpairedPreferences,
 )
 from .model_comparison import ModelComparison, RowFigures
-from .sft_comparison import measure_base_and_tuned_losses
-from .statistics import PairedEstimate, bootstrap_auc, format_interval
+from .sft_comparison import measure_base_and_tuned_scores
+from .statistics import PairedEstimate, bootstrap_aucs, format_interval
 
 Logps = Sequence[Sequence[float]]
 
@@ -47,15 +47,15 @@ Logps = Sequence[Sequence[float]]
 class PreferenceComparison(ModelComparison[SFTMeasures]):
     """Compares the margins of base and tuned model on pairs, and the losses of the chosen answers."""
 
-    result_type = SFTEvalResult
+    result_type = TextOrPairEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        with prefix_progress_name("tuned model"):
+        with use_progress_prefix("tuned model"):
             tuned = score_row_logps_by_example(self.model, self.examples, self.collator)
-        with self.model.disable_adapter(), prefix_progress_name("base"):
+        with self.model.disable_adapter(), use_progress_prefix("base"):
             base = score_row_logps_by_example(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        measures, figures, _ = measure_base_and_tuned_losses(self, RankedAnswerSelection(self.examples, (0,)))
+        measures, figures, _ = measure_base_and_tuned_scores(self, RankedAnswerSelection(self.examples, (0,)))
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
@@ -84,7 +84,7 @@ def measure_preferences(
         base, tuned: log p of the answers of each example [N][K].
         compare: compares sums of each example [N] per size [N] with intervals (`ModelComparison.compare`).
     """
-    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_better_and_worse_rows(e.get("row_scores"))]
+    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_preference_pair_indices(e.get("row_scores"))]
     owners = np.array([n for n, _, _ in pairs])
 
     def take(values: Sequence[Sequence[float]]) -> np.ndarray:
@@ -114,12 +114,14 @@ def measure_preferences(
         base_mean, tuned_mean = (
             float(is_higher(logps[who])[part].mean()) if part.any() else None for who in ("base", "tuned")
         )
-        by_length[name] = LengthPreferences(pairs=int(part.sum()), base_accuracy=base_mean, tuned_accuracy=tuned_mean)
+        by_length[name] = LengthSubsetAccuracy(
+            pairs=int(part.sum()), base_accuracy=base_mean, tuned_accuracy=tuned_mean
+        )
     better = int(is_higher(logps["tuned"] - logps["base"]).sum())
     return PairPreferences(pairs=len(pairs), **estimates, pairs_better=better, by_length=by_length)
 
 
-class KTOComparison(ModelComparison[KTOMeasures]):
+class KTOEvaluator(ModelComparison[KTOMeasures]):
     """Compares how base and tuned model separate good answers from bad ones, and the losses of the good ones."""
 
     result_type = KTOEvalResult
@@ -131,7 +133,7 @@ class KTOComparison(ModelComparison[KTOMeasures]):
             hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
             raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
-        measures, figures, scores_of_good = measure_base_and_tuned_losses(replace(self, examples=good), good)
+        measures, figures, scores_of_good = measure_base_and_tuned_scores(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))
         for part, (before, after) in ((is_good, scores_of_good), (~is_good, self.score_both(bad))):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))
@@ -177,7 +179,7 @@ def _measure_unpaired_preferences(
         (("tuned_token_auc", "base_token_auc", "token_auc_gain"), [tuned / tokens, base / tokens]),
         (("reward_auc",), [rewards]),
     ):
-        found = bootstrap_auc(np.stack(scores), is_good, groups, draws=draws, seed=seed)
+        found = bootstrap_aucs(np.stack(scores), is_good, groups, draws=draws, seed=seed)
         estimates |= dict(zip(names, found, strict=True))
     return UnpairedPreferences(
         good=int(is_good.sum()),

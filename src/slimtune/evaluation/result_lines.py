@@ -18,8 +18,8 @@ from .eval_result import (
     PairPreferences,
     PromptDependence,
     RewardEvalResult,
-    SFTEvalResult,
     TextEvalResult,
+    TextOrPairEvalResult,
     UnpairedPreferences,
     WinRate,
 )
@@ -73,7 +73,7 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
         f"loss reduction in 95 % of bootstrap draws: {measures.loss_reduction.low:.4f} to "
         f"{measures.loss_reduction.high:.4f}, over {measures.rows} rows, {measures.tokens} supervised tokens"
     )
-    if isinstance(result, SFTEvalResult) and result.measures.preference is not None:
+    if isinstance(result, TextOrPairEvalResult) and result.measures.preference is not None:
         yield from _list_pair_lines(result.measures.preference)
     if isinstance(result, KTOEvalResult):
         yield from _list_unpaired_lines(result.measures.unpaired_preference)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.data.collator import Collator
 from ..core.data.example_types import Batch, Example
 from ..core.kernels.cross_entropy import nll_and_accuracy
-from ..core.training.loss import compute_head_inputs, score_examples
+from ..core.training.loss import score_examples, split_head_and_supervised_inputs
 
 
 class RowScore(NamedTuple):
@@ -34,7 +34,7 @@ def score_supervised_rows(model: Any, examples: Sequence[Example], collator: Col
 
 def _compute_token_nll_and_accuracy(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return `compute_token_nll` and whether each token is the likeliest one, both `(K,)`; has no gradient."""
-    head, h = compute_head_inputs(model, batch)
+    head, h = split_head_and_supervised_inputs(model, batch)
     if head is None:
         return nll_and_accuracy(h, lambda logits: logits, batch["targets"], h.shape[-1])
     return head.nll_and_accuracy(h, batch["targets"])

@@ -20,7 +20,7 @@ from ..core.config import Recipe
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..core.foundation.version import __version__
-from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_eval_split
+from ..core.training.held_out_rows import MIN_EVAL_ROWS, find_test_or_validation_split
 from ..core.training.run_dir import RunDir
 from .charts import (
     ChartEstimate,
@@ -40,7 +40,7 @@ from .eval_result import (
     ForgettingMeasures,
     KTOMeasures,
     LossMeasures,
-    RewardMeasures,
+    RewardModelMeasures,
     SFTMeasures,
 )
 from .output_files import resolve_output_file
@@ -80,7 +80,7 @@ def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
     held_out = r.result.get("held_out_rows")
     if not isinstance(held_out, int) or held_out >= MIN_EVAL_ROWS:
         eval_options = {"test": [], "validation": ["--split", "validation"], None: eval_options}[
-            find_eval_split(recipe.data)
+            find_test_or_validation_split(recipe.data)
         ]
     settings = recipe.method.settings.items()
     recipe_text = re.sub(  # with absolute paths shortened
@@ -110,7 +110,7 @@ def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
     )
 
 
-def render_data_report(report: Mapping[str, Any]) -> str:
+def render_data_report_page(report: Mapping[str, Any]) -> str:
     """Return what `slimtune data --json` prints as a page of its own."""
     return _render_page(name=_display_path(report["file"]), report=report, shares_prefix=True)
 
@@ -333,7 +333,7 @@ def _draw_head_measures(measures: BaselineComparisonMeasures) -> list[tuple[str,
     if isinstance(measures, ClassificationMeasures):
         chart = render_interval_chart([_make_chart_estimate("model", measures.macro_f1, fixed, 3)])
         charts.append(("Macro-F1", "mean over the classes", chart, Markup()))
-    if isinstance(measures, RewardMeasures):
+    if isinstance(measures, RewardModelMeasures):
         chart = render_interval_chart([_make_chart_estimate("model", measures.margin, fixed, 3)], [(0.0, "")])
         charts.append(("Margin", "reward of the chosen answer above the rejected one's", chart, Markup()))
     return charts

@@ -7,26 +7,26 @@ from typing import Any
 import numpy as np
 
 from ..core.data.tokenized_dataset import TokenizedDataset
-from ..core.foundation.progress_bars import prefix_progress_name
-from .eval_result import LossMeasures, SFTEvalResult, SFTMeasures
+from ..core.foundation.progress_bars import use_progress_prefix
+from .eval_result import LossMeasures, SFTMeasures, TextOrPairEvalResult
 from .model_comparison import ModelComparison, RowFigures
 from .prompt_dependence import MIN_DEPENDENCE, measure_prompt_dependence, shuffle_prompts
 from .row_scores import RowScore
-from .statistics import compute_perplexity, format_interval
+from .statistics import compute_perplexity_interval, format_interval
 
 
-class SFTComparison(ModelComparison[SFTMeasures]):
+class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
     """Compares the losses of base and tuned model on the supervised tokens."""
 
-    result_type = SFTEvalResult
+    result_type = TextOrPairEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        measures, figures, (base, tuned) = measure_base_and_tuned_losses(self, self.examples)
+        measures, figures, (base, tuned) = measure_base_and_tuned_scores(self, self.examples)
         dependence = None
         if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = shuffle_prompts(self.examples, self.seed)
             draws = {"draws": self.draws, "seed": self.seed}
-            with prefix_progress_name("answers after another row's prompt"):
+            with use_progress_prefix("answers after another row's prompt"):
                 dependence = measure_prompt_dependence(shuffled, base, tuned, self.score_both, **draws)
         return SFTMeasures(**vars(replace(measures, prompt_dependence=dependence))), figures
 
@@ -58,7 +58,7 @@ class SFTComparison(ModelComparison[SFTMeasures]):
         return failures
 
 
-def measure_base_and_tuned_losses(
+def measure_base_and_tuned_scores(
     comparison: ModelComparison[Any], examples: TokenizedDataset
 ) -> tuple[LossMeasures, RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.
@@ -81,8 +81,8 @@ def measure_base_and_tuned_losses(
         base_loss=loss.first,
         tuned_loss=loss.second,
         loss_reduction=loss.difference,
-        base_perplexity=compute_perplexity(loss.first),
-        tuned_perplexity=compute_perplexity(loss.second),
+        base_perplexity=compute_perplexity_interval(loss.first),
+        tuned_perplexity=compute_perplexity_interval(loss.second),
         base_accuracy=hits.second,
         tuned_accuracy=hits.first,
         accuracy_gain=hits.difference,

@@ -84,7 +84,7 @@ def compute_f1(hits: Any, actual: Any, predicted: Any) -> np.ndarray:
     return np.where(total > 0, 2 * np.asarray(hits) / np.maximum(total, 1), 0.0)
 
 
-def bootstrap_macro_f1(
+def estimate_macro_f1_with_interval(
     hits: np.ndarray, actual: np.ndarray, predicted: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> Estimate:
     """Return macro-F1 with its 95 % interval from `draws` draws of rows.
@@ -106,7 +106,7 @@ def bootstrap_macro_f1(
     return _make_estimates(macro_f1(np.ones((1, len(hits)), np.int64))[0], np.concatenate(drawn))[0]
 
 
-def bootstrap_auc(
+def bootstrap_aucs(
     scores: np.ndarray, is_good: np.ndarray, groups: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> list[Estimate]:
     """Return how well each kind of score separates good rows from bad ones, with 95 % intervals.
@@ -142,7 +142,7 @@ def bootstrap_auc(
     return _make_estimates(value[0], drawn if len(drawn) else value)
 
 
-def compute_perplexity(loss: Estimate) -> Estimate | None:
+def compute_perplexity_interval(loss: Estimate) -> Estimate | None:
     """Return e^loss with its interval; None if a float cannot hold it."""
     if loss.high >= 709:
         return None

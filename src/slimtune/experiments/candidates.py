@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..core.adapters.method_registry import ALIASES, VARIANTS, get_method_config_class, list_methods
 from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.config.recipe_loading import SHORT_SECTIONS
-from ..errors import ConfigError, UsageError, format_names, nearest
+from ..errors import ConfigError, UsageError, format_names, suggest
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from ..core.training.objective import Objective
@@ -77,14 +77,14 @@ def resolve_candidate_labels(names: Iterable[str], overrides: Mapping[str, Any],
     if not labels:
         raise UsageError(f"--{kind}s names no {kind}", f"{kind}s as {example}")
     if unknown := [n for n in labels if n not in known]:
-        listing = "; ".join(f"{n!r}{nearest(n, known).replace('; ', ', ')}" for n in unknown)
+        listing = "; ".join(f"{n!r}{suggest(n, known).replace('; ', ', ')}" for n in unknown)
         expected = f"some of {format_names(known, 40)}"
         raise UsageError(f"no {kind} is called {listing}", expected, "" if tasks else "slimtune methods lists them")
     for path in overrides:
         label, choices = path.partition(".")[0], [*labels, *SECTIONS]
         if label not in labels:
             message = f"--set {path}: {label!r} is neither a compared {kind} nor a section of the recipe"
-            raise UsageError(message + nearest(label, choices), f"one of {format_names(choices)}")
+            raise UsageError(message + suggest(label, choices), f"one of {format_names(choices)}")
     return labels
 
 

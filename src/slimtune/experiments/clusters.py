@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.files import read_json, write_json
-from ..errors import RunError, UsageError, nearest
+from ..errors import RunError, UsageError, suggest
 from .executors import ExecutorSpec, ExecutorTask, ParallelExecutor
 from .run_worker import RESTARTS, Launch, WorkerResult, retry_once_if_killed
 
@@ -84,7 +84,7 @@ class RayExecutor(ParallelExecutor):
     def check(cls, spec: ExecutorSpec) -> None:
         for name, value in spec.parameters.items():
             if name not in RAY_PARAMETERS:
-                raise UsageError(f"--on {spec.text}: no such parameter: {name}{nearest(name, RAY_PARAMETERS)}")
+                raise UsageError(f"--on {spec.text}: no such parameter: {name}{suggest(name, RAY_PARAMETERS)}")
             if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", value):
                 raise UsageError(f"--on {spec.text}: {name} is {value}", "a number, as 1 or 0.5")
 
@@ -120,7 +120,7 @@ class SlurmTask:
         self.job_file.unlink(missing_ok=True)
 
 
-class RequeuedSlurmRun:
+class RequeueableSlurmRun:
     """What a job runs; submitit submits it again if Slurm preempts the job or its time is over."""
 
     def __call__(self, launch: Launch) -> WorkerResult:
@@ -167,6 +167,6 @@ class SlurmExecutor(ParallelExecutor):
             job: Any = self.job_class(self.folder, str(read_json(job_file)["job"]))
             if not job.done(force_check=True):
                 return SlurmTask(job, job_file)
-        job = self.executor.submit(RequeuedSlurmRun(), launch)
+        job = self.executor.submit(RequeueableSlurmRun(), launch)
         write_json(job_file, {"job": job.job_id})
         return SlurmTask(job, job_file)

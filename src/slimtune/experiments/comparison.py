@@ -16,23 +16,23 @@ from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.remote_code import remote_code_allowed
 from ..errors import RunError, SlimtuneError, UsageError
-from ..evaluation.eval_result import SFTEvalResult
+from ..evaluation.eval_result import TextOrPairEvalResult
 from ..planning.plan_request import build_plan_request
 from ..planning.planner import estimate_resources
-from ..planning.this_machine import detect_gpu
+from ..planning.this_machine import detect_gpu_or_cpu_memory
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_score_cost_chart
 from .comparison_report import (
     compare_candidate_pairs,
     format_comparison_markdown,
+    rank_candidates_by_finished_runs,
     read_test_evaluation,
-    summarize_finished_candidates,
 )
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
-from .experiment_output_dir import lock_output_dir_and_write_settings, require_same_experiment_settings
+from .experiment_output_dir import check_and_merge_settings, lock_output_dir_and_write_settings
 from .experiment_results import CompareResult, FailedRun, LearningRateSearch, LeftOutMethod
-from .method_advice import choose_best_method, format_method_advice
+from .method_advice import choose_best_or_cheaper_method, format_method_advice
 from .run_grid import ComparisonGrid
 from .run_worker import Launch, run_worker_process
 
@@ -58,7 +58,7 @@ def run_comparison(
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
-    require_same_experiment_settings(grid.output_dir, grid.settings(), "comparison")
+    check_and_merge_settings(grid.output_dir, grid.settings(), "comparison")
     with make_executor(executor_spec, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
@@ -98,7 +98,7 @@ def _plan_candidates(
             fitting.append(candidate)
             continue
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
-        request = build_plan_request(recipe, detect_gpu(recipe.model.device), grid.example_lengths)
+        request = build_plan_request(recipe, detect_gpu_or_cpu_memory(recipe.model.device), grid.example_lengths)
         try:
             plan = estimate_resources(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason
@@ -199,7 +199,7 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
             costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
             costs += f" for {len(files)} runs at once" if len(files) > 1 else ""
             costs += f", killed and restarted {worker.restarts}×" if worker.restarts else ""
-            preference = measured.measures.preference if isinstance(measured, SFTEvalResult) else None
+            preference = measured.measures.preference if isinstance(measured, TextOrPairEvalResult) else None
             gain = f", accuracy gain {preference.accuracy_gain.value:.4f}" if preference else ""
             log(f"{name}: loss reduction {measured.measures.loss_reduction.value:.4f}{gain} ({costs})")
     order: list[tuple[str, int | None]] = [(candidate.label, seed) for group in groups for candidate, seed in group]
@@ -208,7 +208,7 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
 
 def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
     """Return the result of the runs that are finished; `how` are the fields that they do not give."""
-    candidates = summarize_finished_candidates(grid)
+    candidates = rank_candidates_by_finished_runs(grid)
     pairs = compare_candidate_pairs(candidates)
     methods = [c.method for c in candidates]
     first = methods[0] if methods else None
@@ -227,6 +227,6 @@ def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
         base_loss=first.base_loss if first else None,
         methods=methods,
         pairs=pairs,
-        advice=format_method_advice(choose_best_method(methods, pairs)),
+        advice=format_method_advice(choose_best_or_cheaper_method(methods, pairs)),
         **how,
     )

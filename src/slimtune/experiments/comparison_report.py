@@ -56,7 +56,7 @@ class FinishedCandidateRuns:
     """By seed: trained tokens after each step; equal for equal rows and order."""
 
 
-def summarize_finished_candidates(grid: ComparisonGrid) -> list[FinishedCandidateRuns]:
+def rank_candidates_by_finished_runs(grid: ComparisonGrid) -> list[FinishedCandidateRuns]:
     """Return the finished runs of each candidate that has some, the highest gain first.
 
     A candidate that lacks a seed is not ranked and comes last: the mean of the runs that did not fail flatters it.

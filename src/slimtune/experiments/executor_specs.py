@@ -4,7 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import UsageError, format_install_command, nearest
+from ..errors import UsageError, format_install_command, suggest
 from .clusters import RayExecutor, SlurmExecutor
 from .executors import Executor, ExecutorSpec, LocalExecutor, ParallelExecutor
 
@@ -20,7 +20,7 @@ def parse_executor_spec(text: str) -> ExecutorSpec:
     """
     kind, _, rest = text.partition(":")
     if kind not in EXECUTORS:
-        raise UsageError(f"--on {text}: no such place{nearest(kind, EXECUTORS)}", PLACES)
+        raise UsageError(f"--on {text}: no such place{suggest(kind, EXECUTORS)}", PLACES)
     executor = EXECUTORS[kind]
     address, runs, parameters = None, None, {}
     for item in filter(None, (item.strip() for item in rest.split(","))):

@@ -16,7 +16,7 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def require_same_experiment_settings(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
+def check_and_merge_settings(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
@@ -53,11 +53,11 @@ def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any]
     Raises:
         UsageError: another process works in the folder.
     """
-    require_same_experiment_settings(folder, settings, experiment)  # before the folder is made
+    check_and_merge_settings(folder, settings, experiment)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, require_same_experiment_settings(folder, settings, experiment))
+            write_json(folder / SETTINGS_FILE, check_and_merge_settings(folder, settings, experiment))
             yield
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[experiment]} works in {folder}", "one at a time") from None

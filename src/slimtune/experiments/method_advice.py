@@ -44,7 +44,7 @@ class MethodAdvice:
         return [*self.as_good, *self.undecided, *self.worse]
 
 
-def choose_best_method(methods: Sequence[ComparedMethod], pairs: Sequence[PairedDifference]) -> MethodAdvice:
+def choose_best_or_cheaper_method(methods: Sequence[ComparedMethod], pairs: Sequence[PairedDifference]) -> MethodAdvice:
     """Choose the best method, or a cheaper one that is as good.
 
     A method is as good if the whole interval of its difference stays within a tenth of the best gain; a wide interval

@@ -25,7 +25,7 @@ def forward_backward_packed_runs(
     """Run the forward and backward passes of one optimizer step of each run; return the losses, detached.
 
     The gradients equal those of `forward_backward` of each run alone, up to rounding. Call it inside
-    `enable_packed_attention(models[0])`.
+    `packed_attention_enabled(models[0])`.
 
     Args:
         models: one for each run, as `packing_runs_unsupported_reason` allows; gradients are added to those they have.

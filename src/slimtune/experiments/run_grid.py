@@ -26,7 +26,7 @@ from ..core.models.base_config import get_hidden_size, load_base_config
 from ..core.models.dtype import pick_device
 from ..core.training.base_model import load_base_tokenizer
 from ..core.training.datasets import load_eval_dataset, load_training_datasets
-from ..core.training.default_learning_rate import resolve_learning_rate
+from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
 from ..errors import RecipeError, UsageError
@@ -184,7 +184,7 @@ def build_comparison_grid(
 
     def with_rate(candidate: ComparisonCandidate) -> ComparisonCandidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
-        filled = resolve_learning_rate(built, len(lengths), hidden_size)
+        filled = fill_in_learning_rate(built, len(lengths), hidden_size)
         return dataclasses.replace(candidate, learning_rate=filled.train.learning_rate)
 
     return dataclasses.replace(

@@ -129,7 +129,7 @@ def retry_once_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerR
     return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 
 
-def train_and_evaluate_recipes(
+def run_recipes_collecting_errors(
     recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False
 ) -> dict[Path, SlimtuneError]:
     """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
@@ -177,7 +177,7 @@ def main() -> None:
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            for file, error in train_and_evaluate_recipes(files, **how).items():
+            for file, error in run_recipes_collecting_errors(files, **how).items():
                 _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
                 code = error.exit_code
     except KeyboardInterrupt:

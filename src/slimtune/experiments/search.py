@@ -84,7 +84,7 @@ class SettingsSearchSpec:
         return values
 
 
-def run_settings_search(
+def run_search_trials(
     search: SettingsSearchSpec, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
 ) -> list[TrialResult]:
     """Run the trials that are left, and return all of them in the order they were begun.

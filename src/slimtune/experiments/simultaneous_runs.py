@@ -124,7 +124,7 @@ def train_recipes_together(
         recipes: their `model` and `data.chat_template` are the same.
         resume: for each whether to continue it from its newest checkpoint; empty: none.
         force: train on data even if its validation finds faults.
-        should_stop: called for each run before each of its steps; True ends this run, with the error `RunStopped`.
+        should_stop: called for each run before each of its steps; True ends this run with a `RunStopped`.
 
     Raises:
         UsageError: the bases differ, or there are several processes.

@@ -20,7 +20,7 @@ from ..core.foundation.files import parse_json, to_json, write_atomic, write_jso
 from ..core.foundation.formatting import format_duration
 from ..core.foundation.json_results import to_json_dict
 from ..core.training.datasets import load_training_datasets
-from ..core.training.default_learning_rate import resolve_learning_rate
+from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..errors import UsageError
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_search_chart
@@ -30,7 +30,7 @@ from .experiment_output_dir import lock_output_dir_and_write_settings
 from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
 from .markdown_table import format_markdown_table
 from .run_grid import ComparisonGrid, read_hidden_size
-from .search import SettingsSearchSpec, find_best_trial, run_settings_search
+from .search import SettingsSearchSpec, find_best_trial, run_search_trials
 from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges
 
 RATE = "train.learning_rate"
@@ -111,14 +111,14 @@ def run_tuning(
         steps = trial.train.count_steps(len(rows.train))
         return replace(trial, train=replace(trial.train, max_steps=steps))
 
-    filled = resolve_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
+    filled = fill_in_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = SettingsSearchSpec(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
     with (
         lock_output_dir_and_write_settings(output_dir, settings, "search"),
         make_executor(executor_spec, output_dir) as executor,
     ):
-        found = run_settings_search(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
+        found = run_search_trials(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]
         best_file = output_dir / "best.yaml"
@@ -159,7 +159,7 @@ def search_learning_rate(
     rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
     search = SettingsSearchSpec(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
-    trials = run_settings_search(search, lambda text: log(f"{candidate.label}: {text}"), executor)
+    trials = run_search_trials(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
     tried = [LearningRateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]
     return LearningRateSearch(rate=best, at_the_edge=rates.is_edge(best), trials=tried)

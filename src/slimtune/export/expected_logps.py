@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..core.config import Recipe
 from ..core.data.chat_template import TokenizedRow
-from ..core.data.rows import Row, split_into_answer_rows
+from ..core.data.rows import Row, split_ranked_answers_into_rows
 from ..core.data.tokenize import tokenize_rows
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.dtype_names import short_dtype_name
@@ -194,7 +194,7 @@ def make_reference_texts(
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
         valid = opened.require_valid_rows()
-        compared += itertools.islice((part for row in valid for part in split_into_answer_rows(row)), MAX_ROWS)
+        compared += itertools.islice((part for row in valid for part in split_ranked_answers_into_rows(row)), MAX_ROWS)
     longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[ReferenceText] = []
     for row in compared:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
 from ..core.foundation.registry import Registry
-from ..errors import UsageError, format_names, nearest
+from ..errors import UsageError, format_names, suggest
 
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
@@ -155,7 +155,7 @@ def list_export_targets() -> tuple[str, ...]:
 def require_export_target(target: str) -> None:
     """Raise UsageError unless it is a target of an export."""
     if target not in (targets := list_export_targets()):
-        raise UsageError(f"unknown target {target!r}{nearest(target, targets)}", format_names(targets))
+        raise UsageError(f"unknown target {target!r}{suggest(target, targets)}", format_names(targets))
 
 
 def make_export_format(target: str, options: Mapping[str, Any]) -> ExportFormat:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
+from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, suggest
 from ..extras.gguf_loading import import_gguf
 from .export_support import Factors, get_export_support, split_low_rank_and_other_changes
 from .gguf_format import GgufExportFacts
@@ -86,13 +86,13 @@ ARCHITECTURES = {
 """By `model_type` in Hugging Face's config."""
 
 
-def get_gguf_architecture(config: Any) -> GgufArchitecture:
+def get_gguf_architecture_spec(config: Any) -> GgufArchitecture:
     """Return how llama.cpp stores a model's architecture, or raise UsageError if it is not in the table."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UsageError(
             f"cannot write a {kind!r} model as GGUF: how llama.cpp names and orders its weights is not known"
-            f"{nearest(kind, ARCHITECTURES)}",
+            f"{suggest(kind, ARCHITECTURES)}",
             f"one of {format_names(ARCHITECTURES)}",
             "merge it (slimtune merge RUN --out FOLDER) and give FOLDER to llama.cpp's convert_hf_to_gguf.py, which "
             "knows more architectures (--merged does both if the base is not a GGUF); or serve it by vLLM: --to vllm",
@@ -103,7 +103,7 @@ def get_gguf_architecture(config: Any) -> GgufArchitecture:
 
 def make_gguf_name_mapper(config: Any) -> Callable[[str], str | None]:
     """Return gguf's names of a model's modules: `("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"; None: no name."""
-    name, gguf = get_gguf_architecture(config).name, import_gguf()
+    name, gguf = get_gguf_architecture_spec(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
     return lambda module: names.get_name(module.replace("model.language_model.", "model."))
@@ -114,7 +114,7 @@ def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: 
 
     Stacked experts `(experts, …)` are stored as the tensors gate, up and down.
     """
-    architecture, (module, _, leaf) = get_gguf_architecture(config), name.rpartition(".")
+    architecture, (module, _, leaf) = get_gguf_architecture_spec(config), name.rpartition(".")
     if leaf not in ("weight", "bias"):  # a parameter whose name says what it is, such as experts.gate_up_proj_bias
         kind, owner = ("bias", name.removesuffix("_bias")) if leaf.endswith("_bias") else ("weight", name)
         if kind == "weight" and leaf in architecture.transposed:
@@ -138,13 +138,13 @@ def _split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
     module, _, leaf = name.rpartition(".")
     if leaf != "gate_up_proj":
         return {name: rows}
-    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_gguf_architecture(config).interleaved else rows.chunk(2, dim=1)
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_gguf_architecture_spec(config).interleaved else rows.chunk(2, dim=1)
     return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
 
 
 def reorder_rows_for_llama_cpp(rows: Tensor, module: str, config: Any) -> Tensor:
     """Return the output rows of a linear layer, of its weight or a LoRA's B `(out, …)`, in llama.cpp's order."""
-    architecture, text, last = get_gguf_architecture(config), config.get_text_config(), module.rpartition(".")[2]
+    architecture, text, last = get_gguf_architecture_spec(config), config.get_text_config(), module.rpartition(".")[2]
     if last in architecture.permuted:
         halves = rows.reshape(getattr(text, architecture.permuted[last]), 2, -1, *rows.shape[1:])
         return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -161,8 +161,8 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
 
     AdapterError means that a value is NaN or Inf, or too large for the precision.
     """
-    gguf, architecture = import_gguf(), get_gguf_architecture(model.config)
-    names, layers = make_gguf_name_mapper(model.config), get_lora_factors(model, adapter)
+    gguf, architecture = import_gguf(), get_gguf_architecture_spec(model.config)
+    names, layers = make_gguf_name_mapper(model.config), get_lora_factors_and_scales(model, adapter)
     layers = {
         part: (A, rows, scale)
         for module, (A, B, scale) in layers.items()
@@ -205,7 +205,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     )
 
 
-def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:
+def get_lora_factors_and_scales(model: Any, adapter: str = "default") -> dict[str, Factors]:
     """Return A `(r, in)`, B `(out, r)` and the scale of an adapter's update of each linear layer, in the model's order.
 
     Those of a stacked weight of experts are `(experts, r, in)` and `(experts, out, r)`, under the parameter's name.
@@ -251,7 +251,11 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     One tensor is in memory at a time, beside the model's own. Vectors stay in f32. An adapted model is written without
     its adapters, except those merged into it.
     """
-    gguf, architecture, names = import_gguf(), get_gguf_architecture(model.config), make_gguf_name_mapper(model.config)
+    gguf, architecture, names = (
+        import_gguf(),
+        get_gguf_architecture_spec(model.config),
+        make_gguf_name_mapper(model.config),
+    )
     reader = gguf.GGUFReader(str(template))
     base_tensors = {t.name: t for t in reader.tensors}
     parameters: dict[str, tuple[str, Tensor]] = {}

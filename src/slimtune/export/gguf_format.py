@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.json_results import OMIT_NONE
-from ..errors import ModelError, UsageError, format_names, nearest
+from ..errors import ModelError, UsageError, format_names, suggest
 from .export_format import (
     CONVERT_TO_LORA,
     LICENCE_FILES,
@@ -84,7 +84,7 @@ class GgufFormat(ExportFormat):
         if precision is not None and self.merged and precision not in PRECISIONS:
             require_gguf_quantizer(precision)
         elif precision is not None and not self.merged and precision not in ADAPTER_DTYPES:
-            message = f"an adapter in {precision!r}{nearest(precision, ADAPTER_DTYPES)}"
+            message = f"an adapter in {precision!r}{suggest(precision, ADAPTER_DTYPES)}"
             raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
         return replace(self, precision=precision)
 

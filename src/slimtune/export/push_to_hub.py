@@ -167,7 +167,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = load_run_results(run_dir) if run_dir is not None else RunResults()
     recipe = results.recipe
-    tensors, fingerprint = adapter_files.read_adapter_file(folder)
+    tensors, fingerprint = adapter_files.read_adapter_and_fingerprint(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(

@@ -39,7 +39,7 @@ from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
 from .gguf import ToolError
 from .manifest import ExportManifest, read_export_manifest
-from .ollama import find_local_base
+from .ollama import get_base_path_or_none
 from .served_base import ServedBase, read_gguf_precision, require_matching_base
 
 
@@ -144,7 +144,7 @@ class ExportVerifier:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
         if served_base is not None:
-            served = require_matching_base(served_base, find_local_base(served_base), self.loaded)
+            served = require_matching_base(served_base, get_base_path_or_none(served_base), self.loaded)
         if (file := served.file) is not None:
             precision = read_gguf_precision(file)
             tolerance = get_loosest_tolerance(precision)

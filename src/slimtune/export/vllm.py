@@ -26,8 +26,8 @@ from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
-from ..errors import AdapterError, UsageError, format_names, nearest
-from ..extras.gguf_loading import convert_to_hf_folder
+from ..errors import AdapterError, UsageError, format_names, suggest
+from ..extras.gguf_loading import get_or_make_cached_hf_folder
 from ..extras.lora_conversion import make_lora_config_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_lora_rules
@@ -63,7 +63,7 @@ def is_served_unchanged_by_vllm(config: Any) -> bool:
     )
 
 
-def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
+def split_vllm_refusals_by_conversion(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
     config, rules = model.peft_config[adapter], load_vllm_lora_rules()
     modules = model.adapter_modules(adapter)
@@ -137,19 +137,19 @@ def write_vllm_adapter(
     """
     out = Path(out or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}", f"one of {format_names(DTYPES)}")
+        raise UsageError(f"dtype is {dtype!r}{suggest(dtype, DTYPES)}", f"one of {format_names(DTYPES)}")
     model: Any = loaded.model
     base, base_name = _locate_base(loaded)
     name = _check_name(name, out.name, base_name)
     adapter, conversion = model.active_adapters[0], None
-    fixed, form = list_vllm_refusals(model, adapter)
+    fixed, form = split_vllm_refusals_by_conversion(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
     if convert_to_lora is not None:
         report, method = model.to_lora(adapter, convert_to_lora), model.peft_config[adapter].name
         rank, worst = max(report.ranks.values()), max(report.errors.values())
         conversion = LoraConversion(method, rank, report.error, worst)
         adapter = report.adapter
-        _require_served(run, model, adapter, [], list_vllm_refusals(model, adapter)[1])
+        _require_served(run, model, adapter, [], split_vllm_refusals_by_conversion(model, adapter)[1])
     config = model.peft_config[adapter]
     layers: dict[str, Factors] = {n: m.low_rank_factors() for n, m in model.adapter_modules(adapter).items()}
     shapes = {(A.shape[0], scale) for A, _, scale in layers.values()}
@@ -203,7 +203,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
         settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)
     metadata = adapter_files.get_adapter_tensors_and_metadata(model, adapter)[1]
-    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors(tensors, metadata))
+    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors_parts(tensors, metadata))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, adapter_files.WEIGHTS_FILE))
 
 
@@ -247,7 +247,7 @@ def _locate_base(loaded: TrainedModel) -> tuple[str, str]:
     if source.kind == "hub":
         return source.path, source.path
     # vLLM serves no LoRA on a GGUF: the base is the folder the GGUF was dequantized into, as in training.
-    path = convert_to_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
+    path = get_or_make_cached_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
     return str(path.expanduser().resolve()), _to_plain_name(source.name)
 
 

@@ -73,14 +73,14 @@ def import_gguf() -> Any:
     return gguf
 
 
-def get_gguf_cache_root() -> Path:
+def get_slimtune_cache_root() -> Path:
     """Return slimtune's cache: `$SLIMTUNE_CACHE`, else `$XDG_CACHE_HOME/slimtune`, else `~/.cache/slimtune`."""
     if own := os.environ.get("SLIMTUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
 
 
-def convert_to_hf_folder(path: str | Path) -> tuple[Path, float]:
+def get_or_make_cached_hf_folder(path: str | Path) -> tuple[Path, float]:
     """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
 
     Raises:
@@ -115,7 +115,7 @@ def convert_to_hf_folder(path: str | Path) -> tuple[Path, float]:
 
 def read_config(path: Path) -> PreTrainedConfig:
     """Return the config of a GGUF file: of its cached folder, else from its metadata, whose parsing takes seconds."""
-    cached = get_gguf_cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
+    cached = get_slimtune_cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
     if any(cached):  # otherwise the file is not hashed
         folder = _locate_folder(path.resolve())[1]
         if _is_complete(folder):
@@ -132,7 +132,7 @@ def _locate_folder(path: Path) -> tuple[str, Path]:
         digest = _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    return digest, get_gguf_cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
+    return digest, get_slimtune_cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
 
 
 def open_gguf_reader(path: Path) -> Any:

@@ -43,7 +43,7 @@ from ..core.adapters.method_registry import get_method_config_class
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import match_targets
-from ..errors import TargetError, UsageError, format_names, nearest
+from ..errors import TargetError, UsageError, format_names, suggest
 from .low_rank_approximation import LowRankApproximation, combine_weighted_updates, nearest_low_rank
 
 CombinationType = Literal[
@@ -117,7 +117,7 @@ class _WeightDelta:
         return (after.double() - before).to(self.dtype)
 
 
-class LoraConversionMixin(PeftModel):
+class ToLoraModelMixin(PeftModel):
     """Mixed into adapted models: makes a LoRA from other adapters."""
 
     def add_weighted_adapter(
@@ -156,7 +156,7 @@ class LoraConversionMixin(PeftModel):
         kind, kinds = str(combination_type), get_args(CombinationType)
         counts = f"{len(names)} adapters and {len(weights)} weights are given"
         _require(bool(names) and len(names) == len(weights), counts, "one weight for each adapter")
-        _require(kind in kinds, f"combination_type is {kind!r}{nearest(kind, kinds)}", f"one of {format_names(kinds)}")
+        _require(kind in kinds, f"combination_type is {kind!r}{suggest(kind, kinds)}", f"one of {format_names(kinds)}")
         is_rank = svd_rank is None or (isinstance(svd_rank, int) and svd_rank >= 1)
         _require(is_rank, f"svd_rank is {svd_rank!r}", "a whole number, 1 and up")
         _require(svd_clamp is None or 0 < svd_clamp <= 1, f"svd_clamp is {svd_clamp!r}", "a quantile in (0, 1]")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.data.messages import REASONING_KEYS, Message, Messages, RowError, ToolCall
 from ..core.foundation.json_results import JsonObject
-from ..errors import format_names, nearest
+from ..errors import format_names, suggest
 
 MAX_DEPTH = 100
 """Most levels of lists and objects in a tool or its arguments."""
@@ -32,7 +32,7 @@ def parse_messages_and_train_mask(
 
     `value` may be JSON text. `require_trained_turn` requires an assistant turn that is learned.
     """
-    given = [(f"{column}[{i}]", message) for i, message in enumerate(require_list(value, column))]
+    given = [(f"{column}[{i}]", message) for i, message in enumerate(parse_list_or_json(value, column))]
     messages = [_validate_message(message, name) for name, message in given]
     learned = tuple(_is_learned(message, name) for name, message in given)
     if require_trained_turn and not any(learned):
@@ -55,7 +55,7 @@ def _validate_message(message: Any, name: str) -> Message:
     if role != "assistant" or not calls or message.get("content") is not None:  # calls need no text
         require_strings(message, ("content",), name)
     if role not in MESSAGE_KEYS:
-        known = f"{nearest(role, MESSAGE_KEYS)} (known: {format_names(MESSAGE_KEYS)})"
+        known = f"{suggest(role, MESSAGE_KEYS)} (known: {format_names(MESSAGE_KEYS)})"
         raise RowError(f"{name} has the unknown role {role!r}{known}", "unknown-role")
     if unknown := [k for k, v in message.items() if k not in MESSAGE_KEYS[role] and v not in (None, "", [], {})]:
         column = name.partition("[")[0]
@@ -71,7 +71,7 @@ def _validate_message(message: Any, name: str) -> Message:
         raise RowError(f"{name} ({role}) has empty content", "empty-content")
     valid = {"role": role, "content": require_text(content, f"{name} ({role})", allow_empty=True)}
     if calls is not None and calls != []:
-        found = enumerate(require_list(calls, f"{name}.tool_calls"))
+        found = enumerate(parse_list_or_json(calls, f"{name}.tool_calls"))
         valid["tool_calls"] = [_validate_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in found]
     for key in ("name", "tool_call_id", *REASONING_KEYS):
         if key in message and message[key] not in (None, ""):
@@ -96,7 +96,7 @@ def _validate_tool_call(call: Any, name: str) -> ToolCall:
     if not isinstance(function, dict):
         raise RowError(f"{name} is not an object but {get_json_type_name(function)}", "bad-tool-call")
     if not isinstance(function.get("name"), str) or not function["name"]:
-        raise RowError(f"{name} names no function{nearest('name', function)}", "bad-tool-call")
+        raise RowError(f"{name} names no function{suggest('name', function)}", "bad-tool-call")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = parse_json_cell(arguments or "{}", f"{name}.arguments", "bad-tool-call")
@@ -126,12 +126,12 @@ def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:
         raise RowError(f"{name} is not an object but {get_json_type_name(value)}", "wrong-type")
     for key in keys:
         if key not in value:
-            raise RowError(f"{name} has no {key!r}{nearest(key, value)}", "missing-key")
+            raise RowError(f"{name} has no {key!r}{suggest(key, value)}", "missing-key")
         if not isinstance(value[key], str):
             raise RowError(f"{name}.{key} is not a string but {get_json_type_name(value[key])}", "wrong-type")
 
 
-def require_list(value: Any, name: str) -> list[Any]:
+def parse_list_or_json(value: Any, name: str) -> list[Any]:
     """Return a list, which may be given as JSON text as in a CSV file; raise RowError for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json_cell(value, name)

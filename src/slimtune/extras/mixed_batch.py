@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapters.active_adapters import BASE_ROW, ActiveAdapters
-from ..core.adapters.adapted_layer import AdaptedLayer
+from ..core.adapters.adapted_layer import AdaptedLayerMixin
 from ..core.adapters.adapter_module import BaseForward
 from ..core.adapters.peft_model import PeftModel
 from ..core.attention.attention_functions import LAYOUT_KWARG
 from ..core.kernels.linear_layers import get_layer_kind
-from ..errors import MixedBatchError, UsageError, format_names, nearest
+from ..errors import MixedBatchError, UsageError, format_names, suggest
 
 
 class MixedBatchCallsMixin(PeftModel):
@@ -74,7 +74,7 @@ class _MixedBatchRunner:
         self.stacks: dict[nn.Module, _MixedBatchLoraCacheEntry] = {}
         self._masks: dict[tuple, dict[str, Tensor]] = {}
 
-    def run_layer(self, layer: AdaptedLayer, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run_layer(self, layer: AdaptedLayerMixin, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a layer with each row's adapter."""
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         cached = self._get_cached_factors(layer, x)
@@ -153,13 +153,13 @@ class _MixedBatchRunner:
         return stacked
 
 
-def _run_rows(layer: AdaptedLayer, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_rows(layer: AdaptedLayerMixin, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
     with layer.use_copies(name):
         return module.forward_batch_rows(*args, **kwargs)
 
 
 def _run_trained_copies(
-    layer: AdaptedLayer, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kwargs: Any
+    layer: AdaptedLayerMixin, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kwargs: Any
 ) -> Any:
     with layer.use_copies(None):
         y = base(x, **kwargs)
@@ -206,7 +206,7 @@ def _check_row_adapters(model: PeftModel, names: Sequence[str], args: tuple, kwa
     known = [*model.peft_config, BASE_ROW]
     if unknown := sorted({str(n) for n in names if n not in known}):
         message = f"adapter_names has {format_names(unknown)}, which the model does not have"
-        raise UsageError(message + nearest(unknown[0], known), f"names among {format_names(known)}")
+        raise UsageError(message + suggest(unknown[0], known), f"names among {format_names(known)}")
     if merged := model.merged_adapters:
         message = f"adapter_names is given while {format_names(merged)} is merged into the base"
         raise UsageError(message, hint="unmerge_adapter() first", code="merge-differs")

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..core.data.messages import RowError
 from ..core.data.rows import ROW_FORMATS, InvalidRow, Record, Row, RowFormat
-from ..errors import DataError, UsageError, format_names, nearest
-from .message_parsing import require_list
+from ..errors import DataError, UsageError, format_names, suggest
+from .message_parsing import parse_list_or_json
 
 
 @cache
@@ -21,14 +21,14 @@ def load_row_formats() -> dict[str, RowFormat]:
     return ROW_FORMATS.load_all()
 
 
-def parse_record_as_row(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
+def parse_row_or_error(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
     """Return a record as a row of a format, or what is wrong with it."""
     try:
         known = load_row_formats()[format]
         for column in known.required:
             if column not in record:
                 present = f"(keys here: {format_names(record) or 'none'})"
-                raise RowError(f"has no {column!r}{nearest(column, record)} {present}", "missing-column")
+                raise RowError(f"has no {column!r}{suggest(column, record)} {present}", "missing-column")
         return Row(line=line, file=file, **known.read(record))
     except RowError as error:
         return InvalidRow(line, str(error), error.code, file, error.hint)
@@ -67,8 +67,8 @@ class ColumnMapping:
         for name in self.ignored:
             column, dot, key = name.partition(".")
             if dot and column in chosen:
-                with contextlib.suppress(RowError):  # `parse_record_as_row` says it
-                    chosen[column] = [_drop_key(turn, key) for turn in require_list(chosen[column], column)]
+                with contextlib.suppress(RowError):  # `parse_row_or_error` says it
+                    chosen[column] = [_drop_key(turn, key) for turn in parse_list_or_json(chosen[column], column)]
         return chosen
 
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
@@ -99,18 +99,18 @@ def describe_missing_column_effect(column: str, format: str, format_is_given: bo
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
-def validate_format_options(format: str | None, columns: Mapping[str, str]) -> None:
+def validate_format_column_roles(format: str | None, columns: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
     known = load_row_formats()
     if format is not None and format not in known:
-        problem = f"there is no data format {format!r}{nearest(format, known)}"
+        problem = f"there is no data format {format!r}{suggest(format, known)}"
         raise UsageError(problem, f"one of {format_names(known)}", "see docs/data.md")
     formats = known.values() if format is None else [known[format]]
     roles = list(dict.fromkeys(column for f in formats for column in (*f.required, *f.optional)))
     for role, column in columns.items():
         if role not in roles:
             owner = f"the format {format}" if format else "any format"
-            problem = f"--column {role}={column}: {role!r} is not a column of {owner}{nearest(role, roles)}"
+            problem = f"--column {role}={column}: {role!r} is not a column of {owner}{suggest(role, roles)}"
             raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
@@ -125,7 +125,7 @@ def detect_row_format(
     present = list(dict.fromkeys(key for record in records for key in record))
     for role, column in column_mapping.columns.items():
         if column not in present:
-            problem = f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}"
+            problem = f"--column {role}={column}: {path} has no column {column!r}{suggest(column, present)}"
             raise UsageError(problem, f"one of {format_names(present)}")
     if format is not None:
         return format
@@ -181,7 +181,7 @@ def _suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, s
 
 def _is_rendering(record: Record, format: str) -> bool:
     """Return whether the `text` of a record contains every text of its row in another format."""
-    row, text = parse_record_as_row(record, format, 1), record.get("text")
+    row, text = parse_row_or_error(record, format, 1), record.get("text")
     if isinstance(row, InvalidRow) or not isinstance(text, str):
         return False
     texts = [row.prompt or "", row.completion or "", *(m["content"] for m in row.messages)]

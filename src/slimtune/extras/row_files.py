@@ -21,17 +21,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowReader, RowSource
+from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowIterable, RowReader
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import truncate_noting_length
-from ..errors import DataError, UsageError, format_names, nearest
+from ..errors import DataError, UsageError, format_names, suggest
 from .row_columns import (
     ColumnMapping,
     describe_missing_column_effect,
     detect_row_format,
     load_row_formats,
-    parse_record_as_row,
-    validate_format_options,
+    parse_row_or_error,
+    validate_format_column_roles,
 )
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
@@ -56,7 +56,7 @@ class UnusedColumn:
     file: str | None = None
 
 
-class RowFile(RowSource):
+class RowFileReader(RowIterable):
     """The rows of a file, a folder or a dataset; made by `open_rows`.
 
     Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
@@ -106,7 +106,7 @@ class RowFile(RowSource):
                         if not column.rows:
                             column.line, column.file = line, file
                         column.rows += 1
-                yield parse_record_as_row(self._choice.apply(record), self.format, line, file)
+                yield parse_row_or_error(self._choice.apply(record), self.format, line, file)
 
     @property
     def columns(self) -> list[str]:
@@ -147,9 +147,8 @@ class RowFile(RowSource):
         if columns := self.lossy_columns:
             known = load_row_formats()[self.format]
             expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
-            problem = (
-                f"rows have a column that is not used and changes what they mean: {describe_unused_columns(columns)}"
-            )
+            effect = describe_effect_of_unused_columns(columns)
+            problem = f"rows have a column that is not used and changes what they mean: {effect}"
             raise DataError(f"{self.path}: {problem}", expected, make_unused_column_hint(columns))
 
     def create_error_collector(self) -> RowErrorCollector:
@@ -160,7 +159,7 @@ class RowFile(RowSource):
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
-def describe_unused_columns(columns: Collection[UnusedColumn]) -> str:
+def describe_effect_of_unused_columns(columns: Collection[UnusedColumn]) -> str:
     """Return how rows change without columns: `'label': rows that it rates low would be …`."""
     losses = dict.fromkeys(column.loss for column in columns)
     return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)
@@ -185,7 +184,7 @@ def open_rows(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
-) -> RowFile:
+) -> RowFileReader:
     """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
     `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
@@ -196,8 +195,8 @@ def open_rows(
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
     path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
-    validate_format_options(format, choice.columns)
-    parts = find_data_file_readers(path, format)
+    validate_format_column_roles(format, choice.columns)
+    parts = list_dataset_files_with_readers(path, format)
     if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
         raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
@@ -214,15 +213,15 @@ def open_rows(
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
-    return RowFile(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
+    return RowFileReader(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
 
 
 def read_rows(path: str | Path, **options: Any) -> list[Row]:
-    """Return all rows of a data set; arguments and errors: `open_rows` and `RowFile.require_valid_rows`."""
+    """Return all rows of a data set; arguments and errors: `open_rows` and `RowFileReader.require_valid_rows`."""
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def find_data_file_readers(path: Path, format: str | None = None) -> list[Part]:
+def list_dataset_files_with_readers(path: Path, format: str | None = None) -> list[Part]:
     """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
         return [(None, _make_reader(path, format))]
@@ -236,7 +235,7 @@ def find_data_file_readers(path: Path, format: str | None = None) -> list[Part]:
     has_folder = os.path.isdir(path.parent)
     names = sorted(p.name for p in path.parent.iterdir()) if has_folder else []
     missing_folder = "" if has_folder else f" (there is no folder {path.parent} either)"
-    raise UsageError(f"no such file: {path}{missing_folder}{nearest(path.name, names)}", expected)
+    raise UsageError(f"no such file: {path}{missing_folder}{suggest(path.name, names)}", expected)
 
 
 def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
@@ -284,7 +283,7 @@ def _is_text_file(path: Path) -> bool:
 def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Located]]:
     suffix, readers = path.suffix.lower(), _load_readers()
     if suffix not in readers:
-        problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, readers)}"
+        problem = f"{path} has the unknown suffix {suffix!r}{suggest(suffix, readers)}"
         hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
         raise UsageError(problem, f"a file of rows: {', '.join(readers)}", hint)
     whole = readers[suffix].read_document if format == "document" else None

@@ -8,7 +8,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..core.adapters.active_adapters import BASE_ROW
-from ..core.data.chat_template import Tools, encode_chat, find_end_of_turn_ids, get_chat_template, render_prompt
+from ..core.data.chat_template import (
+    Tools,
+    encode_chat_with_train_mask,
+    find_possible_turn_end_ids,
+    get_chat_template,
+    render_prompt,
+)
 from ..core.data.messages import Message
 from ..core.models.base_config import get_max_positions
 from ..core.training.trained_model import TrainedModel
@@ -91,10 +97,12 @@ def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...
     stated = getattr(generation_config, "eos_token_id", None)
     ends = {*(stated if isinstance(stated, list | tuple) else [stated]), tokenizer.eos_token_id}
     try:
-        chat = encode_chat(tokenizer, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}])
+        chat = encode_chat_with_train_mask(
+            tokenizer, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+        )
     except (DataError, ModelError) as e:
         log.debug("the chat template does not show how a turn ends: %s", e)
     else:
         learned = [token for token, learn in zip(chat.input_ids, chat.supervised, strict=True) if learn]
-        ends |= {token for token in learned[-1:] if token in find_end_of_turn_ids(tokenizer)}
+        ends |= {token for token in learned[-1:] if token in find_possible_turn_end_ids(tokenizer)}
     return tuple(sorted(end for end in ends if end is not None))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.foundation.json_results import JsonObject
-from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, nearest
+from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, suggest
 from .json_client import JsonClient
 
 TOP_K, VLLM_TOP_K = 64, 20
@@ -274,7 +274,7 @@ class VllmClient:
         names = [each["id"] for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
-                f"the vLLM server at {self.url} serves no model {model!r}{nearest(model, names)}",
+                f"the vLLM server at {self.url} serves no model {model!r}{suggest(model, names)}",
                 f"one of {format_names(names)}",
                 f"start it with --enable-lora --lora-modules {model}=FOLDER",
             )

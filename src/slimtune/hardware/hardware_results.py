@@ -17,7 +17,7 @@ MILLION = 1_000_000
 """Tokens of a run whose rows are not known."""
 
 
-def describe_token_count(tokens: int) -> str:
+def describe_training_amount(tokens: int) -> str:
     """Return what is trained, as text: a million tokens stand for a run whose rows are not known."""
     return "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
 
@@ -45,7 +45,7 @@ class PlannedRun:
         """Yield the answer as label and text, the notes last; "" is the label of the verdict's reason."""
         yield from self.estimate.lines()
         if self.cost is not None:
-            name, hours = describe_token_count(self.cost.tokens), self.cost.run.hours
+            name, hours = describe_training_amount(self.cost.tokens), self.cost.run.hours
             name += "" if self.cost.tokens == MILLION else ","
             text = f"{name} in {(hours * 3600).format(format_duration)}"
             yield "time", ", ".join(filter(None, (text, self.cost.run.format_rent())))
@@ -57,7 +57,9 @@ class PlannedRun:
         if self.cost is None:
             return
         run = self.cost.run
-        yield LabelledFigure(describe_token_count(self.cost.tokens), (run.hours * 3600).format(format_duration), "cost")
+        yield LabelledFigure(
+            describe_training_amount(self.cost.tokens), (run.hours * 3600).format(format_duration), "cost"
+        )
         if run.kwh is not None:
             yield LabelledFigure("", run.kwh.format("{:.2g} kWh".format), "cost")
         if run.rent is not None:

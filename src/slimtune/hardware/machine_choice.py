@@ -14,8 +14,15 @@ from ..core.models.gpu_support import NO_XPU
 from ..planning.gpu_specs import GpuSpec, format_date_with_age_note
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
-from ..planning.serving_speed import ServingSpeed, estimate_serving_speed
-from .run_cost import RunCost, estimate_run_cost, format_dollars, format_hours_range, list_rent_prices, read_price_rows
+from ..planning.serving_speed import ServingSpeed, estimate_request_decode_speed
+from .run_cost import (
+    RunCost,
+    estimate_run_cost,
+    format_dollar_range,
+    format_hours_range,
+    list_rent_prices,
+    read_price_rows,
+)
 
 REFERENCE: dict[str, Any] = {
     "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
@@ -28,7 +35,7 @@ WHOLE_MACHINES = ("laptop", "mac", "mini")
 
 
 @dataclass(frozen=True)
-class PurchasePrice:
+class MachinePurchasePrice:
     """What a machine costs to buy."""
 
     gpu: str = field(metadata=make_json_key_metadata("card"))
@@ -60,10 +67,12 @@ class ApiPrice:
 
 
 @cache
-def list_purchase_prices(gpu: str = "") -> tuple[PurchasePrice, ...]:
+def list_purchase_prices(gpu: str = "") -> tuple[MachinePurchasePrice, ...]:
     """Return the prices of `purchase_prices.csv` for a GPU, by its name; for "", all of them."""
     rows = ([*row.values()] for row in read_price_rows("purchase_prices.csv"))
-    return tuple(PurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name))
+    return tuple(
+        MachinePurchasePrice(name, float(dollars), *rest) for name, dollars, *rest in rows if gpu in ("", name)
+    )
 
 
 @cache
@@ -95,7 +104,7 @@ class MachineOffer:
     """Power of the board (of a Mac: of the machine); null: unknown."""
     price: Interval | None
     """Dollars to buy it: prices paid where some were found, else the price at its launch."""
-    purchases: tuple[PurchasePrice, ...]
+    purchases: tuple[MachinePurchasePrice, ...]
     """All known prices to buy it."""
     serving: ServingSpeed | None
     """Of an 8B model in Q4_K_M; null if it does not fit or is not known."""
@@ -118,7 +127,7 @@ class MachineOffer:
     def explain_pick(self, way: str) -> str:
         """Return its price for the run, to "buy" or to "rent", and the run's time."""
         amount = self.price if way == "buy" else self.cost.rent if self.cost else None
-        return f"{format_dollars(amount)}, the run in {format_hours_range(self.cost.hours if self.cost else None)}"
+        return f"{format_dollar_range(amount)}, the run in {format_hours_range(self.cost.hours if self.cost else None)}"
 
 
 def make_machine_offer(
@@ -158,7 +167,7 @@ def make_machine_offer(
         watts=gpu.watts,
         price=Interval(min(known), max(known)) if known else None,
         purchases=purchases,
-        serving=estimate_serving_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
+        serving=estimate_request_decode_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
         verdict=verdict,
         tokens_per_second=estimate.tokens_per_second if estimate is not None else None,
         cost=cost,
@@ -213,7 +222,7 @@ def list_machine_comparison_rows(offers: Sequence[MachineOffer], run_name: str |
     yield row("bandwidth, GB/s", lambda m: f"{m.bytes_per_second / 1e9:.0f}" if m.bytes_per_second else "-")
     yield row("16 bits, TFLOPS", lambda m: _format_tflops(m.flops or {}))
     yield row("watts", lambda m: f"{m.watts:.0f}" if m.watts else "-")
-    yield row("price", lambda m: format_dollars(m.price))
+    yield row("price", lambda m: format_dollar_range(m.price))
     yield row(
         "an 8B writes, t/s",
         lambda m: format_interval_compact(m.serving.decode if m.serving else None, format_three_digits),
@@ -226,10 +235,10 @@ def list_machine_comparison_rows(offers: Sequence[MachineOffer], run_name: str |
     yield row("training", lambda m: m.verdict or "-")
     yield row("trains, t/s", lambda m: format_interval_compact(m.tokens_per_second, format_three_digits))
     yield row(run_name, lambda m: format_hours_range(m.cost.hours if m.cost else None))
-    yield row("its rent", lambda m: format_dollars(m.cost.rent if m.cost else None))
+    yield row("its rent", lambda m: format_dollar_range(m.cost.rent if m.cost else None))
     yield row("its kWh", lambda m: format_interval_compact(m.cost.kwh if m.cost else None, "{:.2g}".format))
     if any(m.electricity_dollars for m in offers):
-        yield row("its electricity", lambda m: format_dollars(m.electricity_dollars))
+        yield row("its electricity", lambda m: format_dollar_range(m.electricity_dollars))
 
 
 def _format_tflops(flops: dict[str, float]) -> str:
@@ -255,10 +264,10 @@ def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
         yield "released", gpu.released
     yield "source", gpu.source
     yield "checked", format_date_with_age_note(gpu.checked)
-    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_price_sources(gpu.name))
+    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_known_gpu_prices(gpu.name))
 
 
-def list_price_sources(gpu: str) -> Iterator[tuple[str, str, str]]:
+def list_known_gpu_prices(gpu: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu):
         yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_date_with_age_note(p.date)}: {p.source}"
@@ -266,19 +275,19 @@ def list_price_sources(gpu: str) -> Iterator[tuple[str, str, str]]:
         yield "rent", f"{q.dollars_per_hour} $/h", f"{q.provider}, {format_date_with_age_note(q.date)}: {q.source}"
 
 
-def list_offer_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, str]]:
+def list_offer_figure_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[str, str]]:
     """Yield where each figure of machines is from, and of what date."""
     for offer in offers:
         yield (
             offer.gpu,
             f"{offer.source} (checked {format_date_with_age_note(offer.checked)})" if offer.checked else offer.source,
         )
-        yield from ((amount, source) for _, amount, source in list_price_sources(offer.gpu))
+        yield from ((amount, source) for _, amount, source in list_known_gpu_prices(offer.gpu))
     yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
 
 
-def list_offer_dates(offers: Iterable[MachineOffer]) -> Iterator[str]:
-    """Yield the dates of what `list_offer_sources` shows; a price at the launch stays what it was."""
+def list_offer_figure_dates(offers: Iterable[MachineOffer]) -> Iterator[str]:
+    """Yield the dates of what `list_offer_figure_sources` shows; a price at the launch stays what it was."""
     for offer in offers:
         if offer.checked:  # not of what was measured on this machine
             yield offer.checked

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..core.adapters.peft_model import get_peft_model
-from ..core.attention.attention_functions import enable_packed_attention
+from ..core.attention.attention_functions import packed_attention_enabled
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.cpu import read_processor_name
@@ -52,8 +52,8 @@ from ..planning.measured_speeds import (
     compute_step_time_terms,
 )
 from ..planning.memory_trace import trace_training_step
-from ..planning.plan_request import TrainingJob
-from ..planning.this_machine import detect_gpu
+from ..planning.plan_request import MicroBatchWorkload
+from ..planning.this_machine import detect_gpu_or_cpu_memory
 from ..planning.weight_formats import MEASURED_GGUF_TYPES
 
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
@@ -111,18 +111,18 @@ class DeviceTimer:
 def measure_machine(device: str = "auto") -> MachineMeasurement:
     """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes and 2 to 3 GB."""
     picked = pick_device(device)
-    gpu, dtype, clock = detect_gpu(device), pick_dtype("auto", picked), DeviceTimer(picked)
+    gpu, dtype, clock = detect_gpu_or_cpu_memory(device), pick_dtype("auto", picked), DeviceTimer(picked)
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
 
     def products() -> None:
-        found["rates"], found["vector_rates"] = measure_matmul_rates(clock)
+        found["rates"], found["vector_rates"] = measure_matmul_flops_and_bandwidth(clock)
 
     def bandwidth() -> None:
         found["bandwidth"] = _measure_bandwidth(clock)
 
     def training() -> None:
-        found["training"], found["steps"] = fit_training_speed(clock, dtype, found["rates"], found["bandwidth"])
+        found["training"], found["steps"] = fit_training_step_factors(clock, dtype, found["rates"], found["bandwidth"])
 
     def transformers() -> None:
         found["serving"] = {"transformers": _measure_transformers(clock, dtype)}
@@ -159,7 +159,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
 # --- products and memory ----------------------------------------------------------------------------------------------
 
 
-def measure_matmul_rates(clock: DeviceTimer) -> tuple[dict[str, float], dict[str, float]]:
+def measure_matmul_flops_and_bandwidth(clock: DeviceTimer) -> tuple[dict[str, float], dict[str, float]]:
     """Return by dtype the operations a second of a product with many rows, and the bytes a second of one with one."""
     rates, vectors = {}, {}
     rows, width = (512, 2048) if clock.device.type == "cpu" else (4096, 8192)
@@ -195,7 +195,7 @@ def make_small_llama_config(width: int, layers: int, vocab_size: int = VOCABULAR
     )  # fmt: skip
 
 
-def fit_training_speed(
+def fit_training_step_factors(
     clock: DeviceTimer, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
 ) -> tuple[TrainingSpeedFit, list[MeasuredTrainingStep]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
@@ -211,7 +211,7 @@ def fit_training_speed(
         apply_memory_savings(model.train())
         optimizer, collator = build_optimizer(model), make_collator(model, 0)
         for lengths in ROWS[kind]:
-            trace = trace_training_step(TrainingJob(config, method, dtype, lengths, device=kind))
+            trace = trace_training_step(MicroBatchWorkload(config, method, dtype, lengths, device=kind))
             moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
             terms.append(
                 compute_step_time_terms(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth)
@@ -236,7 +236,7 @@ def fit_training_speed(
 def run_optimizer_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
     batch = move_batch_to_device(collator(rows), model.device)
-    with enable_packed_attention(model):
+    with packed_attention_enabled(model):
         forward_backward(model, [batch])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..core.adapters.config_fields import config_field
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.training.objective import Batch, Objective
-from ..errors import DataError, format_names, nearest
+from ..errors import DataError, format_names, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +60,7 @@ class Classification(Objective):
         given = self.class_weights if isinstance(self.class_weights, dict) else {}
         if unknown := [name for name in given if name not in classes.names]:
             problem = f"task.class_weights names {format_names(unknown)}, which no training row has"
-            raise DataError(f"{problem}{nearest(unknown[0], classes.names)}", f"one of {format_names(classes.names)}")
+            raise DataError(f"{problem}{suggest(unknown[0], classes.names)}", f"one of {format_names(classes.names)}")
         if data.test is not None and data.test.exists():  # read later, when a class that is missing is too late
             test = open_rows_for_objective(data.test, data, self)
             _require_known_labels(((r.line, r.labels or ()) for r in test if isinstance(r, Row)), classes, data.test)
@@ -198,7 +198,7 @@ def _require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Cl
         strange, lines = sort_class_names(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
         raise DataError(
             f"{path}: {format_names(strange)} is a label of no training row"
-            f"{nearest(strange[0], classes.names)}: {format_line_numbers(lines)}",
+            f"{suggest(strange[0], classes.names)}: {format_line_numbers(lines)}",
             f"a label of the training rows: {format_names(classes.names)}",
             "correct the label, or train on rows of this class: a class seen only here cannot be learned",
         )

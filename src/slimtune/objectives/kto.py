@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.adapters.config_fields import config_field
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
-from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_tokens_by_row
+from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_targets_by_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +112,7 @@ class KTO(Objective):
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the summed losses of the micro-batch's rows, divided by the step's rows."""
-        log_ratios = -sum_tokens_by_row(values, batch) - batch["reference"][:, 0].to(values.dtype)
+        log_ratios = -sum_targets_by_row(values, batch) - batch["reference"][:, 0].to(values.dtype)
         kl = batch["kl"].to(values.dtype) if self.needs_mismatched_rows else 0.0
         return self.row_losses(log_ratios, batch["label"], kl).sum() / num_items
 
@@ -121,7 +121,7 @@ class KTO(Objective):
         import torch
 
         log_ratios = (
-            -sum_tokens_by_row(values.double(), batch).view(len(batch["label"]), -1) - batch["reference"].double()
+            -sum_targets_by_row(values.double(), batch).view(len(batch["label"]), -1) - batch["reference"].double()
         )
         label, unknown = batch["label"].double()[:, None], torch.zeros_like(log_ratios[:, :1])
         return torch.cat([label, log_ratios, unknown], dim=1)[:, : len(self.measures)]

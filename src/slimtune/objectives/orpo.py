@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import config_field
-from ..core.training.objective import Batch, Example, sum_tokens_by_row
+from ..core.training.objective import Batch, Example, sum_targets_by_row
 from .pair_objective import PairObjective, count_pairs_and_chosen_tokens
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ORPO(PairObjective):
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the micro-batch's share of both parts."""
         pairs, tokens = num_items
-        chosen_nll = sum_tokens_by_row(values, batch).view(-1, 2)[:, 0]
+        chosen_nll = sum_targets_by_row(values, batch).view(-1, 2)[:, 0]
         return chosen_nll.sum() / tokens + self._odds_losses(values, batch)[0].sum() / pairs
 
     def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class ORPO(PairObjective):
         import torch
 
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        return self._compare((-sum_tokens_by_row(values, batch) / tokens.clamp_min(1)).view(-1, 2))
+        return self._compare((-sum_targets_by_row(values, batch) / tokens.clamp_min(1)).view(-1, 2))
 
     def _compare(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, Example, Objective, sum_tokens_by_row
+from ..core.training.objective import Batch, Example, Objective, sum_targets_by_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best answer against its worst"
 
 
-def list_better_and_worse_rows(scores: Sequence[float] | None) -> list[tuple[int, int]]:
+def list_preference_pair_indices(scores: Sequence[float] | None) -> list[tuple[int, int]]:
     """Return the numbers of the better and of the worse row of each pair of an example.
 
     Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
@@ -90,7 +90,7 @@ class PairObjective(Objective):
 
     def count_items(self, examples: Sequence[Example]) -> Any:
         """Return the number of pairs."""
-        return sum(len(list_better_and_worse_rows(e.get("row_scores"))) for e in examples)
+        return sum(len(list_preference_pair_indices(e.get("row_scores"))) for e in examples)
 
     def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
         """Return losses and rewards of all pairs, and the number of pairs of each example."""
@@ -98,7 +98,7 @@ class PairObjective(Objective):
 
         ends = list(itertools.accumulate(batch["example_rows"]))
         pairs = [
-            [(end - rows + i, end - rows + j) for i, j in list_better_and_worse_rows(scores)]
+            [(end - rows + i, end - rows + j) for i, j in list_preference_pair_indices(scores)]
             for end, rows, scores in zip(ends, batch["example_rows"], batch["row_scores"], strict=True)
         ]
         numbers = [row for some in pairs for pair in some for row in pair]
@@ -113,7 +113,7 @@ class PairObjective(Objective):
             parts = zip(batch["reference"], batch["example_rows"], strict=True)
             reference = take(torch.cat([logps[:rows] for logps, rows in parts]).to(values.dtype))
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        losses, rewards = self.pair_losses(take(-sum_tokens_by_row(values, batch)), take(tokens), reference)
+        losses, rewards = self.pair_losses(take(-sum_targets_by_row(values, batch)), take(tokens), reference)
         return losses, rewards, [*map(len, pairs)]
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:

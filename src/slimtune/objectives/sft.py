@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.foundation.sequences import IGNORE_INDEX
-from ..core.training.objective import Batch, Objective, sum_tokens_by_row
+from ..core.training.objective import Batch, Objective, sum_targets_by_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ class SFT(Objective):
         import torch
 
         tokens = torch.tensor(batch["row_targets"], dtype=torch.float64, device=values.device)
-        return torch.stack([sum_tokens_by_row(values.double(), batch), tokens], dim=1)
+        return torch.stack([sum_targets_by_row(values.double(), batch), tokens], dim=1)
 
     def summarize(self, scores: np.ndarray) -> dict[str, float]:
         """Return the mean −log p per supervised token, in nats."""

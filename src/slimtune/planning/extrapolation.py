@@ -22,7 +22,7 @@ import torch
 
 from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
 from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two
-from ..core.data.example_lengths import ExampleLength, count_row_tokens
+from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
 from ..core.foundation.device import simulate_device
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
 from ..core.models.base_config import get_max_positions
@@ -30,7 +30,7 @@ from ..errors import UsageError
 from .fake_tensors import list_module_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_merge_peak, trace_training_step
 from .packed_lengths import count_tokens_with_shared_prompt
-from .plan_request import TrainingJob
+from .plan_request import MicroBatchWorkload
 from .trace_cache import load_or_compute_trace
 
 TOKENS = 1024
@@ -39,7 +39,7 @@ MOST_TOKENS = 1 << 14
 """Most tokens that it is fitted to for the sake of a chunk of logits."""
 
 
-def extrapolate_step_trace(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def extrapolate_step_trace(job: MicroBatchWorkload, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
     A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
@@ -54,7 +54,7 @@ def extrapolate_step_trace(job: TrainingJob, model: Any = None, *, backward_only
         UsageError: the targets match nothing.
     """
 
-    def trace(job: TrainingJob, model: Any = None) -> StepTrace:
+    def trace(job: MicroBatchWorkload, model: Any = None) -> StepTrace:
         traced = partial(trace_training_step, job, model, backward_only=backward_only)
         return load_or_compute_trace(job, traced, backward_only=backward_only)
 
@@ -84,11 +84,11 @@ def extrapolate_step_trace(job: TrainingJob, model: Any = None, *, backward_only
     )
 
 
-def extrapolate_merge_cpu_peak(job: TrainingJob, num_params: int) -> int | None:
+def extrapolate_merge_cpu_peak(job: MicroBatchWorkload, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
 
-    def trace(job: TrainingJob) -> int | None:
+    def trace(job: MicroBatchWorkload) -> int | None:
         return load_or_compute_trace(job, partial(trace_merge_peak, job, dtype), dtype=dtype)
 
     if job.num_layers <= 3:
@@ -100,7 +100,7 @@ def extrapolate_merge_cpu_peak(job: TrainingJob, num_params: int) -> int | None:
     return None if two is None or three is None else _at_depth(job, two, three)
 
 
-def _at_depth(job: TrainingJob, two: int, three: int) -> int:
+def _at_depth(job: MicroBatchWorkload, two: int, three: int) -> int:
     return two + (job.num_layers - 2) * (three - two)
 
 
@@ -137,7 +137,7 @@ class MemoryFormula:
         return replace(self, state=trace.state_bytes, corrections=shifts, corrected_tokens=int(features[1]))
 
 
-def fit_memory_formula(job: TrainingJob, model: Any) -> MemoryFormula:
+def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     """Fit the formula of a job, whose model on meta is only read.
 
     If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
@@ -184,7 +184,7 @@ def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
 
 def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
     tokens = sum(map(count_tokens_with_shared_prompt, lengths))
-    rows = [n for length in lengths for n in count_row_tokens(length)]
+    rows = [n for length in lengths for n in count_tokens_per_row(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
     return np.array(
         [1, tokens, tokens if one_long_row else round_up_to_power_of_two(tokens), sum(n * n for n in rows)], float

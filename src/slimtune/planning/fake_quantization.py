@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.foundation.device import get_device_type
 from ..core.kernels.linear_layers import get_layer_sizes
 from ..core.models.quantization import STORED, get_stored_quantization, has_double_quantization
-from ..errors import ModelError, UsageError, format_names, nearest
+from ..errors import ModelError, UsageError, format_names, suggest
 
 BLOCK, SCALE_BLOCK = 64, 256
 OUTLIER = 6.0
@@ -180,7 +180,7 @@ def fake_quantize_model(model: Any, quantization: str) -> None:
     """
     if quantization not in KINDS:
         raise UsageError(
-            f"{quantization!r} is no quantization{nearest(quantization, KINDS)}", f"one of {format_names(KINDS)}"
+            f"{quantization!r} is no quantization{suggest(quantization, KINDS)}", f"one of {format_names(KINDS)}"
         )
     # Heavy: they import bitsandbytes if it is installed.
     from transformers.quantizers.base import HfQuantizer

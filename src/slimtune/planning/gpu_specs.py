@@ -206,7 +206,7 @@ def load_measured_gpu() -> GpuSpec | None:
     return add_gpu_measurement(known, found)
 
 
-def make_gpu_table_row(measurement: MachineMeasurement) -> dict[str, str]:
+def make_gpus_csv_row(measurement: MachineMeasurement) -> dict[str, str]:
     """Return a measurement by the columns of `gpus.csv`."""
     gpu = load_measured_gpu()
     name = measurement.processor if measurement.device == "cpu" else measurement.name

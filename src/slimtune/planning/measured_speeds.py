@@ -95,7 +95,7 @@ class MachineMeasurement:
     """One measurement of a machine."""
 
     name: str
-    """Of the device, as `detect_gpu` names it."""
+    """Of the device, as `detect_gpu_or_cpu_memory` names it."""
     processor: str
     """Of the machine."""
     threads: int

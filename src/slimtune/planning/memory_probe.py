@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.attention.attention_functions import enable_packed_attention
+from ..core.attention.attention_functions import packed_attention_enabled
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
@@ -91,7 +91,7 @@ def probe_longest_micro_batch_memory(prepared: PreparedRun, rows: Sequence[Examp
     model.train()
     reset_peak_memory(prepared.device)
     try:
-        with preserve_rng_state(prepared.device), enable_packed_attention(model):
+        with preserve_rng_state(prepared.device), packed_attention_enabled(model):
             forward_backward(
                 model,
                 [move_batch_to_device(micro_batch, prepared.device)],

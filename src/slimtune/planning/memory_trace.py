@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.adapters.adapter_module import MergeUnsupported
-from ..core.attention.attention_functions import enable_packed_attention
+from ..core.attention.attention_functions import packed_attention_enabled
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
-from ..core.foundation.device import record_simulated_attention_flops, simulate_device
+from ..core.foundation.device import collect_simulated_attention_flops, simulate_device
 from ..core.models.lm_head import get_classifier_head, get_lm_head
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
@@ -28,7 +28,7 @@ from ..errors import UsageError
 from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
-from .plan_request import TrainingJob
+from .plan_request import MicroBatchWorkload
 from .plan_result import PARTS
 
 GATHERED_LAYERS = (1, 3)
@@ -89,7 +89,7 @@ class StepTrace:
         return sum(self.state.values())
 
 
-def trace_training_step(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Run one optimizer step of a job on fake tensors.
 
     Args:
@@ -122,7 +122,11 @@ def trace_training_step(job: TrainingJob, model: Any = None, *, backward_only: b
             separate_host=job.device == "cuda",
             max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
         )
-        with tracker, record_simulated_attention_flops(tracker.attention_operations), enable_packed_attention(model):
+        with (
+            tracker,
+            collect_simulated_attention_flops(tracker.attention_operations),
+            packed_attention_enabled(model),
+        ):
             _assign_state(tracker, model, optimizer)
             tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
             for parameter in trained:
@@ -167,7 +171,7 @@ def make_dummy_examples(lengths: Sequence[ExampleLength], supervised: float = 1.
     return examples
 
 
-def trace_merge_peak(job: TrainingJob, dtype: torch.dtype) -> int | None:
+def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_adapted_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()

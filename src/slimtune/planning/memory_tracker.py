@@ -38,7 +38,7 @@ class MemoryTracker(TorchDispatchMode):
         vocab_size: tensors whose last dimension has this size count as "logits"; all others as "activations", unless
             `assign` says otherwise.
         count_operators: also count floating point operations and bytes moved.
-        separate_host: the device has its own memory, so tensors allocated in `simulate_host_allocations` count apart.
+        separate_host: the device has its own memory, so tensors allocated in `count_allocations_as_host` count apart.
         max_operators: raise ModelError when more have run.
 
     Attributes:

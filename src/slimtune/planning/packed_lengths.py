@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..core.data.example_lengths import ExampleLength, count_row_tokens
+from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
 
 
 def count_tokens_with_shared_prompt(example_length: ExampleLength) -> int:
@@ -12,13 +12,13 @@ def count_tokens_with_shared_prompt(example_length: ExampleLength) -> int:
 
 def remove_prefix_sharing(example_length: ExampleLength) -> ExampleLength:
     """Return the length of an example with rows as long that share nothing."""
-    return example_length if isinstance(example_length, int) else (0, *count_row_tokens(example_length))
+    return example_length if isinstance(example_length, int) else (0, *count_tokens_per_row(example_length))
 
 
 def resize_example_rows(example_length: ExampleLength, resize_row: Callable[[int], int]) -> ExampleLength:
     """Return the length of an example with `resize_row(tokens)` tokens per row, and its prompt or what fits of it."""
     if isinstance(example_length, int):
         return resize_row(example_length)
-    tokens = [*map(resize_row, count_row_tokens(example_length))]
+    tokens = [*map(resize_row, count_tokens_per_row(example_length))]
     prefix = max(0, min(example_length[0], *(n - 1 for n in tokens)))
     return (prefix, *(n - prefix for n in tokens))

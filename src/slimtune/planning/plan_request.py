@@ -15,9 +15,9 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.config import DataSettings, Recipe
 from ..core.data.example_lengths import (
     ALL_SUPERVISED,
+    DatasetRowComposition,
     ExampleLength,
-    RowContent,
-    count_row_tokens,
+    count_tokens_per_row,
 )
 from ..core.models.base_config import BaseConfig, get_max_positions, load_base_config
 from ..core.models.dtype import pick_training_dtype
@@ -35,7 +35,7 @@ MAX_SEQ_LEN = 1 << 22
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class MicroBatchWorkload:
     """One micro-batch, in the numbers that decide its memory and time."""
 
     base_config: PreTrainedConfig
@@ -55,7 +55,7 @@ class TrainingJob:
     @property
     def row_tokens(self) -> list[int]:
         """Tokens of each row."""
-        return [n for length in self.lengths for n in count_row_tokens(length)]
+        return [n for length in self.lengths for n in count_tokens_per_row(length)]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -98,7 +98,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A run to plan: fields without a comment are those of `TrainingJob`."""
+    """A run to plan: fields without a comment are those of `MicroBatchWorkload`."""
 
     model: BaseConfig
     gpu: GpuSpec
@@ -118,7 +118,7 @@ class PlanRequest:
     rows_per_example: int = 1  # 2 for preference pairs, if `lengths` are not known
     lengths: tuple[ExampleLength, ...] = ()  # of the longest examples, if known; replaces batch_size and seq_len
     quantiles: tuple[ExampleLength, ...] = ()  # of examples at even shares of the data, if known; decide the speed
-    content: RowContent = ALL_SUPERVISED  # of the examples, if known; decides the speed
+    content: DatasetRowComposition = ALL_SUPERVISED  # of the examples, if known; decides the speed
     max_tokens: int | None = None  # in a micro-batch, a longer example goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
@@ -128,11 +128,11 @@ class PlanRequest:
         if self.seq_len > MAX_SEQ_LEN:
             raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
 
-    def job(self) -> TrainingJob:
+    def job(self) -> MicroBatchWorkload:
         """Return the job with all examples of a batch in one micro-batch, the longest first."""
         rows = self.rows_per_example
         example = self.seq_len if rows == 1 else (0, *[self.seq_len] * rows)
-        return TrainingJob(
+        return MicroBatchWorkload(
             base_config=self.model.config,
             method=self.method,
             dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
@@ -160,7 +160,7 @@ def build_plan_request(
     gpu: GpuSpec,
     lengths: Sequence[ExampleLength] = (),
     processes: int = 1,
-    content: RowContent = ALL_SUPERVISED,
+    content: DatasetRowComposition = ALL_SUPERVISED,
 ) -> PlanRequest:
     """Return the request to plan a recipe on a GPU.
 
@@ -180,7 +180,7 @@ def build_plan_request(
     info = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
     positions = get_max_positions(info.config)
-    longest = max(map(max, map(count_row_tokens, lengths)), default=seq_len)
+    longest = max(map(max, map(count_tokens_per_row, lengths)), default=seq_len)
     if positions is not None and longest > positions:
         if lengths or seq_len != DataSettings.max_seq_len:
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"

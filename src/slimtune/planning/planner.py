@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..core.adapters.adapter_files import get_adapter_tensors_and_metadata
-from ..core.adapters.quantized_layers import count_parameters
+from ..core.adapters.quantized_layers import count_trainable_and_all_parameters
 from ..core.attention.attention_functions import packing_unsupported_reason
 from ..core.data.example_lengths import (
     ExampleLength,
-    count_row_tokens,
+    count_tokens_per_row,
 )
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.formatting import format_bytes
@@ -27,7 +27,7 @@ from .gpu_specs import GpuSpec
 from .interval import Interval
 from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings
 from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
-from .plan_request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_length_quantiles
+from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
 from .throughput import estimate_training_speed
 
@@ -81,8 +81,8 @@ def estimate_resources(request: PlanRequest, *, advise: bool = True) -> Resource
 def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     gpu, job, positions = request.gpu, request.job(), get_max_positions(request.model.config)
     model = job.build_model()
-    trainable_params, total_params = count_parameters(model)
-    adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)
+    trainable_params, total_params = count_trainable_and_all_parameters(model)
+    adapter_bytes, extra_bytes, at_most = estimate_adapter_and_state_sizes(model)
     saved, spread = estimate_sharding_savings(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason(model)):
@@ -128,9 +128,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_peak_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # Memory is for the longest rows, speed for rows as the data has them.
-    usual = pick_typical_micro_batches(request, job) if gpu.rates else job
+    usual = put_typical_micro_batches_in_job(request, job) if gpu.rates else job
     usual_trace = trace if usual is job else extrapolate_step_trace(usual)
-    longest_row, rows = max(job.row_tokens), len(count_row_tokens(job.lengths[0]))
+    longest_row, rows = max(job.row_tokens), len(count_tokens_per_row(job.lengths[0]))
     whole = resize_example_rows(job.lengths[0], lambda _: longest_row)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
     work = TrainingWorkload(
@@ -181,7 +181,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def split_batch_to_fit(request: PlanRequest, job: TrainingJob, memory_model: MemoryFormula) -> TrainingJob:
+def split_batch_to_fit(
+    request: PlanRequest, job: MicroBatchWorkload, memory_model: MemoryFormula
+) -> MicroBatchWorkload:
     """Return the job with as many examples in a micro-batch as fit, as training splits a batch."""
     if len(job.lengths) == 1 or not (request.split_batch or request.max_tokens):
         return job
@@ -191,7 +193,7 @@ def split_batch_to_fit(request: PlanRequest, job: TrainingJob, memory_model: Mem
         if request.max_tokens is not None and sum(map(count_tokens_with_shared_prompt, some)) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
-        need = estimate_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
+        need = estimate_total_reserved_memory(job.device, peak, memory_model.state) + RUNTIME[job.device]
         return not request.split_batch or judge_memory_fit(need, request.gpu.usable) == "fits"
 
     count = max(1, find_largest_fitting(fits, len(job.lengths)))
@@ -199,7 +201,7 @@ def split_batch_to_fit(request: PlanRequest, job: TrainingJob, memory_model: Mem
     return replace(job, lengths=job.lengths[:count], micro_batches=micro_batches)
 
 
-def pick_typical_micro_batches(request: PlanRequest, job: TrainingJob) -> TrainingJob:
+def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorkload) -> MicroBatchWorkload:
     """Return the job with examples in a micro-batch that stand for all of the data, if their lengths are known."""
     if not request.quantiles:
         return job
@@ -210,18 +212,18 @@ def pick_typical_micro_batches(request: PlanRequest, job: TrainingJob) -> Traini
     micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
     lengths = pick_length_quantiles(request.quantiles[::-1], count)
     if prefix and count > 1:  # packing stores what all rows begin with once
-        lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_row_tokens(length))),)
+        lengths = ((prefix, *(max(1, n - prefix) for length in lengths for n in count_tokens_per_row(length))),)
         supervised = min(1.0, supervised * mean / max(1, mean - prefix))
     return replace(job, lengths=lengths, supervised=supervised, micro_batches=micro_batches)
 
 
-def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Interval]:
+def estimate_peak_memory(job: MicroBatchWorkload, trace: StepTrace) -> tuple[int, Interval]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
     peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
-    return peak, estimate_reserved_memory(job.device, peak, trace.state_bytes)
+    return peak, estimate_total_reserved_memory(job.device, peak, trace.state_bytes)
 
 
-def estimate_reserved_memory(device: str, peak: int, state: int) -> Interval:
+def estimate_total_reserved_memory(device: str, peak: int, state: int) -> Interval:
     """Return what an allocator may reserve for a peak of which `state` bytes are always allocated."""
     # The state is allocated once and leaves no gaps; tensors that come and go do.
     return Interval(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
@@ -246,7 +248,7 @@ def find_largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
+def estimate_adapter_and_state_sizes(model: Any) -> tuple[int, int, bool]:
     """Return the bytes of the adapter file and of the method's own state, and whether training may leave fewer.
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
@@ -264,18 +266,18 @@ def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
 
 # --- advice -----------------------------------------------------------------------------------------------------------
 
-JobChange = Callable[[TrainingJob], TrainingJob]
+JobChange = Callable[[MicroBatchWorkload], MicroBatchWorkload]
 NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def _suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
+def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate, gpu: GpuSpec) -> list[MemorySaving]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
     """
 
-    def judge(changed: TrainingJob) -> tuple[int, MemoryVerdict]:
+    def judge(changed: MicroBatchWorkload) -> tuple[int, MemoryVerdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_step_trace(changed, backward_only=changed.optimizer == "adamw")
         peak, reserved = estimate_peak_memory(changed, trace)
@@ -301,7 +303,7 @@ def _suggest_memory_savings(job: TrainingJob, estimate: ResourceEstimate, gpu: G
     return advice
 
 
-def _possible_changes(job: TrainingJob, gpu: GpuSpec) -> list[tuple[str, JobChange]]:
+def _possible_changes(job: MicroBatchWorkload, gpu: GpuSpec) -> list[tuple[str, JobChange]]:
     """Return changes to a job, those that cost least first."""
     changes: list[tuple[str, JobChange]] = []
     longest = max(job.row_tokens)
@@ -323,7 +325,7 @@ def _possible_changes(job: TrainingJob, gpu: GpuSpec) -> list[tuple[str, JobChan
         changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
     if longest > 256:
 
-        def shorten(j: TrainingJob) -> TrainingJob:  # as it is by then: it may have fewer examples
+        def shorten(j: MicroBatchWorkload) -> MicroBatchWorkload:  # as it is by then: it may have fewer examples
             return replace(
                 j, lengths=tuple(resize_example_rows(n, lambda tokens: min(tokens, longest // 2)) for n in j.lengths)
             )
@@ -356,7 +358,7 @@ def _explain_verdict(
     return reason
 
 
-def describe_gpu_limits(request: PlanRequest, job: TrainingJob) -> list[str]:
+def describe_gpu_limits(request: PlanRequest, job: MicroBatchWorkload) -> list[str]:
     """Return what the GPU's dtypes and its software cost this run, in whole sentences."""
     gpu, notes = request.gpu, list(request.notes)
     rates = gpu.rates or {}

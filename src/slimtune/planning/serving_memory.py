@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.base_config import get_max_positions
-from ..errors import ModelError, UsageError, format_names, nearest
+from ..errors import ModelError, UsageError, format_names, suggest
 from .gpu_specs import GpuSpec
 from .interval import Interval
 from .meta_model import build_adapted_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
-from .serving_speed import estimate_serving_speed
+from .serving_speed import estimate_request_decode_speed
 from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_lora_rules
 
 _VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
@@ -73,7 +73,7 @@ def estimate_serving_memory(
 
     text = config.get_text_config()
     model = build_adapted_meta_model(config, None, torch.bfloat16)
-    file_bytes, embedding_bytes = count_weight_bytes(model, precision)
+    file_bytes, embedding_bytes = count_weight_and_embedding_bytes(model, precision)
     # llama.cpp reads embeddings from CPU memory; if they are tied to the head, the device has a second copy.
     separate_memory = gpu is None or (gpu.device == "cuda" and not gpu.unified)
     host_bytes = embedding_bytes if separate_memory and not is_vllm else 0
@@ -87,7 +87,7 @@ def estimate_serving_memory(
 
     def need_at(length: int) -> tuple[int, Interval, Interval]:
         """Return the bytes of cache, buffers and everything for requests of this length."""
-        cached = sequences * count_kv_cache_bytes(config, length, engine, cache, batch_tokens)
+        cached = sequences * count_request_kv_cache_bytes(config, length, engine, cache, batch_tokens)
         buffers = _vllm_buffers(text, batch_tokens, batch_requests) if is_vllm else _llama_buffers(text, length)
         return cached, buffers, Interval(*[weights + adapter + cached] * 2) + buffers + runtime
 
@@ -104,8 +104,8 @@ def estimate_serving_memory(
         max_context = min(256 * blocks, limit)
     speed = None
     if gpu is not None and verdict != "does not fit":
-        read_bytes, multiplied = count_active_weights(model, precision)
-        speed = estimate_serving_speed(
+        read_bytes, multiplied = count_token_bytes_and_weights(model, precision)
+        speed = estimate_request_decode_speed(
             gpu,
             engine,
             read_bytes=read_bytes + adapter,
@@ -144,14 +144,14 @@ def estimate_serving_memory(
     )
 
 
-def count_weight_bytes(model: Any, precision: str) -> tuple[int, int]:
+def count_weight_and_embedding_bytes(model: Any, precision: str) -> tuple[int, int]:
     """Return the bytes of a model's weights, and of its token embeddings; `precision`: one of an engine's."""
     sizes = _weight_sizes(model, precision)
     embedding = model.get_input_embeddings().weight
     return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
 
 
-def count_active_weights(model: Any, precision: str) -> tuple[float, float]:
+def count_token_bytes_and_weights(model: Any, precision: str) -> tuple[float, float]:
     """Return what one token takes: bytes of the weights that it reads, and numbers in matrices it is multiplied with.
 
     Of the token embeddings it reads a row, and of a mixture's experts those that its router picks.
@@ -189,7 +189,7 @@ def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, f
     return [(kind, p, bits(kind, width) * p.numel() / 8) for kind, p, width in _weights(model)]
 
 
-def count_kv_cache_bytes(
+def count_request_kv_cache_bytes(
     config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH
 ) -> int:
     """Return the bytes of keys and values of one request of `context` tokens.
@@ -272,7 +272,7 @@ def _vllm_buffers(text: Any, batch_tokens: int, requests: int) -> Interval:
 def _find_name(what: str, name: str, known: Mapping[str, Any]) -> str:
     match = next((k for k in known if k.lower() == name.lower()), None)
     if match is None:
-        close = nearest(name.lower(), [k.lower() for k in known])
+        close = suggest(name.lower(), [k.lower() for k in known])
         raise UsageError(f"there is no {what} {name!r}{close}", format_names(known, most=len(known)))
     return match
 

@@ -81,7 +81,7 @@ def get_hardware_kind(gpu: GpuSpec) -> str:
     return "apple m1, m2" if gpu.architecture in ("m1", "m2") else gpu.vendor
 
 
-def estimate_serving_speed(
+def estimate_request_decode_speed(
     gpu: GpuSpec, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, vocab_size: int,
     sequences: int = 1, precision: str = "Q4_K_M",
 ) -> ServingSpeed | None:  # fmt: skip

@@ -24,9 +24,9 @@ import torch
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_atomic
 from ..core.foundation.installed_versions import read_installed_versions
-from ..extras.gguf_loading import get_gguf_cache_root
+from ..extras.gguf_loading import get_slimtune_cache_root
 from .memory_trace import StepTrace
-from .plan_request import TrainingJob
+from .plan_request import MicroBatchWorkload
 
 T = TypeVar("T")
 MAX_FILES = 2000
@@ -36,14 +36,14 @@ KNOWN = {"slimtune", "peft", "transformers", "builtins"}
 """Packages whose classes are in the key by their versions."""
 
 
-def load_or_compute_trace(job: TrainingJob, compute_trace: Callable[[], T], **options: Any) -> T:
+def load_or_compute_trace(job: MicroBatchWorkload, compute_trace: Callable[[], T], **options: Any) -> T:
     """Return what `compute_trace()` returns, a StepTrace or a number of bytes, from the disk if it is there.
 
     `options` are what it depends on besides the job.
     """
     if (key := _describe(job, options)) is None:
         return compute_trace()
-    folder = Path(os.environ.get("SLIMTUNE_TRACES") or get_gguf_cache_root() / "traces")
+    folder = Path(os.environ.get("SLIMTUNE_TRACES") or get_slimtune_cache_root() / "traces")
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         kept = json.loads(file.read_text())
@@ -60,7 +60,7 @@ def load_or_compute_trace(job: TrainingJob, compute_trace: Callable[[], T], **op
     return found
 
 
-def _describe(job: TrainingJob, options: dict[str, Any]) -> str | None:
+def _describe(job: MicroBatchWorkload, options: dict[str, Any]) -> str | None:
     """Return the key as text; None if a part of it has code of its own, or a value that is not plain."""
     config, method = job.base_config, job.method
     classes = [f"{c.__module__}.{c.__qualname__}" for c in (type(config), *type(method).__mro__)]

@@ -30,8 +30,8 @@ from ..export.export_results import EngineVerdict
 from ..export.exporter import require_base_independent_adapter
 from ..export.gguf import (
     PRECISIONS,
-    get_gguf_architecture,
-    get_lora_factors,
+    get_gguf_architecture_spec,
+    get_lora_factors_and_scales,
     require_gguf_quantizer,
     write_adapter_gguf,
 )
@@ -147,8 +147,8 @@ def _require_gguf_form(run: Path) -> None:
     base = load_checkpoint_config(name, revision=revision)
     config.base_model_name_or_path = None  # the meta model has another name than the base
     try:
-        get_gguf_architecture(base)
-        get_lora_factors(build_adapted_meta_model(base, config, torch.float32))
+        get_gguf_architecture_spec(base)
+        get_lora_factors_and_scales(build_adapted_meta_model(base, config, torch.float32))
     except UsageError as error:
         raise UsageError(f"llama.cpp cannot serve {run}: {error.message}", error.expected, FIXES) from error
 

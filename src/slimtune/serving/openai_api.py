@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
-from ..core.data.messages import RowError, ToolCall, require_template_keys
+from ..core.data.messages import RowError, ToolCall, reject_keys_template_ignores
 from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
@@ -392,7 +392,7 @@ def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[st
             message = f"the chat template of {model.name!r} does not write tool calls as JSON objects"
             raise ApiError(400, message, "tools", "unsupported_value")
         field = "messages"
-        require_template_keys(messages, get_chat_template(model.tokenizer, tools))
+        reject_keys_template_ignores(messages, get_chat_template(model.tokenizer, tools))
         if messages[-1]["role"] == "assistant":
             raise ApiError(400, "the last message is the assistant's, so nothing is asked", "messages", "invalid_value")
         return tools, tokenize_chat_prompt(model.tokenizer, messages, tools)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..core.data.messages import RowError, ToolCall
-from ..errors import SlimtuneError, format_names, is_out_of_memory, nearest
+from ..errors import SlimtuneError, format_names, is_out_of_memory, suggest
 from ..extras.message_parsing import decode_strict_json
 from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
@@ -258,7 +258,7 @@ def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     name = ".".join(map(str, first["loc"]))[:100]
     if first["type"] == "extra_forbidden":
         known = kind.model_fields if len(first["loc"]) == 1 else {}
-        message = f"the server does not support the field {name!r}{nearest(name, known)}"
+        message = f"the server does not support the field {name!r}{suggest(name, known)}"
         raise ApiError(400, message, name, "unknown_field")
     message = f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     raise ApiError(400, message, param or None, "invalid_value")
@@ -269,7 +269,10 @@ def find_served_model(models: dict[str, ServedModel], name: str) -> ServedModel:
     if name not in models:
         known = f"the server has {format_names(models)}"
         raise ApiError(
-            404, f"there is no model {name[:100]!r}{nearest(name[:100], models)}: {known}", "model", "model_not_found"
+            404,
+            f"there is no model {name[:100]!r}{suggest(name[:100], models)}: {known}",
+            "model",
+            "model_not_found",
         )
     return models[name]
 

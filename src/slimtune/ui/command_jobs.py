@@ -141,7 +141,7 @@ class CommandJob:
         self._waiter.join(seconds)
 
 
-class CommandJobs:
+class LatestCommandJobs:
     """The last job of each kind."""
 
     def __init__(self, folder: Path, program: Sequence[str] = SLIMTUNE) -> None:

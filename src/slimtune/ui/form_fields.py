@@ -9,7 +9,7 @@ from ..core.adapters.method_registry import list_methods
 from ..core.config import Recipe
 from ..core.config.objective_registry import list_objectives
 from ..core.config.recipe_loading import parse_override
-from ..errors import UsageError, nearest
+from ..errors import UsageError, suggest
 from .workspace import WorkspaceFolder
 
 BASE, ROWS, MORE = "model.name", "data.train", "more"
@@ -87,7 +87,7 @@ def _check_setting(workspace: WorkspaceFolder, line: str, known: Mapping[str, Se
         reason = "code of a base runs only if a command in a terminal says so" if "trust" in path else "it has a field"
         raise UsageError(f"{path} cannot be set here: {reason}", "another setting")
     if path not in known and section not in ("method", "task"):
-        message = f"there is no setting {path!r}{nearest(path, known)}"
+        message = f"there is no setting {path!r}{suggest(path, known)}"
         raise UsageError(message, "PATH=VALUE, as in docs/recipe.md", code="recipe-error")
     if path in known and Path in known[path].kinds and value is not None:
         return f"{path}={workspace.resolve_rows(str(value))}"

@@ -1,7 +1,7 @@
 """The pages: what each shows, and what its forms do.
 
-What a page shows lives in the server (`CommandJobs`, `ChatSession`), in the working folder and in run folders, so every
-tab and every reload shows the same.
+What a page shows lives in the server (`LatestCommandJobs`, `ChatSession`), in the working folder and in run folders, so
+every tab and every reload shows the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..evaluation.run_report import list_report_template_functions, render_memor
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
-from .command_jobs import SLIMTUNE, CommandJob, CommandJobs
+from .command_jobs import SLIMTUNE, CommandJob, LatestCommandJobs
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_form_fields, make_option_args
 from .run_pages import (
     ChosenRun,
@@ -75,7 +75,7 @@ class UiPages:
         chat_program: Sequence[str] = CHAT_WORKER,
         gpus: Sequence[tuple[str, int]] = (),
     ) -> None:
-        self.workspace, self.jobs = workspace, CommandJobs(workspace.root, program)
+        self.workspace, self.jobs = workspace, LatestCommandJobs(workspace.root, program)
         self.chat_program, self.gpus = chat_program, gpus
         self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()

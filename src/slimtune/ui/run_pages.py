@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 from markupsafe import Markup
 
-from ..core.foundation.files import read_json, require_regular_file
+from ..core.foundation.files import read_json, refuse_non_regular_file
 from ..core.training.run_dir import WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
@@ -95,7 +95,7 @@ def interrupt_training(run: RunDir) -> bool:
 def read_log_tail(run: RunDir) -> list[str]:
     """Return the last lines of a run's log, from its last `LOG_BYTES`."""
     try:
-        require_regular_file(run.log_file, follow_links=False)
+        refuse_non_regular_file(run.log_file, follow_links=False)
         with run.log_file.open("rb") as f:
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - LOG_BYTES))

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from ..core.foundation.files import parse_dataset_id, read_json, translate_os_errors, write_json
 from ..core.training.run_dir import RunDir
-from ..errors import RunError, UsageError, nearest
+from ..errors import RunError, UsageError, suggest
 from ..extras.known_models import load_known_models
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -40,7 +40,7 @@ class WorkspaceFolder:
             real = path.resolve(strict=True)
         except FileNotFoundError:
             self._require_inside(path.resolve(), text)
-            close = nearest(text, [*self.list_rows(), *self.list_runs()])
+            close = suggest(text, [*self.list_rows(), *self.list_runs()])
             raise UsageError(f"there is no {text!r} in the working folder{close}") from None
         except (OSError, RuntimeError, ValueError) as e:  # too long, a circle of links, NUL
             raise UsageError(f"{text[:200]!r} is not a path: {e}", "a path in the working folder") from None

@@ -9,8 +9,8 @@ import slimtune
 from slimtune.core.attention.attention_functions import (
     LAYOUT_FAMILIES,
     POSITION_FAMILIES,
-    enable_packed_attention,
     layout_unsupported_reason,
+    packed_attention_enabled,
     packing_unsupported_reason,
 )
 from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
@@ -21,7 +21,7 @@ def packing_error(model):
     with Float64():
         alone, collator = nll_alone(model), make_collator(model, 0)
         assert collator.packing
-        with enable_packed_attention(model):
+        with packed_attention_enabled(model):
             return (compute_token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
 
 
@@ -77,7 +77,7 @@ def test_gemma3_is_packed_though_bfloat16_rounds_much():
     assert packing_error(model) < 1e-8
     model = model.bfloat16()
     alone = nll_alone(model)
-    with torch.no_grad(), enable_packed_attention(model):
+    with torch.no_grad(), packed_attention_enabled(model):
         packed = compute_token_nll(model, make_collator(model, 0)(EXAMPLES))
     assert (packed - alone).abs().mean() > 0.05 * alone.std()
     assert packing_unsupported_reason(model) == ""
@@ -92,11 +92,11 @@ def test_bfloat16_gemma3_is_packed_and_trains():
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
     alone = nll_alone(model).mean()
-    with torch.no_grad(), enable_packed_attention(model):
+    with torch.no_grad(), packed_attention_enabled(model):
         packed = compute_token_nll(model, batch).mean()
     assert 1e-4 < abs(packed - alone) / alone < 0.1
     losses = []
-    with enable_packed_attention(model.train()):
+    with packed_attention_enabled(model.train()):
         for _ in range(2):
             losses.append(forward_backward(model, [batch]))
             with torch.no_grad():

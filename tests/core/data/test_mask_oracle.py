@@ -11,7 +11,7 @@ import pytest
 import trl
 from tiny_tokenizer import GEMMA, make_tokenizer, template_text
 
-from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.chat_template import encode_chat_with_train_mask
 from slimtune.errors import DataError, SlimtuneError
 from slimtune.extras.message_parsing import parse_messages_and_train_mask
 
@@ -130,7 +130,7 @@ def compare(template, specials, name, oracle):
     tok = make_tokenizer(text_of(template), specials)
     messages, more = talk(name)
     try:
-        found = encode_chat(tok, messages, more.get("tools"))
+        found = encode_chat_with_train_mask(tok, messages, more.get("tools"))
     except SlimtuneError as error:  # the template's own limits; `LEAST` says how many templates are left
         if not any(part in str(error) for part in LEFT_OUT):
             raise
@@ -160,7 +160,7 @@ def test_calls_by_hand():
     """The prompt opens a thought that no finished turn has, and the template takes arguments as JSON text."""
     tok = make_tokenizer(text_of("trl/deepseekv3"), DEEPSEEK)
     messages, more = talk("call")
-    found = encode_chat(tok, messages, more["tools"])
+    found = encode_chat_with_train_mask(tok, messages, more["tools"])
     assert tok.decode([t for t, learned in zip(found.input_ids, found.supervised, strict=True) if learned]) == (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
         '{"city": "Rome", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
@@ -184,4 +184,6 @@ NO_CALL = ([ASKED, {"role": "assistant", "content": "No."}], TOOLS)
 )  # fmt: skip
 def test_moved_or_left_out_parts_are_refused(template, specials, talk, message):
     with pytest.raises(DataError, match=message):
-        encode_chat(make_tokenizer(text_of(template), specials), parse_messages_and_train_mask(talk[0])[0], talk[1])
+        encode_chat_with_train_mask(
+            make_tokenizer(text_of(template), specials), parse_messages_and_train_mask(talk[0])[0], talk[1]
+        )

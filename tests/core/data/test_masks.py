@@ -10,7 +10,7 @@ import pytest
 from tiny_tokenizer import CHATML, DEEPSEEK, GEMMA, GPT_OSS, MISTRAL, PHI3, make_tokenizer, template_text
 
 from slimtune.core.data import chat_template
-from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.chat_template import encode_chat_with_train_mask
 from slimtune.errors import DataError, ModelError
 
 LLAMA2 = ["<s>", "</s>"]
@@ -125,7 +125,7 @@ def assert_mask(tok, turns, marked):
     for piece in re.findall(r"«[^»]*»|[^«»]+", marked):
         some = tok(piece.strip("«»"), add_special_tokens=False)["input_ids"]
         ids, mask = ids + some, mask + [piece.startswith("«")] * len(some)
-    found = encode_chat(tok, messages(turns))
+    found = encode_chat_with_train_mask(tok, messages(turns))
     assert found.input_ids == tok.apply_chat_template(messages(turns))["input_ids"] == ids
     tokens = tok.convert_ids_to_tokens(ids)
     assert list(zip(tokens, found.supervised, strict=True)) == list(zip(tokens, mask, strict=True))
@@ -146,7 +146,7 @@ def test_odd_template(name):
 
 def test_gpt_oss_learns_its_channel_and_both_ends():
     tok = make_tokenizer(template_text("gptoss"), GPT_OSS)
-    found = encode_chat(tok, messages(TWO))
+    found = encode_chat_with_train_mask(tok, messages(TWO))
     assert tok.decode([t for t, s in zip(found.input_ids, found.supervised, strict=True) if s]) == (
         "<|channel|>final<|message|>A minor form of despair.<|end|><|channel|>final<|message|>Größe, 嘘 🙂!<|return|>"
     )
@@ -177,7 +177,7 @@ UNUSABLE = {
 def test_unusable_template(name):
     template, specials, turns, error, message = UNUSABLE[name]
     with pytest.raises(error, match=message):
-        encode_chat(make_tokenizer(template, specials), messages(turns))
+        encode_chat_with_train_mask(make_tokenizer(template, specials), messages(turns))
 
 
 def test_slow_tokenizer_is_refused():

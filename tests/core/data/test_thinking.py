@@ -11,7 +11,7 @@ from slimtune.core.data.chat_template import TokenizedRow
 from slimtune.core.data.tokenize import tokenize_rows
 from slimtune.evaluation.data_report.data_report import ThinkingTurnCounts
 from slimtune.evaluation.data_report.report_builder import make_data_report
-from slimtune.extras.row_columns import parse_record_as_row
+from slimtune.extras.row_columns import parse_row_or_error
 
 # SmolLM3's rules in short: it reads no key, keeps every content, and by "/no_think" writes an empty block.
 SMOLLM3 = (
@@ -40,7 +40,7 @@ HARMONY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>
 
 def tokenize(family, *messages, **options):
     (found,) = tokenize_rows(
-        [parse_record_as_row({"messages": list(messages)}, "chat", 7)], TOKENIZERS[family], **options
+        [parse_row_or_error({"messages": list(messages)}, "chat", 7)], TOKENIZERS[family], **options
     )
     return found
 

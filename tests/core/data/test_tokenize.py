@@ -7,7 +7,7 @@ import pytest
 from tiny_tokenizer import GEMMA_TOK as TOK
 from tiny_tokenizer import make_tokenizer
 
-from slimtune.core.data.chat_template import encode_chat
+from slimtune.core.data.chat_template import encode_chat_with_train_mask
 from slimtune.core.data.rows import Row
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
@@ -19,7 +19,7 @@ def row(answer, line, role="assistant"):
 
 
 ROWS = [row("A lie.", 1), row("A minor form of despair, disguised as a virtue. " * 4, 2), row("Despair.", 4)]
-LENGTHS = [len(encode_chat(TOK, r.messages).input_ids) for r in ROWS]
+LENGTHS = [len(encode_chat_with_train_mask(TOK, r.messages).input_ids) for r in ROWS]
 LONG = LENGTHS[1]
 
 
@@ -31,7 +31,7 @@ def test_labels_are_the_supervised_tokens():
     examples, report = tokenize()
     assert [e["line"] for e in examples] == [1, 2, 4]
     for example, source in zip(examples, ROWS, strict=True):
-        alone = encode_chat(TOK, source.messages)
+        alone = encode_chat_with_train_mask(TOK, source.messages)
         assert example["input_ids"] == alone.input_ids
         labels = [t if learned else -100 for t, learned in zip(alone.input_ids, alone.supervised, strict=True)]
         assert example["labels"] == labels

@@ -12,7 +12,7 @@ from tiny_run import write_rows
 
 import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
-from slimtune.core.attention.attention_functions import enable_packed_attention, packing_unsupported_reason
+from slimtune.core.attention.attention_functions import packed_attention_enabled, packing_unsupported_reason
 from slimtune.core.config import Recipe
 from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
@@ -61,7 +61,7 @@ def check_steps(name, folder, tokenizer):
         require_matching_lm_head_loss(model)
         collator = make_collator(model, 0)
         batch = collator(EXAMPLES)
-        with enable_packed_attention(model):
+        with packed_attention_enabled(model):
             before = forward_backward(model, [batch])
             unused = find_modules_without_gradient(model)
             with torch.no_grad():
@@ -90,7 +90,7 @@ def check_steps(name, folder, tokenizer):
         if reason := packing_unsupported_reason(model):
             found["packed"] = f"padded: {reason}"
         else:
-            with enable_packed_attention(model), torch.no_grad():
+            with packed_attention_enabled(model), torch.no_grad():
                 error = (compute_token_nll(model, batch) - nll_alone(model)).abs().max()
             found["packed"] = "works" if error < 1e-9 else f"the losses differ by {error:.1e}"
         error = (logits(model.merge_and_unload()) - own).abs().max()

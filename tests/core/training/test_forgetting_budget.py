@@ -79,7 +79,7 @@ def test_better_one_of_weaker_and_earlier_adapters_is_kept(budgeted, tmp_path, m
     assert measured_forgetting(weaker.run, recipe) == pytest.approx(weaker.forgetting.change, abs=1e-5)
     # An adapter without strength is worse than the checkpoints inside.
     monkeypatch.setattr(
-        best_adapter, "reduce_strength_to_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
+        best_adapter, "set_strength_within_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
     )
     recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget)
     earlier = train(recipe)

@@ -21,7 +21,7 @@ from slimtune.errors import ModelError, RunError
 
 def break_steps(monkeypatch, steps, line=None, value=math.nan):
     """Make the loss of some steps NaN: of every row, or of the row on a line."""
-    compute, score = loop.TrainingLoop.compute_gradients, loop.nonfinite.score_objective
+    compute, score = loop.TrainingLoop.compute_gradients, loop.nonfinite.score_examples_by_objective
 
     def broken(self, rows):
         loss, norm, *rest = compute(self, rows)
@@ -38,7 +38,7 @@ def break_steps(monkeypatch, steps, line=None, value=math.nan):
         return found | {i: [value, *found[i][1:]] for i in bad}
 
     monkeypatch.setattr(loop.TrainingLoop, "compute_gradients", broken)
-    monkeypatch.setattr(loop.nonfinite, "score_objective", scores)
+    monkeypatch.setattr(loop.nonfinite, "score_examples_by_objective", scores)
 
 
 def assert_strict_json(folder):
@@ -109,14 +109,14 @@ def test_run_of_skipped_steps_alone_fails(settings, monkeypatch):
 
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_validation_loss_of_nan(settings, monkeypatch, capfd, choice):
-    score, calls = loop.score_objective, []
+    score, calls = loop.score_examples_by_objective, []
 
     def broken(model, rows, *args, **kwargs):
         found = score(model, rows, *args, **kwargs)
         calls.append(1)
         return found | ({2: [math.nan, *found[2][1:]]} if len(calls) == 1 else {})
 
-    monkeypatch.setattr(loop, "score_objective", broken)
+    monkeypatch.setattr(loop, "score_examples_by_objective", broken)
     message = "the validation loss after step 4 is NaN: the loss of 1 of 6 rows is NaN or Inf (line 3 of the validation"
     if choice == "stop":
         with pytest.raises(RunError) as e:

@@ -20,11 +20,11 @@ from slimtune.planning.gpu_specs import GpuSpec
 from slimtune.planning.memory_probe import pick_longest_micro_batch
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
-from slimtune.planning.this_machine import detect_gpu
+from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
 
 
 def plan(recipe, lengths, content):
-    return estimate_resources(build_plan_request(recipe, detect_gpu("cpu"), lengths, content=content))
+    return estimate_resources(build_plan_request(recipe, detect_gpu_or_cpu_memory("cpu"), lengths, content=content))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
 @pytest.mark.slow
 def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monkeypatch):
     small = GpuSpec("a small machine", "cpu", "", "", 2**28, 2**28)
-    monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
+    monkeypatch.setattr(this_machine, "detect_gpu_or_cpu_memory", lambda device="auto": small)
     done = slimtune("train", recipe)
     assert done.exit_code == 1
     assert "error: " in done.stderr

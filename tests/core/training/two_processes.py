@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.core.attention.attention_functions import enable_packed_attention
+from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.step_sharding import DataParallelSharder
@@ -25,7 +25,7 @@ from slimtune.core.foundation import distributed
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import forward_backward
-from slimtune.core.training.memory_savings import apply_fsdp, apply_memory_savings
+from slimtune.core.training.memory_savings import apply_memory_savings, shard_base_with_fsdp
 from slimtune.core.training.train import train
 from slimtune.errors import DataError, SlimtuneError, UnsupportedError, UsageError
 
@@ -63,11 +63,11 @@ def compute_gradients(
     apply_memory_savings(model, checkpointing)
     processes, rank = (1, 0) if alone else (distributed.world_size(), distributed.rank())
     if shard:
-        apply_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
+        shard_base_with_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
         frozen = [p for p in model.parameters() if not p.requires_grad and isinstance(p, DTensor)]
         assert 2 * sum(p.to_local().numel() for p in frozen) == sum(p.numel() for p in frozen) > 0
     part = DataParallelSharder(Collator(0, layout=True, max_tokens=30), 32, processes, rank)(rows_of_step(rows))
-    with enable_packed_attention(model.train()):
+    with packed_attention_enabled(model.train()):
         for _ in range(2 if shard else 1):  # gathered weights that a pass leaves must not change the next
             model.zero_grad()
             forward_backward(

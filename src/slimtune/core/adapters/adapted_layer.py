@@ -34,7 +34,7 @@ from ..kernels.linear_layers import (
     get_layer_kind,
     get_layer_sizes,
     get_weight_and_bias_names,
-    list_persistent_buffers,
+    list_persistent_buffer_names,
 )
 from .active_adapters import ActiveAdapters, LayerAdapterSelection
 from .adapter_module import WEIGHT_KINDS, AdapterSite, BaseForward, SiteKind
@@ -70,7 +70,7 @@ def make_adapter_site(
     return AdapterSite(name, kind, in_features, out_features, device, dtype, module, model, skip_init)
 
 
-class AdaptedLayer(PickledByClassFactory, PeftNameLookupMixin):
+class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
     """Mixed into the class of an adapted module; see the top of this file."""
 
     adapters: nn.ModuleDict
@@ -162,23 +162,23 @@ class AdaptedLayer(PickledByClassFactory, PeftNameLookupMixin):
 # --- adding and removing adapters -----------------------------------------------------------------------------------
 
 
-def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayer:
+def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayerMixin:
     """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged.
 
     As in PEFT, layers that different methods adapt first have different classes.
     """
-    if isinstance(module, AdaptedLayer):
+    if isinstance(module, AdaptedLayerMixin):
         return module
     base: Any = type(module)
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
         raise TargetError(message, hint="attach the adapter before the forward is replaced")
-    if not can_have_adapters(module):
+    if not can_hold_adapter_children(module):
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
-    names = (*module._parameters, *list_persistent_buffers(module))
+    names = (*module._parameters, *list_persistent_buffer_names(module))
     _set_class(module, _make_adapted_class(base, names, "config" in vars(module), method))
-    assert isinstance(module, AdaptedLayer)
+    assert isinstance(module, AdaptedLayerMixin)
     module._modules["adapters"] = nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
     module.__dict__.update(
@@ -187,14 +187,14 @@ def swap_to_adapted_class(module: nn.Module, active: ActiveAdapters, method: str
     return module
 
 
-def can_have_adapters(module: nn.Module) -> bool:
+def can_hold_adapter_children(module: nn.Module) -> bool:
     """Return whether a module can have the children of an adapted module: a list of modules runs all it has."""
     has_children = hasattr(type(module), "adapters") or {*ADDED_CHILDREN} & {*vars(module), *module._modules}
     is_list = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return isinstance(module, AdaptedLayer) or not (is_list or has_children)
+    return isinstance(module, AdaptedLayerMixin) or not (is_list or has_children)
 
 
-def restore_base_class(module: AdaptedLayer) -> None:
+def restore_base_class(module: AdaptedLayerMixin) -> None:
     """Set the module's own class again and drop all adapters; merged weights stay merged."""
     for name in ADDED_CHILDREN:
         module._modules.pop(name, None)
@@ -204,7 +204,7 @@ def restore_base_class(module: AdaptedLayer) -> None:
 
 
 def copy_parameters_to_adapter(
-    module: AdaptedLayer, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
+    module: AdaptedLayerMixin, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
 ) -> None:
     """Give an adapter its own copy of the module's parameters and buffers `names`; parameters are trainable.
 
@@ -234,7 +234,7 @@ def copy_parameters_to_adapter(
     table[adapter] = copies
 
 
-def remove_adapter_from_layer(module: AdaptedLayer, adapter: str) -> None:
+def remove_adapter_from_layer(module: AdaptedLayerMixin, adapter: str) -> None:
     """Drop one adapter; without any adapter left, the module gets its own class back."""
     for table in (module.adapters, module.trained_copies):
         if adapter in table:
@@ -243,7 +243,7 @@ def remove_adapter_from_layer(module: AdaptedLayer, adapter: str) -> None:
         restore_base_class(module)
 
 
-def rename_adapter_in_layer(module: AdaptedLayer, old: str, new: str) -> None:
+def rename_adapter_in_layer(module: AdaptedLayerMixin, old: str, new: str) -> None:
     """Rename one adapter."""
     for table in (module.adapters, module.trained_copies):
         if old in table:
@@ -265,17 +265,19 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @cache
-def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool, method: str) -> type[AdaptedLayer]:
+def _make_adapted_class(
+    base: Any, parameters: tuple[str, ...], has_config: bool, method: str
+) -> type[AdaptedLayerMixin]:
     """Return the adapted subclass of `base`; it has the name and the forward signature of `base`."""
 
     # transformers reads the signature to find out which dataset columns a model takes.
     @wraps(base.forward)
-    def forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: AdaptedLayerMixin, *args: Any, **kwargs: Any) -> Any:
         if "active_state" not in vars(self):  # a hook kept this forward after the adapters were removed
             return base.forward(self, *args, **kwargs)
         return self.run_adapted(partial(base.forward, self), *args, **kwargs)
 
-    def get_config(self: AdaptedLayer) -> Any:
+    def get_config(self: AdaptedLayerMixin) -> Any:
         adapters: Any = self.adapters.values()
         for module in adapters:
             if (config := module.make_base_config(self)) is not None:
@@ -288,10 +290,10 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
         body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     body["_recipe"] = (_make_adapted_class, base, parameters, has_config, method)
-    return type(base.__name__, (AdaptedLayer, base), body)
+    return type(base.__name__, (AdaptedLayerMixin, base), body)
 
 
-def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
+def _merge_active(layer: AdaptedLayerMixin, weight: Tensor) -> Tensor:
     """Return a weight that is read without a call of the module, with the updates of the active adapters."""
     active, adapters = layer.active_state, layer.adapters
     if any(name in adapters for name in active.row_adapters or ()):
@@ -309,7 +311,7 @@ def _make_parameter_property(base: type, name: str) -> property:
     plain_tensor = f"_plain_{name}"
     is_read = issubclass(base, ReadWeight) and name in ("in_proj_weight", "weight")
 
-    def get_value(self: AdaptedLayer) -> Any:
+    def get_value(self: AdaptedLayerMixin) -> Any:
         if name in self._parameters:
             own: Any = self._parameters[name]
         elif name in self._buffers:
@@ -330,7 +332,7 @@ def _make_parameter_property(base: type, name: str) -> property:
             value = own if copy is None else copy.to(own.dtype)
         return _merge_active(self, value) if is_read else value
 
-    def set_value(self: AdaptedLayer, value: Any) -> None:
+    def set_value(self: AdaptedLayerMixin, value: Any) -> None:
         # DataParallel replaces parameters by plain tensors.
         self.__dict__[plain_tensor] = value
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from ...errors import AdapterError, PeftWarning, UsageError, format_names, nearest
+from ...errors import AdapterError, PeftWarning, UsageError, format_names, suggest
 from ..foundation.files import write_atomic
 from ..foundation.fingerprint import config_fingerprint
-from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_adapter_size
+from .adapter_tensors import PREFIX, get_peft_model_state_dict, require_plausible_config_size
 from .extension_hooks import FOLDER_WRITERS
-from .peft_config import PeftConfig, find_or_download_file, write_adapter_config
+from .peft_config import PeftConfig, get_or_download_file, write_adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -44,7 +44,7 @@ _UNCOMPARED_FIELDS = {
 """Fields of a config that do not change what a trained adapter's tensors mean."""
 
 
-def read_adapter_file(
+def read_adapter_and_fingerprint(
     path: str | os.PathLike, subfolder: str | None = None, **hub: Any
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return an adapter file's tensors and the fingerprint of its base (None if another library wrote the file).
@@ -58,7 +58,7 @@ def read_adapter_file(
     if pickles and not (folder / WEIGHTS_FILE).is_file():
         message = f"{pickles[0]} is a pickle, which can run arbitrary code when it is read"
         raise AdapterError(message, WEIGHTS_FILE, "save the adapter again with safetensors where it was trained")
-    file = find_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
+    file = get_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
     try:
         with safe_open(str(file), framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
@@ -80,7 +80,7 @@ def get_adapter_tensors_and_metadata(
     return tensors, metadata
 
 
-def serialize_to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+def serialize_to_safetensors_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
     """Return the two parts of a safetensors file, whose bytes depend on its content alone.
 
     The library writes the metadata in any order.
@@ -129,7 +129,7 @@ def save_adapter(
     if config.task_type is None:
         base = model.base_model_class
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    content = serialize_to_safetensors(tensors, metadata)
+    content = serialize_to_safetensors_parts(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     write_adapter_config(folder, values)
     write_atomic(folder / WEIGHTS_FILE, content)
@@ -155,7 +155,7 @@ def read_adapter_for_model(
     key_mapping = hub_arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub_arguments = {k: v for k, v in hub_arguments.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     require_valid_hub_arguments(hub_arguments)
-    tensors, fingerprint = read_adapter_file(path, **hub_arguments)
+    tensors, fingerprint = read_adapter_and_fingerprint(path, **hub_arguments)
     tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub_arguments)
     here = _base_fingerprint(model)
@@ -163,7 +163,7 @@ def read_adapter_for_model(
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
         raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json", code="wrong-base")
     config.inference_mode = not is_trainable
-    require_plausible_adapter_size(model, config, tensors, path)
+    require_plausible_config_size(model, config, tensors, path)
     return tensors, config
 
 
@@ -171,7 +171,7 @@ def require_valid_hub_arguments(hub_arguments: Mapping[str, Any]) -> None:
     """Raise UsageError if an argument is not one of `hf_hub_download`'s."""
     for name in hub_arguments.keys() - set(_HUB_ARGUMENTS):
         expected = f"one of {format_names(_HUB_ARGUMENTS)}"
-        raise UsageError(f"unknown argument {name!r}{nearest(name, _HUB_ARGUMENTS)}", expected)
+        raise UsageError(f"unknown argument {name!r}{suggest(name, _HUB_ARGUMENTS)}", expected)
 
 
 def rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:

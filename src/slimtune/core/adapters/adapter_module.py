@@ -91,7 +91,7 @@ class AdapterSite:
         return tuple(conv.kernel_size)
 
 
-class ReversibleBaseChange(Protocol):
+class BaseChangeRecord(Protocol):
     """What a method's config changed in the base before the first adapter was attached, to put it back."""
 
     @property

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from ...errors import AdapterError, PeftWarning, format_names, nearest
+from ...errors import AdapterError, PeftWarning, format_names, suggest
 from ..foundation.files import read_json
 from ..kernels.linear_layers import is_finite
 from .adapted_layer import make_adapter_site
@@ -199,7 +199,7 @@ def _list_faults(
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
     if unexpected:
-        similar = nearest(unexpected[0], own)
+        similar = suggest(unexpected[0], own)
         faults.append(f"{len(unexpected)} tensors are unexpected, such as {format_names(unexpected, 2)}{similar}")
     if misshapen:
         faults.append(f"size mismatch for {len(misshapen)} tensors: {'; '.join(misshapen[:2])}")
@@ -227,7 +227,7 @@ def _number_kind(tensor: Tensor) -> str:
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
 
 
-def require_plausible_adapter_size(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], path: object) -> None:
+def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], path: object) -> None:
     """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
     config = copy.deepcopy(config)
     config.check_model(model)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ...errors import ConfigError, SlimtuneError, format_names, nearest
+from ...errors import ConfigError, SlimtuneError, format_names, suggest
 from ..foundation.formatting import format_short_value
 from ..foundation.type_hints import describe_type_hint, has_type, iterate_union_members
 
@@ -175,7 +175,7 @@ class SettingSpec:
         fits_pattern = not self.pattern or not isinstance(value, str) or re.fullmatch(self.pattern, value, re.DOTALL)
         if has_type(value, self.type) and in_range and fits_pattern and (not choices or value in choices):
             return None
-        near = nearest(value, choices) if choices else ""
+        near = suggest(value, choices) if choices else ""
         return make_invalid_value_error(self.name, value, self.expected, suffix=near)
 
 
@@ -296,7 +296,7 @@ def check_section_settings(
         path = f"{section}.{name}" if section else str(name)
         if (spec := specs.get(name)) is None:
             near = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else ""
-            near = near or (nearest(name, specs) if len(errors) < MOST_ERRORS else "")
+            near = near or (suggest(name, specs) if len(errors) < MOST_ERRORS else "")
             errors.append(FieldError(path, f"no such field{near}", "" if near else f"one of {format_names(specs, 40)}"))
         elif spec.name in seen:
             errors.append(FieldError(path, f"given twice, also as {spec.name} or its short name"))

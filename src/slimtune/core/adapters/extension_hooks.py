@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .peft_config import PeftConfig
 
 
-class CompatHook(Protocol):
+class PeftCompatHook(Protocol):
     """What PEFT's users expect of adapted objects beyond the core; implemented by the module `compat/hook.py`."""
 
     def resolve_peft_name(self, owner: nn.Module, name: str) -> Any:
@@ -46,7 +46,7 @@ class CompatHook(Protocol):
         """Undo `add_peft_names_to_backbone`."""
 
 
-COMPAT: Registry[CompatHook] = Registry("slimtune.compat", "library")
+COMPAT: Registry[PeftCompatHook] = Registry("slimtune.compat", "library")
 MODEL_MIXINS: Registry[type] = Registry("slimtune.model_mixins", "part of an adapted model")
 FOLDER_WRITERS: Registry[Callable[[PeftConfig, Path, Sequence[str]], None]] = Registry(
     "slimtune.folder_writers", "file beside an adapter"
@@ -54,7 +54,7 @@ FOLDER_WRITERS: Registry[Callable[[PeftConfig, Path, Sequence[str]], None]] = Re
 
 
 @cache
-def load_compat_hook() -> CompatHook:
+def load_compat_hook() -> PeftCompatHook:
     """Return the hook; it is imported with the first adapted model."""
     return COMPAT.load("peft")
 

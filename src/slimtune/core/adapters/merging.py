@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear_layers import get_weight_and_bias_names, is_quantized, is_weight_transposed
-from .adapted_layer import AdaptedLayer
+from .adapted_layer import AdaptedLayerMixin
 from .adapter_module import MergeUnsupported
 
 
 def merge_adapters_into_layer(
-    name: str, module: AdaptedLayer, adapters: Iterable[str], *, require_finite: bool = False
+    name: str, module: AdaptedLayerMixin, adapters: Iterable[str], *, require_finite: bool = False
 ) -> None:
     """Merge adapters into the parameters of a module, which keeps the replaced ones for `unmerge_adapters_from_layer`.
 
@@ -74,7 +74,7 @@ def merge_adapters_into_layer(
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 
-def retie_equal_merged_parameters(modules: Iterable[AdaptedLayer]) -> None:
+def retie_equal_merged_parameters(modules: Iterable[AdaptedLayerMixin]) -> None:
     """Let merged parameters share memory again that were one parameter before and are equal now."""
     first: dict[int, Any] = {}
     for module in modules:
@@ -86,7 +86,7 @@ def retie_equal_merged_parameters(modules: Iterable[AdaptedLayer]) -> None:
                 module._parameters[name] = shared
 
 
-def unmerge_adapters_from_layer(module: AdaptedLayer) -> None:
+def unmerge_adapters_from_layer(module: AdaptedLayerMixin) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:
         for n, tensor in module.original_parameters.items():
@@ -94,7 +94,7 @@ def unmerge_adapters_from_layer(module: AdaptedLayer) -> None:
         module.__dict__.update(original_parameters=None, merged_names=())
 
 
-def find_tied_names(model: nn.Module) -> list[list[str]]:
+def group_tied_parameter_names(model: nn.Module) -> list[list[str]]:
     """Return the names of the parameters that are one tensor, in groups of two and more."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -102,7 +102,7 @@ def find_tied_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def copy_separated_ties(model: Any, tied: Iterable[list[str]]) -> None:
+def untie_partly_tied_parameters(model: Any, tied: Iterable[list[str]]) -> None:
     """Give a base whose `tied` parameters are no longer all one tensor a tensor for each, and say so in its config.
 
     Saving writes tensors that share memory once, and a config cannot say that only some are tied (T5, BART).

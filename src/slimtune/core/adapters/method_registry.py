@@ -7,7 +7,7 @@ entry point group `slimtune.methods`: `name = "package.module"`.
 from functools import cache
 from typing import Any
 
-from ...errors import ConfigError, format_names, nearest
+from ...errors import ConfigError, format_names, suggest
 from ..foundation.registry import Registry
 
 METHODS: Registry[Any] = Registry("slimtune.methods", "method")
@@ -41,7 +41,7 @@ def resolve_method_name(name: str) -> str:
         flags += " --quantization nf4" if method == "qlora" else ""
         raise ConfigError(f"there is no method {name!r}: it is a setting", f"--method {variant_of}{flags}")
     if method not in known:
-        raise ConfigError(f"there is no method {name!r}{nearest(method, known)}", f"one of {format_names(known)}")
+        raise ConfigError(f"there is no method {name!r}{suggest(method, known)}", f"one of {format_names(known)}")
     return method
 
 

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import UsageError, format_names, nearest
+from ...errors import UsageError, format_names, suggest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
-from .adapter_module import AdapterModule, MergeUnsupported, ReversibleBaseChange
+from .adapter_module import AdapterModule, BaseChangeRecord, MergeUnsupported
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassFactory
 from .merging import (
-    copy_separated_ties,
-    find_tied_names,
+    group_tied_parameter_names,
     merge_adapters_into_layer,
     retie_equal_merged_parameters,
     unmerge_adapters_from_layer,
+    untie_partly_tied_parameters,
 )
 from .peft_config import PeftConfig
-from .quantized_layers import count_parameters, keep_differentiable_4bit_layout
-from .targets import TargetMatches, find_modules_tied_to_embedding, match_targets, matches_regex_or_names
+from .quantized_layers import count_trainable_and_all_parameters, keep_differentiable_4bit_layout
+from .targets import TargetMatches, find_embedding_and_tied_modules, match_targets, matches_regex_or_names
 
 
 @dataclass
@@ -46,10 +46,10 @@ class AdapterState:
     repacking_layers: list[Any]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     reports: dict[str, TargetMatches] = field(default_factory=dict)
-    layers: dict[str, dict[str, layer.AdaptedLayer]] = field(default_factory=dict)
+    layers: dict[str, dict[str, layer.AdaptedLayerMixin]] = field(default_factory=dict)
     suspended: bool = False
     input_gradients: bool = False
-    base_change: ReversibleBaseChange | None = None
+    base_change: BaseChangeRecord | None = None
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
@@ -90,7 +90,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         layers: Any = self.adapted_layers(adapter_name)
         return {n: m.adapters[adapter_name] for n, m in layers.items() if adapter_name in m.adapters}
 
-    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, layer.AdaptedLayer]:
+    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, layer.AdaptedLayerMixin]:
         """Return the base modules that an adapter (None: any adapter) adapts, by name."""
         if adapter_name is not None:
             return dict(self.adapter_state.layers[self.require_adapter(adapter_name)])
@@ -108,7 +108,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (number of trainable parameters, number of all parameters)."""
-        return count_parameters(self)
+        return count_trainable_and_all_parameters(self)
 
     # --- adding, choosing and removing adapters -----------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
         how = {"autocast": autocast_adapter_dtype, "skip_init": not strict or low_cpu_mem_usage}
         shares_copies = peft_config.trains_every_weight or (
-            getattr(peft_config, "ensure_weight_tying", False) and find_modules_tied_to_embedding(self)
+            getattr(peft_config, "ensure_weight_tying", False) and find_embedding_and_tied_modules(self)
         )
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
@@ -327,11 +327,11 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
         """Merge for good and return the plain base: its own class, no adapters, changed weights."""
-        tied = find_tied_names(self)
+        tied = group_tied_parameter_names(self)
         self.unmerge_adapter()
         self.merge_adapter(adapter_names, safe_merge)
         model = self._restore_base_class()
-        copy_separated_ties(model, tied)
+        untie_partly_tied_parameters(model, tied)
         return model
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         """Return each name once, or raise if one is no adapter's."""
         names, known = list(dict.fromkeys(names)), sorted(self.peft_config)
         if unknown := [n for n in names if n not in known]:
-            message = f"there is no adapter {unknown[0]!r}{nearest(unknown[0], known)}"
+            message = f"there is no adapter {unknown[0]!r}{suggest(unknown[0], known)}"
             raise UsageError(message, f"one of {format_names(known)}")
         return names
 

@@ -27,7 +27,7 @@ from ...errors import (
     UnknownOrMissingFieldError,
     UsageError,
     format_names,
-    nearest,
+    suggest,
 )
 from ..foundation.files import read_json, write_atomic
 from ..foundation.json_results import JsonObject
@@ -40,7 +40,7 @@ from .name_patterns import find_pattern_error, get_value_by_pattern
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, AdapterSite, ReversibleBaseChange
+    from .adapter_module import AdapterModule, AdapterSite, BaseChangeRecord
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -95,7 +95,7 @@ class _ConfigMeta(type):
                 continue
             full_name = getattr(cls, "short_names", {}).get(name)
             raise UnknownOrMissingFieldError(
-                f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
+                f"{cls.__name__} has no field {name!r} (given {value!r}){suggest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
                 f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
             )
@@ -155,7 +155,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
         if self.task_type is not None and self.task_type not in [*TaskType]:
             tasks = ", ".join(TaskType)
             message = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {tasks}."
-            raise ConfigError(message + nearest(str(self.task_type), TaskType))
+            raise ConfigError(message + suggest(str(self.task_type), TaskType))
         if self.name:
             peft_name = self.name.upper()
             self.peft_type = PeftType.__members__.get(peft_name, peft_name)  # a test's own method is no member
@@ -194,7 +194,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
-    def change_base(self, model: nn.Module) -> ReversibleBaseChange | None:
+    def change_base(self, model: nn.Module) -> BaseChangeRecord | None:
         """Change the base's modules before the first adapter is attached; return how to undo it, None without one."""
         return None
 
@@ -325,7 +325,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
             UnknownOrMissingFieldError: the file has no peft_type.
             AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
-        file = find_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
+        file = get_or_download_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
         values = cls.from_json_file(file)
         if not values.get("peft_type"):
             text = f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
@@ -454,7 +454,7 @@ def format_adapter_config(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def find_or_download_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
+def get_or_download_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
     """Return the local path of a file in an adapter's or run's folder, or in a Hub repository (which downloads it).
 
     Raises:
@@ -472,7 +472,7 @@ def find_or_download_file(path: str | os.PathLike, name: str, subfolder: str | N
     text = str(path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UsageError(f"there is no folder {text!r}{nearest(folder.name, siblings)}", f"a folder with {name}")
+        raise UsageError(f"there is no folder {text!r}{suggest(folder.name, siblings)}", f"a folder with {name}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -31,7 +31,7 @@ def keep_differentiable_4bit_layout(modules: Iterable[Any]) -> None:
             module.quant_state = weight.quant_state
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_trainable_and_all_parameters(model: nn.Module) -> tuple[int, int]:
     """Return (number of trainable parameters, number of all parameters)."""
     counts = [(count_parameter_values(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import TargetError, format_names, nearest
-from ..kernels.linear_layers import get_layer_kind, list_persistent_buffers
-from .adapted_layer import ADDED_CHILDREN, AdaptedLayer, can_have_adapters
+from ...errors import TargetError, format_names, suggest
+from ..kernels.linear_layers import get_layer_kind, list_persistent_buffer_names
+from .adapted_layer import ADDED_CHILDREN, AdaptedLayerMixin, can_hold_adapter_children
 from .adapter_module import WEIGHT_KINDS, SiteKind
 from .architectures import HEADS, get_model_type, get_text_config, is_weight_read_without_call
 from .name_patterns import compile_name_pattern, find_matching_pattern
@@ -81,7 +81,7 @@ def match_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) 
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
     modules = get_base_modules(model)
-    tied = find_modules_tied_to_embedding(model)
+    tied = find_embedding_and_tied_modules(model)
     whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     further = config.extra_targets(model)
@@ -164,9 +164,9 @@ def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Ite
     copied: dict[str, list[str]] = {}
     for name in inside_whole:
         own = [p for p, tensor in modules[name]._parameters.items() if tensor is not None]
-        own += list_persistent_buffers(modules[name])
+        own += list_persistent_buffer_names(modules[name])
         # A module with nothing but children is adapted, too, so that it has PEFT's names: its copy is that of theirs.
-        if own or (name in whole and can_have_adapters(modules[name]) and "forward" not in vars(modules[name])):
+        if own or (name in whole and can_hold_adapter_children(modules[name]) and "forward" not in vars(modules[name])):
             copied[name] = own
     return copied
 
@@ -232,7 +232,7 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
-def find_modules_tied_to_embedding(model: Any) -> list[str]:
+def find_embedding_and_tied_modules(model: Any) -> list[str]:
     """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # a model of images has none
@@ -351,7 +351,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if getattr(module, "in_proj_weight", module) is None:
         message = f"{name} is an nn.MultiheadAttention with separate weights for query, key and value"
         raise TargetError(message, "one in_proj_weight for all three")
-    mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
+    mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayerMixin))
     forward = vars(next(mro))["forward"]
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale") and forward is not nn.Embedding.forward:
         raise TargetError(f"{name} is a {class_name}, whose input is not a row index", "a linear layer")
@@ -391,7 +391,7 @@ def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, t
             raise TargetError(message, "a parameter of a module inside the model")
         last_parts = dict.fromkeys(p.rsplit(".", 1)[-1] for p in parameters)
         message = f"target_parameters: {format_names(unmatched)} matches no parameter"
-        raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
+        raise TargetError(message + suggest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
         found = {get_layer_index(n, config.layers_pattern) for n in modules if matches_regex_or_names(targets, n)}
@@ -407,7 +407,7 @@ def _check_every_pattern_matches(config: Any, matched: list[str]) -> None:
         for pattern in patterns:
             if not any(find_matching_pattern([pattern], n) for n in matched):
                 last_parts = sorted({n.rsplit(".", 1)[-1] for n in matched})
-                similar = nearest(pattern, [*last_parts, *matched])
+                similar = suggest(pattern, [*last_parts, *matched])
                 raise TargetError(
                     f"{name}: {pattern!r} matches no adapted module{similar}", f"adapted are {format_names(last_parts)}"
                 )
@@ -429,7 +429,7 @@ def _select_modules_to_save(modules: Modules, config: PeftConfig, strict: bool) 
 def _nothing_matches(what: str, wanted: list[str] | str, modules: Modules) -> TargetError:
     first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
     last_parts = dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules)
-    return TargetError(f"{what} matches no module{nearest(first, [*last_parts, *modules])}", _describe_targets(modules))
+    return TargetError(f"{what} matches no module{suggest(first, [*last_parts, *modules])}", _describe_targets(modules))
 
 
 def _describe_targets(modules: Modules) -> str:

@@ -1,4 +1,4 @@
-"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `enable_packed_attention(model)`.
+"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `packed_attention_enabled(model)`.
 
 transformers calls attention through a table of functions by name, and passes unknown keyword arguments of the model's
 call on to it. This module registers a second name for "sdpa" and "eager", whose function reads the layout from the
@@ -52,7 +52,7 @@ They pack without shared prefixes."""
 
 
 @contextmanager
-def enable_packed_attention(model: Any) -> Iterator[bool]:
+def packed_attention_enabled(model: Any) -> Iterator[bool]:
     """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
 
     Yields whether the model can (see `layout_unsupported_reason`).
@@ -116,7 +116,7 @@ def _foreign_code_reason(model: Any) -> str:
 
 
 def get_original_attention_name(implementation: Any) -> Any:
-    """Return the attention implementation that the user chose, inside `enable_packed_attention` too."""
+    """Return the attention implementation that the user chose, inside `packed_attention_enabled` too."""
     return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
 
 

@@ -13,7 +13,7 @@ from .objective_registry import load_objective_class
 from .schema import MethodSettings, NamedSettings, TaskSettings
 
 
-def find_method_fields(name: str) -> dict[str, SettingSpec]:
+def map_method_fields_by_name(name: str) -> dict[str, SettingSpec]:
     """Return a method's fields by their names and short names; none for an unknown method."""
     try:
         return list_recipe_fields(get_method_config_class(name))
@@ -29,19 +29,19 @@ def fill_method_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any
     return {s.name: filled[s.name] for s in list_settings(cls) if s.name in filled}
 
 
-def fill_task_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+def fill_objective_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """Return an objective's settings with all its defaults."""
     return {s.name: settings.get(s.name, s.default) for s in list_settings(cls)}
 
 
 NAMED_SECTIONS: dict[str, tuple[type[NamedSettings], Callable[[str], Any], Callable[..., dict[str, Any]]]] = {
     "method": (MethodSettings, get_method_config_class, fill_method_defaults),
-    "task": (TaskSettings, load_objective_class, fill_task_defaults),
+    "task": (TaskSettings, load_objective_class, fill_objective_defaults),
 }
 """How a section is read: its class, what returns the class that declares its settings, and what adds defaults."""
 
 
-def parse_named_section(section: str, given: Mapping[str, Any]) -> tuple[NamedSettings, list[FieldError]]:
+def parse_section_with_errors(section: str, given: Mapping[str, Any]) -> tuple[NamedSettings, list[FieldError]]:
     """Return the `method` or `task` section that a recipe describes, with all defaults, and every error in it."""
     kind, load_class, fill_defaults = NAMED_SECTIONS[section]
     name = given.get("name", kind.name)

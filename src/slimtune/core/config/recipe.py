@@ -22,11 +22,11 @@ from ..adapters.config_fields import (
 from ..adapters.method_registry import get_method_config_class
 from ..foundation.formatting import format_short_value
 from ..foundation.strict_yaml import format_yaml
-from .method_settings import find_method_fields, parse_named_section
+from .method_settings import map_method_fields_by_name, parse_section_with_errors
 from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_section_shorthand,
-    find_missing_data_files,
+    list_missing_data_file_errors,
     parse_override,
     read_recipe_tree,
     set_recipe_paths_absolute_in_place,
@@ -94,7 +94,7 @@ class Recipe(RecipeSection):
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        _raise_errors(find_missing_data_files(self.data.to_dict()), "the recipe")
+        _raise_errors(list_missing_data_file_errors(self.data.to_dict()), "the recipe")
 
 
 def load_recipe(
@@ -134,11 +134,11 @@ def parse_recipe_sections(
         raise RecipeError(f"{source} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_section_shorthand(copy.deepcopy(dict(tree)))
     set_recipe_paths_absolute_in_place(tree)
-    method, method_errors = parse_named_section("method", tree.get("method", {}))
-    task, task_errors = parse_named_section("task", tree.get("task", {}))
+    method, method_errors = parse_section_with_errors("method", tree.get("method", {}))
+    task, task_errors = parse_section_with_errors("task", tree.get("task", {}))
     every = {s.path: s for s in list_settings(Recipe)}
     lacking = {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.description) for s in every.values()}
-    paths = [*every, *(f"method.{name}" for name in find_method_fields(method.name))]
+    paths = [*every, *(f"method.{name}" for name in map_method_fields_by_name(method.name))]
     sections: dict[str, Any] = {"task": task, "method": method}
     errors: list[FieldError] = []
     for name, section in SECTIONS.items():

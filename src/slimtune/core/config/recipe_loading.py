@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...errors import RecipeError, UsageError, nearest
+from ...errors import RecipeError, UsageError, suggest
 from ..adapters.config_fields import FieldError, list_settings
 from ..foundation.files import parse_dataset_id
 from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allow_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
-from .method_settings import find_method_fields
+from .method_settings import map_method_fields_by_name
 from .schema import DataSettings, MethodSettings, RecipeTree
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
@@ -39,7 +39,7 @@ def _read_recipe_file(path: Path) -> RecipeTree:
     if not path.is_file():
         siblings = path.parent.iterdir() if path.parent.is_dir() else []
         recipes = [p.name for p in siblings if p.suffix in (".yaml", ".yml")]
-        raise UsageError(f"there is no recipe file {str(path)!r}{nearest(path.name, recipes)}", "a YAML file")
+        raise UsageError(f"there is no recipe file {str(path)!r}{suggest(path.name, recipes)}", "a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -92,7 +92,7 @@ def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) 
         if path.startswith("method.") and isinstance(method, dict):
             # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
             name = settings.get("method.name", settings.get("method", method.get("name", MethodSettings.name)))
-            fields = find_method_fields(str(name))
+            fields = map_method_fields_by_name(str(name))
             field = fields.get(path.removeprefix("method."))
             changed["method"] = {k: v for k, v in method.items() if field is None or fields.get(k) is not field}
         set_tree_value(changed, path, value)
@@ -137,7 +137,7 @@ def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = N
         model["name"] = locate(path)
 
 
-def find_missing_data_files(data: Mapping[str, Any]) -> list[FieldError]:
+def list_missing_data_file_errors(data: Mapping[str, Any]) -> list[FieldError]:
     """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
     errors = []
     for name in DATA_FILES:
@@ -147,5 +147,5 @@ def find_missing_data_files(data: Mapping[str, Any]) -> list[FieldError]:
         if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
             continue
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
+        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, siblings)}"))
     return errors

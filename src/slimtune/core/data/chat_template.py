@@ -37,7 +37,11 @@ class RenderedText:
     text: str
     spans: list[Span]
     turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
-    thinking: tuple[int, int, int] = (0, 0, 0)  # turns that think, as `messages.count_thinking_turns` counts them
+    thinking: tuple[int, int, int] = (
+        0,
+        0,
+        0,
+    )  # turns that think, as `messages.count_thinking_turns_by_use` counts them
     generation_prompt_differs: bool = False  # whether generation would begin the last turn after another text
 
 
@@ -65,7 +69,7 @@ class TokenizedRow:
 
     def truncate(self, length: int) -> "TokenizedRow":
         """Return the row, or each of a pair, cut to its first `length` tokens."""
-        return concatenate_pair_rows(
+        return merge_pair_into_one_row(
             [
                 dataclasses.replace(row, input_ids=row.input_ids[:length], supervised=row.supervised[:length])
                 for row in self.split()
@@ -78,7 +82,7 @@ class TokenizedRow:
         return next((token not in end_ids for token, supervised in pairs if supervised), False)
 
 
-def concatenate_pair_rows(rows: Sequence[TokenizedRow]) -> TokenizedRow:
+def merge_pair_into_one_row(rows: Sequence[TokenizedRow]) -> TokenizedRow:
     """Return the rows of a pair as one, or a single row as it is."""
     if len(rows) == 1:
         return rows[0]
@@ -90,7 +94,7 @@ def concatenate_pair_rows(rows: Sequence[TokenizedRow]) -> TokenizedRow:
     )
 
 
-def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:
+def encode_chat_with_train_mask(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:
     """Return the tokens of a conversation, in the form of `parse_messages_and_train_mask`, with their mask.
 
     Raises:
@@ -112,7 +116,7 @@ def render_chat(
     """Return the rendered conversation with the spans of the assistant's turns, tool calls included.
 
     Args:
-        tokenizer, messages, tools: see `encode_chat`.
+        tokenizer, messages, tools: see `encode_chat_with_train_mask`.
         learned: for each message whether it is learned; None: every assistant turn is.
         special_tokens: `compile_special_token_pattern(tokenizer)`, for callers that render many rows.
     """
@@ -231,7 +235,7 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
         raise ModelError(problem, "one chat template", hint, code="chat-template-missing") from error
 
 
-def find_end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
+def find_possible_turn_end_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of the tokens that can end a turn: every special and added token."""
     return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 

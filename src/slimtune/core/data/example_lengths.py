@@ -18,17 +18,17 @@ MIN_SHARED_TOKENS = 8
 """Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 
 
-class RowContent(NamedTuple):
+class DatasetRowComposition(NamedTuple):
     """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
 
     shared_prefix: int = 0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
     supervised: float = 1.0  # share of all tokens that have a loss
 
 
-ALL_SUPERVISED = RowContent()
+ALL_SUPERVISED = DatasetRowComposition()
 
 
-def measure_example_length(rows: Sequence[Tokens]) -> ExampleLength:
+def measure_length_of_one_example(rows: Sequence[Tokens]) -> ExampleLength:
     """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
     if len(rows) == 1:
         return len(rows[0])
@@ -37,6 +37,6 @@ def measure_example_length(rows: Sequence[Tokens]) -> ExampleLength:
     return (prefix, *(len(row) - prefix for row in rows))
 
 
-def count_row_tokens(example_length: ExampleLength) -> list[int]:
+def count_tokens_per_row(example_length: ExampleLength) -> list[int]:
     """Return the tokens of each row of an example."""
     return [example_length] if isinstance(example_length, int) else [example_length[0] + n for n in example_length[1:]]

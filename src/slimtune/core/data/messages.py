@@ -5,7 +5,7 @@
     {"role": "tool", "content": str, "name": str, "tool_call_id": str}
 
 Tool arguments are an object. An assistant's message may have a key of `REASONING_KEYS`, and a role may be "developer",
-if the chat template reads them (`require_template_keys`).
+if the chat template reads them (`reject_keys_template_ignores`).
 """
 
 import re
@@ -43,7 +43,7 @@ class RowError(ValueError):
         self.code, self.hint = code, hint
 
 
-def require_template_keys(messages: Messages, template: str) -> None:
+def reject_keys_template_ignores(messages: Messages, template: str) -> None:
     """Raise RowError for the role "developer" or a key of `REASONING_KEYS` that a chat template does not read."""
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
@@ -75,7 +75,7 @@ def find_thinking_and_source(message: Message) -> tuple[str, str]:
     return "", ""
 
 
-def count_thinking_turns(
+def count_thinking_turns_by_use(
     messages: Messages, rendered: str, turns: list[tuple[int, int]], learned: Sequence[bool] | None
 ) -> tuple[int, int, int]:
     """Return how many turns of a rendered conversation think: learned with it, kept but not learned, left out.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .tokenize import PairedRow, TokenizedBatch
 
 
-class RowFindings(Protocol):
+class RowFindingsSummary(Protocol):
     """What was found in the rows of a file: a frozen dataclass, which the run folder keeps as JSON."""
 
     @property
@@ -57,13 +57,15 @@ class RowObserver(Protocol):
     def kept_hashes(self) -> np.ndarray:
         """Return a hash of the text of each row that is kept, uint64 [N]; it depends on neither base nor seed."""
 
-    def finish(self, *, file: str | Path, model: str | None, validation: tuple[str, Self] | None = None) -> RowFindings:
+    def finish(
+        self, *, file: str | Path, model: str | None, validation: tuple[str, Self] | None = None
+    ) -> RowFindingsSummary:
         """Return the report, once; `validation` is the file of the validation rows and their observer."""
 
 
 DATA_REPORTS: Registry[Callable[..., RowObserver]] = Registry("slimtune.data_reports", "data report")
 """Functions that start a report.
 
-Their arguments: tokenizer, rows (a `RowFile`), max_seq_len, on_overlong, rows_per_step, and `like`, the observer of
-rows that these will be compared with.
+Their arguments: tokenizer, rows (a `RowFileReader`), max_seq_len, on_overlong, rows_per_step, and `like`, the observer
+of rows that these will be compared with.
 """

@@ -57,7 +57,7 @@ class InvalidRow:
     hint: str = ""  # what to do, if it is more than to repair or remove the row
 
 
-def split_into_answer_rows(row: Row) -> list[Row]:
+def split_ranked_answers_into_rows(row: Row) -> list[Row]:
     """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
 
     The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
@@ -156,7 +156,7 @@ class RowErrorCollector:
             raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
 
 
-class RowSource(ABC):
+class RowIterable(ABC):
     """The rows of a data set, in order, from the start in each iteration.
 
     `format` is a name of `ROW_FORMATS`, or "unknown" if no record can be read.
@@ -197,7 +197,7 @@ class RowSource(ABC):
 
 ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "data format")
 ROW_READERS: Registry[RowReader] = Registry("slimtune.row_readers", "kind of file")  # by suffix: ".jsonl"
-ROW_SOURCES: Registry[Callable[..., RowSource]] = Registry("slimtune.row_sources", "source of rows")
+ROW_SOURCES: Registry[Callable[..., RowIterable]] = Registry("slimtune.row_sources", "source of rows")
 """Functions that open a data set: `load("files")(path, format=None, columns={}, ignore_columns=())`.
 
 They raise UsageError for a file, a format or a column that does not exist, and DataError for unclear or empty contents.

@@ -15,15 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, UsageError, format_names, nearest
+from ...errors import DataError, UsageError, format_names, suggest
 from ..foundation.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
-from .messages import REASONING_KEYS, RowError, count_thinking_turns, find_thinking_and_source, require_template_keys
+from .messages import (
+    REASONING_KEYS,
+    RowError,
+    count_thinking_turns_by_use,
+    find_thinking_and_source,
+    reject_keys_template_ignores,
+)
 from .parallel import parallel_map
 from .row_observer import RowObserver
-from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowSource, split_into_answer_rows
-from .tokenized_dataset import TokenizedDataset, TokenizedDatasetWriter
+from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowIterable, split_ranked_answers_into_rows
+from .tokenized_dataset import TemporaryTokenizedDatasetWriter, TokenizedDataset
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
 """Most rows that a process tokenizes at once, and characters from which fewer are enough: each takes 150 bytes."""
@@ -124,7 +130,7 @@ def tokenize_rows(
         has_keys = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
         try:
             if has_keys:
-                require_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
+                reject_keys_template_ignores(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
                 return RenderedText(rendered.text, [])
@@ -135,7 +141,7 @@ def tokenize_rows(
                 )
                 rendered = dataclasses.replace(rendered, generation_prompt_differs=generation_prompt_differs)
             if thinks:
-                thinking = count_thinking_turns(row.messages, rendered.text, rendered.turns, learned)
+                thinking = count_thinking_turns_by_use(row.messages, rendered.text, rendered.turns, learned)
                 rendered = dataclasses.replace(rendered, thinking=thinking)
             return rendered
         except RowError as error:
@@ -144,7 +150,7 @@ def tokenize_rows(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    parts = [split_into_answer_rows(row) for row in rows]
+    parts = [split_ranked_answers_into_rows(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
@@ -180,7 +186,7 @@ def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> Token
             name = "an answer" if is_list else f"the {('chosen', 'rejected')[number]} answer"
             cause = f"{name} has no token of its own after the prompt that they share"
             return InvalidRow(row.line, cause, "empty-answer", row.file)
-    return chat_template.concatenate_pair_rows(tokens)
+    return chat_template.merge_pair_into_one_row(tokens)
 
 
 @dataclass
@@ -219,7 +225,7 @@ class BatchTokenizer:
     def __post_init__(self) -> None:
         for name, choices in (("on_overlong", ON_OVERLONG), ("train_on", TRAIN_ON)):
             if (value := getattr(self, name)) not in choices:
-                raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
+                raise UsageError(f"{name} is {value!r}{suggest(value, choices)}", expected=format_names(choices))
         if self.max_seq_len < 2:
             raise UsageError(f"max_seq_len is {self.max_seq_len}", "at least 2 tokens: one to read, one to predict")
         if self.documents and self.on_overlong != "drop":
@@ -230,7 +236,7 @@ class BatchTokenizer:
         rows = [row for row in batch if isinstance(row, Row)]
         pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
-        end_ids = chat_template.find_end_of_turn_ids(self.tokenizer)
+        end_ids = chat_template.find_possible_turn_end_ids(self.tokenizer)
         report, limit = (
             TokenizationStats(self.max_seq_len, rows=len(batch)),
             None if self.documents else self.max_seq_len,
@@ -271,7 +277,7 @@ class BatchTokenizer:
 
 
 def tokenize_dataset(
-    rows: RowSource | Iterable[Row],
+    rows: RowIterable | Iterable[Row],
     tokenizer: Any,
     *,
     max_seq_len: int,
@@ -299,14 +305,14 @@ def tokenize_dataset(
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     measure = None if observer is None else observer.measure_batch
-    documents = isinstance(rows, RowSource) and rows.cut_windows is not None
+    documents = isinstance(rows, RowIterable) and rows.cut_windows is not None
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, measure, documents)
-    if isinstance(rows, RowSource):
+    if isinstance(rows, RowIterable):
         errors = rows.create_error_collector()
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = TokenizationStats(max_seq_len), [], []
-    with TokenizedDatasetWriter() as writer:
+    with TemporaryTokenizedDatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
             columns = {"row_lengths": batch.row_lengths, "classes": batch.labels, "row_scores": batch.row_scores}
             writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, **columns)
@@ -320,7 +326,7 @@ def tokenize_dataset(
             if errors.full:
                 break
         errors.check()
-        if isinstance(rows, RowSource) and observer is None:  # a report has them among its errors
+        if isinstance(rows, RowIterable) and observer is None:  # a report has them among its errors
             rows.require_used_columns()
         dataset = writer.finish()
     _check_lengths(path, total, on_overlong, overlong, unsupervised)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..foundation.files import translate_os_errors
 from ..foundation.sequences import IGNORE_INDEX, common_prefix_length
-from .example_lengths import MIN_SHARED_TOKENS, ExampleLength, RowContent, measure_example_length
+from .example_lengths import MIN_SHARED_TOKENS, DatasetRowComposition, ExampleLength, measure_length_of_one_example
 from .example_types import Example
 
 SAMPLED_ROWS = 256
@@ -29,7 +29,7 @@ def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
 
 
 class TokenizedDataset(Sequence[Example]):
-    """Tokenized rows, read from an Arrow table with the columns of `TokenizedDatasetWriter` as they are asked for.
+    """Tokenized rows, read from an Arrow table with the columns of `TemporaryTokenizedDatasetWriter` when asked for.
 
     `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all. `columns` are more values of
     these examples, arrays [N, …] by the key that an example gets.
@@ -64,17 +64,19 @@ class TokenizedDataset(Sequence[Example]):
         """The length of each example (core/data/example_lengths.py)."""
         if self.table["row_lengths"].null_count == self.table.num_rows:
             return list(self.lengths.tolist())
-        return [measure_example_length([ids for ids, _ in split_example_rows(example)]) for example in self]
+        return [measure_length_of_one_example([ids for ids, _ in split_example_rows(example)]) for example in self]
 
     @property
-    def content(self) -> RowContent:
+    def content(self) -> DatasetRowComposition:
         """What the rows are made of, from up to `SAMPLED_ROWS` of them at even distances."""
         sample = [self.read(i) for i in range(0, len(self), -(-len(self) // SAMPLED_ROWS) or 1)]
         tokens = sum(len(example["input_ids"]) for example in sample)
         supervised = sum(label != IGNORE_INDEX for example in sample for label in example["labels"])
         first = sample[0]["input_ids"] if sample and not any("row_lengths" in example for example in sample) else []
         shared = min((common_prefix_length(first, example["input_ids"]) for example in sample), default=0)
-        return RowContent(shared if shared >= MIN_SHARED_TOKENS else 0, supervised / tokens if supervised else 1.0)
+        return DatasetRowComposition(
+            shared if shared >= MIN_SHARED_TOKENS else 0, supervised / tokens if supervised else 1.0
+        )
 
     @property
     def lines(self) -> list[int]:
@@ -184,7 +186,7 @@ class RankedAnswerSelection(TokenizedDataset):
         return example | ({"row_lengths": [len(ids) for ids, _ in rows]} if len(rows) > 1 else {})
 
 
-class TokenizedDatasetWriter:
+class TemporaryTokenizedDatasetWriter:
     """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 
     def __init__(self) -> None:

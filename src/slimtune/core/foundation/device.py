@@ -59,7 +59,7 @@ def count_free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // local_world_size()
 
 
-def count_memory_in_use(device: torch.device) -> int:
+def count_process_memory_bytes(device: torch.device) -> int:
     """Return the bytes in use now: allocated on the GPU, or this process's resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
@@ -119,7 +119,7 @@ def is_device_simulated() -> bool:
 
 
 @contextmanager
-def simulate_host_allocations() -> Iterator[None]:
+def count_allocations_as_host() -> Iterator[None]:
     """Count what is allocated in the `with` as CPU memory when a device is simulated."""
     before = _host.set(True)
     try:
@@ -134,7 +134,7 @@ def is_host_allocation() -> bool:
 
 
 @contextmanager
-def record_simulated_attention_flops(operations: Counter[torch.dtype]) -> Iterator[None]:
+def collect_simulated_attention_flops(operations: Counter[torch.dtype]) -> Iterator[None]:
     """Let `add_simulated_attention_flops` add to these floating point operations, by dtype."""
     before = _attention.set(operations)
     try:

@@ -130,7 +130,7 @@ def runs_on_main(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def runs_on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
+def raises_on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that fails in all processes if it fails in one, as `run_on_all_ranks` does."""
 
     @wraps(function)
@@ -225,7 +225,7 @@ def translate_communication_errors() -> Iterator[None]:
         raise
 
 
-def install_sigterm_watcher(resume_command: str) -> None:
+def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
     """Print why, and how to resume, and exit on SIGTERM, which torchrun sends when another process has died.
 
     A thread waits for the signal, because a process that waits for another one inside NCCL runs no Python. A process

@@ -123,11 +123,11 @@ def _to_plain(value: Any) -> Any:
 
 def read_regular_file(path: Path) -> bytes:
     """Return the content of a file; raise OSError for a folder, a device or a pipe, whose reading might never end."""
-    require_regular_file(path)
+    refuse_non_regular_file(path)
     return path.read_bytes()
 
 
-def require_regular_file(path: Path, follow_links: bool = True) -> None:
+def refuse_non_regular_file(path: Path, follow_links: bool = True) -> None:
     """Raise OSError if something exists at `path`, or where it links to, that is no regular file."""
     if not follow_links and path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))
@@ -161,7 +161,7 @@ def write_atomic(path: Path, content: str | bytes | Sequence[bytes | memoryview]
     parts = [content.encode("utf-8", "backslashreplace")] if isinstance(content, str) else content
     parts = [parts] if isinstance(parts, bytes) else parts
     with translate_os_errors(path, sum(map(len, parts))):
-        require_regular_file(path)
+        refuse_non_regular_file(path)
         handle, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as f:

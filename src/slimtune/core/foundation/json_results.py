@@ -72,7 +72,7 @@ def _has_default(field: Field[Any]) -> bool:
 
 
 @cache
-def list_fields_with_types(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
+def list_json_fields_with_types(cls: Any) -> tuple[tuple[Field[Any], Any], ...]:
     """Return the fields of a dataclass that are in JSON, and the type of each."""
     hints = get_type_hints(cls)
     return tuple((f, hints[f.name]) for f in dataclasses.fields(cls) if not f.metadata.get("not_in_json"))
@@ -85,7 +85,7 @@ def to_json_dict(result: Any) -> JsonObject:
     """Return a result as plain values for JSON, its keys in the order of the fields; NaN and Inf become None."""
     values: dict[str, Any] = {}
     cls: Any = type(result)
-    for field, kind in list_fields_with_types(cls):
+    for field, kind in list_json_fields_with_types(cls):
         value = _to_plain(getattr(result, field.name))
         if suffixes := find_key_suffixes(kind):
             values |= {get_json_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
@@ -135,8 +135,8 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
         raise ValueError(f"{path or 'the result'}: it is no JSON object")
     values: dict[str, Any] = {}
     left = dict(data)
-    inline = [(f, kind) for f, kind in list_fields_with_types(cls) if f.metadata.get("inline")]
-    for field, kind in list_fields_with_types(cls):
+    inline = [(f, kind) for f, kind in list_json_fields_with_types(cls) if f.metadata.get("inline")]
+    for field, kind in list_json_fields_with_types(cls):
         if field.metadata.get("inline"):
             continue
         if suffixes := find_key_suffixes(kind):
@@ -252,7 +252,7 @@ def _describe_kind(kind: Any) -> str:
 
 def _list_keys(cls: Any) -> list[str]:
     keys: list[str] = []
-    for field, kind in list_fields_with_types(cls):
+    for field, kind in list_json_fields_with_types(cls):
         if field.metadata.get("inline") and (inner := find_dataclass_in_type(kind)) is not None:
             keys += _list_keys(inner)
         else:

@@ -30,7 +30,7 @@ def display_progress(display: Display) -> Iterator[None]:
 
 
 @contextmanager
-def prefix_progress_name(name: str) -> Iterator[None]:
+def use_progress_prefix(name: str) -> Iterator[None]:
     """Put a name before what `track_progress` reports meanwhile: one of several passes over the same rows."""
     _names.append(name)
     try:

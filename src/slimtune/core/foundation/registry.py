@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from ...errors import ConfigError, format_names, nearest
+from ...errors import ConfigError, format_names, suggest
 
 T = TypeVar("T")
 _PATHS: dict[str, dict[str, str]] = {}
@@ -62,7 +62,7 @@ class Registry(Generic[T]):
         """
         paths = self.paths()
         if name not in tuple(paths):  # a recipe may give a name that cannot be hashed
-            message = f"there is no {self.kind} {name!r}{nearest(name, paths)}"
+            message = f"there is no {self.kind} {name!r}{suggest(name, paths)}"
             raise ConfigError(message, f"one of {format_names(paths)}")
         module, _, attribute = paths[name].partition(":")
         part: Any = importlib.import_module(module)

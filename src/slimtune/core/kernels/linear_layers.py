@@ -44,7 +44,7 @@ def get_weight_and_bias_names(module: nn.Module) -> tuple[str, str]:
     return ("in_proj_weight", "in_proj_bias") if isinstance(module, nn.MultiheadAttention) else ("weight", "bias")
 
 
-def list_persistent_buffers(module: nn.Module) -> list[str]:
+def list_persistent_buffer_names(module: nn.Module) -> list[str]:
     """Return the names of a module's buffers that belong to its state dict, such as a BatchNorm's statistics."""
     hidden = module._non_persistent_buffers_set
     return [n for n, buffer in module._buffers.items() if buffer is not None and n not in hidden]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ...errors import ModelError, UsageError, format_names, nearest
+from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.remote_code import remote_code_allowed
 from .load_errors import make_remote_code_error, silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource, find_known_base, make_unknown_base_error, resolve_model_source
@@ -58,7 +58,7 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
         expected = "a revision only with a Hub id"
         raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
     if source.kind in BASE_READERS.names():
-        folder, seconds = BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))
+        folder, seconds = BASE_READERS.load(source.kind).get_or_make_cached_hf_folder(Path(source.path))
         location = str(folder)
     hub_options = {"revision": revision} if revision else {}
     # trust_remote_code is always given: without it transformers asks on the terminal.
@@ -136,7 +136,7 @@ def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedC
         if kind not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
             raise make_remote_code_error(str(path))
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
-            problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
+            problem = f"the unknown model_type {kind!r}{suggest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     _require_valid_config(config, str(path))
@@ -154,7 +154,7 @@ def _require_valid_config(config: PreTrainedConfig, spec: str) -> None:
         ) from error
     activation = values.pop("hidden_act")
     if not isinstance(text, PreTrainedConfig) or (isinstance(activation, str) and activation not in ACT2FN):
-        known = f"hidden_act is {activation[:80]!r}{nearest(activation[:80], ACT2FN)}" if activation else "text_config"
+        known = f"hidden_act is {activation[:80]!r}{suggest(activation[:80], ACT2FN)}" if activation else "text_config"
         raise ModelError(f"the config of {spec!r} has what transformers does not know: {known}", hint=_CONFIG_HINT)
     longest = vars(text).get("max_position_embeddings")
     if isinstance(longest, int) and longest < 1:

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from ...errors import UsageError, format_names, nearest
+from ...errors import UsageError, format_names, suggest
 from ..foundation import distributed
 from ..foundation.cpu import read_linux_cpu_flags
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS, dtype_name
@@ -39,7 +39,7 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
     if kind == "xpu":
         raise UsageError(NO_XPU, "an NVIDIA or AMD GPU, a Mac or a CPU", "use --device cpu")
     if kind not in DEVICES[1:] or (index and not index.isdigit()):
-        raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
+        raise UsageError(f"unknown device {requested!r}{suggest(kind, DEVICES)}", format_names(DEVICES))
     if kind == "mps" and not mps:
         raise UsageError(
             "the device is 'mps', and torch finds no Apple GPU", hint="use --device auto", code="torch-cpu-build"
@@ -50,7 +50,7 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
     return torch.device(name)
 
 
-@distributed.runs_on_all_ranks
+@distributed.raises_on_all_ranks
 def pick_training_device(name: str) -> torch.device:
     """Return the device of this process: with several processes on GPUs, each has its own."""
     device, gpus = pick_device(name), torch.cuda.device_count()
@@ -86,7 +86,7 @@ def pick_dtype(
         return DTYPES[name]
     if name != "auto":
         names = ["auto", *DTYPES]
-        raise UsageError(f"unknown dtype {requested!r}{nearest(name, names)}", format_names(names))
+        raise UsageError(f"unknown dtype {requested!r}{suggest(name, names)}", format_names(names))
     if has_bf16 is None:
         has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32

@@ -19,14 +19,14 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ...errors import ModelError, UsageError, format_names, nearest
+from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.chat_rendering import render_chat_template
-from ..foundation.fingerprint import config_fingerprint, hash_weight_samples
+from ..foundation.fingerprint import config_fingerprint, hash_weight_samples_by_kind
 from .base_config import PreparedBase, get_hidden_size, prepare_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource
-from .quantization import BASE_QUANTIZATIONS, make_quantization_options
+from .quantization import BASE_QUANTIZATIONS, resolve_quantization_and_load_args
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class LoadedBase:
     load_seconds: float  # spent on reading model and tokenizer
     prepare_seconds: float  # spent on making a folder of a base in another format
     fingerprint: str  # 16 hex digits that name the base
-    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples`)
+    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples_by_kind`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
     new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
     revision: str | None = None  # branch, tag or commit of a base from the Hub
@@ -66,7 +66,7 @@ class LoadedBase:
         """Return the folder with the weight files as they are stored; those of a Hub id are downloaded if missing."""
         source = self.source
         if source.kind in BASE_READERS.names():
-            return BASE_READERS.load(source.kind).convert_to_hf_folder(Path(source.path))[0]
+            return BASE_READERS.load(source.kind).get_or_make_cached_hf_folder(Path(source.path))[0]
         if source.kind == "folder":
             return Path(source.path)
         files = ["*.safetensors*", "*.json"]
@@ -108,14 +108,14 @@ def load_base(
         RunError: the disk or the memory is full.
     """
     if task not in TASKS:
-        raise UsageError(f"unknown task {task!r}{nearest(task, TASKS)}", format_names(TASKS))
+        raise UsageError(f"unknown task {task!r}{suggest(task, TASKS)}", format_names(TASKS))
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     template = _read_template(chat_template)
     opened = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     start = time.perf_counter()
     tokenizer = _load_tokenizer(opened, template)
-    quantization, options = make_quantization_options(opened.config, quantization, dtype, device, spec)
+    quantization, options = resolve_quantization_and_load_args(opened.config, quantization, dtype, device, spec)
     is_placed = bool(options)  # bitsandbytes loads onto the device, and int8 cannot be moved
     options |= opened.options | ({"attn_implementation": attn_implementation} if attn_implementation else {})
     for name, value in (head or {}).items():
@@ -148,7 +148,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        weight_hashes=hash_weight_samples(model, set(info["missing_keys"])),
+        weight_hashes=hash_weight_samples_by_kind(model, set(info["missing_keys"])),
         quantization=quantization,
         new_weights=tuple(sorted(info["missing_keys"])),
         revision=revision,
@@ -180,7 +180,7 @@ def _read_template(given: str | Path | None) -> str | None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        close = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        close = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UsageError(
             f"there is no chat template file {str(path)!r}{close}", expected, code="chat-template-missing"
         ) from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ...errors import ModelError, UsageError, format_names, nearest
+from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.registry import Registry
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class KnownModelCatalog(Protocol):
 class HuggingFaceFolderConverter(Protocol):
     """Makes a Hugging Face folder of a base in another format."""
 
-    def convert_to_hf_folder(self, path: Path) -> tuple[Path, float]:
+    def get_or_make_cached_hf_folder(self, path: Path) -> tuple[Path, float]:
         """Return the folder, and the seconds spent on making it (0 if it was there); raise ModelError, RunError."""
 
     def read_config(self, path: Path) -> "PreTrainedConfig":
@@ -121,14 +121,14 @@ def resolve_model_source(spec: str) -> ModelSource:
     if "/" not in spec and path.suffix.lower() not in _FILE_TYPES:
         raise make_unknown_base_error(spec)
     missing = next(p for p in (*reversed(path.parents), path) if not os.path.exists(p))
-    close = nearest(missing.name, _file_names(missing.parent))
+    close = suggest(missing.name, _file_names(missing.parent))
     raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}", code="repository-not-found")
 
 
 def make_unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
     found = [catalog.format_alias_hint(name) for catalog in KNOWN_MODELS.load_all().values()]
-    close = next((close for close, _ in found if close), "") or nearest(name, _file_names(Path()))
+    close = next((close for close, _ in found if close), "") or suggest(name, _file_names(Path()))
     family = [alias for _, aliases in found for alias in aliases]
     known = f"an alias, such as {format_names(_list_aliases(), 4)}"
     if family and not close:

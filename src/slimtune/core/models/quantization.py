@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...errors import ModelError, UsageError, format_install_command, format_names, nearest
+from ...errors import ModelError, UsageError, format_install_command, format_names, suggest
 from ..foundation.registry import Registry
 from ..kernels.linear_layers import get_dequantized_weight, get_layer_kind, get_layer_sizes, is_quantized
 
@@ -64,7 +64,7 @@ def has_double_quantization(config: PreTrainedConfig) -> bool:
     return bool(_get_settings(config).get("bnb_4bit_use_double_quant"))
 
 
-def make_quantization_options(
+def resolve_quantization_and_load_args(
     config: PreTrainedConfig, quantization: str | None, dtype: torch.dtype, device: torch.device, spec: str
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
@@ -82,7 +82,8 @@ def make_quantization_options(
     stored = get_stored_quantization(config)
     if quantization not in (None, stored, *KINDS):
         raise UsageError(
-            f"quantization is {quantization!r}{nearest(str(quantization), KINDS)}", f"{format_names(KINDS)}, or nothing"
+            f"quantization is {quantization!r}{suggest(str(quantization), KINDS)}",
+            f"{format_names(KINDS)}, or nothing",
         )
     if stored is not None and quantization not in (None, stored):
         raise UsageError(

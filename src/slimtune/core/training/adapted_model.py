@@ -22,7 +22,7 @@ from ..models.lm_head import get_classifier_head
 from ..models.loader import LoadedBase
 from .base_model import LoadBase, require_finite_weights
 from .datasets import RunDatasets
-from .memory_savings import apply_fsdp, apply_memory_savings
+from .memory_savings import apply_memory_savings, shard_base_with_fsdp
 from .run_dir import find_adapter_folder
 
 
@@ -53,7 +53,7 @@ def load_adapted_base(
             require_finite_weights(base)
         model = _attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
-            apply_fsdp(model, mesh, device)
+            shard_base_with_fsdp(model, mesh, device)
             base.device = device
         return base, model
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..adapters.adapter_strength import AdapterStrength
 from . import checkpoint
-from .forgetting_budget import reduce_strength_to_budget
+from .forgetting_budget import set_strength_within_budget
 from .loss import count_supervised_targets
 from .resuming import load_checkpoint_adapter
 from .train_result import ForgettingResult
@@ -23,7 +23,7 @@ class _KeptAdapter(NamedTuple):
     forgetting: ForgettingResult | None  # None: the run has no budget
 
 
-def restore_best_adapter(loop: TrainingLoop) -> _KeptAdapter:
+def restore_best_adapter_within_budget(loop: TrainingLoop) -> _KeptAdapter:
     """Load the best adapter; with a forgetting budget make it weaker if it is outside, or take an earlier one.
 
     With a budget the better one of two adapters is kept: the best of all, weaker, and the best one inside the budget as
@@ -38,7 +38,7 @@ def restore_best_adapter(loop: TrainingLoop) -> _KeptAdapter:
     before = forgetting = known[step] if step in known else loop.measure_forgetting(alone=True)
     strength, tried = 1.0, list[tuple[float, float]]()
     if not before <= budget:  # NaN is outside
-        strength, tried = reduce_strength_to_budget(
+        strength, tried = set_strength_within_budget(
             AdapterStrength(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
         )
         forgetting = max((change for s, change in tried if s == strength), default=0.0)

@@ -14,8 +14,8 @@ from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
-from ..data.row_observer import DATA_REPORTS, RowFindings, RowObserver
-from ..data.rows import ROW_SOURCES, RowSource
+from ..data.row_observer import DATA_REPORTS, RowFindingsSummary, RowObserver
+from ..data.rows import ROW_SOURCES, RowIterable
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import RankedAnswerSelection, TokenizedDataset
 from ..foundation import distributed
@@ -38,7 +38,7 @@ class RunDatasets:
     test: TokenizedDataset
     train_stats: TokenizationStats
     validation_stats: TokenizationStats | None
-    data_reports: dict[str, RowFindings | None]
+    data_reports: dict[str, RowFindingsSummary | None]
     classes: ClassLabels | None = None  # of a sequence classifier
 
     def lengths(self) -> list[ExampleLength]:
@@ -46,7 +46,7 @@ class RunDatasets:
         return [*self.train.example_lengths, *self.validation.example_lengths]
 
 
-def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowSource:
+def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowIterable:
     """Open a data set with the format and the columns of the settings, in a format that the objective takes.
 
     Raises:
@@ -70,13 +70,13 @@ def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective
 class _ObservedRows(NamedTuple):
     """The rows of a file, tokenized, and what watched them."""
 
-    file: RowSource
+    file: RowIterable
     dataset: TokenizedDataset
     stats: TokenizationStats
     observer: RowObserver
 
 
-@distributed.runs_on_all_ranks
+@distributed.raises_on_all_ranks
 def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
     """Check that the recipe's packages are there, and load its rows as they are trained on.
 
@@ -121,7 +121,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
 
     own = read(data.train)
     other: _ObservedRows | None = None
-    reports: dict[str, RowFindings | None] = {"validation": None}
+    reports: dict[str, RowFindingsSummary | None] = {"validation": None}
     train, test = _split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
     if data.validation is not None:
         other = read(data.validation, own.observer)
@@ -157,7 +157,7 @@ def load_eval_dataset(
 
 
 def _tokenize(
-    rows: RowSource, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
+    rows: RowIterable, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     return tokenize_dataset(
         rows,
@@ -172,7 +172,7 @@ def _tokenize(
 
 
 def _cut_documents(
-    rows: RowSource, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
+    rows: RowIterable, dataset: TokenizedDataset, data: DataSettings, tokenizer: Any, seed: int | None = None
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
     return dataset if rows.cut_windows is None else rows.cut_windows(dataset, data.max_seq_len, tokenizer, seed)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from ..config import Recipe
 
 
-def resolve_learning_rate(recipe: Recipe, rows: int, hidden_size: int) -> Recipe:
+def fill_in_learning_rate(recipe: Recipe, rows: int, hidden_size: int) -> Recipe:
     """Return the recipe with a number for its learning rate.
 
     Args:

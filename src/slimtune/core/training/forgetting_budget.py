@@ -47,7 +47,7 @@ def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[st
     return float(np.max([tuned_losses[kind] - base_losses[kind] for kind in base_losses]))
 
 
-def reduce_strength_to_budget(
+def set_strength_within_budget(
     strength: AdapterStrength, measure_forgetting: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.

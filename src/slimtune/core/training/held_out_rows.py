@@ -13,7 +13,7 @@ MIN_EVAL_ROWS = 6
 """Fewer held-out rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
 
 
-def find_eval_split(data: DataSettings) -> str | None:
+def find_test_or_validation_split(data: DataSettings) -> str | None:
     """Return the rows that `slimtune eval` can measure on without a file: "test", else "validation", or None."""
     if data.test is not None or data.test_fraction > 0:
         return "test"
@@ -22,5 +22,5 @@ def find_eval_split(data: DataSettings) -> str | None:
 
 def count_held_out_rows(recipe: Recipe, data: RunDatasets) -> int | None:
     """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
-    split = find_eval_split(recipe.data)
+    split = find_test_or_validation_split(recipe.data)
     return None if split is None or getattr(recipe.data, split) is not None else len(getattr(data, split).documents)

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import UsageError
 from ..attention.attention_functions import (
     LAYOUT_KWARG,
-    enable_packed_attention,
     layout_unsupported_reason,
     make_placeholder_mask,
+    packed_attention_enabled,
     packing_unsupported_reason,
 )
 from ..config.objective_registry import load_objective_class
@@ -38,7 +38,7 @@ from ..models.lm_head import (
     get_lm_head,
     require_matching_lm_head_loss,
 )
-from .objective import Objective, sum_tokens_by_row
+from .objective import Objective, sum_targets_by_row
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1280, 8192
 """Tokens in a micro-batch above which more tokens compute hardly faster (2,048 on a CPU: 4 %)."""
@@ -100,9 +100,9 @@ def load_default_objective() -> Objective:
 def compute_token_nll(model: Any, batch: Batch) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
-    If the batch has a `layout`, call this inside `enable_packed_attention(model)`, and the backward pass, too.
+    If the batch has a `layout`, call this inside `packed_attention_enabled(model)`, and the backward pass, too.
     """
-    head, h = compute_head_inputs(model, batch)
+    head, h = split_head_and_supervised_inputs(model, batch)
     if head is None:
         logits = h.to(torch.promote_types(h.dtype, torch.float32))
         return F.cross_entropy(logits, batch["targets"], reduction="none")
@@ -119,7 +119,7 @@ def _model_inputs(batch: Batch) -> ModelInputs:
     return inputs
 
 
-def compute_head_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
+def split_head_and_supervised_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
     inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
     head = get_lm_head(model)
@@ -198,7 +198,7 @@ def forward_backward(
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def score_objective(
+def score_examples_by_objective(
     model: Any, examples: Sequence[Example], collator: Collator, objective: Objective, **options: Any
 ) -> dict[int, list[float]]:
     """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
@@ -215,7 +215,7 @@ def score_row_logps_by_example(
     """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
 
     def measure(batch: Batch) -> Sequence[Tensor]:
-        return (-sum_tokens_by_row(compute_token_nll(model, batch).double(), batch)).split(batch["example_rows"])
+        return (-sum_targets_by_row(compute_token_nll(model, batch).double(), batch)).split(batch["example_rows"])
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -242,7 +242,7 @@ def score_examples(
     measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
     model.eval()
     try:
-        with enable_packed_attention(model):
+        with packed_attention_enabled(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
@@ -293,7 +293,7 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
     row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
     batch = move_batch_to_device(collator([{"input_ids": row, "labels": row}]), device)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
-    with preserve_rng_state(device), enable_packed_attention(model), hooks:
+    with preserve_rng_state(device), packed_attention_enabled(model), hooks:
         loss = compute_step_loss(model.train(), batch)
     del loss
     model.train(was_training)

@@ -73,13 +73,13 @@ def _recompute_elementwise(model: Any) -> None:
     """Keep less for the backward pass in norms and MLPs that compute what Llama's do, in place."""
     for module in model.modules():
         # An activation with parameters would get no gradients for them.
-        if has_same_forward(module, LlamaMLP) and not list(module.act_fn.parameters()):
+        if has_same_forward_code(module, LlamaMLP) and not list(module.act_fn.parameters()):
             module.forward = partial(_forward_gated, module)
-        elif has_same_forward(module, LlamaRMSNorm):
+        elif has_same_forward_code(module, LlamaRMSNorm):
             module.forward = partial(_forward_norm, module)
 
 
-def has_same_forward(module: nn.Module, expected: type[nn.Module]) -> bool:
+def has_same_forward_code(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Return whether a module's forward has the code of that of another class: most families copy Llama's."""
     own, code = getattr(type(module).forward, "__code__", None), expected.forward.__code__
     if own is None or "forward" in vars(module):
@@ -131,7 +131,7 @@ def _forward_tiled(
     return run_in_token_tiles(run, x, max(1, tokens // x.shape[0]), trained)
 
 
-def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
+def shard_base_with_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
     """Shard an adapted model's base over the processes, in place, and move the whole adapter to `device`.
 
     Each process keeps 1/N. FSDP2 gets one group per layer and one for the rest (embeddings, last norm, head); each is

@@ -7,7 +7,7 @@ from typing import Any
 from ..data.collator import Collator, Example
 from ..data.tokenize import format_line_numbers
 from ..kernels.linear_layers import is_finite, list_quantization_scales
-from .loss import score_objective
+from .loss import score_examples_by_objective
 from .objective import Objective
 
 EVENT = "non-finite"
@@ -28,7 +28,7 @@ def find_nonfinite_weights(model: Any) -> list[str]:
 def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator, objective: Objective) -> list[int]:
     """Return the lines of the rows whose own loss is NaN or Inf; each row is computed alone."""
     alone = {"group_rows": lambda some: [[i] for i in range(len(some))]}
-    return select_nonfinite_lines(rows, score_objective(model, rows, collator, objective, **alone))
+    return select_nonfinite_lines(rows, score_examples_by_objective(model, rows, collator, objective, **alone))
 
 
 def select_nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float]]) -> list[int]:

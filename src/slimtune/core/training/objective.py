@@ -129,7 +129,7 @@ class Objective(DeclaredSettings):
         raise NotImplementedError
 
 
-def sum_tokens_by_row(values: Tensor, batch: Batch) -> Tensor:
+def sum_targets_by_row(values: Tensor, batch: Batch) -> Tensor:
     """Return the sum of the values of each row's supervised tokens [R]; the rows of an example are neighbours."""
     import torch
 

@@ -15,14 +15,14 @@ import psutil
 
 from ...errors import SlimtuneError
 from ..config import Recipe
-from ..data.example_lengths import ExampleLength, RowContent, count_row_tokens
+from ..data.example_lengths import DatasetRowComposition, ExampleLength, count_tokens_per_row
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
 from ..foundation.registry import Registry
 from .adapted_model import load_adapted_base
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
-from .default_learning_rate import resolve_learning_rate
+from .default_learning_rate import fill_in_learning_rate
 from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
 from .memory_savings import compile_layers
@@ -37,7 +37,7 @@ from .resuming import (
 from .run_description import log_run_description, log_step_composition
 from .run_dir import RunDir, RunLock
 
-Planner = Callable[[Recipe, Sequence[ExampleLength], RowContent], MemoryPlan | None]
+Planner = Callable[[Recipe, Sequence[ExampleLength], DatasetRowComposition], MemoryPlan | None]
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
 
 Raises if the run does not fit.
@@ -52,7 +52,7 @@ The last argument is the bytes that this process had resident at the start.
 """
 
 
-def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: RowContent) -> None:
+def plan_nothing(recipe: Recipe, lengths: Sequence[ExampleLength], content: DatasetRowComposition) -> None:
     """Plan no run."""
 
 
@@ -71,7 +71,7 @@ def prepare_run(
     """
     started, resident = time.perf_counter(), psutil.Process().memory_info().rss
     run = RunDir(Path(recipe.output_dir))
-    distributed.install_sigterm_watcher(run.resume_command())
+    distributed.exit_on_sigterm_with_resume_hint(run.resume_command())
     with _release_on_error(RunLock(run)) as lock:
         recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
         # Packages, data and plan, before a weight is loaded.
@@ -85,7 +85,7 @@ def prepare_run(
         base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
         loading_peak = count_peak_memory(base.device)
         has_own_rate = recipe.train.learning_rate != "auto"
-        recipe = resolve_learning_rate(recipe, len(data.train), base.hidden_size)
+        recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
@@ -94,7 +94,7 @@ def prepare_run(
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
             logger.trackers = start_trackers(recipe, run)
-            longest = max(max(count_row_tokens(length)) for length in lengths)
+            longest = max(max(count_tokens_per_row(length)) for length in lengths)
             collator = build_run_collator(recipe.train, model, base.tokenizer, longest)
             if plan is not None and collator.max_tokens is not None:
                 collator.max_tokens = min(collator.max_tokens, max(longest, plan.max_tokens_per_micro_batch))

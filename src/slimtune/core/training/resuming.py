@@ -17,7 +17,7 @@ from ..adapters import adapter_files
 from ..adapters.adapter_tensors import load_adapter_tensors
 from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
-from ..data.row_observer import RowFindings
+from ..data.row_observer import RowFindingsSummary
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
 from ..foundation.json_results import to_json_dict
@@ -94,7 +94,7 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 @distributed.runs_on_main
 def create_locked_run_dir(
-    run: RunDir, recipe: Recipe, lock: RunLock, data_reports: Mapping[str, RowFindings | None], init_model: Any
+    run: RunDir, recipe: Recipe, lock: RunLock, data_reports: Mapping[str, RowFindingsSummary | None], init_model: Any
 ) -> None:
     """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
 
@@ -148,7 +148,7 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
 
 def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model."""
-    tensors, _ = adapter_files.read_adapter_file(folder)
+    tensors, _ = adapter_files.read_adapter_and_fingerprint(folder)
     load_adapter_tensors(model, "default", tensors, source=str(folder))
 
 

@@ -24,12 +24,12 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from ...errors import RunError, UsageError, format_names, nearest
+from ...errors import RunError, UsageError, format_names, suggest
 from ..config import Recipe, load_recipe
 from ..foundation.files import (
     parse_json,
     read_json,
-    require_regular_file,
+    refuse_non_regular_file,
     require_writable,
     to_json,
     translate_os_errors,
@@ -129,7 +129,7 @@ class RunDir:
         run = cls(Path(path))
         if not run.path.is_dir():
             siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if run.path.parent.is_dir() else []
-            raise UsageError(f"there is no run folder {str(run.path)!r}{nearest(run.path.name, siblings)}")
+            raise UsageError(f"there is no run folder {str(run.path)!r}{suggest(run.path.name, siblings)}")
         if not run.recipe_file.is_file():
             names = format_names(sorted(p.name for p in run.path.iterdir()))
             message = f"{run.path} is not a run folder: it contains {names or 'nothing'}"
@@ -156,7 +156,7 @@ class RunDir:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
         line = to_json(values).encode() + b"\n"
         with translate_os_errors(self.metrics_file, len(line)):
-            require_regular_file(self.metrics_file, follow_links=False)
+            refuse_non_regular_file(self.metrics_file, follow_links=False)
             with open(self.metrics_file, "ab+") as f:
                 if f.seek(0, os.SEEK_END):
                     f.seek(-1, os.SEEK_END)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError, RunError, UsageError, format_names
-from ..adapters.adapter_files import read_adapter_file
+from ..adapters.adapter_files import read_adapter_and_fingerprint
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
@@ -78,7 +78,7 @@ def _read_class_labels(folder: Path) -> ClassLabels:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
         return ClassLabels.from_config(read_json(folder / CONFIG_FILE))
-    tensors, _ = read_adapter_file(folder)
+    tensors, _ = read_adapter_and_fingerprint(folder)
     heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
     if not heads:
         raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")

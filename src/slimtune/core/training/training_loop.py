@@ -26,14 +26,14 @@ from torch import Tensor
 from ...errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
-from ..attention.attention_functions import enable_packed_attention
+from ..attention.attention_functions import packed_attention_enabled
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
 from ..kernels.dropout import preserve_rng_state
 from . import checkpoint, nonfinite
 from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
-from .loss import forward_backward, load_default_objective, move_batch_to_device, score_objective
+from .loss import forward_backward, load_default_objective, move_batch_to_device, score_examples_by_objective
 from .objective import Objective
 from .prepared_run import PreparedRun
 from .thread_count import ThreadCountTuner
@@ -109,7 +109,7 @@ class TrainingLoop:
         So several loops of one process can take turns. Signals are theirs to handle.
         """
         self.model.train()
-        with enable_packed_attention(self.model), self.logger.track_training(self.state):
+        with packed_attention_enabled(self.model), self.logger.track_training(self.state):
             if self.thread_count is not None and self.state.threads is not None:
                 self.thread_count.start_with(self.state.threads)
             try:
@@ -325,7 +325,7 @@ class TrainingLoop:
         The processes share the rows, unless this one computes `alone`, as the main process does after the last step.
         """
         self.recovery.step = self.state.step
-        score = partial(score_objective, objective=objective)
+        score = partial(score_examples_by_objective, objective=objective)
         scores = score_across_processes(
             score, "evaluation", self.model, rows, self.sharder, self.recovery, score_all_here=alone
         )

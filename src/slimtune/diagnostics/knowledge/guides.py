@@ -36,7 +36,7 @@ _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
 
 
 @dataclass(frozen=True)
-class CommandGuide:
+class QuestionGuide:
     """What answers a question that is no error."""
 
     answer: str
@@ -45,16 +45,16 @@ class CommandGuide:
     """What the command does, or the text of the answer or definition."""
 
 
-def find_command_guides(question: str) -> list[CommandGuide]:
+def find_command_guides(question: str) -> list[QuestionGuide]:
     """Return the commands and texts that answer a short question about no error, each with what it does or says."""
     if len(question) > MOST_QUESTION:
         return []
     words = f" {' '.join(re.findall(r'[a-z0-9-]+', question.lower()))} "
     quick = _load_sections("quick_answers.md")
     return (
-        [CommandGuide(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
+        [QuestionGuide(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
         + [
-            CommandGuide(title, quick[title])
+            QuestionGuide(title, quick[title])
             for asked, title in QUICK_ANSWERS
             if any(f" {part} " in words for part in asked)
         ]
@@ -63,7 +63,7 @@ def find_command_guides(question: str) -> list[CommandGuide]:
     )
 
 
-def find_glossary_definition(question: str) -> list[CommandGuide]:
+def find_glossary_definition(question: str) -> list[QuestionGuide]:
     """Return the word of the glossary that a question asks the meaning of, with its definition; nothing if none."""
     asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", question[: MOST_QUESTION + 1].lower())))
     found = _load_terms().get(_normalize(asked[1] or asked[2])) if asked else None
@@ -71,8 +71,8 @@ def find_glossary_definition(question: str) -> list[CommandGuide]:
 
 
 @cache
-def _load_terms() -> dict[str, CommandGuide]:
-    return {_normalize(term): CommandGuide(term, text) for term, text in _load_sections("glossary.md").items()}
+def _load_terms() -> dict[str, QuestionGuide]:
+    return {_normalize(term): QuestionGuide(term, text) for term, text in _load_sections("glossary.md").items()}
 
 
 def _normalize(term: str) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ...core.data.chat_template import TokenizedRow, compile_alternatives_pattern, find_end_of_turn_ids
-from ...core.data.rows import Row, split_into_answer_rows
+from ...core.data.chat_template import TokenizedRow, compile_alternatives_pattern, find_possible_turn_end_ids
+from ...core.data.rows import Row, split_ranked_answers_into_rows
 from ...core.data.tokenize import PairedRow
 from ...core.foundation.chat_rendering import render_chat_template
 from ...core.foundation.sequences import find_shared_prefix
-from .near_duplicates import Array, compute_minhash_signatures, find_common_trigrams, hash_normalized_texts
-from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_text_issues, is_placeholder_answer
+from .near_duplicates import Array, compute_minhash_signatures, find_common_trigram_hashes, hash_normalized_texts
+from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_encoding_issues, is_placeholder_answer
 
 SAMPLES = 3
 ROW_STATS = np.dtype(
@@ -39,7 +39,7 @@ class RowBatchStats:
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
     samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
-    thinking: list[int]  # turns that think, as `messages.count_thinking_turns` counts them
+    thinking: list[int]  # turns that think, as `messages.count_thinking_turns_by_use` counts them
 
 
 class RowBatchValidator:
@@ -51,19 +51,19 @@ class RowBatchValidator:
     def __init__(self, tokenizer: Any, max_seq_len: int) -> None:
         self.max_seq_len = max_seq_len
         self.control_tokens = compile_alternatives_pattern(_control_tokens(tokenizer))
-        self.end_ids, self.bos_id = find_end_of_turn_ids(tokenizer), tokenizer.bos_token_id
+        self.end_ids, self.bos_id = find_possible_turn_end_ids(tokenizer), tokenizer.bos_token_id
         self.common_trigrams: Array | None = None
 
     def __call__(self, pairs: Sequence[PairedRow]) -> RowBatchStats:
         # Of a preference pair or a ranked list the best row is looked at, and the text of the others.
         valid = [(row, tokens) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
-        found = [(split_into_answer_rows(row)[0], tokens.split()[0]) for row, tokens in valid]
+        found = [(split_ranked_answers_into_rows(row)[0], tokens.split()[0]) for row, tokens in valid]
         longest = [max(tokens.row_lengths or (len(tokens.input_ids),)) for _, tokens in valid]
         rejected = [_get_rejected_texts(row) for row, _ in valid]
         worst = [_get_worst_answer(row, tokens) for row, tokens in valid]
         ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
-            self.common_trigrams = find_common_trigrams(ids)
+            self.common_trigrams = find_common_trigram_hashes(ids)
         rows = np.zeros(len(found), ROW_STATS)
         issues: list[tuple[str, int, str]] = []
         for i, (row, tokens) in enumerate(found):
@@ -94,7 +94,7 @@ class RowBatchValidator:
     def _find_issues(
         self, row: Row, tokens: TokenizedRow, answer: str, texts: list[tuple[str, str]]
     ) -> Iterator[tuple[str, str]]:
-        yield from find_text_issues([text for _, text in texts])
+        yield from find_encoding_issues([text for _, text in texts])
         if tokens.generation_prompt_differs:
             yield "other-prompt", ""
         if answer and is_placeholder_answer(answer):
@@ -135,7 +135,7 @@ def _hash_answer(answer: str) -> int:
 
 def _get_worst_answer(row: Row, tokens: TokenizedRow) -> tuple[int, tuple[int, int]]:
     """Return `worst` and `answer_tokens` of a pair or a list; zeros for another row."""
-    answers, rows = split_into_answer_rows(row), tokens.split()
+    answers, rows = split_ranked_answers_into_rows(row), tokens.split()
     if len(answers) == 1:
         return 0, (0, 0)
     counts = sum(rows[0].supervised[1:]), sum(rows[-1].supervised[1:])

@@ -69,7 +69,7 @@ def _hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
     return (mixed[inside[:-2]] >> np.uint64(32)).astype(np.uint32), np.concatenate([[0], np.cumsum(counts)])
 
 
-def find_common_trigrams(rows: list[list[int]]) -> Array:
+def find_common_trigram_hashes(rows: list[list[int]]) -> Array:
     """Return the hashes, sorted, of the trigrams that more than `COMMON_SHARE` of these rows have."""
     hashes, starts = _hash_trigrams(rows)
     owners = np.repeat(np.arange(len(rows), dtype=np.uint64), np.diff(starts))
@@ -108,7 +108,7 @@ def compute_minhash_signatures(
     return signatures, comparable
 
 
-def find_near_duplicates(a: Array, b: Array | None = None) -> tuple[Array, Array]:
+def match_minhash_signatures(a: Array, b: Array | None = None) -> tuple[Array, Array]:
     """Return the rows of `b` that nearly repeat a row of `a`, and which one: int64 [P] twice, each row of `b` once.
 
     Both are signatures, uint8 [N, 128]. Without `b`, rows of `a` are compared with earlier ones.
@@ -147,7 +147,7 @@ def _jaccard(equal: Array) -> Array:
     return (equal.mean(axis=1, dtype=np.float32) - chance) / (1 - chance)
 
 
-def find_repeated_values(values: Array) -> tuple[Array, Array]:
+def find_repeat_positions(values: Array) -> tuple[Array, Array]:
     """Return the positions of values that occurred before, and where each occurred first: int64 [R] twice."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(values)))

@@ -12,8 +12,8 @@ from ...core.data.parallel import parallel_map
 from ...core.data.rows import InvalidRow, Row
 from ...core.data.tokenize import BatchTokenizer, TokenizedBatch, batch_rows
 from ...core.foundation.cpu import count_usable_cpus
-from ...errors import nearest
-from ...extras.row_files import RowFile, open_rows
+from ...errors import suggest
+from ...extras.row_files import RowFileReader, open_rows
 from ...extras.row_formats.classification import sort_class_names
 from ...extras.row_formats.documents import measure_document_windows
 from .batch_stats import RowBatchValidator
@@ -32,7 +32,7 @@ from .data_report import (
     UnusedColumnCount,
 )
 from .near_duplicates import Array
-from .row_checks import find_data_issues, measure_pair_lengths
+from .row_checks import find_data_issues, measure_longer_chosen_share
 from .row_facts import AffectedRows, RowFacts, RowFactsCollector
 
 SAMPLE_CHARACTERS = 1500
@@ -65,7 +65,7 @@ def make_data_report(
         processes: how many tokenize at once; None: as many as there are cores.
     """
 
-    def read(rows: RowFile, like: DataReportBuilder | None = None) -> DataReportBuilder:
+    def read(rows: RowFileReader, like: DataReportBuilder | None = None) -> DataReportBuilder:
         builder = DataReportBuilder(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like)
         if tokenizer is None:
             builder.count_rows()
@@ -93,7 +93,7 @@ class DataReportBuilder:
     def __init__(
         self,
         tokenizer: Any,
-        source: RowFile,
+        source: RowFileReader,
         max_seq_len: int,
         on_overlong: str = "drop",
         rows_per_step: int = 8,
@@ -145,7 +145,7 @@ class DataReportBuilder:
             invalid_rows=[InvalidRowNote(row.line, row.cause, row.code) for row in facts.invalid],
             invalid_count=facts.invalid_count,
             classes={name: facts.labels[name].count for name in sort_class_names(facts.labels)},
-            pairs=measure_pair_lengths(facts),
+            pairs=measure_longer_chosen_share(facts),
             tokens=stats.tokens,
             supervised_tokens=stats.supervised_tokens,
             supervised_share=stats.supervised_tokens / stats.tokens if stats.tokens else 0.0,
@@ -201,7 +201,7 @@ def describe_row_treatment(facts: RowFacts, eos_token: str | None) -> list[str]:
     source = facts.source
     known = [column.name for column in source.unused_columns]
     notes = [
-        f"--ignore-columns {name}: no row has that column{nearest(name, known)}"
+        f"--ignore-columns {name}: no row has that column{suggest(name, known)}"
         for name in source.missing_ignored_columns
     ]
     if source.has_paragraphs:

@@ -13,7 +13,7 @@ import numpy as np
 from ...core.data.tokenize import PARAGRAPH_HINT
 from ...core.foundation.formatting import format_count
 from ...errors import format_names
-from ...extras.row_files import describe_unused_columns, make_unused_column_hint
+from ...extras.row_files import describe_effect_of_unused_columns, make_unused_column_hint
 from ...extras.row_formats.classification import sort_class_names
 from .data_report import DataIssue, PairLengthCounts
 from .near_duplicates import (
@@ -21,8 +21,8 @@ from .near_duplicates import (
     THRESHOLD,
     Array,
     combine_three_hashes,
-    find_near_duplicates,
-    find_repeated_values,
+    find_repeat_positions,
+    match_minhash_signatures,
 )
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
 
@@ -169,7 +169,9 @@ def _check_columns(facts: RowFacts) -> Iterator[RowFinding]:
         first = max(columns, key=lambda c: c.rows)
         yield RowFinding(
             "unused-column",
-            AffectedRows(first.rows, [first.line], describe_unused_columns(columns), make_unused_column_hint(columns)),
+            AffectedRows(
+                first.rows, [first.line], describe_effect_of_unused_columns(columns), make_unused_column_hint(columns)
+            ),
         )
 
 
@@ -190,9 +192,9 @@ def _check_lengths(facts: RowFacts) -> Iterator[RowFinding]:
 def _check_duplicates(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows repeat an earlier row, or nearly."""
     lines, texts = facts.stats_by_row["line"], facts.stats_by_row["hashes"][:, 0]
-    repeated, first = find_repeated_values(texts)
+    repeated, first = find_repeat_positions(texts)
     yield from _make_pair_finding("duplicate", lines[repeated], lines[first])
-    near, match = (facts.comparable_rows[rows] for rows in find_near_duplicates(facts.signatures))
+    near, match = (facts.comparable_rows[rows] for rows in match_minhash_signatures(facts.signatures))
     new = ~np.isin(near, repeated)
     prefix = f"similarity from {THRESHOLD}: "
     yield from _make_pair_finding("near-duplicate", lines[near[new]], lines[match[new]], prefix)
@@ -204,7 +206,7 @@ def _check_contradictions(facts: RowFacts) -> Iterator[RowFinding]:
     if facts.source.format in PAIR_FORMATS:
         return
     lines, words, (_, prompts, answers) = rows["line"], rows["words"], rows["hashes"].T
-    again, before = find_repeated_values(prompts)
+    again, before = find_repeat_positions(prompts)
     other = (answers[again] != answers[before]) & (prompts[again] != 0)
     other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
     code = "contradictory-label" if _is_labelled(facts) else "contradiction"
@@ -258,7 +260,7 @@ def _check_contradictory_pairs(facts: RowFacts) -> Iterator[RowFinding]:
 
 def _check_answer_lengths(facts: RowFacts) -> Iterator[RowFinding]:
     """The better answer of most pairs is the longer one, or the shorter one: a model may learn the length alone."""
-    if (pairs := measure_pair_lengths(facts)) is None:
+    if (pairs := measure_longer_chosen_share(facts)) is None:
         return
     decided, (low, high) = pairs.better_longer + pairs.better_shorter, pairs.longer_share_ci95
     difference = facts.stats_by_row["answer_tokens"] @ [1, -1]
@@ -272,7 +274,7 @@ def _check_answer_lengths(facts: RowFacts) -> Iterator[RowFinding]:
             yield from _make_finding("length-leak", facts.stats_by_row["line"][part], f"{of_all}, {interval}")
 
 
-def measure_pair_lengths(facts: RowFacts) -> PairLengthCounts | None:
+def measure_longer_chosen_share(facts: RowFacts) -> PairLengthCounts | None:
     """Return how often the better answer is the longer one; None: the rows are no pairs, or have no tokens."""
     rows = facts.stats_by_row
     if facts.source.format not in PAIR_FORMATS or not len(rows):
@@ -341,7 +343,7 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     path, other = facts.validation
     found = AffectedRows()
     if columns := other.source.lossy_columns:
-        line, loss = columns[0].line, describe_unused_columns(columns)
+        line, loss = columns[0].line, describe_effect_of_unused_columns(columns)
         found = AffectedRows(columns[0].rows, [line], f"{path}, line {line}: {loss}")
     if other.invalid_count:
         first = other.invalid[0]
@@ -364,7 +366,7 @@ def _check_overlap(facts: RowFacts) -> Iterator[RowFinding]:
     same = np.flatnonzero(np.isin(texts, other_texts))
     match = order[np.searchsorted(other_texts[order], texts[same])]
     yield from _make_pair_finding("overlap", lines[same], other_lines[match], f"{path}: ", "is")
-    near, match = find_near_duplicates(other.signatures, facts.signatures)
+    near, match = match_minhash_signatures(other.signatures, facts.signatures)
     new = ~np.isin(facts.comparable_rows[near], same)
     near, match = facts.comparable_rows[near[new]], other.comparable_rows[match[new]]
     yield from _make_pair_finding("near-overlap", lines[near], other_lines[match], f"{path}: ", "is nearly")

@@ -10,7 +10,7 @@ from ...core.data.packing import pack_sequences
 from ...core.data.rows import InvalidRow
 from ...core.data.tokenize import TokenizationStats, TokenizedBatch
 from ...core.foundation.sequences import find_shared_prefix
-from ...extras.row_files import RowFile
+from ...extras.row_files import RowFileReader
 from .batch_stats import ROW_STATS, SAMPLES, RowBatchStats
 from .near_duplicates import HASHES, Array
 
@@ -43,7 +43,7 @@ class AffectedRows:
 class RowFacts:
     """What is known of the rows of a file."""
 
-    source: RowFile  # its format and columns
+    source: RowFileReader  # its format and columns
     on_overlong: str  # what training does with longer rows than `stats.max_seq_len`
     stats: TokenizationStats
     stats_by_row: Array  # `ROW_STATS` [N], of the rows that have tokens
@@ -72,7 +72,7 @@ class RowFactsCollector:
     """
 
     def __init__(
-        self, source: RowFile, max_seq_len: int, on_overlong: str, rows_per_step: int, special_tokens: int | None
+        self, source: RowFileReader, max_seq_len: int, on_overlong: str, rows_per_step: int, special_tokens: int | None
     ) -> None:
         self.source, self.on_overlong, self.rows_per_step = source, on_overlong, rows_per_step
         self.special_tokens = special_tokens

@@ -55,7 +55,7 @@ _PLACEHOLDER = re.compile(
 )
 
 
-def find_text_issues(texts: list[str]) -> Iterator[tuple[str, str]]:
+def find_encoding_issues(texts: list[str]) -> Iterator[tuple[str, str]]:
     """Yield a code of `FINDING_TYPES` and an example for each way in which texts are decoded or escaped wrongly."""
     whole = "\n".join(texts)
     if found := _CONTROL.search(whole):

@@ -50,7 +50,7 @@ class AttentionPrefix(NamedTuple):
     gate: Tensor | None = None
 
 
-def find_attention_modules(model: Any) -> list[str]:
+def find_attention_module_names(model: Any) -> list[str]:
     """Return the names of the self-attention modules, in layer order.
 
     Raises:

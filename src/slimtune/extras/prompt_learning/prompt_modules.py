@@ -94,7 +94,7 @@ class VirtualTokenModule(BackboneAdapterModule):
         return call.run_encoder(base, self.virtual_embeddings(), keep=self.keeps_positions)
 
 
-class EncoderVirtualTokenMask(BackboneAdapterModule):
+class VirtualTokenCrossAttentionMask(BackboneAdapterModule):
     """Adapter module at a decoder that lets it attend to the `n` virtual tokens in the encoder's output."""
 
     def __init__(self, n: int) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
-from ...errors import format_names, nearest
+from ...errors import format_names, suggest
 from ..message_parsing import (
     parse_json_cell,
+    parse_list_or_json,
     parse_messages_and_train_mask,
     require_limited_json_depth,
-    require_list,
     require_strings,
     require_text,
 )
@@ -50,7 +50,7 @@ def _convert_sharegpt(value: Any) -> Messages:
     Turns that have a role instead of `from` stay as they are.
     """
     messages = []
-    for i, turn in enumerate(require_list(value, "conversations")):
+    for i, turn in enumerate(parse_list_or_json(value, "conversations")):
         if isinstance(turn, dict) and "role" in turn and "from" not in turn:
             messages.append(turn)
             continue
@@ -58,7 +58,7 @@ def _convert_sharegpt(value: Any) -> Messages:
         require_strings(turn, ("from", "value"), name)
         speaker, message = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
         if speaker not in SHAREGPT_ROLES:
-            known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
+            known = f"{suggest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
             raise RowError(f"{name} is from the unknown {speaker!r}{known}", "unknown-role")
         if speaker == "function_call":
             calls = parse_json_cell(turn["value"], f"{name}.value", "bad-tool-call")
@@ -85,7 +85,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return the JSON schemas of functions as OpenAI writes them, None for no tools; raise RowError for a wrong one."""
     if value is None or value in ("", []):
         return None
-    tools = require_list(value, "tools")
+    tools = parse_list_or_json(value, "tools")
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -123,11 +123,11 @@ def measure_document_windows(lengths: np.ndarray, max_seq_len: int, prefix: int,
     return np.where(whole, 1, counts), np.where(whole, predicted, low), np.where(whole, predicted, high)
 
 
-def cut_documents_into_windows(
+def cut_tokenized_documents(
     documents: TokenizedDataset, max_seq_len: int, tokenizer: Any, seed: int | None = None
 ) -> DocumentWindows:
     """Return the windows of tokenized documents; arguments as for `DocumentWindows`."""
     return DocumentWindows(documents, max_seq_len, tokenizer.bos_token_id if adds_bos(tokenizer) else None, seed)
 
 
-DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=cut_documents_into_windows)
+DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=cut_tokenized_documents)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import PeftConfig, config_field
-from ...errors import TargetError, format_names, nearest
+from ...errors import TargetError, format_names, suggest
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind
@@ -37,21 +37,21 @@ class AdaptionPromptConfig(PeftConfig):
             yield self.error("adapter_len", "an integer, at least 1")
 
     def fill_from_model(self, model: Any) -> None:
-        from ...extras.prompt_learning.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning.learned_prefix import find_attention_module_names
 
-        names = find_attention_modules(model)
+        names = find_attention_module_names(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(names)
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the attention modules of the top layers."""
-        from ...extras.prompt_learning.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning.learned_prefix import find_attention_module_names
 
-        names = find_attention_modules(model)
+        names = find_attention_module_names(model)
         matching = [n for n in names if n.endswith(f".{self.target_modules}")]
         if not matching:
             endings = sorted({n.rpartition(".")[2] for n in names})
-            similar = nearest(str(self.target_modules), endings)
+            similar = suggest(str(self.target_modules), endings)
             message = f"target_modules={self.target_modules!r} names no attention module{similar}"
             raise TargetError(message, format_names(endings))
         count = self.adapter_layers or len(matching)

@@ -108,9 +108,9 @@ class BottleneckConfig(TargetedConfig):
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return the names of the chosen sub-layers in every layer."""
         from ...core.adapters.targets import get_layer_index
-        from .bottleneck_modules import find_sublayer_name, find_transformer_layers
+        from .bottleneck_modules import find_sublayer_output_name, map_transformer_layers_by_name
 
-        layers, targets = find_transformer_layers(model), []
+        layers, targets = map_transformer_layers_by_name(model), []
         numbers = {get_layer_index(name, None) for name in layers} - {None}
         unmatched = [i for i in self.leave_out if i not in numbers]
         if unmatched:
@@ -121,11 +121,11 @@ class BottleneckConfig(TargetedConfig):
             if get_layer_index(name, None) in self.leave_out:
                 continue
             if self.mh_adapter:
-                targets.append(find_sublayer_name(name, layer, "attention", bool(self.is_parallel)))
+                targets.append(find_sublayer_output_name(name, layer, "attention", bool(self.is_parallel)))
             if self.original_ln_before:
                 targets.append(name)
             elif self.output_adapter:
-                targets.append(find_sublayer_name(name, layer, "feed-forward", bool(self.is_parallel)))
+                targets.append(find_sublayer_output_name(name, layer, "feed-forward", bool(self.is_parallel)))
         return targets
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:

@@ -60,7 +60,7 @@ def _apply_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
-def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
+def map_transformer_layers_by_name(model: Any) -> dict[str, nn.Module]:
     """Return the model's layers by name: the entries of each outermost module list that contains sub-layers."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     lists = {n: m for n, m in lists.items() if any(_first_submodule(layer, ATTENTION + FEED_FORWARD) for layer in m)}
@@ -78,7 +78,7 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     return layers
 
 
-def find_sublayer_name(
+def find_sublayer_output_name(
     name: str, layer: nn.Module, sublayer: Literal["attention", "feed-forward"], parallel: bool
 ) -> str:
     """Return the full name of the module that returns a sub-layer's output, without its residual."""

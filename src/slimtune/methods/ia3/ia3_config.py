@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...core.adapters.architectures import get_model_type
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import FAN_IN_FAN_OUT_HELP, TargetedConfig, config_field
-from ...errors import ConfigError, TargetError, format_names, nearest
+from ...errors import ConfigError, TargetError, format_names, suggest
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite
@@ -91,7 +91,7 @@ class IA3Config(TargetedConfig):
                 if not any(matches_name_ending(given if isinstance(given, str) else [pattern], n) for n in names):
                     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
                     message = (
-                        f"feedforward_modules: {pattern!r} matches no target{nearest(pattern, [*endings, *names])}"
+                        f"feedforward_modules: {pattern!r} matches no target{suggest(pattern, [*endings, *names])}"
                     )
                     raise TargetError(message, f"targets are {format_names(endings)}")
         return super().build_all(sites)

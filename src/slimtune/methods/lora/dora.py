@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.kernels.linear_layers import get_dequantized_weight
 from ...core.kernels.lora_linear import add_low_rank_to_weight
-from .lora_modules import EmbeddingLora, LinearLora, LoraModule
+from .lora_modules import EmbeddingLora, LinearLora, LoraModuleBase
 
 
 class DoraCaching:
@@ -49,7 +49,7 @@ class DoraCaching:
         DoraCaching.enabled = self.before
 
 
-class CachedDoraNorms(LoraModule):
+class CachedDoraNormsMixin(LoraModuleBase):
     """The norms n of DoRA, which `DoraCaching` keeps; mixed into the classes of LoRA."""
 
     peft_modules: ClassVar = ("lora_magnitude_vector",)
@@ -74,7 +74,7 @@ class CachedDoraNorms(LoraModule):
         return super().train(mode)
 
 
-class _Magnitude(CachedDoraNorms):
+class _Magnitude(CachedDoraNormsMixin):
     """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
 
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:

@@ -178,7 +178,7 @@ def _allocate_ranks(analyses: dict[str, IncrementalPca], leader: dict[str, str],
     return ranks
 
 
-def estimate_max_eva_bytes(adapter_modules: Mapping[str, Any], config: Any) -> int:
+def estimate_max_bytes_added_by_eva(adapter_modules: Mapping[str, Any], config: Any) -> int:
     """Return how many bytes EVA can add to an adapter at most, whatever the data: the largest layers get the ranks."""
     layers = {n: d for n, d in adapter_modules.items() if hasattr(d, "lora_A")}
     max_rank: dict[int, int] = {}

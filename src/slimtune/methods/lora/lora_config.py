@@ -18,14 +18,14 @@ from ...core.adapters.peft_config import (
     RankPatternConfig,
     config_field,
 )
-from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
+from ...errors import ConfigError, PeftWarning, UsageError, format_names, suggest
 from ..trainable_tokens.trainable_tokens_config import are_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_lora_init
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, ReversibleBaseChange, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseChangeRecord, SiteKind
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -131,7 +131,7 @@ class LoraConfig(RankPatternConfig):
         yield from super().find_conflicts()
         init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
         if not is_valid_lora_init(init):
-            expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
+            expected = f"True, False or one of {format_names(named)}{suggest(str(init), named)}"
             yield self.error("init_lora_weights", expected)
         if init == "orthogonal":
             for name, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
@@ -186,13 +186,13 @@ class LoraConfig(RankPatternConfig):
         return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
 
     def check_model(self, model: nn.Module) -> None:
-        from ...core.adapters.targets import find_modules_tied_to_embedding, matches_regex_or_names
+        from ...core.adapters.targets import find_embedding_and_tied_modules, matches_regex_or_names
 
         super().check_model(model)
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
         if self.ensure_weight_tying and self.trainable_token_indices is not None:
-            tied = find_modules_tied_to_embedding(model)
+            tied = find_embedding_and_tied_modules(model)
             if not tied:
                 what = "ensure_weight_tying=True but the model does not have tied weights"
                 warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
@@ -246,7 +246,7 @@ class LoraConfig(RankPatternConfig):
                     warnings.warn(message, stacklevel=2)
         move_expert_like_targets_to_parameters(self, model)
 
-    def change_base(self, model: nn.Module) -> ReversibleBaseChange | None:
+    def change_base(self, model: nn.Module) -> BaseChangeRecord | None:
         """Replicate the base's layers."""
         from .layer_replication import replicate_layers
 
@@ -265,13 +265,13 @@ class LoraConfig(RankPatternConfig):
         return parameters | rows
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
-        from ...core.adapters.targets import find_modules_tied_to_embedding
+        from ...core.adapters.targets import find_embedding_and_tied_modules
         from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
         from .lora_modules import TiedEmbeddingLora, TiedLinearLora, double_out_projection_updates
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
-        tied = find_modules_tied_to_embedding(sites[0].model) if sites and self.ensure_weight_tying else []
+        tied = find_embedding_and_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
         for site in sites:
             if site.name not in built and site.name not in tied[1:]:
                 built[site.name] = self.build(site)
@@ -283,10 +283,10 @@ class LoraConfig(RankPatternConfig):
         return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
-        from ..trainable_tokens.trainable_tokens_modules import find_trainable_rows
+        from ..trainable_tokens.trainable_tokens_modules import find_modules_with_trainable_rows
 
         tokens = self.trainable_token_indices
-        return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())
+        return {} if tokens is None else find_modules_with_trainable_rows(model, tokens, self.modules_to_save or ())
 
     @property
     def compensates_quantization(self) -> bool:
@@ -345,17 +345,17 @@ class LoraConfig(RankPatternConfig):
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
-        from .eva import estimate_max_eva_bytes
+        from .eva import estimate_max_bytes_added_by_eva
 
-        return estimate_max_eva_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
+        return estimate_max_bytes_added_by_eva(adapter_modules, self) if self.init_lora_weights == "eva" else None
 
     def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]
     ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
         """Return the plain LoRA of rank 2r that equals this one, which starts as a part of the base's weight."""
-        from .lora_modules import LoraModule
+        from .lora_modules import LoraModuleBase
 
-        loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModule)}
+        loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModuleBase)}
         if not any("start_A" in m.tensors() for m in loras.values()):
             return super().convert_to_zero_init(adapter_modules)
         # The scale is alpha / r or alpha / √r, and must stay.

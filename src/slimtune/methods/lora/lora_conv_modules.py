@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import AdapterSite, BaseForward, MergeUnsupported
 from ...core.kernels.dropout import make_dropout
 from ...errors import ConfigError
-from .dora import CachedDoraNorms
+from .dora import CachedDoraNormsMixin
 from .lora_init import initialize_lora_factors
-from .lora_modules import LoraModule
+from .lora_modules import LoraModuleBase
 
 _CLASSES: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-class ConvLora(LoraModule):
+class ConvLora(LoraModuleBase):
     """`y + s · B ∗ (A ∗ dropout(x))` for a convolution."""
 
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
@@ -83,7 +83,7 @@ class ConvLora(LoraModule):
         return (B.to(weight.dtype) @ A.to(weight.dtype)).view_as(weight) * self.scale
 
 
-class ConvDora(CachedDoraNorms, ConvLora):
+class ConvDora(CachedDoraNormsMixin, ConvLora):
     """`y = c ⊙ (W + s · B A) ∗ x + b` with `c = m / n`; with groups n is, as in PEFT, that of B A in W's shape."""
 
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:

@@ -27,7 +27,7 @@ from .init_configs import is_init_subtracted_from_base
 from .lora_init import initialize_lora_factors, make_lora_factors_from_base
 
 
-class LoraModule(AdapterModule):
+class LoraModuleBase(AdapterModule):
     """What LoRA at linear layers and at embeddings shares."""
 
     peft_values: ClassVar = {"r": "r", "lora_alpha": "lora_alpha", "scaling": "scale"}
@@ -93,7 +93,7 @@ class LoraModule(AdapterModule):
         self.get_parameter(parameter_name).requires_grad_(False)
 
 
-class LinearLora(LoraModule):
+class LinearLora(LoraModuleBase):
     """`y + s · B A dropout(x)` for a linear layer; with a subtracted start `y + s · (B A − B₀ A₀) dropout(x)`."""
 
     optional: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
@@ -157,7 +157,7 @@ class LinearLora(LoraModule):
             self.start_B.copy_(B)
 
 
-class EmbeddingLora(LoraModule):
+class EmbeddingLora(LoraModuleBase):
     """`y + s · (B A)[:, x]` for an embedding, `x (...)` being token ids; A starts at zero, B normal."""
 
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
@@ -182,7 +182,7 @@ class EmbeddingLora(LoraModule):
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
 
 
-class _TiedLora(LoraModule):
+class _TiedLora(LoraModuleBase):
     """What both kinds of tied modules share: no parameters of their own, and the embedding's module, their owner."""
 
     def __init__(self, site: AdapterSite, config: Any, owner: EmbeddingLora) -> None:

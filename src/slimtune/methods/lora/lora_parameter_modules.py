@@ -24,14 +24,14 @@ from ...core.adapters.name_patterns import find_matching_pattern
 from ...core.adapters.targets import find_target_modules, shorten_module_names
 from ...errors import ConfigError, MixedBatchError, TargetError, UsageError, format_names
 from .lora_init import initialize_lora_factors
-from .lora_modules import LoraModule
+from .lora_modules import LoraModuleBase
 from .low_rank_weight import LowRankWeight, Term
 
 TRANSPARENT_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 """transformers' ways to run experts (`_experts_implementation`) whose products `LowRankWeight` knows."""
 
 
-class ParameterLora(LoraModule):
+class ParameterLora(LoraModuleBase):
     """LoRA on one parameter of a module; one on an earlier parameter of the module is nested as `base_layer`.
 
     Args:

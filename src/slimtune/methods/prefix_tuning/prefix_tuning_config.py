@@ -83,14 +83,14 @@ class PrefixTuningConfig(PromptLearningConfig):
 
         from ...core.attention.attention_functions import find_layer_types_without_attention, has_attention_interface
         from ...extras.prompt_learning import prompt_modules as prompt
-        from ...extras.prompt_learning.learned_prefix import find_attention_modules
+        from ...extras.prompt_learning.learned_prefix import find_attention_module_names
 
         found = prompt.find_backbones(model)
         name = found.decoder or found.reader
         backbone = model.get_submodule(name)
         parameters = inspect.signature(type(backbone).forward).parameters
         if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
-            return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+            return {name: "model", **dict.fromkeys(find_attention_module_names(model), "attention")}
         if other := find_layer_types_without_attention(get_text_config(model)):
             message = f"a {type(backbone).__name__} has layers without keys and values: {format_names(other)}"
             raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")

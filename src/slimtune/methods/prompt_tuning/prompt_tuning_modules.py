@@ -31,7 +31,7 @@ def build_prompt_modules(config: Any, sites: Sequence[AdapterSite], start: Tenso
     config.require(config.token_dim == width, "token_dim", f"{width}, as the model's embeddings")
     return [
         SoftPrompt(sites[0], start, config),
-        *(prompt.EncoderVirtualTokenMask(config.num_virtual_tokens) for _ in sites[1:]),
+        *(prompt.VirtualTokenCrossAttentionMask(config.num_virtual_tokens) for _ in sites[1:]),
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward, SiteKind
 from ...core.adapters.targets import matches_regex_or_names
 from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
-from ...errors import TargetError, nearest
+from ...errors import TargetError, suggest
 
 
 class TrainableRowsSpec(NamedTuple):
@@ -28,7 +28,7 @@ def find_input_embedding_name(model: Any) -> str:
     return next((n for n, m in model.named_modules() if m is embedding), "embed_tokens")
 
 
-def find_trainable_rows(
+def find_modules_with_trainable_rows(
     model: nn.Module, tokens: list[int] | Mapping[str, list[int]], modules_to_save: Collection[str]
 ) -> dict[str, TrainableRowsSpec]:
     """Return the modules whose rows train, by full name; owners come before the modules tied to them.
@@ -42,7 +42,7 @@ def find_trainable_rows(
     for key, ids in tokens.items():
         names = [n for n in modules if matches_regex_or_names([key], n)]
         if not names:
-            message = f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}"
+            message = f"trainable_token_indices: {key!r} matches no embedding{suggest(key, modules)}"
             raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
         chosen |= dict.fromkeys(names, ids)
     owners: dict[int, str] = {}
