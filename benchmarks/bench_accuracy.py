@@ -132,8 +132,9 @@ def predict_decoding() -> dict[str, dict[str, float]]:
         if precision == "F32":
             cached *= 2
         speed = estimate_request_decode_speed(
-            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, precision=precision,
-            layers=model.config.num_hidden_layers, vocab_size=model.config.vocab_size,
+            gpu, engine, weight_bytes_per_token=read, kv_bytes_per_request=cached,
+            matmul_weight_count=weights, precision=precision, layers=model.config.num_hidden_layers,
+            vocab_size=model.config.vocab_size,
         )  # fmt: skip
         assert speed is not None, "bench measured no such engine"
         found[f"decoding, {engine} {precision}"] = to_json_dict(speed.decode)

@@ -103,7 +103,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     model: Any = slimtune.get_peft_model(base.model, slimtune.LoraConfig(**LORA))
     apply_memory_savings(model)
     rows = [Row([], i, **pair) for i, pair in enumerate(spec["pairs"], 1)]
-    data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, path="pairs")
+    data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, source_path="pairs")
     collator = make_collator(model, base.tokenizer.pad_token_id)
     collator.max_tokens = choose_micro_batch_tokens(
         model, collator, max(map(max, map(count_tokens_per_row, data.example_lengths)))

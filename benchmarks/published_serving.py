@@ -60,8 +60,8 @@ def predict(point: dict[str, Any]) -> Interval:
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
     speed = estimate_request_decode_speed(
-        gpu, engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights, layers=text.num_hidden_layers,
-        vocab_size=text.vocab_size,
+        gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached,
+        matmul_weight_count=weights, layers=text.num_hidden_layers, vocab_size=text.vocab_size,
     )  # fmt: skip
     if speed is None:
         raise ValueError(f"no fit for {point['card']} and {point['engine']}")

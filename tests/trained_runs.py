@@ -48,7 +48,7 @@ def train_run(path, base, talks):
     def train(model):
         tokenizer = AutoTokenizer.from_pretrained(base)
         file = write_rows(path.with_name(f"{path.name}-train.jsonl"), talks)
-        examples, _ = tokenize_dataset(read_rows(file), tokenizer, max_seq_len=512, path=file)
+        examples, _ = tokenize_dataset(read_rows(file), tokenizer, max_seq_len=512, source_path=file)
         collator = make_collator(model, tokenizer.pad_token_id)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         draw = random.Random(0)

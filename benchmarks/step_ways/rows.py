@@ -42,7 +42,7 @@ def encoded(tokenizer, conversations: list[Row], kind: str) -> list[dict]:
         conversations = [Row([first, *row.messages], row.line) for row in conversations]
     own = tokenizer.chat_template
     tokenizer.chat_template = NO_SYSTEM_TURN if kind == "plain" else own
-    found, _ = tokenize_dataset(conversations, tokenizer, max_seq_len=1024, on_overlong="error", path=FILE)
+    found, _ = tokenize_dataset(conversations, tokenizer, max_seq_len=1024, on_overlong="error", source_path=FILE)
     tokenizer.chat_template = own
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in found]
     return unlike(rows) if kind == "plain" else rows

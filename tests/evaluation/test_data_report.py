@@ -62,7 +62,7 @@ def list_issues(report):
 def test_report_counts_what_training_keeps(tmp_path):
     report = validate(tmp_path, make_rows(), rows_per_step=4)
     assert (report["format"], report["rows"], report["verdict"], report["issues"]) == ("chat", 30, "ok", [])
-    dataset, counts = tokenize_dataset(open_rows(report["file"]), SMOLLM2_TOK, max_seq_len=1024, path="x")
+    dataset, counts = tokenize_dataset(open_rows(report["file"]), SMOLLM2_TOK, max_seq_len=1024, source_path="x")
     ids = [e["input_ids"] for e in dataset]
     assert (report["tokens"], report["supervised_tokens"]) == (counts.tokens, counts.supervised_tokens)
     assert report["lengths"]["max"] == counts.longest == max(map(len, ids))
@@ -87,7 +87,7 @@ def test_training_gets_the_same_report(tmp_path):
     alone = validate(tmp_path, rows)
     file = open_rows(alone["file"])
     report = DataReportBuilder(SMOLLM2_TOK, file, max_seq_len=1024)
-    tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, path="x", observer=report)
+    tokenize_dataset(file, SMOLLM2_TOK, max_seq_len=1024, source_path="x", observer=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
     assert {**alone, "seconds": 0} == {**to_json_dict(report.finish(file=alone["file"], model="tiny")), "seconds": 0}
 
@@ -100,7 +100,7 @@ def test_long_rows(tmp_path, policy, severity):
     assert report["overlong"] == {"rows": 1, "lines": [5]}
     if policy != "error":
         rows = open_rows(report["file"])
-        _, counts = tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=400, on_overlong=policy, path="x")
+        _, counts = tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=400, on_overlong=policy, source_path="x")
         assert report["tokens"] == counts.tokens
     assert list_issues(validate(tmp_path, make_rows(), max_seq_len=40))["too-long"][0] == "error"  # nearly all are
 

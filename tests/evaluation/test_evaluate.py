@@ -35,7 +35,7 @@ def test_figures_equal_transformers(run, tmp_path, tiny_folder):
     found = evaluate(run)
     file = tmp_path / "run-rows.jsonl"
     examples, _ = tokenize_dataset(
-        read_rows(file), AutoTokenizer.from_pretrained(tiny_folder), max_seq_len=1024, path=file
+        read_rows(file), AutoTokenizer.from_pretrained(tiny_folder), max_seq_len=1024, source_path=file
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     base, base_hits = score_with_transformers(model, examples)

@@ -29,7 +29,7 @@ LENGTHS = [*range(1, 40, 2), 200]
 def documents(tmp_path_factory):
     """Documents of `LENGTHS` tokens, and the end of each."""
     path = write_jsonl(tmp_path_factory.mktemp("documents") / "a.jsonl", ({"text": "~" * n} for n in LENGTHS))
-    return tokenize_dataset(open_rows(path, format="document"), TOK, max_seq_len=8, path=path)[0]
+    return tokenize_dataset(open_rows(path, format="document"), TOK, max_seq_len=8, source_path=path)[0]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -116,7 +116,7 @@ def test_report(tmp_path):
     for name, text in (("a.txt", "A definition is a lie. " * 99), ("b.txt", "~"), ("c.md", "Answer")):
         (tmp_path / name).write_text(text)
     report = to_json_dict(make_data_report(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1))
-    documents, _ = tokenize_dataset(open_rows(tmp_path, format="document"), TOK, max_seq_len=64, path="x")
+    documents, _ = tokenize_dataset(open_rows(tmp_path, format="document"), TOK, max_seq_len=64, source_path="x")
     windows = DocumentWindows(documents, 64, BOS if adds_bos(TOK) else None, seed=0)
     assert (report["rows"], report["windows"]) == (3, len(windows))
     assert report["packing"] == {"packed_tokens": sum(windows.lengths), "saved_share": 0}

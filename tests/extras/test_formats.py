@@ -355,7 +355,7 @@ PAIRS = {
 def test_preference_pair_is_two_rows(tmp_path, name):
     record, prompt, answer = PAIRS[name]
     path = write(tmp_path / "a.jsonl", record)
-    (example,) = tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)[0]
+    (example,) = tokenize_dataset(open_rows(path), TOK, max_seq_len=99, source_path=path)[0]
     (chosen, labels), (rejected, _) = split_example_rows(example)
     expected = [{"messages": [USER, turn]} for turn in (YES, NO)]
     if prompt is not None:
@@ -368,7 +368,7 @@ def test_preference_pair_is_two_rows(tmp_path, name):
 def test_pair_without_a_difference(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "a"})
     with pytest.raises(DataError, match=r"a\.jsonl:1: .*chosen.*rejected"):
-        tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
+        tokenize_dataset(open_rows(path), TOK, max_seq_len=99, source_path=path)
 
 
 def test_examples_of_the_documentation(tmp_path):

@@ -23,7 +23,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "par
 def test_text_of_transformers(tiny_tokenizer, file, tools, prompt):
     tokenizer, spans = tiny_tokenizer(chat_template=file.read_text()), []
     expected = tokenizer.apply_chat_template(TALK, tools=tools, tokenize=False, add_generation_prompt=prompt)
-    assert render_chat_template(tokenizer, TALK, tools, add_generation_prompt=prompt, spans=spans) == expected
+    assert render_chat_template(tokenizer, TALK, tools, add_generation_prompt=prompt, collected_spans=spans) == expected
     if spans:
         assert ["A lie." in expected[a:b] for a, b in spans] == [True, True]
 

@@ -42,7 +42,7 @@ def test_formula_equals_the_trace(device, checkpointing, method):
     job = make_job(device=device, gradient_checkpointing=checkpointing, method=method)
     formula = fit_memory_formula(job, job.build_model())
     for lengths in ((TOKENS,), (3000,), (1000, 1500)):
-        trace = trace_training_step(replace(job, lengths=lengths), backward_only=True)
+        trace = trace_training_step(replace(job, lengths=lengths), stop_after_backward=True)
         # On a CPU the formula has a mask of 1.1 MB, which a row of more than 2,048 tokens does not need.
         mask = 4 * PART * (MAX_SPLIT_TOKENS + PART) if (device, lengths) == ("cpu", (3000,)) else 0
         assert formula.peak(lengths) == pytest.approx(trace.peak + mask, rel=0.005)
@@ -69,7 +69,7 @@ def test_formula_of_a_vocabulary_whose_chunks_are_long(supervised):
     job.base_config.get_text_config().vocab_size = 49152
     formula = fit_memory_formula(job, job.build_model()).correct((600,), trace_training_step(job))
     for lengths in ((5000,), (9000, 9000)):
-        trace = trace_training_step(replace(job, lengths=lengths), backward_only=True)
+        trace = trace_training_step(replace(job, lengths=lengths), stop_after_backward=True)
         assert formula.peak(lengths) == pytest.approx(trace.peak, rel=0.01)
 
 
@@ -77,7 +77,7 @@ def test_formula_of_a_vocabulary_whose_chunks_are_long(supervised):
 def test_one_very_long_row_is_not_padded():
     job = make_job(gradient_checkpointing=True, depth=3)
     formula = fit_memory_formula(job, job.build_model())
-    trace = trace_training_step(replace(job, lengths=(70_000,)), backward_only=True)
+    trace = trace_training_step(replace(job, lengths=(70_000,)), stop_after_backward=True)
     assert formula.peak((70_000,)) == pytest.approx(trace.peak, rel=0.1)
     assert formula.peak((35_000, 35_000)) > formula.peak((70_000,))
 

@@ -124,7 +124,7 @@ def test_parts():
 
 def test_backward_only_leaves_out_later_phases():
     job = make_job("llama", "lora")
-    whole, short = trace_training_step(job), trace_training_step(job, backward_only=True)
+    whole, short = trace_training_step(job), trace_training_step(job, stop_after_backward=True)
     assert whole.state == short.state
     assert short.phases == {p: parts for p, parts in whole.phases.items() if p not in ("optimizer", "evaluation")}
 

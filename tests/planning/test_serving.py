@@ -317,7 +317,9 @@ def test_formula_of_the_speed():
 
 def test_requests_decoded_together_share_the_reading_of_the_weights():
     one, eight, many = (
-        estimate_request_decode_speed(find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, sequences=n).decode.low
+        estimate_request_decode_speed(
+            find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, concurrent_requests=n
+        ).decode.low
         for n in (1, 8, 4000)
     )
     assert one == eight > 8 * many

@@ -60,7 +60,7 @@ def test_second_plan_traces_nothing(job, traced, tmp_path):
 def test_other_jobs_are_traced(job, traced, changes):
     extrapolate_step_trace(job)
     extrapolate_step_trace(replace(job, **changes))
-    extrapolate_step_trace(job, backward_only=True)
+    extrapolate_step_trace(job, stop_after_backward=True)
     assert len(traced) == 3
 
 

@@ -60,7 +60,7 @@ def choose_machine(
     gpus = [
         g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
     ]
-    found, planned = estimate_runs_by_gpu_class(jobs, gpus, smallest=False)
+    found, planned = estimate_runs_by_gpu_class(jobs, gpus, use_smallest_of_class=False)
     offers = [
         make_machine_offer(
             f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None

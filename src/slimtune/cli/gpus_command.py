@@ -94,7 +94,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, smallest=True)
+    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, use_smallest_of_class=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()

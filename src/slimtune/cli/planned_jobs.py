@@ -230,7 +230,7 @@ class GpuEstimate:
 
 
 def estimate_runs_by_gpu_class(
-    jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, smallest: bool
+    jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, use_smallest_of_class: bool
 ) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate]]:
     """Return the run on each GPU, and the estimate of each class.
 
@@ -246,7 +246,9 @@ def estimate_runs_by_gpu_class(
         return EquivalentGpuGroup(gpu.device, gpu.bf16 or recipe.model.dtype != "auto")
 
     ordered = sorted(gpus, key=lambda g: g.memory)
-    planned = {class_of(gpu): gpu for gpu in (reversed(ordered) if smallest else ordered)}  # the last of each class
+    planned = {
+        class_of(gpu): gpu for gpu in (reversed(ordered) if use_smallest_of_class else ordered)
+    }  # the last of each class
     made = {key: estimate_runs(jobs, gpu, advise=False)[0][0] for key, gpu in planned.items()}
     found = []
     for gpu in gpus:

@@ -52,7 +52,7 @@ def ui_server(
 
     gpus = [(gpu.name, gpu.memory) for gpu in list_gpu_specs() if gpu.trains]
     url, trainings = serve_web_page(
-        Path.cwd(), host=host, port=port, max_upload=max_upload << 20, announce=announce, gpus=gpus
+        Path.cwd(), host=host, port=port, max_upload=max_upload << 20, announce=announce, plannable_gpus=gpus
     )
     for job in trainings:
         make_error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)

@@ -52,11 +52,11 @@ class ChartEstimate:
 
 
 def render_line_chart(
-    title: str, unit: str, series: Sequence[ChartLine], tall: bool = False, mark: tuple[Any, str] = (None, "")
+    title: str, unit: str, series: Sequence[ChartLine], tall: bool = False, reference_line: tuple[Any, str] = (None, "")
 ) -> Markup:
     """Return a chart of values over training steps; empty where there is no point.
 
-    `mark` is a value with a line across the chart, and what it is.
+    `reference_line` is a value with a line across the chart, and what it is.
     """
     grouped = []
     for s in series:
@@ -68,7 +68,7 @@ def render_line_chart(
     if not points:
         return Markup()
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    heights = [y for _, y in points] + [y for y in mark[:1] if is_finite_number(y)]
+    heights = [y for _, y in points] + [y for y in reference_line[:1] if is_finite_number(y)]
     axis = choose_axis_ticks(min(heights), max(heights), 4)
     y0, y1 = axis[0], axis[-1]
 
@@ -91,7 +91,9 @@ def render_line_chart(
         lines=lines,
         xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
         ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
-        mark=((y1 - mark[0]) / (y1 - y0) * 100, mark[1]) if is_finite_number(mark[0]) else (),
+        mark=((y1 - reference_line[0]) / (y1 - y0) * 100, reference_line[1])
+        if is_finite_number(reference_line[0])
+        else (),
     )
 
 

@@ -124,8 +124,8 @@ def judge_answer_pairs(answers: Sequence[AnswerPair], judge: Judge) -> list[Answ
     return judged
 
 
-def compute_win_rate_and_biases(name: str, answers: Sequence[AnswerPair], *, draws: int, seed: int) -> WinRate:
-    """Return the win rate of answers that the judge `name` has judged, and what it may have looked at instead."""
+def compute_win_rate_and_biases(judge_name: str, answers: Sequence[AnswerPair], *, draws: int, seed: int) -> WinRate:
+    """Return the win rate of answers that the judge `judge_name` has judged, and what it may have looked at instead."""
     clear = [a for a in answers if a.judged is not None and None not in a.judged]
     verdicts = [a.judged for a in clear if a.judged is not None]
     results = [first if first == second else 0 for first, second in verdicts]
@@ -137,7 +137,7 @@ def compute_win_rate_and_biases(name: str, answers: Sequence[AnswerPair], *, dra
         points = [((result or 0) + 1) / 2 for result in results]
         rate = paired_bootstrap(points, points, [1] * len(points), draws=draws, seed=seed).first
     return WinRate(
-        judge=name,
+        judge=judge_name,
         prompts=len(answers),
         wins=results.count(1),
         losses=results.count(-1),

@@ -75,13 +75,13 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
 
 
 def measure_preferences(
-    examples: Sequence[Example], base: Logps, tuned: Logps, compare: Callable[..., PairedEstimate]
+    examples: Sequence[Example], base_logps: Logps, tuned_logps: Logps, compare: Callable[..., PairedEstimate]
 ) -> PairPreferences:
     """Return the measures of pairs with intervals, and those by length.
 
     Args:
         examples: the evaluated pairs, or ranked lists, of which all pairs with different scores count.
-        base, tuned: log p of the answers of each example [N][K].
+        base_logps, tuned_logps: log p of the answers of each example [N][K].
         compare: compares sums of each example [N] per size [N] with intervals (`ModelComparison.compare`).
     """
     pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_preference_pair_indices(e.get("row_scores"))]
@@ -93,7 +93,7 @@ def measure_preferences(
     tokens = take(
         [[count_supervised_targets({"labels": labels}) for _, labels in split_example_rows(e)] for e in examples]
     )
-    logps = {"base": take(base), "tuned": take(tuned)}
+    logps = {"base": take(base_logps), "tuned": take(tuned_logps)}
 
     def is_higher(values: np.ndarray) -> np.ndarray:
         return (values[:, 0] > values[:, 1]).astype(float)

@@ -65,12 +65,12 @@ def write_run_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[s
     return file, damage
 
 
-def render_run_report(run: RunDir, damage: list[str] | None = None) -> str:
-    """Return the page of a run as HTML; `damage` gets a sentence for each damaged file or part.
+def render_run_report(run: RunDir, damage_messages: list[str] | None = None) -> str:
+    """Return the page of a run as HTML; `damage_messages` gets a sentence for each damaged file or part.
 
     Where a file is missing, the page names the command that creates it.
     """
-    errors = [] if damage is None else damage
+    errors = [] if damage_messages is None else damage_messages
     r = load_run_results(run, strict=False)
     assert r.recipe is not None
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
@@ -284,9 +284,9 @@ def render_training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         curve = series("forgetting", "forgetting", "two", markers=True)
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
-        lines.append(render_line_chart("Forgetting", unit, [curve], mark=(budget, f"budget {budget:g}")))
+        lines.append(render_line_chart("Forgetting", unit, [curve], reference_line=(budget, f"budget {budget:g}")))
     unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
-    losses = render_line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
+    losses = render_line_chart("Loss", unit, [training, validation], tall=True, reference_line=mark)
     return [losses, *filter(None, lines)]
 
 

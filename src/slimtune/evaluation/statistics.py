@@ -85,25 +85,25 @@ def compute_f1(hits: Any, actual: Any, predicted: Any) -> np.ndarray:
 
 
 def estimate_macro_f1_with_interval(
-    hits: np.ndarray, actual: np.ndarray, predicted: np.ndarray, *, draws: int = 2000, seed: int = 0
+    hit_counts: np.ndarray, label_counts: np.ndarray, predicted_counts: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> Estimate:
     """Return macro-F1 with its 95 % interval from `draws` draws of rows.
 
     As in scikit-learn a class counts if it is the label or the prediction of a row.
 
     Args:
-        hits, actual, predicted: for each row (or group of rows) and class, how often it is both, a label, a prediction;
-            int [N, C].
+        hit_counts, label_counts, predicted_counts: for each row (or group of rows) and class, how often it is both, a
+            label, a prediction; int [N, C].
     """
 
     def macro_f1(counts: np.ndarray) -> np.ndarray:
         """Return macro-F1 [draws, 1] of the rows as often as they are drawn [draws, N]."""
-        labels, predictions = counts @ actual, counts @ predicted
+        labels, predictions = counts @ label_counts, counts @ predicted_counts
         present = (labels + predictions > 0).sum(-1)
-        return (compute_f1(counts @ hits, labels, predictions).sum(-1) / np.maximum(present, 1))[:, None]
+        return (compute_f1(counts @ hit_counts, labels, predictions).sum(-1) / np.maximum(present, 1))[:, None]
 
-    drawn = [macro_f1(counts) for counts in _draw_counts(len(hits), draws, seed)]
-    return _make_estimates(macro_f1(np.ones((1, len(hits)), np.int64))[0], np.concatenate(drawn))[0]
+    drawn = [macro_f1(counts) for counts in _draw_counts(len(hit_counts), draws, seed)]
+    return _make_estimates(macro_f1(np.ones((1, len(hit_counts)), np.int64))[0], np.concatenate(drawn))[0]
 
 
 def bootstrap_aucs(

@@ -85,15 +85,19 @@ class SettingsSearchSpec:
 
 
 def run_search_trials(
-    search: SettingsSearchSpec, log: Callable[[str], None], executor: Executor, at_once: int = 1, in_process: int = 1
+    search: SettingsSearchSpec,
+    show_progress: Callable[[str], None],
+    executor: Executor,
+    at_once: int = 1,
+    trials_per_process: int = 1,
 ) -> list[TrialResult]:
     """Run the trials that are left, and return all of them in the order they were begun.
 
     Args:
         search: what is searched.
-        log: shows a line of progress.
+        show_progress: shows a line of progress.
         executor: where trials train.
-        in_process: how many of them train in one process, on one base in memory.
+        trials_per_process: how many of them train in one process, on one base in memory.
         at_once: how many trials are drawn together and train at the same time. Their values and whether they are pruned
             depend on the trials before them, not on which of them ends first.
 
@@ -117,7 +121,11 @@ def run_search_trials(
             trial = _ask_untried(study, search, [t.values for t in tried] + [t.values for t in batch], at_once)
             number = f"trial {len(tried) + len(batch) + 1}{f' of {most}' if most < math.inf else ''}"
             batch.append(TrialRun(search, trial, number, deadline))
-        _run_batch([batch[i : i + in_process] for i in range(0, len(batch), in_process)], executor, log)
+        _run_batch(
+            [batch[i : i + trials_per_process] for i in range(0, len(batch), trials_per_process)],
+            executor,
+            show_progress,
+        )
         failed = None
         for run in (run for run in batch if run.why is not None):
             run.trial.set_user_attr(SECONDS, run.seconds)

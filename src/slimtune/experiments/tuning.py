@@ -118,7 +118,9 @@ def run_tuning(
         lock_output_dir_and_write_settings(output_dir, settings, "search"),
         make_executor(executor_spec, output_dir) as executor,
     ):
-        found = run_search_trials(search, log, executor, at_once=at_once * (executor.runs or 1), in_process=at_once)
+        found = run_search_trials(
+            search, log, executor, at_once=at_once * (executor.runs or 1), trials_per_process=at_once
+        )
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]
         best_file = output_dir / "best.yaml"

@@ -241,17 +241,20 @@ def _get_trained_dtype(run: Path) -> str | None:
     return dtype_name((load_checkpoint_config(name).dtype if name else None) or torch.float32)
 
 
-def load_run_for_export(run: Path, dtype: str | None = None) -> TrainedModel:
+def load_run_for_export(run: Path, base_rounding_dtype: str | None = None) -> TrainedModel:
     """Load a run's adapter on its base on the CPU: in float32 if the model is small, dequantized if it is quantized.
 
-    The base's weights are rounded to `dtype`, without quantization; by default as in training.
+    The base's weights are rounded to `base_rounding_dtype`, without quantization; by default as in training.
     """
-    return load_runs_for_export([run], dtype)[0]
+    return load_runs_for_export([run], base_rounding_dtype)[0]
 
 
-def load_runs_for_export(runs: Sequence[Path], dtype: str | None = None) -> list[TrainedModel]:
+def load_runs_for_export(runs: Sequence[Path], base_rounding_dtype: str | None = None) -> list[TrainedModel]:
     """Load the adapters of several runs on one base, as `load_run_for_export` loads one, with the same errors."""
-    how = {"dtype": dtype or _get_trained_dtype(runs[0]), "quantization": None if dtype is None else "none"}
+    how = {
+        "dtype": base_rounding_dtype or _get_trained_dtype(runs[0]),
+        "quantization": None if base_rounding_dtype is None else "none",
+    }
     loaded = load_runs_on_one_base(runs, **how, device="cpu", unpack=True)
     model: Any = loaded[0].model
     if _is_small(model):

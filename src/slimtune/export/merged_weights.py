@@ -132,7 +132,10 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
 
 
 def save_merged_weights(
-    weights: LazyMergedStateDict, folder: Path, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None = None
+    weights: LazyMergedStateDict,
+    folder: Path,
+    dtype: torch.dtype,
+    calibration_inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `model.safetensors`, or several files and their index, as transformers names them.
 
@@ -142,7 +145,8 @@ def save_merged_weights(
         weights: what to write.
         folder: it exists.
         dtype: that parameters are stored in, AdapterError if it cannot hold a value; buffers keep theirs.
-        inputs: of linear layers, by name, to round with (see `gptq_rounding.py`); other weights are rounded to nearest.
+        calibration_inputs: of linear layers, by name, to round with (see `gptq_rounding.py`); other weights are rounded
+            to nearest.
     """
     model, ignored = weights.model, set(getattr(weights.model, "_keys_to_ignore_on_save", None) or ())
     outline = {n: weights.outline(n, dtype) for n in weights if n not in ignored}
@@ -163,7 +167,11 @@ def save_merged_weights(
         for names in track_progress(groups, f"weights of {file}"):
             # No variable for these: it would keep one layer in memory while the next file is computed.
             tensors |= revert_weight_conversion(
-                model, {n: round_merged_weight(model, n, weights[n], outline[n].dtype, inputs or {}) for n in names}
+                model,
+                {
+                    n: round_merged_weight(model, n, weights[n], outline[n].dtype, calibration_inputs or {})
+                    for n in names
+                },
             )
         save_file({n: t.contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(tensors, file)

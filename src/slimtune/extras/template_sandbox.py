@@ -52,8 +52,8 @@ _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 _work = threading.local()
 
 
-def render_sandboxed_template(template: str, values: dict[str, Any], spans: list[Span]) -> str:
-    """Return the text of a chat template with these variables; `spans` gets the characters that it marks.
+def render_sandboxed_template(template: str, values: dict[str, Any], collected_spans: list[Span]) -> str:
+    """Return the text of a chat template with these variables; `collected_spans` gets the characters that it marks.
 
     Raises:
         TemplateError: the template refuses the conversation, or fails.
@@ -67,7 +67,7 @@ def render_sandboxed_template(template: str, values: dict[str, Any], spans: list
     parts: list[str] = []
     try:
         _work.steps = STEPS + STEPS_PER_CHARACTER * (len(repr(messages)) + len(repr(values["tools"])))
-        with compiled.environment.activate_tracker(parts, spans):  # type: ignore[attr-defined]
+        with compiled.environment.activate_tracker(parts, collected_spans):  # type: ignore[attr-defined]
             for part in compiled.generate(values):
                 _spend(len(part))
                 parts.append(part)

@@ -17,9 +17,9 @@ MILLION = 1_000_000
 """Tokens of a run whose rows are not known."""
 
 
-def describe_training_amount(tokens: int) -> str:
+def describe_training_amount(training_tokens: int) -> str:
     """Return what is trained, as text: a million tokens stand for a run whose rows are not known."""
-    return "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
+    return "a million tokens" if training_tokens == MILLION else f"the run, {format_count(training_tokens)} tokens"
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,9 @@ def read_price_rows(file_name: str) -> tuple[dict[str, str], ...]:
     return tuple(csv.DictReader((files(__package__) / file_name).read_text(encoding="utf-8").splitlines()))
 
 
-def format_dollar_range(values: Interval | None) -> str:
+def format_dollar_range(low_high: Interval | None) -> str:
     """Return money as `0.22 $` or `999–1300 $`, `-` for None."""
-    text = format_interval_compact(values, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")
+    text = format_interval_compact(low_high, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")
     return text if text == "-" else f"{text} $"
 
 

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best answer against its worst"
 
 
-def list_preference_pair_indices(scores: Sequence[float] | None) -> list[tuple[int, int]]:
+def list_preference_pair_indices(row_scores: Sequence[float] | None) -> list[tuple[int, int]]:
     """Return the numbers of the better and of the worse row of each pair of an example.
 
     Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
     """
-    if scores is None:
+    if row_scores is None:
         return [(0, 1)]
-    return [(i, j) for i, score in enumerate(scores) for j, other in enumerate(scores) if score > other]
+    return [(i, j) for i, score in enumerate(row_scores) for j, other in enumerate(row_scores) if score > other]
 
 
 def count_pairs_and_chosen_tokens(examples: Sequence[Example]) -> tuple[int, int]:

@@ -39,7 +39,9 @@ MOST_TOKENS = 1 << 14
 """Most tokens that it is fitted to for the sake of a chunk of logits."""
 
 
-def extrapolate_step_trace(job: MicroBatchWorkload, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def extrapolate_step_trace(
+    job: MicroBatchWorkload, model: Any = None, *, stop_after_backward: bool = False
+) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
     A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
@@ -48,15 +50,15 @@ def extrapolate_step_trace(job: MicroBatchWorkload, model: Any = None, *, backwa
     Args:
         job: what to train.
         model: the job's model on meta. If given, the extrapolated weights are checked against it; it may be used up.
-        backward_only: as in `trace_training_step`.
+        stop_after_backward: as in `trace_training_step`.
 
     Raises:
         UsageError: the targets match nothing.
     """
 
     def trace(job: MicroBatchWorkload, model: Any = None) -> StepTrace:
-        traced = partial(trace_training_step, job, model, backward_only=backward_only)
-        return load_or_compute_trace(job, traced, backward_only=backward_only)
+        traced = partial(trace_training_step, job, model, stop_after_backward=stop_after_backward)
+        return load_or_compute_trace(job, traced, backward_only=stop_after_backward)
 
     if job.num_layers <= 3:
         return trace(job, model)
@@ -164,7 +166,7 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
         columns.append(3)
         shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
     traces = [
-        extrapolate_step_trace(replace(job, lengths=lengths), backward_only=lengths is not job.lengths)
+        extrapolate_step_trace(replace(job, lengths=lengths), stop_after_backward=lengths is not job.lengths)
         for lengths in shapes
     ]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]

@@ -89,13 +89,13 @@ class StepTrace:
         return sum(self.state.values())
 
 
-def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, backward_only: bool = False) -> StepTrace:
+def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_after_backward: bool = False) -> StepTrace:
     """Run one optimizer step of a job on fake tensors.
 
     Args:
         job: what to train.
         model: the job's model on meta, if it exists already; it is used up.
-        backward_only: stop after the backward pass, and do not count work.
+        stop_after_backward: stop after the backward pass, and do not count work.
 
     Raises:
         UsageError: the targets match nothing.
@@ -118,7 +118,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, backward_
         tracker = MemoryTracker(
             ALLOCATION_BLOCK.get(job.device, 1),
             vocab_size,
-            not backward_only,
+            not stop_after_backward,
             separate_host=job.device == "cuda",
             max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
         )
@@ -141,7 +141,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, backward_
                 forward_backward(model, [pack])
             work, attention = tracker.operator_counts.copy(), tracker.attention_operations.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
-            if not backward_only:
+            if not stop_after_backward:
                 tracker.start_phase("optimizer")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 _optimizer_step(model, optimizer)
@@ -154,17 +154,17 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, backward_
     return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
-def make_dummy_examples(lengths: Sequence[ExampleLength], supervised: float = 1.0) -> list[Example]:
+def make_dummy_examples(lengths: Sequence[ExampleLength], supervised_fraction: float = 1.0) -> list[Example]:
     """Return examples of these lengths; their rows share prompts, which are not learned, and nothing else.
 
-    Of the other tokens of a row, the last ones are learned, a share of `supervised`.
+    Of the other tokens of a row, the last ones are learned, a share of `supervised_fraction`.
     """
     examples, tokens = [], itertools.count(1)
     for length in lengths:
         prefix, *answers = (0, length) if isinstance(length, int) else length
         prompt, rows = [next(tokens)] * prefix, [[next(tokens)] * n for n in answers]
         ids = [t for row in rows for t in prompt + row]
-        learned = [max(1, round(supervised * len(row))) for row in rows]
+        learned = [max(1, round(supervised_fraction * len(row))) for row in rows]
         labels = [t for row, n in zip(rows, learned, strict=True)
                   for t in [IGNORE_INDEX] * (prefix + len(row) - n) + row[-n:]]  # fmt: skip
         examples.append({"input_ids": ids, "labels": labels, "row_lengths": [prefix + n for n in answers]})

@@ -279,7 +279,7 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
 
     def judge(changed: MicroBatchWorkload) -> tuple[int, MemoryVerdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
-        trace = extrapolate_step_trace(changed, backward_only=changed.optimizer == "adamw")
+        trace = extrapolate_step_trace(changed, stop_after_backward=changed.optimizer == "adamw")
         peak, reserved = estimate_peak_memory(changed, trace)
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 

@@ -108,12 +108,12 @@ def estimate_serving_memory(
         speed = estimate_request_decode_speed(
             gpu,
             engine,
-            read_bytes=read_bytes + adapter,
-            cache_bytes=cached / sequences,
-            weights=multiplied,
+            weight_bytes_per_token=read_bytes + adapter,
+            kv_bytes_per_request=cached / sequences,
+            matmul_weight_count=multiplied,
             layers=text.num_hidden_layers,
             vocab_size=text.vocab_size,
-            sequences=sequences,
+            concurrent_requests=sequences,
             precision=precision,
         )
     return ServingEstimate(
@@ -190,12 +190,12 @@ def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, f
 
 
 def count_request_kv_cache_bytes(
-    config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH
+    config: PreTrainedConfig, context: int, engine: str, cache_dtype: str = "f16", tokens_per_step: int = UBATCH
 ) -> int:
     """Return the bytes of keys and values of one request of `context` tokens.
 
-    llama.cpp allocates 256 tokens at a time, vLLM 16. A sliding window also has room for the `batch` tokens that are
-    computed at once.
+    llama.cpp allocates 256 tokens at a time, vLLM 16. A sliding window also has room for the
+    `tokens_per_step` tokens that are computed at once.
 
     Raises:
         ModelError: the model's cache is not keys and values of heads.
@@ -213,10 +213,10 @@ def count_request_kv_cache_bytes(
                          "full or sliding attention in every layer")  # fmt: skip
     if engine == "vllm":
         full = _round_up(context, 16)
-        sliding = min(full, _round_up(min(context, (window or context) - 1 + batch), 16) + 16)
+        sliding = min(full, _round_up(min(context, (window or context) - 1 + tokens_per_step), 16) + 16)
     else:
         full = _round_up(context, 256)
-        sliding = min(full, _round_up((window or context) + batch, 256))
+        sliding = min(full, _round_up((window or context) + tokens_per_step, 256))
     # The last layers of Gemma 3n and 4 read the cache of earlier ones; Gemma 4's heads differ from layer to layer.
     own = len(layers) - (getattr(text, "num_kv_shared_layers", None) or 0)
     values = 0
@@ -224,7 +224,7 @@ def count_request_kv_cache_bytes(
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         values += 2 * heads * head_dim * (sliding if kind == "sliding_attention" else full)
-    return int(values * ENGINES[engine].caches[cache])
+    return int(values * ENGINES[engine].caches[cache_dtype])
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:

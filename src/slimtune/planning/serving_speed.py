@@ -82,27 +82,27 @@ def get_hardware_kind(gpu: GpuSpec) -> str:
 
 
 def estimate_request_decode_speed(
-    gpu: GpuSpec, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, vocab_size: int,
-    sequences: int = 1, precision: str = "Q4_K_M",
+    gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
+    matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
 ) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
     Args:
         gpu: where it runs; the weights are on it.
         engine: ollama, llama.cpp or vllm.
-        read_bytes: of the weights that a decoded token reads.
-        cache_bytes: of keys and values that it reads, of one request.
-        weights: in matrices that a token is multiplied with.
+        weight_bytes_per_token: of the weights that a decoded token reads.
+        kv_bytes_per_request: of keys and values that it reads, of one request.
+        matmul_weight_count: in matrices that a token is multiplied with.
         layers: of the model.
         vocab_size: entries of its vocabulary, which count where the machine was measured.
-        sequences: requests decoded together.
+        concurrent_requests: requests decoded together.
         precision: of the weights, by which a measurement of this machine is chosen.
     """
-    cached = sequences * cache_bytes
+    cached = concurrent_requests * kv_bytes_per_request
     if gpu.measured is not None and (found := gpu.measured.find_serving_fit(engine, precision)) is not None:
         fit, nearest, evidence = found
-        prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
-        seconds = read_bytes / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
+        prompt_seconds = 2 * matmul_weight_count / fit.prompt_flops[nearest]
+        seconds = weight_bytes_per_token / fit.bytes_per_second[nearest] + cached * fit.cached_byte_s
         seconds += layers * fit.layer_s[nearest] + vocab_size * fit.logit_s + fit.token_s
         return ServingSpeed(
             Interval(*(end / seconds for end in fit.spread)),
@@ -113,10 +113,10 @@ def estimate_request_decode_speed(
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
-    prompt_seconds = 2 * weights / (prefill.share * gpu.rates[prefill.rate])
+    prompt_seconds = 2 * matmul_weight_count / (prefill.share * gpu.rates[prefill.rate])
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
-    read_seconds = (read_bytes + cached) / (decoding.share * gpu.bandwidth)
-    seconds = max(read_seconds, sequences * prompt_seconds) + layers * decoding.layer_s
+    read_seconds = (weight_bytes_per_token + cached) / (decoding.share * gpu.bandwidth)
+    seconds = max(read_seconds, concurrent_requests * prompt_seconds) + layers * decoding.layer_s
     return ServingSpeed(
         Interval(*(end / seconds for end in decoding.spread)),
         Interval(*(end / prompt_seconds for end in prefill.spread)),

@@ -45,9 +45,9 @@ def _detect_gpu(device: str) -> GpuSpec:
     return GpuSpec(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 
 
-def require_gpu_model(name: str, device: str = "auto") -> None:
+def require_gpu_model(gpu_model: str, device: str = "auto") -> None:
     """Raise UsageError unless this machine has the GPU of the table with this name; `device` as for `pick_device`."""
-    wanted, found = find_gpu_by_name(name), detect_gpu_or_cpu_memory(device)
+    wanted, found = find_gpu_by_name(gpu_model), detect_gpu_or_cpu_memory(device)
     if found.name != wanted.name and not (found.vendor == "apple" == wanted.vendor and found.memory == wanted.memory):
         hint = f"leave it out to train here; `slimtune plan --gpu {wanted.name}` plans for that GPU"
         raise UsageError(f"--gpu is {wanted.name}, and this would train on {found.name}", "this machine's GPU", hint)

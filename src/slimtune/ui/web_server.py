@@ -27,7 +27,7 @@ def serve_web_page(
     port: int,
     max_upload: int,
     announce: Callable[[str, bool], None],
-    gpus: Sequence[tuple[str, int]] = (),
+    plannable_gpus: Sequence[tuple[str, int]] = (),
 ) -> tuple[str, list[CommandJob]]:
     """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
 
@@ -37,7 +37,7 @@ def serve_web_page(
         port: its port; 0: one that is free.
         max_upload: bytes of a file that is uploaded.
         announce: gets the page's address with its token, and whether only this machine reaches it.
-        gpus: name and bytes of memory of each GPU that a plan can be made for.
+        plannable_gpus: name and bytes of memory of each GPU that a plan can be made for.
 
     Raises:
         UsageError: the address or port cannot be bound.
@@ -45,7 +45,7 @@ def serve_web_page(
     sock = open_listening_socket(host, port)
     port = sock.getsockname()[1]
     token = os.environ.get("SLIMTUNE_UI_TOKEN") or secrets.token_urlsafe(24)  # 192 random bits
-    pages = UiPages(WorkspaceFolder(folder), gpus=gpus)
+    pages = UiPages(WorkspaceFolder(folder), gpus=plannable_gpus)
     app = RequestGuard(build_web_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,

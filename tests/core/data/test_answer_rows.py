@@ -59,7 +59,7 @@ def test_answers_are_read_best_first(read, row):
 def test_rows_of_a_list_share_their_prompt(read):
     prompt = [{"role": "user", "content": "Hi"}]
     rows, _ = read(prompt=prompt, responses=["a", "b", "c"], scores=[1, 3, 1])
-    example = tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=99, path="a")[0][0]
+    example = tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=99, source_path="a")[0][0]
     assert example["row_scores"] == [3, 1, 1]
     assert len(example["row_lengths"]) == 3
     texts = SMOLLM2_TOK.decode([t for t in example["labels"] if t >= 0])
@@ -89,7 +89,7 @@ def test_faulty_list(read, row, code, cause):
 def test_equal_answers_with_different_scores_are_refused(read):
     rows, _ = read(responses=[" a", " b", " a"], scores=[3, 2, 1])
     with pytest.raises(DataError, match=r"a\.jsonl:1: .*scores"):
-        tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=99, path="a")
+        tokenize_dataset(rows, SMOLLM2_TOK, max_seq_len=99, source_path="a")
 
 
 # --- the report on pairs ---------------------------------------------------------------------------------------------

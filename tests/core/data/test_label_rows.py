@@ -65,7 +65,7 @@ def test_tokens_are_those_of_the_tokenizer_and_none_is_supervised(read):
     bos = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     chat = {"messages": [USER], "label": ["spam", "prize"]}
-    rows = tokenize_dataset(read(HAM, chat, **CLASSES), tokenizer, max_seq_len=64, path="a")[0]
+    rows = tokenize_dataset(read(HAM, chat, **CLASSES), tokenizer, max_seq_len=64, source_path="a")[0]
     assert rows[0]["input_ids"] == tokenizer(HAM["text"])["input_ids"]
     assert set(rows[0]["labels"]) == {-100}
     assert tokenizer.decode(rows[1]["input_ids"]).rstrip().endswith("user\nYou won!<|im_end|>")
@@ -101,7 +101,7 @@ def test_class_of_validation_rows_alone_is_an_error(issues, tmp_path):
 @pytest.mark.parametrize("label", [True, False, "true", "False"])
 def test_rating_is_read(read, tmp_path, label):
     assert read(rate(0, label), **RATINGS)[0].is_good is (label in (True, "true"))
-    rows, _ = tokenize_dataset(open_rows(tmp_path / "a.jsonl", **RATINGS), SMOLLM2_TOK, max_seq_len=99, path="a")
+    rows, _ = tokenize_dataset(open_rows(tmp_path / "a.jsonl", **RATINGS), SMOLLM2_TOK, max_seq_len=99, source_path="a")
     assert KTO().prepare_rows(rows)[0]["label"] is (label in (True, "true"))
 
 

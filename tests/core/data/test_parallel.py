@@ -33,7 +33,9 @@ def remaining_processes():
 def test_tokenized_rows_are_those_of_one_process():
     turns = [[("user", f"Define {i}."), ("assistant", f"A lie {i}.")] for i in range(2 * 512 + 76)]
     rows = [Row([{"role": r, "content": c} for r, c in turn], i + 1) for i, turn in enumerate(turns)]
-    (one, report), (two, again) = (tokenize_dataset(rows, TOK, max_seq_len=99, path="a", processes=n) for n in (1, 2))
+    (one, report), (two, again) = (
+        tokenize_dataset(rows, TOK, max_seq_len=99, source_path="a", processes=n) for n in (1, 2)
+    )
     assert report == again
     assert list(one) == list(two)
     assert two[len(rows) - 1]["line"] == len(rows)

@@ -24,7 +24,7 @@ LONG = LENGTHS[1]
 
 
 def tokenize(rows=ROWS, tokenizer=TOK, max_seq_len=1000, **options):
-    return tokenize_dataset(rows, tokenizer, max_seq_len=max_seq_len, path="a.jsonl", **options)
+    return tokenize_dataset(rows, tokenizer, max_seq_len=max_seq_len, source_path="a.jsonl", **options)
 
 
 def test_labels_are_the_supervised_tokens():

@@ -256,7 +256,7 @@ def _find_generation_spans(
 ) -> list[Span]:
     """Return the spans that the template's own marks show, without white space after a special token."""
     marked: list[Span] = []
-    render_chat_template(tokenizer, messages, tools, spans=marked)
+    render_chat_template(tokenizer, messages, tools, collected_spans=marked)
     spans: list[Span] = []
     for start, end in marked:
         if spans and spans[-1][1] == start:  # two marks that touch are one turn

@@ -28,13 +28,13 @@ class DatasetRowComposition(NamedTuple):
 ALL_SUPERVISED = DatasetRowComposition()
 
 
-def measure_length_of_one_example(rows: Sequence[Tokens]) -> ExampleLength:
+def measure_length_of_one_example(rows_of_example: Sequence[Tokens]) -> ExampleLength:
     """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
-    if len(rows) == 1:
-        return len(rows[0])
-    shared = min(common_prefix_length(rows[0], row) for row in rows[1:])
+    if len(rows_of_example) == 1:
+        return len(rows_of_example[0])
+    shared = min(common_prefix_length(rows_of_example[0], row) for row in rows_of_example[1:])
     prefix = shared if shared >= MIN_SHARED_TOKENS else 0
-    return (prefix, *(len(row) - prefix for row in rows))
+    return (prefix, *(len(row) - prefix for row in rows_of_example))
 
 
 def count_tokens_per_row(example_length: ExampleLength) -> list[int]:

@@ -283,7 +283,7 @@ def tokenize_dataset(
     max_seq_len: int,
     on_overlong: str = "drop",
     train_on: str = "assistant",
-    path: str | Path,
+    source_path: str | Path,
     processes: int = 1,
     observer: RowObserver | None = None,
 ) -> tuple[TokenizedDataset, TokenizationStats]:
@@ -295,7 +295,7 @@ def tokenize_dataset(
         max_seq_len: most tokens of a row (≥ 2).
         on_overlong: what happens to longer rows: "error", "drop" or "truncate".
         train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
-        path: the file of the rows, for error messages.
+        source_path: the file of the rows, for error messages.
         processes: how many tokenize at once; with more than one, a script needs `if __name__ == "__main__":`.
         observer: measures each batch where it is tokenized, and gets the batches in order, such as a data report.
 
@@ -310,7 +310,9 @@ def tokenize_dataset(
     if isinstance(rows, RowIterable):
         errors = rows.create_error_collector()
     else:
-        errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
+        errors = RowErrorCollector(
+            source_path, hint="change these rows, or use another chat template (data.chat_template)"
+        )
     total, overlong, unsupervised = TokenizationStats(max_seq_len), [], []
     with TemporaryTokenizedDatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
@@ -329,7 +331,7 @@ def tokenize_dataset(
         if isinstance(rows, RowIterable) and observer is None:  # a report has them among its errors
             rows.require_used_columns()
         dataset = writer.finish()
-    _check_lengths(path, total, on_overlong, overlong, unsupervised)
+    _check_lengths(source_path, total, on_overlong, overlong, unsupervised)
     return dataset, total
 
 

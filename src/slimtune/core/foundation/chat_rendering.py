@@ -21,7 +21,7 @@ def render_chat_template(
     *,
     add_generation_prompt: bool = False,
     template: str | None = None,
-    spans: list[tuple[int, int]] | None = None,
+    collected_spans: list[tuple[int, int]] | None = None,
     **variables: Any,
 ) -> str:
     """Return the text of a conversation.
@@ -32,7 +32,7 @@ def render_chat_template(
         tools: JSON schemas of functions.
         add_generation_prompt: end with what asks for the next answer.
         template: used instead of the tokenizer's.
-        spans: gets the `[start, end)` characters that `{% generation %}` marks.
+        collected_spans: gets the `[start, end)` characters that `{% generation %}` marks.
         variables: further ones of the template.
 
     Raises:
@@ -43,4 +43,4 @@ def render_chat_template(
     text = tokenizer.get_chat_template(tools=tools) if template is None else template
     values = {**tokenizer.special_tokens_map, "documents": None, **variables}
     values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    return _load_renderer()(text, values, [] if spans is None else spans)
+    return _load_renderer()(text, values, [] if collected_spans is None else collected_spans)

@@ -30,9 +30,9 @@ def display_progress(display: Display) -> Iterator[None]:
 
 
 @contextmanager
-def use_progress_prefix(name: str) -> Iterator[None]:
+def use_progress_prefix(prefix: str) -> Iterator[None]:
     """Put a name before what `track_progress` reports meanwhile: one of several passes over the same rows."""
-    _names.append(name)
+    _names.append(prefix)
     try:
         yield
     finally:

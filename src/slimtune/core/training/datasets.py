@@ -165,7 +165,7 @@ def _tokenize(
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,
         train_on=data.train_on,
-        path=rows.path,
+        source_path=rows.path,
         processes=max(1, count_usable_cpus() // distributed.local_world_size()),
         observer=observer,
     )

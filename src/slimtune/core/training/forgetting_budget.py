@@ -48,7 +48,7 @@ def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[st
 
 
 def set_strength_within_budget(
-    strength: AdapterStrength, measure_forgetting: Callable[[], float], budget: float
+    adapter_strength: AdapterStrength, measure_forgetting: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.
 
@@ -57,8 +57,8 @@ def set_strength_within_budget(
     inside, outside, tried = 0.0, 1.0, []
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
-        strength.set(middle)
+        adapter_strength.set(middle)
         tried.append((middle, forgetting := measure_forgetting()))
         inside, outside = (middle, outside) if forgetting <= budget else (inside, middle)
-    strength.set(inside)
+    adapter_strength.set(inside)
     return inside, tried

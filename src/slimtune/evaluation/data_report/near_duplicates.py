@@ -108,22 +108,24 @@ def compute_minhash_signatures(
     return signatures, comparable
 
 
-def match_minhash_signatures(a: Array, b: Array | None = None) -> tuple[Array, Array]:
-    """Return the rows of `b` that nearly repeat a row of `a`, and which one: int64 [P] twice, each row of `b` once.
+def match_minhash_signatures(signatures: Array, other_signatures: Array | None = None) -> tuple[Array, Array]:
+    """Return which of the other rows nearly repeat a row, and which one: int64 [P] twice, each other row once.
 
-    Both are signatures, uint8 [N, 128]. Without `b`, rows of `a` are compared with earlier ones.
+    Both are uint8 [N, 128]. Without `other_signatures`, rows are compared with earlier ones.
     """
-    within, b = b is None, a if b is None else b
-    match, numbers = np.full(len(b), -1, dtype=np.int64), np.arange(len(b))
-    for first_byte in range(0, HASHES if len(a) else 0, _BAND_BYTES):
+    within, other_signatures = other_signatures is None, signatures if other_signatures is None else other_signatures
+    match, numbers = np.full(len(other_signatures), -1, dtype=np.int64), np.arange(len(other_signatures))
+    for first_byte in range(0, HASHES if len(signatures) else 0, _BAND_BYTES):
         band = slice(first_byte, first_byte + _BAND_BYTES)
-        keys_a, keys_b = (np.ascontiguousarray(some[:, band]).view(np.uint32).ravel() for some in (a, b))
+        keys_a, keys_b = (
+            np.ascontiguousarray(some[:, band]).view(np.uint32).ravel() for some in (signatures, other_signatures)
+        )
         order = np.argsort(keys_a, kind="stable")
         ranked = keys_a[order]
         # Two candidates of the same band: the first row, and the last one (of the same file: the one before).
-        first = np.minimum(np.searchsorted(ranked, keys_b), len(a) - 1)
+        first = np.minimum(np.searchsorted(ranked, keys_b), len(signatures) - 1)
         if within:
-            last = np.empty(len(a), dtype=np.int64)
+            last = np.empty(len(signatures), dtype=np.int64)
             last[order] = numbers - 1
         else:
             last = np.searchsorted(ranked, keys_b, side="right") - 1
@@ -135,7 +137,7 @@ def match_minhash_signatures(a: Array, b: Array | None = None) -> tuple[Array, A
             rows = np.flatnonzero(undecided)
             for at in range(0, len(rows), _CHUNK):
                 some = rows[at : at + _CHUNK]
-                equal = a[candidate[some]] == b[some]
+                equal = signatures[candidate[some]] == other_signatures[some]
                 near = np.minimum(_jaccard(equal[:, :HASHES]), _jaccard(equal[:, HASHES:])) >= THRESHOLD
                 match[some[near]] = candidate[some[near]]
     rows = np.flatnonzero(match >= 0)

@@ -117,17 +117,17 @@ class LinearAdaLora(AdapterModule):
             setattr(self, name, nn.Parameter(values[name].to(old.device, old.dtype, copy=True), old.requires_grad))
 
 
-def allocate_ranks(config: Any, modules: list[Any], remaining: float) -> None:
+def allocate_ranks(config: Any, modules: list[Any], remaining_fraction: float) -> None:
     """Keep the ranks with the highest scores over all layers, as many as the budget allows.
 
-    `remaining` is the part of the pruning steps that is left, 1 to 0.
+    `remaining_fraction` is the part of the pruning steps that is left, 1 to 0.
     """
     if not all(module.averages for module in modules):
         return  # there are no scores yet
     scores = [module.rank_scores() for module in modules]
     all_scores = torch.cat([s.to(scores[0].device) for s in scores])
     target = config.target_r * len(modules)
-    surplus = len(all_scores) - int((len(all_scores) - target) * remaining**3 + target)
+    surplus = len(all_scores) - int((len(all_scores) - target) * remaining_fraction**3 + target)
     if surplus < 1:
         return
     threshold = all_scores.kthvalue(surplus).values
