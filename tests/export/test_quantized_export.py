@@ -11,7 +11,7 @@ from slimtune.errors import AdapterError
 from slimtune.export import expected_logps as reference
 from slimtune.export.exporter import export
 from slimtune.export.verify import verify
-from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder
+from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -58,9 +58,9 @@ def test_loftq_is_refused_beside_another_base(to, tiny_folder, tmp_path):
 def test_all_formats_on_a_quantized_gguf(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     base = write_tiny_base(tmp_path / "tiny.gguf", tiny_llama, tiny_tokenizer)
-    run = make_run(tmp_path / "run", get_or_make_cached_hf_folder(base)[0], model=NF4)
+    run = make_run(tmp_path / "run", get_or_make_hf_folder_and_seconds(base)[0], model=NF4)
     file = run / "recipe.yaml"
-    file.write_text(file.read_text().replace(f"name: {get_or_make_cached_hf_folder(base)[0]}", f"name: {base}"))
+    file.write_text(file.read_text().replace(f"name: {get_or_make_hf_folder_and_seconds(base)[0]}", f"name: {base}"))
     assert [c.passed for c in verify(run, threads=1).checks] == [True, True, True]
     merged = export(run, "gguf", tmp_path / "out", {"merged": True, "precision": "f32"}, threads=1)
     assert merged.check.max_difference < 0.01

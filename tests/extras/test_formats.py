@@ -11,7 +11,7 @@ from tiny_tokenizer import SMOLLM2_TOK as TOK
 from tokenizers.processors import TemplateProcessing
 
 from slimtune.core.data.rows import InvalidRow, Row
-from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows
+from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows_with_errors
 from slimtune.core.data.tokenized_dataset import split_example_rows
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.extras.row_columns import load_row_formats, parse_row_or_error
@@ -261,7 +261,7 @@ def test_wrong_format_or_column(tmp_path, options, message):
 
 
 def supervised_text(row, train_on="assistant", tokenizer=TOK):
-    (tokens,) = tokenize_rows([row], tokenizer, train_on=train_on)
+    (tokens,) = tokenize_rows_with_errors([row], tokenizer, train_on=train_on)
     pairs = zip(tokens.input_ids, tokens.supervised, strict=True)
     return tokenizer.decode([token for token, supervised in pairs if supervised])
 
@@ -276,7 +276,7 @@ def test_first_token_of_the_tokenizer_is_not_learned():
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.bos_token_id)]
     )
-    (tokens,) = tokenize_rows([Row([], 1, completion="A lie.")], tok)
+    (tokens,) = tokenize_rows_with_errors([Row([], 1, completion="A lie.")], tok)
     assert tokens.input_ids == [*tok("A lie.")["input_ids"], tok.eos_token_id]
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
 
@@ -285,7 +285,7 @@ def test_text_needs_an_end_of_text_token():
     tok = make_tokenizer(None, CHATML)
     tok.eos_token = None
     with pytest.raises(ModelError, match="end-of-text"):
-        tokenize_rows([Row([], 1, completion="A lie.")], tok)
+        tokenize_rows_with_errors([Row([], 1, completion="A lie.")], tok)
 
 
 @pytest.mark.parametrize("template", ["smollm2", "qwen3_training"])
@@ -314,7 +314,7 @@ def test_reasoning_is_learned_where_the_template_reads_it(template, specials, ke
     row = parse_row_or_error({"messages": [USER, {**SAID, key: "Hm."}]}, "chat", 1)
     assert supervised_text(row, tokenizer=tok) == learned
     row = parse_row_or_error({"messages": [USER, {**SAID, key: "Ah."}, USER, SAID]}, "chat", 1)
-    (refused,) = tokenize_rows([row], tok)  # both templates leave out what earlier turns thought
+    (refused,) = tokenize_rows_with_errors([row], tok)  # both templates leave out what earlier turns thought
     assert repr(key) in refused.cause
 
 
@@ -327,7 +327,9 @@ def test_reasoning_is_learned_where_the_template_reads_it(template, specials, ke
     ],
 )
 def test_keys_that_the_template_does_not_read(template, row, hint):
-    (refused,) = tokenize_rows([parse_row_or_error(row, "chat", 1)], make_tokenizer(template_text(template), CHATML))
+    (refused,) = tokenize_rows_with_errors(
+        [parse_row_or_error(row, "chat", 1)], make_tokenizer(template_text(template), CHATML)
+    )
     assert (type(refused), refused.code) == (InvalidRow, "template-leaves-out")
     assert hint in refused.hint
 
@@ -335,7 +337,7 @@ def test_keys_that_the_template_does_not_read(template, row, hint):
 def test_developer_message_of_a_template_that_knows_it():
     tok = make_tokenizer(template_text("gptoss"), GPT_OSS)
     row = parse_row_or_error({"messages": [{"role": "developer", "content": "Be brief."}, USER, SAID]}, "chat", 1)
-    (tokens,) = tokenize_rows([row], tok)
+    (tokens,) = tokenize_rows_with_errors([row], tok)
     assert "<|start|>developer<|message|># Instructions\n\nBe brief." in tok.decode(tokens.input_ids)
 
 
@@ -360,7 +362,10 @@ def test_preference_pair_is_two_rows(tmp_path, name):
     expected = [{"messages": [USER, turn]} for turn in (YES, NO)]
     if prompt is not None:
         expected = [{"prompt": prompt, "completion": a} for a in (answer, answer.replace("yes", "no"))]
-    alone = [tokenize_rows(read_rows(write(tmp_path / f"{i}.jsonl", row)), TOK)[0] for i, row in enumerate(expected)]
+    alone = [
+        tokenize_rows_with_errors(read_rows(write(tmp_path / f"{i}.jsonl", row)), TOK)[0]
+        for i, row in enumerate(expected)
+    ]
     assert [chosen, rejected] == [row.input_ids for row in alone]
     assert labels == [t if on else -100 for t, on in zip(alone[0].input_ids, alone[0].supervised, strict=True)]
 

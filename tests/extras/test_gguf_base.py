@@ -21,7 +21,11 @@ from slimtune.core.models.loader import load_base, load_tokenizer
 from slimtune.core.models.model_source import resolve_model_source
 from slimtune.errors import ModelError, RunError
 from slimtune.extras import gguf_loading as gguf
-from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder, get_slimtune_cache_root, open_checked_gguf_reader
+from slimtune.extras.gguf_loading import (
+    get_or_make_hf_folder_and_seconds,
+    get_slimtune_cache_root,
+    open_checked_gguf_reader,
+)
 
 pytest.importorskip("gguf")
 
@@ -53,14 +57,14 @@ def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeyp
 
     file = write()
     parsed = describe()
-    get_or_make_cached_hf_folder(file)
+    get_or_make_hf_folder_and_seconds(file)
     monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
     assert describe() == parsed
 
 
 def assert_refused(file, kind, *words):
     with pytest.raises(kind) as caught:
-        get_or_make_cached_hf_folder(file)
+        get_or_make_hf_folder_and_seconds(file)
     for word in words:
         assert word in str(caught.value)
     assert cached_folders() == []
@@ -113,7 +117,7 @@ def test_same_model(tmp_path, write, tiny_llama, tied, capsys):
 
 def test_folder(write):
     file = write()
-    folder, _ = get_or_make_cached_hf_folder(file)
+    folder, _ = get_or_make_hf_folder_and_seconds(file)
     stamp = json.loads((folder / "slimtune.json").read_text())
     assert stamp["source"] == "tiny.gguf"
     assert folder.name == f"tiny-{stamp['sha256'][:16]}-fp32-v1"
@@ -133,7 +137,7 @@ def test_digit_splitting(write, pre, expected):
 
 
 def test_unknown_splitting_warns(write, caplog):
-    get_or_make_cached_hf_folder(write(pre="of-tomorrow"))
+    get_or_make_hf_folder_and_seconds(write(pre="of-tomorrow"))
     assert "'of-tomorrow'" in caplog.text
 
 
@@ -233,7 +237,7 @@ def test_full_disk(write, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         assert_refused(file, RunError, "the disk is full", "MiB free")
-    assert get_or_make_cached_hf_folder(file)[0].is_dir()
+    assert get_or_make_hf_folder_and_seconds(file)[0].is_dir()
 
 
 def test_too_little_space(write, monkeypatch):
@@ -247,25 +251,25 @@ def test_cache_not_writable(write, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RunError, match="SLIMTUNE_CACHE"):
-        get_or_make_cached_hf_folder(write())
+        get_or_make_hf_folder_and_seconds(write())
 
 
 def test_damaged_cache_is_rewritten(write, caplog):
-    folder, _ = get_or_make_cached_hf_folder(write())
+    folder, _ = get_or_make_hf_folder_and_seconds(write())
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    assert get_or_make_cached_hf_folder(write())[0] == folder
+    assert get_or_make_hf_folder_and_seconds(write())[0] == folder
     assert "damaged" in caplog.text
     assert weights.read_bytes() == whole
 
 
 def test_temporary_folders_of_killed_processes_are_deleted(write, cache):
-    folder, _ = get_or_make_cached_hf_folder(write())
+    folder, _ = get_or_make_hf_folder_and_seconds(write())
     shutil.rmtree(folder)
     (cache / f".{folder.name}.killed").mkdir()
     (cache / ".other-base.running").mkdir()
-    get_or_make_cached_hf_folder(write())
+    get_or_make_hf_folder_and_seconds(write())
     assert cached_folders() == sorted([folder.name, ".other-base.running"])
 
 
@@ -278,7 +282,9 @@ def test_two_processes_write_once(write, monkeypatch):
         write_folder(*args)
 
     monkeypatch.setattr(gguf, "_write_folder", count)
-    threads = [threading.Thread(target=lambda: found.append(get_or_make_cached_hf_folder(file)[0])) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(get_or_make_hf_folder_and_seconds(file)[0])) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,10 +294,10 @@ def test_two_processes_write_once(write, monkeypatch):
 
 
 def test_changed_file_is_another_base(write):
-    first, _ = get_or_make_cached_hf_folder(write())
+    first, _ = get_or_make_hf_folder_and_seconds(write())
     file = write(seed=1)
     os.utime(file, ns=(1, 1))
-    second, _ = get_or_make_cached_hf_folder(file)
+    second, _ = get_or_make_hf_folder_and_seconds(file)
     a, b = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (first, second))
     assert not torch.equal(a, b)
 

@@ -407,10 +407,10 @@ def make_gguf(rng: random.Random, folder: Path, changes: int) -> Work:
     file.write_bytes(data)
 
     def work() -> str:
-        from slimtune.extras.gguf_loading import get_or_make_cached_hf_folder
+        from slimtune.extras.gguf_loading import get_or_make_hf_folder_and_seconds
 
         os.environ["SLIMTUNE_CACHE"] = str(folder / "cache")
-        made, _ = get_or_make_cached_hf_folder(file)
+        made, _ = get_or_make_hf_folder_and_seconds(file)
         try:
             return check_gguf(made, file)
         finally:

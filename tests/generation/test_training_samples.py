@@ -11,7 +11,7 @@ from slimtune.core.adapters.active_adapters import BASE_ROW
 from slimtune.core.attention.attention_functions import packed_attention_enabled
 from slimtune.generation.answer_queue import SamplingParams
 from slimtune.generation.generation_models import GenerationModel
-from slimtune.generation.training_samples import sample_answers_while_training
+from slimtune.generation.training_samples import sample_answers_between_steps
 
 PROMPTS = [[7, 8, 9, 20], [30, 31]]
 COUNT = 4
@@ -51,7 +51,7 @@ def make_training(config, base=llama):
 def sample(model, tokenizer, adapter="default", ends=(5, 6), **params):
     answering = GenerationModel(adapter, tokenizer, frozenset(ends), 64)
     params = SamplingParams(**{"max_new_tokens": 10, "temperature": 1.0, "seed": 3, **params})
-    return sample_answers_while_training(model, answering, PROMPTS, params, count=COUNT)
+    return sample_answers_between_steps(model, answering, PROMPTS, params, count=COUNT)
 
 
 @torch.no_grad()

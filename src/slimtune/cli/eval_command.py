@@ -68,7 +68,7 @@ def eval_run(
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
     require_run_exists(run)
-    require_row_files_exist(data, run=run)
+    require_row_files_exist(data, run_of_format=run)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.general_text import BUILT_IN_TEXT
 

@@ -151,7 +151,7 @@ def verify_run(
     manifest = read_export_manifest(path)
     if manifest is None:
         require_run_exists(path)
-    require_row_files_exist(data, run=path if manifest is None else manifest.run)
+    require_row_files_exist(data, run_of_format=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:

@@ -55,12 +55,14 @@ def require_run_exists(path: Path) -> None:
         require_base_exists(name)
 
 
-def require_row_files_exist(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
+def require_row_files_exist(
+    path: str | Path | None, format: str | None = None, *, run_of_format: Path | None = None
+) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.training.run_dir import RunDir
     from ..extras.row_files import list_dataset_files_with_readers
 
     if path is not None:
-        if run is not None and RunDir(run).recipe_file.is_file():
-            format = RunDir(run).load_recipe().data.format
+        if run_of_format is not None and RunDir(run_of_format).recipe_file.is_file():
+            format = RunDir(run_of_format).load_recipe().data.format
         list_dataset_files_with_readers(Path(path), format)

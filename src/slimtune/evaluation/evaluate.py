@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.data.collator import Example
-from ..core.data.rows import Row, split_ranked_answers_into_rows
+from ..core.data.rows import Row, split_into_one_row_per_answer
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
@@ -227,7 +227,7 @@ def _prepare_prompts(
     models = make_base_and_tuned_models(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
-    prompts = select_eval_prompts((split_ranked_answers_into_rows(row)[0] for row in rows), examples, settings.generate)
+    prompts = select_eval_prompts((split_into_one_row_per_answer(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
     return models, prompts
@@ -340,7 +340,7 @@ def _find_rows_trained_on(
     def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
         found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
-        rows = (split_ranked_answers_into_rows(row)[0] if answers_alone else row for row in rows)
+        rows = (split_into_one_row_per_answer(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
     evaluated = list(read(evaluation, file))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.adapters.adapter_strength import find_trained_and_no_op_tensors
+from ..core.adapters.adapter_strength import pair_tensors_with_no_op_values
 from ..core.data.chat_template import encode_chat_with_train_mask
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.rows import ROW_READERS, InvalidRow, RowErrorCollector
@@ -132,7 +132,7 @@ class GeneralText:
             DataError: the chat template rejects messages, or there is nothing to predict.
             UsageError: the strength of the model's method cannot be reduced.
         """
-        find_trained_and_no_op_tensors(model, "default")
+        pair_tensors_with_no_op_values(model, "default")
         rows = tokenize_general_text(self.pieces, self.file, tokenizer, get_max_positions(model.config))
         kinds = group_row_numbers_by_kind(rows)
         wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)

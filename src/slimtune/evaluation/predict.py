@@ -12,7 +12,7 @@ import torch
 
 from ..core.config import TrainSettings
 from ..core.data.rows import InvalidRow, Record, Row, RowErrorCollector
-from ..core.data.tokenize import tokenize_rows
+from ..core.data.tokenize import tokenize_rows_with_errors
 from ..core.foundation.files import to_json, write_atomic
 from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
@@ -133,7 +133,7 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     context = get_max_positions(model.config)
     examples: list[dict[str, Any]] = []
     errors = RowErrorCollector("the rows", hint="shorten or remove these rows")
-    for row, tokens in zip(rows, tokenize_rows(rows, tokenizer), strict=True):
+    for row, tokens in zip(rows, tokenize_rows_with_errors(rows, tokenizer), strict=True):
         if isinstance(tokens, InvalidRow):
             errors.add(row.line, tokens.cause, row.file)
             continue

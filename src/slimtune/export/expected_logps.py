@@ -33,10 +33,10 @@ from torch import Tensor
 
 from ..core.config import Recipe
 from ..core.data.chat_template import TokenizedRow
-from ..core.data.rows import Row, split_ranked_answers_into_rows
-from ..core.data.tokenize import tokenize_rows
+from ..core.data.rows import Row, split_into_one_row_per_answer
+from ..core.data.tokenize import tokenize_rows_with_errors
 from ..core.foundation.chat_rendering import render_chat_template
-from ..core.foundation.dtype_names import short_dtype_name
+from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import open_rows_for_objective
@@ -194,7 +194,7 @@ def make_reference_texts(
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
         valid = opened.require_valid_rows()
-        compared += itertools.islice((part for row in valid for part in split_ranked_answers_into_rows(row)), MAX_ROWS)
+        compared += itertools.islice((part for row in valid for part in split_into_one_row_per_answer(row)), MAX_ROWS)
     longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[ReferenceText] = []
     for row in compared:
@@ -207,7 +207,7 @@ def make_reference_texts(
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             with suppress(ValueError, TemplateError):
                 prompt = render_chat_template(tokenizer, row.messages[:-1], row.tools, add_generation_prompt=True)
-        elif isinstance(tokens := tokenize_rows([row], tokenizer)[0], TokenizedRow):
+        elif isinstance(tokens := tokenize_rows_with_errors([row], tokenizer)[0], TokenizedRow):
             ids = tokens.input_ids
         if len(ids) > 1 and sum(len(t.ids) - 1 for t in texts) < MAX_POSITIONS:
             texts.append(ReferenceText(prompt, ids[:longest]))
@@ -231,7 +231,7 @@ def compare_engine_with_adapter(
         open_base: returns the untouched base in the same engine and precision. It is asked if the engine is outside
             the tolerance, and always below 8 bits, for which no limit holds for every base.
     """
-    tolerance = tolerance or get_loosest_tolerance(precision, short_dtype_name(reference.engine.model.dtype))
+    tolerance = tolerance or get_loosest_tolerance(precision, llama_cpp_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
     scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]

@@ -76,10 +76,10 @@ def list_vllm_lora_incompatibilities(config: Any) -> list[str]:
     return reasons
 
 
-def list_vllm_plain_lora_incompatibilities(config: Any) -> list[str]:
+def list_vllm_plain_lora_incompatibilities(adapter_config: Any) -> list[str]:
     """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
-    if not config.uses_lora_file_format:
-        return [f"its method is {config.name}, and vLLM only loads LoRA"]
-    if parameters := [p for p in config.target_parameters or [] if not p.endswith(".weight")]:
+    if not adapter_config.uses_lora_file_format:
+        return [f"its method is {adapter_config.name}, and vLLM only loads LoRA"]
+    if parameters := [p for p in adapter_config.target_parameters or [] if not p.endswith(".weight")]:
         return [f"target_parameters is {parameters}: vLLM reads a LoRA on experts for some architectures only"]
-    return ["use_dora is True: vLLM does not support DoRA"] if config.use_dora else []
+    return ["use_dora is True: vLLM does not support DoRA"] if adapter_config.use_dora else []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.config import Recipe
 from ..core.data.rows import InvalidRow
-from ..core.data.tokenize import tokenize_rows
+from ..core.data.tokenize import tokenize_rows_with_errors
 from ..core.kernels.linear_layers import get_layer_kind
 from ..core.models.dtype import pick_dtype
 from ..core.training.datasets import open_rows_for_objective
@@ -81,7 +81,7 @@ def record_linear_layer_inputs(model: Any, recipe: Recipe | None, tokenizer: Any
         if recipe is not None:
             opened = open_rows_for_objective(recipe.data.train, recipe.data, recipe.objective())
             rows = list(itertools.islice(opened.require_valid_rows(), ROWS))
-    tokenized = [r for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
+    tokenized = [r for r in tokenize_rows_with_errors(rows, tokenizer) if not isinstance(r, InvalidRow)]
     ids = [part.input_ids for row in tokenized for part in row.split()]
     layers = {
         n: m for n, m in model.named_modules() if get_layer_kind(m) == "linear" and "adapters" not in n.split(".")

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
-from ..core.foundation.dtype_names import dtype_name, short_dtype_name
+from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from ..core.foundation.json_results import to_json_dict
 from ..core.models.base_config import load_checkpoint_config
@@ -104,7 +104,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
         engine = TransformersInferenceEngine("merged", merged, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
-        tolerance = get_loosest_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
+        tolerance = get_loosest_tolerance(llama_cpp_dtype_name(stored), llama_cpp_dtype_name(model.dtype))
         if faults := reference.find_faults(differences, tolerance):
             raise RunError(
                 f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
@@ -159,7 +159,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
         trusted = _trusts_code(loaded)
         base = load_base(str(folder), dtype=model.dtype, device="cpu", trust_remote_code=trusted, task="SEQ_CLS")
         differences = (compute_logits(base.model) - adapted).abs()
-        tolerance = get_loosest_tolerance(short_dtype_name(stored), short_dtype_name(model.dtype))
+        tolerance = get_loosest_tolerance(llama_cpp_dtype_name(stored), llama_cpp_dtype_name(model.dtype))
         mean, largest = differences.mean().item(), differences.max().item()
         if not mean <= tolerance.mean_difference + tolerance.effect_share * effect:
             raise RunError(

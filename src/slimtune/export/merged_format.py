@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 
-from ..core.foundation.dtype_names import short_dtype_name
+from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.files import read_json
 from ..errors import ModelError, RunError, format_names
 from .export_format import LICENCE_FILES, MERGED_FOLDER, TOKENIZER_FILES, ExportFormat
@@ -39,7 +39,7 @@ class MergedFormat(ExportFormat):
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the checkpoint with the trained adapter."""
-        precision = short_dtype_name(facts.comparison.dtype)
+        precision = llama_cpp_dtype_name(facts.comparison.dtype)
         return verifier.verify_engine(ENGINE_NAME, precision, lambda: verifier.open_merged(folder))
 
     def list_run_checks(self, verifier: ExportVerifier) -> Iterator[ExportEngineCheck]:
@@ -54,7 +54,7 @@ class MergedFormat(ExportFormat):
             merge(verifier.run, folder)
             return verifier.open_merged(folder)
 
-        yield ExportEngineCheck(ENGINE_NAME, short_dtype_name(verifier.loaded.base.dtype), open_merged)
+        yield ExportEngineCheck(ENGINE_NAME, llama_cpp_dtype_name(verifier.loaded.base.dtype), open_merged)
 
     def check_upload(self, folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> str:
         """Raise ModelError if the checkpoint is damaged or incomplete; remove local paths from its card."""

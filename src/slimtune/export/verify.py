@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.foundation.dtype_names import dtype_name, short_dtype_name
+from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
@@ -80,7 +80,7 @@ def verify(
                     merging.load_run_for_export(run, dtype), run, Path(folder), rows, threads, log
                 )
             name = vllm_model or str(facts.get("name", run.resolve().name))
-            precision = short_dtype_name(verifier.loaded.base.dtype)
+            precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
             tolerance = _get_tolerance_of_loss((facts.get("conversion") or {}).get("error"))
             checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
@@ -183,7 +183,7 @@ class ExportVerifier:
         if tolerance is None and self.loaded.base.quantization:
             # Dequantized values amplify an engine's own arithmetic: SmolLM2 in NF4, without an adapter, is 0.0027 nats
             # from llama.cpp on average, where float32 is 3e-6 from float64.
-            tolerance = get_loosest_tolerance(precision, short_dtype_name(self.model.dtype), "f16")
+            tolerance = get_loosest_tolerance(precision, llama_cpp_dtype_name(self.model.dtype), "f16")
         try:
             with closing(open_engine()) as engine:
                 engine.name = name

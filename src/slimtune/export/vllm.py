@@ -27,7 +27,7 @@ from ..core.foundation.files import write_atomic
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, suggest
-from ..extras.gguf_loading import get_or_make_cached_hf_folder
+from ..extras.gguf_loading import get_or_make_hf_folder_and_seconds
 from ..extras.lora_conversion import make_lora_config_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
 from ..planning.weight_formats import load_vllm_lora_rules
@@ -247,7 +247,7 @@ def _locate_base(loaded: TrainedModel) -> tuple[str, str]:
     if source.kind == "hub":
         return source.path, source.path
     # vLLM serves no LoRA on a GGUF: the base is the folder the GGUF was dequantized into, as in training.
-    path = get_or_make_cached_hf_folder(source.path)[0] if source.kind == "gguf" else Path(source.path)
+    path = get_or_make_hf_folder_and_seconds(source.path)[0] if source.kind == "gguf" else Path(source.path)
     return str(path.expanduser().resolve()), _to_plain_name(source.name)
 
 

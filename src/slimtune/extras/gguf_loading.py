@@ -80,15 +80,15 @@ def get_slimtune_cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
 
 
-def get_or_make_cached_hf_folder(path: str | Path) -> tuple[Path, float]:
+def get_or_make_hf_folder_and_seconds(gguf_path: str | Path) -> tuple[Path, float]:
     """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
 
     Raises:
         ModelError: the file is no GGUF, damaged, of an unknown architecture, or the package `gguf` is missing.
         RunError: the disk or the memory is full, or the cache cannot be written.
     """
-    path = Path(path).resolve()
-    digest, folder = _locate_folder(path)
+    gguf_path = Path(gguf_path).resolve()
+    digest, folder = _locate_folder(gguf_path)
     if _is_complete(folder):
         return folder, 0.0
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def get_or_make_cached_hf_folder(path: str | Path) -> tuple[Path, float]:
             lock.acquire()
         try:
             if not _is_complete(folder):
-                _write_folder(path, folder, digest)
+                _write_folder(gguf_path, folder, digest)
         finally:
             lock.release()
     except OSError as error:

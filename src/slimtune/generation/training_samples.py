@@ -15,9 +15,9 @@ from .generation_models import GenerationModel
 from .text_generator import TextGenerator
 
 
-def sample_answers_while_training(
+def sample_answers_between_steps(
     model: Any,
-    answering_model: GenerationModel,
+    adapter_or_base: GenerationModel,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     *,
@@ -28,7 +28,7 @@ def sample_answers_while_training(
 
     Args:
         model: the adapted model that trains; its caches of keys and values last as long as this call.
-        answering_model: the adapter that answers, or the base (`BASE_ROW`).
+        adapter_or_base: the adapter that answers, or the base (`BASE_ROW`).
         prompts: token ids of each prompt; the answers to one prompt share its pass.
         params: of all answers; the seed is that of the first one, and each further answer has the next one.
         count: answers to each prompt.
@@ -40,7 +40,7 @@ def sample_answers_while_training(
     if params.top_logprobs is None:
         params = replace(params, top_logprobs=0)
     answers = [
-        [GeneratedAnswer(answering_model, ids, replace(params, seed=params.seed + n * count + i)) for i in range(count)]
+        [GeneratedAnswer(adapter_or_base, ids, replace(params, seed=params.seed + n * count + i)) for i in range(count)]
         for n, ids in enumerate(prompts)
     ]
     with _suspend_training(model):

@@ -32,7 +32,7 @@ from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.cpu import read_processor_name
 from ..core.foundation.device import disable_malloc_trim
-from ..core.foundation.dtype_names import dtype_name, short_dtype_name
+from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.foundation.version import __version__
 from ..core.models.dtype import pick_device, pick_dtype
@@ -248,7 +248,7 @@ def run_optimizer_step(model: Any, optimizer: torch.optim.Optimizer, collator: C
 
 def _measure_transformers(clock: DeviceTimer, dtype: torch.dtype) -> ServingSpeedFit:
     """Return how fast `generate` of transformers decodes and reads a prompt."""
-    name = short_dtype_name(dtype).upper()
+    name = llama_cpp_dtype_name(dtype).upper()
     works, runs, operations = [], [], []
     for shape in DECODED:
         config = make_small_llama_config(*shape)

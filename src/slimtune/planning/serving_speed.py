@@ -74,7 +74,7 @@ PREFILL = {
 }
 
 
-def get_hardware_kind(gpu: GpuSpec) -> str:
+def get_vendor_and_memory_kind(gpu: GpuSpec) -> str:
     """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
     if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
         return "nvidia hbm"
@@ -109,7 +109,7 @@ def estimate_request_decode_speed(
             Interval(*(end / prompt_seconds for end in fit.spread)),
             evidence,
         )
-    key = (ENGINES[engine].fits_as, get_hardware_kind(gpu))
+    key = (ENGINES[engine].fits_as, get_vendor_and_memory_kind(gpu))
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]

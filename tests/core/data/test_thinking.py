@@ -8,7 +8,7 @@ from row_files import find_issues, write_jsonl
 from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_text
 
 from slimtune.core.data.chat_template import TokenizedRow
-from slimtune.core.data.tokenize import tokenize_rows
+from slimtune.core.data.tokenize import tokenize_rows_with_errors
 from slimtune.evaluation.data_report.data_report import ThinkingTurnCounts
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_columns import parse_row_or_error
@@ -39,7 +39,7 @@ HARMONY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>
 
 
 def tokenize(family, *messages, **options):
-    (found,) = tokenize_rows(
+    (found,) = tokenize_rows_with_errors(
         [parse_row_or_error({"messages": list(messages)}, "chat", 7)], TOKENIZERS[family], **options
     )
     return found

@@ -16,7 +16,7 @@ from ...errors import UsageError
 from .adapted_layer import make_adapter_site
 
 
-class AdapterStrength:
+class AdapterStrengthSetter:
     """Sets the strength of one adapter of a model; keeps a copy of its tensors as they are now.
 
     Args:
@@ -29,7 +29,7 @@ class AdapterStrength:
 
     def __init__(self, model: Any, adapter_name: str) -> None:
         self.tensors = [
-            (t, t.detach().clone(), no_op) for t, no_op in find_trained_and_no_op_tensors(model, adapter_name)
+            (t, t.detach().clone(), no_op) for t, no_op in pair_tensors_with_no_op_values(model, adapter_name)
         ]
 
     @torch.no_grad()
@@ -41,8 +41,8 @@ class AdapterStrength:
             tensor.copy_(trained if strength == 1 else no_op + strength * (trained - no_op))
 
 
-def find_trained_and_no_op_tensors(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
-    """Return the tensors θ of an adapter, each once, and their θ₀; arguments and errors as for `AdapterStrength`."""
+def pair_tensors_with_no_op_values(model: Any, adapter_name: str) -> list[tuple[Tensor, Any]]:
+    """Return the tensors θ of an adapter, each once, with their θ₀; arguments and errors as for the class above."""
     kinds = model.match_report(adapter_name).kinds
     found: dict[int, tuple[Tensor, Any]] = {}
     with model.disable_adapter(), torch.no_grad():  # modules read the base's own weights

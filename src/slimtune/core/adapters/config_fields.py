@@ -271,13 +271,13 @@ def list_settings(cls: Any, prefix: str = "") -> tuple[SettingSpec, ...]:
     return tuple(found)
 
 
-def list_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
+def map_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
     """Return the settings of a section, a method or a task that a recipe may set, by their names and short names."""
     settings = {s.name: s for s in list_settings(cls) if s.in_recipe}
     return settings | {short: settings[name] for short, name in cls.short_names.items()}
 
 
-def check_section_settings(
+def read_section_settings(
     specs: Mapping[str, SettingSpec | None], tree: Mapping[str, Any], section: str, all_paths: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the values of a recipe's section by full name, and every error in it.

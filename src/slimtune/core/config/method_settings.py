@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import ConfigError
-from ..adapters.config_fields import FieldError, SettingSpec, check_section_settings, list_recipe_fields, list_settings
+from ..adapters.config_fields import FieldError, SettingSpec, list_settings, map_recipe_fields, read_section_settings
 from ..adapters.method_registry import get_method_config_class
 from .objective_registry import load_objective_class
 from .schema import MethodSettings, NamedSettings, TaskSettings
@@ -16,7 +16,7 @@ from .schema import MethodSettings, NamedSettings, TaskSettings
 def map_method_fields_by_name(name: str) -> dict[str, SettingSpec]:
     """Return a method's fields by their names and short names; none for an unknown method."""
     try:
-        return list_recipe_fields(get_method_config_class(name))
+        return map_recipe_fields(get_method_config_class(name))
     except ConfigError:
         return {}
 
@@ -50,7 +50,7 @@ def parse_section_with_errors(section: str, given: Mapping[str, Any]) -> tuple[N
     except ConfigError as e:
         return kind(), [FieldError(f"{section}.name", e.message, e.expected)]
     own = {field: value for field, value in given.items() if field != "name"}
-    values, errors = check_section_settings(list_recipe_fields(cls), own, section)
+    values, errors = read_section_settings(map_recipe_fields(cls), own, section)
     settings, faulty = fill_defaults(values, cls), {error.field for error in errors}
     conflicts = [error.within(section) for error in cls.find_errors(settings)]
     return kind(name=cls.name, settings=settings), errors + [e for e in conflicts if e.field not in faulty]

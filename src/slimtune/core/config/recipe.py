@@ -13,11 +13,11 @@ from ...errors import RecipeError, format_names
 from ..adapters.config_fields import (
     MOST_ERRORS,
     FieldError,
-    check_section_settings,
     config_field,
-    list_recipe_fields,
     list_settings,
     make_invalid_value_error,
+    map_recipe_fields,
+    read_section_settings,
 )
 from ..adapters.method_registry import get_method_config_class
 from ..foundation.formatting import format_short_value
@@ -142,11 +142,11 @@ def parse_recipe_sections(
     sections: dict[str, Any] = {"task": task, "method": method}
     errors: list[FieldError] = []
     for name, section in SECTIONS.items():
-        given, known = tree.get(name, {}), list_recipe_fields(section)
+        given, known = tree.get(name, {}), map_recipe_fields(section)
         if not isinstance(given, Mapping):
             errors.append(FieldError(name, f"got {format_short_value(given)}", f"a section with {format_names(known)}"))
             continue
-        values, found = check_section_settings(known, given, name, paths)
+        values, found = read_section_settings(known, given, name, paths)
         missing = [f"{name}.{s.name}" for s in known.values() if s.required and s.name not in given]
         errors += found + [lacking[path] for path in missing if not partial]
         if not found and not missing:
@@ -155,7 +155,7 @@ def parse_recipe_sections(
         errors.append(lacking["output_dir"])
     names = dict.fromkeys((f.name for f in fields(Recipe)), None)
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
-    values, found = check_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
+    values, found = read_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
     errors += [*found, *method_errors, *task_errors]
     if not task_errors and not partial and SECTIONS.keys() <= sections.keys():
         errors += find_setting_conflicts(**sections)

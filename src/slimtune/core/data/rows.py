@@ -57,7 +57,7 @@ class InvalidRow:
     hint: str = ""  # what to do, if it is more than to repair or remove the row
 
 
-def split_ranked_answers_into_rows(row: Row) -> list[Row]:
+def split_into_one_row_per_answer(row: Row) -> list[Row]:
     """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
 
     The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a

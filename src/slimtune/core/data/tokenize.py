@@ -28,7 +28,7 @@ from .messages import (
 )
 from .parallel import parallel_map
 from .row_observer import RowObserver
-from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowIterable, split_ranked_answers_into_rows
+from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowIterable, split_into_one_row_per_answer
 from .tokenized_dataset import TemporaryTokenizedDatasetWriter, TokenizedDataset
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
@@ -107,7 +107,7 @@ def batch_rows(rows: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | Invalid
         yield tuple(batch)
 
 
-def tokenize_rows(
+def tokenize_rows_with_errors(
     rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
 ) -> list[TokenizedRow | InvalidRow]:
     """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none.
@@ -150,7 +150,7 @@ def tokenize_rows(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    parts = [split_ranked_answers_into_rows(row) for row in rows]
+    parts = [split_into_one_row_per_answer(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
@@ -234,7 +234,7 @@ class BatchTokenizer:
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
         rows = [row for row in batch if isinstance(row, Row)]
-        pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
+        pairs = list(zip(rows, tokenize_rows_with_errors(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
         end_ids = chat_template.find_possible_turn_end_ids(self.tokenizer)
         report, limit = (

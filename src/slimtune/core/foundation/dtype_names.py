@@ -10,7 +10,7 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def short_dtype_name(dtype: Any) -> str:
+def llama_cpp_dtype_name(dtype: Any) -> str:
     """Return what llama.cpp calls a floating point dtype of torch, or of its name: "f32"."""
     full = dtype_name(dtype)
     return next(short for short, name in DTYPE_ABBREVIATIONS.items() if name == full).replace("fp", "f")

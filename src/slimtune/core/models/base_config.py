@@ -58,7 +58,7 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
         expected = "a revision only with a Hub id"
         raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
     if source.kind in BASE_READERS.names():
-        folder, seconds = BASE_READERS.load(source.kind).get_or_make_cached_hf_folder(Path(source.path))
+        folder, seconds = BASE_READERS.load(source.kind).get_or_make_hf_folder_and_seconds(Path(source.path))
         location = str(folder)
     hub_options = {"revision": revision} if revision else {}
     # trust_remote_code is always given: without it transformers asks on the terminal.

@@ -66,7 +66,7 @@ class LoadedBase:
         """Return the folder with the weight files as they are stored; those of a Hub id are downloaded if missing."""
         source = self.source
         if source.kind in BASE_READERS.names():
-            return BASE_READERS.load(source.kind).get_or_make_cached_hf_folder(Path(source.path))[0]
+            return BASE_READERS.load(source.kind).get_or_make_hf_folder_and_seconds(Path(source.path))[0]
         if source.kind == "folder":
             return Path(source.path)
         files = ["*.safetensors*", "*.json"]

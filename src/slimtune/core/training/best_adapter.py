@@ -6,7 +6,7 @@ The main process chooses it alone, after the last step.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..adapters.adapter_strength import AdapterStrength
+from ..adapters.adapter_strength import AdapterStrengthSetter
 from . import checkpoint
 from .forgetting_budget import set_strength_within_budget
 from .loss import count_supervised_targets
@@ -39,7 +39,7 @@ def restore_best_adapter_within_budget(loop: TrainingLoop) -> _KeptAdapter:
     strength, tried = 1.0, list[tuple[float, float]]()
     if not before <= budget:  # NaN is outside
         strength, tried = set_strength_within_budget(
-            AdapterStrength(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
+            AdapterStrengthSetter(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
         )
         forgetting = max((change for s, change in tried if s == strength), default=0.0)
         loss = loop.measure(loop.validation, loop.objective, alone=True)[1]["loss"] if loop.validation else None

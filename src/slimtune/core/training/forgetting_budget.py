@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..adapters.adapter_strength import AdapterStrength
+from ..adapters.adapter_strength import AdapterStrengthSetter
 from ..data.collator import Example
 from ..foundation.registry import Registry
 
@@ -48,7 +48,7 @@ def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[st
 
 
 def set_strength_within_budget(
-    adapter_strength: AdapterStrength, measure_forgetting: Callable[[], float], budget: float
+    adapter_strength: AdapterStrengthSetter, measure_forgetting: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.
 

@@ -30,8 +30,8 @@ from .prepared_run import MemoryPlan, PreparedRun
 from .progress_logger import ProgressLogger, require_installed_trackers, start_trackers
 from .resuming import (
     create_locked_run_dir,
-    delete_later_metrics,
     initialize_or_resume_training,
+    report_resume_and_delete_later_metrics,
     resolve_starting_recipe,
 )
 from .run_description import log_run_description, log_step_composition
@@ -123,7 +123,7 @@ def prepare_run(
             if plan is not None:
                 MEMORY_PROBES.load("longest")(prepared, plan, resident)
         if resume:
-            delete_later_metrics(prepared)
+            report_resume_and_delete_later_metrics(prepared)
         prepared.start_seconds = time.perf_counter() - started
         return prepared
 

@@ -168,7 +168,7 @@ def _restore_state(prepared: PreparedRun, folder: Path) -> None:
 
 
 @distributed.runs_on_main
-def delete_later_metrics(prepared: PreparedRun) -> None:
+def report_resume_and_delete_later_metrics(prepared: PreparedRun) -> None:
     """Say where a run continues, and delete the metrics of steps that will be repeated."""
     run, state, say = prepared.run, prepared.state, prepared.logger.say
     if state.step == state.max_steps or state.is_out_of_patience(prepared.settings.early_stopping_patience):

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from ...core.data.chat_template import TokenizedRow, compile_alternatives_pattern, find_possible_turn_end_ids
-from ...core.data.rows import Row, split_ranked_answers_into_rows
+from ...core.data.rows import Row, split_into_one_row_per_answer
 from ...core.data.tokenize import PairedRow
 from ...core.foundation.chat_rendering import render_chat_template
 from ...core.foundation.sequences import find_shared_prefix
@@ -57,7 +57,7 @@ class RowBatchValidator:
     def __call__(self, pairs: Sequence[PairedRow]) -> RowBatchStats:
         # Of a preference pair or a ranked list the best row is looked at, and the text of the others.
         valid = [(row, tokens) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
-        found = [(split_ranked_answers_into_rows(row)[0], tokens.split()[0]) for row, tokens in valid]
+        found = [(split_into_one_row_per_answer(row)[0], tokens.split()[0]) for row, tokens in valid]
         longest = [max(tokens.row_lengths or (len(tokens.input_ids),)) for _, tokens in valid]
         rejected = [_get_rejected_texts(row) for row, _ in valid]
         worst = [_get_worst_answer(row, tokens) for row, tokens in valid]
@@ -135,7 +135,7 @@ def _hash_answer(answer: str) -> int:
 
 def _get_worst_answer(row: Row, tokens: TokenizedRow) -> tuple[int, tuple[int, int]]:
     """Return `worst` and `answer_tokens` of a pair or a list; zeros for another row."""
-    answers, rows = split_ranked_answers_into_rows(row), tokens.split()
+    answers, rows = split_into_one_row_per_answer(row), tokens.split()
     if len(answers) == 1:
         return 0, (0, 0)
     counts = sum(rows[0].supervised[1:]), sum(rows[-1].supervised[1:])

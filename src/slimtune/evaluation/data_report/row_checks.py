@@ -129,15 +129,15 @@ def find_data_issues(facts: RowFacts) -> list[DataIssue]:
     found = dict(facts.groups)
     found |= {finding.code: finding.rows for check in CHECKS for finding in check(facts)}
     codes = [*sorted(found.keys() - FINDING_TYPES), *(code for code in FINDING_TYPES if code in found)]
-    issues = [make_data_issue(RowFinding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
+    issues = [rate_finding(RowFinding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
-def make_data_issue(finding: RowFinding, rows: int, on_overlong: str = "drop") -> DataIssue:
+def rate_finding(finding: RowFinding, file_row_count: int, on_overlong: str = "drop") -> DataIssue:
     """Return a finding with its severity, by its share of the file's rows."""
     (code, group), kind = finding, FINDING_TYPES.get(finding.code, INVALID_ROW)
     refused = code == "too-long" and on_overlong == "error"
-    is_error = refused or (kind.error_from is not None and group.count >= kind.error_from * rows)
+    is_error = refused or (kind.error_from is not None and group.count >= kind.error_from * file_row_count)
     example = f" ({group.example})" if kind.description and group.example else ""
     what = f"{kind.description}{example}" or group.example
     severity: Literal["error", "warning"] = "error" if is_error else "warning"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.config_fields import FieldError, check_section_settings, list_recipe_fields
+from ...core.adapters.config_fields import FieldError, map_recipe_fields, read_section_settings
 from ...core.adapters.peft_config import (
     BIAS_HELP,
     FAN_IN_FAN_OUT_HELP,
@@ -402,7 +402,7 @@ _INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
-    _, errors = check_section_settings(list_recipe_fields(cls), given, name)
+    _, errors = read_section_settings(map_recipe_fields(cls), given, name)
     return errors
 
 
