@@ -95,7 +95,8 @@ def test_training_speed_follows_the_fit(stored):
 
 
 def test_serving_speed_follows_the_fit(stored):
-    job = {"read_bytes": 1e8, "cache_bytes": 1e7, "weights": 1e8, "layers": 10, "vocab_size": 50000}
+    weights = {"weight_bytes_per_token": 1e8, "kv_bytes_per_request": 1e7, "matmul_weight_count": 1e8}
+    job = {**weights, "layers": 10, "vocab_size": 50000}
     speed = estimate_request_decode_speed(load_measured_gpu(), "ollama", **job)
     assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3 + 5e-4))
     assert speed.prefill.low == pytest.approx(0.9 * 1e11 / 2e8)

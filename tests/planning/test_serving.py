@@ -286,7 +286,10 @@ def test_cache_of_layers_that_share_keys(family):
 
 # --- speed ------------------------------------------------------------------------------------------------------------
 
-LLAMA_8B = {"read_bytes": 4.61e9, "cache_bytes": 0, "weights": 6.98e9, "layers": 32, "vocab_size": 128256}  # in Q4_K_M
+LLAMA_8B = {  # in Q4_K_M
+    "weight_bytes_per_token": 4.61e9, "kv_bytes_per_request": 0, "matmul_weight_count": 6.98e9,
+    "layers": 32, "vocab_size": 128256,
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ from .run_cost import (
 )
 
 REFERENCE: dict[str, Any] = {
-    "read_bytes": 4.61e9, "cache_bytes": 0.54e9, "weights": 6.98e9, "layers": 32, "vocab_size": 128256
+    "weight_bytes_per_token": 4.61e9, "kv_bytes_per_request": 0.54e9, "matmul_weight_count": 6.98e9,
+    "layers": 32, "vocab_size": 128256,
 }  # fmt: skip
 """An 8B model (Llama 3.1) in Q4_K_M behind 4096 tokens, as `plan --serve` computes it."""
 REFERENCE_BYTES = 6.0e9
