@@ -49,7 +49,11 @@ from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors
 from slimtune.planning.interval import Interval
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import MicroBatchWorkload
-from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_total_reserved_memory
+from slimtune.planning.planner import (
+    CUBLAS_WORKSPACES,
+    estimate_peak_allocated_and_reserved,
+    estimate_total_reserved_memory,
+)
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
@@ -261,7 +265,7 @@ def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
             continue
         engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
         published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
-        peak, _ = estimate_peak_memory(job, extrapolate_step_trace(job))
+        peak, _ = estimate_peak_allocated_and_reserved(job, extrapolate_step_trace(job))
         found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
         shape = f"{len(job.lengths)} × {job.lengths[0]}"
         name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"

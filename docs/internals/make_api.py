@@ -8,10 +8,10 @@ The text between the groups is here; which names exist, and in which module each
 from pathlib import Path
 
 import slimtune
-from slimtune.compat.public_names import HOMES, find_method_config_modules
+from slimtune.compat.public_names import HOMES, map_config_modules_by_class_name
 
 PAGE = Path(__file__).parents[1] / "api.md"
-ALL_HOMES = {**find_method_config_modules(), **HOMES}
+ALL_HOMES = {**map_config_modules_by_class_name(), **HOMES}
 HEAD = """# Python
 
 Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says

@@ -29,7 +29,7 @@ from rich.theme import Theme
 from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
-from ..core.foundation.files import explain_os_error, to_json
+from ..core.foundation.files import convert_os_error, to_json
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.progress_bars import display_progress
 from ..diagnostics.knowledge import match_error_code
@@ -175,7 +175,7 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
     """Return the error to show the user for any exception; None for a bug, which only a developer understands."""
     if isinstance(error, SlimtuneError):
         return error
-    if (refused := explain_os_error(error)) is not None:
+    if (refused := convert_os_error(error)) is not None:
         return refused
     if is_out_of_memory(error):
         message = f"there is not enough memory: {str(error).strip() or 'an allocation failed'}"

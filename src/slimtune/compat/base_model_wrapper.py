@@ -75,7 +75,7 @@ def add_peft_names_to_backbone(model: Any) -> None:
         backbone.__class__ = _make_backbone_class(backbone.__class__)
 
 
-def remove_peft_names_from_backbone(model: Any) -> None:
+def restore_backbone_class(model: Any) -> None:
     """Set the backbone's own class again."""
     backbone = get_backbone(model)
     if backbone is not model:

@@ -7,7 +7,7 @@ from torch import nn
 from ..core.adapters.peft_model import PeftModel
 from . import model_names, tuner_layers
 from .base_model_wrapper import add_peft_names_to_backbone as add_peft_names_to_backbone
-from .base_model_wrapper import remove_peft_names_from_backbone as remove_peft_names_from_backbone
+from .base_model_wrapper import restore_backbone_class as restore_backbone_class
 from .peft_registration import register_as_peft_subclass, register_with_transformers
 from .tuner_layers import format_layer_like_peft as format_layer_like_peft
 

@@ -133,14 +133,14 @@ MODULES = {
 
 
 @cache
-def find_method_config_modules() -> dict[str, str]:
+def map_config_modules_by_class_name() -> dict[str, str]:
     """Return the module of each built-in method's config class by the class's name; they import no torch."""
     return {get_method_config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
 
 
 def list_public_names() -> list[str]:
     """Return the names of `slimtune` itself, sorted."""
-    return sorted({name for names in PUBLIC.values() for name in names} | set(find_method_config_modules()))
+    return sorted({name for names in PUBLIC.values() for name in names} | set(map_config_modules_by_class_name()))
 
 
 def import_public_name(module: str, name: str) -> Any:
@@ -157,9 +157,9 @@ def import_public_name(module: str, name: str) -> Any:
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.compat.mapping").find_peft_layer_class(tuner[0], name)
-    home = HOMES.get(name) or (find_method_config_modules().get(name) if name.endswith("Config") else None)
+    home = HOMES.get(name) or (map_config_modules_by_class_name().get(name) if name.endswith("Config") else None)
     if home is None or home == inner:
-        names = [*HOMES, *find_method_config_modules()] if name[:1] != "_" else []
+        names = [*HOMES, *map_config_modules_by_class_name()] if name[:1] != "_" else []
         raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
 
@@ -174,7 +174,7 @@ class _NamesModule(types.ModuleType):
         return import_public_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*HOMES, *find_method_config_modules()})
+        return sorted({*HOMES, *map_config_modules_by_class_name()})
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -189,7 +189,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
             names = [
                 *HOMES,
-                *find_method_config_modules(),
+                *map_config_modules_by_class_name(),
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]
             where = f"{package}.{parent}".rstrip(".")

@@ -54,7 +54,7 @@ from .generated_answers import (
     select_eval_prompts,
 )
 from .judge import build_answer_judge, compute_win_rate_and_biases, judge_answer_pairs
-from .lm_eval import load_lm_eval_task_manager, run_lm_eval_tasks
+from .lm_eval import load_lm_eval_task_manager, score_base_and_tuned_by_lm_eval
 from .model_comparison import ModelComparison
 from .output_files import resolve_output_file
 from .preference_comparison import KTOEvaluator, PreferenceComparison
@@ -216,7 +216,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
                 won = compute_win_rate_and_biases(str(settings.judge), answers, **draws)
                 result = save(replace(result, generations=answers, win_rate=won))
         if settings.tasks:
-            result = save(replace(result, tasks=run_lm_eval_tasks(trained, settings.tasks, task_manager)))
+            result = save(replace(result, tasks=score_base_and_tuned_by_lm_eval(trained, settings.tasks, task_manager)))
     return result
 
 

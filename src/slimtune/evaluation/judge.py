@@ -41,19 +41,21 @@ MAX_CHARACTERS = 8000
 MAX_REPLY_TOKENS, MAX_REPLY_BYTES = 512, 1 << 20
 
 
-def build_answer_judge(name: str) -> Judge:
+def build_answer_judge(file_function_or_address: str) -> Judge:
     """Return the judge that a name stands for.
 
     Raises:
         UsageError: there is no such file or function, or the address is none.
         ModelError: nobody answers there.
     """
-    if name.startswith(("http://", "https://")):
-        return _build_http_judge(name)
-    path, colon, function = name.rpartition(":")
+    if file_function_or_address.startswith(("http://", "https://")):
+        return _build_http_judge(file_function_or_address)
+    path, colon, function = file_function_or_address.rpartition(":")
     file = Path(path)
     if not colon or file.suffix != ".py":
-        raise UsageError(f"{name!r} is no judge", "path.py:function, or the address of a server: http://…/v1")
+        raise UsageError(
+            f"{file_function_or_address!r} is no judge", "path.py:function, or the address of a server: http://…/v1"
+        )
     if not file.is_file():
         siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise UsageError(f"there is no file {path!r}{suggest(file.name, siblings)}", "a Python file")
@@ -69,13 +71,17 @@ def build_answer_judge(name: str) -> Judge:
         try:
             found = judge([dict(message) for message in prompt], first, second)
         except Exception as e:
-            raise UsageError(f"{name} raised {type(e).__name__}: {e}", "a verdict on every two answers") from e
+            raise UsageError(
+                f"{file_function_or_address} raised {type(e).__name__}: {e}", "a verdict on every two answers"
+            ) from e
         match found:
             case "A" | "B" | "tie":
                 return {"A": 1.0, "B": -1.0, "tie": 0.0}[found]
             case [a, b] if all(isinstance(x, int | float) and math.isfinite(x) for x in (a, b)):
                 return float(a) - float(b)
-        raise UsageError(f"{name} returned {str(found)[:80]!r}", "two finite scores, or 'A', 'B' or 'tie'")
+        raise UsageError(
+            f"{file_function_or_address} returned {str(found)[:80]!r}", "two finite scores, or 'A', 'B' or 'tie'"
+        )
 
     return compare
 

@@ -43,7 +43,7 @@ def load_lm_eval_task_manager(task_names: Sequence[str], folder: Path | None) ->
     return manager
 
 
-def run_lm_eval_tasks(
+def score_base_and_tuned_by_lm_eval(
     trained: TrainedModel, task_names: Sequence[str], manager: Any
 ) -> dict[str, dict[str, LmEvalTaskScores]]:
     """Return the scores of base and tuned model by task and metric.

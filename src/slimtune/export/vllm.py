@@ -121,7 +121,7 @@ def write_vllm_adapter(
     run: Path,
     folder: Path,
     *,
-    out: Path | None = None,
+    final_path: Path | None = None,
     name: str | None = None,
     convert_to_lora: float | None = None,
     dtype: str | None = None,
@@ -132,15 +132,15 @@ def write_vllm_adapter(
         loaded: the run's adapter on its base, in the dtype it was trained in.
         run: the run or adapter folder, for messages.
         folder: the export folder; it exists.
-        out: the final path of the folder, which the command names; None: `folder` itself.
+        final_path: the final path of the folder, which the command names; None: `folder` itself.
         name, convert_to_lora, dtype: options of `VllmFormat`.
     """
-    out = Path(out or folder).expanduser().resolve()
+    final_path = Path(final_path or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}{suggest(dtype, DTYPES)}", f"one of {format_names(DTYPES)}")
     model: Any = loaded.model
     base, base_name = _locate_base(loaded)
-    name = _check_name(name, out.name, base_name)
+    name = _check_name(name, final_path.name, base_name)
     adapter, conversion = model.active_adapters[0], None
     fixed, form = split_vllm_refusals_by_conversion(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
@@ -166,9 +166,9 @@ def write_vllm_adapter(
     if served != trained:
         effect = "log-probabilities will differ by this rounding of the base"
         notes.append(f"the run held its base in {trained}, and vLLM will compute in {served}: {effect}")
-    verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
+    verify = shlex.join(["slimtune", "verify", str(final_path), "--vllm", "http://127.0.0.1:8000"])
     notes.append(f"the files were read back here; to check vLLM itself, start it, then {verify}")
-    arguments = _write_script(loaded, folder, out, name, served, rank)
+    arguments = _write_script(loaded, folder, final_path, name, served, rank)
     facts = VllmExportFacts(
         name=name,
         base=base,

@@ -80,7 +80,7 @@ class VllmFormat(ExportFormat):
 
         lora, name, dtype = self.convert_to_lora, self.name, self.dtype
         return write_vllm_adapter(
-            job.loaded, job.run, job.folder, out=job.out, name=name, convert_to_lora=lora, dtype=dtype
+            job.loaded, job.run, job.folder, final_path=job.out, name=name, convert_to_lora=lora, dtype=dtype
         )
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:

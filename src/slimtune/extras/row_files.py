@@ -147,7 +147,7 @@ class RowFileReader(RowIterable):
         if columns := self.lossy_columns:
             known = load_row_formats()[self.format]
             expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
-            effect = describe_effect_of_unused_columns(columns)
+            effect = describe_rows_without_columns(columns)
             problem = f"rows have a column that is not used and changes what they mean: {effect}"
             raise DataError(f"{self.path}: {problem}", expected, make_unused_column_hint(columns))
 
@@ -159,7 +159,7 @@ class RowFileReader(RowIterable):
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
-def describe_effect_of_unused_columns(columns: Collection[UnusedColumn]) -> str:
+def describe_rows_without_columns(columns: Collection[UnusedColumn]) -> str:
     """Return how rows change without columns: `'label': rows that it rates low would be …`."""
     losses = dict.fromkeys(column.loss for column in columns)
     return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)

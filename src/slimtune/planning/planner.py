@@ -100,7 +100,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         trace = apply_sharding_savings(trace, saved, job.device)
     memory_model = memory_model.correct(job.lengths, trace)
 
-    peak, reserved = estimate_peak_memory(job, trace)
+    peak, reserved = estimate_peak_allocated_and_reserved(job, trace)
     reserved = Interval(reserved.low, reserved.high + spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
     need = reserved + runtime
@@ -217,7 +217,7 @@ def put_typical_micro_batches_in_job(request: PlanRequest, job: MicroBatchWorklo
     return replace(job, lengths=lengths, supervised=supervised, micro_batches=micro_batches)
 
 
-def estimate_peak_memory(job: MicroBatchWorkload, trace: StepTrace) -> tuple[int, Interval]:
+def estimate_peak_allocated_and_reserved(job: MicroBatchWorkload, trace: StepTrace) -> tuple[int, Interval]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
     peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
     return peak, estimate_total_reserved_memory(job.device, peak, trace.state_bytes)
@@ -280,7 +280,7 @@ def _suggest_memory_savings(job: MicroBatchWorkload, estimate: ResourceEstimate,
     def judge(changed: MicroBatchWorkload) -> tuple[int, MemoryVerdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_step_trace(changed, stop_after_backward=changed.optimizer == "adamw")
-        peak, reserved = estimate_peak_memory(changed, trace)
+        peak, reserved = estimate_peak_allocated_and_reserved(changed, trace)
         return estimate.allocated_bytes - peak, judge_memory_fit(reserved + RUNTIME[changed.device], gpu.usable)
 
     useful, advice = [], []

@@ -42,7 +42,7 @@ class TokenLogprobFields(TypedDict):
     bytes: list[int]
 
 
-class AnswerTokenFields(TokenLogprobFields):
+class TokenLogprobEntry(TokenLogprobFields):
     """A token that was sampled, beside the likeliest ones."""
 
     top_logprobs: list[TokenLogprobFields]
@@ -51,7 +51,7 @@ class AnswerTokenFields(TokenLogprobFields):
 class ChatLogprobs(TypedDict):
     """`logprobs` of a choice of a chat."""
 
-    content: list[AnswerTokenFields]
+    content: list[TokenLogprobEntry]
     refusal: None
 
 
@@ -284,7 +284,7 @@ def format_chat_logprobs(model: ServedModel, logprobs: list[TokenLogprob]) -> Ch
         text = model.tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    content: list[AnswerTokenFields] = [
+    content: list[TokenLogprobEntry] = [
         {**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]} for one in logprobs
     ]
     return {"content": content, "refusal": None}

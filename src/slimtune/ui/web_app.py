@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from ..core.foundation.files import explain_os_error
+from ..core.foundation.files import convert_os_error
 from ..errors import SlimtuneError
 from .pages import UiPages
 
@@ -55,7 +55,7 @@ def build_web_app(pages: UiPages) -> Starlette:
                 except SlimtuneError as e:
                     error = e
                 except OSError as e:
-                    if (error := explain_os_error(e)) is None:
+                    if (error := convert_os_error(e)) is None:
                         raise
                     status = 507
             page = await run_in_threadpool(show, error=error)

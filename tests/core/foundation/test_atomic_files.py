@@ -16,7 +16,7 @@ from error_facts import has_code
 from slimtune.core.foundation import files
 from slimtune.core.foundation.files import (
     atomic_folder,
-    explain_os_error,
+    convert_os_error,
     parse_json,
     read_json,
     to_json,
@@ -75,16 +75,16 @@ def test_what_a_disk_refuses_is_named(tmp_path, monkeypatch, call, code):
     ],
 )
 def test_errors_of_the_system(error, message):
-    found = explain_os_error(error)
+    found = convert_os_error(error)
     assert (found and found.message[: len(message or "")]) == message
 
 
 def test_a_handled_error_is_not_the_cause():
     bug = KeyError("x")
     bug.__context__ = FileNotFoundError(errno.ENOENT, "x", "/r/a")
-    assert explain_os_error(bug) is None
+    assert convert_os_error(bug) is None
     bug.__context__ = OSError(errno.EIO, "x", "/r/a")
-    assert explain_os_error(bug) is not None, "a disk that fails is the cause of whatever follows"
+    assert convert_os_error(bug) is not None, "a disk that fails is the cause of whatever follows"
 
 
 def test_long_names_are_written(tmp_path):

@@ -75,7 +75,7 @@ def compute_gradients(
                 part["micro_batches"],
                 num_items=part["targets"],
                 micro_batch_weights=part["weights"],
-                regularize=rank == 0,
+                add_regularization=rank == 0,
             )
     if not alone:
         distributed.sum_gradients(p for p in model.parameters() if p.requires_grad)

@@ -42,7 +42,7 @@ class PeftCompatHook(Protocol):
     def add_peft_names_to_backbone(self, model: Any) -> None:
         """Give the backbone of a new adapted model the names of PEFT's `base_model`."""
 
-    def remove_peft_names_from_backbone(self, model: Any) -> None:
+    def restore_backbone_class(self, model: Any) -> None:
         """Undo `add_peft_names_to_backbone`."""
 
 

@@ -405,7 +405,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         if state.base_change is not None:
             state.base_change.undo(self)
-        load_compat_hook().remove_peft_names_from_backbone(self)
+        load_compat_hook().restore_backbone_class(self)
         del self.__dict__["_slimtune"]
         self.__class__ = state.base_class  # type: ignore[assignment]
         return self

@@ -13,10 +13,10 @@ from .objective_registry import load_objective_class
 from .schema import MethodSettings, NamedSettings, TaskSettings
 
 
-def map_method_fields_by_name(name: str) -> dict[str, SettingSpec]:
+def map_method_fields_by_name(method_name: str) -> dict[str, SettingSpec]:
     """Return a method's fields by their names and short names; none for an unknown method."""
     try:
-        return map_recipe_fields(get_method_config_class(name))
+        return map_recipe_fields(get_method_config_class(method_name))
     except ConfigError:
         return {}
 

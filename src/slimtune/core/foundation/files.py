@@ -277,13 +277,13 @@ def translate_os_errors(path: Path, needed_bytes: int | None = None, hint: str =
     except SlimtuneError:
         raise
     except Exception as e:
-        error = explain_os_error(e, path, needed_bytes, hint)
+        error = convert_os_error(e, path, needed_bytes, hint)
         if error is None:
             raise
         raise error from e
 
 
-def explain_os_error(
+def convert_os_error(
     error: BaseException, path: Path | None = None, needed_bytes: int | None = None, disk_full_hint: str = ""
 ) -> SlimtuneError | None:
     """Return the error that says what a file system refused; None if `error` is about something else.

@@ -82,7 +82,7 @@ def _attach_adapter(
         initialize = config.defer_initialization()
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
-        exclude_non_text_modules(base.model, config)
+        add_non_text_modules_to_excluded(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
             initialize(model, base.download_weights, rows)
@@ -98,7 +98,7 @@ def _attach_adapter(
     return model
 
 
-def exclude_non_text_modules(model: Any, method: PeftConfig) -> None:
+def add_non_text_modules_to_excluded(model: Any, method: PeftConfig) -> None:
     """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
 
     The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.

@@ -163,7 +163,7 @@ def forward_backward(
     objective: Objective | None = None,
     num_items: Any = None,
     micro_batch_weights: Sequence[float] | None = None,
-    regularize: bool = True,
+    add_regularization: bool = True,
 ) -> Tensor:
     """Run the forward and backward passes of one optimizer step; return the step's loss, detached.
 
@@ -173,7 +173,7 @@ def forward_backward(
         objective: what is minimized; None: cross-entropy.
         num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
         micro_batch_weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
-        regularize: add the method's regularization loss, which one process of a run does.
+        add_regularization: add the method's regularization loss, which one process of a run does.
     """
     if num_items is None:
         num_items = max(1, sum(len(b["targets"]) for b in micro_batches))
@@ -182,7 +182,7 @@ def forward_backward(
         loss = compute_step_loss(model, batch, num_items, objective)
         if micro_batch_weights is not None and micro_batch_weights[number] != 1:
             loss = loss * micro_batch_weights[number]
-        if number == 0 and regularize and hasattr(model, "regularization_loss"):
+        if number == 0 and add_regularization and hasattr(model, "regularization_loss"):
             penalty = model.regularization_loss()
             loss = loss if penalty is None else loss + penalty
             del penalty

@@ -257,7 +257,7 @@ class TrainingLoop:
                     objective=self.objective,
                     num_items=num_items,
                     micro_batch_weights=part["weights"],
-                    regularize=distributed.is_main_process(),
+                    add_regularization=distributed.is_main_process(),
                 )
             # One process can repeat the clipping with the rest; several have exchanged their gradients by then.
             return loss, self.clip_gradients() if alone else None, part["tokens"], part["targets"]

@@ -9,7 +9,7 @@ from ...errors import format_names
 from ..message_parsing import parse_list_or_json, parse_messages_and_train_mask, require_text
 from .chats import parse_tools
 from .classification import format_cell_for_error
-from .texts import parse_prompt_completion
+from .texts import parse_prompt_completion_fields
 
 ANSWER_KEYS = ("response", "content", "answer")
 SCORE_KEYS = ("score", "overall_score", "rank")
@@ -62,7 +62,7 @@ def _read_unpaired_preference(record: Record) -> Fields:
     if not isinstance(named, bool):
         wanted = "wanted true for a good answer, false for a bad one"
         raise RowError(f"'label' is {format_cell_for_error(label)}: {wanted}", "bad-label")
-    return parse_prompt_completion(record) | {"is_good": named}
+    return parse_prompt_completion_fields(record) | {"is_good": named}
 
 
 def _parse_answer(value: Any, name: str) -> Messages | str:

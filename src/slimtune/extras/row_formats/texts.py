@@ -6,7 +6,7 @@ from ..message_parsing import parse_messages_and_train_mask, require_text
 from .chats import make_chat_row_fields
 
 
-def parse_prompt_completion(record: Record) -> Fields:
+def parse_prompt_completion_fields(record: Record) -> Fields:
     """Return the fields of a prompt with its completion: two texts, or two lists of messages."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -27,7 +27,7 @@ def parse_text_record(record: Record) -> Fields:
 PROMPT_COMPLETION = RowFormat(
     ("prompt", "completion"),
     ("tools",),
-    parse_prompt_completion,
+    parse_prompt_completion_fields,
     note="texts without a chat template",
     synonyms={"completion": ("response", "answer", "output", "reply")},
     partner_columns=("input",),

@@ -103,10 +103,10 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        from .prefix_tuning_modules import CachedPrefix, LayerPrefix, StoredPrefix, make_initial_prefix_or_encoder
+        from .prefix_tuning_modules import AllLayersPrefix, CachedPrefix, LayerPrefix, make_initial_prefix_or_encoder
 
         start = make_initial_prefix_or_encoder(self, sites[0])
         if len(sites) == 1:
             return [CachedPrefix(sites[0], start, self)]
-        stored = StoredPrefix(sites[0], start, self)
+        stored = AllLayersPrefix(sites[0], start, self)
         return [stored, *(LayerPrefix(stored, layer) for layer in range(len(sites) - 1))]

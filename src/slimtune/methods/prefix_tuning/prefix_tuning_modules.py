@@ -17,7 +17,7 @@ from ...extras.prompt_learning import prompt_modules as prompt
 from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 
 
-class StoredPrefix(prompt.LearnedPromptEmbeddings, prompt.PrefixPositionShift):
+class AllLayersPrefix(prompt.LearnedPromptEmbeddings, prompt.PrefixPositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
     def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
@@ -52,7 +52,7 @@ class StoredPrefix(prompt.LearnedPromptEmbeddings, prompt.PrefixPositionShift):
         return cache if self.stride == 1 else EncoderDecoderCache(cache, DynamicCache())
 
 
-class CachedPrefix(StoredPrefix):
+class CachedPrefix(AllLayersPrefix):
     """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
 
     def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
@@ -73,7 +73,7 @@ class CachedPrefix(StoredPrefix):
 class LayerPrefix(prompt.PrefixAttentionModule):
     """A layer's part of the prefix."""
 
-    def __init__(self, stored: StoredPrefix, layer: int) -> None:
+    def __init__(self, stored: AllLayersPrefix, layer: int) -> None:
         super().__init__()
         self.held, self.layer = (stored,), layer
 
@@ -167,7 +167,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
     name = adapter or model.active_adapters[0]
-    found = [d for d in model.adapter_modules(name).values() if isinstance(d, StoredPrefix)]
+    found = [d for d in model.adapter_modules(name).values() if isinstance(d, AllLayersPrefix)]
     if not found or not isinstance(found[0].prompt_encoder, prompt.PromptEmbeddingTable):
         raise UsageError(f"adapter {name!r} has no prefix that can be set", "prefix tuning without prefix_projection")
     return found[0]
