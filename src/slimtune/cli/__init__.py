@@ -23,7 +23,7 @@ from .common import CommandGroup
 from .compare_command import compare_methods, tune_settings
 from .data_command import data_report
 from .doctor_command import doctor
-from .eval_command import eval_run, write_report_of_run
+from .eval_command import eval_run, report_run
 from .explain_command import explain_error
 from .export_command import export_run, merge_run, push_run, verify_run
 from .generate_command import chat_with_run, generate_answer, predict_rows
@@ -47,7 +47,7 @@ GROUPS = {
         methods_table,
     ),
     "Train": (data_report, train_run, tune_settings),
-    "Judge": (eval_run, compare_methods, write_report_of_run, generate_answer, chat_with_run, predict_rows),
+    "Judge": (eval_run, compare_methods, report_run, generate_answer, chat_with_run, predict_rows),
     "Ship": (export_run, verify_run, merge_run, push_run),
     "Serve": (serve_runs,),
     "In the browser": (ui_server,),

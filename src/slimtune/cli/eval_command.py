@@ -94,7 +94,7 @@ def eval_run(
     return result if result.verdict.passed else NegativeVerdictResult(result)
 
 
-def write_report_of_run(
+def report_run(
     run: Annotated[Path, Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path | None, Option(help="File to write. Default: report.html in the run folder.")] = None,
     as_json: Json = False,
