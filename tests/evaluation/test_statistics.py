@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from slimtune.evaluation import statistics
 from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.statistics import (
-    bootstrap_aucs,
     compute_perplexity_interval,
+    estimate_aucs_with_intervals,
     estimate_mean_difference,
     holm_correction,
     mark_pareto_optimal,
@@ -179,7 +179,7 @@ def test_pareto_front():
 def test_auc_counts_pairs():
     rng = np.random.default_rng(0)
     good, scores = rng.random(40) < 0.4, rng.integers(0, 9, (2, 40)).astype(float)  # with ties
-    found = bootstrap_aucs(scores, good, np.arange(40), draws=500)
+    found = estimate_aucs_with_intervals(scores, good, np.arange(40), draws=500)
     above = [kind[good][:, None] - kind[~good] for kind in scores]
     expected = [((difference > 0) + 0.5 * (difference == 0)).mean() for difference in above]
     assert [e.value for e in found] == pytest.approx([*expected, expected[0] - expected[1]])
@@ -187,5 +187,5 @@ def test_auc_counts_pairs():
 
 
 def test_equal_scores_have_an_auc_of_chance():
-    (found,) = bootstrap_aucs(np.zeros((1, 12)), np.arange(12) % 2 == 0, np.arange(12), draws=50)
+    (found,) = estimate_aucs_with_intervals(np.zeros((1, 12)), np.arange(12) % 2 == 0, np.arange(12), draws=50)
     assert found == exact(0.5)

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from tiny_gguf import add_vocabulary, finish_gguf
 
-from slimtune.export.gguf import convert_to_llama_cpp_tensors, get_gguf_architecture_spec, make_gguf_name_mapper
+from slimtune.export.gguf import convert_to_llama_cpp_tensors, get_gguf_architecture_spec, make_gguf_module_name_mapper
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -96,7 +96,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     else:
         _rotary(w, config)
     add_vocabulary(w, tokenizer, "gpt-2", config.vocab_size)
-    names = make_gguf_name_mapper(whole)
+    names = make_gguf_module_name_mapper(whole)
     for name, parameter in model.named_parameters():
         for gguf_name, tensor in convert_to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
             w.add_tensor(gguf_name, tensor.float().contiguous().numpy())

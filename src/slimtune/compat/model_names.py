@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.adapters.peft_model import PeftModel
 from ..errors import UsageError
-from ..extras.prompt_learning.prompt_modules import LearnedPromptEmbeddings, find_backbones
+from ..extras.prompt_learning.prompt_modules import LearnedPromptEmbeddingsMixin, find_backbones
 from .adapter_status import get_layer_status, get_model_status
 from .base_model_wrapper import PeftTunerOfModel, get_backbone
 from .target_functions import _get_module_names_tied_with_embedding
@@ -149,12 +149,12 @@ def get_peft_model_attribute(model: PeftModel, name: str) -> Any:
     return reader.get_input_embeddings()
 
 
-def _find_learned(model: PeftModel, adapter: str) -> LearnedPromptEmbeddings | None:
+def _find_learned(model: PeftModel, adapter: str) -> LearnedPromptEmbeddingsMixin | None:
     modules = model.adapter_modules(adapter).values()
-    return next((m for m in modules if isinstance(m, LearnedPromptEmbeddings)), None)
+    return next((m for m in modules if isinstance(m, LearnedPromptEmbeddingsMixin)), None)
 
 
-def _require_learned(model: PeftModel, adapter: str) -> LearnedPromptEmbeddings:
+def _require_learned(model: PeftModel, adapter: str) -> LearnedPromptEmbeddingsMixin:
     found = _find_learned(model, adapter)
     if found is None:
         raise UsageError(f"adapter {adapter!r} has no virtual tokens", "an adapter of a prompt learning method")

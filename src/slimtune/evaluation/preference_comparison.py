@@ -39,7 +39,7 @@ from .eval_result import (
 )
 from .model_comparison import ModelComparison, RowFigures
 from .sft_comparison import measure_base_and_tuned_scores
-from .statistics import PairedEstimate, bootstrap_aucs, format_interval
+from .statistics import PairedEstimate, estimate_aucs_with_intervals, format_interval
 
 Logps = Sequence[Sequence[float]]
 
@@ -179,7 +179,7 @@ def _measure_unpaired_preferences(
         (("tuned_token_auc", "base_token_auc", "token_auc_gain"), [tuned / tokens, base / tokens]),
         (("reward_auc",), [rewards]),
     ):
-        found = bootstrap_aucs(np.stack(scores), is_good, groups, draws=draws, seed=seed)
+        found = estimate_aucs_with_intervals(np.stack(scores), is_good, groups, draws=draws, seed=seed)
         estimates |= dict(zip(names, found, strict=True))
     return UnpairedPreferences(
         good=int(is_good.sum()),

@@ -106,7 +106,7 @@ def estimate_macro_f1_with_interval(
     return _make_estimates(macro_f1(np.ones((1, len(hit_counts)), np.int64))[0], np.concatenate(drawn))[0]
 
 
-def bootstrap_aucs(
+def estimate_aucs_with_intervals(
     scores: np.ndarray, is_good: np.ndarray, groups: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> list[Estimate]:
     """Return how well each kind of score separates good rows from bad ones, with 95 % intervals.

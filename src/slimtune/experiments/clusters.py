@@ -12,7 +12,7 @@ from typing import Any
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.files import read_json, write_json
 from ..errors import RunError, UsageError, suggest
-from .executors import ExecutorSpec, ExecutorTask, ParallelExecutor
+from .executors import ExecutorSpec, ParallelExecutor, SubmittedRun
 from .run_worker import RESTARTS, Launch, WorkerResult, retry_once_if_killed
 
 RAY_PARAMETERS = ("num_cpus", "num_gpus")
@@ -88,7 +88,7 @@ class RayExecutor(ParallelExecutor):
             if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", value):
                 raise UsageError(f"--on {spec.text}: {name} is {value}", "a number, as 1 or 0.5")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
+    def submit(self, recipe_file: Path, launch: Launch) -> SubmittedRun:
         return RayTask(self.ray, self.launch.remote(launch, environment=self.environment))
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class SlurmExecutor(ParallelExecutor):
             expected = "the minutes after which Slurm may end a run, as slurm:partition=gpu,time=240"
             raise UsageError(f"--on {spec.text} lacks time", expected, "submitit's own default is 5 minutes")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
+    def submit(self, recipe_file: Path, launch: Launch) -> SubmittedRun:
         job_file = recipe_file.with_suffix(".job")
         if job_file.is_file():  # of a process that died: its job may still wait or run
             job: Any = self.job_class(self.folder, str(read_json(job_file)["job"]))

@@ -39,7 +39,7 @@ class ExecutorSpec:
     parameters: Mapping[str, str] = field(default_factory=dict)  # of a Ray task or a Slurm job
 
 
-class ExecutorTask(Protocol):
+class SubmittedRun(Protocol):
     """A run that was handed to an executor."""
 
     def done(self) -> bool:
@@ -130,7 +130,7 @@ class ParallelExecutor(Executor):
 
     def __init__(self, spec: ExecutorSpec, folder: Path) -> None:
         self.spec, self.folder, self.runs = spec, folder, spec.runs
-        self.unfinished: dict[Path, ExecutorTask] = {}
+        self.unfinished: dict[Path, SubmittedRun] = {}
         self.cancelled = False
 
     @classmethod
@@ -138,14 +138,14 @@ class ParallelExecutor(Executor):
         """Raise UsageError if `--on` lacks something, or has a parameter that does not exist."""
         raise NotImplementedError
 
-    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
+    def submit(self, recipe_file: Path, launch: Launch) -> SubmittedRun:
         """Start a run, or have it start later, and return at once."""
         raise NotImplementedError
 
     def run(
         self, launches: Iterable[tuple[Path, Launch]], should_stop: Callable[[Path], bool] = lambda _: False
     ) -> Iterator[tuple[Path, WorkerResult]]:
-        waiting, tasks, stopped = iter(launches), dict[Path, ExecutorTask](), set[Path]()
+        waiting, tasks, stopped = iter(launches), dict[Path, SubmittedRun](), set[Path]()
         while True:
             while (self.runs is None or len(tasks) < self.runs) and (item := next(waiting, None)) is not None:
                 tasks[item[0]] = self.unfinished[item[0]] = self.submit(*item)
@@ -234,7 +234,7 @@ class LocalExecutor(ParallelExecutor):
             message = f"--on {spec.text} does not say how many runs train at the same time"
             raise UsageError(message, "a number, as local:4")
 
-    def submit(self, recipe_file: Path, launch: Launch) -> ExecutorTask:
+    def submit(self, recipe_file: Path, launch: Launch) -> SubmittedRun:
         cancelled = Event()
 
         def raise_if_cancelled() -> bool:

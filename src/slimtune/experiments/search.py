@@ -56,7 +56,7 @@ class SettingsSearchSpec:
         first: the values of the first trial; those left out are drawn.
         trials: how many are tried at most; None: no limit.
         minutes: when no further trial is begun and the running one is stopped; None: no limit.
-        force: train on rows that the data report finds faulty.
+        allow_faulty_rows: train on rows that the data report finds faulty.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class SettingsSearchSpec:
     first: Mapping[str, Any]
     trials: int | None
     minutes: float | None = None
-    force: bool = False
+    allow_faulty_rows: bool = False
 
     def trial_recipe_file(self, trial: FrozenTrial | optuna.Trial) -> Path:
         """Return the recipe file of a trial; its run folder has the same name without a suffix."""
@@ -173,7 +173,9 @@ def _launch_trials(group: "Sequence[TrialRun]") -> Launch:
         run.stop_file.unlink(missing_ok=True)
         write_atomic(run.recipe_file, run.recipe.to_yaml())
     trust, files = remote_code_allowed(), [run.recipe_file for run in group]
-    return partial(run_worker_process, files, trial=True, force=group[0].search.force, trust_remote_code=trust)
+    return partial(
+        run_worker_process, files, trial=True, force=group[0].search.allow_faulty_rows, trust_remote_code=trust
+    )
 
 
 def find_best_trial(trials: Sequence[TrialResult]) -> TrialResult:

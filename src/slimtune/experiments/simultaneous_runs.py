@@ -24,7 +24,7 @@ from ..core.config import Recipe
 from ..core.config.schema import ModelSettings
 from ..core.data.class_labels import ClassLabels
 from ..core.foundation import distributed
-from ..core.foundation.device import release_cached_memory
+from ..core.foundation.device import release_unused_memory
 from ..core.kernels.dropout import get_rng_states, set_rng_states
 from ..core.models.loader import LoadedBase
 from ..core.training.base_model import LoadBase, load_base_model
@@ -214,7 +214,7 @@ def _compute_gradients_together(runs: Sequence[InterleavedRun]) -> str:
     if reason:
         for loop in loops:
             loop.model.zero_grad()
-        release_cached_memory(loops[0].device)
+        release_unused_memory(loops[0].device)
         loops[0].logger.say(f"the runs compute their gradients one after the other from now on: {reason}")
         return reason
     for run, loop, part, loss in zip(runs, loops, parts, losses, strict=True):

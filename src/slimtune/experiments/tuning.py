@@ -50,7 +50,7 @@ def run_tuning(
     *,
     trials: int | None,
     minutes: float | None = None,
-    force: bool = False,
+    allow_faulty_rows: bool = False,
     plot: Path | None = None,
     executor_spec: ExecutorSpec | None = None,
     at_once: int = 1,
@@ -66,7 +66,7 @@ def run_tuning(
         log: shows a line of progress.
         trials: how many are tried at most, earlier ones included; None: no limit.
         minutes: when the search ends at the latest; None: no limit.
-        force: train on rows that the data report finds faulty.
+        allow_faulty_rows: train on rows that the data report finds faulty.
         plot: an additional file for the chart (`.svg` or `.png`).
         executor_spec: where trials train at the same time (`--on`); None: here, one after another.
         at_once: how many trials train at the same time in one process, on one base in memory.
@@ -85,7 +85,7 @@ def run_tuning(
         message = "--over train.epochs: train.max_steps is set, so epochs do not count"
         raise UsageError(message, "--over train.max_steps, or --set train.max_steps=null")
     recipe.require_files()
-    rows = load_training_datasets(recipe, force)
+    rows = load_training_datasets(recipe, allow_faulty_rows)
     if not rows.validation:
         raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
     if at_once > 1 and (other := [r.path for r in ranges if r.path.startswith("model.")]):
@@ -113,7 +113,7 @@ def run_tuning(
 
     filled = fill_in_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
-    search = SettingsSearchSpec(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
+    search = SettingsSearchSpec(output_dir / "trials", ranges, build_trial, first, trials, minutes, allow_faulty_rows)
     with (
         lock_output_dir_and_write_settings(output_dir, settings, "search"),
         make_executor(executor_spec, output_dir) as executor,
@@ -160,7 +160,9 @@ def search_learning_rate(
 
     rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
-    search = SettingsSearchSpec(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
+    search = SettingsSearchSpec(
+        folder, [rates], build_trial, {RATE: default}, grid.trials, allow_faulty_rows=grid.force
+    )
     trials = run_search_trials(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
     tried = [LearningRateTrial(rate=t.values[RATE], loss=t.loss, pruned=t.outcome == "pruned") for t in trials]

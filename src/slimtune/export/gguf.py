@@ -101,7 +101,7 @@ def get_gguf_architecture_spec(config: Any) -> GgufArchitecture:
     return ARCHITECTURES[kind]
 
 
-def make_gguf_name_mapper(config: Any) -> Callable[[str], str | None]:
+def make_gguf_module_name_mapper(config: Any) -> Callable[[str], str | None]:
     """Return gguf's names of a model's modules: `("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"; None: no name."""
     name, gguf = get_gguf_architecture_spec(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
@@ -162,7 +162,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     AdapterError means that a value is NaN or Inf, or too large for the precision.
     """
     gguf, architecture = import_gguf(), get_gguf_architecture_spec(model.config)
-    names, layers = make_gguf_name_mapper(model.config), get_lora_factors_and_scales(model, adapter)
+    names, layers = make_gguf_module_name_mapper(model.config), get_lora_factors_and_scales(model, adapter)
     layers = {
         part: (A, rows, scale)
         for module, (A, B, scale) in layers.items()
@@ -254,7 +254,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     gguf, architecture, names = (
         import_gguf(),
         get_gguf_architecture_spec(model.config),
-        make_gguf_name_mapper(model.config),
+        make_gguf_module_name_mapper(model.config),
     )
     reader = gguf.GGUFReader(str(template))
     base_tensors = {t.name: t for t in reader.tensors}

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import uvicorn
 
-from ..core.foundation.device import release_cached_memory
+from ..core.foundation.device import release_unused_memory
 from ..errors import UsageError
 from ..export.export_results import EngineVerdict
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
@@ -110,7 +110,7 @@ class ModelServer:
             runs, max_batch=s.max_batch, max_waiting=s.max_waiting, max_length=s.max_length, precision=s.precision,
             verify=s.verify, device=s.device, progress=progress,
         )  # fmt: skip
-        release_cached_memory(torch.device("cpu"))  # of the model that was compared
+        release_unused_memory(torch.device("cpu"))  # of the model that was compared
 
     @property
     def url(self) -> str:

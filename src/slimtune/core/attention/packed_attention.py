@@ -288,13 +288,13 @@ def round_up_to_power_of_two(length: int) -> int:
     return max(BLOCK, 1 << (length - 1).bit_length())
 
 
-def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
+def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pair_count: int) -> Tensor:
     """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors.
 
-    `pairs` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
+    `pair_count` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
     """
     q, k, v = (_pad_to(t, round_up_to_power_of_two(t.shape[2])) for t in (query, key, value))
-    return _FakeAttention.apply(q, k, v, pairs)[:, :, : query.shape[2]]
+    return _FakeAttention.apply(q, k, v, pair_count)[:, :, : query.shape[2]]
 
 
 class _FakeAttention(torch.autograd.Function):

@@ -86,7 +86,7 @@ def count_peak_memory(device: torch.device, *, reserved: bool = False) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def release_cached_memory(device: torch.device) -> None:
+def release_unused_memory(device: torch.device) -> None:
     """Return memory that this process has and does not use: unreachable objects, the allocator's cache, freed pages.
 
     On Linux this ends `disable_malloc_trim`: kept pages break into pieces that are too small for a large tensor.

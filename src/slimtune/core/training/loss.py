@@ -227,7 +227,7 @@ def score_examples(
     collator: Collator,
     measure: Callable[[Batch], Tensor | Sequence[Tensor]],
     *,
-    group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
+    divide_into_micro_batches: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
 ) -> dict[int, list[float]]:
     """Return the measures of each example, by its number, computed in evaluation mode.
 
@@ -236,7 +236,7 @@ def score_examples(
         examples: tokenized examples, each with a supervised token.
         collator: makes the micro-batches.
         measure: returns the measures of each example of a micro-batch [N, M].
-        group_rows: divides examples into micro-batches, and may leave some to other processes; None: the collator does.
+        divide_into_micro_batches: may leave some examples to other processes; None: the collator divides them.
     """
     device, was_training = next(model.parameters()).device, model.training
     measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
@@ -245,7 +245,9 @@ def score_examples(
         with packed_attention_enabled(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
-                for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
+                for group in track_progress(
+                    [*(divide_into_micro_batches or collator.group_rows)(some)], "micro-batches of rows"
+                ):
                     batch = move_batch_to_device(collator([some[i] for i in group]), device)
                     measured |= zip((start + i for i in group), measure(batch), strict=True)
     finally:

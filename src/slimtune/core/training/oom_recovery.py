@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import RunError, is_out_of_memory
 from ..data.collator import Collator, Example
 from ..foundation import distributed
-from ..foundation.device import count_peak_memory, release_cached_memory
+from ..foundation.device import count_peak_memory, release_unused_memory
 from ..foundation.formatting import format_bytes
 from ..kernels.dropout import get_rng_states, set_rng_states
 
@@ -172,7 +172,7 @@ class OomRecovery:
             return result, None
         del result
         undo()
-        release_cached_memory(self.device)
+        release_unused_memory(self.device)
         set_rng_states(rng_states)
         return None, oom or _FailedTry(
             "another process ran out of memory", count_peak_memory(self.device, reserved=True)

@@ -164,7 +164,7 @@ class PrefixAttentionModule(AdapterModule):
         return out
 
 
-class LearnedPromptEmbeddings(AdapterModule):
+class LearnedPromptEmbeddingsMixin(AdapterModule):
     """Mixin for modules that learn `prompt_embeddings (n, width)`, as a table or as the output of a prompt encoder.
 
     A file always contains `prompt_embeddings`, which is all that PEFT reads and inference needs. With a prompt encoder,

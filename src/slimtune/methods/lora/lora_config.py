@@ -19,7 +19,7 @@ from ...core.adapters.peft_config import (
     config_field,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, suggest
-from ..trainable_tokens.trainable_tokens_config import are_unique_token_ids
+from ..trainable_tokens.trainable_tokens_config import are_valid_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_lora_init
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class LoraConfig(RankPatternConfig):
         tokens = self.trainable_token_indices
         if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-            if not lists or not all(are_unique_token_ids(ids) for ids in lists):
+            if not lists or not all(are_valid_unique_token_ids(ids) for ids in lists):
                 yield self.error("trainable_token_indices", "token ids, each once")
 
     def default_learning_rate(self, steps: int, epochs: float, hidden_size: int) -> float:

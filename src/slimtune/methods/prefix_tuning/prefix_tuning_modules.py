@@ -17,7 +17,7 @@ from ...extras.prompt_learning import prompt_modules as prompt
 from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 
 
-class AllLayersPrefix(prompt.LearnedPromptEmbeddings, prompt.PrefixPositionShift):
+class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
     def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:

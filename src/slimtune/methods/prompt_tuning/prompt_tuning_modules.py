@@ -11,7 +11,7 @@ from ...core.adapters.adapter_module import AdapterModule, AdapterSite
 from ...extras.prompt_learning import prompt_modules as prompt
 
 
-class SoftPrompt(prompt.LearnedPromptEmbeddings, prompt.VirtualTokenModule):
+class SoftPrompt(prompt.LearnedPromptEmbeddingsMixin, prompt.VirtualTokenModule):
     """Learned embeddings, or those that a small network computes, in front of the sequence.
 
     PEFT's adapter of an encoder-decoder (`num_transformer_submodules` 2) has twice as many and uses the first half.

@@ -34,7 +34,7 @@ class TrainableTokensConfig(TargetedConfig):
     init_weights: bool = config_field(True, "start as the base's rows; False: random, for tests")
 
     def find_missing(self) -> Iterator[FieldError]:
-        if not are_unique_token_ids(self.token_indices):
+        if not are_valid_unique_token_ids(self.token_indices):
             yield self.error("token_indices", "a list of token ids, each once")
 
     def fill_from_model(self, model: nn.Module) -> None:
@@ -69,6 +69,6 @@ class TrainableTokensConfig(TargetedConfig):
         return find_modules_with_trainable_rows(model, tokens, self.modules_to_save or ())
 
 
-def are_unique_token_ids(ids: list[int]) -> bool:
+def are_valid_unique_token_ids(ids: list[int]) -> bool:
     """Return whether `ids` contains token ids, each once."""
     return bool(ids) and min(ids) >= 0 and len(set(ids)) == len(ids)
