@@ -160,8 +160,7 @@ def tune_settings(
     limit = DEFAULT_TRIALS if trials is None and minutes is None else trials
     result = search(
         tree, ranges, folder.expanduser(), print_progress, trials=limit, minutes=minutes, allow_faulty_rows=force,
-        plot=plot,
-        executor_spec=place, at_once=at_once,
+        plot=plot, executor_spec=place, at_once=at_once,
     )  # fmt: skip
     if not as_json:
         _print_search(result)
