@@ -27,7 +27,7 @@ def find_nonfinite_weights(model: Any) -> list[str]:
 
 def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator, objective: Objective) -> list[int]:
     """Return the lines of the rows whose own loss is NaN or Inf; each row is computed alone."""
-    alone = {"group_rows": lambda some: [[i] for i in range(len(some))]}
+    alone = {"divide_into_micro_batches": lambda some: [[i] for i in range(len(some))]}
     return select_nonfinite_lines(rows, score_examples_by_objective(model, rows, collator, objective, **alone))
 
 

@@ -41,7 +41,7 @@ def score_across_processes(
         def group_rows(some: Sequence[Example]) -> list[list[int]]:
             return sharder.collator.group_rows(some) if score_all_here else sharder.assign_groups(some)[0]
 
-        return score_rows(model, rows, sharder.collator, group_rows=group_rows)
+        return score_rows(model, rows, sharder.collator, divide_into_micro_batches=group_rows)
 
     part = recovery.run_in_micro_batches(label, rows, work, lambda: None, grad=False)
     parts = [part] if score_all_here else distributed.all_gather_object(part)
