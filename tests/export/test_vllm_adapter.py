@@ -233,7 +233,7 @@ def test_command_survives_the_shell(tmp_path, tiny_folder, folder):
 
 
 def test_command_names_rank_and_final_folder(exported, tmp_path):
-    _, out, facts = exported({"rank": 20}, out=tmp_path / "later")
+    _, out, facts = exported({"rank": 20}, final_path=tmp_path / "later")
     assert facts["max_lora_rank"] == 32
     assert facts["arguments"][-1] == f"later={tmp_path / 'later'}"
     assert not (out / TEMPLATE).exists()
@@ -247,7 +247,7 @@ def test_names(exported):
             export_vllm(run, out, name=name)
     with pytest.raises(UsageError, match="'tiny-base'"):
         export_vllm(run, out, name="tiny-base")
-    assert export_vllm(run, out, out=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
+    assert export_vllm(run, out, final_path=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
 
 
 def test_own_chat_template(exported, tmp_path):
