@@ -53,6 +53,7 @@ PARTS: dict[str, dict[str, str]] = {
         "classification": "slimtune.extras.row_formats.classification:CLASSIFICATION",
     },
     "slimtune.compat": {"peft": "slimtune.compat.hook"},
+    "slimtune.peft_subclasses": {"peft": "slimtune.compat.peft_registration:register_as_peft_subclass"},
     # A call goes through them in this order: the rows' adapters are chosen before the tokens that these change.
     "slimtune.model_mixins": {
         "peft_names": "slimtune.compat.model_names:PeftModelNamesMixin",

@@ -19,7 +19,6 @@ from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from ...compat.peft_registration import register_as_peft_subclass
 from ...errors import (
     AdapterError,
     ConfigError,
@@ -31,6 +30,7 @@ from ...errors import (
 )
 from ..foundation.files import read_json, write_atomic
 from ..foundation.json_results import JsonObject
+from ..foundation.registry import Registry
 from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, get_model_type
 from .config_fields import DeclaredSettings, FieldError, config_field
@@ -47,7 +47,7 @@ FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
 """`peft_version` of a new config: the release of PEFT whose format its files have, and the library that writes them."""
 BIAS_HELP = "which biases of the base train too: none, all, or only those of adapted layers"
 FAN_IN_FAN_OUT_HELP = "the base stores weights as (in, out); set automatically for Conv1D"
-
+PEFT_SUBCLASSES: Registry[Callable[[Any, str], Any]] = Registry("slimtune.peft_subclasses", "library")
 
 SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
 """Kinds of places in a model where an adapter module can go (`adapter_module.py`)."""
@@ -99,7 +99,7 @@ class _ConfigMeta(type):
                 f"fields: {format_names(sorted(known), 40)}",
                 f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
             )
-        return type.__call__(register_as_peft_subclass(cls, "PeftConfig"), *args, **kwargs)
+        return type.__call__(PEFT_SUBCLASSES.load("peft")(cls, "PeftConfig"), *args, **kwargs)
 
 
 @dataclass
@@ -364,7 +364,7 @@ def _get_commit_hash(pkg_name: str) -> str | None:
 
 
 def _new_config(cls: type[PeftConfig]) -> PeftConfig:
-    return object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
+    return object.__new__(PEFT_SUBCLASSES.load("peft")(cls, "PeftConfig"))
 
 
 @dataclass
