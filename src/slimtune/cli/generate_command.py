@@ -38,9 +38,9 @@ class ModelAnswers:
     """The answers of both models to one message."""
 
     base: str | None = field(default=None, metadata=OMIT_NONE)
-    """The base's answer, or its beginning; absent without --side-by-side."""
+    """The base's answer, cut off where it was stopped; absent without --side-by-side."""
     tuned: str | None = field(default=None, metadata=OMIT_NONE)
-    """The tuned model's answer, or its beginning; absent if the base's was stopped."""
+    """The tuned model's answer, cut off where it was stopped; absent if the base's was stopped."""
 
 
 @dataclass(frozen=True)

@@ -85,5 +85,5 @@ def restore_backbone_class(model: Any) -> None:
 
 @cache
 def _make_backbone_class(base: Any) -> Any:
-    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_backbone_class, base)}
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_factory_call": (_make_backbone_class, base)}
     return type(base.__name__, (PeftTunerNamesMixin, base), body)

@@ -45,8 +45,7 @@ def get_peft_model_class(task_type: str | None, mixed: bool = False) -> Any:
     return model_names.PeftMixedModel if mixed else model_names.TASK_MODELS.get(task_type or "")
 
 
-def register_as_peft_class(cls: Any, peft_class: str) -> Any:
-    """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
-    if peft_class == "PeftModel":
-        register_with_transformers(PeftModel)
-    return register_as_peft_subclass(cls, peft_class)
+def make_peft_model_subclass(cls: Any) -> Any:
+    """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as a `peft.PeftModel`."""
+    register_with_transformers(PeftModel)
+    return register_as_peft_subclass(cls, "PeftModel")

@@ -53,7 +53,7 @@ def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
             return own if foreign in own else [*own[:-1], foreign, object]
 
     # A plain call of the metaclass: a config's metaclass checks keyword arguments in its own __call__.
-    body = {"_joined": True, "_recipe": (register_as_peft_subclass, cls, peft_class)}
+    body = {"_joined": True, "_factory_call": (register_as_peft_subclass, cls, peft_class)}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return Joined(cls.__name__, (cls,), body)
 

@@ -24,7 +24,6 @@ from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
-from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import load_eval_dataset, open_rows_for_objective, tokenize_recipe_datasets
@@ -92,7 +91,7 @@ class EvalSettings:
     forgetting_budget: float = DEFAULT_BUDGET  # nats per token that may be lost on it, 0 or more
     generate: int = 0  # held-out prompts that base and tuned model answer, 0 or more
     max_new_tokens: int = 128  # longest answer in tokens, 1 or more
-    checks: Sequence[str] = ()  # of the answers, by the names in `answers.py`
+    checks: Sequence[str] = ()  # of the answers, by the names in `generated_answers.py`
     judge: str | None = None  # that compares the answers of both models, by a name of `judge.py`
     tasks: Sequence[str] = ()  # of lm-evaluation-harness
     tasks_path: Path | None = None  # a folder of the user's task files
@@ -201,7 +200,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
         seconds = round(time.perf_counter() - start, 3)
         result = replace(result, verdict=does_eval_pass(result, reasons), seconds=seconds)
         if run_dir is not None:
-            write_json(run_dir.evaluation_file(name), to_json_dict(result))
+            write_json(run_dir.evaluation_file(name), result)
             write_json(run_dir.scores_file(name), scores, indent=None)
             write_run_report(run_dir)
         return result

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..core.foundation.files import read_json, write_atomic, write_json
 from ..core.foundation.formatting import format_bytes, format_duration
-from ..core.foundation.json_results import to_json_dict
 from ..core.foundation.remote_code import remote_code_allowed
 from ..errors import RunError, SlimtuneError, UsageError
 from ..evaluation.eval_result import TextOrPairEvalResult
@@ -76,7 +75,7 @@ def run_comparison(
                 failed=failed,
                 seconds=round(time.perf_counter() - start, 3),
             )
-            write_json(grid.output_dir / "compare.json", to_json_dict(result))
+            write_json(grid.output_dir / "compare.json", result)
             write_atomic(grid.output_dir / "table.md", format_comparison_markdown(result))
             if result.methods:
                 for file in filter(None, (grid.output_dir / "compare.svg", plot)):

@@ -18,7 +18,6 @@ from ..core.config import Recipe
 from ..core.config.recipe_loading import replace_recipe_values
 from ..core.foundation.files import parse_json, to_json, write_atomic, write_json
 from ..core.foundation.formatting import format_duration
-from ..core.foundation.json_results import to_json_dict
 from ..core.training.datasets import load_training_datasets
 from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..errors import UsageError
@@ -137,7 +136,7 @@ def run_tuning(
             best_recipe=str(best_file),
             seconds=round(time.perf_counter() - start, 3),
         )
-        write_json(output_dir / "tune.json", to_json_dict(result))
+        write_json(output_dir / "tune.json", result)
         write_atomic(output_dir / "table.md", _format_search(result))
         for file in filter(None, (output_dir / "tune.svg", plot)):
             write_search_chart(result, ranges, file)

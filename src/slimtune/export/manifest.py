@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.foundation.files import read_json, write_json
-from ..core.foundation.json_results import INLINE, from_json_dict, to_json_dict
+from ..core.foundation.json_results import INLINE, from_json_dict
 from ..errors import UsageError
 from .export_format import EXPORT_FORMATS, ExportFormat
 
@@ -45,7 +45,7 @@ class ExportManifest:
 
 def write_export_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest: the format's name, the run or adapter folder, and facts of the format."""
-    write_json(folder / EXPORT_MANIFEST, to_json_dict(ExportManifest(kind, run.resolve(), facts)))
+    write_json(folder / EXPORT_MANIFEST, ExportManifest(kind, run.resolve(), facts))
 
 
 def read_export_manifest(folder: Path) -> ExportManifest | None:

@@ -112,7 +112,7 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
 def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tensor]:
     """Return the parameters that merging changes, in float32 at least; the module stays as it is.
 
-    `merge_adapters` rounds to the dtype of the module's parameters, so wide copies stand in for them meanwhile.
+    `merge_adapters_into_layer` rounds to the dtype of the module's parameters; wide copies stand in for them meanwhile.
     """
     own = dict(module._parameters)
     wide: dict[str, nn.Parameter | None] = {}

@@ -30,7 +30,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from ..core.data.messages import Message
+from ..core.data.messages import REASONING_KEYS, Message
 from ..errors import ModelError, SlimtuneError
 
 Span = tuple[int, int]
@@ -84,7 +84,7 @@ def render_sandboxed_template(template: str, values: dict[str, Any], collected_s
 
 def _alias_reasoning(message: Message) -> Message:
     """Return a message whose reasoning has the two names that templates read, as in transformers."""
-    given = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k) is not None), "")
+    given = next((message[k] for k in REASONING_KEYS if message.get(k) is not None), "")
     return {"thinking": given, **message, "reasoning_content": given} if given else message
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.adapters.config_fields import config_field
+from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, Example, sum_targets_by_row
-from .pair_objective import PairObjective, count_pairs_and_chosen_tokens
+from .pair_objective import PairObjective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ class ORPO(PairObjective):
 
     def count_items(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the number of pairs and of the supervised tokens of their chosen answers."""
-        return count_pairs_and_chosen_tokens(examples)
+        chosen = [e["labels"][1 : e["row_lengths"][0]] for e in examples]
+        return len(examples), sum(label != IGNORE_INDEX for labels in chosen for label in labels)
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the micro-batch's share of both parts."""

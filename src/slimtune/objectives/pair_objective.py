@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.training.objective import Batch, Example, Objective, sum_targets_by_row
 
 if TYPE_CHECKING:
@@ -30,12 +29,6 @@ def list_preference_pair_indices(row_scores: Sequence[float] | None) -> list[tup
     if row_scores is None:
         return [(0, 1)]
     return [(i, j) for i, score in enumerate(row_scores) for j, other in enumerate(row_scores) if score > other]
-
-
-def count_pairs_and_chosen_tokens(examples: Sequence[Example]) -> tuple[int, int]:
-    """Return the number of pairs and of the supervised tokens of their chosen answers; for examples of two rows."""
-    chosen = [e["labels"][1 : e["row_lengths"][0]] for e in examples]
-    return len(examples), sum(label != IGNORE_INDEX for labels in chosen for label in labels)
 
 
 @dataclass

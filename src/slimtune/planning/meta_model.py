@@ -1,4 +1,4 @@
-"""The model that training would have, on the meta device: shapes and dtypes without weights."""
+"""Models on the meta device, as plans trace them."""
 
 import copy
 from collections.abc import Callable

@@ -28,7 +28,7 @@ STATIC = {
 
 
 def build_web_app(pages: UiPages) -> Starlette:
-    """Return the application; `security.Guard` goes around it."""
+    """Return the application; `request_security.RequestGuard` goes around it."""
 
     def get(path: str, show: Callable[..., Response], *names: str) -> Route:
         """Show a page, which may get query parameters of these names."""

@@ -289,7 +289,7 @@ def _make_adapted_class(
     if has_config:
         body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
-    body["_recipe"] = (_make_adapted_class, base, parameters, has_config, method)
+    body["_factory_call"] = (_make_adapted_class, base, parameters, has_config, method)
     return type(base.__name__, (AdaptedLayerMixin, base), body)
 
 

@@ -16,7 +16,7 @@ import operator
 import re
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -200,9 +200,12 @@ class DeclaredSettings:
         """Set every field to its value as configs have it; yield the errors, in place of which defaults are set."""
         cls: Any = type(self)
         for spec in list_settings(cls):
-            value, error = copy.deepcopy(spec.default), None
-            if spec.name in values and (error := spec.find_error(read := spec.read(values[spec.name]))) is None:
-                value = read
+            is_given, error, value = spec.name in values, None, None
+            if is_given:
+                value = spec.read(values[spec.name])
+                error = spec.find_error(value)
+            if not is_given or error is not None:
+                value = copy.deepcopy(spec.default)
             object.__setattr__(self, spec.name, value)  # some are frozen
             if error is not None:
                 yield error
@@ -278,7 +281,7 @@ def map_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
 
 
 def read_section_settings(
-    specs: Mapping[str, SettingSpec | None], tree: Mapping[str, Any], section: str, all_paths: Iterable[str] = ()
+    specs: Mapping[str, SettingSpec | None], tree: Mapping[str, Any], section: str, all_paths: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the values of a recipe's section by full name, and every error in it.
 
@@ -291,11 +294,11 @@ def read_section_settings(
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
     seen: set[str] = set()
-    elsewhere = {path.rpartition(".")[2]: path for path in all_paths}
     for name, value in tree.items():
         path = f"{section}.{name}" if section else str(name)
         if (spec := specs.get(name)) is None:
-            near = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else ""
+            elsewhere = [p for p in all_paths if p.rpartition(".")[2] == name]
+            near = f"; did you mean {elsewhere[-1]!r}?" if elsewhere else ""
             near = near or (suggest(name, specs) if len(errors) < MOST_ERRORS else "")
             errors.append(FieldError(path, f"no such field{near}", "" if near else f"one of {format_names(specs, 40)}"))
         elif spec.name in seen:

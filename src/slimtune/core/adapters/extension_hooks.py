@@ -36,8 +36,8 @@ class PeftCompatHook(Protocol):
     def get_peft_model_class(self, task_type: str | None, mixed: bool = False) -> Any:
         """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
 
-    def register_as_peft_class(self, cls: Any, peft_class: str) -> Any:
-        """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as `peft.<peft_class>`."""
+    def make_peft_model_subclass(self, cls: Any) -> Any:
+        """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as a `peft.PeftModel`."""
 
     def add_peft_names_to_backbone(self, model: Any) -> None:
         """Give the backbone of a new adapted model the names of PEFT's `base_model`."""

@@ -1,7 +1,7 @@
 """Pickle and copy objects whose class was made at run time, which pickle cannot find by its name.
 
-A made class has `_recipe`: the function that made it, and the function's arguments, of which some may be made classes
-themselves. The function must return the same class for the same arguments, so `functools.cache` is around it.
+A made class has `_factory_call`: the function that made it, and the function's arguments, of which some may be made
+classes themselves. The function must return the same class for the same arguments, so `functools.cache` is around it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class ClassFactoryCall(NamedTuple):
 
 
 class PickledByClassFactory:
-    """Mixed into made classes: pickle stores the recipe of the object's class instead of its name."""
+    """Mixed into made classes: pickle stores how the object's class is made instead of its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
@@ -24,10 +24,10 @@ class PickledByClassFactory:
 
 
 def _describe_class(cls: Any) -> Any:
-    """Return the recipe of a made class; any other argument as it is."""
-    if not isinstance(cls, type) or "_recipe" not in vars(cls):
+    """Return how a made class is made; any other argument as it is."""
+    if not isinstance(cls, type) or "_factory_call" not in vars(cls):
         return cls
-    function, *arguments = vars(cls)["_recipe"]
+    function, *arguments = vars(cls)["_factory_call"]
     return ClassFactoryCall(function, tuple(_describe_class(a) for a in arguments))
 
 

@@ -93,13 +93,13 @@ class _ConfigMeta(type):
             value = kwargs.pop(name)
             if name in unsupported and value == unsupported[name]:
                 continue
-            full_name = getattr(cls, "short_names", {}).get(name)
+            full_name = cls.short_names.get(name)  # type: ignore[attr-defined]
             raise UnknownOrMissingFieldError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){suggest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
                 f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
             )
-        return type.__call__(PEFT_SUBCLASSES.load("peft")(cls, "PeftConfig"), *args, **kwargs)
+        return type.__call__(_make_peft_config_subclass(cls), *args, **kwargs)
 
 
 @dataclass
@@ -171,12 +171,8 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class that its module knows by name: pickle cannot find the one registered with peft.
-        return _new_config, (type(self).get_declaring_class(),), dict(vars(self))
-
-    @classmethod
-    def get_declaring_class(cls) -> type:
-        """Return the config class itself for the subclass that is registered with peft."""
-        return next(c for c in cls.__mro__ if "_joined" not in vars(c))
+        declared = next(c for c in type(self).__mro__ if "_joined" not in vars(c))
+        return _new_config, (declared,), dict(vars(self))
 
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Raise a ConfigError about field `name` unless the condition holds."""
@@ -363,8 +359,13 @@ def _get_commit_hash(pkg_name: str) -> str | None:
     return json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
 
 
+def _make_peft_config_subclass(cls: Any) -> Any:
+    """Return the class or a subclass that other libraries recognise as a `peft.PeftConfig`."""
+    return PEFT_SUBCLASSES.load("peft")(cls, "PeftConfig")
+
+
 def _new_config(cls: type[PeftConfig]) -> PeftConfig:
-    return object.__new__(PEFT_SUBCLASSES.load("peft")(cls, "PeftConfig"))
+    return object.__new__(_make_peft_config_subclass(cls))
 
 
 @dataclass

@@ -302,7 +302,7 @@ def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
     base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = load_compat_hook().register_as_peft_class(_make_model_class(base_class, cls), "PeftModel")
+    model.__class__ = load_compat_hook().make_peft_model_subclass(_make_model_class(base_class, cls))
     model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_cpu_repacking_layers(model))
     assert isinstance(model, PeftModel)
     load_compat_hook().add_peft_names_to_backbone(model)
@@ -322,7 +322,7 @@ def _make_model_class(base: Any, cls: type[PeftModel]) -> Any:
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     # It has the base's name, which the Trainer and its checkpoints use.
-    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_model_class, base, cls)}
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_factory_call": (_make_model_class, base, cls)}
     # The mixins are subclasses of PeftModel, which therefore is no base beside them.
     first = () if cls is PeftModel else (cls,)
     return type(base.__name__, (*first, *MODEL_MIXINS.load_all().values(), base), {**body, "forward": forward})

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, and learned keys and values.
+"""Attention over packed sequences.
 
 Imports `kernels` and below. Start at `packed_layout.py`: which tokens are whose; then `packed_attention.py`.
 """

@@ -13,6 +13,7 @@ from ...errors import RecipeError, format_names
 from ..adapters.config_fields import (
     MOST_ERRORS,
     FieldError,
+    SettingSpec,
     config_field,
     list_settings,
     make_invalid_value_error,
@@ -137,7 +138,6 @@ def parse_recipe_sections(
     method, method_errors = parse_section_with_errors("method", tree.get("method", {}))
     task, task_errors = parse_section_with_errors("task", tree.get("task", {}))
     every = {s.path: s for s in list_settings(Recipe)}
-    lacking = {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.description) for s in every.values()}
     paths = [*every, *(f"method.{name}" for name in map_method_fields_by_name(method.name))]
     sections: dict[str, Any] = {"task": task, "method": method}
     errors: list[FieldError] = []
@@ -147,13 +147,13 @@ def parse_recipe_sections(
             errors.append(FieldError(name, f"got {format_short_value(given)}", f"a section with {format_names(known)}"))
             continue
         values, found = read_section_settings(known, given, name, paths)
-        missing = [f"{name}.{s.name}" for s in known.values() if s.required and s.name not in given]
-        errors += found + [lacking[path] for path in missing if not partial]
+        missing = [every[f"{name}.{s.name}"] for s in known.values() if s.required and s.name not in given]
+        errors += found + [_make_missing_error(s) for s in missing if not partial]
         if not found and not missing:
             sections[name] = section(**values)
     if "output_dir" not in tree and not partial:
-        errors.append(lacking["output_dir"])
-    names = dict.fromkeys((f.name for f in fields(Recipe)), None)
+        errors.append(_make_missing_error(every["output_dir"]))
+    names = dict.fromkeys(f.name for f in fields(Recipe))
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
     values, found = read_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
     errors += [*found, *method_errors, *task_errors]
@@ -201,6 +201,10 @@ def find_setting_conflicts(
             if (value := getattr(train, name)) is not None:
                 more = ", but there are no validation rows"
                 yield make_invalid_value_error(f"train.{name}", value, f"data.validation, or {name} null", suffix=more)
+
+
+def _make_missing_error(setting: SettingSpec) -> FieldError:
+    return FieldError(setting.path, f"missing (flag {setting.flag})", setting.description)
 
 
 def _raise_errors(errors: Sequence[FieldError], source: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ..adapters.config_fields import DeclaredSettings, config_field
 from ..foundation.dtype_names import DTYPE_ABBREVIATIONS
-from ..foundation.json_results import to_json_dict
+from ..foundation.json_results import INLINE, to_json_dict
 from ..foundation.registry import Registry
 from .objective_registry import load_objective_class
 
@@ -119,7 +119,7 @@ class NamedSettings(RecipeSection):
     """A section that names a method or a task, whose class declares the section's other settings."""
 
     name: str = ""
-    settings: dict[str, Any] = field(default_factory=dict, metadata={"inline": True})
+    settings: dict[str, Any] = field(default_factory=dict, metadata=INLINE)
     """Those other settings by their full names, with the defaults of recipes."""
 
 

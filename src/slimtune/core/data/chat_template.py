@@ -37,11 +37,7 @@ class RenderedText:
     text: str
     spans: list[Span]
     turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
-    thinking: tuple[int, int, int] = (
-        0,
-        0,
-        0,
-    )  # turns that think, as `messages.count_thinking_turns_by_use` counts them
+    thinking: tuple[int, int, int] = (0, 0, 0)  # turns, as `messages.count_thinking_turns_by_use` counts them
     generation_prompt_differs: bool = False  # whether generation would begin the last turn after another text
 
 

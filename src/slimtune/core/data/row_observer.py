@@ -66,6 +66,6 @@ class RowObserver(Protocol):
 DATA_REPORTS: Registry[Callable[..., RowObserver]] = Registry("slimtune.data_reports", "data report")
 """Functions that start a report.
 
-Their arguments: tokenizer, rows (a `RowFileReader`), max_seq_len, on_overlong, rows_per_step, and `like`, the observer
-of rows that these will be compared with.
+Their arguments: tokenizer, rows (a `RowFileReader`), max_seq_len, on_overlong, rows_per_step, and `compared_with`, the
+observer of rows that these will be compared with.
 """

@@ -104,28 +104,26 @@ def wait_and_destroy_process_group() -> None:
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
-def run_on_main_and_broadcast(function: Callable[[], T]) -> T:
-    """Run `function` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
-    if world_size() == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            outcome[0] = function()
-        except SlimtuneError as e:
-            outcome[1] = e
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 def runs_on_main(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that the main process runs alone, as `run_on_main_and_broadcast` does."""
+    """Decorate a function that the main process runs alone.
+
+    Every process gets what it returns (by pickle), or raises what it raised.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run_on_main_and_broadcast(lambda: function(*args, **kwargs))
+        if world_size() == 1:
+            return function(*args, **kwargs)
+        outcome: list[Any] = [None, None]
+        if is_main_process():
+            try:
+                outcome[0] = function(*args, **kwargs)
+            except SlimtuneError as e:
+                outcome[1] = e
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     return run
 

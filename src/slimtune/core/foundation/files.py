@@ -5,14 +5,13 @@ import contextlib
 import errno
 import glob
 import json
-import math
 import os
 import re
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ except ImportError:  # on Windows, where folders cannot be locked
 
 from ...errors import RunError, SlimtuneError, UsageError, find_errno_and_file, is_disk_full
 from .formatting import format_bytes
-from .json_results import JsonObject
+from .json_results import JsonObject, to_plain
 
 _DATASET_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _FILE_NAME = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst|zip|arrow|xlsx?|ya?ml|jinja)$", re.IGNORECASE)
@@ -101,21 +100,11 @@ def write_json(file: Path, values: Any, indent: int | None = 2) -> None:
 
 
 def to_json(values: Any, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Return JSON of plain values, mappings, lists, paths and scalar tensors; NaN and Inf become null."""
-    plain = _to_plain(values)
+    """Return JSON of plain values, results, mappings, lists, paths and scalar tensors; NaN and Inf become null."""
+    plain = to_plain(values)
     text = json.dumps(plain, indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False, default=str)
     # Names of files that are no UTF-8 have lone surrogates, which JSON writes as \\udcff.
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_to_plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str | int | float):
-        value = value.item()  # a scalar of numpy or torch
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- files and folders -----------------------------------------------------------------------------------------------
@@ -244,7 +233,7 @@ def atomic_folder(path: Path, needed_bytes: int = 0, hint: str = "") -> Iterator
 
 
 def require_disk_space(path: Path, needed_bytes: int, hint: str = "") -> None:
-    """Raise RunError unless `needed_bytes` bytes are free in the folder of `path`."""
+    """Raise RunError unless `needed_bytes` are free in the folder of `path`."""
     if shutil.disk_usage(Path(os.path.realpath(path)).parent).free < needed_bytes:
         raise _disk_full_error(path, needed_bytes, hint)
 

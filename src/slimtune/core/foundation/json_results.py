@@ -32,6 +32,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .type_hints import iterate_union_members
+
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 """An object in JSON whose keys others decide: of a file, of a request to another program or its answer, of a schema."""
@@ -58,7 +60,7 @@ def get_json_key(field: Field[Any]) -> str:
 
 def find_dataclass_in_type(type_hint: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
-    members = [m for m in (get_args(type_hint) or (type_hint,)) if m is not type(None)]
+    members = [m for m in iterate_union_members(type_hint) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
 
 
@@ -86,7 +88,7 @@ def to_json_dict(result: Any) -> JsonObject:
     values: dict[str, Any] = {}
     cls: Any = type(result)
     for field, kind in list_json_fields_with_types(cls):
-        value = _to_plain(getattr(result, field.name))
+        value = to_plain(getattr(result, field.name))
         if suffixes := find_key_suffixes(kind):
             values |= {get_json_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
         elif field.metadata.get("inline"):
@@ -96,13 +98,14 @@ def to_json_dict(result: Any) -> JsonObject:
     return values
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Return results, mappings, lists, paths and scalar tensors as plain values for JSON; NaN and Inf become None."""
     if is_dataclass(value):
         return to_json_dict(value)
     if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_to_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and not isinstance(value, str | int | float):

@@ -67,7 +67,7 @@ class KnownModelCatalog(Protocol):
 class HuggingFaceFolderConverter(Protocol):
     """Makes a Hugging Face folder of a base in another format."""
 
-    def get_or_make_hf_folder_and_seconds(self, gguf_path: Path) -> tuple[Path, float]:
+    def get_or_make_hf_folder_and_seconds(self, path: Path) -> tuple[Path, float]:
         """Return the folder, and the seconds spent on making it (0 if it was there); raise ModelError, RunError."""
 
     def read_config(self, path: Path) -> "PreTrainedConfig":

@@ -24,7 +24,7 @@ class QuantizedModelLoader(Protocol):
     """How the library that quantizes a base loads it."""
 
     def make_load_options(
-        self, config: PreTrainedConfig, kind: str, is_stored: bool, dtype: torch.dtype, device: torch.device
+        self, config: PreTrainedConfig, quantization: str, is_stored: bool, dtype: torch.dtype, device: torch.device
     ) -> LoadOptions:
         """Return the arguments of `from_pretrained`; `is_stored`: the checkpoint is quantized already.
 
@@ -33,7 +33,7 @@ class QuantizedModelLoader(Protocol):
         """
 
     def prevent_cpu_weight_repacking(self, model: nn.Module) -> None:
-        """Change what is wrong in a base that was just loaded."""
+        """Keep the library from repacking weights on a CPU where that would be wrong or fail."""
 
 
 BASE_QUANTIZATIONS: Registry[QuantizedModelLoader] = Registry("slimtune.base_quantizations", "quantization of bases")

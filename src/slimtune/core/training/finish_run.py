@@ -13,7 +13,6 @@ from ..foundation.dtype_names import dtype_name
 from ..foundation.files import write_json
 from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_installed_versions
-from ..foundation.json_results import to_json_dict
 from ..foundation.registry import Registry
 from .best_adapter import restore_best_adapter_within_budget
 from .held_out_rows import count_held_out_rows
@@ -119,7 +118,7 @@ def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         ),
         versions=read_installed_versions(),
     )
-    write_json(run.result_file, to_json_dict(result))
+    write_json(run.result_file, result)
     for write_report in RUN_REPORTS.load_all().values():
         write_report(run)
     if untrained:

@@ -20,7 +20,6 @@ from ..config import MethodSettings, Recipe
 from ..data.row_observer import RowFindingsSummary
 from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
-from ..foundation.json_results import to_json_dict
 from . import checkpoint
 from .checkpoint import TrainingState
 from .optimizer import build_optimizer
@@ -102,7 +101,7 @@ def create_locked_run_dir(
         lock.acquire()
         if init_model is not None:
             adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
-        write_json(run.data_file, {name: report and to_json_dict(report) for name, report in data_reports.items()})
+        write_json(run.data_file, data_reports)
 
     RunDir.create(run.path, recipe, write_start)
 
@@ -122,9 +121,8 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
     torch.manual_seed(settings.seed)
     newest = None
     if resume:
-        newest = distributed.run_on_main_and_broadcast(
-            lambda: checkpoint.find_newest_undamaged_checkpoint(run.checkpoints, prepared.logger.say)
-        )
+        find_newest = distributed.runs_on_main(checkpoint.find_newest_undamaged_checkpoint)
+        newest = find_newest(run.checkpoints, prepared.logger.say)
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter(prepared.model, newest)
         checkpoint.load_method_state(newest, prepared.model)

@@ -36,7 +36,6 @@ from ..foundation.files import (
     write_atomic,
     write_json,
 )
-from ..foundation.json_results import to_json_dict
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.json"
@@ -150,7 +149,7 @@ class RunDir:
 
     def write_plan(self, plan: Any, probe: Mapping[str, Any]) -> None:
         """Write what was planned (a dataclass), and what the probe of memory found beside it."""
-        write_json(self.plan_file, {"plan": to_json_dict(plan), "probe": probe})
+        write_json(self.plan_file, {"plan": plan, "probe": probe})
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""

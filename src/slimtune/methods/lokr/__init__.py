@@ -6,7 +6,7 @@ s = alpha / r. A matrix that is large beside r is a product of two: W2 = W2a (q,
 layer: p·m + r·(q + n), or fewer. Merged: W + s · W1 ⊗ W2.
 
 At a convolution the factors of `in` are those of in / groups, and W2 (q, n · kernel size) is stored with its kernel, or
-as W2a (q, r) W2b (r, n · kernel size), or with `use_effective_conv2d` as in `loha.py`: T2, W2a (r, q), W2b (r, n).
+as W2a (q, r) W2b (r, n · kernel size), or with `use_effective_conv2d` as in `loha`: T2, W2a (r, q), W2b (r, n).
 
 At a linear layer the forward pass never builds the product: with x reshaped to X (m, n), (W1 ⊗ W2) x is W1 X W2^T
 (p, q).

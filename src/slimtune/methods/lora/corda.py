@@ -51,7 +51,7 @@ def preprocess_corda(
         hooked_model: the model that `run_model` runs, if it is a copy of `model`.
     """
     settings: CordaConfig = lora_config.corda_config
-    layers: dict[str, Any] = find_linear_targets(model, lora_config)
+    layers = find_linear_targets(model, lora_config)
     cached = load_cached_statistics(settings.cache_file)
     if cached is not None:
         for name, layer in layers.items():

@@ -47,7 +47,7 @@ def preprocess_loraga(
     if lora_config.lora_ga_config is None:
         hint = "LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...))"
         raise ConfigError("If you want to use LoRA-GA, the config needs a lora_ga_config", hint=hint)
-    layers: dict[str, Any] = find_linear_targets(model, lora_config)
+    layers = find_linear_targets(model, lora_config)
     if not layers:
         message = "No supported layers found for LoRA-GA: target_modules names no Linear and no Conv1D"
         raise ConfigError(message, "at least one linear layer")
