@@ -17,6 +17,7 @@ from slimtune.evaluation.generated_answers import (
     measure_repetition,
     select_eval_prompts,
 )
+from slimtune.evaluation.result_lines import make_answer_check_table
 
 
 def test_answers_equal_those_of_generate(run):
@@ -52,6 +53,8 @@ def test_summary():
     summary = {"ended": AnswerCheckScores(base=0.5, tuned=1.0), "tokens": AnswerCheckScores(base=2.0, tuned=2.5)}
     answers = [AnswerPair(line=1, prompt=[], reference="", base="a", tuned="b", checks=c) for c in checks]
     assert average_answer_checks(answers) == summary
+    table = make_answer_check_table(summary, answers)
+    assert table.rows == [("ended", "50 %", "100 %"), ("tokens", "2", "2.5")]
 
 
 def test_prompt_without_room_fails_before_scoring(run, tmp_path):

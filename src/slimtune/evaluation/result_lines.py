@@ -89,7 +89,7 @@ def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
     for answer in answers:
         yield from _list_answer_lines(answer)
     if result.generation_summary:
-        yield from ("", make_answer_check_table(result.generation_summary, len(answers)))
+        yield from ("", make_answer_check_table(result.generation_summary, answers))
     if result.win_rate is not None:
         yield from ("", describe_win_rate(result.win_rate))
     if result.tasks:
@@ -236,10 +236,15 @@ def _list_answer_lines(answer: AnswerPair) -> Iterator[ResultLine]:
         yield f"{who}: {text.strip() or '(empty)'}"
 
 
-def make_answer_check_table(summary: dict[str, AnswerCheckScores], answers: int) -> ResultTable:
-    """Return the means of checks over so many answers of base and tuned model."""
-    rows = [(name, f"{means.base:.3g}", f"{means.tuned:.3g}") for name, means in summary.items()]
-    return ResultTable((f"mean of {answers} answers", "base", "tuned"), rows)
+def make_answer_check_table(summary: dict[str, AnswerCheckScores], answers: Sequence[AnswerPair]) -> ResultTable:
+    """Return the means of checks over answers of base and tuned model; repetition and yes-or-no checks in per cent."""
+    shares = {"repetition"} | {n for a in answers for n, scores in a.checks.items() if isinstance(scores.tuned, bool)}
+
+    def mean(name: str, value: float) -> str:
+        return f"{100 * value:.0f} %" if name in shares else f"{value:.3g}"
+
+    rows = [(name, mean(name, means.base), mean(name, means.tuned)) for name, means in summary.items()]
+    return ResultTable((f"mean of {len(answers)} answers", "base", "tuned"), rows)
 
 
 def describe_win_rate(won: WinRate) -> str:
