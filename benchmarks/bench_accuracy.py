@@ -90,9 +90,9 @@ def run_itself(*words: object) -> dict[str, Any]:
 
 def time_llama_cpp(file: Path, threads: int) -> float:
     """Return the tokens a second that llama.cpp decodes."""
-    from slimtune.generation.inference_engines import LlamaCppInferenceEngine
+    from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
-    engine = LlamaCppInferenceEngine(file, max_tokens=512, threads=threads, cache="f16")
+    engine = InProcessLlamaCppEngine(file, max_tokens=512, threads=threads, cache="f16")
     seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
     engine.close()
     return 1 / statistics.median(seconds)
@@ -118,20 +118,20 @@ def predict_decoding() -> dict[str, dict[str, float]]:
     """Return the predicted range of tokens a second of decoding, by engine and precision."""
     from slimtune.core.foundation.json_results import to_json_dict
     from slimtune.core.models.loader import load_base
-    from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_token_bytes_and_weights
-    from slimtune.planning.serving_speed import estimate_request_decode_speed
-    from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+    from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_weight_bytes_and_macs_per_token
+    from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed
+    from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
-    gpu, found = detect_gpu_or_cpu_memory(), {}
+    gpu, found = detect_gpu_or_cpu_spec(), {}
     model: Any = load_base(BASE).model
     for engine, precision in [*(("llama.cpp", p) for p in LLAMA_CPP_PRECISIONS), ("transformers", name_dtype(model))]:
-        read, weights = count_token_bytes_and_weights(model, "F16" if precision == "BF16" else precision)
+        read, weights = count_weight_bytes_and_macs_per_token(model, "F16" if precision == "BF16" else precision)
         cached = (
             count_request_kv_cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * (PROMPT + NEW_TOKENS / 2)
         )
         if precision == "F32":
             cached *= 2
-        speed = estimate_request_decode_speed(
+        speed = estimate_decode_and_prefill_speed(
             gpu, engine, weight_bytes_per_token=read, kv_bytes_per_request=cached,
             matmul_weight_count=weights, precision=precision, layers=model.config.num_hidden_layers,
             vocab_size=model.config.vocab_size,

@@ -81,8 +81,8 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     import torch
 
     import slimtune
-    from slimtune.compat.peft_registration import disable_peft_registration
-    from slimtune.core.attention.attention_functions import packed_attention_enabled
+    from slimtune.compat.peft_registration import prevent_peft_registration
+    from slimtune.core.attention.attention_functions import use_packed_attention
     from slimtune.core.config.objective_registry import load_objective_class
     from slimtune.core.data.example_lengths import count_tokens_per_row
     from slimtune.core.data.rows import Row
@@ -93,11 +93,11 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
         choose_micro_batch_tokens,
         forward_backward,
         make_collator,
-        score_row_logps_by_example,
+        score_row_logps_by_example_index,
     )
     from slimtune.core.training.memory_savings import apply_memory_savings
 
-    disable_peft_registration()
+    prevent_peft_registration()
     base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
     disable_malloc_trim()
     model: Any = slimtune.get_peft_model(base.model, slimtune.LoraConfig(**LORA))
@@ -110,7 +110,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     )
     started = time.perf_counter()
     with model.disable_adapter():
-        reference = score_row_logps_by_example(model, data, collator)
+        reference = score_row_logps_by_example_index(model, data, collator)
     prepare = time.perf_counter() - started
     examples = [e | {"reference": reference[i]} for i, e in enumerate(data)]
     objective: Any = load_objective_class("dpo")(beta=BETA)
@@ -118,7 +118,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     size, at = spec["batch"], 0
     turns.say(ready=True, prepare=prepare)
     model.train()
-    with packed_attention_enabled(model):
+    with use_packed_attention(model):
         while turns.wait():
             step = examples[at : at + size]
             at += size

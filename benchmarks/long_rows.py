@@ -25,9 +25,9 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune import LoraConfig
-from slimtune.core.foundation.device import simulate_device
+from slimtune.core.foundation.device import simulate_device_for_kernel_choice
 from slimtune.core.models.base_config import load_base_config
-from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
@@ -66,8 +66,8 @@ def peers(job: MicroBatchWorkload) -> int:
     with torch.device("meta"):
         model: Any = tf.AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
         model = peft.get_peft_model(model, config)
-    with fake_tensor_mode(), simulate_device("cuda"):
-        replace_meta_with_fake(model)
+    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"):
+        replace_meta_with_fake_cpu_tensors(model)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)

@@ -31,7 +31,7 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune.core.adapters.method_registry import METHODS, get_method_config_class
-from slimtune.core.config.method_settings import fill_method_defaults
+from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.core.foundation.formatting import format_bytes
 from slimtune.core.models.base_config import load_checkpoint_config
 from slimtune.planning.memory_trace import trace_training_step
@@ -96,7 +96,7 @@ class Case:
     def config(self) -> Any:
         name, settings = METHODS[self.method]
         cls = get_method_config_class(name)
-        return cls(**fill_method_defaults(OWN.get((self.method, self.base), settings), cls))
+        return cls(**fill_recipe_defaults(OWN.get((self.method, self.base), settings), cls))
 
 
 def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:

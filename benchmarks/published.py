@@ -40,12 +40,12 @@ from transformers import masking_utils
 
 import slimtune
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.core.foundation.device import simulate_device
+from slimtune.core.foundation.device import simulate_device_for_kernel_choice
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import UsageError
 from slimtune.planning.extrapolation import extrapolate_step_trace
-from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.interval import Interval
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import MicroBatchWorkload
@@ -66,7 +66,7 @@ def fake_cuda() -> Iterator[None]:
     masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
     # LoKr draws random numbers even if it drops nothing.
     drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
-    with fake_tensor_mode(), simulate_device("cuda"), masked, drawn:
+    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"), masked, drawn:
         yield
 
 
@@ -96,7 +96,7 @@ def vramcalc(row: dict[str, Any]) -> int:
             config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
             model = peft.get_peft_model(model, config)
     with fake_cuda():
-        replace_meta_with_fake(model)
+        replace_meta_with_fake_cpu_tensors(model)
         model.train()
         model.config.use_cache = False
         if "ckpt" in words:
@@ -158,7 +158,7 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Interval:
     if trained != row["trainable"]:
         raise UsageError(f"{row['method']} trains {trained} parameters here", f"{row['trainable']}, as published")
     with fake_cuda():
-        replace_meta_with_fake(model)
+        replace_meta_with_fake_cpu_tensors(model)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # its default on CUDA
         with MemoryTracker(512) as tracker:

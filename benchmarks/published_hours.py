@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from slimtune import LoraConfig
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.extras.known_models import load_known_models
+from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.meta_model import build_adapted_meta_model
@@ -44,7 +44,7 @@ ONE_TILE = 1 << 20
 def trace_work(point_json: str, device: Any, dtype: torch.dtype) -> tuple[Counter[Any], int]:
     """Return the operators of a published job's micro-batch, and the bytes its optimizer step moves."""
     point = json.loads(point_json)
-    shapes = TABLE["models"].get(point["model"]) or load_known_models()[point["model"]]["config"]
+    shapes = TABLE["models"].get(point["model"]) or load_known_models_by_alias()[point["model"]]["config"]
     layers = shapes["num_hidden_layers"]
 
     def trace(depth: int, last: int) -> tuple[Counter[Any], int]:
@@ -91,7 +91,10 @@ def compare_points() -> list[dict[str, Any]]:
             fused = {(0, traffic // 5, torch.bfloat16): 1}
             work = Counter({k: n for k, n in work.items() if k[0]}) + Counter(fused)
         band = estimate_training_speed(
-            TrainingWorkload(work, {}, sum(point["lengths"]), optimizer_step_bytes, micro_batches=point["passes"]), gpu
+            TrainingWorkload(
+                work, {}, sum(point["lengths"]), optimizer_step_bytes, micro_batches_per_step=point["passes"]
+            ),
+            gpu,
         )
         assert band is not None
         real = point["tokens_per_second"]

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from slimtune.extras.known_models import load_known_models
+from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
 from slimtune.planning.meta_model import build_adapted_meta_model
-from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_token_bytes_and_weights
-from slimtune.planning.serving_speed import estimate_request_decode_speed, get_vendor_and_memory_kind
+from slimtune.planning.serving_memory import count_request_kv_cache_bytes, count_weight_bytes_and_macs_per_token
+from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed, get_serving_fit_hardware_key
 
 POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
 MEDIAN, INSIDE = 0.15, 0.9
@@ -40,14 +40,16 @@ MLX_BITS = {"4bit": 4.5, "8bit": 8.5}
 
 @cache
 def model_of(name: str) -> Any:
-    return build_adapted_meta_model(AutoConfig.for_model(**load_known_models()[name]["config"]), None, torch.bfloat16)
+    return build_adapted_meta_model(
+        AutoConfig.for_model(**load_known_models_by_alias()[name]["config"]), None, torch.bfloat16
+    )
 
 
 def predict(point: dict[str, Any]) -> Interval:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
     precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])
-    read_bytes, weights = count_token_bytes_and_weights(model, precision)
+    read_bytes, weights = count_weight_bytes_and_macs_per_token(model, precision)
     if point["engine"] == "mlx":
         head = model.get_output_embeddings().weight.numel()
         read_bytes = MLX_BITS[point["precision"]] / 8 * (weights + head)
@@ -59,7 +61,7 @@ def predict(point: dict[str, Any]) -> Interval:
     if "core_share" in point:  # a version with fewer cores than that of the table
         gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     text = model.config.get_text_config()
-    speed = estimate_request_decode_speed(
+    speed = estimate_decode_and_prefill_speed(
         gpu, engine, weight_bytes_per_token=read_bytes, kv_bytes_per_request=cached,
         matmul_weight_count=weights, layers=text.num_hidden_layers, vocab_size=text.vocab_size,
     )  # fmt: skip
@@ -79,7 +81,7 @@ def compare_points() -> list[dict[str, Any]]:
         error = (band.low * band.high) ** 0.5 / point["tokens_per_second"] - 1
         inside = band.low <= point["tokens_per_second"] <= band.high
         engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
-        kind = (engine, get_vendor_and_memory_kind(find_gpu_by_name(point["card"])), point["test"])
+        kind = (engine, get_serving_fit_hardware_key(find_gpu_by_name(point["card"])), point["test"])
         rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
 

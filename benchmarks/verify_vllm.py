@@ -52,7 +52,7 @@ from slimtune.export.expected_logps import (
     AdapterReference,
     EngineTolerance,
     ReferenceText,
-    compare_engine_with_adapter,
+    judge_engine_against_adapter,
 )
 from slimtune.export.export_results import EngineVerdict
 from slimtune.export.merge import load_run_for_export
@@ -156,7 +156,7 @@ def judged(run: Path, url: str, facts: dict[str, Any]) -> EngineVerdict:
         if ours != theirs:
             raise RunError(f"vLLM's own chat template renders {question!r} as {theirs}", f"{ours}")
     reference = AdapterReference(loaded.model, loaded.base.tokenizer, texts)
-    return compare_engine_with_adapter(reference, server, "f32", LIMIT)
+    return judge_engine_against_adapter(reference, server, "f32", LIMIT)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import nn
 
 import slimtune
 from slimtune.core.adapters.adapted_layer import AdaptedLayerMixin
-from slimtune.core.attention.attention_functions import packed_attention_enabled
+from slimtune.core.attention.attention_functions import use_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
 from slimtune.core.data.collator import Collator
 from slimtune.core.training.loss import compute_step_loss
@@ -71,9 +71,9 @@ def some(n, seed):
 
 def backward(model, rows, **sizes):
     """Run the micro-batches of one step backward, as training does; return their number."""
-    batches = Collator(0, layout=True, **sizes).make_micro_batches(rows)
+    batches = Collator(0, with_packed_layout=True, **sizes).make_micro_batches(rows)
     total = sum(len(b["targets"]) for b in batches)
-    with packed_attention_enabled(model) as supported:
+    with use_packed_attention(model) as supported:
         assert supported
         for batch in batches:
             compute_step_loss(model, batch, total).backward()
@@ -118,14 +118,14 @@ CASES = {
 @every_model_and_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_common_prefixes(case, name, dtype):
-    batch = Collator(0, layout=True)(CASES[case])
+    batch = Collator(0, with_packed_layout=True)(CASES[case])
     assert batch["input_ids"].shape[1] < int(batch["tokens"])
     assert_every_way(build(name, dtype), dtype, CASES[case])
 
 
 def test_nested_prefixes_make_a_tree_and_several_micro_batches():
     model, rows = build("llama", torch.float32), CASES["nested prefixes"]
-    layout = Collator(0, layout=True)(rows)["layout"]
+    layout = Collator(0, with_packed_layout=True)(rows)["layout"]
     assert max(len(layout.ancestors(i)) for i in range(len(layout.lengths))) == 3
     assert backward(model, rows) == 1
     assert backward(model, rows, **WAYS["micro-batches"]) > 1
@@ -153,10 +153,10 @@ def test_wrong_layout_would_show():
     """The bounds are far below what one token in sight of too much changes."""
     model, rows = build("llama", torch.float32), CASES["answers to one prompt"]
     expected = get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward())
-    batch = Collator(0, layout=True)(rows)
+    batch = Collator(0, with_packed_layout=True)(rows)
     assert batch["layout"].parents == (-1, 0, 0, 0)
     batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
-    with packed_attention_enabled(model):
+    with use_packed_attention(model):
         assert (
             largest_relative_error(get_gradients(model, lambda: compute_step_loss(model, batch).backward()), expected)
             > 1e-2

@@ -97,7 +97,7 @@ def alone(model: Any) -> Gradients:
 def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
     """As slimtune trains."""
     device, every = next(model.parameters()).device, rows()
-    packs = Collator(0, layout=True, share_prefix=share, max_tokens=room).make_micro_batches(every)
+    packs = Collator(0, with_packed_layout=True, share_prefix=share, max_tokens=room).make_micro_batches(every)
     assert room is None or len(packs) > 1
 
     def loss() -> Iterator[Tensor]:
@@ -105,19 +105,19 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
             yield compute_step_loss(model, pack, sum(map(count_supervised_targets, every)))
 
-    with register.packed_attention_enabled(model):
+    with register.use_packed_attention(model):
         return gradients(model, loss)
 
 
 @contextmanager
 def by_segment() -> Iterator[None]:
     """Without flex attention."""
-    runs_here = register.flex_attention_supported
-    register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
+    runs_here = register.should_use_flex_attention
+    register.should_use_flex_attention = lambda *_: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        register.flex_attention_supported = runs_here
+        register.should_use_flex_attention = runs_here
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
     with counted() as calls:
         yield "packed = rows alone", apart(laid(model, share=False), want), LIMIT
     heads = torch.empty(1, SHAPE["num_attention_heads"], 4096, SHAPE["head_dim"], device=device)
-    if packed_attention.flex_attention_supported(heads, heads[:, : SHAPE["num_key_value_heads"]]):
+    if packed_attention.should_use_flex_attention(heads, heads[:, : SHAPE["num_key_value_heads"]]):
         yield "its layers that flex attention did not compute", SHAPE["num_hidden_layers"] - len(calls), 0.5
     yield "packed, beginnings shared = rows alone", apart(laid(model), want), LIMIT
     with by_segment():
@@ -227,7 +227,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         shapes = ((1, 6, tree.total, size), *[(1, 2, tree.total + 3, size)] * 2)
         full = [torch.randn(*s, device=device).to(dtype).float().requires_grad_() for s in shapes]
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
-        if not packed_attention.flex_attention_supported(*thin[:2]):
+        if not packed_attention.should_use_flex_attention(*thin[:2]):
             continue
         mask = packed_attention.get_flex_block_mask(tree, None, device)
         got = packed_attention.tree_attention(*thin, mask, None)

@@ -45,7 +45,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
     from slimtune.core.training.loss import choose_micro_batch_tokens, compute_step_loss, make_collator
 
     if by_segment:
-        register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
+        register.should_use_flex_attention = lambda *_: False  # type: ignore[assignment]
     model: Any = get_peft_model(base(spec), LoraConfig(**LORA, target_modules="all-linear"))
     if checkpointing:
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -58,7 +58,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         collator.max_tokens = room // parts
         return collator.make_micro_batches(rows)
 
-    ExitStack().enter_context(register.packed_attention_enabled(model))
+    ExitStack().enter_context(register.use_packed_attention(model))
     return Way(model, passes, lambda batch, targets: compute_step_loss(model, batch, targets))
 
 

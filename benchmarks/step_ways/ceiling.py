@@ -69,7 +69,9 @@ def main() -> None:
     dtype = getattr(torch, spec["dtype"])
     products = Products(AutoModelForCausalLM.from_pretrained(spec["base"], dtype=dtype))
     longest = max(len(row["input_ids"]) for row in spec["rows"])
-    collator = Collator(spec["pad_token_id"], layout=True, share_prefix=False, max_tokens=max(longest, TOKENS_ON_CPU))
+    collator = Collator(
+        spec["pad_token_id"], with_packed_layout=True, share_prefix=False, max_tokens=max(longest, TOKENS_ON_CPU)
+    )
     passes = [
         [(p["input_ids"].numel(), len(p["targets"])) for step in steps for p in collator.make_micro_batches(step)]
         for steps in turns.rounds

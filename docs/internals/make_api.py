@@ -44,10 +44,10 @@ from slimtune.evaluation.evaluate import evaluate
 from slimtune.export.exporter import export
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 recipe = load_recipe(None, {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/mine"})
-plan = estimate_resources(build_plan_request(recipe, detect_gpu_or_cpu_memory()))  # no weight is loaded
+plan = estimate_resources(build_plan_request(recipe, detect_gpu_or_cpu_spec()))  # no weight is loaded
 print(plan.verdict, plan.reason)
 result = train(recipe)  # runs/mine: adapter/, result.json, report.html
 print(result.validation_loss, result.tokens_per_second)

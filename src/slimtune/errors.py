@@ -78,7 +78,7 @@ class TargetError(UsageError):
     code = "unknown-target"
 
 
-class UnsupportedError(TargetError, NotImplementedError):
+class UnsupportedTargetError(TargetError, NotImplementedError):
     """A method cannot adapt such a module."""
 
     code = "unsupported-target"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from slimtune.extras.known_models import load_known_models
+from slimtune.extras.known_models import load_known_models_by_alias
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_old_figures_are_counted(slimtune, monkeypatch, command):
 
 
 def test_models(slimtune_json):
-    assert {m["name"] for m in slimtune_json("models")["models"]} == set(load_known_models())
+    assert {m["name"] for m in slimtune_json("models")["models"]} == set(load_known_models_by_alias())
     llama = next(m for m in slimtune_json("models", "--family", "llama")["models"] if m["name"] == "llama-3.1-8b")
     assert (llama["gated"], llama["released"], llama["context"]) == (True, "2024-07", 131072)
 

@@ -59,7 +59,7 @@ def names_exist(monkeypatch):
     """Take every base, run and file of rows to exist."""
     monkeypatch.setattr("slimtune.cli.input_checks.require_base_exists", lambda *_: None)
     monkeypatch.setattr("slimtune.core.training.run_dir.find_adapter_folder", lambda path: path)
-    monkeypatch.setattr("slimtune.extras.row_files.list_dataset_files_with_readers", lambda *_: [])
+    monkeypatch.setattr("slimtune.extras.row_files.list_dataset_file_names_with_readers", lambda *_: [])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import yaml
 
 import slimtune.errors
 from slimtune.cli import common
-from slimtune.diagnostics.knowledge import find_answering_or_nearest_pages, load_error_pages, match_error_code
+from slimtune.diagnostics.knowledge import find_answering_or_nearest_pages, infer_error_code, load_error_pages
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_every_error_has_a_page():
     ],
 )
 def test_an_error_leads_to_the_page_of_its_message(error, code):
-    assert match_error_code(f"{error.message}\n{error.expected}\n{error.hint}", error.code) == code
+    assert infer_error_code(f"{error.message}\n{error.expected}\n{error.hint}", error.code) == code
 
 
 def test_command(slimtune, slimtune_json):

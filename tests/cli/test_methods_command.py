@@ -11,7 +11,7 @@ from transformers import MambaConfig
 
 from slimtune import get_peft_model
 from slimtune.core.adapters.method_registry import METHODS, get_method_config_class, list_methods
-from slimtune.core.config.method_settings import fill_method_defaults
+from slimtune.core.config.method_settings import fill_recipe_defaults
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -89,7 +89,7 @@ def test_sizes_are_those_of_real_adapters(slimtune, slimtune_json, base, tmp_pat
     assert set(sizes) == set(list_methods())
     for name in ("lora", "bottleneck", "prompt_tuning"):
         cls = get_method_config_class(name)
-        settings = fill_method_defaults({}, cls)
+        settings = fill_recipe_defaults({}, cls)
         settings |= {"prompt_tuning_init": "RANDOM"} if name == "prompt_tuning" else {}
         real = get_peft_model(llama(), cls(task_type="CAUSAL_LM", **settings))
         trained, total = real.get_nb_trainable_parameters()

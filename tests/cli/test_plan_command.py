@@ -18,7 +18,7 @@ from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
 from slimtune.planning.interval import Interval
 from slimtune.planning.plan_request import build_plan_request
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
 CARD = find_gpu_by_name("rtx-3090")
@@ -60,7 +60,7 @@ def test_model_alone_is_planned_as_it_trains(requests, slimtune_json):
     assert (request.model.spec, request.method.name) == ("meta-llama/Llama-3.1-8B-Instruct", "lora")
     assert request == build_plan_request(trained, request.gpu)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
-    assert request.gpu.name == detect_gpu_or_cpu_memory().name
+    assert request.gpu.name == detect_gpu_or_cpu_spec().name
 
 
 def test_flags(requests, slimtune_json):

@@ -11,13 +11,13 @@ from error_facts import has_code
 from row_files import write_jsonl
 from tiny_tokenizer import CHATML, GEMMA, GEMMA_TOK, SMOLLM2_TOK, make_tokenizer, template_text
 
-from slimtune.core.data.packing import pack_sequences
+from slimtune.core.data.packing import pack_into_one_sequence
 from slimtune.core.data.tokenize import BATCH_SIZE, tokenize_dataset
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.evaluation.data_report import near_duplicates as near
 from slimtune.evaluation.data_report.report_builder import DataReportBuilder, make_data_report
-from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding, rate_finding
+from slimtune.evaluation.data_report.row_checks import FINDING_TYPES, RowFinding, make_data_issue
 from slimtune.evaluation.data_report.row_facts import SHOWN_LINES, AffectedRows
 from slimtune.evaluation.data_report.text_checks import (
     detect_rendered_chat_format,
@@ -48,7 +48,9 @@ def make_rows(n=30, **replaced):
 
 
 def make_report(tmp_path, rows, tokenizer=SMOLLM2_TOK, **options):
-    return make_data_report(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
+    return make_data_report(
+        write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model_name="tiny", processes=1, **options
+    )
 
 
 def validate(*args, **options):
@@ -69,7 +71,7 @@ def test_report_counts_what_training_keeps(tmp_path):
     assert report["lengths"]["median"] in sorted(map(len, ids))[14:16]
     for bar in report["lengths"]["histogram"]:
         assert bar["rows"] == sum(bar["from"] <= len(row) <= bar["to"] for row in ids)
-    packed = sum(len(pack_sequences(ids[at : at + 4]).tokens) for at in range(0, 30, 4))
+    packed = sum(len(pack_into_one_sequence(ids[at : at + 4]).tokens) for at in range(0, 30, 4))
     assert report["packing"] == {"packed_tokens": packed, "saved_share": 1 - packed / counts.tokens}
     shared = report["shared_prefix"]
     assert all(SMOLLM2_TOK.decode(row[: shared["tokens"]]) == shared["text"] for row in ids)
@@ -108,7 +110,7 @@ def test_long_rows(tmp_path, policy, severity):
 def test_invalid_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
-    report = to_json_dict(make_data_report(path, SMOLLM2_TOK, model="m", processes=1))
+    report = to_json_dict(make_data_report(path, SMOLLM2_TOK, model_name="m", processes=1))
     assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert (report["invalid_count"], report["rows"]) == (2, 32)
@@ -190,9 +192,11 @@ def test_placeholder_answers():
 
 
 def test_hashes_ignore_white_space_and_unicode_form():
-    assert near.hash_normalized_texts("a  b\n") == near.hash_normalized_texts("a b")
-    assert near.hash_normalized_texts("e\u0301") == near.hash_normalized_texts("\u00e9")
-    assert len({near.hash_normalized_texts(*texts) for texts in (["a b"], ["A b"], ["a", "b"], ["a b."])}) == 4
+    assert near.hash_whitespace_normalized_texts("a  b\n") == near.hash_whitespace_normalized_texts("a b")
+    assert near.hash_whitespace_normalized_texts("e\u0301") == near.hash_whitespace_normalized_texts("\u00e9")
+    assert (
+        len({near.hash_whitespace_normalized_texts(*texts) for texts in (["a b"], ["A b"], ["a", "b"], ["a b."])}) == 4
+    )
 
 
 def test_near_duplicates_have_the_true_similarity():
@@ -202,7 +206,7 @@ def test_near_duplicates_have_the_true_similarity():
         rows.append(list(rows[i]))
         for at in rng.sample(range(120), changed):
             rows[-1][at] = rng.randrange(5000)
-    signatures, comparable = near.compute_minhash_signatures(
+    signatures, comparable = near.compute_minhash_and_comparable_mask(
         rows, [[True] * len(r) for r in rows], np.zeros(0, np.uint32)
     )
     assert comparable.all()
@@ -223,20 +227,23 @@ def test_common_trigrams_do_not_count():
     shared, own = list(range(40)), list(range(100, 130))
     common = near.find_common_trigram_hashes([[*shared, 200 + i, 300 + i] for i in range(20)])
     rows, supervised = [shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43]
-    assert near.compute_minhash_signatures(rows, supervised, common)[1].tolist() == [True, False]
+    assert near.compute_minhash_and_comparable_mask(rows, supervised, common)[1].tolist() == [True, False]
     assert len(near.find_common_trigram_hashes([own])) == 0
-    assert near.compute_minhash_signatures([], [], common)[0].shape == (0, 2 * near.HASHES)
-    assert near.compute_minhash_signatures([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [False, False]
+    assert near.compute_minhash_and_comparable_mask([], [], common)[0].shape == (0, 2 * near.HASHES)
+    assert near.compute_minhash_and_comparable_mask([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [
+        False,
+        False,
+    ]
 
 
 def test_repeats_name_the_first():
-    again, first = near.find_repeat_positions(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
+    again, first = near.find_repeat_and_first_positions(np.array([5, 9, 5, 9, 7, 5], dtype=np.uint64))
     assert (again.tolist(), first.tolist()) == ([2, 3, 5], [0, 1, 0])
 
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
 def test_severity_depends_on_the_share_of_rows(count, severity):
-    found = rate_finding(RowFinding("mojibake", AffectedRows(count)), file_row_count=100)
+    found = make_data_issue(RowFinding("mojibake", AffectedRows(count)), file_row_count=100)
     assert (found.severity, found.count) == (severity, count)
 
 

@@ -10,13 +10,18 @@ from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.forgetting import measure_forgetting
-from slimtune.evaluation.general_text import BUILT_IN_TEXT, WINDOW, read_general_text_pieces, tokenize_general_text
+from slimtune.evaluation.general_text import (
+    BUILT_IN_TEXT,
+    WINDOW,
+    build_general_text_examples,
+    read_general_text_pieces,
+)
 from slimtune.evaluation.row_scores import RowScore
 
 
 @pytest.fixture
 def tokenize(tiny_tokenizer):
-    return lambda file: tokenize_general_text(read_general_text_pieces(file), file, tiny_tokenizer())
+    return lambda file: build_general_text_examples(read_general_text_pieces(file), file, tiny_tokenizer())
 
 
 def test_built_in_text(tokenize):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.evaluation.prompt_dependence import measure_prompt_dependence, shuffle_prompts
+from slimtune.evaluation.prompt_dependence import make_shuffled_prompt_examples, measure_prompt_dependence
 from slimtune.evaluation.row_scores import RowScore
 
 TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=4)
@@ -18,7 +18,7 @@ def row(prompt, answer, line=1):
 def test_whole_answers_after_different_prompts(pairs, seed):
     rows = [row(p, a, i) for i, (p, a) in enumerate(pairs)]
     longest = max(len(r["input_ids"]) for r in rows)
-    found = shuffle_prompts(rows, seed)
+    found = make_shuffled_prompt_examples(rows, seed)
     for i, example in found.items():
         prompt, answer = pairs[i]
         ids, labels = example["input_ids"], example["labels"]
@@ -35,13 +35,17 @@ def test_whole_answers_after_different_prompts(pairs, seed):
 
 def test_seed_and_limit(monkeypatch):
     rows = [row([i], [9, i % 3], i) for i in range(40)]
-    assert shuffle_prompts(rows, 1) == shuffle_prompts(rows, 1) != shuffle_prompts(rows, 2)
+    assert (
+        make_shuffled_prompt_examples(rows, 1)
+        == make_shuffled_prompt_examples(rows, 1)
+        != make_shuffled_prompt_examples(rows, 2)
+    )
     monkeypatch.setattr("slimtune.evaluation.prompt_dependence.MAX_ROWS", 7)
-    assert len(shuffle_prompts(rows)) == 7
+    assert len(make_shuffled_prompt_examples(rows)) == 7
 
 
 def test_all_rows_ask_the_same():
-    shuffled = shuffle_prompts([row([1, 2], [3]), row([1, 2], [4])])
+    shuffled = make_shuffled_prompt_examples([row([1, 2], [3]), row([1, 2], [4])])
     assert shuffled == {}
     assert measure_prompt_dependence(shuffled, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
 
@@ -49,7 +53,7 @@ def test_all_rows_ask_the_same():
 def test_dependence_in_nats_per_token():
     own = [RowScore(4.0, 0, 2)] * 8
     found = measure_prompt_dependence(
-        shuffle_prompts([row([i], [9, 9], i) for i in range(8)]), own, own,
+        make_shuffled_prompt_examples([row([i], [9, 9], i) for i in range(8)]), own, own,
         lambda rows: ([RowScore(5.0, 0, 2)] * len(rows), [RowScore(7.0, 0, 2)] * len(rows)),
     )  # fmt: skip
     assert (found.base.value, found.tuned.value, found.change.value, found.rows) == (0.5, 1.5, 1.0, 8)

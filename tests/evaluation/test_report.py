@@ -14,17 +14,17 @@ from html_page import Page
 
 from slimtune.cli import app
 from slimtune.core.config import Recipe
-from slimtune.core.foundation.files import read_json, write_json
+from slimtune.core.foundation.files import read_json_object, write_json
 from slimtune.core.training.run_dir import RunDir
 from slimtune.evaluation.evaluate import evaluate
-from slimtune.evaluation.run_report import render_data_report_page, render_run_report, write_run_report
+from slimtune.evaluation.run_report import render_data_report_page, render_run_report_html, write_run_report
 
 SECTIONS = ["samples", "evaluation", "training", "forgetting", "export", "data", "plan", "recipe", "details"]
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
 
 
 def read_page(run: RunDir) -> Page:
-    page = Page(render_run_report(run))
+    page = Page(render_run_report_html(run))
     assert page.errors == []
     return page
 
@@ -40,7 +40,7 @@ def full_page(full_run):
 
 
 def test_page_is_valid_and_loads_nothing(full_run, full_page):
-    text = render_run_report(full_run)
+    text = render_run_report_html(full_run)
     assert not [mark for mark in ("://", "url(", "@import") if mark in text]
     assert [a["id"] for a in full_page.all("section")] == SECTIONS
     assert [a["href"] for a in full_page.all("a")] == [f"#{key}" for key in SECTIONS]
@@ -51,14 +51,16 @@ def test_page_is_valid_and_loads_nothing(full_run, full_page):
 
 
 def test_no_absolute_path(full_run, monkeypatch):
-    text = render_run_report(full_run)
+    text = render_run_report_html(full_run)
     assert str(full_run.path.parent) not in text
     assert "/data/" not in text
     full_run.result_file.write_text("{")
-    assert str(full_run.path.parent) not in render_run_report(full_run), "nor does an error message"
+    assert str(full_run.path.parent) not in render_run_report_html(full_run), "nor does an error message"
     write_json(full_run.result_file, make_result(full_run.path))
     monkeypatch.chdir(full_run.path.parent.parent)
-    assert f"slimtune verify {full_run.path.parent.name}/mine" in render_run_report(full_run), "a path that works here"
+    assert f"slimtune verify {full_run.path.parent.name}/mine" in render_run_report_html(full_run), (
+        "a path that works here"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_values_of_other_types(tmp_path, name):
     run = make_full_run(tmp_path / "mine")
     file, metrics = run.path / name, run.metrics_file.read_text()
     run.metrics_file.write_text("".join(metrics.splitlines(True)[-3:]))  # a short page is made sooner
-    sound, damaged = read_json(file), 0
+    sound, damaged = read_json_object(file), 0
     for number, cases in enumerate(zip(*(odd_values(sound, odd) for odd in ODD), strict=True)):
         file.write_text(json.dumps(cases[number % len(ODD)]))
         page = read_page(run)
@@ -328,7 +330,7 @@ def test_report_command(tmp_path, capsys):
             app(args=["report", str(run.path), *options, "--json"])
         assert e.value.code == 0
         assert json.loads(capsys.readouterr().out) == {"run": str(run.path), "report": str(file), "damage": []}
-        assert file.read_text() == render_run_report(run)
+        assert file.read_text() == render_run_report_html(run)
     for wrong in ([tmp_path], [run.path, "--out", tmp_path / "no/x.html"], [run.path, "--out", tmp_path]):
         with pytest.raises(SystemExit) as e:
             app(args=["report", *map(str, wrong)])
@@ -341,7 +343,7 @@ def test_reward_model_is_offered_what_it_can_do(tmp_path):
         file.unlink()
     recipe = {k: v for k, v in run.load_recipe().to_dict().items() if k != "task"}
     run.recipe_file.write_text(Recipe.from_dict({**recipe, "task": "reward"}).to_yaml())
-    text = render_run_report(run)
+    text = render_run_report_html(run)
     words = ("predict", "merge", "push", "chat", "generate", "export", "verify", "vllm serve")
     assert [word for word in words if f"slimtune {word} " in text or f"\n{word} " in text] == list(words[:3])
     assert "reward, center_rewards_coefficient" not in text  # it is not set

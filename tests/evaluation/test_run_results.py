@@ -59,6 +59,6 @@ def test_damaged_file_is_one_error(run, text):
     run.result_file.write_text(text)
     with pytest.raises(RunError, match=r"result\.json is damaged") as e:
         load_run_results(run)
-    found = load_run_results(run, strict=False)
+    found = load_run_results(run, raise_if_damaged=False)
     assert found.errors == [e.value.message]
     assert found.plan == {"method": "lora"}

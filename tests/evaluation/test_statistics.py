@@ -10,7 +10,7 @@ from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.statistics import (
     compute_perplexity_interval,
     estimate_aucs_with_intervals,
-    estimate_mean_difference,
+    estimate_mean_difference_and_p_value,
     holm_correction,
     mark_pareto_optimal,
     paired_bootstrap,
@@ -115,7 +115,7 @@ def test_one_seed_equals_the_bootstrap():
     base = rng.gamma(2.0, 2.0, 400) * tokens
     tuned = base - tokens * rng.normal(0.3, 0.5, 400)
     (found, _), boot = (
-        estimate_mean_difference([base - tuned], tokens),
+        estimate_mean_difference_and_p_value([base - tuned], tokens),
         paired_bootstrap(base, tuned, tokens).difference,
     )
     assert found.value == pytest.approx(boot.value)
@@ -130,7 +130,7 @@ def test_coverage_over_seeds(seeds, seed_sd, row_sd):
     for _ in range(400):
         # The rows are a sample, the seeds are a sample, and each row answers each seed in its own way.
         each = 0.5 + rng.normal(0, row_sd, 80) + rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, 0.2, (seeds, 80))
-        found, _ = estimate_mean_difference(each * tokens, tokens)
+        found, _ = estimate_mean_difference_and_p_value(each * tokens, tokens)
         hits += found.low <= 0.5 <= found.high
     assert hits / 400 >= 0.93
 
@@ -138,22 +138,24 @@ def test_coverage_over_seeds(seeds, seed_sd, row_sd):
 def test_p_value_is_where_the_interval_reaches_zero():
     rng = np.random.default_rng(3)
     nats = rng.normal(0.1, 0.5, (3, 40)) + rng.normal(0, 0.05, (3, 1))
-    found, p = estimate_mean_difference(nats, [1] * 40)
+    found, p = estimate_mean_difference_and_p_value(nats, [1] * 40)
     assert (p < 0.05) == (found.low > 0)
-    assert estimate_mean_difference(nats - found.low, [1] * 40)[1] == pytest.approx(0.05, abs=1e-6)
+    assert estimate_mean_difference_and_p_value(nats - found.low, [1] * 40)[1] == pytest.approx(0.05, abs=1e-6)
 
 
 def test_seed_noise_widens_the_interval():
     rows = np.random.default_rng(2).normal(0.5, 0.3, 60)
-    (steady, steady_p), (noisy, noisy_p) = (estimate_mean_difference([(rows + s) * 10 for s in shifts], [10] * 60)
-                     for shifts in ((0, 0, 0), (-0.2, 0.0, 0.2)))  # fmt: skip
+    (steady, steady_p), (noisy, noisy_p) = (
+        estimate_mean_difference_and_p_value([(rows + s) * 10 for s in shifts], [10] * 60)
+        for shifts in ((0, 0, 0), (-0.2, 0.0, 0.2))
+    )
     assert noisy.value == pytest.approx(steady.value)
     assert noisy.high - noisy.low > 3 * (steady.high - steady.low)
     assert noisy_p > steady_p
 
 
 def test_no_difference():
-    assert estimate_mean_difference([[0.0] * 5] * 3, [3] * 5) == (exact(0.0), 1.0)
+    assert estimate_mean_difference_and_p_value([[0.0] * 5] * 3, [3] * 5) == (exact(0.0), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_no_difference():
 )
 def test_bad_differences(nats, tokens):
     with pytest.raises(ValueError, match=r"\[seeds\]\[rows\]"):
-        estimate_mean_difference(nats, tokens)
+        estimate_mean_difference_and_p_value(nats, tokens)
 
 
 def test_holm_correction():

@@ -68,7 +68,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
-            errors = worker.run_recipes_collecting_errors(files, trial=trial, force=force)
+            errors = worker.train_and_test_recipes_collecting_errors(
+                files, skip_test_rows=trial, allow_faulty_rows=force
+            )
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)
         failed = {str(file): e.message for file, e in errors.items()}
@@ -76,8 +78,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(compare, "estimate_resources", plan_once)
     monkeypatch.setattr(compare, "write_score_cost_chart", lambda *_: None)
-    monkeypatch.setattr(compare, "run_worker_process", launch_worker)
-    monkeypatch.setattr("slimtune.experiments.search.run_worker_process", launch_worker)
+    monkeypatch.setattr(compare, "train_recipes_in_subprocess", launch_worker)
+    monkeypatch.setattr("slimtune.experiments.search.train_recipes_in_subprocess", launch_worker)
     return started
 
 
@@ -112,7 +114,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
             write_results(file)
         return {}
 
-    monkeypatch.setattr(worker, "run_recipes_collecting_errors", run_cells)
+    monkeypatch.setattr(worker, "train_and_test_recipes_collecting_errors", run_cells)
     return in_process
 
 

@@ -17,7 +17,9 @@ RECIPE = {"method": {"name": "lora", "rank": 4}, "task": {"name": "dpo", "beta":
 
 def test_tasks_take_the_method_of_the_recipe_and_their_own_rates():
     overrides = {"ipo.beta": 0.5, "sft.learning_rate": 1e-3}
-    found = {c.label: c for c in build_candidates(["dpo", "ipo", "orpo", "sft"], RECIPE, overrides, tasks=True)}
+    found = {
+        c.label: c for c in build_candidates(["dpo", "ipo", "orpo", "sft"], RECIPE, overrides, names_are_tasks=True)
+    }
     assert {c.method for c in found.values()} == {"lora"}
     assert {label: c.task for label, c in found.items()} == {
         "dpo": {"name": "dpo", "beta": 0.2},
@@ -39,7 +41,7 @@ def test_tasks_take_the_method_of_the_recipe_and_their_own_rates():
 )
 def test_wrong_tasks(tasks, overrides, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
-        build_candidates(tasks, RECIPE, overrides, tasks=True)
+        build_candidates(tasks, RECIPE, overrides, names_are_tasks=True)
 
 
 @pytest.mark.slow
@@ -54,7 +56,7 @@ def test_tasks_are_ranked_by_held_out_accuracy(tree, in_process, tmp_path, monke
     tree["data"] = {n: str(tmp_path / f"pairs-{n}.jsonl") for n in ("train", "test")}
     tree["data"] |= {"validation_fraction": 0.0, "format": "preference"}
     rates = {f"{task}.learning_rate": 2e-2 for task in ("dpo", "ipo", "sft")}
-    candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, tasks=True)
+    candidates = build_candidates(["dpo", "ipo", "sft"], tree, rates, names_are_tasks=True)
     grid = build_comparison_grid(tree, candidates, seeds=2, tokens=None, trials=0, output_dir=tmp_path / "c")
     result = run_comparison(grid)
     assert result.failed == []

@@ -4,9 +4,9 @@ import pytest
 from hand_results import make_comparison, make_difference, make_method
 
 from slimtune.experiments.comparison_report import (
+    add_pareto_optimal_costs,
     format_comparison_markdown,
     make_comparison_row_cells,
-    mark_pareto_optimal_methods,
 )
 from slimtune.experiments.experiment_results import LearningRateSearch
 from slimtune.experiments.method_advice import choose_best_or_cheaper_method, format_method_advice
@@ -40,7 +40,7 @@ def test_sentences(screen):
 def test_what_does_not_help_is_best_for_nothing():
     methods = [make_method("lora", 0.5), make_method("ia3", -0.2, size=1, memory=1, time=1)]
     methods.append(make_method("full", 0.9, size=1, memory=1, time=1, ranked=False))
-    assert [m.front for m in mark_pareto_optimal_methods(methods)] == [["memory", "size", "time"], [], []]
+    assert [m.front for m in add_pareto_optimal_costs(methods)] == [["memory", "size", "time"], [], []]
 
 
 @pytest.mark.parametrize("incomplete", [False, True])

@@ -191,8 +191,8 @@ def flat_losses(monkeypatch):
         return DONE
 
     launch.interrupt_at = None
-    monkeypatch.setattr(search, "run_worker_process", launch)
-    monkeypatch.setattr("slimtune.experiments.tuning.write_search_chart", lambda *_: None)
+    monkeypatch.setattr(search, "train_recipes_in_subprocess", launch)
+    monkeypatch.setattr("slimtune.experiments.tuning.write_tune_trials_chart", lambda *_: None)
     return launch
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from slimtune.experiments import run_worker as worker
-from slimtune.experiments.run_worker import run_worker_process
+from slimtune.experiments.run_worker import train_recipes_in_subprocess
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def launch_script(monkeypatch, tmp_path):
 
     def launch(code: str, names: str = "r", **settings):
         monkeypatch.setattr(worker, "WORKER_COMMAND", (sys.executable, "-c", code))
-        return run_worker_process([tmp_path / f"{name}.yaml" for name in names], **settings)
+        return train_recipes_in_subprocess([tmp_path / f"{name}.yaml" for name in names], **settings)
 
     return launch
 
@@ -82,7 +82,7 @@ def test_interrupt_reaches_a_worker_whose_parent_blocks_it():
     code = """
 import time
 from slimtune.experiments import run_worker as worker
-worker.run_recipes_collecting_errors = lambda *_, **__: print("up", flush=True) or time.sleep(60)
+worker.train_and_test_recipes_collecting_errors = lambda *_, **__: print("up", flush=True) or time.sleep(60)
 worker.main()
 """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does

@@ -22,7 +22,7 @@ from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import SlimtuneError
 from slimtune.export.export_support import get_export_support
 from slimtune.export.gguf import get_lora_factors_and_scales
-from slimtune.export.vllm import split_vllm_refusals_by_conversion
+from slimtune.export.vllm import list_unfixable_and_convertible_vllm_refusals
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
 HEAD = "| method | merged: folder, GGUF, Ollama, vLLM | adapter: llama.cpp, Ollama | adapter: vLLM | nearest LoRA |"
@@ -44,7 +44,7 @@ def try_formats(name: str) -> tuple[Any, list[bool]]:
     shake(model)
     formats = get_export_support(model)
     merges = works(lambda: model.merge_adapter() or model.unmerge_adapter())
-    vllm = not any(split_vllm_refusals_by_conversion(model, "default"))
+    vllm = not any(list_unfixable_and_convertible_vllm_refusals(model, "default"))
     return formats, [
         merges,
         works(lambda: get_lora_factors_and_scales(model)),

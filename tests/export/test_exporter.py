@@ -18,7 +18,7 @@ import slimtune
 from slimtune.cli import app
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_base
-from slimtune.diagnostics.knowledge import match_error_code
+from slimtune.diagnostics.knowledge import infer_error_code
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
@@ -173,7 +173,7 @@ def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
 
 
 def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.generation.inference_engines.is_llama_cpp_installed", lambda: False)
+    monkeypatch.setattr("slimtune.generation.inference_engines.is_xllamacpp_installed", lambda: False)
     check = export(run, "gguf", tmp_path / "out").check
     assert check.passed is None
     assert "slimtune[export-check]" in check.reason
@@ -245,7 +245,7 @@ def test_a_missing_converter_is_said_before_the_base_is_loaded(tiny_folder, tmp_
         with pytest.raises(error, match=words) as refused:
             export(run, target, tmp_path / "out", options)
         e = refused.value
-        assert match_error_code(f"{e.message}\n{e.expected}\n{e.hint}", e.code) == "llama-cpp-tools"
+        assert infer_error_code(f"{e.message}\n{e.expected}\n{e.hint}", e.code) == "llama-cpp-tools"
     assert not (tmp_path / "out").exists()
 
 

@@ -20,8 +20,8 @@ from tiny_ggufs import MAKERS, model_of, write
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export import gguf as ours
-from slimtune.export.expected_logps import AdapterReference, ReferenceText, compare_engine_with_adapter
-from slimtune.generation.inference_engines import LlamaCppInferenceEngine
+from slimtune.export.expected_logps import AdapterReference, ReferenceText, judge_engine_against_adapter
+from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -67,9 +67,9 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
     reference = AdapterReference(model, tokenizer, [ReferenceText("Say something<|im_end|>", ids) for ids in rows])
-    engine = LlamaCppInferenceEngine(base, adapter, max_tokens=128, threads=1)
+    engine = InProcessLlamaCppEngine(base, adapter, max_tokens=128, threads=1)
     try:
-        return compare_engine_with_adapter(reference, engine, "f32")
+        return judge_engine_against_adapter(reference, engine, "f32")
     finally:
         engine.close()
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from slimtune.cli import app
 from slimtune.core.config.objective_registry import list_objectives
 from slimtune.core.data.example_lengths import count_tokens_per_row
-from slimtune.core.training.datasets import load_eval_dataset
+from slimtune.core.training.datasets import load_eval_dataset_and_stats
 from slimtune.core.training.train import train
 from slimtune.export import expected_logps as reference
 from slimtune.export import gptq_rounding
@@ -90,7 +90,7 @@ def test_texts_of_thinking_rows_are_those_of_training(tiny_folder, tmp_path):
     tokenizer.chat_template = template
     rows = {"train": write(tmp_path / "t.jsonl", THINKING), "test": write(tmp_path / "h.jsonl", THINKING)}
     recipe = recipe_of(settings(tmp_path, tiny_folder, "sft", **rows))
-    rows, _ = load_eval_dataset(recipe.data.test, recipe.data, recipe.objective(), tokenizer)
+    rows, _ = load_eval_dataset_and_stats(recipe.data.test, recipe.data, recipe.objective(), tokenizer)
     found, prompts = texts_of(tokenizer, recipe)
     assert found == [tokenizer.decode(row["input_ids"]) for row in rows]
     assert "<think>They want 0.</think>abc" in found[0]
@@ -103,7 +103,7 @@ def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path, 
     found = []
     monkeypatch.setattr(gptq_rounding, "collect_layer_inputs", lambda model, layers, rows: found.extend(rows))
     gptq_rounding.record_linear_layer_inputs(model, recipe, tokenizer)
-    rows, _ = load_eval_dataset(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
+    rows, _ = load_eval_dataset_and_stats(recipe.data.train, recipe.data, recipe.objective(), tokenizer)
     assert list(map(len, found)) == [n for length in rows.example_lengths for n in count_tokens_per_row(length)]
 
 

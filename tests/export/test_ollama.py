@@ -17,7 +17,7 @@ from tiny_gguf import finish_gguf, write_gguf
 
 from slimtune.errors import ModelError, UsageError
 from slimtune.export.ollama import format_modelfile, ollama_adds_bos, write_modelfile
-from slimtune.generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
+from slimtune.generation.inference_engines import InProcessLlamaCppEngine, is_xllamacpp_installed
 
 
 def config(**settings):
@@ -166,7 +166,7 @@ def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):
 
 
 @pytest.mark.parametrize("add", [True, False])
-@pytest.mark.skipif(not is_llama_cpp_installed(), reason="xllamacpp is not installed")
+@pytest.mark.skipif(not is_xllamacpp_installed(), reason="xllamacpp is not installed")
 def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
     """Ollama's engine itself: the ids of the prompt, its first token included, are those of training."""
     import gguf
@@ -180,7 +180,7 @@ def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     base = write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
-    engine = LlamaCppInferenceEngine(base, max_tokens=64, threads=1)
+    engine = InProcessLlamaCppEngine(base, max_tokens=64, threads=1)
     try:
         ids = engine.tokenize(go_text(export(base, tokenizer=tokenizer)[0].template, chat))
     finally:

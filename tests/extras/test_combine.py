@@ -10,7 +10,7 @@ from several_adapters import add_adapters
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, convert_to_lora, save_as_lora
-from slimtune.core.adapters.adapted_layer import make_adapter_site
+from slimtune.core.adapters.adapted_layer import read_adapter_site
 from slimtune.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -49,7 +49,7 @@ def weight_changes(model, name):
     found, kinds = {}, model.match_report(name).kinds
     for layer, module in model.adapter_modules(name).items():
         if kinds[layer] != "model":  # parameters that the modules share
-            weight = make_adapter_site(layer, kinds[layer], model).weight()
+            weight = read_adapter_site(layer, kinds[layer], model).weight()
             with torch.no_grad():
                 found[layer] = module.merge_into(weight, None)[0] - weight
     return found

@@ -11,7 +11,11 @@ from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig
 from slimtune.errors import UsageError
-from slimtune.extras.mixed_batch import add_low_rank_per_row, list_adapters_of_equal_row_groups, stack_mixed_batch_lora
+from slimtune.extras.mixed_batch import (
+    add_low_rank_per_row,
+    list_adapter_per_equal_row_group,
+    stack_lora_factors_scaled_into_b,
+)
 
 CLOSE = 1e-9
 BASE = "__base__"
@@ -107,8 +111,8 @@ def test_changed_factors_are_not_cached(model):
 def test_factors_are_stacked_once(model, monkeypatch):
     stacked = []
     monkeypatch.setattr(
-        "slimtune.extras.mixed_batch.stack_mixed_batch_lora",
-        lambda *a: stacked.append(1) or stack_mixed_batch_lora(*a),
+        "slimtune.extras.mixed_batch.stack_lora_factors_scaled_into_b",
+        lambda *a: stacked.append(1) or stack_lora_factors_scaled_into_b(*a),
     )
     ids = tokens()
 
@@ -214,12 +218,12 @@ def test_checkpointed_layers_are_recomputed_with_the_adapters_of_their_call():
 
 
 def test_row_groups():
-    assert list_adapters_of_equal_row_groups(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
-    assert list_adapters_of_equal_row_groups(["a", "b", "b"]) == ["a", "b", "b"]
-    assert list_adapters_of_equal_row_groups(["a"] * 5) == ["a"]
+    assert list_adapter_per_equal_row_group(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
+    assert list_adapter_per_equal_row_group(["a", "b", "b"]) == ["a", "b", "b"]
+    assert list_adapter_per_equal_row_group(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
-    out = add_low_rank_per_row(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
+    out = add_low_rank_per_row(y, x, *stack_lora_factors_scaled_into_b([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
     assert torch.equal(out[2:4], y[2:4])
     assert torch.allclose(out[:2], y[:2] + 0.5 * x[:2] @ A.t() @ B.t(), atol=1e-6)
     assert torch.allclose(out[4:], y[4:] + 2.0 * x[4:] @ A[:1].t() @ B[:, :1].t(), atol=1e-6)

@@ -17,11 +17,11 @@ from transformers import LlamaConfig
 from slimtune.errors import RunError, UsageError
 from slimtune.hardware import speed_benchmark as bench
 from slimtune.planning import measured_speeds as store
-from slimtune.planning.gpu_specs import find_gpu_by_name, load_measured_gpu
-from slimtune.planning.measured_speeds import load_machine_measurement, save_machine_measurement
+from slimtune.planning.gpu_specs import find_gpu_by_name, load_this_machine_measured_gpu
+from slimtune.planning.measured_speeds import load_machine_measurement, overwrite_machine_measurement
 from slimtune.planning.plan_result import TrainingWorkload
-from slimtune.planning.serving_speed import estimate_request_decode_speed
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.serving_speed import estimate_decode_and_prefill_speed
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 from slimtune.planning.throughput import estimate_training_speed
 
 BF16 = torch.bfloat16
@@ -32,7 +32,7 @@ def stored(tmp_path, monkeypatch):
     """A stored measurement of this machine."""
     monkeypatch.setenv("SLIMTUNE_BENCH", str(tmp_path / "data" / "bench.json"))
     monkeypatch.setattr(store, "read_processor_name", lambda: "a CPU")
-    return save_machine_measurement(FOUND)
+    return overwrite_machine_measurement(FOUND)
 
 
 def test_fit_finds_the_factors_and_none_below_zero():
@@ -64,13 +64,13 @@ def test_median_is_of_alternating_rounds():
 
 def test_stored_measurement_comes_back(stored):
     assert load_machine_measurement() == FOUND
-    assert load_measured_gpu().measured == FOUND == find_gpu_by_name("This Machine").measured
-    assert detect_gpu_or_cpu_memory("cpu").measured == FOUND
+    assert load_this_machine_measured_gpu().measured == FOUND == find_gpu_by_name("This Machine").measured
+    assert detect_gpu_or_cpu_spec("cpu").measured == FOUND
 
 
 def test_measurement_of_another_processor_or_thread_count_is_not_used(stored, monkeypatch):
-    save_machine_measurement(replace(FOUND, threads=FOUND.threads + 1))
-    assert detect_gpu_or_cpu_memory("cpu").measured is None
+    overwrite_machine_measurement(replace(FOUND, threads=FOUND.threads + 1))
+    assert detect_gpu_or_cpu_spec("cpu").measured is None
     monkeypatch.setattr(store, "read_processor_name", lambda: "another CPU")
     assert load_machine_measurement() is None
     with pytest.raises(UsageError, match="this machine"):
@@ -87,23 +87,25 @@ def test_damaged_measurement_is_an_error(stored, change):
 def test_training_speed_follows_the_fit(stored):
     work = Counter({(4e9, 100, BF16): 10, (0, 2e6, BF16): 100})
     seconds = 1.5 * 10 * 4e9 / 4e11 + 0.5 * 100 * 2e6 / 2e10 + 10 * 1e-5
-    speed = estimate_training_speed(TrainingWorkload(work, {}, 1000), load_measured_gpu())
+    speed = estimate_training_speed(TrainingWorkload(work, {}, 1000), load_this_machine_measured_gpu())
     assert (*speed,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
     seconds += 2.0 * 3e10 / 1e11
-    slower = estimate_training_speed(TrainingWorkload(work, {torch.float32: 3e10}, 1000), load_measured_gpu())
+    slower = estimate_training_speed(
+        TrainingWorkload(work, {torch.float32: 3e10}, 1000), load_this_machine_measured_gpu()
+    )
     assert (*slower,) == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
 
 
 def test_serving_speed_follows_the_fit(stored):
     weights = {"weight_bytes_per_token": 1e8, "kv_bytes_per_request": 1e7, "matmul_weight_count": 1e8}
     job = {**weights, "layers": 10, "vocab_size": 50000}
-    speed = estimate_request_decode_speed(load_measured_gpu(), "ollama", **job)
+    speed = estimate_decode_and_prefill_speed(load_this_machine_measured_gpu(), "ollama", **job)
     assert speed.decode.high == pytest.approx(1.1 / (1.1e8 / 1e10 + 1e-3 + 5e-4))
     assert speed.prefill.low == pytest.approx(0.9 * 1e11 / 2e8)
     assert speed.evidence.endswith(" 2026-11-26")
-    near = estimate_request_decode_speed(load_measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
+    near = estimate_decode_and_prefill_speed(load_this_machine_measured_gpu(), "llama.cpp", **job, precision="Q5_K_M")
     assert (near.decode, near.evidence) == (speed.decode, f"{speed.evidence}, in Q4_K_M")
-    assert estimate_request_decode_speed(load_measured_gpu(), "vllm", **job, precision="bf16") is None
+    assert estimate_decode_and_prefill_speed(load_this_machine_measured_gpu(), "vllm", **job, precision="bf16") is None
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def test_real_steps_and_random_files(monkeypatch):
     monkeypatch.setattr(bench, "TRAINED", {"cpu": ((128, 1), (256, 2))})
     monkeypatch.setattr(bench, "ROWS", {"cpu": ((8,), (16, 16))})
     monkeypatch.setattr(bench, "MOST_ROUNDS", 3)
-    fit, steps = bench.fit_training_step_factors(
+    fit, steps = bench.measure_and_fit_training_step_factors(
         bench.DeviceTimer(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth
     )
     assert len(steps) == 4

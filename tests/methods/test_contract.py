@@ -13,7 +13,7 @@ from reference import compute_in_float64, slope_along
 import slimtune
 from slimtune import PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.core.adapters.adapter_strength import AdapterStrengthSetter
+from slimtune.core.adapters.adapter_strength import AdapterTensorInterpolator
 from slimtune.core.adapters.method_registry import get_method_config_class, list_methods
 from slimtune.errors import UsageError
 
@@ -157,9 +157,9 @@ def test_strength_scales_the_change(method, tmp_path):
     trained, expected = {n: p.clone() for n, p in model.named_parameters()}, run(model)
     if method.partition("+")[0] in WITHOUT_STRENGTH:
         with pytest.raises(UsageError, match="strength"):
-            AdapterStrengthSetter(model, "default")
+            AdapterTensorInterpolator(model, "default")
         return
-    strength, changes = AdapterStrengthSetter(model, "default"), []
+    strength, changes = AdapterTensorInterpolator(model, "default"), []
     for s in (0.0, 0.1, 0.5):
         strength.set(s)
         changes.append((run(model) - run(llama())).abs().max().item())

@@ -68,7 +68,7 @@ def test_loading_our_file_needs_no_decomposition(init, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("slimtune.methods.lora.lora_modules.make_lora_factors_from_base", refuse)
+    monkeypatch.setattr("slimtune.methods.lora.lora_modules.make_lora_a_and_b_from_base", refuse)
     assert torch.equal(run(PeftModel.from_pretrained(base(), tmp_path)), run(model))
 
 

@@ -8,9 +8,9 @@ from reference import compute_in_float64, get_gradients, largest_relative_error,
 from torch import nn
 
 from slimtune import get_peft_model
-from slimtune.core.attention.attention_functions import LAYOUT_KWARG, packed_attention_enabled
+from slimtune.core.attention.attention_functions import LAYOUT_KWARG, use_packed_attention
 from slimtune.core.attention.packed_layout import PackedLayout
-from slimtune.core.data.packing import pack_sequences
+from slimtune.core.data.packing import pack_into_one_sequence
 from slimtune.core.kernels import activation_offload
 from slimtune.core.models.lm_head import require_matching_lm_head_loss
 from slimtune.core.training import loss as step
@@ -65,7 +65,7 @@ def packed_loss_and_gradients(model):
         loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         return loss if regularization is None else loss + regularization
 
-    with packed_attention_enabled(model) as is_packed:
+    with use_packed_attention(model) as is_packed:
         assert is_packed
         return loss_and_gradients(model, compute_loss)
 
@@ -80,7 +80,7 @@ def assert_packed_equals_alone(model):
 
 
 def test_the_rows_share_and_nest():
-    packed = pack_sequences([r["input_ids"] for r in ROWS])
+    packed = pack_into_one_sequence([r["input_ids"] for r in ROWS])
     assert len(packed.tokens) == sum(len(r["input_ids"]) for r in ROWS) - 3 * len(SHARED) - len(NESTED)
     assert max(len(packed.layout.ancestors(i)) for i in range(len(packed.layout.lengths))) == 3
 
@@ -160,5 +160,5 @@ def test_layers_share_the_masks_behind_a_prefix():
 def test_a_packed_sequence_has_one_adapter(names):
     model = adapted("prompt_tuning")
     batch = make_collator(model, 0)(ROWS)
-    with packed_attention_enabled(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
+    with use_packed_attention(model), pytest.raises(UsageError, match=r"adapter_names.*packed"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})

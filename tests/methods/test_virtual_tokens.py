@@ -10,7 +10,7 @@ from models_zoo import gpt2, llama, run, shake, tokens
 
 import slimtune
 from slimtune import PeftModel, get_peft_model
-from slimtune.core.config.method_settings import fill_method_defaults
+from slimtune.core.config.method_settings import fill_recipe_defaults
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
 from slimtune.methods.prefix_tuning.prefix_tuning_modules import (
     initialize_kv_prefix_from_past_key_values,
@@ -421,7 +421,7 @@ def test_starts_equal_pefts(init, tokenizer):
 
 def test_recipes_start_a_prefix_near_the_base():
     for given, init in (({}, "vocab"), ({"prefix_projection": False}, "vocab"), ({"prefix_projection": True}, None)):
-        assert fill_method_defaults(given, slimtune.PrefixTuningConfig)["init_weights"] == init
+        assert fill_recipe_defaults(given, slimtune.PrefixTuningConfig)["init_weights"] == init
 
 
 @pytest.mark.parametrize(

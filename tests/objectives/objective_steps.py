@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from slimtune.core.attention.attention_functions import packed_attention_enabled
-from slimtune.core.training.loss import compute_step_loss, score_row_logps_by_example
+from slimtune.core.attention.attention_functions import use_packed_attention
+from slimtune.core.training.loss import compute_step_loss, score_row_logps_by_example_index
 
 
 def get_gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -15,7 +15,7 @@ def get_gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def score_rows(model, examples, collator):
-    logps = score_row_logps_by_example(model.get_base_model(), examples, collator)
+    logps = score_row_logps_by_example_index(model.get_base_model(), examples, collator)
     return [logps[i] for i in range(len(examples))]
 
 
@@ -30,7 +30,7 @@ def take_step(model, examples, objective, collator, groups=None):
     rows = objective.prepare_step(examples, lambda rows: score_rows(model, rows, collator))
     batches = [collator([rows[i] for i in group]) for group in groups or collator.group_rows(rows)]
     num_items = objective.count_items(rows)
-    with packed_attention_enabled(model):
+    with use_packed_attention(model):
         loss = sum(compute_step_loss(model.get_base_model(), batch, num_items, objective) for batch in batches)
         loss.backward()
     return loss.item(), get_gradients(model)

@@ -8,7 +8,7 @@ from test_trl import add_reference, assert_step, get_gradients, wide  # noqa: F4
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.tokenized_dataset import TemporaryTokenizedDatasetWriter
 from slimtune.core.training.loss import score_examples_by_objective
-from slimtune.objectives.kto import KTO, MismatchedAnswerRows
+from slimtune.objectives.kto import KTO, RowsWithMismatchedAnswers
 
 ROWS = [
     {"prompt": "Why is it so?", "completion": " Because of this.", "label": True},
@@ -91,7 +91,7 @@ def make_dataset(rows: list[tuple[list[int], list[int]]]):
 def make_mismatched(count=5, rows_per_step=3, max_seq_len=100):
     rows = [([100 + i, 1, 2], [200 + i, *range(3, 4 + i)]) for i in range(count)]
     dataset = make_dataset(rows).with_columns(label=np.arange(count) % 2 == 0)
-    return MismatchedAnswerRows(dataset, rows_per_step, max_seq_len, seed=0)
+    return RowsWithMismatchedAnswers(dataset, rows_per_step, max_seq_len, seed=0)
 
 
 def split(example):
@@ -122,7 +122,7 @@ def test_steps_of_an_epoch_keep_their_rows():
 @pytest.mark.parametrize("rows_per_step", [1, 4])
 def test_no_row_gets_an_answer_to_its_own_prompt(rows_per_step):
     rows = [([100 + i // 2, 1, 2], [200 + i]) for i in range(16)]
-    dataset = MismatchedAnswerRows(make_dataset(rows), rows_per_step, 100, seed=1)
+    dataset = RowsWithMismatchedAnswers(make_dataset(rows), rows_per_step, 100, seed=1)
     assert all((split(e)[1][3] - 200) // 2 != e["input_ids"][0] - 100 for e in dataset)
 
 

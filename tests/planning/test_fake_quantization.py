@@ -16,11 +16,11 @@ from models_zoo import DECODER, gpt2, llama
 from torch import nn
 
 from slimtune import LoraConfig
-from slimtune.core.foundation.device import simulate_device
+from slimtune.core.foundation.device import simulate_device_for_kernel_choice
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.errors import ModelError, UsageError
 from slimtune.planning.fake_quantization import KINDS, fake_quantize_model, resolve_quantization_kind
-from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.memory_trace import trace_training_step
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.plan_request import MicroBatchWorkload
@@ -147,8 +147,8 @@ def trace_layer_on_gpu(kind, tokens, name="gate_proj"):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(BF16)
     fake_quantize_model(model, kind)
     layer = model.model.layers[0].mlp.get_submodule(name)
-    with fake_tensor_mode(), simulate_device("cuda"):
-        replace_meta_with_fake(layer)
+    with fake_tensor_mode(), simulate_device_for_kernel_choice("cuda"):
+        replace_meta_with_fake_cpu_tensors(layer)
         x = torch.empty(1, tokens, layer.in_features, dtype=BF16, requires_grad=True)
         with MemoryTracker() as tracker:
             tracker.assign([*list_module_tensors(layer), x], "weights")

@@ -11,7 +11,7 @@ from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning import this_machine
 from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs, make_gpu_with_memory
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TABLE = list(csv.DictReader((files("slimtune.planning") / "gpus.csv").read_text().splitlines()))
 
@@ -130,7 +130,7 @@ def test_bad_memory_size(text):
 
 
 def test_detect_cpu():
-    gpu = detect_gpu_or_cpu_memory("cpu")
+    gpu = detect_gpu_or_cpu_spec("cpu")
     assert gpu.device == "cpu"
     assert gpu.usable.low == gpu.usable.high > 0
 
@@ -142,7 +142,7 @@ def test_detect_gpu_by_name_and_memory(monkeypatch, total, name):
     monkeypatch.setattr(this_machine, "pick_dtype", lambda *_: this_machine.torch.bfloat16)
     monkeypatch.setattr(this_machine.torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
     monkeypatch.setattr(this_machine.torch.cuda, "mem_get_info", lambda *_: (total // 2, total))
-    assert (detect_gpu_or_cpu_memory().name, detect_gpu_or_cpu_memory().visible) == (name, total)
+    assert (detect_gpu_or_cpu_spec().name, detect_gpu_or_cpu_spec().visible) == (name, total)
 
 
 def test_unified_memory_is_not_all_usable():

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from slimtune.core.kernels import activation_offload, cross_entropy
 from slimtune.errors import ModelError
-from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from slimtune.planning.memory_trace import BACKWARD, trace_training_step
 from slimtune.planning.plan_request import MicroBatchWorkload
 
@@ -159,7 +159,7 @@ def test_every_tensor_of_a_module_becomes_fake():
     with torch.device("meta"):
         model = ManyTensors()
     with fake_tensor_mode():
-        replace_meta_with_fake(model)
+        replace_meta_with_fake_cpu_tensors(model)
         tensors = list_module_tensors(model)
         assert all(isinstance(t, FakeTensor) and t.device.type == "cpu" for t in tensors)
         assert {tuple(t.shape) for t in tensors} == {(3, 4), (2,), (5,), (6,), (7,), (2, 2)}

@@ -13,22 +13,22 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters import adapter_files
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
-from slimtune.core.data.example_lengths import DatasetRowComposition, measure_length_of_one_example
+from slimtune.core.data.example_lengths import DatasetRowComposition, measure_example_length
 from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name, make_gpu_with_memory
-from slimtune.planning.memory_trace import estimate_sharding_savings, make_dummy_examples
+from slimtune.planning.memory_trace import estimate_sharding_savings_and_spread, make_dummy_examples
 from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
 from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.plan_result import PARTS
 from slimtune.planning.planner import (
-    estimate_adapter_and_state_sizes,
+    estimate_adapter_file_and_method_state_sizes,
     estimate_resources,
     judge_memory_fit,
     put_typical_micro_batches_in_job,
 )
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 TINY = BaseConfig("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = make_gpu_with_memory("8GiB"), make_gpu_with_memory("2GiB")
@@ -110,7 +110,7 @@ def test_size_of_the_adapter_file(method, tmp_path):
     model = get_peft_model(zoo.llama(dtype=torch.float32), CASES[method]())
     adapter_files.save_adapter(model, tmp_path, "default")
     written = (tmp_path / adapter_files.WEIGHTS_FILE).stat().st_size
-    planned, _, at_most = estimate_adapter_and_state_sizes(model)
+    planned, _, at_most = estimate_adapter_file_and_method_state_sizes(model)
     assert at_most == (method.partition("+")[0] in ("adalora", "eva"))
     assert planned >= written if at_most else abs(planned - written) < 16_000
 
@@ -158,7 +158,7 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     rows = (60,) * 8
     request = PlanRequest(TINY, ROOMY, lora(), lengths=rows, quantiles=rows, content=DatasetRowComposition(40, 0.25))
     job = put_typical_micro_batches_in_job(request, request.job())
-    pack = Collator(0, layout=True)(make_dummy_examples(job.lengths, job.supervised))
+    pack = Collator(0, with_packed_layout=True)(make_dummy_examples(job.lengths, job.supervised))
     assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
     assert estimate_resources(request).work.tokens == 8 * 60
 
@@ -173,9 +173,18 @@ def test_auto_dtype_follows_the_gpu(gpu, dtype):
 
 def test_lengths_of_examples():
     prompt = list(range(10))
-    assert measure_length_of_one_example([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
-    assert measure_length_of_one_example([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (9, 3, 2, 3)
-    assert measure_length_of_one_example([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (0, 5, 6)  # too little to be shared
+    assert measure_example_length([[*prompt, 11, 12], [*prompt, 13]]) == (10, 2, 1)
+    assert measure_example_length([[*prompt, 11, 12], [*prompt, 13], [*prompt[:9], 14, 15, 16]]) == (
+        9,
+        3,
+        2,
+        3,
+    )
+    assert measure_example_length([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7]]) == (
+        0,
+        5,
+        6,
+    )  # too little to be shared
     assert remove_prefix_sharing((10, 2, 1)) == (0, 12, 11)
     assert [resize_example_rows(length, lambda n: min(n, 8)) for length in (12, (10, 2, 1))] == [8, (7, 1, 1)]
 
@@ -214,7 +223,7 @@ def test_run_takes_the_tokens_that_are_planned(pairs, tiny_folder, tmp_path):
     )
     train(
         recipe,
-        planner=lambda *job: estimate_resources(build_plan_request(job[0], detect_gpu_or_cpu_memory("cpu"), job[1])),
+        planner=lambda *job: estimate_resources(build_plan_request(job[0], detect_gpu_or_cpu_spec("cpu"), job[1])),
     )
     record = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert record["plan"]["batch"] == (4 if pairs == "all" else 2)
@@ -233,7 +242,7 @@ def make_request(processes, fsdp):
 
 def test_saved_bytes():
     total = 32 * LAYER + REST
-    saved, spread = estimate_sharding_savings(make_request(4, fsdp=True).job().build_model(), 4)
+    saved, spread = estimate_sharding_savings_and_spread(make_request(4, fsdp=True).job().build_model(), 4)
     assert saved == total - (total / 4 + REST + LAYER)
     assert spread == 2 * LAYER
 

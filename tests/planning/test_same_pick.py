@@ -12,8 +12,8 @@ from slimtune.methods.lora import LoraConfig
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import GIB, GpuSpec, find_gpu_by_name, list_gpu_specs
 from slimtune.planning.plan_request import PlanRequest
-from slimtune.planning.planner import describe_gpu_limits, estimate_resources
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.planner import describe_gpu_dtype_and_software_limits, estimate_resources
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 BASE = BaseConfig("tiny", "tiny", llama().config, "")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -60,7 +60,7 @@ def planned(gpu):
 )
 def test_this_machine(monkeypatch, machine, expected):
     set_machine(monkeypatch, **machine)
-    assert planned(detect_gpu_or_cpu_memory()) == trained() == expected
+    assert planned(detect_gpu_or_cpu_spec()) == trained() == expected
 
 
 @pytest.mark.parametrize("gpu", [g for g in list_gpu_specs() if g.trains], ids=lambda g: g.name)
@@ -75,7 +75,7 @@ def test_card_of_the_table(monkeypatch, gpu):
 def test_intel_gpus_do_not_train(monkeypatch):
     set_machine(monkeypatch, xpu=True)
     with pytest.warns(UserWarning, match=r"Intel .*CPU"):
-        assert trained() == planned(detect_gpu_or_cpu_memory())
+        assert trained() == planned(detect_gpu_or_cpu_spec())
     with pytest.raises(UsageError, match="Intel"):
         pick_device("xpu")
     assert (
@@ -107,7 +107,7 @@ def test_float16_is_refused_as_training_refuses_it():
 )
 def test_notes_say_what_a_default_costs(gpu, words):
     request = PlanRequest(BASE, find_gpu_by_name(gpu), LORA)
-    text = " ".join(describe_gpu_limits(request, request.job()))
+    text = " ".join(describe_gpu_dtype_and_software_limits(request, request.job()))
     assert all(word in text for word in words)
     assert bool(text) == bool(words)
 

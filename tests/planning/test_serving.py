@@ -13,17 +13,17 @@ from transformers import AutoConfig
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.base_config import load_base_config
 from slimtune.errors import ModelError, UsageError
-from slimtune.extras.known_models import load_known_models
+from slimtune.extras.known_models import load_known_models_by_alias
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
 from slimtune.planning.meta_model import build_adapted_meta_model
 from slimtune.planning.serving_memory import (
     METADATA,
     count_request_kv_cache_bytes,
-    count_token_bytes_and_weights,
     count_weight_and_embedding_bytes,
+    count_weight_bytes_and_macs_per_token,
     estimate_serving_memory,
 )
-from slimtune.planning.serving_speed import DECODING, estimate_request_decode_speed
+from slimtune.planning.serving_speed import DECODING, estimate_decode_and_prefill_speed
 from slimtune.planning.weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -60,7 +60,7 @@ PUBLISHED = {  # bytes of files made without an importance matrix, or whose type
 
 
 def config(name="llama-3.1-8b"):
-    return AutoConfig.for_model(**load_known_models()[name]["config"])
+    return AutoConfig.for_model(**load_known_models_by_alias()[name]["config"])
 
 
 @cache
@@ -194,7 +194,7 @@ def test_a_token_reads_the_experts_of_its_router():
     )  # fmt: skip
     built = build_adapted_meta_model(experts, None, torch.bfloat16)
     total, embedding = count_weight_and_embedding_bytes(built, "F16")
-    assert total - embedding - count_token_bytes_and_weights(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
+    assert total - embedding - count_weight_bytes_and_macs_per_token(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
 
 
 def test_quantized_cache():
@@ -254,7 +254,7 @@ def test_every_known_base():
         "qwen3.",
         "glm-4.7-flash",
     )
-    for name in load_known_models():
+    for name in load_known_models_by_alias():
         if name.startswith(recurrent):
             with pytest.raises(ModelError, match="cache"):
                 plan(name)
@@ -311,7 +311,7 @@ def test_every_published_run_has_its_source():
 
 def test_formula_of_the_speed():
     gpu, fit = find_gpu_by_name("rtx-3090"), DECODING["llama.cpp", "nvidia"]
-    speed = estimate_request_decode_speed(gpu, "ollama", **LLAMA_8B)
+    speed = estimate_decode_and_prefill_speed(gpu, "ollama", **LLAMA_8B)
     seconds = 4.61e9 / (fit.share * 936e9) + 32 * fit.layer_s
     assert (*speed.decode,) == pytest.approx([fit.spread.low / seconds, fit.spread.high / seconds])
     assert speed.decode.low < 111.7 < speed.decode.high  # XiongjieDai, May 2024
@@ -320,7 +320,7 @@ def test_formula_of_the_speed():
 
 def test_requests_decoded_together_share_the_reading_of_the_weights():
     one, eight, many = (
-        estimate_request_decode_speed(
+        estimate_decode_and_prefill_speed(
             find_gpu_by_name("a100-80gb"), "vllm", **LLAMA_8B, concurrent_requests=n
         ).decode.low
         for n in (1, 8, 4000)
@@ -329,5 +329,5 @@ def test_requests_decoded_together_share_the_reading_of_the_weights():
 
 
 def test_unknown_hardware_has_no_speed():
-    assert estimate_request_decode_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
-    assert estimate_request_decode_speed(find_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None
+    assert estimate_decode_and_prefill_speed(make_gpu_with_memory("24GiB"), "ollama", **LLAMA_8B) is None
+    assert estimate_decode_and_prefill_speed(find_gpu_by_name("arc-b580"), "ollama", **LLAMA_8B) is None

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import slimtune
-from slimtune.core.attention.attention_functions import packed_attention_enabled
+from slimtune.core.attention.attention_functions import use_packed_attention
 from slimtune.core.training.loss import compute_step_loss, make_collator
-from slimtune.planning.fake_tensors import fake_tensor_mode, replace_meta_with_fake
+from slimtune.planning.fake_tensors import fake_tensor_mode, replace_meta_with_fake_cpu_tensors
 
 PREFIX = list(range(3, 14))
 ROWS = [PREFIX + list(range(20, 20 + n)) for n in (5, 1, 9)] + [list(range(50, 57))]
@@ -22,9 +22,9 @@ def run_fake_step(name="llama", checkpointing=False, dropout=0.1, collate=None, 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with fake_tensor_mode():
-        replace_meta_with_fake(model)
+        replace_meta_with_fake_cpu_tensors(model)
         batch = make_collator(model, 0, **{"packing": True, "share_prefix": True, **(collate or {})})(EXAMPLES)
-        with packed_attention_enabled(model):
+        with use_packed_attention(model):
             compute_step_loss(model, batch).backward()
     for parameter in model.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad

@@ -8,7 +8,7 @@ from hand_run import make_run
 from serving_client import make_client
 
 from slimtune.core.foundation.chat_rendering import render_chat_template
-from slimtune.serving.tool_calls import ToolCallFormat, detect_tool_call_format
+from slimtune.serving.tool_calls import ToolCallFormat, detect_json_tool_call_format
 
 TEMPLATES = Path(__file__).parents[1] / "core/data/templates"
 MISTRAL = (
@@ -33,7 +33,7 @@ def make_tokenizer(tiny_tokenizer):
 @pytest.mark.parametrize("name", FORMATS)
 def test_calls_that_a_template_writes_are_read_again(make_tokenizer, name):
     tokenizer = make_tokenizer(name)
-    known = detect_tool_call_format(tokenizer)
+    known = detect_json_tool_call_format(tokenizer)
     assert known.opening == FORMATS[name]
     arguments = [{"city": "Oslo {<}"}, {"city": "Łódź", "days": [1, {"a": None}]}]
     calls = [{"type": "function", "function": {"name": "weather", "arguments": each}} for each in arguments]
@@ -51,7 +51,7 @@ def test_calls_that_a_template_writes_are_read_again(make_tokenizer, name):
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "deepseekv3", "gptoss"])
 def test_templates_without_json_calls(make_tokenizer, name):
-    assert detect_tool_call_format(make_tokenizer(name)) is None
+    assert detect_json_tool_call_format(make_tokenizer(name)) is None
 
 
 def test_what_is_no_call_stays_text():

@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from slimtune.core.foundation.files import write_json
 from slimtune.errors import UsageError
-from slimtune.ui.run_pages import read_log_tail, read_run_status
+from slimtune.ui.run_pages import read_last_log_lines, read_run_status
 
 BAD = '<script>alert("x")</script>'
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
@@ -111,12 +111,12 @@ def test_a_stopped_training_is_resumed(browser, run, finish):
 
 def test_a_log_is_read_from_its_end_and_never_through_a_link(run, folder):
     run.log_file.write_text("".join(f"line {i}\n" for i in range(100_000)))
-    lines = read_log_tail(run)
+    lines = read_last_log_lines(run)
     assert lines[-1] == "line 99999"
     assert len(lines) < 2000
     run.log_file.unlink()
     run.log_file.symlink_to("/etc/passwd")
-    assert read_log_tail(run) == []
+    assert read_last_log_lines(run) == []
 
 
 def test_a_run_with_a_link_to_the_outside_is_refused(browser, run, pages):

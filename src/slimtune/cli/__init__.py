@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..compat.peft_registration import disable_peft_registration
+from ..compat.peft_registration import prevent_peft_registration
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
 from .bench_command import bench_machine
-from .choose_command import choose_machine, cost_comparison
+from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
 from .command_help import CommandWithOptionGroups, add_trust_remote_code_flag
 from .common import CommandGroup
@@ -40,7 +40,7 @@ GROUPS = {
     "Choose and plan": (
         choose_machine,
         plan_run,
-        cost_comparison,
+        cost_of_training_run,
         gpus_table,
         bench_machine,
         models_table,
@@ -109,7 +109,7 @@ def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
-    disable_peft_registration()
+    prevent_peft_registration()
     # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.

@@ -27,8 +27,8 @@ def bench_machine(
     folder.
     """
     from ..hardware.hardware_results import BenchResult
-    from ..planning.gpu_specs import make_gpus_csv_row
-    from ..planning.measured_speeds import get_measurement_path, load_machine_measurement, save_machine_measurement
+    from ..planning.gpu_specs import make_gpus_csv_row_dict
+    from ..planning.measured_speeds import get_measurement_path, load_machine_measurement, overwrite_machine_measurement
 
     if show or export:
         if device is not None:
@@ -43,8 +43,8 @@ def bench_machine(
 
         with show_progress():
             found = measure_machine(device or "auto")
-        save_machine_measurement(found)
-    file, row = get_measurement_path(), make_gpus_csv_row(found)
+        overwrite_machine_measurement(found)
+    file, row = get_measurement_path(), make_gpus_csv_row_dict(found)
     if not as_json:
         if export:
             make_console().print(_format_csv(row), soft_wrap=True)

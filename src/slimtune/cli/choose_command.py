@@ -12,7 +12,13 @@ from ..core.foundation.formatting import format_count
 from ..errors import UsageError, format_names, suggest
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, estimate_runs, estimate_runs_by_gpu_class, load_run_to_plan
+from .planned_jobs import (
+    JOB,
+    JOB_SETTINGS,
+    estimate_runs_by_gpu_class,
+    estimate_runs_collecting_errors,
+    load_run_to_plan,
+)
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import CostResult
@@ -52,30 +58,30 @@ def choose_machine(
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
-    from ..hardware.machine_choice import make_machine_offer, rank_machines
+    from ..hardware.machine_choice import make_machine_offer, rank_fitting_machines
     from ..hardware.run_cost import format_hours_range, list_rent_prices
-    from ..planning.gpu_specs import list_gpu_specs, load_measured_gpu
+    from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu
 
     count = tokens or jobs.tokens or MILLION
     gpus = [
         g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
     ]
-    found, planned = estimate_runs_by_gpu_class(jobs, gpus, use_smallest_of_class=False)
+    found, planned = estimate_runs_by_gpu_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
             f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
         )
         for f in found
     ]
-    here = load_measured_gpu()
+    here = load_this_machine_measured_gpu()
     mine = None
     if here is not None:
-        mine = make_machine_offer(here, estimate_runs(jobs, here, advise=False)[0][0], tokens=count)
+        mine = make_machine_offer(here, estimate_runs_collecting_errors(jobs, here, advise=False)[0][0], tokens=count)
     owned = [offer for offer in offers if offer.kind in kinds]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
-        "buy": rank_machines(owned, budget=budget, hours=hours),
-        "rent": rank_machines(rented, budget=budget, hours=hours, rent=True),
+        "buy": rank_fitting_machines(owned, budget=budget, max_hours=hours),
+        "rent": rank_fitting_machines(rented, budget=budget, max_hours=hours, by_rent=True),
     }
     if not as_json:
         screen = make_console()
@@ -148,7 +154,7 @@ def _print_sources(offers: Sequence[MachineOffer], dates: Iterable[str] = (), *,
 
 
 @add_recipe_flags(*JOB_SETTINGS)
-def cost_comparison(
+def cost_of_training_run(
     job: Annotated[str, JOB],
     settings: dict[str, Any],
     gpu: Annotated[str, Option(help="The GPU or machine to buy or to rent.", show_default=False)],
@@ -161,7 +167,7 @@ def cost_comparison(
     as_json: Json = False,
 ) -> Any:
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
-    from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalCost, ServiceCost
+    from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalProviderCost, ServiceCost
     from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
     from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import find_gpu_by_name, format_date_with_age_note, require_trainable_gpu
@@ -170,7 +176,7 @@ def cost_comparison(
     spec = find_gpu_by_name(gpu)
     require_trainable_gpu(spec)
     jobs = load_run_to_plan(job, settings)
-    estimate = estimate_runs(jobs, spec, advise=False)[0][0]
+    estimate = estimate_runs_collecting_errors(jobs, spec, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
     machine = make_machine_offer(spec, estimate, tokens=count, dollars_per_kwh=kwh_price or None)
     if machine.cost is None:
@@ -181,7 +187,7 @@ def cost_comparison(
     hourly = (
         [(f"{rent} $/h", rent)] if rent else [(p.provider, p.dollars_per_hour) for p in list_rent_prices(spec.name)]
     )
-    rents = [RentalCost(f"rent, {name}", hours * rate) for name, rate in hourly]
+    rents = [RentalProviderCost(f"rent, {name}", hours * rate) for name, rate in hourly]
     billions = estimate.total_params / 1e9
     services = [
         ServiceCost(p, p.dollars_per_million * count / MILLION)
@@ -232,7 +238,7 @@ def _cost_table(result: CostResult, kwh_price: float) -> Any:
     rows = [row(f"buy, electricity at {kwh_price} $/kWh", result.buy.run, format_dollar_range(result.buy.dollars))]
     rows += [row(r.name, r.run, "0 $") for r in result.rent]
     rows += [row(s.price.service, Interval(s.run, s.run), "0 $") for s in result.services]
-    return make_table("", "at first", "a run", f"{result.runs_in_a_month} runs", left=[0], rows=rows)
+    return make_table("", "at first", "a run", f"{result.runs_in_a_month} runs", text_column_indices=[0], rows=rows)
 
 
 def _explain_break_even(result: CostResult) -> str:

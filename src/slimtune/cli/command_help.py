@@ -49,9 +49,9 @@ def _reword(names: str, text: str, is_argument: bool) -> tuple[str, str]:
     return names, re.sub(r" +\[", " [", text)
 
 
-def refuse_repeated_flags(names: Iterable[str]) -> None:
+def refuse_repeated_flags(given_flags: Iterable[str]) -> None:
     """Raise UsageError for a flag that is given twice: one of the two would be ignored."""
-    for name, count in Counter(names).items():
+    for name, count in Counter(given_flags).items():
         if count > 1:
             raise UsageError(f"{name} is given {'twice' if count == 2 else f'{count} times'}", "once", "leave one out")
 

@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 from ..core.foundation.files import convert_os_error, to_json
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.progress_bars import display_progress
-from ..diagnostics.knowledge import match_error_code
+from ..diagnostics.knowledge import infer_error_code
 from ..errors import RunError, SlimtuneError, UsageError, exception_chain, format_install_command, is_out_of_memory
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
@@ -134,7 +134,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     if "RANK" in os.environ:
         from ..core.foundation import distributed
 
-        if not distributed.claim_error_printing(known):
+        if not distributed.wait_to_claim_error_printing(known):
             return known.exit_code, None
     screen = make_error_console()
     screen.print(Text.assemble(("error: ", ERROR), escape_control_characters(known.message)))
@@ -148,16 +148,16 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
-def find_error_page_code(error: BaseException, user_error: SlimtuneError) -> str:
+def find_error_page_code(error: BaseException, slimtune_error: SlimtuneError) -> str:
     """Return the page for an error: the code that was given where it was raised, else by a foreign cause's text.
 
     torch, CUDA and the Hub have no codes, so the pages have patterns for their texts. Ours are not searched.
     """
-    if user_error.code != type(user_error).code:
-        return user_error.code
-    start = error.__cause__ or error.__context__ if error is user_error else error
+    if slimtune_error.code != type(slimtune_error).code:
+        return slimtune_error.code
+    start = error.__cause__ or error.__context__ if error is slimtune_error else error
     foreign = [f"{type(e).__name__}: {e}" for e in exception_chain(start)] if start is not None else []
-    return match_error_code("\n".join(foreign), user_error.code) if foreign else user_error.code
+    return infer_error_code("\n".join(foreign), slimtune_error.code) if foreign else slimtune_error.code
 
 
 def _find_address() -> str:
@@ -245,7 +245,7 @@ def print_progress(text: str) -> None:
 def show_progress() -> Iterator[None]:
     """Show the progress of the work inside: a bar on a terminal, a line every ten seconds in a pipe or a log file."""
     if not sys.stderr.isatty():
-        with display_progress(ProgressLinePrinter()):
+        with display_progress(PeriodicProgressPrinter()):
             yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -267,7 +267,7 @@ def show_progress() -> Iterator[None]:
             yield
 
 
-class ProgressLinePrinter:
+class PeriodicProgressPrinter:
     """Prints a line when ten seconds have passed since the last one, or since the work began."""
 
     def __init__(self) -> None:
@@ -280,14 +280,14 @@ class ProgressLinePrinter:
             print_progress(f"{what}: {done} of {total} ({now - self.start:.0f} s so far)")
 
 
-def make_table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
-    """Return a table. Its first column and the columns in `left` are text, which wraps; the others are numbers.
+def make_table(*columns: str, text_column_indices: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
+    """Return a table. The first column and those in `text_column_indices` are text, which wraps; the others numbers.
 
-    Without any text in `columns`, the headings, no heading is shown. `left` counts from 0.
+    Without any text in `columns`, the headings, no heading is shown. `text_column_indices` counts from 0.
     """
     made = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
-        is_text = number in left
+        is_text = number in text_column_indices
         made.add_column(
             column, justify="left" if is_text or not number else "right", no_wrap=not is_text, overflow="fold"
         )

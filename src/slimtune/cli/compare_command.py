@@ -9,7 +9,7 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..experiments.executor_specs import PLACES, parse_executor_spec
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_progress, require_installed_packages
-from .input_checks import find_missing_inputs
+from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def compare_methods(
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import (
         build_candidates,
-        resolve_candidate_labels,
+        expand_candidate_names,
         separate_recipe_and_candidate_settings,
     )
 
@@ -70,21 +70,21 @@ def compare_methods(
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = separate_recipe_and_candidate_settings(settings.items())
-    resolve_candidate_labels(names, method_settings, tasks=tasks is not None)
-    tree = load_validated_recipe_tree(recipe, recipe_settings, find_missing_inputs)
+    expand_candidate_names(names, method_settings, names_are_tasks=tasks is not None)
+    tree = load_validated_recipe_tree(recipe, recipe_settings, list_missing_base_and_data_errors)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_comparison_grid
 
     if tasks is not None and isinstance(data := tree.get("data"), dict):
         data.setdefault("format", "preference")
-    candidates = build_candidates(names, tree, method_settings, tasks=tasks is not None)
+    candidates = build_candidates(names, tree, method_settings, names_are_tasks=tasks is not None)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
     folder = out if out is not None else Path(f"{tree['output_dir']}-compare")
     grid = build_comparison_grid(
         tree, candidates, output_dir=folder.expanduser(), seeds=seeds, tokens=tokens, trials=trials if tune else 0,
-        force=force, at_once=at_once,
+        allow_faulty_rows=force, at_once=at_once,
     )  # fmt: skip
     result = comparison.run_comparison(grid, print_progress, plot=plot, executor_spec=place)
     if not as_json:
@@ -94,21 +94,21 @@ def compare_methods(
 
 def _print_comparison(result: "CompareResult") -> None:
     from ..experiments.comparison_report import (
-        describe_comparison_limits,
         describe_comparison_setup,
         format_terminal_row,
         list_comparison_columns,
+        list_comparison_notes,
     )
 
     screen = make_console()
     screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result.methods)
     columns = list_comparison_columns(result.methods, terminal=True)
-    methods = make_table(*columns, left=[len(columns) - 1], rows=rows)
+    methods = make_table(*columns, text_column_indices=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
     if result.methods:
         screen.print(methods)
-    for note in describe_comparison_limits(result):
+    for note in list_comparison_notes(result):
         screen.print(note)
     screen.print(f"\n{result.advice}", style="bold")
     screen.print(f"files in {result.output_dir}: compare.json, table.md, compare.svg")
@@ -148,7 +148,7 @@ def tune_settings(
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = load_validated_recipe_tree(recipe, settings, find_missing_inputs)
+    tree = load_validated_recipe_tree(recipe, settings, list_missing_base_and_data_errors)
     # A wrong name or value is answered at once, before torch is imported.
     validate_and_mark_integer_ranges(
         ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over")
@@ -169,10 +169,10 @@ def tune_settings(
 
 def _print_search(result: "TuneResult") -> None:
     from ..experiments.tuning import (
-        describe_search_limits,
+        describe_best_trial_and_caveats,
         describe_search_setup,
         format_trial_rows,
-        list_trial_columns,
+        list_trial_table_headings,
     )
 
     screen = make_console()
@@ -180,10 +180,10 @@ def _print_search(result: "TuneResult") -> None:
     rows = format_trial_rows(result)
     losses = [math.inf if t.loss is None else t.loss for t in result.trials]
     by_loss = [rows[i] for i in sorted(range(len(rows)), key=losses.__getitem__)]
-    screen.print(make_table(*list_trial_columns(result), rows=by_loss[:SHOWN]))
+    screen.print(make_table(*list_trial_table_headings(result), rows=by_loss[:SHOWN]))
     if len(rows) > SHOWN:
         screen.print(f"… and {len(rows) - SHOWN} more in table.md")
-    for note in describe_search_limits(result):
+    for note in describe_best_trial_and_caveats(result):
         screen.print(note)
     screen.print(f"files in {result.output_dir}: best.yaml, tune.json, table.md, tune.svg")
     screen.print(f"next: slimtune train {result.best_recipe}", soft_wrap=True)

@@ -22,7 +22,7 @@ from .common import (
     make_table,
     show_progress,
 )
-from .input_checks import require_row_files_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_and_base_exist
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def eval_run(
 
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
-    require_run_exists(run)
-    require_row_files_exist(data, run_of_format=run)
+    require_run_and_base_exist(run)
+    require_row_files_exist(data, format_from_run=run)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.general_text import BUILT_IN_TEXT
 
@@ -122,4 +122,4 @@ def _print_lines(lines: Iterable[ResultLine]) -> None:
         elif isinstance(line, ResultHeading):
             screen.print(line.text, style="bold")
         else:
-            screen.print(make_table(*line.columns, left=line.text_columns, rows=line.rows))
+            screen.print(make_table(*line.columns, text_column_indices=line.text_columns, rows=line.rows))

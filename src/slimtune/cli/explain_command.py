@@ -80,7 +80,9 @@ def explain_error(
     if not words.strip():
         pages = list(load_error_pages().values())
         if not as_json:
-            make_console().print(make_table("", "", left=(1,), rows=[(page.code, page.title) for page in pages]))
+            make_console().print(
+                make_table("", "", text_column_indices=(1,), rows=[(page.code, page.title) for page in pages])
+            )
         return ErrorPagesResult(_list_titles(pages))
     found, nearest = find_answering_or_nearest_pages(words)
     page, others = (nearest[0], nearest[1:]) if found else (None, nearest)
@@ -121,4 +123,6 @@ def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[
         if others:
             screen.print(Text("\nSee also", "bold"))
     if others:
-        screen.print(make_table("", "", left=(1,), rows=[(f"  {other.code}", other.title) for other in others]))
+        screen.print(
+            make_table("", "", text_column_indices=(1,), rows=[(f"  {other.code}", other.title) for other in others])
+        )

@@ -25,7 +25,7 @@ from .common import (
     print_progress,
     show_progress,
 )
-from .input_checks import require_row_files_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_and_base_exist
 
 if TYPE_CHECKING:
     from ..export.export_results import EngineVerdict
@@ -114,11 +114,11 @@ def export_run(
     as_json: Json = False,
 ) -> Any:
     """Write a run as Ollama, llama.cpp or vLLM reads it, checked by the engine."""
-    from ..export.export_format import require_export_target
+    from ..export.export_format import require_known_export_target
 
-    require_export_target(to)
+    require_known_export_target(to)
     options = _read_format_options(to, options)
-    require_run_exists(run)
+    require_run_and_base_exist(run)
     from ..export.exporter import export
 
     checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
@@ -150,8 +150,8 @@ def verify_run(
 
     manifest = read_export_manifest(path)
     if manifest is None:
-        require_run_exists(path)
-    require_row_files_exist(data, run_of_format=path if manifest is None else manifest.run)
+        require_run_and_base_exist(path)
+    require_row_files_exist(data, format_from_run=path if manifest is None else manifest.run)
     from ..export.verify import verify
 
     if manifest is None:
@@ -172,11 +172,11 @@ def verify_run(
     return NegativeVerdictResult(result)
 
 
-def make_engine_agreement_table(checks: "Sequence[EngineVerdict]") -> Table:
+def make_engine_agreement_table(verdicts: "Sequence[EngineVerdict]") -> Table:
     """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
-    rows = make_table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
+    rows = make_table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", text_column_indices=[0])
     rows.padding = (0, 1, 0, 0)
-    for c in checks:
+    for c in verdicts:
         numbers, verdict = ["-"] * 4, VERDICTS[c.passed] or "NOT PROVEN" * c.failed
         if c.positions:
             numbers = [f"{c.prompts_equal} of {c.prompts}", f"{c.mean_difference:.2g}", f"{c.max_difference:.2g}"]
@@ -200,7 +200,7 @@ def merge_run(
     as_json: Json = False,
 ) -> Any:
     """Write base and adapter as one checkpoint."""
-    require_run_exists(run)
+    require_run_and_base_exist(run)
     from ..export.merge import merge
 
     with show_progress():
@@ -237,7 +237,7 @@ def push_run(
     Merged models and GGUF files are uploaded as they are. Log in with `hf auth login`, or set HF_TOKEN.
     """
     if not run.is_dir():
-        require_run_exists(run)
+        require_run_and_base_exist(run)
     from ..export.push_to_hub import push
 
     result = push(

@@ -19,7 +19,7 @@ from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, suggest
 from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
-from .input_checks import require_row_files_exist, require_run_exists
+from .input_checks import require_row_files_exist, require_run_and_base_exist
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
@@ -134,11 +134,11 @@ def predict_rows(
             "predict takes a text, or --data and --out",
             hint=f"slimtune predict {run} --data new.jsonl --out predicted.jsonl",
         )
-    require_run_exists(run)
+    require_run_and_base_exist(run)
     require_row_files_exist(data)
     from ..core.data.rows import InvalidRow
     from ..core.training.trained_model import load_run
-    from ..evaluation.predict import TextPrediction, parse_prediction_input, predict, predict_file
+    from ..evaluation.predict import TextPrediction, parse_row_to_classify_or_error, predict, predict_file
 
     if data is not None and out is not None:
         with show_progress():
@@ -149,7 +149,7 @@ def predict_rows(
                 rows = [("mean reward", f"{result.mean_reward:.4f}")]
             make_console().print(make_table(f"{result.rows} rows in {out}", "", rows=rows))
         return result
-    row = parse_prediction_input({"text": text})
+    row = parse_row_to_classify_or_error({"text": text})
     if isinstance(row, InvalidRow):
         raise DataError(f"the text {row.cause}", "a text")
     (prediction,) = predict(load_run(run, device=device), [row])
@@ -170,7 +170,7 @@ def _converse(
     as_json: bool,
 ) -> list[ChatTurn]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
-    require_run_exists(run)
+    require_run_and_base_exist(run)
     from ..core.training.trained_model import load_run, require_causal_lm_run
     from ..generation.answer_queue import SamplingParams
     from ..generation.conversation import Conversation

@@ -13,10 +13,16 @@ from .choose_command import parse_machine_kinds
 from .common import Json, make_console, make_table, print_fields, print_outdated_figures_notice
 from .options import add_recipe_flags
 from .plan_command import format_run_title
-from .planned_jobs import JOB_SETTINGS, RunsToPlan, estimate_runs, estimate_runs_by_gpu_class, load_run_to_plan
+from .planned_jobs import (
+    JOB_SETTINGS,
+    RunsToPlan,
+    estimate_runs_by_gpu_class,
+    estimate_runs_collecting_errors,
+    load_run_to_plan,
+)
 
 if TYPE_CHECKING:
-    from ..hardware.hardware_results import GpuComparisonResult, SuitedGpusResult
+    from ..hardware.hardware_results import GpuComparisonResult, GpuVerdictsResult
     from ..planning.gpu_specs import GpuSpec
 
 MOST = 5
@@ -45,7 +51,7 @@ def gpus_table(
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
     from ..hardware.hardware_results import GpusResult
-    from ..planning.gpu_specs import find_gpu_by_name, list_gpu_specs, load_measured_gpu
+    from ..planning.gpu_specs import find_gpu_by_name, list_gpu_specs, load_this_machine_measured_gpu
 
     if names:
         if kind is not None:
@@ -62,7 +68,7 @@ def gpus_table(
         return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
     kinds = parse_machine_kinds(kind, list(dict.fromkeys(g.kind for g in list_gpu_specs())))
     shown = [g for g in list_gpu_specs() if g.kind in kinds]
-    if kind is None and (here := load_measured_gpu()) is not None:
+    if kind is None and (here := load_this_machine_measured_gpu()) is not None:
         shown.insert(0, here)
     if job is not None:
         return _list_suited(
@@ -83,18 +89,20 @@ def gpus_table(
             )
             for g in shown
         )
-        make_console().print(make_table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
+        make_console().print(
+            make_table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", text_column_indices=[6], rows=rows)
+        )
         print_outdated_figures_notice(g.checked for g in shown)
     return GpusResult([g.facts() for g in shown])
 
 
-def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as_json: bool) -> SuitedGpusResult:
+def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as_json: bool) -> GpuVerdictsResult:
     """Show which GPUs a run fits on, the smallest first."""
-    from ..hardware.hardware_results import GpuWithVerdict, SuitedGpusResult
+    from ..hardware.hardware_results import GpuVerdictsResult, GpuWithVerdict
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, use_smallest_of_class=True)
+    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, use_smallest_of_group=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()
@@ -110,7 +118,9 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
             rows = ((j.gpu.name, format_bytes(j.gpu.memory), j.gpu.usable.format(), j.verdict, j.gpu.kind)
                     for j in fitting)  # fmt: skip
             screen.print()
-            screen.print(make_table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=rows))
+            screen.print(
+                make_table("GPU", "memory", "usable", "verdict", "kind", text_column_indices=[3, 4], rows=rows)
+            )
         if too_small := len(judged) - len(fitting):
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
@@ -122,7 +132,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
             base = ("base", evidence.get("model", ""))
             print_fields([base, *((j.gpu.name, j.gpu.format_source()) for j in fitting)])
             print_fields((name, text) for name, text in evidence.items() if name != "model")
-    return SuitedGpusResult(
+    return GpuVerdictsResult(
         model=jobs.model.name,
         smallest=enough.name if enough is not None else None,
         plans=list(planned.values()),
@@ -148,7 +158,7 @@ def _compare(
     if job is not None:
         jobs = load_run_to_plan(job, settings, SEVERAL)
         tokens, model = jobs.tokens or MILLION, jobs.model.name
-        estimates = [estimate_runs(jobs, g, advise=False)[0][0] if g.trains else None for g in gpus]
+        estimates = [estimate_runs_collecting_errors(jobs, g, advise=False)[0][0] if g.trains else None for g in gpus]
     offers = [
         make_machine_offer(g, estimate, tokens=tokens, dollars_per_kwh=kwh_price or None)
         for g, estimate in zip(gpus, estimates, strict=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..core.adapters.config_fields import FieldError
 
 
-def find_missing_inputs(
+def list_missing_base_and_data_errors(
     recipe_tree: Mapping[str, Any], *, need_weights: bool = True, need_rows: bool = True
 ) -> list[FieldError]:
     """Return the errors for the base and the rows of a recipe's tree that do not exist.
@@ -43,26 +43,26 @@ def require_base_exists(name: str, need_weights: bool = True) -> None:
         resolve_model_source(name)
 
 
-def require_run_exists(path: Path) -> None:
+def require_run_and_base_exist(path: Path) -> None:
     """Raise unless there is a run, or an adapter folder, with an adapter whose base has not gone."""
-    from ..core.foundation.files import read_json
+    from ..core.foundation.files import read_json_object
     from ..core.training.run_dir import RunDir, find_adapter_folder
 
     file = path / "adapter_config.json"
     if find_adapter_folder(path) != path:
         require_base_exists(RunDir(path).load_recipe().model.name)
-    elif file.is_file() and isinstance(name := read_json(file).get("base_model_name_or_path"), str) and name:
+    elif file.is_file() and isinstance(name := read_json_object(file).get("base_model_name_or_path"), str) and name:
         require_base_exists(name)
 
 
 def require_row_files_exist(
-    path: str | Path | None, format: str | None = None, *, run_of_format: Path | None = None
+    path: str | Path | None, format: str | None = None, *, format_from_run: Path | None = None
 ) -> None:
     """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
     from ..core.training.run_dir import RunDir
-    from ..extras.row_files import list_dataset_files_with_readers
+    from ..extras.row_files import list_dataset_file_names_with_readers
 
     if path is not None:
-        if run_of_format is not None and RunDir(run_of_format).recipe_file.is_file():
-            format = RunDir(run_of_format).load_recipe().data.format
-        list_dataset_files_with_readers(Path(path), format)
+        if format_from_run is not None and RunDir(format_from_run).recipe_file.is_file():
+            format = RunDir(format_from_run).load_recipe().data.format
+        list_dataset_file_names_with_readers(Path(path), format)

@@ -12,12 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ..core.foundation.json_results import (
     JSON_TYPE_NAMES,
     JsonObject,
-    find_dataclass_in_type,
-    find_key_suffixes,
+    find_json_suffixes_by_field,
     get_json_key,
     is_mapping_type,
     is_sequence_type,
     list_json_fields_with_types,
+    unwrap_optional_dataclass,
 )
 
 
@@ -30,12 +30,12 @@ def make_json_schema(cls: Any) -> JsonObject:
     docs = read_field_docstrings(cls)
     for field, kind in list_json_fields_with_types(cls):
         inner = _describe_type(kind)
-        if suffixes := find_key_suffixes(kind):
+        if suffixes := find_json_suffixes_by_field(kind):
             properties |= _describe_suffixed(get_json_key(field), kind, suffixes, docs.get(field.name, ""))
             required += [get_json_key(field) + suffix for suffix in suffixes.values()]
             continue
         if field.metadata.get("inline"):
-            if (inline_class := find_dataclass_in_type(kind)) is not None:
+            if (inline_class := unwrap_optional_dataclass(kind)) is not None:
                 inner = make_json_schema(inline_class)
             properties |= inner.get("properties", {})
             required += [] if type(None) in get_args(kind) else inner.get("required", [])
@@ -52,7 +52,7 @@ def make_json_schema(cls: Any) -> JsonObject:
 def _describe_suffixed(key: str, kind: Any, suffixes: Mapping[str, str], text: str) -> JsonObject:
     """Return the properties of a value that is written as a key for each of its parts."""
     may_be_null = type(None) in get_args(kind)
-    cls = find_dataclass_in_type(kind)
+    cls = unwrap_optional_dataclass(kind)
     docs, properties = read_field_docstrings(cls), {}
     for field, part in list_json_fields_with_types(cls):
         described = _describe_type(part | None if may_be_null else part)

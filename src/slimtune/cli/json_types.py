@@ -18,7 +18,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "gpus": (
         "hardware.hardware_results:GpusResult",
         "hardware.hardware_results:GpuComparisonResult",
-        "hardware.hardware_results:SuitedGpusResult",
+        "hardware.hardware_results:GpuVerdictsResult",
     ),
     "bench": ("hardware.hardware_results:BenchResult",),
     "models": ("planning.known_bases:KnownBasesResult",),
@@ -42,7 +42,7 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "merge": ("export.export_results:MergeResult",),
     "push": ("export.export_results:PushResult", "export.export_results:PushPreview"),
     "serve": ("cli.serve_command:ServeResult",),
-    "ui": ("cli.ui_command:UiResult",),
+    "ui": ("cli.ui_command:UiExitResult",),
     "doctor": ("diagnostics.doctor_report:DoctorReport",),
     "explain": (
         "cli.explain_command:ExplainResult",

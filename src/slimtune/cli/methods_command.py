@@ -195,11 +195,11 @@ def _describe_method(cls: Any, has_fields: bool) -> MethodDescription:
 def _describe_fields(cls: Any) -> list[MethodField]:
     """Return the fields that a recipe may set, those that other methods do not have first."""
     from ..core.adapters.config_fields import list_settings
-    from ..core.config.method_settings import fill_method_defaults
+    from ..core.config.method_settings import fill_recipe_defaults
 
     short_names = {full: short for short, full in cls.short_names.items()}
     flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
-    defaults = fill_method_defaults({}, cls)
+    defaults = fill_recipe_defaults({}, cls)
     own = inspect.get_annotations(cls)
     return [
         MethodField(
@@ -226,7 +226,7 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
 
     from ..core.adapters.adapter_tensors import get_adapter_tensors
     from ..core.adapters.peft_model import get_peft_model
-    from ..core.config.method_settings import fill_method_defaults
+    from ..core.config.method_settings import fill_recipe_defaults
     from ..core.models.base_config import load_base_config
     from ..core.models.load_errors import silence_and_translate_load_errors
     from ..errors import SlimtuneError
@@ -239,7 +239,7 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
             base: Any = AutoModelForCausalLM.from_config(info.config, **how)
         for cls in classes:
-            settings = {"task_type": "CAUSAL_LM", **fill_method_defaults({}, cls)}
+            settings = {"task_type": "CAUSAL_LM", **fill_recipe_defaults({}, cls)}
             try:
                 with warnings.catch_warnings(action="ignore"):  # training shows them
                     adapted = get_peft_model(base, cls(**settings))
@@ -270,9 +270,9 @@ def _methods_table(described: Sequence[MethodDescription], *, sized: bool, narro
             cells.append((f"{m.summary}\n  {changes}; {names}",) if narrow else (changes, names, m.summary))
     rows = ((m.name, *row) for m, row in zip(described, cells, strict=True))
     if narrow and not sized:
-        return make_table("method", "what it is; what it changes; exports", left=[1], rows=rows)
+        return make_table("method", "what it is; what it changes; exports", text_column_indices=[1], rows=rows)
     headings = ("trains", "%", "adapter") if sized else ("changes", "exports")
-    made = make_table("method", *headings, "what it is", left=[4] if sized else [1, 2, 3], rows=rows)
+    made = make_table("method", *headings, "what it is", text_column_indices=[4] if sized else [1, 2, 3], rows=rows)
     made.padding = (0, 2, 0, 0)
     made.columns[0].min_width = max(len(m.name) for m in described)
     return made

@@ -29,7 +29,9 @@ def models_table(
             )
             for b in bases
         )  # fmt: skip
-        found = make_table("base", "size", "context", "released", "licence", "gated", left=[4, 5], rows=rows)
+        found = make_table(
+            "base", "size", "context", "released", "licence", "gated", text_column_indices=[4, 5], rows=rows
+        )
         found.padding = (0, 1, 0, 0)  # room for 18 characters of a licence in 80 columns
         make_console().print(found)
         make_console().print("\ngated: the Hub wants an account that has accepted the licence")

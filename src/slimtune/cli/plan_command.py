@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..evaluation.output_files import resolve_output_file
 from .common import Json, make_console, make_table, print_fields
 from .options import add_recipe_flags
-from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs, load_runs_to_plan
+from .planned_jobs import JOB, JOB_SETTINGS, RunsToPlan, estimate_runs_collecting_errors, load_runs_to_plan
 
 if TYPE_CHECKING:
     from ..hardware.hardware_results import PlannedRun, PlannedRunCost
@@ -98,16 +98,16 @@ def plan_run(
         UnplannedMethod,
     )
     from ..planning.serving_memory import estimate_serving_memory
-    from ..planning.this_machine import detect_gpu_or_cpu_memory
+    from ..planning.this_machine import detect_gpu_or_cpu_spec
     from .plan_chart import make_memory_bars, write_plan_chart
 
-    spec = spec or detect_gpu_or_cpu_memory(str(settings.get("model.device", "auto")))
+    spec = spec or detect_gpu_or_cpu_spec(str(settings.get("model.device", "auto")))
     require_trainable_gpu(spec)
     if write is not None:
         _require_writable(write, jobs)
     served = estimate_serving_memory(jobs.model.config, gpu=spec, **serving) if serve else None
 
-    estimates, errors = estimate_runs(jobs, spec, processes=processes)
+    estimates, errors = estimate_runs_collecting_errors(jobs, spec, processes=processes)
     runs = [PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price)) for e in estimates]
     unfit = [UnplannedMethod(method, " ".join(error.message.split())) for method, error in errors.items()]
     if write is not None:
@@ -194,7 +194,7 @@ def _evidence_table(heading: str, evidence: Mapping[str, str], figures: Iterable
         return next((kind for kind in reversed(("given", *EVIDENCE)) if kind in evidence.get(field, "")), "")
 
     cells = [(label, value, find_kind(field)) for label, value, field in figures]
-    return make_table(heading, "", "evidence", left=[2], rows=cells)
+    return make_table(heading, "", "evidence", text_column_indices=[2], rows=cells)
 
 
 def _render_answer(run: PlannedRun) -> Iterator[Any]:
@@ -205,11 +205,13 @@ def _render_answer(run: PlannedRun) -> Iterator[Any]:
 
 def _list_sources(estimate: ResourceEstimate, gpu: GpuSpec) -> Iterator[tuple[str, str]]:
     """Yield what each figure is from: the base, the GPU, the prices, and the kinds of evidence."""
-    from ..hardware.machine_choice import list_known_gpu_prices
+    from ..hardware.machine_choice import list_gpu_purchase_and_rent_prices
 
     yield "base", estimate.evidence.get("model", "")
     yield gpu.name, gpu.format_source()
-    yield from ((amount, source) for kind, amount, source in list_known_gpu_prices(gpu.name) if kind == "rent")
+    yield from (
+        (amount, source) for kind, amount, source in list_gpu_purchase_and_rent_prices(gpu.name) if kind == "rent"
+    )
     yield from ((name, text) for name, text in estimate.evidence.items() if name != "model")
 
 
@@ -229,7 +231,7 @@ def _render_details(run: PlannedRun, gpu: GpuSpec) -> Iterator[Any]:
     if estimate.advice:
         advice = [(a.change, format_bytes(a.saves), a.verdict) for a in estimate.advice]
         yield ""
-        yield make_table("to save memory", "saves", "then it", left=[2], rows=advice)
+        yield make_table("to save memory", "saves", "then it", text_column_indices=[2], rows=advice)
 
 
 def _estimates_table(estimates: Sequence[ResourceEstimate]) -> Table:
@@ -247,7 +249,7 @@ def _estimates_table(estimates: Sequence[ResourceEstimate]) -> Table:
         for e in estimates
     ]
     headings = ("method", "trains", "adapter", "allocated\nGiB", "reserved\nGiB", "verdict", "max\nrow", "tokens/s")
-    made = make_table(*headings, left=[5], rows=rows)
+    made = make_table(*headings, text_column_indices=[5], rows=rows)
     made.padding = (0, 1, 0, 0)
     made.columns[5].min_width = 8  # in 80 columns the verdict may take two lines
     return made

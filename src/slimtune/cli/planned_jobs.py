@@ -16,7 +16,7 @@ from typer import Argument
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
-from .input_checks import find_missing_inputs
+from .input_checks import list_missing_base_and_data_errors
 
 if TYPE_CHECKING:
     from ..core.config import Recipe
@@ -56,25 +56,28 @@ class RunsToPlan:
     model: BaseConfig
     has_rows: bool  # whether training rows were given
     lengths: list[ExampleLength]  # of every training example; empty if no rows were read
-    content: DatasetRowComposition  # of the training examples, if rows were read
+    row_composition: DatasetRowComposition  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
 
-def find_recipe_file(job: str | None) -> Path | None:
+def find_recipe_file(model_or_recipe: str | None) -> Path | None:
     """Return the recipe that an argument names: its file, or the run folder that it is in; None if it names a base."""
-    if job is None or job.endswith((".yaml", ".yml")):
-        return Path(job) if job is not None else None
-    file = Path(job, "recipe.yaml")
+    if model_or_recipe is None or model_or_recipe.endswith((".yaml", ".yml")):
+        return Path(model_or_recipe) if model_or_recipe is not None else None
+    file = Path(model_or_recipe, "recipe.yaml")
     return file if os.path.isfile(file) else None
 
 
 def load_run_to_plan(
-    job: str, flags: Mapping[str, Any], error_message: str = "several methods are given", hint: str = "--method lora"
+    job: str,
+    flags: Mapping[str, Any],
+    several_methods_error: str = "several methods are given",
+    hint: str = "--method lora",
 ) -> RunsToPlan:
     """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
     jobs = load_runs_to_plan(job, flags)
     if len(jobs.recipes) > 1 or jobs.errors:
-        raise UsageError(error_message, "one run", hint)
+        raise UsageError(several_methods_error, "one run", hint)
     return jobs
 
 
@@ -110,21 +113,21 @@ def _load_recipes(
 ) -> tuple[dict[str, Recipe], dict[str, SlimtuneError]]:
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
-    from ..core.config.method_settings import map_method_fields_by_name
+    from ..core.config.method_settings import map_method_setting_specs_by_name
     from ..core.config.recipe_loading import read_recipe_tree, replace_recipe_values
 
     path = find_recipe_file(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
     extra_checks = partial(
-        find_missing_inputs, need_weights=False, need_rows=path is not None or "data.train" in settings
+        list_missing_base_and_data_errors, need_weights=False, need_rows=path is not None or "data.train" in settings
     )
     tree = read_recipe_tree(path)
     section = tree.get("method")
     own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
     methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
     settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
-    accepted = {method: set(map_method_fields_by_name(method)) for method in methods}
+    accepted = {method: set(map_method_setting_specs_by_name(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
@@ -156,7 +159,7 @@ def _list_methods(text: Any) -> list[str]:
     return list(dict.fromkeys(map(resolve_method_name, expanded)))
 
 
-def estimate_runs(
+def estimate_runs_collecting_errors(
     jobs: RunsToPlan, gpu: GpuSpec, *, advise: bool = True, processes: int = 1
 ) -> tuple[list[ResourceEstimate], dict[str, SlimtuneError]]:
     """Return the estimate of every run on a GPU, for one of `processes` that train together, and why others have none.
@@ -169,7 +172,7 @@ def estimate_runs(
     estimates: list[ResourceEstimate] = []
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
-        request = build_plan_request(recipe, gpu, jobs.lengths, processes, jobs.content)
+        request = build_plan_request(recipe, gpu, jobs.lengths, processes, jobs.row_composition)
         print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
         try:
             estimates.append(estimate_resources(request, advise=advise and len(jobs.recipes) == 1))
@@ -230,7 +233,7 @@ class GpuEstimate:
 
 
 def estimate_runs_by_gpu_class(
-    jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, use_smallest_of_class: bool
+    jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, use_smallest_of_group: bool
 ) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate]]:
     """Return the run on each GPU, and the estimate of each class.
 
@@ -247,9 +250,9 @@ def estimate_runs_by_gpu_class(
 
     ordered = sorted(gpus, key=lambda g: g.memory)
     planned = {
-        class_of(gpu): gpu for gpu in (reversed(ordered) if use_smallest_of_class else ordered)
+        class_of(gpu): gpu for gpu in (reversed(ordered) if use_smallest_of_group else ordered)
     }  # the last of each class
-    made = {key: estimate_runs(jobs, gpu, advise=False)[0][0] for key, gpu in planned.items()}
+    made = {key: estimate_runs_collecting_errors(jobs, gpu, advise=False)[0][0] for key, gpu in planned.items()}
     found = []
     for gpu in gpus:
         estimate = made[class_of(gpu)]

@@ -21,7 +21,7 @@ from .common import (
     show_progress,
 )
 from .export_command import print_engine_agreement
-from .input_checks import require_run_exists
+from .input_checks import require_run_and_base_exist
 
 ENGINES = ("torch", "llama.cpp", "vllm")
 
@@ -77,7 +77,7 @@ def serve_runs(
     from ..serving.served_models import parse_run_names
 
     for path in parse_run_names(runs).values():
-        require_run_exists(path)
+        require_run_and_base_exist(path)
     from ..serving.model_server import ModelServer, ServeSettings
 
     served: Any = engine

@@ -10,8 +10,8 @@ class WriteErrorIgnoringStream:
     `errors` are the error numbers that are tolerated; None: all.
     """
 
-    def __init__(self, stream: TextIO, errors: Container[int | None] | None = None) -> None:
-        self._stream, self._errors = stream, errors
+    def __init__(self, stream: TextIO, ignored_errnos: Container[int | None] | None = None) -> None:
+        self._stream, self._errors = stream, ignored_errnos
 
     def write(self, text: str) -> int:
         """Write text if anybody still reads it."""

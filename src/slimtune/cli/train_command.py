@@ -12,13 +12,13 @@ from typer import Exit, Option
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
 from .common import WARNING, Json, make_console, make_error_console, print_fields, print_progress
-from .input_checks import find_missing_inputs
+from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
 from .planned_jobs import JOB, find_recipe_file
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.prepare_run import Planner
-    from ..core.training.prepared_run import MemoryPlan
+    from ..core.training.prepared_run import MemoryEstimate
     from ..core.training.train_result import ForgettingResult, TrainResult
 
 
@@ -64,7 +64,7 @@ def train_run(
         recipe = Path(str(settings["output_dir"])) / "recipe.yaml"
     if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
         settings.setdefault("output_dir", str(recipe.parent))  # the run is where its own recipe is
-    loaded = load_recipe(recipe, settings, find_missing_inputs)
+    loaded = load_recipe(recipe, settings, list_missing_base_and_data_errors)
     if init_adapter is not None:
         find_adapter_folder(init_adapter)
     if gpu is not None:
@@ -74,12 +74,18 @@ def train_run(
 
     from ..core.foundation import distributed
     from ..core.training.train import train
-    from ..planning.this_machine import require_gpu_model
+    from ..planning.this_machine import require_machine_has_gpu
 
     if gpu is not None:
-        require_gpu_model(gpu, loaded.model.device)
+        require_machine_has_gpu(gpu, loaded.model.device)
 
-    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_memory_check(force), force=force)
+    result = train(
+        loaded,
+        resume=resume,
+        init_adapter=init_adapter,
+        planner=make_run_planner(force),
+        allow_faulty_rows=force,
+    )
     if not distributed.is_main_process():
         raise Exit
     if not as_json:
@@ -87,26 +93,26 @@ def train_run(
     return result
 
 
-def make_memory_check(force: bool) -> "Planner":
+def make_run_planner(allow_misfit: bool) -> "Planner":
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
-    def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryPlan | None":
+    def plan_run(recipe: Any, lengths: Any, content: Any) -> "MemoryEstimate | None":
         from ..core.foundation import distributed
         from ..planning.plan_request import build_plan_request
         from ..planning.planner import estimate_resources
-        from ..planning.this_machine import detect_gpu_or_cpu_memory
+        from ..planning.this_machine import detect_gpu_or_cpu_spec
 
         try:
             request = build_plan_request(
-                recipe, detect_gpu_or_cpu_memory(recipe.model.device), lengths, distributed.world_size(), content
+                recipe, detect_gpu_or_cpu_spec(recipe.model.device), lengths, distributed.world_size(), content
             )
-            plan = estimate_resources(request, advise=not force)
+            plan = estimate_resources(request, advise=not allow_misfit)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
             make_error_console().print(text, style=WARNING)
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
-        if plan.verdict == "does not fit" and not force:
+        if plan.verdict == "does not fit" and not allow_misfit:
             advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
             raise RunError(
                 f"this run does not fit: {plan.reason}",

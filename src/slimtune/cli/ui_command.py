@@ -12,7 +12,7 @@ from .common import WARNING, Json, make_error_console, require_installed_package
 
 
 @dataclass(frozen=True)
-class UiResult:
+class UiExitResult:
     """What `ui --json` prints when the page has ended."""
 
     url: str
@@ -29,7 +29,7 @@ def ui_server(
     host: Annotated[str, Option(help="Address to bind to; any other lets other machines in.")] = "127.0.0.1",
     max_upload: Annotated[int, Option(min=1, help="Largest file that is uploaded, in MiB.")] = 256,
     as_json: Json = False,
-) -> UiResult:
+) -> UiExitResult:
     """Show a web page for the whole path: rows, plan, training, evaluation, chat, export.
 
     It prints an address with a token, which a browser needs. The page runs the commands of slimtune in FOLDER. A
@@ -56,4 +56,4 @@ def ui_server(
     )
     for job in trainings:
         make_error_console().print(f"still running: {job.command} (process {job.process.pid})", soft_wrap=True)
-    return UiResult(url, [job.command for job in trainings])
+    return UiExitResult(url, [job.command for job in trainings])

@@ -1,8 +1,8 @@
 """PEFT's `base_model`: a tuner around the whole model, which is its `model`. In transformers it is the backbone.
 
-A backbone that is a child of the model is both: its class gets the names of `PeftTunerNamesMixin`. A model that is its
-own backbone is both, too, because its `model` is itself. Where it has a child of this name, its `base_model` is a
-`PeftTunerOfModel`.
+A backbone that is a child of the model is both: its class gets the names of `PeftTunerNamesOnBackboneMixin`. A
+model that is its own backbone is both, too, because its `model` is itself. Where it has a child of this name, its
+`base_model` is a `PeftTunerOfModel`.
 """
 
 from functools import cache
@@ -38,7 +38,7 @@ class PeftTunerOfModel(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class PeftTunerNamesMixin(PickledByClassFactory, PeftNameLookupMixin):
+class PeftTunerNamesOnBackboneMixin(PickledByClassFactory, PeftNameLookupMixin):
     """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
 
     In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
@@ -86,4 +86,4 @@ def restore_backbone_class(model: Any) -> None:
 @cache
 def _make_backbone_class(base: Any) -> Any:
     body = {"__module__": base.__module__, "__doc__": base.__doc__, "_factory_call": (_make_backbone_class, base)}
-    return type(base.__name__, (PeftTunerNamesMixin, base), body)
+    return type(base.__name__, (PeftTunerNamesOnBackboneMixin, base), body)

@@ -3,7 +3,7 @@
 transformers' Trainer saves, resumes and reloads adapters only for a `peft.PeftModel`; accelerate and TRL test for the
 same class. Three mechanisms make our models pass. None changes what those libraries do with other objects.
 
-1. `peft` is installed: `register_as_peft_subclass(cls, "PeftModel")` returns a subclass of `cls` that has PEFT's class
+1. `peft` is installed: `make_subclass_with_peft_parent(cls, "PeftModel")` returns a subclass that has PEFT's class
    at the end of its method resolution order. `isinstance` and `issubclass` find it there; being last, it overrides
    nothing.
 2. `peft` is installed: `peft.get_peft_model(model, config)` with a slimtune config (TRL calls it) returns a slimtune
@@ -11,7 +11,7 @@ same class. Three mechanisms make our models pass. None changes what those libra
    the first slimtune config is created.
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
 
-The commands of `slimtune` call none of these libraries and use `disable_peft_registration`: importing peft, or
+The commands of `slimtune` call none of these libraries and use `prevent_peft_registration`: importing peft, or
 the Trainer, takes seconds.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 _skipped = False
 
 
-def disable_peft_registration() -> None:
+def prevent_peft_registration() -> None:
     """Make no class known to other libraries in this process."""
     global _skipped
     _skipped = True
@@ -38,13 +38,13 @@ def is_peft_installed() -> bool:
 
 
 @cache
-def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
+def make_subclass_with_peft_parent(cls: Any, peft_class_name: str) -> Any:
     """Return a subclass of `cls` that is also an instance of `peft.<peft_class>`; `cls` itself without peft."""
     if _skipped or not is_peft_installed() or getattr(cls, "_joined", False):
         return cls
     peft = import_module("peft")
     _patch_peft_new(peft.PeftModel)
-    foreign = getattr(peft, peft_class)
+    foreign = getattr(peft, peft_class_name)
 
     class Joined(type(cls)):  # type: ignore[misc]
         def mro(self) -> list[type]:
@@ -53,13 +53,13 @@ def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
             return own if foreign in own else [*own[:-1], foreign, object]
 
     # A plain call of the metaclass: a config's metaclass checks keyword arguments in its own __call__.
-    body = {"_joined": True, "_factory_call": (register_as_peft_subclass, cls, peft_class)}
+    body = {"_joined": True, "_factory_call": (make_subclass_with_peft_parent, cls, peft_class_name)}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return Joined(cls.__name__, (cls,), body)
 
 
 @cache
-def register_with_transformers(model_class: type) -> None:
+def register_peft_model_with_trainer(model_class: type) -> None:
     """Make transformers' Trainer recognise our `PeftModel` if peft is not installed."""
     if _skipped or is_peft_installed():
         return

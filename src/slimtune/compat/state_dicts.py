@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core.adapters.adapted_layer import ADDED_CHILDREN
-from ..core.adapters.adapter_files import read_adapter_and_fingerprint, rename_keys, require_valid_hub_arguments
+from ..core.adapters.adapter_files import (
+    read_adapter_tensors_and_base_fingerprint,
+    rename_keys,
+    require_valid_hub_arguments,
+)
 from ..core.adapters.adapter_tensors import LoadResult, load_adapter_tensors
 
 
@@ -43,7 +47,7 @@ def load_peft_weights(
         hub: subfolder, revision, token, …
     """
     require_valid_hub_arguments(hub)
-    tensors, _ = read_adapter_and_fingerprint(model_id, **hub)
+    tensors, _ = read_adapter_tensors_and_base_fingerprint(model_id, **hub)
     return {k: t.to(device or "cpu") for k, t in rename_keys(tensors, key_mapping).items()}
 
 

@@ -7,19 +7,19 @@ from torch import nn
 
 from ..core.adapters.targets import (
     ALL_LINEAR,
-    find_embedding_and_tied_modules,
+    find_tied_embedding_names,
     get_base_modules,
     is_target_module,
     list_all_linear_targets,
     matches_regex_or_names,
-    shorten_module_names,
+    strip_layer_prefixes_if_unambiguous,
 )
 from ..errors import UsageError, format_names
 
 
 def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     """Return the names of the modules tied to the input embedding, sorted (PEFT's name)."""
-    return sorted(find_embedding_and_tied_modules(model)[1:])
+    return sorted(find_tied_embedding_names(model)[1:])
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
@@ -35,7 +35,9 @@ def check_target_module_exists(config: Any, key: str) -> bool:
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """Replace "all-linear" in a config by the ends of the names that it stands for; return the config (PEFT's name)."""
     if str(peft_config.target_modules).lower() == ALL_LINEAR:
-        peft_config.target_modules = set(shorten_module_names(list_all_linear_targets(model, peft_config), model))
+        peft_config.target_modules = set(
+            strip_layer_prefixes_if_unambiguous(list_all_linear_targets(model, peft_config), model)
+        )
     return peft_config
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.adapters.active_adapters import LayerAdapterSelection
+from ..core.adapters.active_adapters import LayerAdapterOverride
 from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayerMixin
 from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.kernels.linear_layers import (
@@ -415,7 +415,7 @@ class _PeftLayer:
         own = {"active": now.active, "enabled": now.enabled, **changes}
         for layer in self._layers:
             state.layers_with_own.append(layer)
-            vars(layer)["selection"] = LayerAdapterSelection(state, **own)
+            vars(layer)["selection"] = LayerAdapterOverride(state, **own)
 
 
 _LAYER_NAMES = {name for name in vars(_PeftLayer) if not name.startswith("_")}

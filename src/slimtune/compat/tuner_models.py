@@ -17,7 +17,7 @@ from ..core.adapters.peft_model import PeftModel, get_peft_model
 from ..core.adapters.targets import match_targets
 from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError
-from .base_model_wrapper import PeftTunerNamesMixin, PeftTunerOfModel
+from .base_model_wrapper import PeftTunerNamesOnBackboneMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
 from .tuner_layers import BaseTunerLayer
 from .utility_functions import DUMMY_MODEL_CONFIG
@@ -28,7 +28,7 @@ class _TunerMeta(type):
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if (
-            not isinstance(instance, PeftTunerOfModel | PeftTunerNamesMixin | PeftModel)
+            not isinstance(instance, PeftTunerOfModel | PeftTunerNamesOnBackboneMixin | PeftModel)
             or instance.base_model is not instance
         ):
             return False

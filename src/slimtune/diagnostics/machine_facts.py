@@ -20,7 +20,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..core.foundation.installed_versions import find_package_version
-from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_program
+from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_and_get_output
 
 try:
     import resource
@@ -223,58 +223,58 @@ class MachineFacts:
 
 
 def gather_machine_facts(
-    root: Path = Path("/"),
-    run: Callable[..., str] = run_program,
+    system_root: Path = Path("/"),
+    program_runner: Callable[..., str] = run_and_get_output,
     environment: Mapping[str, str] | None = None,
     **known: object,
 ) -> MachineFacts:
     """Return the facts of this machine.
 
     Args:
-        root: the folder under which /sys, /proc, /dev and /etc are read.
-        run: runs a program and returns what it prints; "" if there is none.
+        system_root: the folder under which /sys, /proc, /dev and /etc are read.
+        program_runner: runs a program and returns what it prints; "" if there is none.
         environment: the environment variables; None: those of this process.
         known: facts that are not to be asked, such as `torch`.
     """
     environment = os.environ if environment is None else environment
     system = str(known.get("system", platform.system()))
-    smi, smi_gpus = _ask_nvidia_smi(run)
-    rocm = run("rocminfo")
-    ollama, models = _ask_ollama(run)
+    smi, smi_gpus = _ask_nvidia_smi(program_runner)
+    rocm = program_runner("rocminfo")
+    ollama, models = _ask_ollama(program_runner)
     facts: dict[str, object] = {
         "system": system,
         "processor": platform.machine(),
         "release": platform.mac_ver()[0] if system == "Darwin" else platform.release(),
-        "is_wsl": "microsoft" in _read(root / "proc/version").lower(),
-        "is_container": any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+        "is_wsl": "microsoft" in _read(system_root / "proc/version").lower(),
+        "is_container": any((system_root / name).exists() for name in (".dockerenv", "run/.containerenv"))
         or "KUBERNETES_SERVICE_HOST" in environment,
-        "is_translated": system == "Darwin" and run("sysctl", "-n", "sysctl.proc_translated") == "1",
-        "pci_gpus": _list_pci_gpus(root, run),
-        "nvidia_devices": _list_names(root / "dev", "nvidia*"),
-        "has_kfd": (root / "dev/kfd").exists(),
-        "render_nodes": _list_names(root / "dev/dri", "renderD*"),
-        "unreadable_devices": _list_unreadable(root),
+        "is_translated": system == "Darwin" and program_runner("sysctl", "-n", "sysctl.proc_translated") == "1",
+        "pci_gpus": _list_pci_gpus(system_root, program_runner),
+        "nvidia_devices": _list_names(system_root / "dev", "nvidia*"),
+        "has_kfd": (system_root / "dev/kfd").exists(),
+        "render_nodes": _list_names(system_root / "dev/dri", "renderD*"),
+        "unreadable_devices": _list_unreadable(system_root),
         "nvidia_smi": smi,
         "smi_gpus": smi_gpus,
         "rocminfo": rocm if any(w in rocm.lower() for w in ("error", "not loaded", "unable", NO_ANSWER)) else "",
         "gfx": tuple(dict.fromkeys(re.findall(r"^\s*Name:\s+(gfx[0-9a-f]+)\s*$", rocm, re.MULTILINE))),
-        "groups": tuple(run("id", "-Gn").split()),
+        "groups": tuple(program_runner("id", "-Gn").split()),
         "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := find_package_version(name))},
         "conflicts": _find_conflicts(),
         "environment": {name: environment[name] for name in VARIABLES if name in environment},
         "cores": os.cpu_count() or 1,
-        "load": float(load[1]) if (load := re.match(r"(\d+\.\d+) ", _read(root / "proc/loadavg"))) else None,
-        "overcommit": _read(root / "proc/sys/vm/overcommit_memory"),
+        "load": float(load[1]) if (load := re.match(r"(\d+\.\d+) ", _read(system_root / "proc/loadavg"))) else None,
+        "overcommit": _read(system_root / "proc/sys/vm/overcommit_memory"),
         "limits": _read_limits(),
-        "shared_memory_bytes": _get_disk_size(root / "dev/shm"),
+        "shared_memory_bytes": _get_disk_size(system_root / "dev/shm"),
         "disks": _look_at_disks(environment),
-        "noexec_tmp": bool(re.search(r"^\S+ /tmp \S+ \S*\bnoexec\b", _read(root / "proc/mounts"), re.MULTILINE)),
+        "noexec_tmp": bool(re.search(r"^\S+ /tmp \S+ \S*\bnoexec\b", _read(system_root / "proc/mounts"), re.MULTILINE)),
         "has_compiler": "CC" in environment or any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")),
         "ollama": ollama,
         "ollama_models": models,
         "token": _describe_token(environment),
-        **_read_memory(root),
-        **_read_cgroup(root),
+        **_read_memory(system_root),
+        **_read_cgroup(system_root),
     }
     if "torch" not in known:
         facts["torch"] = _ask_torch()
@@ -382,14 +382,14 @@ def _ask_torch() -> TorchFacts:
     )
 
 
-def list_torch_gpus(driver: str | None) -> list[TorchGpu]:
-    """Return the GPUs that torch can use, with their memory; `driver` is NVIDIA's. It starts CUDA."""
+def list_torch_gpus(nvidia_driver_version: str | None) -> list[TorchGpu]:
+    """Return the GPUs that torch can use, with their memory; `nvidia_driver_version` is NVIDIA's. It starts CUDA."""
     import torch
 
     found = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        found.append(TorchGpu(torch.cuda.get_device_name(i), f"cuda:{i}", total, free, driver))
+        found.append(TorchGpu(torch.cuda.get_device_name(i), f"cuda:{i}", total, free, nvidia_driver_version))
     if torch.backends.mps.is_available():
         memory = psutil.virtual_memory()
         found.append(TorchGpu(APPLE_GPU, "mps", memory.total, memory.available, None))

@@ -52,11 +52,15 @@ class ChartEstimate:
 
 
 def render_line_chart(
-    title: str, unit: str, series: Sequence[ChartLine], tall: bool = False, reference_line: tuple[Any, str] = (None, "")
+    title: str,
+    unit: str,
+    series: Sequence[ChartLine],
+    tall: bool = False,
+    labeled_reference_line: tuple[Any, str] = (None, ""),
 ) -> Markup:
     """Return a chart of values over training steps; empty where there is no point.
 
-    `reference_line` is a value with a line across the chart, and what it is.
+    `labeled_reference_line` is a value with a line across the chart, and what it is.
     """
     grouped = []
     for s in series:
@@ -68,7 +72,7 @@ def render_line_chart(
     if not points:
         return Markup()
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    heights = [y for _, y in points] + [y for y in reference_line[:1] if is_finite_number(y)]
+    heights = [y for _, y in points] + [y for y in labeled_reference_line[:1] if is_finite_number(y)]
     axis = choose_axis_ticks(min(heights), max(heights), 4)
     y0, y1 = axis[0], axis[-1]
 
@@ -91,8 +95,8 @@ def render_line_chart(
         lines=lines,
         xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
         ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
-        mark=((y1 - reference_line[0]) / (y1 - y0) * 100, reference_line[1])
-        if is_finite_number(reference_line[0])
+        mark=((y1 - labeled_reference_line[0]) / (y1 - y0) * 100, labeled_reference_line[1])
+        if is_finite_number(labeled_reference_line[0])
         else (),
     )
 
@@ -134,7 +138,7 @@ def render_stacked_bar(
     parts: Mapping[str, Any],
     *,
     note: str = "",
-    predicted: tuple[Any, Any] = (None, None),
+    predicted_range: tuple[Any, Any] = (None, None),
     measured: Any = None,
     capacity: Any = None,
 ) -> Markup:
@@ -143,12 +147,12 @@ def render_stacked_bar(
     Args:
         title: of the chart; `note` stands beside it.
         parts: sizes by name; the name is also the CSS class of the colour.
-        predicted: lowest and highest size that was predicted, drawn below the bar.
+        predicted_range: lowest and highest size that was predicted, drawn below the bar.
         measured: a vertical line.
         capacity: what the bar may take at most, drawn behind it.
     """
     shown = {name: size for name, size in parts.items() if is_finite_number(size) and size > 0}
-    full = max([sum(shown.values()), *(x for x in (*predicted, measured, capacity) if is_finite_number(x))])
+    full = max([sum(shown.values()), *(x for x in (*predicted_range, measured, capacity) if is_finite_number(x))])
     if not shown:
         return Markup()
 
@@ -159,7 +163,7 @@ def render_stacked_bar(
     for name, size in shown.items():
         pieces.append((name, place(start), place(size), format_bytes(size)))
         start += size
-    known = [x for x in predicted if is_finite_number(x)]
+    known = [x for x in predicted_range if is_finite_number(x)]
     return _render(
         "stacked_bar",
         title=title,

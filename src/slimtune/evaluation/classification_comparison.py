@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.training.loss import compute_row_logits, score_examples, score_examples_by_objective
+from ..core.training.loss import compute_row_logits, score_examples_by_number, score_examples_by_objective
 from ..objectives.classification import compute_weighted_label_losses
 from .eval_result import (
     BaselineComparisonMeasures,
@@ -25,7 +25,7 @@ from .model_comparison import ModelComparison, RowFigures
 from .statistics import PairedEstimate, compute_f1, estimate_macro_f1_with_interval
 
 
-class PredictionLabelComparison(ModelComparison[ClassificationMeasures]):
+class ClassifierEvaluator(ModelComparison[ClassificationMeasures]):
     """Compares the predicted classes of rows with `label` (see `Classification`)."""
 
     result_type = ClassificationEvalResult
@@ -33,7 +33,7 @@ class PredictionLabelComparison(ModelComparison[ClassificationMeasures]):
     def measure(self) -> tuple[ClassificationMeasures, RowFigures]:
         assert self.classes is not None
         names, multi_label = self.classes.names, self.classes.multi_label
-        scores = score_examples(self.model, self.examples, self.collator, partial(_score_classes, self.model))
+        scores = score_examples_by_number(self.model, self.examples, self.collator, partial(_score_classes, self.model))
         values = np.array([scores[i] for i in range(len(self.examples))])
         logits, losses = values[:, :-1], values[:, -1]
         labels = np.array([e["label"] for e in self.examples])
@@ -110,7 +110,7 @@ def _list_reasons_not_above_baseline(measures: BaselineComparisonMeasures, basel
     return [f"it is not shown to be better than {baseline}: its accuracy is higher by {low:.3f} to {high:.3f}"]
 
 
-class RewardComparison(ModelComparison[RewardModelMeasures]):
+class RewardModelEvaluator(ModelComparison[RewardModelMeasures]):
     """Compares the rewards of the two answers of each pair."""
 
     result_type = RewardEvalResult

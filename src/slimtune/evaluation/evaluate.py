@@ -19,14 +19,14 @@ import numpy as np
 
 from ..core.config import DataSettings, Recipe, TaskSettings, TrainSettings
 from ..core.data.collator import Example
-from ..core.data.rows import Row, split_into_one_row_per_answer
+from ..core.data.rows import Row, split_preference_into_rows
 from ..core.data.tokenize import TokenizationStats
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
 from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.models.base_config import get_max_positions
-from ..core.training.datasets import load_eval_dataset, open_rows_for_objective, tokenize_recipe_datasets
+from ..core.training.datasets import load_eval_dataset_and_stats, open_rows_for_objective, tokenize_recipe_datasets
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective
@@ -41,10 +41,10 @@ from ..objectives.kto import KTO
 from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
-from .classification_comparison import PredictionLabelComparison, RewardComparison
+from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
 from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
-from .general_text import read_general_text_pieces, tokenize_general_text
+from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
     EvalPrompt,
     average_answer_checks,
@@ -52,7 +52,7 @@ from .generated_answers import (
     generate_base_and_tuned_answers,
     select_eval_prompts,
 )
-from .judge import build_answer_judge, compute_win_rate_and_biases, judge_answer_pairs
+from .judge import add_judge_verdicts, build_answer_judge, compute_win_rate_and_biases
 from .lm_eval import load_lm_eval_task_manager, score_base_and_tuned_by_lm_eval
 from .model_comparison import ModelComparison
 from .output_files import resolve_output_file
@@ -64,8 +64,8 @@ COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
     SFT: SupervisedLossEvaluator,
     PairObjective: PreferenceComparison,
     KTO: KTOEvaluator,
-    Classification: PredictionLabelComparison,
-    Reward: RewardComparison,
+    Classification: ClassifierEvaluator,
+    Reward: RewardModelEvaluator,
 }
 """The comparison of each objective and of its subclasses."""
 FEW_EVAL_ROWS = 20
@@ -165,14 +165,14 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     asked = _prepare_prompts(trained, sections, file, examples, settings) if settings.generate else None
     general: list[Example] = []
     if settings.general_text is not None and writes_text:
-        general = tokenize_general_text(pieces, settings.general_text, tokenizer, get_max_positions(model.config))
+        general = build_general_text_examples(pieces, settings.general_text, tokenizer, get_max_positions(model.config))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     comparison = _build_comparison(trained, sections, examples, longest, file or "the training file", settings)
     measures, scores = comparison.measure()
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
     parts: dict[str, Any] = {}
     if general:
-        score_general = functools.partial(comparison.score_both, place=settings.general_text)
+        score_general = functools.partial(comparison.score_both, rows_source=settings.general_text)
         budget = settings.forgetting_budget
         with use_progress_prefix("general text"):
             parts["forgetting"] = measure_forgetting(
@@ -198,7 +198,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
-        result = replace(result, verdict=does_eval_pass(result, reasons), seconds=seconds)
+        result = replace(result, verdict=make_eval_verdict(result, reasons), seconds=seconds)
         if run_dir is not None:
             write_json(run_dir.evaluation_file(name), result)
             write_json(run_dir.scores_file(name), scores, indent=None)
@@ -211,7 +211,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
             answers = generate_base_and_tuned_answers(TextGenerator(model), *asked, checks, settings.max_new_tokens)
             result = save(replace(result, generations=answers, generation_summary=average_answer_checks(answers)))
             if judge is not None:
-                answers = judge_answer_pairs(answers, judge)
+                answers = add_judge_verdicts(answers, judge)
                 won = compute_win_rate_and_biases(str(settings.judge), answers, **draws)
                 result = save(replace(result, generations=answers, win_rate=won))
         if settings.tasks:
@@ -226,7 +226,7 @@ def _prepare_prompts(
     models = make_base_and_tuned_models(trained)
     file, objective = file or sections.data.train, sections.task.build_objective()
     rows = open_rows_for_objective(file, sections.data, objective).require_valid_rows()
-    prompts = select_eval_prompts((split_into_one_row_per_answer(row)[0] for row in rows), examples, settings.generate)
+    prompts = select_eval_prompts((split_preference_into_rows(row)[0] for row in rows), examples, settings.generate)
     for prompt in prompts:
         models["tuned"].tokenize_prompt(prompt.messages, settings.max_new_tokens)
     return models, prompts
@@ -247,10 +247,10 @@ def _build_comparison(
         build_run_collator(sections.train, model, trained.base.tokenizer, longest),
         objective,
         trained.classes,
-        place=place,
+        rows_source=place,
         draws=settings.bootstrap,
         seed=settings.seed,
-        prompt_test=not settings.skip_prompt_test,
+        shuffled_prompt_test=not settings.skip_prompt_test,
     )
 
 
@@ -261,7 +261,7 @@ def _list_missing_rows(different_rows: int) -> list[str]:
     return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def does_eval_pass(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
+def make_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
     """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
     reasons, unread = list(reasons_not_improved), False
     if isinstance(result, TextEvalResult):
@@ -307,7 +307,7 @@ def _load_unseen_rows(
         learned = set(datasets.train.documents.hashes())
         trained_rows = [i for i, key in enumerate(examples.documents.hashes()) if key in learned]
     else:
-        examples, report = load_eval_dataset(
+        examples, report = load_eval_dataset_and_stats(
             file, sections.data, sections.task.build_objective(), tokenizer, trained.classes
         )
         if trained.recipe is not None:
@@ -339,7 +339,7 @@ def _find_rows_trained_on(
     def read(sections: EvalSections, path: Path) -> Iterator[tuple[int, int]]:
         found = open_rows_for_objective(path, sections.data, sections.task.build_objective())
         rows = (row for row in found if isinstance(row, Row))
-        rows = (split_into_one_row_per_answer(row)[0] if answers_alone else row for row in rows)
+        rows = (split_preference_into_rows(row)[0] if answers_alone else row for row in rows)
         return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
     evaluated = list(read(evaluation, file))

@@ -17,7 +17,7 @@ DEFAULT_BUDGET = 0.1
 
 
 def measure_forgetting(
-    text: str,
+    text_name: str,
     examples: Sequence[Example],
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
     budget: float,
@@ -25,7 +25,7 @@ def measure_forgetting(
 ) -> ForgettingMeasures:
     """Compare the losses of base and tuned model on the pieces of a general text.
 
-    `text` names it, `score_both` scores rows by base and tuned model, `budget` is in nats per token, `bootstrap` is
+    `text_name` names it, `score_both` scores rows by base and tuned model, `budget` is nats per token, `bootstrap` is
     `draws` and `seed`.
     """
     base, tuned = score_both(examples)
@@ -43,4 +43,6 @@ def measure_forgetting(
 
     whole = compare(range(len(examples)))
     kinds = {kind: compare(numbers) for kind, numbers in group_row_numbers_by_kind(examples).items()}
-    return ForgettingMeasures(**vars(whole), text=text, budget=budget, within=whole.change.low <= budget, kinds=kinds)
+    return ForgettingMeasures(
+        **vars(whole), text=text_name, budget=budget, within=whole.change.low <= budget, kinds=kinds
+    )

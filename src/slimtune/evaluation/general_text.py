@@ -49,7 +49,7 @@ def read_general_text_pieces(file: Path) -> list[GeneralTextPiece]:
     )
     pieces: list[GeneralTextPiece] = []
     reader = ROW_READERS.load(file.suffix if file.suffix == ".txt" else ".jsonl")
-    for found in (reader.read_document or reader.read)(file):
+    for found in (reader.read_whole_file or reader.read_records)(file):
         if isinstance(found, InvalidRow):
             errors.add(found.line, found.cause)
         elif (piece := _parse_piece(*found)) is not None:
@@ -76,8 +76,8 @@ def _parse_piece(line: int, record: dict[str, Any]) -> GeneralTextPiece | None:
     return None
 
 
-def tokenize_general_text(
-    pieces: Sequence[GeneralTextPiece], file: Path, tokenizer: Any, positions: int | None = None
+def build_general_text_examples(
+    pieces: Sequence[GeneralTextPiece], file: Path, tokenizer: Any, max_positions: int | None = None
 ) -> list[Example]:
     """Return rows to score, each with its `kind`: every token of a plain text, the assistant's tokens of messages.
 
@@ -87,7 +87,7 @@ def tokenize_general_text(
     Raises:
         DataError: the chat template rejects messages, or there is nothing to predict.
     """
-    max_tokens = min((positions or 4 * WINDOW) // 2, 2 * WINDOW)
+    max_tokens = min((max_positions or 4 * WINDOW) // 2, 2 * WINDOW)
     examples: list[Example] = []
     errors = RowErrorCollector(file, hint="change these lines")
     for line, kind, content in pieces:
@@ -115,8 +115,8 @@ def tokenize_general_text(
 
 
 @dataclass(frozen=True)
-class GeneralText:
-    """The text that a run with a forgetting budget is measured on; read by `read_forgetting_text`."""
+class GeneralTextFile:
+    """The text that a run with a forgetting budget is measured on; read by `load_general_text`."""
 
     file: Path
     pieces: Sequence[GeneralTextPiece]
@@ -133,7 +133,7 @@ class GeneralText:
             UsageError: the strength of the model's method cannot be reduced.
         """
         pair_tensors_with_no_op_values(model, "default")
-        rows = tokenize_general_text(self.pieces, self.file, tokenizer, get_max_positions(model.config))
+        rows = build_general_text_examples(self.pieces, self.file, tokenizer, get_max_positions(model.config))
         kinds = group_row_numbers_by_kind(rows)
         wanted = max(GENERAL_TOKENS // len(kinds), TOKENS_OF_A_KIND)
         chosen: list[Example] = []
@@ -143,7 +143,7 @@ class GeneralText:
         return chosen
 
 
-def read_forgetting_text(file: Path | None) -> GeneralText:
+def load_general_text(file: Path | None) -> GeneralTextFile:
     """Return the text to measure the forgetting of a run on, from a file or the built-in one."""
     file = file or BUILT_IN_TEXT
-    return GeneralText(file, read_general_text_pieces(file))
+    return GeneralTextFile(file, read_general_text_pieces(file))

@@ -116,39 +116,41 @@ def _build_http_judge(name: str) -> Judge:
     return compare
 
 
-def judge_answer_pairs(answers: Sequence[AnswerPair], judge: Judge) -> list[AnswerPair]:
+def add_judge_verdicts(answer_pairs: Sequence[AnswerPair], judge: Judge) -> list[AnswerPair]:
     """Return the answers with the judge's verdicts on them in both orders."""
 
     def sign(value: float | None) -> int | None:
         return None if value is None else (value > 0) - (value < 0)
 
     judged = []
-    for answer in track_progress(answers, "verdicts of the judge"):
+    for answer in track_progress(answer_pairs, "verdicts of the judge"):
         first = sign(judge(answer.prompt, answer.base, answer.tuned))
         second = sign(judge(answer.prompt, answer.tuned, answer.base))
         judged.append(replace(answer, judged=(None if first is None else -first, second)))
     return judged
 
 
-def compute_win_rate_and_biases(judge_name: str, answers: Sequence[AnswerPair], *, draws: int, seed: int) -> WinRate:
+def compute_win_rate_and_biases(
+    judge_name: str, judged_answers: Sequence[AnswerPair], *, bootstrap_draws: int, seed: int
+) -> WinRate:
     """Return the win rate of answers that the judge `judge_name` has judged, and what it may have looked at instead."""
-    clear = [a for a in answers if a.judged is not None and None not in a.judged]
+    clear = [a for a in judged_answers if a.judged is not None and None not in a.judged]
     verdicts = [a.judged for a in clear if a.judged is not None]
     results = [first if first == second else 0 for first, second in verdicts]
-    lengths = np.array([[len(a.base.strip()), len(a.tuned.strip())] for a in answers])
+    lengths = np.array([[len(a.base.strip()), len(a.tuned.strip())] for a in judged_answers])
     difference = np.array([len(a.tuned.strip()) - len(a.base.strip()) for a in clear])
     decided = [int(np.sign(d)) == r for d, r in zip(difference, results, strict=True) if d and r]
     rate = None
     if clear:
         points = [((result or 0) + 1) / 2 for result in results]
-        rate = paired_bootstrap(points, points, [1] * len(points), draws=draws, seed=seed).first
+        rate = paired_bootstrap(points, points, [1] * len(points), draws=bootstrap_draws, seed=seed).first
     return WinRate(
         judge=judge_name,
-        prompts=len(answers),
+        prompts=len(judged_answers),
         wins=results.count(1),
         losses=results.count(-1),
         ties=results.count(0),
-        unclear=len(answers) - len(clear),
+        unclear=len(judged_answers) - len(clear),
         win_rate=rate,
         consistent=float(np.mean([first == second for first, second in verdicts])) if clear else None,
         base_characters=float(lengths[:, 0].mean()),

@@ -38,10 +38,10 @@ class ModelComparison(Generic[Measures]):
     collator: Collator
     objective: Objective
     classes: ClassLabels | None  # of a sequence classifier
-    place: object  # that the rows are from, for messages
+    rows_source: object  # that the rows are from, for messages
     draws: int  # of the bootstrap
     seed: int  # of the draws and of the shuffled prompts
-    prompt_test: bool  # whether answers must depend on their prompts
+    shuffled_prompt_test: bool  # whether answers must depend on their prompts
 
     def measure(self) -> tuple[Measures, RowFigures]:
         """Return what is measured on the rows, and the figures of each row."""
@@ -66,11 +66,11 @@ class ModelComparison(Generic[Measures]):
         sums: Any = [np.bincount(self.groups, values).tolist() for values in (first, second, sizes)]
         return paired_bootstrap(*sums, draws=self.draws, seed=self.seed)
 
-    def score_both(self, rows: Sequence[Example], place: object = None) -> tuple[list[RowScore], list[RowScore]]:
+    def score_both(self, rows: Sequence[Example], rows_source: object = None) -> tuple[list[RowScore], list[RowScore]]:
         """Return the scores of rows by the base and by the tuned model.
 
         Raises:
-            AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `place`.
+            AdapterError, ModelError: a loss is NaN or Inf; the message names the rows' lines in `rows_source`.
         """
         with use_progress_prefix("tuned model"):
             tuned = score_supervised_rows(self.model, rows, self.collator)
@@ -80,7 +80,7 @@ class ModelComparison(Generic[Measures]):
             if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:
                 raise error(
                     f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
-                    f"(lines {format_names(lines)} of {place or self.place})",
+                    f"(lines {format_names(lines)} of {rows_source or self.rows_source})",
                     "finite losses",
                     "evaluate in float32, or take an older checkpoint",
                 )

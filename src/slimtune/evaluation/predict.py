@@ -17,11 +17,11 @@ from ..core.foundation.files import to_json, write_atomic
 from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import get_max_positions
-from ..core.training.loss import build_run_collator, compute_row_logits, score_examples
+from ..core.training.loss import build_run_collator, compute_row_logits, score_examples_by_number
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
 from ..extras.row_columns import parse_row_or_error
-from ..extras.row_files import list_dataset_files_with_readers
+from ..extras.row_files import list_dataset_file_names_with_readers
 from .output_files import resolve_output_file
 
 
@@ -99,9 +99,9 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
     errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
-    for file, read in list_dataset_files_with_readers(path):
+    for file, read in list_dataset_file_names_with_readers(path):
         for found in read():
-            row = found if isinstance(found, InvalidRow) else parse_prediction_input(found[1], found[0], file)
+            row = found if isinstance(found, InvalidRow) else parse_row_to_classify_or_error(found[1], found[0], file)
             if isinstance(row, InvalidRow):
                 errors.add(row.line, row.cause, row.file, row.hint)
             elif not isinstance(found, InvalidRow):
@@ -114,7 +114,7 @@ def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
     return rows
 
 
-def parse_prediction_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
+def parse_row_to_classify_or_error(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
     """Return a record with a text or messages as a row to classify; a label that it has is not read."""
     return parse_row_or_error({**record, "label": "?"}, "classification", line, file)
 
@@ -128,8 +128,11 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     """
     classes, model, tokenizer = trained.classes, trained.model, trained.base.tokenizer
     if classes is None:
-        hint = f"slimtune generate {trained.adapter.parent if trained.recipe else trained.adapter} lets it answer"
-        raise UsageError(f"{trained.adapter} is the adapter of a language model", "a classifier or reward model", hint)
+        folder = trained.adapter_folder
+        hint = f"slimtune generate {folder.parent if trained.recipe else folder} lets it answer"
+        raise UsageError(
+            f"{trained.adapter_folder} is the adapter of a language model", "a classifier or reward model", hint
+        )
     context = get_max_positions(model.config)
     examples: list[dict[str, Any]] = []
     errors = RowErrorCollector("the rows", hint="shorten or remove these rows")
@@ -144,7 +147,9 @@ def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[Prediction]:
     errors.check()
     train = trained.recipe.train if trained.recipe is not None else TrainSettings(packing=False)
     collator = build_run_collator(train, model, tokenizer, max(len(e["input_ids"]) for e in examples))
-    scores = score_examples(model, examples, collator, lambda batch: compute_row_logits(model, batch).double())
+    scores = score_examples_by_number(
+        model, examples, collator, lambda batch: compute_row_logits(model, batch).double()
+    )
     logits = np.array([scores[i] for i in range(len(examples))])
     if not np.isfinite(logits).all():
         raise AdapterError("the classifier computes NaN or Inf", "finite logits", "evaluate in float32")

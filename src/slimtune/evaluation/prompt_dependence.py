@@ -28,7 +28,7 @@ TOLERATED_LOSS = 0.1
 """Share of the base's dependence that may be lost."""
 
 
-def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> dict[int, Example]:
+def make_shuffled_prompt_examples(examples: Sequence[Example], seed: int = 0) -> dict[int, Example]:
     """Return rows, by their index in `examples`, with the prompt of a randomly drawn other row before their answer.
 
     A prompt is what comes before a row's first supervised token. No new row is longer than the longest of `examples`;
@@ -58,8 +58,8 @@ def measure_prompt_dependence(
 ) -> PromptDependence | None:
     """Return how much base and tuned model depend on the prompts, or None if all rows ask the same.
 
-    `shuffled` comes from `shuffle_prompts`; `base` and `tuned` are the scores of every row after its own prompt;
-    `score_both` scores rows by both models; `bootstrap` is `draws` and `seed`.
+    `shuffled` comes from `make_shuffled_prompt_examples`; `base` and `tuned` are the scores of every row after its
+    own prompt; `score_both` scores rows by both models; `bootstrap` is `draws` and `seed`.
     """
     if not shuffled:
         return None

@@ -61,17 +61,17 @@ def write_run_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[s
     """
     file = run.report_file if out is None else resolve_output_file(out.expanduser())
     damage: list[str] = []
-    write_atomic(file, render_run_report(run, damage))
+    write_atomic(file, render_run_report_html(run, damage))
     return file, damage
 
 
-def render_run_report(run: RunDir, damage_messages: list[str] | None = None) -> str:
+def render_run_report_html(run: RunDir, damage_messages: list[str] | None = None) -> str:
     """Return the page of a run as HTML; `damage_messages` gets a sentence for each damaged file or part.
 
     Where a file is missing, the page names the command that creates it.
     """
     errors = [] if damage_messages is None else damage_messages
-    r = load_run_results(run, strict=False)
+    r = load_run_results(run, raise_if_damaged=False)
     assert r.recipe is not None
     errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
     evaluations = read_saved_evaluations(r, errors)
@@ -130,11 +130,11 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
     page = make_jinja_environment().get_template("report.html.j2")
     return page.render(
-        **values, errors=errors, guard=guard, style=style, version=__version__, **list_report_template_functions()
+        **values, errors=errors, guard=guard, style=style, version=__version__, **make_report_template_functions()
     )
 
 
-def list_report_template_functions() -> dict[str, Callable[..., Any]]:
+def make_report_template_functions() -> dict[str, Callable[..., Any]]:
     """Return the functions that the templates call, by their names there."""
     return {
         "fixed": fixed,
@@ -210,7 +210,7 @@ def render_memory_charts(r: RunResults) -> list[Markup]:
     """Return charts of the planned memory, with what a run measured, if it did."""
     low, high, peak = _peaks(r)
     parts = r.plan.get("parts") or {}
-    bars = [render_stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
+    bars = [render_stacked_bar("Memory of a step, by part", parts, predicted_range=(low, high), measured=peak)]
     usable = (r.plan.get("usable_bytes") or {}).get("low")
     if is_finite_number(usable) and usable and is_finite_number(high):
         title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
@@ -253,17 +253,17 @@ def _length_histogram(report: Mapping[str, Any]) -> Markup:
     return render_length_histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
 
 
-def render_training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
+def render_training_charts(results: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
     def series(name: str, key: str, color: str = "one", unit: float = 1.0, **style: bool) -> ChartLine:
-        points = [(m["step"], m[key] / unit) for m in r.metrics if "step" in m and is_finite_number(m.get(key))]
+        points = [(m["step"], m[key] / unit) for m in results.metrics if "step" in m and is_finite_number(m.get(key))]
         return ChartLine(name, color, points, **style)
 
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
     validation = dataclasses.replace(validation, markers=True)
     # The base's loss on the same validation rows is where the curve of the validation begins.
-    measured = next((e.result.measures for e in read_saved_evaluations(r) if e.name == "validation"), None)
+    measured = next((e.result.measures for e in read_saved_evaluations(results) if e.name == "validation"), None)
     start = measured.base_loss.value if isinstance(measured, LossMeasures) else None
     if validation.points and is_finite_number(start) and recipe.task.name == "sft":
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
@@ -284,9 +284,11 @@ def render_training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         curve = series("forgetting", "forgetting", "two", markers=True)
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
         unit = "nats per token of general text; above 0 is forgetting"
-        lines.append(render_line_chart("Forgetting", unit, [curve], reference_line=(budget, f"budget {budget:g}")))
+        lines.append(
+            render_line_chart("Forgetting", unit, [curve], labeled_reference_line=(budget, f"budget {budget:g}"))
+        )
     unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
-    losses = render_line_chart("Loss", unit, [training, validation], tall=True, reference_line=mark)
+    losses = render_line_chart("Loss", unit, [training, validation], tall=True, labeled_reference_line=mark)
     return [losses, *filter(None, lines)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Recipe
-from ..core.foundation.files import read_json
+from ..core.foundation.files import read_json_object
 from ..core.foundation.json_results import JsonObject
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
@@ -62,18 +62,18 @@ class RunResults:
         return None
 
 
-def load_run_results(run: RunDir, strict: bool = True) -> RunResults:
-    """Read all results of a run; unless `strict`, a damaged file is left out and named in `errors`."""
+def load_run_results(run: RunDir, raise_if_damaged: bool = True) -> RunResults:
+    """Read all results of a run; unless `raise_if_damaged`, a damaged file is left out and named in `errors`."""
     errors: list[str] = []
 
     def load_json(file: Path, *parts: str) -> JsonObject:
         try:
-            values = read_json(file) if os.path.lexists(file) else {}
+            values = read_json_object(file) if os.path.lexists(file) else {}
             if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
                 raise RunError(f"{file} is damaged: {wrong[0]} is no JSON object", "a JSON object", "delete the file")
             return values
         except RunError as e:
-            if strict:
+            if raise_if_damaged:
                 raise
             errors.append(e.message)
             return {}
@@ -95,7 +95,7 @@ def load_run_results(run: RunDir, strict: bool = True) -> RunResults:
         plan=plan.get("plan") or {},
         probe=plan.get("probe") or {},
         data=load_json(run.data_file),
-        metrics=run.load_metrics(None if strict else errors),
+        metrics=run.load_metrics(None if raise_if_damaged else errors),
         evaluations=evaluations,
         errors=errors,
     )
@@ -111,10 +111,10 @@ class SavedEvaluation:
     """What the file contains; optional parts that are damaged are None."""
 
 
-def read_saved_evaluations(results: RunResults, errors: list[str] | None = None) -> list[SavedEvaluation]:
+def read_saved_evaluations(run_results: RunResults, errors: list[str] | None = None) -> list[SavedEvaluation]:
     """Return the evaluations of a run without those that are too damaged; `errors` gets a sentence for each damage."""
     found = []
-    for saved in results.evaluations:
+    for saved in run_results.evaluations:
         try:
             found.append(SavedEvaluation(saved.name, read_eval_result(saved.values)))
             continue

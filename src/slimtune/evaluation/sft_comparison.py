@@ -10,7 +10,7 @@ from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation.progress_bars import use_progress_prefix
 from .eval_result import LossMeasures, SFTMeasures, TextOrPairEvalResult
 from .model_comparison import ModelComparison, RowFigures
-from .prompt_dependence import MIN_DEPENDENCE, measure_prompt_dependence, shuffle_prompts
+from .prompt_dependence import MIN_DEPENDENCE, make_shuffled_prompt_examples, measure_prompt_dependence
 from .row_scores import RowScore
 from .statistics import compute_perplexity_interval, format_interval
 
@@ -21,10 +21,10 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
     result_type = TextOrPairEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        measures, figures, (base, tuned) = measure_base_and_tuned_scores(self, self.examples)
+        measures, figures, (base, tuned) = measure_loss_and_row_scores(self, self.examples)
         dependence = None
-        if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
-            shuffled = shuffle_prompts(self.examples, self.seed)
+        if self.shuffled_prompt_test and self.examples.documents is self.examples:  # a window has no prompt
+            shuffled = make_shuffled_prompt_examples(self.examples, self.seed)
             draws = {"draws": self.draws, "seed": self.seed}
             with use_progress_prefix("answers after another row's prompt"):
                 dependence = measure_prompt_dependence(shuffled, base, tuned, self.score_both, **draws)
@@ -58,7 +58,7 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
         return failures
 
 
-def measure_base_and_tuned_scores(
+def measure_loss_and_row_scores(
     comparison: ModelComparison[Any], examples: TokenizedDataset
 ) -> tuple[LossMeasures, RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.

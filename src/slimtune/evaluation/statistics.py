@@ -149,11 +149,13 @@ def compute_perplexity_interval(loss: Estimate) -> Estimate | None:
     return Estimate(math.exp(loss.value), (math.exp(loss.low), math.exp(loss.high)))
 
 
-def estimate_mean_difference(differences: Sequence[Sequence[float]], tokens: Sequence[int]) -> tuple[Estimate, float]:
+def estimate_mean_difference_and_p_value(
+    differences_by_seed_and_row: Sequence[Sequence[float]], tokens: Sequence[int]
+) -> tuple[Estimate, float]:
     """Return the mean difference over seeds and rows with its 95 % interval, and the p-value of it being 0.
 
     Args:
-        differences: `[seeds][rows]`, nats, of the same rows.
+        differences_by_seed_and_row: `[seeds][rows]`, nats, of the same rows.
         tokens: supervised tokens of each row, 1 or more.
 
     Raises:
@@ -161,7 +163,7 @@ def estimate_mean_difference(differences: Sequence[Sequence[float]], tokens: Seq
     """
     from scipy import optimize, special
 
-    d, t = np.asarray(differences, float), np.asarray(tokens, float)
+    d, t = np.asarray(differences_by_seed_and_row, float), np.asarray(tokens, float)
     if d.ndim != 2 or d.shape[1:] != t.shape or len(d) < 1 or len(t) < 2 or not (t > 0).all():
         raise ValueError(f"expected [seeds][rows], as many tokens, and two rows or more; got {d.shape} and {t.shape}")
     seeds, rows = d.shape
@@ -198,8 +200,9 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mark_pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
+def mark_pareto_optimal(costs_and_qualities: Sequence[tuple[float, float]]) -> list[bool]:
     """Return for each `(cost, quality)` whether no other point costs at most as much and is at least as good."""
     return [
-        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points
+        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in costs_and_qualities)
+        for cost, quality in costs_and_qualities
     ]

@@ -43,7 +43,7 @@ class ComparisonCandidate:
 
 
 def build_candidates(
-    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], *, tasks: bool = False
+    names: Iterable[str], recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], *, names_are_tasks: bool = False
 ) -> list[ComparisonCandidate]:
     """Return the candidates that the names stand for, without repetition.
 
@@ -51,35 +51,39 @@ def build_candidates(
         names: what the user typed; "all" means every method of the registry.
         recipe_tree: the recipe as a plain tree; its settings of a method or a task apply to it and its variants.
         overrides: settings of single candidates: `{"lora.r": 8, "full.learning_rate": 1e-4}`.
-        tasks: the names are those of objectives, which learn preference pairs with the recipe's method.
+        names_are_tasks: the names are those of objectives, which learn preference pairs with the recipe's method.
     """
     names, candidates = list(names), []
-    for label in resolve_candidate_labels(names, overrides, tasks=tasks):
+    for label in expand_candidate_names(names, overrides, names_are_tasks=names_are_tasks):
         own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
         rate = own.pop("learning_rate", None)
-        candidate = (_build_task_candidate if tasks else _build_method_candidate)(label, recipe_tree, own)
+        candidate = (_build_task_candidate if names_are_tasks else _build_method_candidate)(label, recipe_tree, own)
         if rate is not None:
             candidate = _set_rate(candidate, rate)
         candidates.append(dataclasses.replace(candidate, from_all=label not in names))
     return candidates
 
 
-def resolve_candidate_labels(names: Iterable[str], overrides: Mapping[str, Any], *, tasks: bool = False) -> list[str]:
+def expand_candidate_names(
+    names: Iterable[str], overrides: Mapping[str, Any], *, names_are_tasks: bool = False
+) -> list[str]:
     """Return the labels that the names stand for, "all" written out; arguments as for `build_candidates`.
 
     Raises:
         UsageError: a name, or the first part of an override, is unknown. No method is imported.
     """
-    kind, example = ("task", "dpo,simpo,orpo") if tasks else ("method", "lora,ia3,full, or all")
-    known = sorted({*list_objectives(), *TASK_VARIANTS} if tasks else {*list_methods(), *ALIASES, *VARIANTS})
-    every = {} if tasks else {"all": list_methods()}
+    kind, example = ("task", "dpo,simpo,orpo") if names_are_tasks else ("method", "lora,ia3,full, or all")
+    known = sorted({*list_objectives(), *TASK_VARIANTS} if names_are_tasks else {*list_methods(), *ALIASES, *VARIANTS})
+    every = {} if names_are_tasks else {"all": list_methods()}
     labels = list(dict.fromkeys(n for name in names for n in every.get(name, (name,))))
     if not labels:
         raise UsageError(f"--{kind}s names no {kind}", f"{kind}s as {example}")
     if unknown := [n for n in labels if n not in known]:
         listing = "; ".join(f"{n!r}{suggest(n, known).replace('; ', ', ')}" for n in unknown)
         expected = f"some of {format_names(known, 40)}"
-        raise UsageError(f"no {kind} is called {listing}", expected, "" if tasks else "slimtune methods lists them")
+        raise UsageError(
+            f"no {kind} is called {listing}", expected, "" if names_are_tasks else "slimtune methods lists them"
+        )
     for path in overrides:
         label, choices = path.partition(".")[0], [*labels, *SECTIONS]
         if label not in labels:

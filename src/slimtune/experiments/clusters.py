@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.foundation.cpu import CPU_SETTINGS
-from ..core.foundation.files import read_json, write_json
+from ..core.foundation.files import read_json_object, write_json
 from ..errors import RunError, UsageError, suggest
 from .executors import ExecutorSpec, ParallelExecutor, SubmittedRun
-from .run_worker import RESTARTS, Launch, WorkerResult, retry_once_if_killed
+from .run_worker import RESTARTS, Launch, WorkerResult, run_worker_with_restarts_if_killed
 
 RAY_PARAMETERS = ("num_cpus", "num_gpus")
 CARRIED = (
@@ -76,7 +76,7 @@ class RayExecutor(ParallelExecutor):
         # A run takes one GPU where there are some, else Ray would hide them from it.
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         resources: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": gpus, **given}
-        self.launch: Any = ray.remote(max_retries=RESTARTS, **resources)(retry_once_if_killed)
+        self.launch: Any = ray.remote(max_retries=RESTARTS, **resources)(run_worker_with_restarts_if_killed)
         self.environment = {name: value for name in CARRIED if (value := os.environ.get(name))}
         self.environment.setdefault("OMP_NUM_THREADS", str(max(1, int(resources["num_cpus"]))))
 
@@ -125,7 +125,7 @@ class RequeueableSlurmRun:
 
     def __call__(self, launch: Launch) -> WorkerResult:
         """Run the recipe; a run that was begun continues from its checkpoint."""
-        return retry_once_if_killed(launch)
+        return run_worker_with_restarts_if_killed(launch)
 
     def checkpoint(self, launch: Launch) -> Any:
         """Return what submitit submits again."""
@@ -164,7 +164,7 @@ class SlurmExecutor(ParallelExecutor):
     def submit(self, recipe_file: Path, launch: Launch) -> SubmittedRun:
         job_file = recipe_file.with_suffix(".job")
         if job_file.is_file():  # of a process that died: its job may still wait or run
-            job: Any = self.job_class(self.folder, str(read_json(job_file)["job"]))
+            job: Any = self.job_class(self.folder, str(read_json_object(job_file)["job"]))
             if not job.done(force_check=True):
                 return SlurmTask(job, job_file)
         job = self.executor.submit(RequeueableSlurmRun(), launch)

@@ -11,29 +11,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.foundation.files import read_json, write_atomic, write_json
+from ..core.foundation.files import read_json_object, write_atomic, write_json
 from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.foundation.remote_code import remote_code_allowed
 from ..errors import RunError, SlimtuneError, UsageError
 from ..evaluation.eval_result import TextOrPairEvalResult
 from ..planning.plan_request import build_plan_request
 from ..planning.planner import estimate_resources
-from ..planning.this_machine import detect_gpu_or_cpu_memory
+from ..planning.this_machine import detect_gpu_or_cpu_spec
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_score_cost_chart
 from .comparison_report import (
-    compare_candidate_pairs,
+    compare_gains_of_candidate_pairs,
     format_comparison_markdown,
     rank_candidates_by_finished_runs,
     read_test_evaluation,
 )
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
-from .experiment_output_dir import check_and_merge_settings, lock_output_dir_and_write_settings
+from .experiment_output_dir import lock_output_dir_and_write_settings, resolve_settings_to_record
 from .experiment_results import CompareResult, FailedRun, LearningRateSearch, LeftOutMethod
 from .method_advice import choose_best_or_cheaper_method, format_method_advice
 from .run_grid import ComparisonGrid
-from .run_worker import Launch, run_worker_process
+from .run_worker import Launch, train_recipes_in_subprocess
 
 Log = Callable[[str], None]
 
@@ -57,7 +57,7 @@ def run_comparison(
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
-    check_and_merge_settings(grid.output_dir, grid.settings(), "comparison")
+    resolve_settings_to_record(grid.output_dir, grid.settings(), "comparison")
     with make_executor(executor_spec, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:
@@ -97,7 +97,7 @@ def _plan_candidates(
             fitting.append(candidate)
             continue
         recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
-        request = build_plan_request(recipe, detect_gpu_or_cpu_memory(recipe.model.device), grid.example_lengths)
+        request = build_plan_request(recipe, detect_gpu_or_cpu_spec(recipe.model.device), grid.example_lengths)
         try:
             plan = estimate_resources(request, advise=False)
             verdict, reason = str(plan.verdict), plan.reason
@@ -176,18 +176,26 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
             if files:
                 first, trust = next(iter(files)), remote_code_allowed()
                 started[first] = files
-                yield first, partial(run_worker_process, [*files], force=grid.force, trust_remote_code=trust)
+                yield (
+                    first,
+                    partial(
+                        train_recipes_in_subprocess,
+                        [*files],
+                        allow_faulty_rows=grid.allow_faulty_rows,
+                        trust_remote_code=trust,
+                    ),
+                )
 
     for first, worker in executor.run(start_groups()):
         files = started[first]
         for recipe_file, (name, candidate, seed) in files.items():
             run = grid.run_dir(candidate, seed)
-            why = worker.failed.get(str(recipe_file), worker.error)
+            why = worker.errors_by_recipe_file.get(str(recipe_file), worker.error)
             result, measured = {}, None
             try:
                 if not why or (len(files) > 1 and grid.is_done(candidate, seed)):
                     executor.wait_for_files((run.result_file, run.evaluation_file("test")))
-                    result, measured = read_json(run.result_file), read_test_evaluation(run)
+                    result, measured = read_json_object(run.result_file), read_test_evaluation(run)
             except RunError as e:
                 why = e.message
             if measured is None:
@@ -208,8 +216,8 @@ def _run_cells(grid: ComparisonGrid, executor: Executor, log: Log) -> list[Faile
 def _build_result(grid: ComparisonGrid, **how: Any) -> CompareResult:
     """Return the result of the runs that are finished; `how` are the fields that they do not give."""
     candidates = rank_candidates_by_finished_runs(grid)
-    pairs = compare_candidate_pairs(candidates)
-    methods = [c.method for c in candidates]
+    pairs = compare_gains_of_candidate_pairs(candidates)
+    methods = [c.compared_method for c in candidates]
     first = methods[0] if methods else None
     model = grid.tree["model"]
     return CompareResult(

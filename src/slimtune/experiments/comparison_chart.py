@@ -81,7 +81,7 @@ def _draw_methods(panel: Any, methods: Sequence[ComparedMethod], cost: Cost, uni
     panel.axhline(0, color="#333333", linewidth=0.6)
 
 
-def write_search_chart(result: TuneResult, ranges: Sequence[SettingRange], path: Path) -> None:
+def write_tune_trials_chart(result: TuneResult, ranges: Sequence[SettingRange], path: Path) -> None:
     """Draw the losses of a search's trials, in their order and by each setting, into a `.svg` or `.png`."""
     trials = [(n, t) for n, t in enumerate(result.trials, 1) if t.loss is not None]
     numbers, losses = [n for n, _ in trials], [t.loss for _, t in trials if t.loss is not None]

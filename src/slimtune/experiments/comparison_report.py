@@ -8,13 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from ..core.config.objective_registry import load_objective_class
-from ..core.foundation.files import parse_json, read_json, read_regular_file
+from ..core.foundation.files import parse_json, read_json_object, read_regular_file
 from ..core.foundation.formatting import format_bytes, format_duration
 from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from ..evaluation.estimate import Estimate
 from ..evaluation.eval_result import TextEvalResult, read_eval_result
-from ..evaluation.statistics import estimate_mean_difference, holm_correction, mark_pareto_optimal
+from ..evaluation.statistics import estimate_mean_difference_and_p_value, holm_correction, mark_pareto_optimal
 from .candidates import ComparisonCandidate
 from .experiment_results import COSTS, ComparedMethod, CompareResult, Cost, MethodPreferences, PairedDifference
 from .markdown_table import format_markdown_table
@@ -40,7 +40,7 @@ RATE_SOURCES = {"default": "the method's default", "given": "as given", "tuned":
 class FinishedCandidateRuns:
     """What the finished runs of one candidate give."""
 
-    method: ComparedMethod
+    compared_method: ComparedMethod
     """The candidate in the report."""
     row_lines: list[int]
     """Line number of each test row."""
@@ -68,7 +68,7 @@ def rank_candidates_by_finished_runs(grid: ComparisonGrid) -> list[FinishedCandi
     candidates = [_summarize(grid, candidate, seeds) for candidate, seeds in done if seeds]
     for other in candidates[1:]:
         first = candidates[0]
-        names = f"{first.method.method} and {other.method.method}"
+        names = f"{first.compared_method.method} and {other.compared_method.method}"
         if (other.row_lines, other.row_tokens) != (first.row_lines, first.row_tokens):
             raise RunError(f"{names} were measured on different rows", "the same rows")
         if other.rows_per_example != first.rows_per_example:  # both answers, and the chosen ones alone
@@ -77,13 +77,13 @@ def rank_candidates_by_finished_runs(grid: ComparisonGrid) -> list[FinishedCandi
             if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
-    methods = mark_pareto_optimal_methods([c.method for c in candidates])
-    marked = [replace(c, method=method) for c, method in zip(candidates, methods, strict=True)]
-    return sorted(marked, key=lambda c: (not c.method.ranked, -c.method.gain.value))
+    methods = add_pareto_optimal_costs([c.compared_method for c in candidates])
+    marked = [replace(c, compared_method=method) for c, method in zip(candidates, methods, strict=True)]
+    return sorted(marked, key=lambda c: (not c.compared_method.ranked, -c.compared_method.gain.value))
 
 
-def mark_pareto_optimal_methods(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
-    """Return the methods with the costs for which each is the best, as `describe_comparison_limits` explains it.
+def add_pareto_optimal_costs(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
+    """Return the methods with the costs for which each is the best, as `list_comparison_notes` explains it.
 
     A method is the best for no cost if it may not help at all, or if some of its runs failed.
     """
@@ -100,7 +100,7 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
     """Return the evaluation of a run on the test rows; raise RunError if its file is damaged."""
     file = run.evaluation_file("test")
     try:
-        result = read_eval_result(read_json(file), strict=False)
+        result = read_eval_result(read_json_object(file), strict=False)
     except ValueError as e:
         raise RunError(f"{file} is damaged: {e}", "what slimtune eval writes", "delete the file") from None
     assert isinstance(result, TextEvalResult)
@@ -109,11 +109,11 @@ def read_test_evaluation(run: RunDir) -> TextEvalResult:
 
 def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequence[int]) -> FinishedCandidateRuns:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
-    results = [read_json(run.result_file) for run in runs]
+    results = [read_json_object(run.result_file) for run in runs]
     measured = [read_test_evaluation(run).measures for run in runs]
     rows = [parse_json(read_regular_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
-    reduction, _ = estimate_mean_difference(
+    reduction, _ = estimate_mean_difference_and_p_value(
         [[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens
     )
     task = (candidate.task or grid.tree.get("task") or {}).get("name", "sft")
@@ -162,7 +162,7 @@ def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequ
         return float(row["tuned_margin"] <= 0) if pairs else row["tuned"]
 
     return FinishedCandidateRuns(
-        method=method,
+        compared_method=method,
         row_lines=[r["line"] for r in rows[0]],
         row_tokens=row_tokens,
         row_weights=[1] * len(row_tokens) if pairs else row_tokens,
@@ -179,7 +179,7 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> MethodPre
     def summarize(measure: Callable[[float], float]) -> tuple[float, float, Estimate]:
         before, after = ([list(map(measure, run)) for run in margins] for margins in (base, tuned))
         gains = [[t - b for b, t in zip(*run, strict=True)] for run in zip(before, after, strict=True)]
-        gain, _ = estimate_mean_difference(gains, [1] * len(gains[0]))
+        gain, _ = estimate_mean_difference_and_p_value(gains, [1] * len(gains[0]))
         base_mean, tuned_mean = (statistics.fmean(statistics.fmean(run) for run in runs) for runs in (before, after))
         return base_mean, tuned_mean, gain
 
@@ -195,25 +195,27 @@ def _summarize_pairs(rows: Sequence[Sequence[Mapping[str, float]]]) -> MethodPre
     )
 
 
-def compare_candidate_pairs(candidates: Sequence[FinishedCandidateRuns]) -> list[PairedDifference]:
+def compare_gains_of_candidate_pairs(candidates: Sequence[FinishedCandidateRuns]) -> list[PairedDifference]:
     """Return the difference of the gains of each pair of candidates, a's minus b's: above 0, a is better.
 
     It is paired by seed and row. With one seed it is never beyond noise: the effect of another seed is unknown.
     Candidates that are not ranked are left out.
     """
     found: list[tuple[FinishedCandidateRuns, FinishedCandidateRuns, list[int], Estimate, float]] = []
-    for a, b in combinations([c for c in candidates if c.method.ranked], 2):
+    for a, b in combinations([c for c in candidates if c.compared_method.ranked], 2):
         seeds = [s for s in a.tuned_losses if s in b.tuned_losses]
         if seeds:
             # The base is the same, so the gains differ by b's loss minus a's.
             losses = [zip(a.tuned_losses[s], b.tuned_losses[s], strict=True) for s in seeds]
-            difference, p = estimate_mean_difference([[lb - la for la, lb in rows] for rows in losses], a.row_weights)
+            difference, p = estimate_mean_difference_and_p_value(
+                [[lb - la for la, lb in rows] for rows in losses], a.row_weights
+            )
             found.append((a, b, seeds, difference, p))
     corrected = holm_correction([p for *_, p in found])
     return [
         PairedDifference(
-            a=a.method.method,
-            b=b.method.method,
+            a=a.compared_method.method,
+            b=b.compared_method.method,
             seeds=seeds,
             difference=difference.value,
             ci95=difference.ci95,
@@ -291,7 +293,7 @@ def describe_comparison_setup(result: CompareResult) -> str:
     )
 
 
-def describe_comparison_limits(result: CompareResult) -> list[str]:
+def list_comparison_notes(result: CompareResult) -> list[str]:
     """Return what a reader of the table must know: what is missing, and what the figures mean."""
     labels = {s: [m.method for m in result.methods if m.rate_from == s] for s in RATE_SOURCES}
     rates = [f"{RATE_SOURCES[source]} ({', '.join(names)})" for source, names in labels.items() if names]
@@ -340,6 +342,8 @@ def describe_comparison_limits(result: CompareResult) -> list[str]:
 def format_comparison_markdown(result: CompareResult) -> str:
     """Return `table.md`."""
     columns = list_comparison_columns(result.methods)
-    table = format_markdown_table(columns, map(make_comparison_row_cells, result.methods), left=(0, len(columns) - 1))
-    parts = [describe_comparison_setup(result), table, *describe_comparison_limits(result), result.advice]
+    table = format_markdown_table(
+        columns, map(make_comparison_row_cells, result.methods), left_aligned_columns=(0, len(columns) - 1)
+    )
+    parts = [describe_comparison_setup(result), table, *list_comparison_notes(result), result.advice]
     return "\n\n".join(parts) + "\n"

@@ -1,6 +1,6 @@
 """Where the runs of a comparison or a search train: here, one after another or N at a time. `clusters.py` has others.
 
-Each executor calls a partial of `run_worker_process`, which starts the run in a process of its own, here or on
+Each executor calls a partial of `train_recipes_in_subprocess`, which starts the run in a process of its own, here or on
 another machine. A run reads its recipe from a folder that all machines share, and writes its results there, so an
 executor moves no data, and the same command continues with what it finds in the folder.
 """
@@ -21,7 +21,7 @@ from typing import Protocol, Self, TypeVar
 
 from ..core.foundation.cpu import count_usable_cpus
 from ..errors import RunError, UsageError
-from .run_worker import CHECKPOINT_SECONDS, POLL_SECONDS, Launch, WorkerResult, retry_once_if_killed
+from .run_worker import CHECKPOINT_SECONDS, POLL_SECONDS, Launch, WorkerResult, run_worker_with_restarts_if_killed
 
 SHARED_FILE_SECONDS = 60.0
 MOST_THREADS = 64
@@ -84,7 +84,7 @@ class Executor:
             launches: the file of each recipe and what starts it; the next is taken when it can start.
             should_stop: called again and again for each run that was started; True ends it.
         """
-        # In the main thread, so that Ctrl-C reaches the run by run_worker_process alone.
+        # In the main thread, so that Ctrl-C reaches the run by train_recipes_in_subprocess alone.
         for file, launch in launches:
             yield file, launch(should_stop=partial(should_stop, file))
 
@@ -246,7 +246,9 @@ class LocalExecutor(ParallelExecutor):
             raise_if_cancelled()
             environment = self.environments.get()
             try:
-                return retry_once_if_killed(launch, environment=environment, should_stop=raise_if_cancelled)
+                return run_worker_with_restarts_if_killed(
+                    launch, environment=environment, should_stop=raise_if_cancelled
+                )
             finally:
                 self.environments.put(environment)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core.foundation.files import parse_json, read_json, require_writable, to_json, write_json
+from ..core.foundation.files import parse_json, read_json_object, require_writable, to_json, write_json
 from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError, format_names
 
@@ -16,7 +16,7 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def check_and_merge_settings(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
+def resolve_settings_to_record(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
@@ -35,7 +35,7 @@ def check_and_merge_settings(folder: Path, settings: Mapping[str, Any], experime
             message = f"{folder} contains {format_names(content)}, which belongs to no {experiment}"
             raise UsageError(message, f"an empty or new folder, or the folder of a {experiment} to resume", other)
         return current
-    recorded = read_json(folder / SETTINGS_FILE)
+    recorded = read_json_object(folder / SETTINGS_FILE)
     methods, added = recorded.get("methods", {}), current.get("methods", {})
     shared = methods.keys() & added.keys()
     before, now = ({**s, "methods": {k: s.get("methods", {})[k] for k in shared}} for s in (recorded, current))
@@ -53,11 +53,11 @@ def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any]
     Raises:
         UsageError: another process works in the folder.
     """
-    check_and_merge_settings(folder, settings, experiment)  # before the folder is made
+    resolve_settings_to_record(folder, settings, experiment)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, check_and_merge_settings(folder, settings, experiment))
+            write_json(folder / SETTINGS_FILE, resolve_settings_to_record(folder, settings, experiment))
             yield
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[experiment]} works in {folder}", "one at a time") from None

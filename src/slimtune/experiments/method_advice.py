@@ -19,7 +19,7 @@ surely at most this share below the best."""
 class MethodAdvice:
     """Which method to take, which are as good as the best, which may be, and which are worse."""
 
-    case: Literal["nothing finished", "no proven gain", "one method", "one seed", "compared"]
+    comparison_status: Literal["nothing finished", "no proven gain", "one method", "one seed", "compared"]
     """What the comparison proves; only if methods were "compared" there is a choice beyond the best."""
     best: ComparedMethod | None = None
     """The ranked method with the highest gain."""
@@ -58,14 +58,14 @@ def choose_best_or_cheaper_method(methods: Sequence[ComparedMethod], pairs: Sequ
     not_ranked = [m for m in methods if not m.ranked]
     ranked = [m for m in methods if m.ranked]
     if not ranked:
-        return MethodAdvice(case="nothing finished", not_ranked=not_ranked)
+        return MethodAdvice(comparison_status="nothing finished", not_ranked=not_ranked)
     best, others = ranked[0], ranked[1:]
     if best.gain.low <= 0:
-        return MethodAdvice(case="no proven gain", best=best, undecided=others, not_ranked=not_ranked)
+        return MethodAdvice(comparison_status="no proven gain", best=best, undecided=others, not_ranked=not_ranked)
     if not others:
-        return MethodAdvice(case="one method", best=best, choice=best, not_ranked=not_ranked)
+        return MethodAdvice(comparison_status="one method", best=best, choice=best, not_ranked=not_ranked)
     if len(best.seeds) < 2:
-        return MethodAdvice(case="one seed", best=best, undecided=others, not_ranked=not_ranked)
+        return MethodAdvice(comparison_status="one seed", best=best, undecided=others, not_ranked=not_ranked)
     with_best = {p.b: p for p in pairs if p.a == best.method}
     gaps = {name: pair.ci95[1] for name, pair in with_best.items()}
     as_good = [m for m in others if gaps.get(m.method, math.inf) <= TOLERANCE * best.gain.value]
@@ -78,7 +78,7 @@ def choose_best_or_cheaper_method(methods: Sequence[ComparedMethod], pairs: Sequ
 
     choice = min(choices, key=lambda m: (len(list_high_costs(m)), -m.gain.value))
     return MethodAdvice(
-        case="compared",
+        comparison_status="compared",
         best=best,
         choice=choice,
         as_good=as_good,
@@ -103,11 +103,11 @@ def _format_ranked(advice: MethodAdvice) -> str:
     if best is None:
         return "No method has finished its runs, so there is nothing to advise."
     name, measure = best.method, best.gain_name
-    if advice.case == "no proven gain":
+    if advice.comparison_status == "no proven gain":
         return f"Take none of them: the {measure} of the best, {name}, is not beyond noise ({_format_gain(best)})."
-    if advice.case == "one method":
+    if advice.comparison_status == "one method":
         return f"Only {name} was measured: {measure} {_format_gain(best)}."
-    if advice.case == "one seed":
+    if advice.comparison_status == "one seed":
         gaps = [f"{m.method} is behind by {best.gain.value - m.gain.value:.3f}" for m in advice.others]
         reason = "with one seed, the effect of another seed is unknown (--seeds 3 measures it)"
         highest = f"with this one {name} has the highest {measure} ({_format_gain(best)})"

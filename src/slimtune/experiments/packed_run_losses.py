@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.data.example_types import Batch
-from ..core.training.loss import compute_token_nll
+from ..core.training.loss import compute_supervised_token_nll
 from ..core.training.objective import Objective
 from .packed_run_adapters import use_packed_adapters
 
@@ -25,7 +25,7 @@ def forward_backward_packed_runs(
     """Run the forward and backward passes of one optimizer step of each run; return the losses, detached.
 
     The gradients equal those of `forward_backward` of each run alone, up to rounding. Call it inside
-    `packed_attention_enabled(models[0])`.
+    `use_packed_attention(models[0])`.
 
     Args:
         models: one for each run, as `packing_runs_unsupported_reason` allows; gradients are added to those they have.
@@ -44,7 +44,7 @@ def forward_backward_packed_runs(
         batches = [batch for _, batch in group]
         joint = _concatenate_batches(batches)
         with use_packed_adapters(models, [(run, batch["input_ids"].shape[1]) for run, batch in group]):
-            values = compute_token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
+            values = compute_supervised_token_nll(models[0], joint).split([len(batch["targets"]) for batch in batches])
             losses = [
                 objectives[run].loss(own, batch, num_items[run])
                 for own, (run, batch) in zip(values, group, strict=True)

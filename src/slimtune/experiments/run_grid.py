@@ -25,7 +25,7 @@ from ..core.foundation.files import parse_json, read_regular_file
 from ..core.models.base_config import get_hidden_size, load_base_config
 from ..core.models.dtype import pick_device
 from ..core.training.base_model import load_base_tokenizer
-from ..core.training.datasets import load_eval_dataset, load_training_datasets
+from ..core.training.datasets import load_eval_dataset_and_stats, load_training_datasets
 from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
@@ -48,7 +48,7 @@ class ComparisonGrid:
     example_lengths: tuple[ExampleLength, ...] = ()  # of the training examples, to plan for
     excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
     at_once: int = 1  # runs of a candidate that train at the same time in one process
-    force: bool = False  # train on rows that the data report finds faulty
+    allow_faulty_rows: bool = False  # train on rows that the data report finds faulty
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the training, validation and test rows
 
     def build_recipe(self, candidate: ComparisonCandidate, seed: int, output_dir: Path, **train: Any) -> Recipe:
@@ -126,7 +126,7 @@ def build_comparison_grid(
     trials: int,
     output_dir: Path,
     at_once: int = 1,
-    force: bool = False,
+    allow_faulty_rows: bool = False,
 ) -> ComparisonGrid:
     """Read the rows and return the runs with their number of steps.
 
@@ -135,7 +135,7 @@ def build_comparison_grid(
         candidates: the methods to compare.
         seeds: number of seeds; the first is the recipe's, the others follow it.
         tokens: trained tokens of a run, on average; None: as long as the recipe says.
-        trials, output_dir, at_once, force: see `ComparisonGrid`.
+        trials, output_dir, at_once, allow_faulty_rows: see `ComparisonGrid`.
     """
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
     tasks = [c.task for c in candidates if c.task is not None]
@@ -151,7 +151,7 @@ def build_comparison_grid(
         lengths=(),
         output_dir=output_dir,
         at_once=at_once,
-        force=force,
+        allow_faulty_rows=allow_faulty_rows,
     )
     excluded: dict[str, str] = {}
     for candidate in candidates:  # invalid settings are reported before any row is read
@@ -168,9 +168,11 @@ def build_comparison_grid(
         raise UsageError("the recipe names no test rows to compare the methods on", expected)
     tokenizer = load_base_tokenizer(recipe.model, recipe.data.chat_template)
     test_rows = (
-        None if test_file is None else load_eval_dataset(test_file, recipe.data, recipe.objective(), tokenizer)[0]
+        None
+        if test_file is None
+        else load_eval_dataset_and_stats(test_file, recipe.data, recipe.objective(), tokenizer)[0]
     )
-    rows = load_training_datasets(recipe, force)
+    rows = load_training_datasets(recipe, allow_faulty_rows)
     test_rows = rows.test if test_rows is None else test_rows
     if len(test_rows) < 2:
         source = test_file or "data.test_fraction"
@@ -180,7 +182,7 @@ def build_comparison_grid(
         raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
     grid = dataclasses.replace(grid, steps=_count_steps_for_tokens(recipe, lengths, tokens), lengths=lengths)
-    hidden_size = read_hidden_size(recipe.model)
+    hidden_size = load_base_hidden_size(recipe.model)
 
     def with_rate(candidate: ComparisonCandidate) -> ComparisonCandidate:
         built = grid.build_recipe(candidate, recipe.train.seed, output_dir)
@@ -210,7 +212,9 @@ def _count_steps_for_tokens(recipe: Recipe, lengths: Sequence[int], tokens: int 
     return math.floor(tokens / tokens_per_step)
 
 
-def read_hidden_size(model: ModelSettings) -> int:
+def load_base_hidden_size(model_settings: ModelSettings) -> int:
     """Return the width of a base's hidden states by its config, no weights."""
-    config = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision).config
+    config = load_base_config(
+        model_settings.name, trust_remote_code=model_settings.trust_remote_code, revision=model_settings.revision
+    ).config
     return get_hidden_size(config)

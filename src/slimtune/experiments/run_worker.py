@@ -37,20 +37,20 @@ class WorkerResult(NamedTuple):
     error: str  # why it failed, in one line; "" if it did not
     stopped: bool  # whether `should_stop` ended it
     seconds: float  # wall-clock time
-    failed: Mapping[str, str] = {}  # of several runs: why single ones failed, by their recipe files
+    errors_by_recipe_file: Mapping[str, str] = {}  # of several runs: why single ones failed, by their recipe files
     killed: bool = False  # whether a signal ended its process
     restarts: int = 0  # how often it was started again because it was killed
 
 
 Launch = Callable[..., WorkerResult]
-"""A partial of `run_worker_process` that lacks `environment` and `should_stop`."""
+"""A partial of `train_recipes_in_subprocess` that lacks `environment` and `should_stop`."""
 
 
-def run_worker_process(
+def train_recipes_in_subprocess(
     recipe_files: Sequence[Path],
     *,
-    trial: bool = False,
-    force: bool = False,
+    skip_test_rows: bool = False,
+    allow_faulty_rows: bool = False,
     trust_remote_code: bool = False,
     environment: Mapping[str, str] = {},
     should_stop: Callable[[], bool] = lambda: False,
@@ -59,13 +59,13 @@ def run_worker_process(
 
     Args:
         recipe_files: the recipes of the runs, which train at the same time; the output goes to a log beside the first.
-        trial: leave the test rows out.
-        force: train on rows that the data report finds faulty.
+        skip_test_rows: leave the test rows out.
+        allow_faulty_rows: train on rows that the data report finds faulty.
         trust_remote_code: let the base run Python code that comes with it.
         environment: variables that the process has besides those of this one.
         should_stop: called every fifth of a second; True ends the process at once.
     """
-    given = {"--trial": trial, "--force": force, "--trust-remote-code": trust_remote_code}
+    given = {"--trial": skip_test_rows, "--force": allow_faulty_rows, "--trust-remote-code": trust_remote_code}
     flags = [flag for flag, is_set in given.items() if is_set]
     start, log_file = time.perf_counter(), recipe_files[0].with_suffix(".log")
     # The worker's stdin stays open as long as this process lives; the worker ends when it closes. The worker gets a
@@ -118,8 +118,8 @@ def run_worker_process(
     return WorkerResult(error, False, time.perf_counter() - start, failed, killed=code < 0)
 
 
-def retry_once_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerResult:
-    """Call a partial of `run_worker_process`, and again if the process was killed; it resumes from its checkpoint.
+def run_worker_with_restarts_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerResult:
+    """Call a partial of `train_recipes_in_subprocess`, again if the process was killed; it resumes from its checkpoint.
 
     Beside other runs memory may run out that suffices later.
     """
@@ -129,8 +129,8 @@ def retry_once_if_killed(start_worker: Launch, **worker_options: Any) -> WorkerR
     return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 
 
-def run_recipes_collecting_errors(
-    recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False
+def train_and_test_recipes_collecting_errors(
+    recipe_files: Sequence[Path], *, skip_test_rows: bool = False, allow_faulty_rows: bool = False
 ) -> dict[Path, SlimtuneError]:
     """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
 
@@ -140,7 +140,7 @@ def run_recipes_collecting_errors(
     from ..core.config import load_recipe
     from ..core.training.run_dir import RunDir
     from ..evaluation.evaluate import EvalSettings, evaluate
-    from .simultaneous_runs import RunStopped, train_recipes_together
+    from .simultaneous_runs import RunCancelled, train_recipes_together
 
     recipes = {file: load_recipe(file) for file in recipe_files}
     runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
@@ -154,13 +154,13 @@ def run_recipes_collecting_errors(
     outcomes = train_recipes_together(
         [recipes[file] for file in resume],
         resume=list(resume.values()),
-        force=force,
+        allow_faulty_rows=allow_faulty_rows,
         should_stop=lambda recipe: stop_files[str(recipe.output_dir)].exists(),
     )
     ended = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
-    failed = {file: o for file, o in ended.items() if not isinstance(o, RunStopped)}
+    failed = {file: o for file, o in ended.items() if not isinstance(o, RunCancelled)}
     for file in (file for file in recipe_files if file not in ended):
-        if not trial:
+        if not skip_test_rows:
             evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
         shutil.rmtree(runs[file].checkpoints, ignore_errors=True)
     return failed
@@ -170,14 +170,14 @@ def main() -> None:
     """Run the cells that the arguments name and exit: 0 done, 1 or 2 as the error says, 130 interrupted."""
     flags = [argument for argument in sys.argv[1:] if argument.startswith("--")]
     files = [Path(argument) for argument in sys.argv[1:] if argument not in flags]
-    how = {"trial": "--trial" in flags, "force": "--force" in flags}
+    how = {"skip_test_rows": "--trial" in flags, "allow_faulty_rows": "--force" in flags}
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # Ray blocks SIGINT in its processes, and this one inherits that; then Ctrl-C would write no checkpoint.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            for file, error in run_recipes_collecting_errors(files, **how).items():
+            for file, error in train_and_test_recipes_collecting_errors(files, **how).items():
                 _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
                 code = error.exit_code
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..core.config import Recipe
-from ..core.foundation.files import parse_json, read_json, to_json, write_atomic
+from ..core.foundation.files import parse_json, read_json_object, to_json, write_atomic
 from ..core.foundation.formatting import format_duration
 from ..core.foundation.remote_code import remote_code_allowed
 from ..core.training.nonfinite import EVENT as NONFINITE
@@ -34,7 +34,7 @@ from ..core.training.run_dir import RunDir
 from ..errors import RunError
 from .executors import Executor
 from .experiment_results import TrialResult
-from .run_worker import STOP_SUFFIX, Launch, WorkerResult, run_worker_process
+from .run_worker import STOP_SUFFIX, Launch, WorkerResult, train_recipes_in_subprocess
 from .search_space import SettingRange, format_setting_values
 
 REPEATED_DRAWS = 10
@@ -116,11 +116,11 @@ def run_search_trials(
     failed_in_a_row = 0
     while len(tried := _list_trials(study, search)) < most and time.monotonic() < deadline:
         # A search that was killed goes on with the trials that were drawn together.
-        batch: list[TrialRun] = []
+        batch: list[TrialMonitor] = []
         while len(tried) + len(batch) < most and (not batch or (len(tried) + len(batch)) % at_once):
             trial = _ask_untried(study, search, [t.values for t in tried] + [t.values for t in batch], at_once)
             number = f"trial {len(tried) + len(batch) + 1}{f' of {most}' if most < math.inf else ''}"
-            batch.append(TrialRun(search, trial, number, deadline))
+            batch.append(TrialMonitor(search, trial, number, deadline))
         _run_batch(
             [batch[i : i + trials_per_process] for i in range(0, len(batch), trials_per_process)],
             executor,
@@ -148,7 +148,7 @@ def run_search_trials(
     return trials
 
 
-def _run_batch(groups: "Sequence[Sequence[TrialRun]]", executor: Executor, log: Callable[[str], None]) -> None:
+def _run_batch(groups: "Sequence[Sequence[TrialMonitor]]", executor: Executor, log: Callable[[str], None]) -> None:
     """Train trials, those of a group in one process; all of a batch are begun before the first result is used."""
     by_file = {group[0].recipe_file: group for group in groups}
     launches = [(file, _launch_trials(group)) for file, group in by_file.items()]
@@ -162,19 +162,23 @@ def _run_batch(groups: "Sequence[Sequence[TrialRun]]", executor: Executor, log: 
 
     for file, worker in executor.run(launches, should_stop):
         for run in by_file[file]:
-            error = worker.failed.get(str(run.recipe_file), worker.error)
+            error = worker.errors_by_recipe_file.get(str(run.recipe_file), worker.error)
             run.finish(worker._replace(error=error, stopped=run.stopped))
             log(f"{run.text}: {run.describe_outcome()}")
 
 
-def _launch_trials(group: "Sequence[TrialRun]") -> Launch:
+def _launch_trials(group: "Sequence[TrialMonitor]") -> Launch:
     """Write the recipes of trials and return what trains them in one process."""
     for run in group:
         run.stop_file.unlink(missing_ok=True)
         write_atomic(run.recipe_file, run.recipe.to_yaml())
     trust, files = remote_code_allowed(), [run.recipe_file for run in group]
     return partial(
-        run_worker_process, files, trial=True, force=group[0].search.allow_faulty_rows, trust_remote_code=trust
+        train_recipes_in_subprocess,
+        files,
+        skip_test_rows=True,
+        allow_faulty_rows=group[0].search.allow_faulty_rows,
+        trust_remote_code=trust,
     )
 
 
@@ -251,7 +255,7 @@ def _to_parameter(searched: SettingRange, value: Any) -> Any:
     return to_json(next(c for c in searched.choices if c == value)) if searched.choices else value
 
 
-class TrialRun:
+class TrialMonitor:
     """The training of one trial.
 
     Attributes:
@@ -261,10 +265,10 @@ class TrialRun:
         seconds: how long it took.
     """
 
-    def __init__(self, search: SettingsSearchSpec, trial: optuna.Trial, number: str, deadline: float) -> None:
+    def __init__(self, search: SettingsSearchSpec, trial: optuna.Trial, label: str, deadline: float) -> None:
         self.search, self.trial, self.deadline = search, trial, deadline
         self.values, self.recipe_file = search.values(trial), search.trial_recipe_file(trial).absolute()
-        self.text = f"{number}: {format_setting_values(self.values)}"
+        self.text = f"{label}: {format_setting_values(self.values)}"
         self.run, self.stop_file = RunDir(self.recipe_file.with_suffix("")), self.recipe_file.with_suffix(STOP_SUFFIX)
         self.recipe = search.build_recipe(self.values, self.run.path)
         self.evaluations_seen = 0
@@ -308,7 +312,7 @@ class TrialRun:
             return
         # A trial that ended between two polls is judged by the same rule.
         if not (worker.stopped or diverged or self.should_prune()):
-            self.loss = read_json(self.run.result_file)["validation_loss"]
+            self.loss = read_json_object(self.run.result_file)["validation_loss"]
         self.stop_file.unlink(missing_ok=True)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)
         shutil.rmtree(self.run.adapter, ignore_errors=True)

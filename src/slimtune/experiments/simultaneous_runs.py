@@ -39,7 +39,7 @@ from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupport
 from .packed_run_losses import forward_backward_packed_runs
 
 
-class RunStopped(SlimtuneError):
+class RunCancelled(SlimtuneError):
     """How a run ended that its caller no longer wanted."""
 
 
@@ -55,10 +55,10 @@ class InterleavedRun:
         self._steps: Iterator[Sequence[Any]] = iter(())
         self._rng: Any = None
 
-    def start(self, resume: bool, force: bool, load_base: LoadBase) -> None:
+    def start(self, resume: bool, allow_faulty_rows: bool, load_base: LoadBase) -> None:
         """Prepare the run, in its turn."""
         with self._turn():
-            prepared = prepare_run(self.recipe, resume=resume, force=force, load_base=load_base)
+            prepared = prepare_run(self.recipe, resume=resume, allow_faulty_rows=allow_faulty_rows, load_base=load_base)
             self.loop = TrainingLoop(prepared, self.take_gradients)
             self.loop.thread_count = None  # the time of a step says nothing while others have their turn
             self._steps = self.loop.iterate_steps()
@@ -82,7 +82,7 @@ class InterleavedRun:
     def stop(self) -> None:
         """End the run without a checkpoint."""
         self._steps.close()  # type: ignore[attr-defined]
-        self.rows, self.outcome = (), RunStopped("the run was stopped")
+        self.rows, self.outcome = (), RunCancelled("the run was stopped")
         self.release()
 
     def release(self) -> None:
@@ -113,7 +113,7 @@ def train_recipes_together(
     recipes: Sequence[Recipe],
     *,
     resume: Sequence[bool] = (),
-    force: bool = False,
+    allow_faulty_rows: bool = False,
     should_stop: Callable[[Recipe], bool] = lambda _: False,
 ) -> list[TrainResult | SlimtuneError]:
     """Train recipes with one base at the same time; return for each what `train` returns, or the error that ended it.
@@ -123,8 +123,8 @@ def train_recipes_together(
     Args:
         recipes: their `model` and `data.chat_template` are the same.
         resume: for each whether to continue it from its newest checkpoint; empty: none.
-        force: train on data even if its validation finds faults.
-        should_stop: called for each run before each of its steps; True ends this run with a `RunStopped`.
+        allow_faulty_rows: train on data even if its validation finds faults.
+        should_stop: called for each run before each of its steps; True ends this run with a `RunCancelled`.
 
     Raises:
         UsageError: the bases differ, or there are several processes.
@@ -136,12 +136,12 @@ def train_recipes_together(
         raise UsageError("runs at once have different bases", "the same model and data.chat_template in all")
     if len(recipes) == 1:
         try:
-            return [train(recipes[0], resume=any(resume), force=force)]
+            return [train(recipes[0], resume=any(resume), allow_faulty_rows=allow_faulty_rows)]
         except SlimtuneError as error:
             return [error]
     load_base, runs = _share_base(), [InterleavedRun(recipe) for recipe in recipes]
     for run, again in zip(runs, resume or [False] * len(runs), strict=True):
-        run.start(again, force, load_base)
+        run.start(again, allow_faulty_rows, load_base)
     alive = [run for run in runs if run.loop is not None]
     loops = [run.loop for run in alive if run.loop is not None]
     reason = _find_reason_against_packing(loops) if loops else ""
@@ -171,7 +171,7 @@ def train_recipes_together(
 def _find_reason_against_packing(loops: Sequence[TrainingLoop]) -> str:
     """Return why the gradients of these runs cannot be computed together exactly, "" if they can."""
     for loop in loops:
-        if not loop.collator.layout:
+        if not loop.collator.with_packed_layout:
             return "the base cannot run packed rows with a layout"
         if loop.objective.task_type != "CAUSAL_LM":
             return "the objective of a run needs more than the loss of tokens"

@@ -22,13 +22,13 @@ from ..core.training.datasets import load_training_datasets
 from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..errors import UsageError
 from .candidates import ComparisonCandidate
-from .comparison_chart import write_search_chart
+from .comparison_chart import write_tune_trials_chart
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
 from .experiment_output_dir import lock_output_dir_and_write_settings
 from .experiment_results import LearningRateSearch, LearningRateTrial, TuneResult
 from .markdown_table import format_markdown_table
-from .run_grid import ComparisonGrid, read_hidden_size
+from .run_grid import ComparisonGrid, load_base_hidden_size
 from .search import SettingsSearchSpec, find_best_trial, run_search_trials
 from .search_space import SettingRange, format_setting_value, format_setting_values, validate_and_mark_integer_ranges
 
@@ -110,7 +110,7 @@ def run_tuning(
         steps = trial.train.count_steps(len(rows.train))
         return replace(trial, train=replace(trial.train, max_steps=steps))
 
-    filled = fill_in_learning_rate(recipe, len(rows.train), read_hidden_size(recipe.model))
+    filled = fill_in_learning_rate(recipe, len(rows.train), load_base_hidden_size(recipe.model))
     first = {r.path: value for r in ranges if r.contains(value := _read_setting(filled, r.path))}
     search = SettingsSearchSpec(output_dir / "trials", ranges, build_trial, first, trials, minutes, allow_faulty_rows)
     with (
@@ -139,28 +139,35 @@ def run_tuning(
         write_json(output_dir / "tune.json", result)
         write_atomic(output_dir / "table.md", _format_search(result))
         for file in filter(None, (output_dir / "tune.svg", plot)):
-            write_search_chart(result, ranges, file)
+            write_tune_trials_chart(result, ranges, file)
     return result
 
 
 def search_learning_rate(
-    grid: ComparisonGrid, candidate: ComparisonCandidate, log: Callable[[str], None], executor: Executor
+    comparison_grid: ComparisonGrid, candidate: ComparisonCandidate, log: Callable[[str], None], executor: Executor
 ) -> LearningRateSearch:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
     Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
     the default first.
     """
-    default, steps = float(candidate.learning_rate), max(1, math.ceil(TRIAL_SHARE * grid.steps))
+    default, steps = float(candidate.learning_rate), max(1, math.ceil(TRIAL_SHARE * comparison_grid.steps))
     length = {"max_steps": steps, "eval_steps": max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)), "save_steps": steps}
 
     def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
-        return grid.build_recipe(candidate, grid.seeds[0], run, learning_rate=values[RATE], **length)
+        return comparison_grid.build_recipe(
+            candidate, comparison_grid.seeds[0], run, learning_rate=values[RATE], **length
+        )
 
     rates = SettingRange(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
-    folder = grid.output_dir / "tune" / candidate.label
+    folder = comparison_grid.output_dir / "tune" / candidate.label
     search = SettingsSearchSpec(
-        folder, [rates], build_trial, {RATE: default}, grid.trials, allow_faulty_rows=grid.force
+        folder,
+        [rates],
+        build_trial,
+        {RATE: default},
+        comparison_grid.trials,
+        allow_faulty_rows=comparison_grid.allow_faulty_rows,
     )
     trials = run_search_trials(search, lambda text: log(f"{candidate.label}: {text}"), executor)
     best = find_best_trial(trials).values[RATE]
@@ -179,7 +186,7 @@ def _read_setting(recipe: Recipe, path: str) -> Any:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def list_trial_columns(result: TuneResult) -> list[str]:
+def list_trial_table_headings(result: TuneResult) -> list[str]:
     """Return the headings of the table of trials; the names of settings lack their section."""
     return ["trial", *(path.partition(".")[2] for path in result.over), "validation loss", "time"]
 
@@ -195,7 +202,7 @@ def format_trial_rows(result: TuneResult) -> list[list[str]]:
     return rows
 
 
-def describe_search_limits(result: TuneResult) -> list[str]:
+def describe_best_trial_and_caveats(result: TuneResult) -> list[str]:
     """Return what a reader of the trials must know."""
     outcomes = [t.outcome for t in result.trials]
     ended, best_loss = outcomes.count("complete"), result.best.loss
@@ -229,6 +236,6 @@ def describe_search_setup(result: TuneResult) -> str:
 
 def _format_search(result: TuneResult) -> str:
     """Return `table.md`."""
-    table = format_markdown_table(list_trial_columns(result), format_trial_rows(result))
-    parts = [describe_search_setup(result), table, *describe_search_limits(result)]
+    table = format_markdown_table(list_trial_table_headings(result), format_trial_rows(result))
+    parts = [describe_search_setup(result), table, *describe_best_trial_and_caveats(result)]
     return "\n\n".join([*parts, f"Train it: `slimtune train {result.best_recipe}`"]) + "\n"

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-from ..core.foundation.files import read_json
+from ..core.foundation.files import read_json_object
 from ..core.foundation.fingerprint import config_fingerprint
 from ..core.models.base_config import load_base_config
 from ..core.models.model_source import ModelSource, resolve_model_source
 from ..errors import RunError, SlimtuneError
 from ..extras.hub_commits import require_repo_id
-from ..extras.known_models import PACKAGED, load_known_models
+from ..extras.known_models import PACKAGED, load_known_models_by_alias
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ class BaseModelInfo:
 def fetch_base_model_info(
     spec: str,
     *,
-    hub_id: str | None = None,
-    fingerprint: str | None = None,
+    given_hub_id: str | None = None,
+    trained_fingerprint: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> BaseModelInfo:
     """Return the Hub id and licence of the base that a run or an adapter names.
 
-    `hub_id` is what the user gives; `fingerprint` that of the base that the adapter was trained on.
+    `given_hub_id` is what the user gives; `trained_fingerprint` that of the base that the adapter was trained on.
     """
     notes: list[str] = []
     source: ModelSource | None = None
@@ -67,13 +67,13 @@ def fetch_base_model_info(
     except SlimtuneError as e:
         # The adapter is complete without its base; only what the base would say is missing.
         notes.append(f"the base {Path(spec).name!r} cannot be loaded here: {type(e).__name__}")
-    given = hub_id
+    given = given_hub_id
     if given is not None:
         require_repo_id(given, require_owner=True)
     on_hub = source is not None and source.kind == "hub"
-    own_id = source.path if source is not None and on_hub else _find_hub_id_of_alias(spec, source, fingerprint)
-    hub_id = given or own_id
-    revision = revision if on_hub and hub_id == own_id else None
+    own_id = source.path if source is not None and on_hub else _find_hub_id_of_alias(spec, source, trained_fingerprint)
+    given_hub_id = given or own_id
+    revision = revision if on_hub and given_hub_id == own_id else None
 
     licence, quantized_file = None, ""
     if source is not None and source.kind == "gguf":
@@ -81,28 +81,28 @@ def fetch_base_model_info(
     elif source is not None and source.kind == "folder":
         licence = _read_card_licence(Path(source.path, "README.md"))
         try:
-            licence = licence or _make_licence(read_json(Path(source.path, "config.json")), "its config.json")
+            licence = licence or _make_licence(read_json_object(Path(source.path, "config.json")), "its config.json")
         except RunError as e:
             log.debug("%s", e)
-    if licence is None and hub_id is not None:
-        licence = _fetch_licence(hub_id, revision, token)
+    if licence is None and given_hub_id is not None:
+        licence = _fetch_licence(given_hub_id, revision, token)
 
-    name = hub_id or (source.name if source else Path(spec).name)
-    if hub_id is None:
+    name = given_hub_id or (source.name if source else Path(spec).name)
+    if given_hub_id is None:
         notes.append(f"the Hub id of the base {name!r} is unknown, so others cannot find it: give --base ORG/NAME")
     elif given is None and not on_hub:
-        notes.append(f"the upload names the base {hub_id} in place of {spec!r}")
-    if quantized_file and hub_id is not None:
-        effect = f"with the weights of {hub_id} answers differ a little"
+        notes.append(f"the upload names the base {given_hub_id} in place of {spec!r}")
+    if quantized_file and given_hub_id is not None:
+        effect = f"with the weights of {given_hub_id} answers differ a little"
         notes.append(f"trained on {quantized_file}, a quantized copy: {effect}")
     if licence is None:
         notes.append(f"the licence of {name} is unknown, and the card says so")
-    return BaseModelInfo(name, hub_id, revision, licence, quantized_file, notes)
+    return BaseModelInfo(name, given_hub_id, revision, licence, quantized_file, notes)
 
 
 def _find_hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:
     """Return the Hub id whose name begins the alias's file name, if its config has the fingerprint."""
-    configs = load_known_models()
+    configs = load_known_models_by_alias()
     if spec not in PACKAGED or spec not in configs:
         return None
     file = Path(source.path).name if source else PACKAGED[spec].file

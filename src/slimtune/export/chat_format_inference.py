@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..core.foundation.chat_rendering import render_chat_template
-from ..core.foundation.sequences import common_prefix_length, find_shared_prefix
+from ..core.foundation.sequences import count_common_prefix, find_shared_prefix
 from ..errors import format_names
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
@@ -85,10 +85,12 @@ class JinjaChatTemplate:
 class InferredChatFormat:
     """The inferred form of a chat template."""
 
-    prefixes: dict[Neighbours, str]  # the text before a message; for (role, "prompt"): what asks for an answer
+    prefixes_by_role_pair: dict[
+        Neighbours, str
+    ]  # the text before a message; for (role, "prompt"): what asks for an answer
     suffixes: dict[str, str]  # the text after a message, by its role, whatever follows
-    strips: dict[Neighbours, Strip]  # what is stripped from the second message's content
-    system: str  # "in order", "last" (inside the last user message), "refused" or "left out"
+    strips_by_role_pair: dict[Neighbours, Strip]  # what is stripped from the second message's content
+    system_placement: str  # "in order", "last" (inside the last user message), "refused" or "left out"
 
     def choices(self, role: str, after_system: bool = False) -> list[tuple[list[str], str, Strip]]:
         """Group the roles that can precede `role` by the prefix and the stripping they cause, the largest group last.
@@ -97,15 +99,15 @@ class InferredChatFormat:
         user message, `after_system` tells whether it stands in this one.
         """
         groups: dict[tuple[str, Strip], list[str]] = {}
-        for (before, this), prefix in self.prefixes.items():
-            if this == role and (self.system != "last" or (before == "system") == after_system):
-                groups.setdefault((prefix, self.strips[before, role]), []).append(before)
+        for (before, this), prefix in self.prefixes_by_role_pair.items():
+            if this == role and (self.system_placement != "last" or (before == "system") == after_system):
+                groups.setdefault((prefix, self.strips_by_role_pair[before, role]), []).append(before)
         ordered = sorted(groups.items(), key=lambda item: (len(item[1]), "assistant" in item[1], "user" in item[1]))
         return [(befores, prefix, strip) for (prefix, strip), befores in ordered]
 
     def generation_prompt(self, role: str) -> str:
         """Return the text that asks for an answer after a message of this role."""
-        return self.prefixes.get((role, "prompt"), self.prefixes["user", "prompt"])
+        return self.prefixes_by_role_pair.get((role, "prompt"), self.prefixes_by_role_pair["user", "prompt"])
 
     def render(self, messages: Messages) -> str:
         """Return the text of a conversation: exactly what the TEMPLATE written from this format gives.
@@ -116,11 +118,11 @@ class InferredChatFormat:
         text, before = "", ""
         for message in messages:
             role, is_last = message["role"], message is messages[-1]
-            if role == "system" and self.system == "refused":
+            if role == "system" and self.system_placement == "refused":
                 raise UnsupportedChatTemplate("the chat template refuses system messages")
-            if role == "system" and self.system != "in order":
+            if role == "system" and self.system_placement != "in order":
                 continue
-            with_system = role == "user" and is_last and self.system == "last" and bool(system)
+            with_system = role == "user" and is_last and self.system_placement == "last" and bool(system)
             if with_system:
                 text += self._render_message("system", before, system) + self.suffixes["system"]
             text += self._render_message(role, "system" if with_system else before, message["content"], with_system)
@@ -177,7 +179,7 @@ def infer_chat_format(template: JinjaChatTemplate) -> InferredChatFormat:
         messages = make_probe_messages(shape, contents[: len(shape)])
         expected, text = template.render(messages), chat.render(messages)
         if expected != text:
-            at = common_prefix_length(expected, text)
+            at = count_common_prefix(expected, text)
             here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in (expected, text))
             raise UnsupportedChatTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
@@ -199,7 +201,7 @@ def describe_ollama_differences(jinja_template: JinjaChatTemplate, inferred_form
     thought = (plain[0], "<think>\nHm.\n</think>\n\nDespair.", plain[2])
     clock = {"name": "clock", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": clock}]
-    place, has_bos = inferred_format.system, jinja_template.writes_bos
+    place, has_bos = inferred_format.system_placement, jinja_template.writes_bos
     optional = [s for s in OPTIONAL_SHAPES if place == "in order" or s == "au"]
     unlike = ", ".join(" ".join(ROLES[r] for r in s) for s in optional if differs(s, plain[: len(s)]))
     has_switch = any(differs("u", plain[:1], enable_thinking=on) for on in (True, False))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..core.config import Recipe
 from ..core.data.chat_template import TokenizedRow
-from ..core.data.rows import Row, split_into_one_row_per_answer
+from ..core.data.rows import Row, split_preference_into_rows
 from ..core.data.tokenize import tokenize_rows_with_errors
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.foundation.dtype_names import llama_cpp_dtype_name
@@ -61,12 +61,12 @@ class EngineTolerance:
 
     max_difference: float = math.inf
     mean_difference: float = math.inf
-    effect_share: float = 0.0  # of the adapter's effect, added to `mean_difference`
-    strength: float = 0.02  # distance of the strength from 1, beyond three standard errors
+    mean_difference_per_effect: float = 0.0  # of the adapter's effect, added to `mean_difference`
+    strength_difference: float = 0.02  # distance of the strength from 1, beyond three standard errors
     base_difference: float = 0.05  # of the untouched base, on average
 
     def __str__(self) -> str:
-        share = f" + {self.effect_share:.0%} of the effect" if self.effect_share else ""
+        share = f" + {self.mean_difference_per_effect:.0%} of the effect" if self.mean_difference_per_effect else ""
         parts = [f"d ≤ {self.max_difference:g}"] if math.isfinite(self.max_difference) else []
         return ", ".join([*parts, f"mean d ≤ {self.mean_difference:g}{share}"])
 
@@ -75,9 +75,11 @@ TOLERANCES = {
     "f64": EngineTolerance(1e-5, 1e-6, base_difference=1e-5),
     "f32": EngineTolerance(0.02, 0.01),
     "f16": EngineTolerance(0.1, 0.01),
-    "bf16": EngineTolerance(3.0, 0.05, 0.25, strength=0.25, base_difference=0.2),
+    "bf16": EngineTolerance(3.0, 0.05, 0.25, strength_difference=0.25, base_difference=0.2),
     "q8_0": EngineTolerance(3.0, 0.005, 0.05, base_difference=0.2),
-    "lower": EngineTolerance(mean_difference=0.3, effect_share=0.5, strength=0.1, base_difference=0.8),
+    "lower": EngineTolerance(
+        mean_difference=0.3, mean_difference_per_effect=0.5, strength_difference=0.1, base_difference=0.8
+    ),
 }
 """By the precision of the weights or of the arithmetic, strictest first. Few bits round W + ΔW, which costs a share of
 the change; beside a base in fewer bits the base's own rounding adds to it. "lower": fewer than 8 bits a weight."""
@@ -94,7 +96,7 @@ class ReferenceText:
     """One text to compare on: token ids of prompt and answer, and the prompt as the chat template renders it or ""."""
 
     prompt: str
-    ids: list[int]
+    prompt_and_answer_ids: list[int]
 
 
 class AdapterReference:
@@ -106,7 +108,7 @@ class AdapterReference:
 
     def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
-        return [engine.score(text.ids).token_log_probs for text in track_progress(self.texts, what)]
+        return [engine.score(text.prompt_and_answer_ids).token_log_probs for text in track_progress(self.texts, what)]
 
     @cached_property
     def log_probs(self) -> list[Tensor]:
@@ -151,7 +153,7 @@ class AdapterReference:
         """
         worst, mean = differences.abs().max().item(), differences.abs().mean().item()
         max_allowed = tolerance.max_difference
-        allowed = tolerance.mean_difference + tolerance.effect_share * self.effect
+        allowed = tolerance.mean_difference + tolerance.mean_difference_per_effect * self.effect
         # Above what arithmetic alone makes, an engine must be nearer to the adapter than half way to the base.
         noise = 0.05 if self.engine.model.dtype.itemsize == 2 else 0.005
         faults, context, paired = [], "", differences
@@ -172,7 +174,7 @@ class AdapterReference:
         if mean > max(noise, self.effect / 2):
             faults.append(f"half or more of what the adapter changes ({self.effect:.3g} nats on average) is lost")
         strength, error = self.measure_effect_share(paired)
-        if strength is not None and abs(strength - 1) > tolerance.strength + 3 * error:
+        if strength is not None and abs(strength - 1) > tolerance.strength_difference + 3 * error:
             faults.append(f"the adapter's effect arrives with {strength:.0%} of its strength (± {error:.1%})")
         return faults
 
@@ -182,19 +184,19 @@ class AdapterReference:
 
 
 def make_reference_texts(
-    tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None
+    tokenizer: Any, recipe: Recipe | None, config: Any, rows_file: Path | None = None
 ) -> list[ReferenceText]:
-    """Return fixed questions, then the first rows that the run held out (validation, else test), or those of `rows`.
+    """Return fixed questions, then the first rows that the run held out (validation or test), or those of `rows_file`.
 
     A preference pair gives a text for each of its answers. Texts longer than the context in the model's config are cut.
     """
     roles = ("user", "assistant")
     compared = [Row([{"role": r, "content": t} for r, t in zip(roles, talk, strict=True)], 0) for talk in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
-    if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
+    if file := rows_file or next((f for f in held_out if f is not None and f.exists()), None):
         opened = open_rows(file) if recipe is None else open_rows_for_objective(file, recipe.data, recipe.objective())
         valid = opened.require_valid_rows()
-        compared += itertools.islice((part for row in valid for part in split_into_one_row_per_answer(row)), MAX_ROWS)
+        compared += itertools.islice((part for row in valid for part in split_preference_into_rows(row)), MAX_ROWS)
     longest = min(get_max_positions(config) or MAX_TOKENS, MAX_TOKENS)
     texts: list[ReferenceText] = []
     for row in compared:
@@ -209,12 +211,12 @@ def make_reference_texts(
                 prompt = render_chat_template(tokenizer, row.messages[:-1], row.tools, add_generation_prompt=True)
         elif isinstance(tokens := tokenize_rows_with_errors([row], tokenizer)[0], TokenizedRow):
             ids = tokens.input_ids
-        if len(ids) > 1 and sum(len(t.ids) - 1 for t in texts) < MAX_POSITIONS:
+        if len(ids) > 1 and sum(len(t.prompt_and_answer_ids) - 1 for t in texts) < MAX_POSITIONS:
             texts.append(ReferenceText(prompt, ids[:longest]))
     return texts
 
 
-def compare_engine_with_adapter(
+def judge_engine_against_adapter(
     reference: AdapterReference,
     engine: InferenceEngine,
     precision: str,
@@ -234,10 +236,14 @@ def compare_engine_with_adapter(
     tolerance = tolerance or get_loosest_tolerance(precision, llama_cpp_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
-    scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]
+    scores = [
+        engine.score(text.prompt_and_answer_ids) for text in track_progress(reference.texts, f"texts for {engine.name}")
+    ]
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
-    kl = [_kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
+    kl = [
+        _kl_divergence(reference.engine.score_candidates(text.prompt_and_answer_ids, s.top_ids), s) for text, s in pairs
+    ]
     answers = zip(reference.answers, reference.prompts, strict=False)
     equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
     faults, base, paired = reference.find_faults(differences, tolerance), None, differences

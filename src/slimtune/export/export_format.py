@@ -152,7 +152,7 @@ def list_export_targets() -> tuple[str, ...]:
     return tuple(name for name in EXPORT_FORMATS.names() if name != MERGED_FOLDER)
 
 
-def require_export_target(target: str) -> None:
+def require_known_export_target(target: str) -> None:
     """Raise UsageError unless it is a target of an export."""
     if target not in (targets := list_export_targets()):
         raise UsageError(f"unknown target {target!r}{suggest(target, targets)}", format_names(targets))
@@ -164,7 +164,7 @@ def make_export_format(target: str, options: Mapping[str, Any]) -> ExportFormat:
     Raises:
         UsageError: there is no such target, it does not read an option, or the options are impossible.
     """
-    require_export_target(target)
+    require_known_export_target(target)
     kind = EXPORT_FORMATS.load(target)
     given = {name: value for name, value in options.items() if value is not None}
     known = {f.name for f in dataclasses.fields(kind)}

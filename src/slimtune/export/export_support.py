@@ -32,7 +32,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     factors, other = split_low_rank_and_other_changes(model, adapter)
     replicated = bool(getattr(config, "layer_replication", None))
     on_published_base = on_published_base and not replicated  # the published one has fewer layers
-    can_be_lora = on_published_base and not list_vllm_lora_incompatibilities(config)
+    can_be_lora = on_published_base and not list_settings_no_vllm_lora_expresses(config)
     merged = (
         config.mergeable
         and not replicated
@@ -67,7 +67,7 @@ def split_low_rank_and_other_changes(model: Any, adapter: str = "default") -> tu
     return factors, other
 
 
-def list_vllm_lora_incompatibilities(config: Any) -> list[str]:
+def list_settings_no_vllm_lora_expresses(config: Any) -> list[str]:
     """Return the parts of an adapter that no LoRA can express in vLLM, one clause each."""
     given = {name: getattr(config, name, None) for name in _NOT_IN_VLLM}
     reasons = [f"{n} is {value!r}: {_NOT_IN_VLLM[n]}" for n, value in given.items() if value and value != "none"]

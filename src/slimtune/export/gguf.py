@@ -311,7 +311,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     writer.close()
 
 
-class ToolError(RunError):
+class LlamaCppToolError(RunError):
     """A program of llama.cpp failed: nothing is known about what it should have made."""
 
 
@@ -327,7 +327,7 @@ def quantize_gguf_on_exit(file: Path, precision: str) -> Iterator[tuple[Path, st
     if precision in PRECISIONS:
         yield file, precision
         return
-    quantizer = require_gguf_quantizer(precision)
+    quantizer = require_llama_quantize_path(precision)
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
         whole = Path(folder, "whole.gguf")
         yield whole, "f16"
@@ -341,7 +341,7 @@ def require_gguf_converter() -> str:
     return _require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face base", hint)
 
 
-def require_gguf_quantizer(precision: str) -> str:
+def require_llama_quantize_path(precision: str) -> str:
     """Return the path of `llama-quantize`, or raise ModelError."""
     hint = "--precision q8_0, which needs no such program; or brew install llama.cpp, or build it from its source"
     return _require_llama_cpp_tool(QUANTIZER, f"makes {precision}", hint)
@@ -368,4 +368,6 @@ def _run_tool(command: Sequence[str]) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
         name = next(Path(word).name for word in command if word != sys.executable)
-        raise ToolError(f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows")
+        raise LlamaCppToolError(
+            f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
+        )

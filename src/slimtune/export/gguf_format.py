@@ -74,7 +74,7 @@ class GgufFormat(ExportFormat):
 
     def resolve(self) -> GgufFormat:
         """Return the format with the precision as files have it; UsageError for impossible options."""
-        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_gguf_quantizer
+        from .gguf import ADAPTER_DTYPES, PRECISIONS, require_llama_quantize_path
 
         precision = self.precision
         if precision and precision.lower() in PRECISIONS:
@@ -82,7 +82,7 @@ class GgufFormat(ExportFormat):
         if self.merged and self.convert_to_lora is not None:
             raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
         if precision is not None and self.merged and precision not in PRECISIONS:
-            require_gguf_quantizer(precision)
+            require_llama_quantize_path(precision)
         elif precision is not None and not self.merged and precision not in ADAPTER_DTYPES:
             message = f"an adapter in {precision!r}{suggest(precision, ADAPTER_DTYPES)}"
             raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
@@ -120,11 +120,11 @@ class GgufFormat(ExportFormat):
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Compare the GGUF in llama.cpp with the trained adapter."""
-        from .verify import get_lora_conversion_tolerance
+        from .verify import find_lora_conversion_tolerance
 
         adapter, model, precision = folder / ADAPTER_GGUF, folder / MODEL_GGUF, facts.precision
         if adapter.is_file():
-            tolerance = get_lora_conversion_tolerance(facts)
+            tolerance = find_lora_conversion_tolerance(facts)
             served_base = getattr(facts, "ollama_base", None)
             return verifier.verify_adapter_gguf(ADAPTER_ENGINE, adapter, precision, tolerance, served_base)
         if not model.is_file():
@@ -139,12 +139,12 @@ class GgufFormat(ExportFormat):
         """Yield the comparison of the run's adapter, and of its whole model, in llama.cpp."""
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return
-        from ..generation.inference_engines import LlamaCppInferenceEngine
+        from ..generation.inference_engines import InProcessLlamaCppEngine
         from .gguf import write_adapter_gguf
         from .merge import write_merged_gguf
         from .verify import ExportEngineCheck
 
-        adapter, whole = verifier.folder / ADAPTER_GGUF, verifier.folder / MODEL_GGUF
+        adapter, whole = verifier.temp_folder / ADAPTER_GGUF, verifier.temp_folder / MODEL_GGUF
 
         def open_adapter() -> InferenceEngine:
             write_adapter_gguf(adapter, verifier.model)
@@ -155,7 +155,7 @@ class GgufFormat(ExportFormat):
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)
 
-        yield ExportEngineCheck(ADAPTER_ENGINE, "f32", open_adapter, LlamaCppInferenceEngine.without_adapter)
+        yield ExportEngineCheck(ADAPTER_ENGINE, "f32", open_adapter, InProcessLlamaCppEngine.without_adapter)
         yield ExportEngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
 
     def hint_if_different(self) -> str:

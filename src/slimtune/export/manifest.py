@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.foundation.files import read_json, write_json
+from ..core.foundation.files import read_json_object, write_json
 from ..core.foundation.json_results import INLINE, from_json_dict
 from ..errors import UsageError
 from .export_format import EXPORT_FORMATS, ExportFormat
@@ -58,7 +58,7 @@ def read_export_manifest(folder: Path) -> ExportManifest | None:
     file = folder / EXPORT_MANIFEST
     if not file.is_file():
         return None
-    values = read_json(file)
+    values = read_json_object(file)
     try:
         return from_json_dict(ExportManifest, values)
     except ValueError:

@@ -28,7 +28,7 @@ from ..core.adapters.adapter_module import MergeUnsupported
 from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
-from ..core.foundation.files import atomic_folder, read_json, require_disk_space, translate_os_errors
+from ..core.foundation.files import atomic_folder, read_json_object, require_disk_space, translate_os_errors
 from ..core.foundation.json_results import to_json_dict
 from ..core.models.base_config import load_checkpoint_config
 from ..core.models.dtype import pick_dtype
@@ -103,7 +103,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         checked = model.dtype if small else stored
         merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
         engine = TransformersInferenceEngine("merged", merged, tokenizer)
-        differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
+        differences = reference.differences(engine.score(text.prompt_and_answer_ids).token_log_probs for text in texts)
         tolerance = get_loosest_tolerance(llama_cpp_dtype_name(stored), llama_cpp_dtype_name(model.dtype))
         if faults := reference.find_faults(differences, tolerance):
             raise RunError(
@@ -125,7 +125,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> MergeResult:
         )
         card = _render_card(loaded, config, comparison, out.resolve().name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
+        with (loaded.adapter_folder / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         facts = MergedExportFacts(comparison, base.fingerprint, sha256)
         write_export_manifest(folder, MERGED_FOLDER, run, to_json_dict(facts))
@@ -146,7 +146,9 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
 
     @torch.no_grad()
     def compute_logits(model: Any) -> Tensor:
-        return torch.cat([model.eval()(input_ids=torch.tensor([text.ids])).logits.float() for text in texts])
+        return torch.cat(
+            [model.eval()(input_ids=torch.tensor([text.prompt_and_answer_ids])).logits.float() for text in texts]
+        )
 
     adapted = compute_logits(model)
     with model.disable_adapter():
@@ -161,7 +163,7 @@ def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None, start
         differences = (compute_logits(base.model) - adapted).abs()
         tolerance = get_loosest_tolerance(llama_cpp_dtype_name(stored), llama_cpp_dtype_name(model.dtype))
         mean, largest = differences.mean().item(), differences.max().item()
-        if not mean <= tolerance.mean_difference + tolerance.effect_share * effect:
+        if not mean <= tolerance.mean_difference + tolerance.mean_difference_per_effect * effect:
             raise RunError(
                 f"the merged classifier is not the trained one: its logits differ by {mean:.3g} on average",
                 str(tolerance),
@@ -225,7 +227,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
             base = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_code(loaded))
             yield dataclasses.replace(
                 loaded,
-                model=PeftModel.from_pretrained(base.model, loaded.adapter),
+                model=PeftModel.from_pretrained(base.model, loaded.adapter_folder),
                 base=dataclasses.replace(loaded.base, model=base.model, dtype=trained),
             )
 
@@ -236,7 +238,7 @@ def _get_trained_dtype(run: Path) -> str | None:
     if folder != run:
         file = RunDir.open(run).result_file
         # "auto" in the recipe may have meant another dtype on the machine that trained.
-        return read_json(file).get("dtype") if file.is_file() else None
+        return read_json_object(file).get("dtype") if file.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
     return dtype_name((load_checkpoint_config(name).dtype if name else None) or torch.float32)
 
@@ -255,7 +257,7 @@ def load_runs_for_export(runs: Sequence[Path], base_rounding_dtype: str | None =
         "dtype": base_rounding_dtype or _get_trained_dtype(runs[0]),
         "quantization": None if base_rounding_dtype is None else "none",
     }
-    loaded = load_runs_on_one_base(runs, **how, device="cpu", unpack=True)
+    loaded = load_runs_on_one_base(runs, **how, device="cpu", dequantize=True)
     model: Any = loaded[0].model
     if _is_small(model):
         model.to(torch.promote_types(loaded[0].base.dtype, torch.float32))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safetensors import SafetensorError, safe_open
 
 from ..core.foundation.dtype_names import llama_cpp_dtype_name
-from ..core.foundation.files import read_json
+from ..core.foundation.files import read_json_object
 from ..errors import ModelError, RunError, format_names
 from .export_format import LICENCE_FILES, MERGED_FOLDER, TOKENIZER_FILES, ExportFormat
 from .export_results import EngineVerdict, MergedExportFacts
@@ -47,7 +47,7 @@ class MergedFormat(ExportFormat):
         from .merge import merge
         from .verify import ExportEngineCheck
 
-        folder = verifier.folder / "merged"
+        folder = verifier.temp_folder / "merged"
 
         def open_merged() -> InferenceEngine:
             verifier.require_mergeable()
@@ -85,6 +85,6 @@ class MergedFormat(ExportFormat):
 def read_checkpoint_json(file: Path) -> Mapping[str, Any]:
     """Return the JSON object in a file of a checkpoint; ModelError if it is damaged."""
     try:
-        return read_json(file)
+        return read_json_object(file)
     except RunError as e:
         raise ModelError(e.message, "a complete checkpoint", "save it again") from None

@@ -77,7 +77,7 @@ def write_modelfile(
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    path = get_base_path_or_none(base)
+    path = get_valid_base_path_or_none(base)
     converted, stops = OllamaTemplate(None), []
     lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
@@ -98,7 +98,7 @@ def write_modelfile(
     if system is not None:
         if not system.strip():
             raise UsageError("the system prompt is empty", "some text", "leave out --system")
-        if converted.system is False:
+        if converted.takes_system_prompt is False:
             raise UsageError("the chat template of this model takes no system prompt", hint="leave out --system")
         lines.append(("SYSTEM", system))
     limit = get_max_positions(config)
@@ -135,7 +135,7 @@ def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def get_base_path_or_none(base: str) -> Path | None:
+def get_valid_base_path_or_none(base: str) -> Path | None:
     """Return the path of a base, None for a name from a registry."""
     path = Path(base).expanduser()
     try:

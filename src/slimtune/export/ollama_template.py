@@ -40,7 +40,7 @@ class OllamaTemplate:
 
     template: str | None  # in Go's syntax; None: it cannot be converted, `notes` says why
     stops: tuple[str, ...] = ()  # special tokens that end an answer
-    system: bool | None = None  # whether the chat template has a place for a system prompt; None: unknown
+    takes_system_prompt: bool | None = None  # whether the chat template has a place for a system prompt; None: unknown
     notes: tuple[str, ...] = ()  # what the TEMPLATE does differently, one sentence each
 
 
@@ -66,20 +66,20 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> OllamaTemplate:
         ends = sorted((suffix.index(t), -len(t), t) for t in template.special_tokens if t in suffix)
         stops = tuple(token for _, _, token in ends[:1])
         notes = tuple(describe_ollama_differences(template, chat))
-        return OllamaTemplate(text, stops, chat.system in ("in order", "last"), notes)
+        return OllamaTemplate(text, stops, chat.system_placement in ("in order", "last"), notes)
     return OllamaTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
 
 
 def _format_go_template(chat: InferredChatFormat) -> str:
     """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`."""
     system = ""
-    if chat.system == "refused":
+    if chat.system_placement == "refused":
         system = _write_error("the chat template refuses system messages")
-    elif chat.system == "in order":
+    elif chat.system_placement == "in order":
         system = _write_message(chat, "system") + escape_go_template_text(chat.suffixes["system"])
         system += _write_if("$last", escape_go_template_text(chat.generation_prompt("system")))
     user = _write_message(chat, "user")
-    if chat.system == "last":
+    if chat.system_placement == "last":
         both = _write_message(chat, "system", "$.System") + escape_go_template_text(chat.suffixes["system"])
         both += _write_message(chat, "user", after_system=True)
         user = _write_if("and $last $.System", both, user)
@@ -92,7 +92,7 @@ def _format_go_template(chat: InferredChatFormat) -> str:
     roles = {"system": system, "user": user, "assistant": assistant}
     branches = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in roles.items())
     remember = "{{ $before = .Role }}"
-    if chat.system != "in order":
+    if chat.system_placement != "in order":
         remember = _write_if('ne .Role "system"', remember)
     last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     body = f"{last}{{{{ {branches}{{{{ else }}}}{unknown}{{{{ end }}}}{remember}"

@@ -19,7 +19,7 @@ import torch
 from ..core.adapters import adapter_files
 from ..core.adapters.peft_config import CONFIG_FILE, PeftConfig, format_adapter_config
 from ..core.adapters.peft_model import PeftModel
-from ..core.foundation.files import read_json, to_json
+from ..core.foundation.files import read_json_object, to_json
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import load_checkpoint_config
@@ -167,7 +167,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = load_run_results(run_dir) if run_dir is not None else RunResults()
     recipe = results.recipe
-    tensors, fingerprint = adapter_files.read_adapter_and_fingerprint(folder)
+    tensors, fingerprint = adapter_files.read_adapter_tensors_and_base_fingerprint(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(
@@ -184,11 +184,13 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
         )
     notes += _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
-    info = fetch_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
-    values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
+    info = fetch_base_model_info(
+        name, given_hub_id=base, trained_fingerprint=fingerprint, revision=revision, token=token
+    )
+    values = strip_local_paths(read_json_object(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {CONFIG_FILE: format_adapter_config(values).encode(), ADAPTER_FILE: file, **found}
-    if _is_inside(card, folder) and not model_card.is_default_card(card.read_text(encoding="utf-8")):
+    if _is_inside(card, folder) and not model_card.is_slimtune_default_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")
     else:
@@ -292,7 +294,7 @@ def _find_content_fault(file: Path) -> str:
         return "it is not UTF-8 text"
     if file.suffix == ".json":
         try:
-            values = read_json(file)
+            values = read_json_object(file)
         except RunError:
             return "it is not a JSON object"
         if file.name == "vocab.json" and not all(isinstance(v, int) for v in values.values()):
@@ -316,12 +318,12 @@ def _strip_json(file: Path) -> Path | bytes:
 def _describe_repository(done: HubCommitResult, upload: HubUpload) -> list[str]:
     """Return what the user should know about the files that were in the repository before."""
     notes = []
-    if done.kept:
-        notes.append(f"{format_names(done.kept)} in the repository was not replaced")
-    elif CARD_FILE in done.existing and done.committed:
+    if done.not_uploaded_files:
+        notes.append(f"{format_names(done.not_uploaded_files)} in the repository was not replaced")
+    elif CARD_FILE in done.existing_files and done.committed:
         notes.append(f"{CARD_FILE} in the repository was replaced (the history has the old one; --keep-card keeps it)")
     weights = (".safetensors", ".bin", ".gguf", ".pt")
-    if others := sorted(n for n in done.existing - set(upload.files) if n.endswith(weights)):
+    if others := sorted(n for n in done.existing_files - set(upload.files) if n.endswith(weights)):
         notes.append(f"the repository contains other weights, too: {format_names(others, 4)}")
     if not done.committed:
         notes.append("the repository has all of the files already: there is no new commit")

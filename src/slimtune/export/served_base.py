@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..core.foundation.files import read_json
+from ..core.foundation.files import read_json_object
 from ..core.foundation.fingerprint import get_hashed_config_facts
 from ..core.models.base_config import load_base_config
 from ..core.models.load_errors import silence_and_translate_load_errors
@@ -41,27 +41,27 @@ class ServedBase:
     unproven: str = ""  # why it is not known to be the base of the training
 
 
-def require_matching_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
+def resolve_matching_ollama_base(base_name: str, base_path: Path | None, trained_model: Any) -> ServedBase:
     """Compare a base for Ollama with the base that an adapter was trained on.
 
-    `name` is what the user gave, and `path` the GGUF file or the Hugging Face folder of that name; without a path it is
-    a name from a registry. `loaded` is the `TrainedModel`.
+    `base_name` is what the user gave, and `base_path` the GGUF file or the Hugging Face folder of that name; without a
+    path it is a name from a registry. `trained_model` is the `TrainedModel`.
 
     Raises:
         UsageError: it is another base.
     """
-    comparison = ServedBaseComparison(name, loaded)
-    path = _find_ollama_file(name) if path is None else path
-    if path is None:
+    comparison = ServedBaseTensorComparison(base_name, trained_model)
+    base_path = _find_ollama_file(base_name) if base_path is None else base_path
+    if base_path is None:
         return ServedBase(unproven=_check_name(comparison))
-    if path.is_dir():
-        _check_folder(path, comparison)
+    if base_path.is_dir():
+        _check_folder(base_path, comparison)
         return ServedBase()
-    _check_gguf(path, comparison)
-    return ServedBase(path)
+    _check_gguf(base_path, comparison)
+    return ServedBase(base_path)
 
 
-def read_gguf_precision(file: Path) -> str:
+def read_gguf_majority_precision(file: Path) -> str:
     """Return the precision of a GGUF's weights, as `llama-quantize` calls it: that of its largest share."""
     sizes: dict[str, int] = {}
     for tensor in open_gguf_reader(file).tensors:
@@ -78,7 +78,7 @@ def _find_ollama_file(name: str) -> Path | None:
     roots = [os.environ.get("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"]
     for root in (Path(r).expanduser() for r in roots if r):
         try:
-            layers = read_json(root / manifest)["layers"]
+            layers = read_json_object(root / manifest)["layers"]
             digest = next(x["digest"] for x in layers if x["mediaType"] == "application/vnd.ollama.image.model")
             file = root / "blobs" / Path(str(digest).replace(":", "-")).name
         except (SlimtuneError, OSError, LookupError, TypeError, StopIteration):
@@ -88,9 +88,9 @@ def _find_ollama_file(name: str) -> Path | None:
     return None
 
 
-def _check_name(comparison: "ServedBaseComparison") -> str:
+def _check_name(comparison: "ServedBaseTensorComparison") -> str:
     """Return why a name proves nothing; UsageError if it is known to name another base."""
-    name = comparison.name
+    name = comparison.served_base_name
     try:
         config = load_base_config(name).config
     except SlimtuneError:
@@ -103,10 +103,10 @@ def _check_name(comparison: "ServedBaseComparison") -> str:
     return f"{name} has the family and size of the base, but its weights were not compared with it"
 
 
-def _check_gguf(file: Path, comparison: "ServedBaseComparison") -> None:
+def _check_gguf(file: Path, comparison: "ServedBaseTensorComparison") -> None:
     """Compare a GGUF file's architecture, shapes and values with the base; raise UsageError if they differ."""
     gguf, config = import_gguf(), comparison.loaded.base.model.config
-    with silence_and_translate_load_errors(comparison.name, "GGUF file"):
+    with silence_and_translate_load_errors(comparison.served_base_name, "GGUF file"):
         reader = open_gguf_reader(file)
         tensors = {t.name: t for t in reader.tensors}
         stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
@@ -126,9 +126,12 @@ def _check_gguf(file: Path, comparison: "ServedBaseComparison") -> None:
         raise comparison.make_error(f"it has {extra[0]}, too", "only the tensors of the base")
 
 
-def _check_folder(folder: Path, comparison: "ServedBaseComparison") -> None:
+def _check_folder(folder: Path, comparison: "ServedBaseTensorComparison") -> None:
     """Compare a Hugging Face folder's tensors with the base; raise UsageError if they differ."""
-    with silence_and_translate_load_errors(comparison.name, "model folder"), contextlib.ExitStack() as stack:
+    with (
+        silence_and_translate_load_errors(comparison.served_base_name, "model folder"),
+        contextlib.ExitStack() as stack,
+    ):
         opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
         files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
         for name, weight in LazyMergedStateDict(comparison.loaded.model, adapters=()).items():
@@ -139,16 +142,17 @@ def _check_folder(folder: Path, comparison: "ServedBaseComparison") -> None:
     comparison.check_norms()
 
 
-class ServedBaseComparison:
+class ServedBaseTensorComparison:
     """Compares the tensors of a served base, by the name that the user gave, with those of the base of the training."""
 
-    def __init__(self, name: str, loaded: Any) -> None:
-        self.name, self.loaded = name, loaded
+    def __init__(self, served_base_name: str, loaded: Any) -> None:
+        self.served_base_name, self.loaded = served_base_name, loaded
         self.equal = self.total = 0  # values of norms and biases
 
     def make_error(self, found: str, expected: str) -> UsageError:
+        spec = self.loaded.base.source.spec
         return UsageError(
-            f"{self.name} is not the base that the adapter was trained on, {self.loaded.base.source.spec}: {found}",
+            f"{self.served_base_name} is not the base that the adapter was trained on, {spec}: {found}",
             expected,
             "give the trained base as --ollama-base, or export base and adapter as one model: --merged",
             code="wrong-base",

@@ -23,7 +23,7 @@ from ..core.training.trained_model import TrainedModel, load_run, require_causal
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..generation.inference_engines import (
     InferenceEngine,
-    LlamaCppInferenceEngine,
+    InProcessLlamaCppEngine,
     TransformersInferenceEngine,
     VllmClient,
 )
@@ -31,20 +31,20 @@ from . import merge as merging
 from .expected_logps import (
     AdapterReference,
     EngineTolerance,
-    compare_engine_with_adapter,
     get_loosest_tolerance,
+    judge_engine_against_adapter,
     make_reference_texts,
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
-from .gguf import ToolError
+from .gguf import LlamaCppToolError
 from .manifest import ExportManifest, read_export_manifest
-from .ollama import get_base_path_or_none
-from .served_base import ServedBase, read_gguf_precision, require_matching_base
+from .ollama import get_valid_base_path_or_none
+from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
 
 
 def verify(
-    path: Path,
+    run_or_export: Path,
     *,
     rows: Path | None = None,
     vllm: str | None = None,
@@ -55,22 +55,24 @@ def verify(
     """Compare everything of a run or an export that can be asked here with the trained adapter.
 
     Args:
-        path: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
+        run_or_export: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
         rows: a file of rows to compare on, after fixed questions, in the format of the run's; None: the run's
             validation (else test) rows.
         vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
         threads: of llama.cpp; None: half of the cores.
         log: gets progress messages.
     """
-    path = Path(path)
-    manifest = read_export_manifest(path)
-    run = manifest.run if manifest is not None else path
+    run_or_export = Path(run_or_export)
+    manifest = read_export_manifest(run_or_export)
+    run = manifest.run if manifest is not None else run_or_export
     if manifest is not None and not run.exists():
-        raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
+        raise UsageError(
+            f"{run_or_export} was made from {run}, which does not exist any more", "the run to compare it with"
+        )
     require_causal_lm_run(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows, threads, log)
-        checks = verifier.verify_run() if manifest is None else [verifier.verify_export(path, manifest)]
+        checks = verifier.verify_run() if manifest is None else [verifier.verify_export(run_or_export, manifest)]
         if vllm:
             facts, base = manifest.values if manifest is not None else {}, verifier.loaded.base
             dtype = facts.get("dtype")
@@ -86,7 +88,7 @@ def verify(
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
     passed = passed and not (vllm and checks[-1].passed is None)
-    return VerifyResult(str(path), str(run), passed, checks)
+    return VerifyResult(str(run_or_export), str(run), passed, checks)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,15 @@ class ExportVerifier:
 
     loaded: TrainedModel
     run: Path
-    folder: Path  # for temporary files; the caller deletes it
-    rows: Path | None = None
+    temp_folder: Path  # for temporary files; the caller deletes it
+    rows_file: Path | None = None
     threads: int | None = None
     log: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         model: Any = self.loaded.model
         tokenizer = self.loaded.base.tokenizer
-        texts = make_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows)
+        texts = make_reference_texts(tokenizer, self.loaded.recipe, model.config, self.rows_file)
         self.model, self.reference = model, AdapterReference(model, tokenizer, texts)
 
     def verify_run(self) -> list[EngineVerdict]:
@@ -144,22 +146,22 @@ class ExportVerifier:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
         if served_base is not None:
-            served = require_matching_base(served_base, get_base_path_or_none(served_base), self.loaded)
+            served = resolve_matching_ollama_base(served_base, get_valid_base_path_or_none(served_base), self.loaded)
         if (file := served.file) is not None:
-            precision = read_gguf_precision(file)
+            precision = read_gguf_majority_precision(file)
             tolerance = get_loosest_tolerance(precision)
 
         def open_engine() -> InferenceEngine:
             return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
 
-        verdict = self.verify_engine(name, precision, open_engine, tolerance, LlamaCppInferenceEngine.without_adapter)
+        verdict = self.verify_engine(name, precision, open_engine, tolerance, InProcessLlamaCppEngine.without_adapter)
         if served.unproven and verdict.passed:
             verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
         return self.note_quantized_base(verdict)
 
-    def verify_in_running_server(self, name: str, engine: LlamaCppInferenceEngine, precision: str) -> EngineVerdict:
+    def verify_in_running_server(self, name: str, engine: InProcessLlamaCppEngine, precision: str) -> EngineVerdict:
         """Check the adapter in a llama.cpp that runs already, beside a base whose weights have a precision."""
-        verdict = self.verify_engine(name, precision, lambda: engine, None, LlamaCppInferenceEngine.without_adapter)
+        verdict = self.verify_engine(name, precision, lambda: engine, None, InProcessLlamaCppEngine.without_adapter)
         return self.note_quantized_base(verdict)
 
     def note_quantized_base(self, verdict: EngineVerdict) -> EngineVerdict:
@@ -187,10 +189,10 @@ class ExportVerifier:
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
-                return compare_engine_with_adapter(self.reference, engine, precision, tolerance, open_base)
+                return judge_engine_against_adapter(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
-            if isinstance(error, ToolError):
+            if isinstance(error, LlamaCppToolError):
                 return EngineVerdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
@@ -212,12 +214,12 @@ class ExportVerifier:
     def open_adapter(self, folder: Path) -> InferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
-        loaded = load_run(folder, **how, unpack=True)
+        loaded = load_run(folder, **how, dequantize=True)
         model: Any = loaded.model
         return TransformersInferenceEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
     def open_beside_base(self, adapter: Path) -> InferenceEngine:
-        base = self.folder / "base.gguf"
+        base = self.temp_folder / "base.gguf"
         if not base.is_file():
             merging.write_base_gguf(self.loaded, base)
         return self.open_llama_cpp(base, adapter)
@@ -226,42 +228,50 @@ class ExportVerifier:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
         def open_base(_: Any) -> InferenceEngine:
-            file = self.folder / f"base-{precision}.gguf"
+            file = self.temp_folder / f"base-{precision}.gguf"
             merging.write_base_gguf(self.loaded, file, precision)
             return self.open_llama_cpp(file)
 
         return open_base
 
     def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
-        longest = max(len(t.ids) for t in self.reference.texts) + 64
-        return LlamaCppInferenceEngine(model, adapter, max_tokens=longest, threads=self.threads)
+        longest = max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
+        return InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
-def describe_16_bit_serving_effect(loaded: TrainedModel, run: Path, reference: AdapterReference | None = None) -> str:
+def describe_16_bit_serving_effect(
+    loaded: TrainedModel, run: Path, adapter_reference: AdapterReference | None = None
+) -> str:
     """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
 
     There it is added to W instead of the dequantized W_q. With a reference it is measured how far that moves answers.
     """
     trained = f"the adapter was trained on the base in {loaded.base.quantization}; beside the base in 16 bits"
     merged = f"merged they are what was trained: slimtune merge {shlex.quote(str(run))} --out FOLDER"
-    if reference is None:
+    if adapter_reference is None:
         return f"{trained} answers differ; {merged}"
     model: Any = load_run(run, dtype=dtype_name(loaded.base.dtype), device="cpu", quantization="none").model
-    plain = AdapterReference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
-    moved = reference.differences(plain.log_probs).abs().mean().item()
+    plain = AdapterReference(
+        model.to(adapter_reference.engine.model.dtype), adapter_reference.engine.tokenizer, adapter_reference.texts
+    )
+    moved = adapter_reference.differences(plain.log_probs).abs().mean().item()
     return (
         f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
-        f"{reference.effect:.2g}; {merged}"
+        f"{adapter_reference.effect:.2g}; {merged}"
     )
 
 
-def get_lora_conversion_tolerance(facts: Any) -> EngineTolerance | None:
+def find_lora_conversion_tolerance(export_facts: Any) -> EngineTolerance | None:
     """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known; None for others.
 
-    `facts` are those of its manifest.
+    `export_facts` are those of its manifest.
     """
-    return _get_tolerance_of_loss(facts.conversion.error if facts.conversion is not None else None)
+    return _get_tolerance_of_loss(export_facts.conversion.error if export_facts.conversion is not None else None)
 
 
 def _get_tolerance_of_loss(error: float | None) -> EngineTolerance | None:
-    return None if error is None else EngineTolerance(mean_difference=0.02, effect_share=error, strength=0.02 + error)
+    return (
+        None
+        if error is None
+        else EngineTolerance(mean_difference=0.02, mean_difference_per_effect=error, strength_difference=0.02 + error)
+    )

@@ -35,7 +35,7 @@ from .export_format import LoraConversion, WrittenExport
 from .export_support import (
     Factors,
     get_export_support,
-    list_vllm_lora_incompatibilities,
+    list_settings_no_vllm_lora_expresses,
     list_vllm_plain_lora_incompatibilities,
 )
 from .vllm_format import VllmExportFacts
@@ -54,7 +54,7 @@ def round_up_max_lora_rank(rank: int) -> int:
 def is_served_unchanged_by_vllm(config: Any) -> bool:
     """Return whether every vLLM release reads an adapter file with this config correctly, as it is."""
     return not (
-        list_vllm_lora_incompatibilities(config)
+        list_settings_no_vllm_lora_expresses(config)
         or list_vllm_plain_lora_incompatibilities(config)
         or config.rank_pattern
         or config.alpha_pattern
@@ -63,11 +63,11 @@ def is_served_unchanged_by_vllm(config: Any) -> bool:
     )
 
 
-def split_vllm_refusals_by_conversion(model: Any, adapter: str) -> tuple[list[str], list[str]]:
+def list_unfixable_and_convertible_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
     config, rules = model.peft_config[adapter], load_vllm_lora_rules()
     modules = model.adapter_modules(adapter)
-    fixed, form = list_vllm_lora_incompatibilities(config), list_vllm_plain_lora_incompatibilities(config)
+    fixed, form = list_settings_no_vllm_lora_expresses(config), list_vllm_plain_lora_incompatibilities(config)
     if not form:
         rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
         twice = ", twice the config's because its start is subtracted"
@@ -142,14 +142,14 @@ def write_vllm_adapter(
     base, base_name = _locate_base(loaded)
     name = _check_name(name, final_path.name, base_name)
     adapter, conversion = model.active_adapters[0], None
-    fixed, form = split_vllm_refusals_by_conversion(model, adapter)
+    fixed, form = list_unfixable_and_convertible_vllm_refusals(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
     if convert_to_lora is not None:
         report, method = model.to_lora(adapter, convert_to_lora), model.peft_config[adapter].name
         rank, worst = max(report.ranks.values()), max(report.errors.values())
         conversion = LoraConversion(method, rank, report.error, worst)
         adapter = report.adapter
-        _require_served(run, model, adapter, [], split_vllm_refusals_by_conversion(model, adapter)[1])
+        _require_served(run, model, adapter, [], list_unfixable_and_convertible_vllm_refusals(model, adapter)[1])
     config = model.peft_config[adapter]
     layers: dict[str, Factors] = {n: m.low_rank_factors() for n, m in model.adapter_modules(adapter).items()}
     shapes = {(A.shape[0], scale) for A, _, scale in layers.values()}
@@ -203,7 +203,9 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
         settings |= make_lora_config_rank_fields({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_adapter_config(folder, settings)
     metadata = adapter_files.get_adapter_tensors_and_metadata(model, adapter)[1]
-    write_atomic(folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors_parts(tensors, metadata))
+    write_atomic(
+        folder / adapter_files.WEIGHTS_FILE, adapter_files.serialize_to_safetensors_header_and_data(tensors, metadata)
+    )
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, adapter_files.WEIGHTS_FILE))
 
 

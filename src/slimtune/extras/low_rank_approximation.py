@@ -19,13 +19,16 @@ class LowRankApproximation(NamedTuple):
 
 @torch.no_grad()
 def nearest_low_rank(
-    change: Tensor | tuple[Tensor, Tensor], rank: float, clamp: float | None = None, driver: str | None = None
+    change: Tensor | tuple[Tensor, Tensor],
+    rank_or_energy_fraction: float,
+    clamp: float | None = None,
+    driver: str | None = None,
 ) -> LowRankApproximation:
     """Return the nearest pair of a given rank to a weight change, by SVD.
 
     Args:
         change: ΔW `(out, in)`; or `A (k, in), B (out, k)` with ΔW = B A, which is not computed then.
-        rank: int: the rank, limited by the shape; or float in (0, 1]: the fraction of ‖ΔW‖² to keep.
+        rank_or_energy_fraction: int: the rank, limited by the shape; or float in (0, 1]: the fraction of ‖ΔW‖² to keep.
         clamp: quantile of the pair's values above which they are clamped; None: no clamping.
         driver: cuSOLVER method on CUDA.
     """
@@ -37,7 +40,11 @@ def nearest_low_rank(
         U, V = Qb @ U, V @ Qa.t()
     energy = S.double().square().cumsum(0)
     total = float(energy[-1])
-    wanted = int(torch.searchsorted(energy, rank * total)) + 1 if isinstance(rank, float) else rank
+    wanted = (
+        int(torch.searchsorted(energy, rank_or_energy_fraction * total)) + 1
+        if isinstance(rank_or_energy_fraction, float)
+        else rank_or_energy_fraction
+    )
     r = min(int(wanted), U.shape[0], V.shape[1])
     A, B = V[:r], U[:, :r] * S[:r]
     if clamp is not None:
@@ -48,8 +55,8 @@ def nearest_low_rank(
     return LowRankApproximation(A, B, float(S[r:].double().square().sum()), total)
 
 
-def combine_weighted_updates(
-    parts: Sequence[Tensor],
+def combine_weighted_matrices(
+    matrices: Sequence[Tensor],
     weights: Sequence[float],
     combination: str = "linear",
     density: float = 1,
@@ -58,7 +65,7 @@ def combine_weighted_updates(
     """Return `Σ w_i p_i`, optionally of pruned matrices; see `extras/lora_conversion.py`.
 
     Args:
-        parts: matrices of one shape.
+        matrices: matrices of one shape.
         weights: one coefficient per matrix.
         combination: "linear": no pruning. "magnitude_prune" keeps each matrix's largest values, "dare_linear" random
             ones, which it scales up. "ties" and "dare_ties" then average the values that have the elected sign.
@@ -66,10 +73,10 @@ def combine_weighted_updates(
         sign_by: elected sign: the sign of the sum ("total") or the most frequent one ("frequency").
     """
     if combination.startswith("dare") and density < 1:
-        parts = [p * torch.bernoulli(torch.full_like(p, density)) / density for p in parts]
+        matrices = [p * torch.bernoulli(torch.full_like(p, density)) / density for p in matrices]
     elif combination in ("ties", "magnitude_prune"):
-        parts = [_keep_largest(p, density) for p in parts]
-    stack = torch.stack(list(parts))
+        matrices = [_keep_largest(p, density) for p in matrices]
+    stack = torch.stack(list(matrices))
     weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, 1, 1)
     if not combination.endswith("ties"):
         return weighted.sum(0)

@@ -32,7 +32,7 @@ def parse_messages_and_train_mask(
 
     `value` may be JSON text. `require_trained_turn` requires an assistant turn that is learned.
     """
-    given = [(f"{column}[{i}]", message) for i, message in enumerate(parse_list_or_json(value, column))]
+    given = [(f"{column}[{i}]", message) for i, message in enumerate(parse_list_or_json_array(value, column))]
     messages = [_validate_message(message, name) for name, message in given]
     learned = tuple(_is_learned(message, name) for name, message in given)
     if require_trained_turn and not any(learned):
@@ -71,7 +71,7 @@ def _validate_message(message: Any, name: str) -> Message:
         raise RowError(f"{name} ({role}) has empty content", "empty-content")
     valid = {"role": role, "content": require_text(content, f"{name} ({role})", allow_empty=True)}
     if calls is not None and calls != []:
-        found = enumerate(parse_list_or_json(calls, f"{name}.tool_calls"))
+        found = enumerate(parse_list_or_json_array(calls, f"{name}.tool_calls"))
         valid["tool_calls"] = [_validate_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in found]
     for key in ("name", "tool_call_id", *REASONING_KEYS):
         if key in message and message[key] not in (None, ""):
@@ -131,7 +131,7 @@ def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:
             raise RowError(f"{name}.{key} is not a string but {get_json_type_name(value[key])}", "wrong-type")
 
 
-def parse_list_or_json(value: Any, name: str) -> list[Any]:
+def parse_list_or_json_array(value: Any, name: str) -> list[Any]:
     """Return a list, which may be given as JSON text as in a CSV file; raise RowError for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json_cell(value, name)
@@ -163,7 +163,7 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_make_object)
 """Decodes JSON; raises RowError for a key that is given twice."""
 
 
-def decode_strict_json(text: str) -> Any:
+def decode_json_without_duplicate_keys(text: str) -> Any:
     """Return the value of a JSON text; exceptions are those of `STRICT_JSON.decode`, which is slower."""
     try:
         value, end = STRICT_JSON.raw_decode(text)
@@ -185,14 +185,14 @@ def require_limited_json_depth(value: Any, name: str) -> None:
     raise RowError(f"{name} is nested more than {MAX_DEPTH} deep", "too-deep")
 
 
-def parse_json_cell(value: str, name: str, code: str = "bad-json") -> Any:
+def parse_json_cell(text: str, name: str, error_code: str = "bad-json") -> Any:
     """Return the value of a JSON text; raise RowError if it does not parse."""
     try:
-        return decode_strict_json(value)
+        return decode_json_without_duplicate_keys(text)
     except RowError as error:
         raise RowError(f"{name} {error}", error.code) from error
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{name} does not parse as JSON: {value[:80]}", code) from error
+        raise RowError(f"{name} does not parse as JSON: {text[:80]}", error_code) from error
 
 
 def get_json_type_name(value: Any) -> str:

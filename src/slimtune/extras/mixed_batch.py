@@ -137,9 +137,9 @@ class _MixedBatchRunner:
 
         `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        groups = list_adapters_of_equal_row_groups(self._expand_row_adapters(x.shape[0]))
+        groups = list_adapter_per_equal_row_group(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
-            return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
+            return stack_lora_factors_scaled_into_b([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]
         # Fused optimizers do not raise a tensor's version counter: factors that train are stacked for every call.
         frozen = not any(t.requires_grad or t.is_inference() for t in sources)
@@ -147,7 +147,7 @@ class _MixedBatchRunner:
         key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
         old = self.stacks.get(layer)
         reused = old is not None and old.key == key
-        stacked = old.factors if reused else stack_mixed_batch_lora([factors.get(n) for n in groups], x)  # type: ignore[union-attr]
+        stacked = old.factors if reused else stack_lora_factors_scaled_into_b([factors.get(n) for n in groups], x)  # type: ignore[union-attr]
         call = (self.call_id, x.shape[0], x.dtype)
         self.stacks[layer] = _MixedBatchLoraCacheEntry(call, stacked, key, sources)
         return stacked
@@ -231,7 +231,7 @@ class _CheckpointSelection:
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         active = self.active
-        selection = {n: getattr(active, n) for n in ("row_adapters", "layer_runner", "changed_tokens")}
+        selection = {n: getattr(active, n) for n in ("row_adapters", "layer_runner", "alora_token_positions")}
 
         def run_with_selection(*args: Any, **kwargs: Any) -> Any:
             before = {n: getattr(active, n) for n in selection}
@@ -252,14 +252,14 @@ def make_checkpointing_keep_row_adapters(model: PeftModel) -> None:
             module._gradient_checkpointing_func = _CheckpointSelection(checkpoint, model.adapter_state.active_state)  # type: ignore[assignment]
 
 
-def list_adapters_of_equal_row_groups(row_adapters: Sequence[str]) -> list[str]:
+def list_adapter_per_equal_row_group(row_adapters: Sequence[str]) -> list[str]:
     """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
     one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
     size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))
     return list(row_adapters[::size])
 
 
-def stack_mixed_batch_lora(
+def stack_lora_factors_scaled_into_b(
     factors_by_row_group: Sequence[tuple[Tensor, Tensor, float] | None], layer_input: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `A (n, r, in)` and `B (n, out, r)`, scales included, in the dtype of `layer_input`.

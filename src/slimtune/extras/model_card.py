@@ -28,7 +28,7 @@ def write_model_card(config: PeftConfig, folder: Path, tags: Sequence[str] = ())
     As PEFT does, a README.md that somebody else wrote keeps its text and gets only the metadata that the Hub needs.
     """
     file = folder / CARD_FILE
-    if not file.is_file() or is_default_card(file.read_text(encoding="utf-8")):
+    if not file.is_file() or is_slimtune_default_card(file.read_text(encoding="utf-8")):
         write_atomic(file, render_default_card(config, tags))
         return
     try:
@@ -50,7 +50,7 @@ def render_default_card(config: PeftConfig, tags: Sequence[str] = ()) -> str:
     return render_model_card(data, config, saved=True, saved_marker=SAVED_MARKER, base_id=base_id, **names)
 
 
-def is_default_card(text: str) -> bool:
+def is_slimtune_default_card(text: str) -> bool:
     """Return whether a README.md is the one that saving an adapter writes (in earlier releases without a marker)."""
     return SAVED_MARKER in text or ("\n# An adapter (" in text and "# `peft` reads it, too" in text)
 

@@ -18,7 +18,7 @@ def tokenize_product_name(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[a-z]+|\d+(?:\.\d+)?", name.lower()))
 
 
-def suggest_similar_name(name: str, known: Iterable[str]) -> str:
+def suggest_name_with_same_numbers(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest name with the same numbers and almost the same words, or `""`.
 
     A known name may go on with more words and numbers: `m2` is near to `m2-pro-16gb`.

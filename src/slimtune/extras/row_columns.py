@@ -12,7 +12,7 @@ from typing import Any
 from ..core.data.messages import RowError
 from ..core.data.rows import ROW_FORMATS, InvalidRow, Record, Row, RowFormat
 from ..errors import DataError, UsageError, format_names, suggest
-from .message_parsing import parse_list_or_json
+from .message_parsing import parse_list_or_json_array
 
 
 @cache
@@ -68,7 +68,7 @@ class ColumnMapping:
             column, dot, key = name.partition(".")
             if dot and column in chosen:
                 with contextlib.suppress(RowError):  # `parse_row_or_error` says it
-                    chosen[column] = [_drop_key(turn, key) for turn in parse_list_or_json(chosen[column], column)]
+                    chosen[column] = [_drop_key(turn, key) for turn in parse_list_or_json_array(chosen[column], column)]
         return chosen
 
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def describe_missing_column_effect(column: str, format: str, format_is_given: bo
     return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
-def validate_format_column_roles(format: str | None, columns: Mapping[str, str]) -> None:
+def require_known_format_and_roles(format: str | None, columns_by_role: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
     known = load_row_formats()
     if format is not None and format not in known:
@@ -107,7 +107,7 @@ def validate_format_column_roles(format: str | None, columns: Mapping[str, str])
         raise UsageError(problem, f"one of {format_names(known)}", "see docs/data.md")
     formats = known.values() if format is None else [known[format]]
     roles = list(dict.fromkeys(column for f in formats for column in (*f.required, *f.optional)))
-    for role, column in columns.items():
+    for role, column in columns_by_role.items():
         if role not in roles:
             owner = f"the format {format}" if format else "any format"
             problem = f"--column {role}={column}: {role!r} is not a column of {owner}{suggest(role, roles)}"

@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..core.data.rows import ROW_READERS, InvalidRow, Located, Row, RowErrorCollector, RowIterable, RowReader
+from ..core.data.rows import ROW_READERS, FileTypeReader, InvalidRow, Located, Row, RowErrorCollector, RowIterable
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, UsageError, format_names, suggest
@@ -31,7 +31,7 @@ from .row_columns import (
     detect_row_format,
     load_row_formats,
     parse_row_or_error,
-    validate_format_column_roles,
+    require_known_format_and_roles,
 )
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
@@ -50,7 +50,7 @@ class UnusedColumn:
     """A column that the format of a file does not use, and the rows that have a value in it."""
 
     name: str
-    loss: str  # how the rows change without it; empty: it is metadata
+    effect_of_missing: str  # how the rows change without it; empty: it is metadata
     rows: int = 0
     line: int = 0  # the first of them
     file: str | None = None
@@ -64,17 +64,22 @@ class RowFileReader(RowIterable):
     """
 
     def __init__(
-        self, path: Path, format: str, column_mapping: ColumnMapping, parts: list[Part], format_is_given: bool
+        self,
+        path: Path,
+        format: str,
+        column_mapping: ColumnMapping,
+        files_with_readers: list[Part],
+        format_is_given: bool,
     ) -> None:
         self.path, self.format, self._choice, self._parts, self._given = (
             path,
             format,
             column_mapping,
-            parts,
+            files_with_readers,
             format_is_given,
         )
         self.ignored_columns = sorted(column_mapping.ignored)
-        self._has_text = _is_text_file(Path(parts[0][0] or path))
+        self._has_text = _is_text_file(Path(files_with_readers[0][0] or path))
         self._used: dict[str, None] = {}
         self._unused: dict[str, UnusedColumn] = {}
 
@@ -126,7 +131,7 @@ class RowFileReader(RowIterable):
     @property
     def lossy_columns(self) -> list[UnusedColumn]:
         """The unused columns without which rows mean something else."""
-        return [column for column in self.unused_columns if column.loss]
+        return [column for column in self.unused_columns if column.effect_of_missing]
 
     @property
     def has_paragraphs(self) -> bool:
@@ -159,10 +164,12 @@ class RowFileReader(RowIterable):
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
-def describe_rows_without_columns(columns: Collection[UnusedColumn]) -> str:
+def describe_rows_without_columns(unused_columns: Collection[UnusedColumn]) -> str:
     """Return how rows change without columns: `'label': rows that it rates low would be …`."""
-    losses = dict.fromkeys(column.loss for column in columns)
-    return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)
+    losses = dict.fromkeys(column.effect_of_missing for column in unused_columns)
+    return "; ".join(
+        f"{format_names(c.name for c in unused_columns if c.effect_of_missing == loss)}: {loss}" for loss in losses
+    )
 
 
 def make_unused_column_hint(columns: Collection[UnusedColumn]) -> str:
@@ -181,7 +188,7 @@ def make_unused_column_hint(columns: Collection[UnusedColumn]) -> str:
 def open_rows(
     path: str | Path,
     *,
-    format: str | None = None,
+    row_format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
 ) -> RowFileReader:
@@ -195,9 +202,9 @@ def open_rows(
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
     path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
-    validate_format_column_roles(format, choice.columns)
-    parts = list_dataset_files_with_readers(path, format)
-    if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
+    require_known_format_and_roles(row_format, choice.columns)
+    parts = list_dataset_file_names_with_readers(path, row_format)
+    if row_format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
         raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
     formats: dict[str, str | None] = {}
@@ -205,7 +212,7 @@ def open_rows(
     for file, read in parts:
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
-            formats.setdefault(detect_row_format(path / file if file else path, records, choice, format), file)
+            formats.setdefault(detect_row_format(path / file if file else path, records, choice, row_format), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
@@ -213,7 +220,7 @@ def open_rows(
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
-    return RowFileReader(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
+    return RowFileReader(path, next(iter(formats), row_format or "unknown"), choice, parts, row_format is not None)
 
 
 def read_rows(path: str | Path, **options: Any) -> list[Row]:
@@ -221,12 +228,12 @@ def read_rows(path: str | Path, **options: Any) -> list[Row]:
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def list_dataset_files_with_readers(path: Path, format: str | None = None) -> list[Part]:
+def list_dataset_file_names_with_readers(path: Path, row_format: str | None = None) -> list[Part]:
     """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
-        return [(None, _make_reader(path, format))]
+        return [(None, _make_reader(path, row_format))]
     if os.path.isdir(path):
-        return _find_folder_parts(path, format)
+        return _find_folder_parts(path, row_format)
     if (dataset := parse_dataset_id(path)) is not None:
         return [(None, partial(_read_hub_dataset, *dataset))]
     expected = f"a file of rows ({', '.join(ROW_READERS.names())}), a folder, or a dataset's id"
@@ -271,13 +278,13 @@ def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
 
 
 @cache
-def _load_readers() -> dict[str, RowReader]:
+def _load_readers() -> dict[str, FileTypeReader]:
     return ROW_READERS.load_all()
 
 
 def _is_text_file(path: Path) -> bool:
     reader = _load_readers().get(path.suffix.lower())
-    return reader is not None and reader.read_document is not None
+    return reader is not None and reader.read_whole_file is not None
 
 
 def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Located]]:
@@ -286,8 +293,8 @@ def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Locate
         problem = f"{path} has the unknown suffix {suffix!r}{suggest(suffix, readers)}"
         hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
         raise UsageError(problem, f"a file of rows: {', '.join(readers)}", hint)
-    whole = readers[suffix].read_document if format == "document" else None
-    read_file = whole or readers[suffix].read
+    whole = readers[suffix].read_whole_file if format == "document" else None
+    read_file = whole or readers[suffix].read_records
 
     def read() -> Iterator[Located]:
         try:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..core.data.messages import RowError
-from ..core.data.rows import InvalidRow, Located, Record, RowReader
+from ..core.data.rows import FileTypeReader, InvalidRow, Located, Record
 from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, format_names
-from .message_parsing import STRICT_JSON, decode_strict_json, get_json_type_name
+from .message_parsing import STRICT_JSON, decode_json_without_duplicate_keys, get_json_type_name
 
 JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
 TABLE_BATCH = 4  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records
@@ -95,7 +95,7 @@ def _read_jsonl(path: Path) -> Iterator[Located]:
                 yield invalid
                 continue
             try:
-                value = decode_strict_json(text)
+                value = decode_json_without_duplicate_keys(text)
                 yield (line, value) if type(value) is dict else _check_object(line, value)
             except RowError as error:
                 yield InvalidRow(line, str(error), error.code)
@@ -103,7 +103,7 @@ def _read_jsonl(path: Path) -> Iterator[Located]:
                 yield InvalidRow(line, f"{_describe_json_error(error)}: {truncate_noting_length(text)}", "bad-json")
 
 
-def read_json(path: Path) -> Iterator[Located]:
+def iterate_json_array_or_jsonl(path: Path) -> Iterator[Located]:
     """Read an array of objects item by item, or the file as JSONL if it does not begin with `[`.
 
     Nothing is read after an item that does not parse, because the begin of the next one is unknown.
@@ -230,7 +230,7 @@ def _read_paragraphs(path: Path) -> Iterator[Located]:
             yield invalid or (first, {"text": whole})
 
 
-def read_document(path: Path) -> Iterator[Located]:
+def read_text_file_as_one_row(path: Path) -> Iterator[Located]:
     """Read a whole text file as one record with the column `text`, without blank lines at its begin and end."""
     size, parts = 0, []
     with _open_text(path) as file:
@@ -327,9 +327,13 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-JSONL, JSON, PARQUET = RowReader(_read_jsonl), RowReader(read_json), RowReader(_read_parquet)
-CSV, TSV = RowReader(_read_csv), RowReader(partial(_read_csv, delimiter="\t"))
-TEXT = RowReader(_read_paragraphs, read_document)
+JSONL, JSON, PARQUET = (
+    FileTypeReader(_read_jsonl),
+    FileTypeReader(iterate_json_array_or_jsonl),
+    FileTypeReader(_read_parquet),
+)
+CSV, TSV = FileTypeReader(_read_csv), FileTypeReader(partial(_read_csv, delimiter="\t"))
+TEXT = FileTypeReader(_read_paragraphs, read_text_file_as_one_row)
 SUFFIX_HINTS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "decompress it first: gunzip -k {name} (bunzip2, unxz, unzstd)"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name the file or the folder"),

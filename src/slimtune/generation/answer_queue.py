@@ -72,7 +72,7 @@ class GeneratedAnswer:
     send: Callable[[AnswerPiece], None] = lambda piece: None
     """Gets the pieces, in the thread that generates; it must not wait."""
     deadline: float = float("inf")  # by time.monotonic()
-    is_cancelled: bool = False
+    cancelled: bool = False
     num_tokens: int = 0  # generated so far, including the one that ends it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -97,10 +97,10 @@ class GeneratedAnswer:
 
     def end_if_dropped(self) -> bool:
         """Return whether the answer is cancelled or too late; one that is too late gets an error."""
-        if not self.is_cancelled and time.monotonic() > self.deadline:
-            self.is_cancelled = True
+        if not self.cancelled and time.monotonic() > self.deadline:
+            self.cancelled = True
             self.send(AnswerPiece(error=TimeoutError("the answer took too long")))
-        return self.is_cancelled
+        return self.cancelled
 
 
 class AnswerQueue:
@@ -136,7 +136,7 @@ class AnswerQueue:
         """Drop answers that nobody wants any more; those that run end before the next token."""
         with self._changed:
             for answer in answers:
-                answer.is_cancelled = True
+                answer.cancelled = True
 
     def count(self) -> dict[str, int]:
         """Return how many answers run and wait, and how many tokens the caches hold, padding included."""

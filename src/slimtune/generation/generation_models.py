@@ -11,8 +11,8 @@ from ..core.adapters.active_adapters import BASE_ROW
 from ..core.data.chat_template import (
     Tools,
     encode_chat_with_train_mask,
-    find_possible_turn_end_ids,
     get_chat_template,
+    list_special_and_added_token_ids,
     render_prompt,
 )
 from ..core.data.messages import Message
@@ -70,7 +70,7 @@ def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> Generatio
 def describe_trained_model(trained: TrainedModel) -> str:
     """Return the base, the method and the adapter folder of a run that is loaded, in words."""
     method = trained.model.active_peft_config.name
-    return f"{trained.base.source.name} with the {method} adapter in {trained.adapter}"
+    return f"{trained.base.source.name} with the {method} adapter in {trained.adapter_folder}"
 
 
 def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> list[int]:
@@ -104,5 +104,5 @@ def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...
         log.debug("the chat template does not show how a turn ends: %s", e)
     else:
         learned = [token for token, learn in zip(chat.input_ids, chat.supervised, strict=True) if learn]
-        ends |= {token for token in learned[-1:] if token in find_possible_turn_end_ids(tokenizer)}
+        ends |= {token for token in learned[-1:] if token in list_special_and_added_token_ids(tokenizer)}
     return tuple(sorted(end for end in ends if end is not None))

@@ -103,12 +103,12 @@ class TransformersInferenceEngine:
         self.model = None
 
 
-def is_llama_cpp_installed() -> bool:
+def is_xllamacpp_installed() -> bool:
     """Return whether the package that brings llama.cpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class LlamaCppInferenceEngine:
+class InProcessLlamaCppEngine:
     """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
 
     The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
@@ -134,7 +134,7 @@ class LlamaCppInferenceEngine:
         self, model: Path, *adapters: Path | None, max_tokens: int, slots: int = 1, threads: int | None = None,
         cache: str = "f32", gpu_layers: int = 0,
     ) -> None:  # fmt: skip
-        if not is_llama_cpp_installed():
+        if not is_xllamacpp_installed():
             raise ModelError(
                 "the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check")
             )
@@ -229,13 +229,13 @@ class LlamaCppInferenceEngine:
         scales = [{"id": i, "scale": float(i == self._active)} for i in range(self._adapters)]
         return {**request, "cache_prompt": False, **({"lora": scales} if scales else {})}
 
-    def with_adapter(self, index: int | None) -> "LlamaCppInferenceEngine":
+    def with_adapter(self, index: int | None) -> "InProcessLlamaCppEngine":
         """Return the same server as it answers with another of its adapters, or with none."""
         other = copy.copy(self)
         other._active = index
         return other
 
-    def without_adapter(self) -> "LlamaCppInferenceEngine":
+    def without_adapter(self) -> "InProcessLlamaCppEngine":
         """Return the same server as it answers without an adapter."""
         return self.with_adapter(None)
 

@@ -45,8 +45,8 @@ class CachedBatch:
     Rows may join, and a row may be repeated, only if `MultiAdapterRunner.shares_batches` of each is true.
     """
 
-    def __init__(self, first_row: GenerationRow, cache: Any) -> None:
-        self.rows, self.cache = [first_row], cache
+    def __init__(self, row: GenerationRow, cache: Any) -> None:
+        self.rows, self.cache = [row], cache
 
     @property
     def width(self) -> int:

@@ -42,8 +42,9 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
         differences["dtype"] = (pick_dtype(one.dtype, base.device), base.dtype)
     for key, (own, shared) in differences.items():
         if own != shared:
+            folder = first.adapter_folder
             raise UsageError(
-                f"{path} and {first.adapter} need different models: the {key} of one is {own}, of the other {shared}",
+                f"{path} and {folder} need different models: the {key} of one is {own}, of the other {shared}",
                 "adapters of one base, loaded in one way",
                 "serve the others by a process of their own",
             )

@@ -135,7 +135,7 @@ class GpuWithVerdict:
 
 
 @dataclass(frozen=True)
-class SuitedGpusResult:
+class GpuVerdictsResult:
     """What `slimtune gpus --for MODEL --json` prints."""
 
     model: str
@@ -211,7 +211,7 @@ class PurchaseCost:
 
 
 @dataclass(frozen=True)
-class RentalCost:
+class RentalProviderCost:
     """What a run costs on a machine that is rented."""
 
     name: str
@@ -242,7 +242,7 @@ class CostResult:
     """The machine to buy or to rent."""
     buy: PurchaseCost
     """The run on it if it is bought."""
-    rent: list[RentalCost]
+    rent: list[RentalProviderCost]
     """The run on it if it is rented."""
     services: list[ServiceCost]
     """The run at services that fine-tune."""

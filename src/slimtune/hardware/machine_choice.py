@@ -14,7 +14,7 @@ from ..core.models.gpu_support import NO_XPU
 from ..planning.gpu_specs import GpuSpec, format_date_with_age_note
 from ..planning.interval import Interval, format_interval_compact, format_three_digits
 from ..planning.plan_result import MemoryVerdict, ResourceEstimate
-from ..planning.serving_speed import ServingSpeed, estimate_request_decode_speed
+from ..planning.serving_speed import ServingSpeed, estimate_decode_and_prefill_speed
 from .run_cost import (
     RunCost,
     estimate_run_cost,
@@ -168,7 +168,7 @@ def make_machine_offer(
         watts=gpu.watts,
         price=Interval(min(known), max(known)) if known else None,
         purchases=purchases,
-        serving=estimate_request_decode_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
+        serving=estimate_decode_and_prefill_speed(gpu, "llama.cpp", **REFERENCE) if fits else None,
         verdict=verdict,
         tokens_per_second=estimate.tokens_per_second if estimate is not None else None,
         cost=cost,
@@ -177,16 +177,25 @@ def make_machine_offer(
     )
 
 
-def count_runs_to_break_even(price: Interval, rent: Interval, power: Interval | None) -> Interval | None:
+def count_runs_to_break_even(
+    price: Interval, rent_per_run: Interval, power_per_run: Interval | None
+) -> Interval | None:
     """Return after how many runs buying costs less than renting; None if it never does."""
-    saved = Interval(rent.low - (power.high if power else 0.0), rent.high - (power.low if power else 0.0))
+    saved = Interval(
+        rent_per_run.low - (power_per_run.high if power_per_run else 0.0),
+        rent_per_run.high - (power_per_run.low if power_per_run else 0.0),
+    )
     if saved.high <= 0:
         return None
     return Interval(price.low / saved.high, price.high / saved.low if saved.low > 0 else float("inf"))
 
 
-def rank_machines(
-    offers: Sequence[MachineOffer], *, budget: float | None = None, hours: float | None = None, rent: bool = False
+def rank_fitting_machines(
+    offers: Sequence[MachineOffer],
+    *,
+    budget: float | None = None,
+    max_hours: float | None = None,
+    by_rent: bool = False,
 ) -> list[MachineOffer]:
     """Return the machines that a run fits on, within a budget and a time, the best first.
 
@@ -195,15 +204,15 @@ def rank_machines(
     Args:
         offers: with a verdict each.
         budget: dollars to spend at most, on the machine or on the rent of the run.
-        hours: of a run at most.
-        rent: rank by the rent of the run.
+        max_hours: of a run at most.
+        by_rent: rank by the rent of the run.
     """
     suited = []
     for offer in offers:
-        amount = (offer.cost.rent if offer.cost is not None else None) if rent else offer.price
+        amount = (offer.cost.rent if offer.cost is not None else None) if by_rent else offer.price
         if offer.verdict != "fits" or offer.cost is None or amount is None:
             continue
-        if (budget is None or amount.high <= budget) and (hours is None or offer.cost.hours.high <= hours):
+        if (budget is None or amount.high <= budget) and (max_hours is None or offer.cost.hours.high <= max_hours):
             suited.append((amount.high, offer.cost.hours.high, offer))
     return [offer for *_, offer in sorted(suited, key=lambda item: item[:2])]
 
@@ -265,10 +274,10 @@ def list_gpu_figures(gpu: GpuSpec) -> Iterator[tuple[str, str]]:
         yield "released", gpu.released
     yield "source", gpu.source
     yield "checked", format_date_with_age_note(gpu.checked)
-    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_known_gpu_prices(gpu.name))
+    yield from ((kind, f"{amount}, {source}") for kind, amount, source in list_gpu_purchase_and_rent_prices(gpu.name))
 
 
-def list_known_gpu_prices(gpu: str) -> Iterator[tuple[str, str, str]]:
+def list_gpu_purchase_and_rent_prices(gpu: str) -> Iterator[tuple[str, str, str]]:
     """Yield `price` or `rent`, the dollars, and where they are from, for each known price of a GPU."""
     for p in list_purchase_prices(gpu):
         yield "price", f"{p.dollars:.0f} $", f"{p.condition}, {format_date_with_age_note(p.date)}: {p.source}"
@@ -283,7 +292,7 @@ def list_offer_figure_sources(offers: Sequence[MachineOffer]) -> Iterator[tuple[
             offer.gpu,
             f"{offer.source} (checked {format_date_with_age_note(offer.checked)})" if offer.checked else offer.source,
         )
-        yield from ((amount, source) for _, amount, source in list_known_gpu_prices(offer.gpu))
+        yield from ((amount, source) for _, amount, source in list_gpu_purchase_and_rent_prices(offer.gpu))
     yield "serving", "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs"
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ..core.adapters.peft_model import get_peft_model
-from ..core.attention.attention_functions import packed_attention_enabled
+from ..core.attention.attention_functions import use_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.parallel import exit_with_parent
 from ..core.foundation.cpu import read_processor_name
@@ -41,7 +41,7 @@ from ..core.training.memory_savings import apply_memory_savings
 from ..core.training.optimizer import build_optimizer
 from ..errors import ModelError, format_install_command
 from ..extras.gguf_loading import import_gguf
-from ..generation.inference_engines import LlamaCppInferenceEngine, is_llama_cpp_installed
+from ..generation.inference_engines import InProcessLlamaCppEngine, is_xllamacpp_installed
 from ..methods.lora import LoraConfig
 from ..planning.measured_speeds import (
     LEAST_SPREAD,
@@ -53,7 +53,7 @@ from ..planning.measured_speeds import (
 )
 from ..planning.memory_trace import trace_training_step
 from ..planning.plan_request import MicroBatchWorkload
-from ..planning.this_machine import detect_gpu_or_cpu_memory
+from ..planning.this_machine import detect_gpu_or_cpu_spec
 from ..planning.weight_formats import MEASURED_GGUF_TYPES
 
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
@@ -111,18 +111,20 @@ class DeviceTimer:
 def measure_machine(device: str = "auto") -> MachineMeasurement:
     """Measure this machine; `device` is as for `pick_device`. It takes two to three minutes and 2 to 3 GB."""
     picked = pick_device(device)
-    gpu, dtype, clock = detect_gpu_or_cpu_memory(device), pick_dtype("auto", picked), DeviceTimer(picked)
+    gpu, dtype, clock = detect_gpu_or_cpu_spec(device), pick_dtype("auto", picked), DeviceTimer(picked)
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
 
     def products() -> None:
-        found["rates"], found["vector_rates"] = measure_matmul_flops_and_bandwidth(clock)
+        found["rates"], found["vector_rates"] = measure_matmul_and_matvec_rates(clock)
 
     def bandwidth() -> None:
         found["bandwidth"] = _measure_bandwidth(clock)
 
     def training() -> None:
-        found["training"], found["steps"] = fit_training_step_factors(clock, dtype, found["rates"], found["bandwidth"])
+        found["training"], found["steps"] = measure_and_fit_training_step_factors(
+            clock, dtype, found["rates"], found["bandwidth"]
+        )
 
     def transformers() -> None:
         found["serving"] = {"transformers": _measure_transformers(clock, dtype)}
@@ -159,7 +161,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
 # --- products and memory ----------------------------------------------------------------------------------------------
 
 
-def measure_matmul_flops_and_bandwidth(clock: DeviceTimer) -> tuple[dict[str, float], dict[str, float]]:
+def measure_matmul_and_matvec_rates(clock: DeviceTimer) -> tuple[dict[str, float], dict[str, float]]:
     """Return by dtype the operations a second of a product with many rows, and the bytes a second of one with one."""
     rates, vectors = {}, {}
     rows, width = (512, 2048) if clock.device.type == "cpu" else (4096, 8192)
@@ -195,7 +197,7 @@ def make_small_llama_config(width: int, layers: int, vocab_size: int = VOCABULAR
     )  # fmt: skip
 
 
-def fit_training_step_factors(
+def measure_and_fit_training_step_factors(
     clock: DeviceTimer, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
 ) -> tuple[TrainingSpeedFit, list[MeasuredTrainingStep]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
@@ -236,7 +238,7 @@ def fit_training_step_factors(
 def run_optimizer_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, rows: list[Example]) -> None:
     """Take one optimizer step on rows."""
     batch = move_batch_to_device(collator(rows), model.device)
-    with packed_attention_enabled(model):
+    with use_packed_attention(model):
         forward_backward(model, [batch])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
@@ -278,7 +280,7 @@ def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
     Raises:
         ModelError: xllamacpp or gguf is not installed, or they compute on another device.
     """
-    if not is_llama_cpp_installed():
+    if not is_xllamacpp_installed():
         raise ModelError("the package xllamacpp is not installed", "llama.cpp", format_install_command("export-check"))
     import xllamacpp
 
@@ -295,7 +297,7 @@ def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
             read_bytes, weights = _write_random_gguf(file, config, precision)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # else the system writes it to the disk meanwhile, and halves the speed
-            engine = LlamaCppInferenceEngine(
+            engine = InProcessLlamaCppEngine(
                 file, max_tokens=2 * PROMPT, threads=max(torch.get_num_threads(), 1), cache="f16",
                 gpu_layers=0 if device.type == "cpu" else 999,
             )  # fmt: skip
@@ -323,9 +325,9 @@ def _cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> flo
 
 def fit_serving_speed(
     precisions: Sequence[str],
-    runs: Sequence[tuple[str, float, LlamaConfig, float]],
-    seconds: Sequence[float],
-    prompts: dict[str, float],
+    measured_runs: Sequence[tuple[str, float, LlamaConfig, float]],
+    token_seconds: Sequence[float],
+    prompt_flops: dict[str, float],
 ) -> ServingSpeedFit:
     """Fit the seconds of a token to runs of (precision, bytes, config, cached bytes)."""
     features = [
@@ -335,15 +337,15 @@ def fit_serving_speed(
             config.vocab_size,
             1.0,
         ]
-        for precision, size, config, cached in runs
+        for precision, size, config, cached in measured_runs
     ]
-    *by_precision, cached_byte_s, logit_s, token_s = factors = fit_nonnegative_factors(features, seconds)
+    *by_precision, cached_byte_s, logit_s, token_s = factors = fit_nonnegative_factors(features, token_seconds)
     inverse, layers = by_precision[: len(precisions)], by_precision[len(precisions) :]
     fitted = [sum(f * x for f, x in zip(factors, row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
-    spread = _widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
+    spread = _widen_spread([f / s for f, s in zip(fitted, token_seconds, strict=True)])
     layer_s = dict(zip(precisions, layers, strict=True))
-    return ServingSpeedFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompts, spread)
+    return ServingSpeedFit(speeds, cached_byte_s, layer_s, logit_s, token_s, prompt_flops, spread)
 
 
 def _write_random_gguf(file: Path, config: LlamaConfig, precision: str) -> tuple[int, int]:

@@ -83,7 +83,7 @@ class KTO(Objective):
         data, settings, longest = prepared.data, prepared.settings, prepared.recipe.data.max_seq_len
         if self.needs_mismatched_rows:
             data.train, data.validation = (
-                MismatchedAnswerRows(rows, settings.rows_per_step, longest, settings.seed)
+                RowsWithMismatchedAnswers(rows, settings.rows_per_step, longest, settings.seed)
                 for rows in (data.train, data.validation)
             )
         add_reference_logps(prepared)
@@ -149,7 +149,7 @@ def _split_example(example: Example) -> tuple[Example, Example]:
     return own, {key: values[end:] for key, values in tokens.items()} | {"line": example["line"]}
 
 
-class MismatchedAnswerRows(TokenizedDataset):
+class RowsWithMismatchedAnswers(TokenizedDataset):
     """Rows in the order of their steps; each example is a row and its prompt with the answer of another row.
 
     The answers of a step are rotated by one place, or by as many as leave the fewest rows with an answer to their own

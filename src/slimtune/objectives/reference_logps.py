@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
 from ..core.foundation.files import translate_os_errors, write_atomic
-from ..core.training.loss import score_row_logps_by_example
+from ..core.training.loss import score_row_logps_by_example_index
 from ..core.training.oom_recovery import OomRecovery, make_peer_failure_check
 from ..core.training.prepared_run import PreparedRun
 from ..core.training.run_dir import RunDir
@@ -45,7 +45,7 @@ def _compute_reference(rows: TokenizedDataset, prepared: PreparedRun) -> np.ndar
     recovery = OomRecovery(collator, prepared.device, prepared.logger, any_failed=make_peer_failure_check(model))
     where = "reference log-probabilities"
     logps = score_across_processes(
-        score_row_logps_by_example, where, model, rows, make_data_parallel_sharder(model, collator), recovery
+        score_row_logps_by_example_index, where, model, rows, make_data_parallel_sharder(model, collator), recovery
     )
     values = np.full((len(rows), max(map(len, logps), default=1)), np.nan)
     for row, own in zip(values, logps, strict=True):

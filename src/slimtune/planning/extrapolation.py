@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from ..core.attention.attention_functions import get_original_attention_name, layout_unsupported_reason
-from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two
+from ..core.attention.packed_attention import MAX_SEGMENT_TOKENS, round_up_to_power_of_two_blocks
 from ..core.data.example_lengths import ExampleLength, count_tokens_per_row
-from ..core.foundation.device import simulate_device
+from ..core.foundation.device import simulate_device_for_kernel_choice
 from ..core.kernels.cross_entropy import count_rows_per_logit_chunk
 from ..core.models.base_config import get_max_positions
 from ..errors import UsageError
@@ -40,7 +40,7 @@ MOST_TOKENS = 1 << 14
 
 
 def extrapolate_step_trace(
-    job: MicroBatchWorkload, model: Any = None, *, stop_after_backward: bool = False
+    job: MicroBatchWorkload, meta_model: Any = None, *, stop_after_backward: bool = False
 ) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
@@ -49,7 +49,7 @@ def extrapolate_step_trace(
 
     Args:
         job: what to train.
-        model: the job's model on meta. If given, the extrapolated weights are checked against it; it may be used up.
+        meta_model: the job's model on meta, to check the extrapolated weights against; it may be used up.
         stop_after_backward: as in `trace_training_step`.
 
     Raises:
@@ -61,21 +61,21 @@ def extrapolate_step_trace(
         return load_or_compute_trace(job, traced, backward_only=stop_after_backward)
 
     if job.num_layers <= 3:
-        return trace(job, model)
+        return trace(job, meta_model)
     try:
         two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
     except UsageError:
-        return trace(job, model)
+        return trace(job, meta_model)
 
     def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
         return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
 
     state = extrapolate(two.state, three.state)
-    if model is not None:
+    if meta_model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
-        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(model)}
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(meta_model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
-            return trace(job, model)
+            return trace(job, meta_model)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
     return StepTrace(
         state,
@@ -120,14 +120,14 @@ class MemoryFormula:
 
     state: int
     coefficients: dict[str, np.ndarray]
-    corrections: dict[str, float] = field(default_factory=dict)
-    corrected_tokens: int = 0
+    traced_excess_bytes: dict[str, float] = field(default_factory=dict)
+    traced_tokens: int = 0
 
     def peak(self, lengths: Sequence[ExampleLength]) -> int:
         """Return the highest number of bytes in a micro-batch of examples of these lengths."""
         features = _features(lengths)
-        least = 0.0 if features[1] > self.corrected_tokens else -np.inf
-        shifts = {phase: max(least, shift) for phase, shift in self.corrections.items()}
+        least = 0.0 if features[1] > self.traced_tokens else -np.inf
+        shifts = {phase: max(least, shift) for phase, shift in self.traced_excess_bytes.items()}
         above = (float(c @ features) + shifts.get(phase, 0.0) for phase, c in self.coefficients.items())
         return self.state + int(max(0.0, *above))
 
@@ -136,7 +136,7 @@ class MemoryFormula:
         features = _features(lengths)
         above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
         shifts = {phase: above[phase] - float(c @ features) for phase, c in self.coefficients.items()}
-        return replace(self, state=trace.state_bytes, corrections=shifts, corrected_tokens=int(features[1]))
+        return replace(self, state=trace.state_bytes, traced_excess_bytes=shifts, traced_tokens=int(features[1]))
 
 
 def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
@@ -145,7 +145,7 @@ def fit_memory_formula(job: MicroBatchWorkload, model: Any) -> MemoryFormula:
     If the job's examples have a suitable length, one of the traces is of them, and whole: the job needs that one, too.
     """
     # At least two MLP tiles, and two chunks of logits: as a third one is computed, nothing is left of the first.
-    with simulate_device(job.device):
+    with simulate_device_for_kernel_choice(job.device):
         chunk = count_rows_per_logit_chunk(job.base_config.get_text_config().vocab_size, torch.device("cpu"))
     two_chunks = math.ceil(2 * chunk / job.supervised)
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))
@@ -189,5 +189,6 @@ def _features(lengths: Sequence[ExampleLength]) -> np.ndarray:
     rows = [n for length in lengths for n in count_tokens_per_row(length)]
     one_long_row = len(rows) == 1 and tokens > MAX_SEGMENT_TOKENS
     return np.array(
-        [1, tokens, tokens if one_long_row else round_up_to_power_of_two(tokens), sum(n * n for n in rows)], float
+        [1, tokens, tokens if one_long_row else round_up_to_power_of_two_blocks(tokens), sum(n * n for n in rows)],
+        float,
     )

@@ -83,7 +83,7 @@ class Linear4bit(nn.Linear):
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
 
 
-class RoundedLinear8bit(nn.Linear):
+class FakeLinear8bitLt(nn.Linear):
     """`y = x Wᵀ + b` for x `(..., in)`; on a GPU a product of integers, with x rounded as W is."""
 
     keeps_input = True
@@ -127,7 +127,7 @@ class RoundedLinear8bit(nn.Linear):
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit | RoundedLinear8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit | FakeLinear8bitLt) -> Tensor:
         ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
         # int8 keeps its input, as in bitsandbytes in an attribute and not by `save_for_backward`: gradient
         # checkpointing does not drop it, and it lives until the loss does.
@@ -144,7 +144,7 @@ class _Matmul(torch.autograd.Function):
 KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
     "nf4": (Linear4bit, {"nested": True}),
     "nf4-single": (Linear4bit, {"nested": False}),
-    "int8": (RoundedLinear8bit, {}),
+    "int8": (FakeLinear8bitLt, {}),
 }
 
 

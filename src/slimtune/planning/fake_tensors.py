@@ -2,8 +2,8 @@
 
 A `FakeTensor` is PyTorch's own stand-in for a tensor. Inside `fake_tensor_mode` every tensor that is made is fake, and
 every operator returns a fake result with the right shape, strides, dtype and storage size. A model built on `meta`
-becomes a model of fake tensors by `replace_meta_with_fake`. Its device is the CPU: a fake CUDA tensor aborts on a torch
-without CUDA.
+becomes a model of fake tensors by `replace_meta_with_fake_cpu_tensors`. Its device is the CPU: a fake CUDA tensor
+aborts on a torch without CUDA.
 """
 
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ class _KnownIntegers(TorchDispatchMode):
         return self.mode.fake_tensor_converter.from_real_tensor(self.mode, values, make_constant=True)
 
 
-def replace_meta_with_fake(model: nn.Module) -> None:
+def replace_meta_with_fake_cpu_tensors(model: nn.Module) -> None:
     """Replace every meta tensor of a model by a fake CPU tensor; call it inside `fake_tensor_mode`.
 
     Tensors are replaced wherever `list_module_tensors` finds them; shared and tied tensors stay shared.

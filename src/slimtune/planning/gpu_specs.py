@@ -14,7 +14,7 @@ from typing import Literal
 from ..core.foundation.formatting import GIB, format_bytes
 from ..core.models.gpu_support import NO_XPU, VENDOR_DEVICES
 from ..errors import UsageError, format_names
-from ..extras.product_names import suggest_similar_name
+from ..extras.product_names import suggest_name_with_same_numbers
 from .interval import Interval
 from .measured_speeds import RATE_COLUMNS, MachineMeasurement, load_machine_measurement
 
@@ -185,7 +185,7 @@ def find_gpus_by_name(name: str) -> list[GpuSpec]:
     """
     wanted = _normalize(name)
     if wanted == _normalize(THIS_MACHINE):
-        return [here] if (here := load_measured_gpu()) is not None else []
+        return [here] if (here := load_this_machine_measured_gpu()) is not None else []
     if found := [gpu for names, gpu in _rows() if wanted in map(_normalize, names)]:
         return found
     if (sized := _SIZED.fullmatch(name.strip())) is None:
@@ -193,7 +193,7 @@ def find_gpus_by_name(name: str) -> list[GpuSpec]:
     return [gpu for gpu in find_gpus_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
 
 
-def load_measured_gpu() -> GpuSpec | None:
+def load_this_machine_measured_gpu() -> GpuSpec | None:
     """Return this machine as `slimtune bench` measured it; None if it did not."""
     found = load_machine_measurement()
     if found is None:
@@ -206,9 +206,9 @@ def load_measured_gpu() -> GpuSpec | None:
     return add_gpu_measurement(known, found)
 
 
-def make_gpus_csv_row(measurement: MachineMeasurement) -> dict[str, str]:
+def make_gpus_csv_row_dict(measurement: MachineMeasurement) -> dict[str, str]:
     """Return a measurement by the columns of `gpus.csv`."""
-    gpu = load_measured_gpu()
+    gpu = load_this_machine_measured_gpu()
     name = measurement.processor if measurement.device == "cpu" else measurement.name
     row = dict.fromkeys(_read_table()[0], "")
     row |= {
@@ -262,7 +262,7 @@ def find_gpu_by_name(name: str) -> GpuSpec:
         raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
     if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_gpus_by_name(sized[1])):
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
-    close = suggest_similar_name(name, [gpu.name for gpu in list_gpu_specs()])
+    close = suggest_name_with_same_numbers(name, [gpu.name for gpu in list_gpu_specs()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
@@ -284,14 +284,14 @@ def require_trainable_gpu(gpu: GpuSpec) -> None:
         raise UsageError(f"{gpu.name}: {NO_XPU}", "an NVIDIA or AMD GPU, a Mac or a CPU", hint)
 
 
-def make_gpu_with_memory(text: str) -> GpuSpec:
+def make_gpu_with_memory(memory_size: str) -> GpuSpec:
     """Return a GPU of which only the memory is known: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
 
     Raises:
         UsageError: the text is not a number of bytes above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", memory_size, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"]) if match else 0
     if size < 1:
-        raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
+        raise UsageError(f"{memory_size!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
     return GpuSpec(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError, format_names
-from ..extras.known_models import load_known_models, read_known_config
+from ..extras.known_models import load_known_models_by_alias, read_known_config
 from .gpu_specs import format_date_with_age_note
 
 
@@ -55,7 +55,7 @@ class KnownBasesResult:
 
 def list_known_bases(family: str | None = None) -> list[KnownBaseFacts]:
     """Return the bases of a family, or whose name begins so; UsageError if there are none."""
-    known = load_known_models()
+    known = load_known_models_by_alias()
     wanted = (family or "").lower()
     chosen = {name: facts for name, facts in known.items() if facts["family"] == wanted or name.startswith(wanted)}
     if not chosen:

@@ -24,12 +24,12 @@ from typing import Any
 
 from ..core.foundation.cpu import read_processor_name
 from ..core.foundation.dtype_names import dtype_name
-from ..core.foundation.files import read_json, write_json
+from ..core.foundation.files import read_json_object, write_json
 from ..core.foundation.json_results import from_json_dict, to_json_dict
 from ..errors import RunError
 from .interval import format_three_digits
 from .plan_result import TrainingWorkload
-from .weight_formats import ENGINES, find_nearest_precision
+from .weight_formats import ENGINES, find_precision_with_similar_kernels
 
 FORMAT = 6
 RATE_COLUMNS = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
@@ -95,7 +95,7 @@ class MachineMeasurement:
     """One measurement of a machine."""
 
     name: str
-    """Of the device, as `detect_gpu_or_cpu_memory` names it."""
+    """Of the device, as `detect_gpu_or_cpu_spec` names it."""
     processor: str
     """Of the machine."""
     threads: int
@@ -132,7 +132,7 @@ class MachineMeasurement:
 
     def estimate_step_seconds(self, work: TrainingWorkload) -> float:
         """Return the seconds of a micro-batch, with its share of the optimizer's step."""
-        step_bytes = work.optimizer_step_bytes / work.micro_batches
+        step_bytes = work.optimizer_step_bytes / work.micro_batches_per_step
         terms = compute_step_time_terms(
             work.operator_counts, work.attention_operations, step_bytes, self.rates, self.bandwidth
         )
@@ -160,10 +160,10 @@ class MachineMeasurement:
 
     def find_serving_fit(self, engine: str, precision: str) -> tuple[ServingSpeedFit, str, str] | None:
         """Return an engine's speed, the measured precision nearest to a wanted one, and the kind of evidence."""
-        fit = self.serving.get(ENGINES[engine].fits_as if engine in ENGINES else engine)
+        fit = self.serving.get(ENGINES[engine].fitted_speeds_engine if engine in ENGINES else engine)
         if fit is None:
             return None
-        nearest = find_nearest_precision(precision, fit.bytes_per_second)
+        nearest = find_precision_with_similar_kernels(precision, fit.bytes_per_second)
         if nearest is None:
             return None
         return fit, nearest, self.evidence + (f", in {nearest}" if nearest != precision else "")
@@ -210,7 +210,7 @@ def get_measurement_path() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "slimtune" / "bench.json"
 
 
-def save_machine_measurement(measured: MachineMeasurement) -> Path:
+def overwrite_machine_measurement(measured: MachineMeasurement) -> Path:
     """Write a measurement where plans find it; return the file."""
     file = get_measurement_path()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def load_machine_measurement() -> MachineMeasurement | None:
     if not file.is_file():
         return None
     try:
-        values = dict(read_json(file))
+        values = dict(read_json_object(file))
         if values.pop("format", None) != FORMAT:
             return None
         found = from_json_dict(MachineMeasurement, values)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.attention.attention_functions import packed_attention_enabled
+from ..core.attention.attention_functions import use_packed_attention
 from ..core.data.collator import Collator, Example
 from ..core.data.tokenized_dataset import TokenizedDataset
 from ..core.foundation import distributed
 from ..core.foundation.device import count_peak_memory, reset_peak_memory
+from ..core.foundation.files import write_json
 from ..core.foundation.formatting import format_bytes
 from ..core.kernels.dropout import preserve_rng_state
 from ..core.training.loss import forward_backward, move_batch_to_device
-from ..core.training.prepared_run import MemoryPlan, PreparedRun, get_planned_bytes_range
+from ..core.training.prepared_run import MemoryEstimate, PreparedRun, get_planned_reserved_bytes_range
 from .packed_lengths import count_tokens_with_shared_prompt
 
 
-def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, resident_at_start: int) -> None:
+def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryEstimate, resident_at_start: int) -> None:
     """Run the longest micro-batch once; say what memory it takes, and write it with the plan into plan.json.
 
     The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process. What the
@@ -26,16 +27,16 @@ def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, residen
     of the run.
     """
     collator, device, limit = prepared.collator, prepared.device, prepared.collator.max_tokens
-    rows = pick_longest_micro_batch(prepared.data.train, collator, prepared.settings.rows_per_step)
+    rows = pick_longest_rows_for_micro_batch(prepared.data.train, collator, prepared.settings.rows_per_step)
     tokens, used = prepared.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step",
         rows,
-        lambda: probe_longest_micro_batch_memory(prepared, rows),
+        lambda: probe_longest_micro_batch_tokens_and_memory(prepared, rows),
         lambda: None,
     )
     others = 0 if device.type == "cuda" else max(0, resident_at_start - int(plan.runtime_bytes.high))
     used -= others
-    low, high = get_planned_bytes_range(plan, device)
+    low, high = get_planned_reserved_bytes_range(plan, device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
     low = low - plan.parts["optimizer"] if collator.max_tokens == limit else 0
@@ -46,10 +47,10 @@ def probe_memory_and_write_plan(prepared: PreparedRun, plan: MemoryPlan, residen
     prepared.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
     if distributed.is_main_process():
         probe = {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
-        prepared.run.write_plan(plan, probe)
+        write_json(prepared.run.plan_file, {"plan": plan, "probe": probe})
 
 
-def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows_per_step: int) -> list[Example]:
+def pick_longest_rows_for_micro_batch(dataset: TokenizedDataset, collator: Collator, max_rows: int) -> list[Example]:
     """Return rows, no more than a step has, that fill one micro-batch.
 
     The longest rows together may be divided into micro-batches of half the limit, which other rows of a step exceed.
@@ -60,7 +61,7 @@ def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows
     if collator.share_prefix:
         lengths = np.array([*map(count_tokens_with_shared_prompt, dataset.example_lengths)])
     order = np.argsort(-lengths, kind="stable").tolist()
-    most = min(filter(None, (rows_per_step, collator.max_rows, len(order))))
+    most = min(filter(None, (max_rows, collator.max_rows, len(order))))
     limit = collator.max_tokens or math.inf
 
     def fits(numbers: list[int]) -> bool:
@@ -79,7 +80,7 @@ def pick_longest_micro_batch(dataset: TokenizedDataset, collator: Collator, rows
     return [dataset[i] for i in chosen]
 
 
-def probe_longest_micro_batch_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, int]:
+def probe_longest_micro_batch_tokens_and_memory(prepared: PreparedRun, rows: Sequence[Example]) -> tuple[int, int]:
     """Run the longest micro-batch of some rows, forward and backward; return its tokens and the most bytes in use.
 
     Nothing is left of it, even if it runs out of memory: gradients are dropped, random number generators are restored,
@@ -91,7 +92,7 @@ def probe_longest_micro_batch_memory(prepared: PreparedRun, rows: Sequence[Examp
     model.train()
     reset_peak_memory(prepared.device)
     try:
-        with preserve_rng_state(prepared.device), packed_attention_enabled(model):
+        with preserve_rng_state(prepared.device), use_packed_attention(model):
             forward_backward(
                 model,
                 [move_batch_to_device(micro_batch, prepared.device)],

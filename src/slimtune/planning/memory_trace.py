@@ -17,15 +17,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.adapters.adapter_module import MergeUnsupported
-from ..core.attention.attention_functions import packed_attention_enabled
+from ..core.attention.attention_functions import use_packed_attention
 from ..core.data.collator import IGNORE_INDEX, Example
 from ..core.data.example_lengths import ExampleLength
-from ..core.foundation.device import collect_simulated_attention_flops, simulate_device
-from ..core.models.lm_head import get_classifier_head, get_lm_head
+from ..core.foundation.device import collect_simulated_attention_flops, simulate_device_for_kernel_choice
+from ..core.models.lm_head import get_classifier_head, get_lm_head_with_scale_and_cap
 from ..core.training.loss import compute_token_nll_or_row_logits, forward_backward, make_collator
 from ..core.training.optimizer import build_optimizer
 from ..errors import UsageError
-from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake
+from .fake_tensors import fake_tensor_mode, list_module_tensors, replace_meta_with_fake_cpu_tensors
 from .memory_tracker import MemoryTracker, iterate_nested_tensors
 from .meta_model import build_adapted_meta_model
 from .plan_request import MicroBatchWorkload
@@ -103,8 +103,8 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
     """
     model = job.build_model() if model is None else model
     vocab_size = model.config.get_text_config().vocab_size
-    with fake_tensor_mode(), simulate_device(job.device):
-        replace_meta_with_fake(model)
+    with fake_tensor_mode(), simulate_device_for_kernel_choice(job.device):
+        replace_meta_with_fake_cpu_tensors(model)
         model.train()
         pack = make_collator(model, 0, packing=job.packing)(make_dummy_examples(job.lengths, job.supervised))
         other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_nested_tensors(pack)]
@@ -125,7 +125,7 @@ def trace_training_step(job: MicroBatchWorkload, model: Any = None, *, stop_afte
         with (
             tracker,
             collect_simulated_attention_flops(tracker.attention_operations),
-            packed_attention_enabled(model),
+            use_packed_attention(model),
         ):
             _assign_state(tracker, model, optimizer)
             tracker.assign((*iterate_nested_tensors(pack), *other_packs), "activations")
@@ -175,8 +175,8 @@ def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:
     """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_adapted_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
-    with fake_tensor_mode(), simulate_device("cpu"):
-        replace_meta_with_fake(model)
+    with fake_tensor_mode(), simulate_device_for_kernel_choice("cpu"):
+        replace_meta_with_fake_cpu_tensors(model)
         with tracker, torch.no_grad():
             tracker.assign(list_module_tensors(model), "weights")
             try:
@@ -189,7 +189,7 @@ def trace_merge_peak(job: MicroBatchWorkload, dtype: torch.dtype) -> int | None:
 @contextmanager
 def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
     """Start phase "loss" when hidden states reach the head, and the backward phases when gradients reach a layer."""
-    head = get_lm_head(model)
+    head = get_lm_head_with_scale_and_cap(model)
     module = get_classifier_head(model) if head is None else head.module
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -242,7 +242,7 @@ def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
 # k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may exist too (3).
 
 
-def estimate_sharding_savings(model: Any, processes: int) -> tuple[int, float]:
+def estimate_sharding_savings_and_spread(model: Any, processes: int) -> tuple[int, float]:
     """Return the bytes that sharding the base of a model on meta saves, and how many fewer it may save."""
 
     def count_bytes(module: Any) -> int:  # of the base itself: adapters are not sharded
@@ -257,11 +257,11 @@ def estimate_sharding_savings(model: Any, processes: int) -> tuple[int, float]:
     return int(total - low), high - low
 
 
-def apply_sharding_savings(trace: StepTrace, saved: int, device: str) -> StepTrace:
+def apply_sharding_savings(trace: StepTrace, saved_weight_bytes: int, device: str) -> StepTrace:
     """Return what a traced step takes in one of the processes, if sharding saves so many bytes."""
 
     def shard(parts: dict[str, int]) -> dict[str, int]:
-        return {**parts, "weights": parts["weights"] - saved}
+        return {**parts, "weights": parts["weights"] - saved_weight_bytes}
 
     phases = {name: shard(parts) for name, parts in trace.phases.items()}
     if device == "cpu":  # each process reads the whole base before it is sharded: at that moment nothing is saved

@@ -11,7 +11,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.adapters.peft_model import get_peft_model
 from ..core.models.load_errors import silence_and_translate_load_errors
 from ..core.models.loader import get_auto_class
-from ..core.training.adapted_model import add_non_text_modules_to_excluded
+from ..core.training.adapted_model import exclude_non_text_modules_in_place
 from ..core.training.memory_savings import apply_memory_savings
 
 
@@ -46,7 +46,7 @@ def build_adapted_meta_model(
         if change_base is not None:
             change_base(model)
         if method is not None:
-            add_non_text_modules_to_excluded(model, method)
+            exclude_non_text_modules_in_place(model, method)
             model = get_peft_model(model, method)
     apply_memory_savings(model, checkpointing, offload, tile)
     return model

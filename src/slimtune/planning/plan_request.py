@@ -150,9 +150,9 @@ class PlanRequest:
         )
 
 
-def pick_length_quantiles(ordered: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
+def pick_length_quantiles(ascending_lengths: Sequence[ExampleLength], count: int) -> tuple[ExampleLength, ...]:
     """Return `count` of ordered lengths, evenly spread, the longest first."""
-    return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
+    return tuple(ascending_lengths[int((i + 0.5) * len(ascending_lengths) / count)] for i in reversed(range(count)))
 
 
 def build_plan_request(
@@ -160,7 +160,7 @@ def build_plan_request(
     gpu: GpuSpec,
     lengths: Sequence[ExampleLength] = (),
     processes: int = 1,
-    content: DatasetRowComposition = ALL_SUPERVISED,
+    row_composition: DatasetRowComposition = ALL_SUPERVISED,
 ) -> PlanRequest:
     """Return the request to plan a recipe on a GPU.
 
@@ -169,7 +169,7 @@ def build_plan_request(
         gpu: where it runs.
         lengths: of every example, if the data were read; else every row has the recipe's maximum length.
         processes: processes that train together.
-        content: of the examples, as far as it is known.
+        row_composition: of the examples, as far as it is known.
 
     Raises:
         UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
@@ -192,7 +192,10 @@ def build_plan_request(
     objective = recipe.objective()
     notes += objective.list_plan_notes()
     if not train.share_prefix:
-        lengths, content = [*map(remove_prefix_sharing, lengths)], content._replace(shared_prefix=0)
+        lengths, row_composition = (
+            [*map(remove_prefix_sharing, lengths)],
+            row_composition._replace(shared_prefix_tokens=0),
+        )
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
             "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(
@@ -211,7 +214,7 @@ def build_plan_request(
         else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,
-        content=content,
+        content=row_composition,
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,

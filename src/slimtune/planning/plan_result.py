@@ -24,9 +24,9 @@ class TrainingWorkload(NamedTuple):
 
     operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
     attention_operations: Any  # FLOPs of fused attention in one micro-batch, by dtype
-    tokens: int  # trained in one micro-batch
+    tokens_per_micro_batch: int  # trained in one micro-batch
     optimizer_step_bytes: int = 0  # that the optimizer moves in a step
-    micro_batches: int = 1  # in an optimizer step
+    micro_batches_per_step: int = 1  # in an optimizer step
 
 
 class LabelledFigure(NamedTuple):
@@ -34,7 +34,7 @@ class LabelledFigure(NamedTuple):
 
     label: str
     text: str
-    field: str
+    evidence_field: str
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from .extrapolation import MemoryFormula, extrapolate_merge_cpu_peak, extrapolate_step_trace, fit_memory_formula
 from .gpu_specs import GpuSpec
 from .interval import Interval
-from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings
+from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_spread
 from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
 from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
@@ -82,15 +82,15 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     gpu, job, positions = request.gpu, request.job(), get_max_positions(request.model.config)
     model = job.build_model()
     trainable_params, total_params = count_trainable_and_all_parameters(model)
-    adapter_bytes, extra_bytes, at_most = estimate_adapter_and_state_sizes(model)
-    saved, spread = estimate_sharding_savings(model, request.processes) if request.fsdp else (0, 0)
+    adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
+    saved, spread = estimate_sharding_savings_and_spread(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason(model)):
         job = replace(job, packing=False)
         packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     if not make_collator(model, 0, packing=job.packing).share_prefix:
         job = replace(job, lengths=tuple(map(remove_prefix_sharing, job.lengths)))
-        content = request.content._replace(shared_prefix=0)
+        content = request.content._replace(shared_prefix_tokens=0)
         request = replace(request, quantiles=tuple(map(remove_prefix_sharing, request.quantiles)), content=content)
     memory_model = fit_memory_formula(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
@@ -136,9 +136,9 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     work = TrainingWorkload(
         usual_trace.operator_counts,
         usual_trace.attention_operations,
-        tokens=sum(usual.row_tokens),
+        tokens_per_micro_batch=sum(usual.row_tokens),
         optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
-        micro_batches=usual.micro_batches,
+        micro_batches_per_step=usual.micro_batches,
     )
     estimate = ResourceEstimate(
         model=request.model.name,
@@ -171,7 +171,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
         tokens_per_second=estimate_training_speed(work, gpu),
         work=work,
         evidence=_list_estimate_provenance(request, host_peak_moment),
-        notes=[*describe_gpu_limits(request, job), *packing_notes],
+        notes=[*describe_gpu_dtype_and_software_limits(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
         return estimate
@@ -248,7 +248,7 @@ def find_largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def estimate_adapter_and_state_sizes(model: Any) -> tuple[int, int, bool]:
+def estimate_adapter_file_and_method_state_sizes(model: Any) -> tuple[int, int, bool]:
     """Return the bytes of the adapter file and of the method's own state, and whether training may leave fewer.
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
@@ -358,7 +358,7 @@ def _explain_verdict(
     return reason
 
 
-def describe_gpu_limits(request: PlanRequest, job: MicroBatchWorkload) -> list[str]:
+def describe_gpu_dtype_and_software_limits(request: PlanRequest, job: MicroBatchWorkload) -> list[str]:
     """Return what the GPU's dtypes and its software cost this run, in whole sentences."""
     gpu, notes = request.gpu, list(request.notes)
     rates = gpu.rates or {}

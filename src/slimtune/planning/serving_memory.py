@@ -21,7 +21,7 @@ from .interval import Interval
 from .meta_model import build_adapted_meta_model
 from .plan_result import ServingEstimate
 from .planner import find_largest_fitting, judge_memory_fit
-from .serving_speed import estimate_request_decode_speed
+from .serving_speed import estimate_decode_and_prefill_speed
 from .weight_formats import ENGINES, GGUF_TYPES, VLLM_BITS, load_vllm_lora_rules
 
 _VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
@@ -104,8 +104,8 @@ def estimate_serving_memory(
         max_context = min(256 * blocks, limit)
     speed = None
     if gpu is not None and verdict != "does not fit":
-        read_bytes, multiplied = count_token_bytes_and_weights(model, precision)
-        speed = estimate_request_decode_speed(
+        read_bytes, multiplied = count_weight_bytes_and_macs_per_token(model, precision)
+        speed = estimate_decode_and_prefill_speed(
             gpu,
             engine,
             weight_bytes_per_token=read_bytes + adapter,
@@ -151,7 +151,7 @@ def count_weight_and_embedding_bytes(model: Any, precision: str) -> tuple[int, i
     return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
 
 
-def count_token_bytes_and_weights(model: Any, precision: str) -> tuple[float, float]:
+def count_weight_bytes_and_macs_per_token(model: Any, precision: str) -> tuple[float, float]:
     """Return what one token takes: bytes of the weights that it reads, and numbers in matrices it is multiplied with.
 
     Of the token embeddings it reads a row, and of a mixture's experts those that its router picks.

@@ -34,7 +34,9 @@ class PrefillSpeedFit(NamedTuple):
     """How fast an engine reads a prompt on a kind of hardware."""
 
     share: float  # of the rate
-    rate: str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
+    rate_dtype: (
+        str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
+    )
     spread: Interval
     points: int
 
@@ -74,14 +76,14 @@ PREFILL = {
 }
 
 
-def get_vendor_and_memory_kind(gpu: GpuSpec) -> str:
+def get_serving_fit_hardware_key(gpu: GpuSpec) -> str:
     """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
     if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
         return "nvidia hbm"
     return "apple m1, m2" if gpu.architecture in ("m1", "m2") else gpu.vendor
 
 
-def estimate_request_decode_speed(
+def estimate_decode_and_prefill_speed(
     gpu: GpuSpec, engine: str, *, weight_bytes_per_token: float, kv_bytes_per_request: float,
     matmul_weight_count: float, layers: int, vocab_size: int, concurrent_requests: int = 1, precision: str = "Q4_K_M",
 ) -> ServingSpeed | None:  # fmt: skip
@@ -109,11 +111,11 @@ def estimate_request_decode_speed(
             Interval(*(end / prompt_seconds for end in fit.spread)),
             evidence,
         )
-    key = (ENGINES[engine].fits_as, get_vendor_and_memory_kind(gpu))
+    key = (ENGINES[engine].fitted_speeds_engine, get_serving_fit_hardware_key(gpu))
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
-    prompt_seconds = 2 * matmul_weight_count / (prefill.share * gpu.rates[prefill.rate])
+    prompt_seconds = 2 * matmul_weight_count / (prefill.share * gpu.rates[prefill.rate_dtype])
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     read_seconds = (weight_bytes_per_token + cached) / (decoding.share * gpu.bandwidth)
     seconds = max(read_seconds, concurrent_requests * prompt_seconds) + layers * decoding.layer_s

@@ -13,7 +13,7 @@ from .gpu_specs import THIS_MACHINE, GpuSpec, add_gpu_measurement, find_gpu_by_n
 from .measured_speeds import load_machine_measurement
 
 
-def detect_gpu_or_cpu_memory(device: str = "auto") -> GpuSpec:
+def detect_gpu_or_cpu_spec(device: str = "auto") -> GpuSpec:
     """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`.
 
     What `slimtune bench` measured on it is used, on a CPU only if it computed with as many threads.
@@ -45,9 +45,9 @@ def _detect_gpu(device: str) -> GpuSpec:
     return GpuSpec(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 
 
-def require_gpu_model(gpu_model: str, device: str = "auto") -> None:
+def require_machine_has_gpu(gpu_model: str, device: str = "auto") -> None:
     """Raise UsageError unless this machine has the GPU of the table with this name; `device` as for `pick_device`."""
-    wanted, found = find_gpu_by_name(gpu_model), detect_gpu_or_cpu_memory(device)
+    wanted, found = find_gpu_by_name(gpu_model), detect_gpu_or_cpu_spec(device)
     if found.name != wanted.name and not (found.vendor == "apple" == wanted.vendor and found.memory == wanted.memory):
         hint = f"leave it out to train here; `slimtune plan --gpu {wanted.name}` plans for that GPU"
         raise UsageError(f"--gpu is {wanted.name}, and this would train on {found.name}", "this machine's GPU", hint)

@@ -27,13 +27,16 @@ def estimate_training_speed(workload: TrainingWorkload, gpu: GpuSpec) -> Interva
     """
     if gpu.measured is not None:
         seconds = gpu.measured.estimate_step_seconds(workload)
-        return Interval(*(end * workload.tokens / seconds for end in gpu.measured.training.spread))
+        return Interval(*(end * workload.tokens_per_micro_batch / seconds for end in gpu.measured.training.spread))
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")
-    seconds = workload.optimizer_step_bytes / bandwidth / workload.micro_batches
+    seconds = workload.optimizer_step_bytes / bandwidth / workload.micro_batches_per_step
     for (operations, moved, dtype), count in workload.operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(dtype_name(dtype)) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
-    return Interval(UTILIZATION.low * workload.tokens / seconds, UTILIZATION.high * workload.tokens / seconds)
+    return Interval(
+        UTILIZATION.low * workload.tokens_per_micro_batch / seconds,
+        UTILIZATION.high * workload.tokens_per_micro_batch / seconds,
+    )

@@ -81,7 +81,7 @@ class ServingEngine:
     """Bytes of a number in the cache of keys and values, by precision; the first is the default."""
     runtime: Interval
     """Bytes that a CUDA context and libraries take; with vLLM's CUDA graphs, of which logs report 0.3 to 1 GiB."""
-    fits_as: str
+    fitted_speeds_engine: str
     """The engine whose fitted speeds it has."""
 
 
@@ -101,7 +101,7 @@ ENGINES = {
 """The engines that serving is planned for."""
 
 
-def find_nearest_precision(precision: str, measured: Container[str]) -> str | None:
+def find_precision_with_similar_kernels(precision: str, measured: Container[str]) -> str | None:
     """Return the measured precision that is a precision itself or has the most similar kernels; None: none is."""
     alike = GGUF_TYPES[precision].measured_like if precision in GGUF_TYPES else ""
     return next((name for name in (precision, alike) if name in measured), None)

@@ -27,22 +27,22 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.export_results import EngineVerdict
-from ..export.exporter import require_base_independent_adapter
+from ..export.exporter import require_adapter_for_unquantized_base
 from ..export.gguf import (
     PRECISIONS,
     get_gguf_architecture_spec,
     get_lora_factors_and_scales,
-    require_gguf_quantizer,
+    require_llama_quantize_path,
     write_adapter_gguf,
 )
 from ..export.merge import load_runs_for_export, write_base_gguf
-from ..export.served_base import read_gguf_precision
+from ..export.served_base import read_gguf_majority_precision
 from ..export.verify import ExportVerifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
-from ..generation.inference_engines import LlamaCppInferenceEngine
+from ..generation.inference_engines import InProcessLlamaCppEngine
 from ..generation.model_runner import MultiAdapterRunner
 from ..planning.meta_model import build_adapted_meta_model
-from .served_models import ServedModel, make_served_models
+from .served_models import ServedModel, make_served_base_and_run_models
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ STOP_REASONS = {"eos": "stop", "word": "stop", "limit": "length"}
 FIXES = "--engine torch serves every method; or merge it for llama.cpp: slimtune export RUN --to gguf --merged"
 
 
-class LlamaCppServer(NamedTuple):
+class StartedLlamaCppServer(NamedTuple):
     """A server of llama.cpp, ready for answers."""
 
     models: list[ServedModel]  # the base first
@@ -70,7 +70,7 @@ def start_llama_cpp_server(
     verify: bool = True,
     device: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> LlamaCppServer:
+) -> StartedLlamaCppServer:
     """Write base and adapters as GGUF, start llama.cpp, and compare each adapter there with the trained one.
 
     The files are in a temporary folder that is deleted at once: llama.cpp keeps them open.
@@ -93,10 +93,10 @@ def start_llama_cpp_server(
     for run in runs.values():
         _require_gguf_form(run)
     if precision is not None and precision not in PRECISIONS:
-        require_gguf_quantizer(precision)
+        require_llama_quantize_path(precision)
     loaded = load_runs_for_export([*runs.values()])
     model: Any = loaded[0].model
-    models = make_served_models(runs, loaded, max_length)
+    models = make_served_base_and_run_models(runs, loaded, max_length)
     longest = max(served.max_length for served in models)
     # A value of llama.cpp's cache has two bytes.
     cache_bytes = MultiAdapterRunner(model).measure_cache() * 2 // model.dtype.itemsize * max_batch * longest
@@ -107,9 +107,9 @@ def start_llama_cpp_server(
             base, weights = _write_base(loaded[0], folder, precision)
             adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
-                require_base_independent_adapter(trained, run)
+                require_adapter_for_unquantized_base(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
-        engine = LlamaCppInferenceEngine(
+        engine = InProcessLlamaCppEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
         )
         try:
@@ -128,7 +128,7 @@ def start_llama_cpp_server(
     engines = {BASE_ROW: engine.with_adapter(None)}
     engines |= {trained.adapter_name: engine.with_adapter(index) for index, trained in enumerate(loaded)}
     queue = LlamaCppAnswerQueue(engines, max_batch=max_batch, max_waiting=max_waiting)
-    return LlamaCppServer(models, queue, checks, cache_bytes)
+    return StartedLlamaCppServer(models, queue, checks, cache_bytes)
 
 
 def _require_gguf_form(run: Path) -> None:
@@ -157,7 +157,7 @@ def _write_base(trained: TrainedModel, folder: Path, precision: str | None) -> t
     """Return the GGUF of the base and the precision of its weights."""
     source = trained.base.source
     if precision is None and source.kind == "gguf":
-        return Path(source.path), read_gguf_precision(Path(source.path))
+        return Path(source.path), read_gguf_majority_precision(Path(source.path))
     file, precision = folder / "base.gguf", precision or "f16"
     write_base_gguf(trained, file, precision)
     return file, precision
@@ -172,7 +172,7 @@ class LlamaCppAnswerQueue(AnswerQueue):
         max_waiting: most answers that wait.
     """
 
-    def __init__(self, engines: Mapping[str, LlamaCppInferenceEngine], *, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, engines: Mapping[str, InProcessLlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
         super().__init__(max_batch, max_waiting)
         self._engines = dict(engines)
         self._running: set[GeneratedAnswer] = set()

@@ -20,7 +20,7 @@ from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
 from .llama_cpp_server import start_llama_cpp_server
 from .openai_api import OpenAiApi
-from .served_models import ServedModel, load_served_models, parse_run_names
+from .served_models import ServedModel, load_served_models_and_first_run, parse_run_names
 
 ServingEngineName = Literal["torch", "llama.cpp"]
 SHUTDOWN_SECONDS = 10
@@ -53,7 +53,7 @@ class ModelServer:
         progress: gets messages while the engine starts.
 
     Raises:
-        UsageError: the port is taken, the host needs an API key, or as for `load_served_models` and
+        UsageError: the port is taken, the host needs an API key, or as for `load_served_models_and_first_run` and
             `start_llama_cpp_server`.
     """
 
@@ -97,7 +97,7 @@ class ModelServer:
 
     def _start_torch(self, runs: dict[str, Path]) -> None:
         s = self.settings
-        self.models, trained = load_served_models(runs, device=s.device, max_length=s.max_length)
+        self.models, trained = load_served_models_and_first_run(runs, device=s.device, max_length=s.max_length)
         generator = TextGenerator(trained.model, max_batch=s.max_batch, max_waiting=s.max_waiting)
         self.runner, self.queue = generator.runner, generator
         self.cache_bytes = self.runner.measure_cache() * s.max_batch * max(m.max_length for m in self.models)

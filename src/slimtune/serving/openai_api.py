@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from ..core.data.chat_template import get_chat_template
-from ..core.data.messages import RowError, ToolCall, reject_keys_template_ignores
+from ..core.data.messages import RowError, ToolCall, reject_unrendered_reasoning
 from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
@@ -40,7 +40,7 @@ from .openai_protocol import (
     CompletionRequest,
     GenerationRequest,
     ServedModelFields,
-    StreamedToolCall,
+    ToolCallDelta,
     find_served_model,
     format_chat_logprobs,
     format_completion_logprobs,
@@ -55,11 +55,11 @@ BODY_SECONDS, MAX_BODY = 30, 2**20
 """Longest time in which a body must have arrived, and its most bytes."""
 
 
-class EventStream(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """Server-sent events. `release` is called once they are sent or the client is gone."""
 
-    def __init__(self, events: AsyncIterator[bytes], release: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=HEADERS)
+    def __init__(self, encoded_events: AsyncIterator[bytes], release: Callable[[], None]) -> None:
+        super().__init__(encoded_events, media_type="text/event-stream", headers=HEADERS)
         self._release = release
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -88,9 +88,9 @@ class ChatResponseBuilder:
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def __init__(self, model: ServedModel, uses_tools: bool, logprobs: bool) -> None:
-        self.model, self.logprobs = model, logprobs
-        self.tool_calls = model.tool_calls if uses_tools else None
+    def __init__(self, served_model: ServedModel, uses_tools: bool, include_logprobs: bool) -> None:
+        self.served_model, self.include_logprobs = served_model, include_logprobs
+        self.tool_calls = served_model.tool_calls if uses_tools else None
 
     def format_choice(self, choice: AnswerChoice) -> ChatChoiceFields:
         """Return a finished answer."""
@@ -103,7 +103,7 @@ class ChatResponseBuilder:
         if calls:
             message["tool_calls"] = calls
         reason = "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
-        logprobs = format_chat_logprobs(self.model, choice.logprobs) if self.logprobs else None
+        logprobs = format_chat_logprobs(self.served_model, choice.logprobs) if self.include_logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def start_chunks(self, choice: AnswerChoice) -> list[ChatChunkFields]:
@@ -122,12 +122,12 @@ class ChatResponseBuilder:
         new, choice.sent = text[choice.sent :], max(choice.sent, len(text))
         chunks: list[ChatChunkFields] = []
         if new or piece.logprobs:
-            logprobs = format_chat_logprobs(self.model, list(piece.logprobs)) if self.logprobs else None
+            logprobs = format_chat_logprobs(self.served_model, list(piece.logprobs)) if self.include_logprobs else None
             chunks.append(
                 {"index": choice.index, "delta": {"content": new}, "logprobs": logprobs, "finish_reason": None}
             )
         if calls:
-            numbered: list[StreamedToolCall] = [{"index": i, **call} for i, call in enumerate(calls)]
+            numbered: list[ToolCallDelta] = [{"index": i, **call} for i, call in enumerate(calls)]
             chunks.append({"index": choice.index, "delta": {"tool_calls": numbered}, "finish_reason": None})
         if piece.finish_reason:
             reason = "tool_calls" if calls and piece.finish_reason == "stop" else piece.finish_reason
@@ -140,8 +140,8 @@ class CompletionResponseBuilder:
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl-"
 
-    def __init__(self, model: ServedModel, logprobs: bool) -> None:
-        self.model, self.logprobs = model, logprobs
+    def __init__(self, served_model: ServedModel, include_logprobs: bool) -> None:
+        self.served_model, self.include_logprobs = served_model, include_logprobs
 
     def format_choice(self, choice: AnswerChoice) -> CompletionChoiceFields:
         """Return a finished answer."""
@@ -161,7 +161,7 @@ class CompletionResponseBuilder:
     def _format(
         self, choice: AnswerChoice, text: str, logprobs: list[TokenLogprob], offset: int, reason: str | None
     ) -> CompletionChoiceFields:
-        shown = format_completion_logprobs(self.model, logprobs, offset) if self.logprobs else None
+        shown = format_completion_logprobs(self.served_model, logprobs, offset) if self.include_logprobs else None
         return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
@@ -170,7 +170,7 @@ class TokenizedRequest:
     """A request that was read and tokenized."""
 
     request: GenerationRequest
-    form: ChatResponseBuilder | CompletionResponseBuilder
+    response_builder: ChatResponseBuilder | CompletionResponseBuilder
     prompts: list[Sequence[int]]
     max_tokens: int | None  # None: as many as there is room for
     top_logprobs: int | None
@@ -294,15 +294,19 @@ class OpenAiApi:
         try:
             body = await _read_body(request)
             prepared = await run_in_threadpool(prepare, body)
-            asked, form = prepared.request, prepared.form
+            asked, form = prepared.request, prepared.response_builder
             choices += self._make_choices(prepared, pieces)
             self.queue.submit([choice.answer for choice in choices])
-            head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": form.model.name}
+            head = {
+                "id": form.prefix + secrets.token_hex(12),
+                "created": int(time.time()),
+                "model": form.served_model.name,
+            }
             if asked.stream:
                 with_usage = asked.stream_options is not None and asked.stream_options.include_usage
                 events = self._stream(form, head, choices, pieces, with_usage)
                 is_streaming = True
-                return EventStream(events, release)
+                return EventStreamResponse(events, release)
             if not await _run_while_connected(_collect(choices, pieces), request.receive):
                 return Response(status_code=499)  # nobody reads it
             shown = [form.format_choice(choice) for choice in choices]
@@ -319,7 +323,12 @@ class OpenAiApi:
 
     def _make_choices(self, prepared: TokenizedRequest, pieces: asyncio.Queue) -> list[AnswerChoice]:
         """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
-        asked, model, limit, prompts = prepared.request, prepared.form.model, prepared.max_tokens, prepared.prompts
+        asked, model, limit, prompts = (
+            prepared.request,
+            prepared.response_builder.served_model,
+            prepared.max_tokens,
+            prepared.prompts,
+        )
         n, loop = asked.n or 1, asyncio.get_running_loop()
         if len(prompts) * n > MAX_ANSWERS:
             raise ApiError(400, f"{len(prompts)} prompts × n = {n} are more than {MAX_ANSWERS} answers", "n")
@@ -392,7 +401,7 @@ def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[st
             message = f"the chat template of {model.name!r} does not write tool calls as JSON objects"
             raise ApiError(400, message, "tools", "unsupported_value")
         field = "messages"
-        reject_keys_template_ignores(messages, get_chat_template(model.tokenizer, tools))
+        reject_unrendered_reasoning(messages, get_chat_template(model.tokenizer, tools))
         if messages[-1]["role"] == "assistant":
             raise ApiError(400, "the last message is the assistant's, so nothing is asked", "messages", "invalid_value")
         return tools, tokenize_chat_prompt(model.tokenizer, messages, tools)

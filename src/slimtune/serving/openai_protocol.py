@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..core.data.messages import RowError, ToolCall
 from ..errors import SlimtuneError, format_names, is_out_of_memory, suggest
-from ..extras.message_parsing import decode_strict_json
+from ..extras.message_parsing import decode_json_without_duplicate_keys
 from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 
@@ -82,7 +82,7 @@ class ChatChoiceFields(TypedDict):
     finish_reason: str | None
 
 
-class StreamedToolCall(ToolCall):
+class ToolCallDelta(ToolCall):
     """A tool call in a stream, and its number in the answer."""
 
     index: int
@@ -93,7 +93,7 @@ class ChatDelta(TypedDict, total=False):
 
     role: str
     content: str
-    tool_calls: list[StreamedToolCall]
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkFields(TypedDict):
@@ -245,7 +245,7 @@ AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Return the request in a body; raise ApiError for the first thing that is wrong with it."""
     try:
-        value = decode_strict_json(body.decode())
+        value = decode_json_without_duplicate_keys(body.decode())
     except RowError as error:
         raise ApiError(400, f"the request {error}", code="invalid_json") from error
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
 from ..generation.multi_run_loading import load_runs_on_one_base
-from .tool_calls import ToolCallFormat, detect_tool_call_format
+from .tool_calls import ToolCallFormat, detect_json_tool_call_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def parse_run_names(texts: Sequence[str]) -> dict[str, Path]:
     return runs
 
 
-def load_served_models(
+def load_served_models_and_first_run(
     runs: dict[str, Path], *, device: str | None = None, max_length: int = 4096
 ) -> tuple[list[ServedModel], TrainedModel]:
     """Load the runs on one base; return the models, the base first, and the first run as it was loaded.
@@ -62,11 +62,13 @@ def load_served_models(
     for path in runs.values():
         require_causal_lm_run(path)
     loaded = load_runs_on_one_base(list(runs.values()), device=device)
-    return make_served_models(runs, loaded, max_length), loaded[0]
+    return make_served_base_and_run_models(runs, loaded, max_length), loaded[0]
 
 
-def make_served_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int) -> list[ServedModel]:
-    """Return the models of runs that are loaded on one base, the base first; errors as for `load_served_models`."""
+def make_served_base_and_run_models(
+    runs: Mapping[str, Path], loaded: Sequence[TrainedModel], max_length: int
+) -> list[ServedModel]:
+    """Return the models of runs that are loaded on one base, the base first; raise UsageError if one has its name."""
     first = loaded[0]
     model: Any = first.model
     base_name = first.base.source.name
@@ -89,7 +91,7 @@ def make_served_models(runs: Mapping[str, Path], loaded: Sequence[TrainedModel],
                 max_length=min(max_length, answering.max_length or max_length),
                 vocab_size=model.config.get_text_config().vocab_size,
                 parent=None if is_base else base_name,
-                tool_calls=detect_tool_call_format(tokenizer),
+                tool_calls=detect_json_tool_call_format(tokenizer),
             )
         )
     return models

@@ -82,7 +82,7 @@ class ToolCallFormat:
         return position
 
 
-def detect_tool_call_format(tokenizer: Any) -> ToolCallFormat | None:
+def detect_json_tool_call_format(tokenizer: Any) -> ToolCallFormat | None:
     """Return the format of calls of a tokenizer's chat template, None if it has none or another than JSON objects."""
     parameters = {"type": "object", "properties": {MARK: {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": MARK, "description": MARK, "parameters": parameters}}]

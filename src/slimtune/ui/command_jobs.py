@@ -40,7 +40,9 @@ class CommandJob:
         subject: the run that it is about.
     """
 
-    def __init__(self, kind: str, args: Sequence[str], folder: Path, program: Sequence[str], subject: str = "") -> None:
+    def __init__(
+        self, kind: str, args: Sequence[str], working_folder: Path, program: Sequence[str], subject: str = ""
+    ) -> None:
         self.kind, self.args, self.subject = kind, list(args), subject
         self.started, self.ended = time.time(), 0.0
         self.messages: deque[str] = deque(maxlen=MAX_LINES)
@@ -49,7 +51,7 @@ class CommandJob:
         # Its own session: Ctrl-C in the page's terminal is for the page, which then decides what to stop.
         self.process = subprocess.Popen(
             [*program, *self.args[:1], "--json", *self.args[1:]],
-            cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=working_folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         readers = [

@@ -45,10 +45,10 @@ class FormField(NamedTuple):
     is_number: bool
 
 
-def make_form_fields(labels: Mapping[str, str]) -> list[FormField]:
+def make_form_fields(labels_by_setting: Mapping[str, str]) -> list[FormField]:
     """Return the fields of settings with these labels."""
     known = {s.path: s for s in list_settings(Recipe)}
-    return [_make_field(known[path], label) for path, label in labels.items()]
+    return [_make_field(known[path], label) for path, label in labels_by_setting.items()]
 
 
 def _make_field(setting: SettingSpec, label: str) -> FormField:
@@ -58,7 +58,7 @@ def _make_field(setting: SettingSpec, label: str) -> FormField:
     return FormField(setting, label, names.get(setting.path, setting.list_choices()), is_number=False)
 
 
-def make_option_args(workspace: WorkspaceFolder, choices: Mapping[str, str], command: str) -> list[str]:
+def make_args_except_base_and_rows(workspace: WorkspaceFolder, choices: Mapping[str, str], command: str) -> list[str]:
     """Return what is chosen, except base and rows, as arguments of `data`, `plan` or `train`.
 
     Raises:

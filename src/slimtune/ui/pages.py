@@ -14,12 +14,12 @@ from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import make_jinja_environment
-from ..evaluation.run_report import list_report_template_functions, render_memory_charts, render_run_report
+from ..evaluation.run_report import make_report_template_functions, render_memory_charts, render_run_report_html
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
-from ..extras.known_models import load_known_models
+from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, CommandJob, LatestCommandJobs
-from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_form_fields, make_option_args
+from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_args_except_base_and_rows, make_form_fields
 from .run_pages import (
     ChosenRun,
     JobPageData,
@@ -81,7 +81,7 @@ class UiPages:
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
-        self.templates.globals.update(list_report_template_functions(), version=__version__, pages=PAGES)
+        self.templates.globals.update(make_report_template_functions(), version=__version__, pages=PAGES)
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -110,7 +110,7 @@ class UiPages:
         return self.render(
             "rows.html.j2",
             page="rows",
-            bases=load_known_models(),
+            bases=load_known_models_by_alias(),
             files=self.workspace.list_rows(),
             fields=make_form_fields(ROWS_FIELDS),
             job=self.job_view("data"),
@@ -122,7 +122,8 @@ class UiPages:
         self.choose(form, (BASE, ROWS, *ROWS_FIELDS))
         base, rows = self.base_and_rows()
         self.jobs.start(
-            "data", ["data", rows, f"--model={base}", *make_option_args(self.workspace, self.choices, "data")]
+            "data",
+            ["data", rows, f"--model={base}", *make_args_except_base_and_rows(self.workspace, self.choices, "data")],
         )
         return "/#job"
 
@@ -158,7 +159,14 @@ class UiPages:
         base, rows = self.base_and_rows()
         card = [f"--gpu={card}"] if (card := self.choices[CARD]) else []
         self.jobs.start(
-            "plan", ["plan", base, f"--data={rows}", *card, *make_option_args(self.workspace, self.choices, "plan")]
+            "plan",
+            [
+                "plan",
+                base,
+                f"--data={rows}",
+                *card,
+                *make_args_except_base_and_rows(self.workspace, self.choices, "plan"),
+            ],
         )
         return "/plan#job"
 
@@ -190,7 +198,7 @@ class UiPages:
             f"--model={base}",
             f"--data={rows}",
             f"--out={out}",
-            *make_option_args(self.workspace, self.choices, "train"),
+            *make_args_except_base_and_rows(self.workspace, self.choices, "train"),
         ]
         self.jobs.start("train", [*args, *force], subject=out)
         self.choose({RUN: out}, (RUN,))
@@ -231,7 +239,9 @@ class UiPages:
         where = [f"--split={self.choices['split'] or 'test'}"]
         if self.choices["held_out"]:
             where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
-        asks = self.choices["generate"] and not is_classifier_or_reward_model(load_run_results(run, strict=False))
+        asks = self.choices["generate"] and not is_classifier_or_reward_model(
+            load_run_results(run, raise_if_damaged=False)
+        )
         answers = [f"--generate={self.choices['generate']}"] if asks else []
         self.jobs.start("eval", ["eval", str(run.path), *where, *answers], subject=str(run.path))
         return "/evaluate#job"
@@ -241,7 +251,7 @@ class UiPages:
         runs = self.workspace.list_runs()
         name = run or self.choices.get(RUN, "") or next(iter(runs), "")
         try:
-            results = load_run_results(self.workspace.open_run(name), strict=False) if name else RunResults()
+            results = load_run_results(self.workspace.open_run(name), raise_if_damaged=False) if name else RunResults()
         except SlimtuneError as e:
             return ChosenRun(runs, name, problem=e)
         evaluations = read_saved_evaluations(results)
@@ -249,7 +259,7 @@ class UiPages:
 
     def report(self, run: str = "") -> Response:
         """Return report.html of a run, written anew from its files: one that lies there may be anybody's."""
-        page = render_run_report(self.workspace.open_run(run))
+        page = render_run_report_html(self.workspace.open_run(run))
         return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
 
     # --- 5 chat ---
@@ -272,7 +282,7 @@ class UiPages:
         run = self.open_run(form)
         self.unload_chat(form)
         self.choose({RUN: str(run.path)}, (RUN,))
-        if not is_classifier_or_reward_model(load_run_results(run, strict=False)):
+        if not is_classifier_or_reward_model(load_run_results(run, raise_if_damaged=False)):
             self.conversation = ChatSession(str(run.path), self.workspace.root, self.chat_program)
         return "/chat"
 

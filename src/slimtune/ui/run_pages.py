@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 from markupsafe import Markup
 
-from ..core.foundation.files import read_json, refuse_non_regular_file
+from ..core.foundation.files import read_json_object, refuse_non_regular_file
 from ..core.training.run_dir import WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
@@ -60,7 +60,7 @@ def read_run_status(run: RunDir) -> RunStatus:
     file = run.path / WRITER_FILE
     if file.is_file():
         try:
-            writer: dict[str, Any] = read_json(file)
+            writer: dict[str, Any] = read_json_object(file)
         except RunError:
             writer = {}
         if writer.get("host") not in (None, socket.gethostname()):
@@ -92,7 +92,7 @@ def interrupt_training(run: RunDir) -> bool:
     return True
 
 
-def read_log_tail(run: RunDir) -> list[str]:
+def read_last_log_lines(run: RunDir) -> list[str]:
     """Return the last lines of a run's log, from its last `LOG_BYTES`."""
     try:
         refuse_non_regular_file(run.log_file, follow_links=False)
@@ -117,13 +117,13 @@ class RunPageData:
     """Whether it trains."""
     every: int
     """Seconds until the page asks again."""
-    missing: SlimtuneError | None = None
+    missing_run_error: SlimtuneError | None = None
     """Why there is no run folder yet; the fields below are then not known."""
     status: RunStatus | None = None
     """What the run does."""
     results: RunResults | None = None
     """The files of its folder."""
-    last: Mapping[str, Any] = field(default_factory=dict)
+    latest_figures: Mapping[str, Any] = field(default_factory=dict)
     """The latest value of each figure that the page shows."""
     done: float = 0
     """Steps or epochs."""
@@ -187,7 +187,7 @@ class RunTableRow:
     """What it does."""
     results: RunResults | None = None
     """The files of its folder; None: damaged."""
-    held_out: SavedEvaluation | None = None
+    held_out_evaluation: SavedEvaluation | None = None
     """The evaluation on held-out rows; None: not measured."""
 
 
@@ -207,18 +207,18 @@ class RunComparisonCharts:
     """Runs that were not measured."""
 
 
-def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | None) -> RunPageData:
-    """Return what the page of a training shows; `job` is the last training that the page started.
+def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: CommandJob | None) -> RunPageData:
+    """Return what the page of a training shows; `last_job` is the last training that the page started.
 
     Until the base is loaded a run has no folder: then there is only the job.
     """
-    own = job if job is not None and job.subject == name else None
+    own = last_job if last_job is not None and last_job.subject == name else None
     active = own is not None and own.state == "running"
     try:
         run = workspace.open_run(name)
-        results = load_run_results(run, strict=False)
+        results = load_run_results(run, raise_if_damaged=False)
     except SlimtuneError as e:
-        return RunPageData(name, own, active, every=2, missing=e)
+        return RunPageData(name, own, active, every=2, missing_run_error=e)
     assert results.recipe is not None
     status, train = read_run_status(run), results.recipe.train
     metrics = [m for m in results.metrics if is_finite_number(m.get("step")) and not m.get("event")]
@@ -234,7 +234,7 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | 
         every=2 if size < BIG else 15,
         status=status,
         results=results,
-        last={
+        latest_figures={
             key: next((m[key] for m in reversed(metrics) if key in m), None)
             for key in ("step", "train_loss", "validation_loss", "tokens_per_second", "memory_bytes")
         },
@@ -242,7 +242,7 @@ def make_run_page_data(workspace: WorkspaceFolder, name: str, job: CommandJob | 
         total=total,
         unit="steps" if train.max_steps is not None else "epochs",
         charts=render_training_charts(results, results.recipe),
-        log=read_log_tail(run)[-10:],
+        log=read_last_log_lines(run)[-10:],
         events=[m for m in results.metrics if m.get("event")][-3:],
     )
 
@@ -258,12 +258,12 @@ def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> lis
     for name in names:
         try:
             run = workspace.open_run(name)
-            results = load_run_results(run, strict=False)
+            results = load_run_results(run, raise_if_damaged=False)
         except SlimtuneError as e:
             rows.append(RunTableRow(name, problem=e.message))
             continue
         held_out = find_held_out_evaluation(results, read_saved_evaluations(results))
-        rows.append(RunTableRow(name, status=read_run_status(run), results=results, held_out=held_out))
+        rows.append(RunTableRow(name, status=read_run_status(run), results=results, held_out_evaluation=held_out))
     return rows
 
 
@@ -277,9 +277,9 @@ def make_run_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonChar
     ]  # fmt: skip
     estimates, measured_on = [], set()
     for row, results in known:
-        if row.held_out is None:
+        if row.held_out_evaluation is None:
             continue
-        result = row.held_out.result
+        result = row.held_out_evaluation.result
         measures = result.measures
         assert isinstance(measures, LossMeasures | BaselineComparisonMeasures)
         gain = measures.loss_reduction if isinstance(measures, LossMeasures) else measures.accuracy_gain
@@ -293,5 +293,5 @@ def make_run_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonChar
         left_out=[row.name for row, _ in known[2:]],
         gains=render_interval_chart(estimates, [(0.0, "")]),
         same_rows=len(measured_on) < 2,
-        unmeasured=[row.name for row, _ in known if row.held_out is None],
+        unmeasured=[row.name for row, _ in known if row.held_out_evaluation is None],
     )

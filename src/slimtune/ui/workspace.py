@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.foundation.files import parse_dataset_id, read_json, translate_os_errors, write_json
+from ..core.foundation.files import parse_dataset_id, read_json_object, translate_os_errors, write_json
 from ..core.training.run_dir import RunDir
 from ..errors import RunError, UsageError, suggest
-from ..extras.known_models import load_known_models
+from ..extras.known_models import load_known_models_by_alias
 
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 MAX_LISTED = 500
@@ -69,7 +69,7 @@ class WorkspaceFolder:
         name = text.strip()
         if not name or name.startswith("-"):
             raise UsageError(f"{name!r} is no base", "an alias, a Hub id, or a file or folder in the working folder")
-        if name in load_known_models():
+        if name in load_known_models_by_alias():
             return name
         if os.path.lexists(self.root / name) or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\0" in name:
             return self.relative(self.resolve(name))
@@ -124,7 +124,7 @@ class WorkspaceFolder:
     def load_choices(self) -> dict[str, str]:
         """Return what was chosen last, by the names of the forms' fields."""
         try:
-            values: Mapping[str, Any] = read_json(self.root / STATE_FILE)
+            values: Mapping[str, Any] = read_json_object(self.root / STATE_FILE)
         except RunError:
             return {}
         return {k: v for k, v in values.items() if isinstance(v, str)}

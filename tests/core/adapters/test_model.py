@@ -28,7 +28,7 @@ from slimtune import (
     set_peft_model_state_dict,
 )
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.errors import TargetError, UnsupportedError, UsageError
+from slimtune.errors import TargetError, UnsupportedTargetError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -335,7 +335,7 @@ def test_replica_runs_with_its_own_weights():
 
 def test_fsdp1_is_refused():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))[0]
-    with pytest.raises(UnsupportedError, match="fully_shard"):
+    with pytest.raises(UnsupportedTargetError, match="fully_shard"):
         del layer.weight  # as FSDP1 does before it sets a view of its flat parameter in its place
     assert layer.weight.shape == (4, 4)
 

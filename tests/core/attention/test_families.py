@@ -10,10 +10,10 @@ from slimtune.core.attention.attention_functions import (
     LAYOUT_FAMILIES,
     POSITION_FAMILIES,
     layout_unsupported_reason,
-    packed_attention_enabled,
     packing_unsupported_reason,
+    use_packed_attention,
 )
-from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
+from slimtune.core.training.loss import compute_supervised_token_nll, forward_backward, make_collator
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def packing_error(model):
     with Float64():
         alone, collator = nll_alone(model), make_collator(model, 0)
         assert collator.packing
-        with packed_attention_enabled(model):
-            return (compute_token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
+        with use_packed_attention(model):
+            return (compute_supervised_token_nll(model, collator(EXAMPLES)) - alone).abs().max().item()
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUT_FAMILIES | POSITION_FAMILIES))
@@ -77,8 +77,8 @@ def test_gemma3_is_packed_though_bfloat16_rounds_much():
     assert packing_error(model) < 1e-8
     model = model.bfloat16()
     alone = nll_alone(model)
-    with torch.no_grad(), packed_attention_enabled(model):
-        packed = compute_token_nll(model, make_collator(model, 0)(EXAMPLES))
+    with torch.no_grad(), use_packed_attention(model):
+        packed = compute_supervised_token_nll(model, make_collator(model, 0)(EXAMPLES))
     assert (packed - alone).abs().mean() > 0.05 * alone.std()
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
@@ -92,11 +92,11 @@ def test_bfloat16_gemma3_is_packed_and_trains():
     assert packing_unsupported_reason(model) == ""
     assert make_collator(model, 0).packing
     alone = nll_alone(model).mean()
-    with torch.no_grad(), packed_attention_enabled(model):
-        packed = compute_token_nll(model, batch).mean()
+    with torch.no_grad(), use_packed_attention(model):
+        packed = compute_supervised_token_nll(model, batch).mean()
     assert 1e-4 < abs(packed - alone) / alone < 0.1
     losses = []
-    with packed_attention_enabled(model.train()):
+    with use_packed_attention(model.train()):
         for _ in range(2):
             losses.append(forward_backward(model, [batch]))
             with torch.no_grad():

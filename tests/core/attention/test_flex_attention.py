@@ -17,9 +17,9 @@ from slimtune.core.attention.packed_attention import (
     _compile,
     _find_kernel_options,
     _test_kernel,
-    flex_attention_supported,
     get_flex_block_mask,
-    round_up_to_power_of_two,
+    round_up_to_power_of_two_blocks,
+    should_use_flex_attention,
     tree_attention,
 )
 from slimtune.core.attention.packed_layout import PackedLayout
@@ -106,12 +106,19 @@ def test_gradients_and_number_of_kernels(compile_on_cpu):
 
 
 def test_padded_length():
-    assert [round_up_to_power_of_two(n) for n in (1, 128, 129, 256, 257, 5000)] == [128, 128, 256, 256, 512, 8192]
+    assert [round_up_to_power_of_two_blocks(n) for n in (1, 128, 129, 256, 257, 5000)] == [
+        128,
+        128,
+        256,
+        256,
+        512,
+        8192,
+    ]
 
 
 def test_not_on_cpu():
     query = torch.zeros(1, 2, 512, 64)
-    assert not flex_attention_supported(query, query)
+    assert not should_use_flex_attention(query, query)
 
 
 # --- the test of a kernel before its first use ------------------------------------------------------------------------

@@ -101,9 +101,9 @@ def test_flex_attention_equals_attention_by_segment(layout, window):
     inputs = [t.detach() for t in random_inputs(layout, torch.float32)]
     expected = attend("sdpa", layout, window, *inputs)
     with (
-        patch.object(register, "flex_attention_supported", return_value=True),
+        patch.object(register, "should_use_flex_attention", return_value=True),
         patch.object(packed_attention, "_compile", lambda function: function),
-        patch.object(register, "attend_by_segment", side_effect=AssertionError("not by flex attention")),
+        patch.object(register, "attend_by_segment_on_cpu", side_effect=AssertionError("not by flex attention")),
     ):
         out = attend("sdpa", layout, window, *inputs)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

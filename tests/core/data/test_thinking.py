@@ -111,7 +111,7 @@ def test_report_tells_what_the_template_does(tmp_path):
     (issue,) = find_issues(path, tokenizer).values()
     assert (issue["code"], issue["severity"], issue["lines"]) == ("thinking-left-out", "error", [1, 2, 3])
     assert "--train-on last_assistant" in issue["hint"]
-    report = make_data_report(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
+    report = make_data_report(path, tokenizer, model_name="tiny", train_on="last_assistant", processes=1)
     assert report.thinking == ThinkingTurnCounts(learned=3, kept=0, left_out=3)
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
     assert dict(report.lines())["thinking"].startswith(told)

@@ -18,7 +18,7 @@ from slimtune.core.foundation.files import (
     atomic_folder,
     convert_os_error,
     parse_json,
-    read_json,
+    read_json_object,
     to_json,
     write_atomic,
     write_json,
@@ -98,7 +98,7 @@ def test_long_names_are_written(tmp_path):
 def test_names_that_are_no_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"a\xff")
     write_json(path, {"path": path})
-    assert read_json(path) == {"path": str(path)}
+    assert read_json_object(path) == {"path": str(path)}
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link to a device", "device"])
@@ -161,7 +161,7 @@ def test_json_of_scalar_tensors_and_paths(tmp_path):
     text = to_json({"a": torch.tensor(1.5), "b": tmp_path, "c": (1, math.inf), "d": {1: True}})
     assert json.loads(text) == {"a": 1.5, "b": str(tmp_path), "c": [1, None], "d": {"1": True}}
     write_json(tmp_path / "x.json", {"a": 1})
-    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert read_json_object(tmp_path / "x.json") == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_odd_json_is_named(tmp_path, text, cause):
     file = tmp_path / "x.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(AdapterError, match=rf"x\.json .*{cause}"):
-        read_json(file, error=AdapterError)
+        read_json_object(file, error_class=AdapterError)
 
 
 def test_a_folder_or_a_pipe_is_no_json(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, cause in ((tmp_path, "it is a folder"), (tmp_path / "pipe", "it is a device, a pipe")):
         with pytest.raises(SlimtuneError, match=cause):
-            read_json(path)
+            read_json_object(path)
 
 
 def test_parsing_reads_a_byte_order_mark():

@@ -12,10 +12,10 @@ from tiny_run import write_rows
 
 import slimtune
 from slimtune.core.adapters.peft_model import find_modules_without_gradient
-from slimtune.core.attention.attention_functions import packed_attention_enabled, packing_unsupported_reason
+from slimtune.core.attention.attention_functions import packing_unsupported_reason, use_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.models.lm_head import require_matching_lm_head_loss
-from slimtune.core.training.loss import compute_token_nll, forward_backward, make_collator
+from slimtune.core.training.loss import compute_supervised_token_nll, forward_backward, make_collator
 from slimtune.core.training.train import train
 from slimtune.errors import SlimtuneError
 from slimtune.planning.gpu_specs import make_gpu_with_memory
@@ -61,7 +61,7 @@ def check_steps(name, folder, tokenizer):
         require_matching_lm_head_loss(model)
         collator = make_collator(model, 0)
         batch = collator(EXAMPLES)
-        with packed_attention_enabled(model):
+        with use_packed_attention(model):
             before = forward_backward(model, [batch])
             unused = find_modules_without_gradient(model)
             with torch.no_grad():
@@ -90,8 +90,8 @@ def check_steps(name, folder, tokenizer):
         if reason := packing_unsupported_reason(model):
             found["packed"] = f"padded: {reason}"
         else:
-            with packed_attention_enabled(model), torch.no_grad():
-                error = (compute_token_nll(model, batch) - nll_alone(model)).abs().max()
+            with use_packed_attention(model), torch.no_grad():
+                error = (compute_supervised_token_nll(model, batch) - nll_alone(model)).abs().max()
             found["packed"] = "works" if error < 1e-9 else f"the losses differ by {error:.1e}"
         error = (logits(model.merge_and_unload()) - own).abs().max()
         found["merge"] = "works" if error < 1e-9 else f"the logits differ by {error:.1e}"

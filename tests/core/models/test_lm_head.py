@@ -14,9 +14,9 @@ from reference import (
 )
 
 import slimtune
-from slimtune.core.attention.attention_functions import packed_attention_enabled
+from slimtune.core.attention.attention_functions import use_packed_attention
 from slimtune.core.kernels import cross_entropy
-from slimtune.core.models.lm_head import get_hidden_states, get_lm_head
+from slimtune.core.models.lm_head import get_hidden_states, get_lm_head_with_scale_and_cap
 from slimtune.core.training.loss import compute_step_loss, make_collator
 
 CONFIGS = {
@@ -68,7 +68,7 @@ def test_loss_and_gradients(name, head):
         losses[-1].backward()
 
     def run_step():
-        with packed_attention_enabled(model):
+        with use_packed_attention(model):
             losses.append(compute_step_loss(model, collator(ROWS)))
             losses[-1].backward()
 
@@ -83,7 +83,7 @@ def test_loss_and_gradients(name, head):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_head_from_config(name):
-    head = get_lm_head(build(name))
+    head = get_lm_head_with_scale_and_cap(build(name))
     assert (head.scale, head.cap) == pytest.approx(CONFIGS[name][1:])
     assert head.vocabulary == VOCAB
 
@@ -91,7 +91,7 @@ def test_head_from_config(name):
 def test_frozen_head_is_not_called():
     """Only then the gradient is computed in the forward pass; a trained head is recomputed in the backward pass."""
     model = build("phi").requires_grad_(False)
-    head, h = get_lm_head(model), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    head, h = get_lm_head_with_scale_and_cap(model), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
     assert head.target_nll(h, torch.arange(5)).grad_fn.name() == "_CrossEntropyBackward"
     model.lm_head.bias.requires_grad_(True)
     assert head.target_nll(h, torch.arange(5)).grad_fn.name() != "_CrossEntropyBackward"
@@ -99,7 +99,7 @@ def test_frozen_head_is_not_called():
 
 def test_adapted_head_runs_in_chunks():
     model = slimtune.get_peft_model(build("llama"), slimtune.LoraConfig(r=4, **ADAPTED["adapted"]))
-    head, rows = get_lm_head(model), []
+    head, rows = get_lm_head_with_scale_and_cap(model), []
     head.module.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     n = cross_entropy.count_rows_per_logit_chunk(VOCAB, torch.device("cpu"))
     head.target_nll(torch.randn(n + 5, 32, dtype=torch.float64), torch.zeros(n + 5, dtype=torch.int64))
@@ -110,19 +110,19 @@ def test_hidden_states(monkeypatch):
     model, shapes = build("llama"), []
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
     inputs = {"input_ids": torch.tensor([ROWS[0]["input_ids"]]), "use_cache": False}
-    h = get_hidden_states(model, get_lm_head(model), inputs)
+    h = get_hidden_states(model, get_lm_head_with_scale_and_cap(model), inputs)
     assert shapes == [(1, 0, VOCAB)]  # the head computes nothing
     torch.testing.assert_close(model.lm_head(h), model(**inputs).logits)
     monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        get_hidden_states(model, get_lm_head(model), inputs)
+        get_hidden_states(model, get_lm_head_with_scale_and_cap(model), inputs)
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
 def test_model_without_head():
     model = build("llama")
     model.get_output_embeddings = lambda: None
-    assert get_lm_head(model) is None
-    with compute_in_float64(), torch.no_grad(), packed_attention_enabled(model):
+    assert get_lm_head_with_scale_and_cap(model) is None
+    with compute_in_float64(), torch.no_grad(), use_packed_attention(model):
         loss = compute_step_loss(model, make_collator(model, 0)(ROWS))
         torch.testing.assert_close(loss, loss_of_separate_rows(model, ROWS), rtol=1e-12, atol=0)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from slimtune.core.models.base_config import get_max_positions, load_base_config
 from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
-from slimtune.extras.known_models import PACKAGED, load_known_models
+from slimtune.extras.known_models import PACKAGED, load_known_models_by_alias
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,9 +98,9 @@ def test_pickled_weights(tmp_path, pickle):
     assert_refused(str(tmp_path / "model.safetensors"), UsageError, "no GGUF file")
 
 
-@pytest.mark.parametrize("alias", load_known_models())
+@pytest.mark.parametrize("alias", load_known_models_by_alias())
 def test_alias_names_one_base_for_planning_and_training(alias):
-    hub_id = load_known_models()[alias]["hub"][0]
+    hub_id = load_known_models_by_alias()[alias]["hub"][0]
     assert load_base_config(alias).spec == (alias if alias in PACKAGED else hub_id)
     if alias not in PACKAGED:
         assert resolve_model_source(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
@@ -135,7 +135,7 @@ def test_other_sizes_are_other_bases(name):
 
 
 def test_names_of_ollama_are_known():
-    names = {name: alias for alias, facts in load_known_models().items() for name in facts.get("ollama", ())}
+    names = {name: alias for alias, facts in load_known_models_by_alias().items() for name in facts.get("ollama", ())}
     assert {name: find_known_base(name).alias for name in names} == names
 
 
@@ -171,7 +171,7 @@ def write_config(path, **fields):
 
 
 def check_known_base(alias):
-    info, facts = load_base_config(alias), load_known_models()[alias]
+    info, facts = load_base_config(alias), load_known_models_by_alias()[alias]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(info.config)
     assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
@@ -188,7 +188,7 @@ def test_parameters_of_some_known_configs(alias):
 
 @pytest.mark.slow
 def test_parameters_of_all_known_configs():
-    for alias in load_known_models():
+    for alias in load_known_models_by_alias():
         check_known_base(alias)
 
 
@@ -197,7 +197,7 @@ def test_hub_id_and_alias_are_equal():
     assert alias.config.to_dict() == hub.config.to_dict()
     assert alias.spec == "meta-llama/Llama-3.1-8B-Instruct"
     assert hub.spec == "meta-llama/Llama-3.1-8B-Instruct"
-    ids = [i.lower() for facts in load_known_models().values() for i in facts["hub"]]
+    ids = [i.lower() for facts in load_known_models_by_alias().values() for i in facts["hub"]]
     assert len(ids) == len(set(ids))
 
 

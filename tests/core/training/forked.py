@@ -76,7 +76,7 @@ def _run(args: tuple[str, ...], log: Path, faults: dict[str, Any]) -> None:
     TrainingLoop.train_step = step_with_faults  # type: ignore[method-assign]
     if "checkpoint_fault" in faults:
         _fail_in_checkpoints(*faults["checkpoint_fault"])
-    command.make_memory_check = lambda force: lambda *_: None
+    command.make_run_planner = lambda force: lambda *_: None
     sys.argv = ["slimtune", "train", *args]
     cli.main()
 

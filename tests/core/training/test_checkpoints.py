@@ -50,7 +50,7 @@ def test_optimizer_is_restored_exactly(tmp_path_factory, steps, lr, seed):
 def test_random_number_generators_are_restored(tmp_path):
     checkpoint.save_rng_state(tmp_path)
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
-    checkpoint.load_rng_state(tmp_path)
+    checkpoint.restore_rng_state(tmp_path)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 

@@ -17,7 +17,7 @@ from slimtune.core.training import best_adapter
 from slimtune.core.training.loss import count_supervised_targets
 from slimtune.core.training.train import train
 from slimtune.errors import RecipeError, UsageError
-from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, read_forgetting_text
+from slimtune.evaluation.general_text import TOKENS_OF_A_KIND, load_general_text
 from slimtune.export.merge import merge
 from slimtune.methods.lora import LoraConfig
 
@@ -79,7 +79,7 @@ def test_better_one_of_weaker_and_earlier_adapters_is_kept(budgeted, tmp_path, m
     assert measured_forgetting(weaker.run, recipe) == pytest.approx(weaker.forgetting.change, abs=1e-5)
     # An adapter without strength is worse than the checkpoints inside.
     monkeypatch.setattr(
-        best_adapter, "set_strength_within_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
+        best_adapter, "search_and_set_strength_within_budget", lambda strength, *_: (strength.set(0.0), (0.0, []))[1]
     )
     recipe = recipe_of({**budgeted, "output_dir": str(tmp_path / "earlier")}, forgetting_budget=budget)
     earlier = train(recipe)
@@ -158,7 +158,7 @@ def test_method_without_a_strength_is_refused(budgeted):
 
 def test_built_in_rows_are_few_and_of_every_kind(tiny_llama, tiny_tokenizer):
     model = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig())
-    rows = read_forgetting_text(None).choose_rows(tiny_tokenizer(), model)
+    rows = load_general_text(None).choose_rows(tiny_tokenizer(), model)
     tokens = Counter()
     for row in rows:
         tokens[row["kind"]] += count_supervised_targets(row)

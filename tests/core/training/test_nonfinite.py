@@ -142,7 +142,7 @@ def test_base_with_nan_is_refused_before_training(settings, tmp_path):
         train(recipe_of(settings))
     assert not Path(settings["output_dir"]).exists()
     with pytest.raises(RunError, match=r"step 1 .*NaN"):
-        train(recipe_of(settings), force=True)
+        train(recipe_of(settings), allow_faulty_rows=True)
     weight.data[3, 5] = torch.finfo(torch.float32).max
     assert find_nonfinite_weights(model) == []
 

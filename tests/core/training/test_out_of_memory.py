@@ -286,7 +286,7 @@ class HandMadePlan:
 def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatch):
     fault = Fault(monkeypatch, KINDS[1])
     fault.at_call(LAYER, "forward", 1, "after")
-    fault.arm_at(probe_module, "probe_longest_micro_batch_memory")
+    fault.arm_at(probe_module, "probe_longest_micro_batch_tokens_and_memory")
     plan = HandMadePlan(Interval(1, 1000), Interval(0, 1000), {"optimizer": 0}, MAX_TOKENS)
     run = Run(plain, tmp_path / "run", planner=lambda *_: plan)
     run.assert_same_as(undisturbed)

@@ -93,7 +93,7 @@ def test_micro_batches_are_balanced(costs, processes):
 def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, packing):
     rows = [[1, *range(5, 5 + n)] for n in lengths]
     examples = [{"input_ids": row, "labels": row} for row in rows]
-    collator = Collator(0, packing, layout=packing, max_tokens=max_tokens, max_rows=3)
+    collator = Collator(0, packing, with_packed_layout=packing, max_tokens=max_tokens, max_rows=3)
     found = [DataParallelSharder(collator, 16, processes, r).assign_groups(examples) for r in range(processes)]
     assert len({len(groups) for groups, _ in found}) == 1  # as many passes everywhere
     counted = [i for groups, weights in found for g, w in zip(groups, weights, strict=True) if w for i in g]
@@ -104,7 +104,7 @@ def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, pac
 
 def test_long_rows_cost_more_than_their_tokens():
     def cost(*lengths):
-        return DataParallelSharder(Collator(0, layout=True), 64).cost(
+        return DataParallelSharder(Collator(0, with_packed_layout=True), 64).cost(
             [{"input_ids": [*range(n)], "labels": [0] * n} for n in lengths]
         )
 
@@ -224,7 +224,7 @@ def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 def test_other_commands_want_one_process(monkeypatch, slimtune):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("slimtune.core.foundation.distributed.claim_error_printing", lambda error: True)
+    monkeypatch.setattr("slimtune.core.foundation.distributed.wait_to_claim_error_printing", lambda error: True)
     done = slimtune("methods")
     assert done.exit_code == 2
     assert "4 processes" in done.stderr

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import adapter, metrics, recipe_of
 from transformers import AutoModelForCausalLM
 
-from slimtune.cli.train_command import make_memory_check
+from slimtune.cli.train_command import make_run_planner
 from slimtune.core.config import Recipe
 from slimtune.core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from slimtune.core.models import quantization
@@ -44,7 +44,7 @@ def planned_dtype(recipe):
 @pytest.mark.slow
 def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     recipe = quantized_recipe(settings, kind)
-    result = train(recipe, planner=make_memory_check(False))
+    result = train(recipe, planner=make_run_planner(False))
     assert (result.quantization, result.dtype, planned_dtype(recipe)) == (kind, "float32", kind)
     assert result.validation_loss < metrics(result.run, "train_loss")[0]
     layer = load_run(recipe.output_dir).model.model.layers[0].mlp.up_proj
@@ -132,7 +132,7 @@ def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):
         load_base(str(folder), quantization=other)
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
-    assert train(recipe, planner=make_memory_check(False)).quantization == planned_dtype(recipe) == kind
+    assert train(recipe, planner=make_run_planner(False)).quantization == planned_dtype(recipe) == kind
     assert merge(recipe.output_dir, tmp_path / "merged").comparison.positions > 0
 
 

@@ -50,7 +50,7 @@ def test_result_agrees_with_saved_adapter(whole_run):
     # Every row is trained on twice; a row's tokens are counted as they are, without padding.
     assert whole_run.trained_tokens == 2 * sum(len(e["input_ids"]) for e in rows.train)
     scores = score_supervised_rows(
-        loaded.model, rows.validation, Collator(loaded.base.tokenizer.pad_token_id, layout=True)
+        loaded.model, rows.validation, Collator(loaded.base.tokenizer.pad_token_id, with_packed_layout=True)
     )
     mean_loss = sum(s.nats for s in scores) / sum(s.tokens for s in scores)
     assert mean_loss == pytest.approx(whole_run.validation_loss, abs=1e-6)

@@ -17,14 +17,16 @@ from slimtune.core.foundation.device import count_peak_memory, reset_peak_memory
 from slimtune.core.training.train import train
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpu_specs import GpuSpec
-from slimtune.planning.memory_probe import pick_longest_micro_batch
+from slimtune.planning.memory_probe import pick_longest_rows_for_micro_batch
 from slimtune.planning.plan_request import build_plan_request
 from slimtune.planning.planner import estimate_resources
-from slimtune.planning.this_machine import detect_gpu_or_cpu_memory
+from slimtune.planning.this_machine import detect_gpu_or_cpu_spec
 
 
 def plan(recipe, lengths, content):
-    return estimate_resources(build_plan_request(recipe, detect_gpu_or_cpu_memory("cpu"), lengths, content=content))
+    return estimate_resources(
+        build_plan_request(recipe, detect_gpu_or_cpu_spec("cpu"), lengths, row_composition=content)
+    )
 
 
 @pytest.fixture
@@ -64,9 +66,9 @@ def test_probed_rows_fill_one_micro_batch():
     """The longest rows alone would be divided into micro-batches of 60 tokens, which steps of other rows exceed."""
     rows = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate([60] * 4 + [25] * 8)]
     data = type("Rows", (list,), {"lengths": np.array([len(r["input_ids"]) for r in rows])})(rows)
-    found = pick_longest_micro_batch(data, Collator(0, max_tokens=100), 4)
+    found = pick_longest_rows_for_micro_batch(data, Collator(0, max_tokens=100), 4)
     assert [len(row["input_ids"]) for row in found] == [60, 25]
-    assert [len(row["input_ids"]) for row in pick_longest_micro_batch(data, Collator(0), 4)] == [60] * 4
+    assert [len(row["input_ids"]) for row in pick_longest_rows_for_micro_batch(data, Collator(0), 4)] == [60] * 4
 
 
 def test_refused_plan_loads_nothing(settings, monkeypatch):
@@ -84,7 +86,7 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
 @pytest.mark.slow
 def test_command_line_refuses_and_can_be_forced(settings, recipe, slimtune, monkeypatch):
     small = GpuSpec("a small machine", "cpu", "", "", 2**28, 2**28)
-    monkeypatch.setattr(this_machine, "detect_gpu_or_cpu_memory", lambda device="auto": small)
+    monkeypatch.setattr(this_machine, "detect_gpu_or_cpu_spec", lambda device="auto": small)
     done = slimtune("train", recipe)
     assert done.exit_code == 1
     assert "error: " in done.stderr

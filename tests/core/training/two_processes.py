@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.method_registry import get_method_config_class
-from slimtune.core.attention.attention_functions import packed_attention_enabled
+from slimtune.core.attention.attention_functions import use_packed_attention
 from slimtune.core.config import Recipe
 from slimtune.core.data.collator import Collator
 from slimtune.core.data.step_sharding import DataParallelSharder
@@ -27,7 +27,7 @@ from slimtune.core.models.loader import load_base
 from slimtune.core.training.loss import forward_backward
 from slimtune.core.training.memory_savings import apply_memory_savings, shard_base_with_fsdp
 from slimtune.core.training.train import train
-from slimtune.errors import DataError, SlimtuneError, UnsupportedError, UsageError
+from slimtune.errors import DataError, SlimtuneError, UnsupportedTargetError, UsageError
 
 METHODS = {
     "lora": {"r": 4},
@@ -66,8 +66,10 @@ def compute_gradients(
         shard_base_with_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
         frozen = [p for p in model.parameters() if not p.requires_grad and isinstance(p, DTensor)]
         assert 2 * sum(p.to_local().numel() for p in frozen) == sum(p.numel() for p in frozen) > 0
-    part = DataParallelSharder(Collator(0, layout=True, max_tokens=30), 32, processes, rank)(rows_of_step(rows))
-    with packed_attention_enabled(model.train()):
+    part = DataParallelSharder(Collator(0, with_packed_layout=True, max_tokens=30), 32, processes, rank)(
+        rows_of_step(rows)
+    )
+    with use_packed_attention(model.train()):
         for _ in range(2 if shard else 1):  # gathered weights that a pass leaves must not change the next
             model.zero_grad()
             forward_backward(
@@ -84,7 +86,7 @@ def compute_gradients(
 
 def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
     """Compare with one process: base whole or sharded, activation checkpointing on or off, a process without rows."""
-    distributed.init_distributed()
+    distributed.create_process_group_if_needed()
     base, errors = settings["model"]["name"], {}
     for number, name in enumerate(METHODS):
         for rows, shard, checkpointing in ((7, False, number % 2 == 0), (7, True, number % 2 == 1), (1, True, False)):
@@ -98,18 +100,18 @@ def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
 
 def check_fsdp1(settings: dict[str, Any]) -> str:
     """Return the hint of the error with which FSDP1 refuses an adapted model."""
-    distributed.init_distributed()
+    distributed.create_process_group_if_needed()
     model = get_peft_model(load_base(settings["model"]["name"], dtype="float32", device="cpu").model, LoraConfig())
     try:
         FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
-    except UnsupportedError as e:
+    except UnsupportedTargetError as e:
         return e.hint
     return ""
 
 
 def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
     """Train with the base whole, sharded, and resumed, or with other sections of the recipe."""
-    distributed.init_distributed()
+    distributed.create_process_group_if_needed()
     out = Path(settings["output_dir"])
     found = {}
     for name, more in settings.pop("runs").items():
@@ -148,7 +150,7 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
     """Meet an error in one process, an error in all, and what is summed."""
-    distributed.init_distributed()
+    distributed.create_process_group_if_needed()
 
     def raise_in(kind: type[SlimtuneError], ranks: list[int]) -> Callable[[], Any]:
         def work() -> None:

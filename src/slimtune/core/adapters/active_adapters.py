@@ -37,12 +37,12 @@ class ActiveAdapters:
     enabled: bool = True
     """False: the base runs alone."""
     layers_with_own: list[Any] = field(default_factory=list)
-    """Layers whose active adapters differ: see `LayerAdapterSelection`."""
+    """Layers whose active adapters differ: see `LayerAdapterOverride`."""
     layer_runner: MixedAdapterLayerRunner | None = None
     """During a call in which not all tokens use the same adapters: what runs each adapted layer."""
     row_adapters: tuple[str, ...] | None = None
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
-    changed_tokens: Mapping[str, AdaptedTokenPositions] | None = None
+    alora_token_positions: Mapping[str, AdaptedTokenPositions] | None = None
     """During a call with activated LoRAs: the tokens that each one changes."""
     invocation_starts: Mapping[str, Tensor] | None = None
     """While generating with activated LoRAs: the first position that each one changes, by row of the prompt."""
@@ -63,14 +63,14 @@ class ActiveAdapters:
 
         They count the tokens of all rows; `x` may also be `(batch · T, in)`.
         """
-        if self.changed_tokens is None:
+        if self.alora_token_positions is None:
             message = f"{layer} runs outside a call of the model: the tokens that an activated LoRA changes are unknown"
             raise UsageError(message, hint="call the adapted model itself, with input_ids")
-        return self.changed_tokens[adapter].find_indices(x, layer)
+        return self.alora_token_positions[adapter].find_indices(x, layer)
 
 
 @dataclass
-class LayerAdapterSelection:
+class LayerAdapterOverride:
     """The active adapters of one layer that differ from the model's, after `layer.set_adapter` or `enable_adapters`."""
 
     model_state: ActiveAdapters

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MixedBatchError, TargetError, UnsupportedError
+from ...errors import MixedBatchError, TargetError, UnsupportedTargetError
 from ..kernels.linear_layers import (
     ReadWeight,
     get_layer_kind,
@@ -36,7 +36,7 @@ from ..kernels.linear_layers import (
     get_weight_and_bias_names,
     list_persistent_buffer_names,
 )
-from .active_adapters import ActiveAdapters, LayerAdapterSelection
+from .active_adapters import ActiveAdapters, LayerAdapterOverride
 from .adapter_module import WEIGHT_KINDS, AdapterSite, BaseForward, SiteKind
 from .architectures import get_text_config
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
@@ -50,7 +50,7 @@ _NO_COPIES = nn.ModuleDict()
 """The trained copies of a layer without any; nothing is added to it."""
 
 
-def make_adapter_site(
+def read_adapter_site(
     name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, skip_init: bool = False
 ) -> AdapterSite:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
@@ -76,7 +76,7 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
     adapters: nn.ModuleDict
     active_state: ActiveAdapters
     """What all adapted layers of the model share."""
-    selection: ActiveAdapters | LayerAdapterSelection
+    selection: ActiveAdapters | LayerAdapterOverride
     """The layer's active adapters: `active_state`, unless others were chosen for this layer."""
     original_parameters: dict[str, nn.Parameter | None] | None
     """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
@@ -147,7 +147,7 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
         if name in self._parameters:
             message = f"the parameter {name} of an adapted {type(self).__name__} cannot be deleted, as FSDP1 does"
             hint = "torch.distributed.fsdp.fully_shard (FSDP2) shards an adapted model"
-            raise UnsupportedError(message, "a layer that keeps its parameters", hint)
+            raise UnsupportedTargetError(message, "a layer that keeps its parameters", hint)
         super().__delattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -241,13 +241,6 @@ def remove_adapter_from_layer(module: AdaptedLayerMixin, adapter: str) -> None:
             del table[adapter]
     if not module.adapters and not module.trained_copies:
         restore_base_class(module)
-
-
-def rename_adapter_in_layer(module: AdaptedLayerMixin, old: str, new: str) -> None:
-    """Rename one adapter."""
-    for table in (module.adapters, module.trained_copies):
-        if old in table:
-            table[new] = table.pop(old)
 
 
 # --- the adapted class ----------------------------------------------------------------------------------------------

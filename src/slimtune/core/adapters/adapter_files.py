@@ -44,7 +44,7 @@ _UNCOMPARED_FIELDS = {
 """Fields of a config that do not change what a trained adapter's tensors mean."""
 
 
-def read_adapter_and_fingerprint(
+def read_adapter_tensors_and_base_fingerprint(
     path: str | os.PathLike, subfolder: str | None = None, **hub: Any
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return an adapter file's tensors and the fingerprint of its base (None if another library wrote the file).
@@ -68,10 +68,7 @@ def read_adapter_and_fingerprint(
 
 
 def get_adapter_tensors_and_metadata(
-    model: Any,
-    adapter: str,
-    state_dict: Mapping[str, Tensor] | None = None,
-    save_embedding_layers: str | bool = False,
+    model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None, save_embedding_layers: str | bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the content of an adapter's file: tensors by key, on their current device, and the metadata."""
     fingerprint = _base_fingerprint(model)
@@ -80,7 +77,9 @@ def get_adapter_tensors_and_metadata(
     return tensors, metadata
 
 
-def serialize_to_safetensors_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+def serialize_to_safetensors_header_and_data(
+    tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[bytes, memoryview]:
     """Return the two parts of a safetensors file, whose bytes depend on its content alone.
 
     The library writes the metadata in any order.
@@ -129,7 +128,7 @@ def save_adapter(
     if config.task_type is None:
         base = model.base_model_class
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    content = serialize_to_safetensors_parts(tensors, metadata)
+    content = serialize_to_safetensors_header_and_data(tensors, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     write_adapter_config(folder, values)
     write_atomic(folder / WEIGHTS_FILE, content)
@@ -155,7 +154,7 @@ def read_adapter_for_model(
     key_mapping = hub_arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub_arguments = {k: v for k, v in hub_arguments.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     require_valid_hub_arguments(hub_arguments)
-    tensors, fingerprint = read_adapter_and_fingerprint(path, **hub_arguments)
+    tensors, fingerprint = read_adapter_tensors_and_base_fingerprint(path, **hub_arguments)
     tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub_arguments)
     here = _base_fingerprint(model)

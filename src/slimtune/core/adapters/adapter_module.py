@@ -11,7 +11,7 @@ several adapters of different methods run, and merge, in the order in which they
     "weight"      nn.MultiheadAttention, out_proj   `merge_into(W, b)` alone: W is read without a call of the module
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
-    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `SubLayerOutputAdapter`
+    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `SubLayerInputOutputAdapter`
     "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `prompt_modules.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `prompt_modules.py`;
                                                     or `SharedParameterHolder`
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedError
+from ...errors import UnsupportedTargetError
 from ..attention.packed_layout import RowMask as RowMask  # methods import it from here
 from ..kernels.linear_layers import get_dequantized_weight, get_weight_and_bias_names, is_plain_linear_forward
 from ..kernels.lora_linear import add_low_rank_to_weight, add_low_rank_update, low_rank_linear
@@ -83,15 +83,15 @@ class AdapterSite:
         return getattr(self.module, get_weight_and_bias_names(self.module)[1], None)
 
     def require_ungrouped(self, method: str) -> tuple[int, ...]:
-        """Return a convolution's kernel size; raise UnsupportedError if it has groups, which `method` cannot adapt."""
+        """Return a convolution's kernel size; raise UnsupportedTargetError if it has groups."""
         conv: Any = self.module
         if conv.groups > 1:
             message = f"{method} does not support {type(conv).__name__} layers with groups > 1"
-            raise UnsupportedError(f"{message}: {self.name} has {conv.groups}", "a convolution without groups")
+            raise UnsupportedTargetError(f"{message}: {self.name} has {conv.groups}", "a convolution without groups")
         return tuple(conv.kernel_size)
 
 
-class BaseChangeRecord(Protocol):
+class BaseLayerReplication(Protocol):
     """What a method's config changed in the base before the first adapter was attached, to put it back."""
 
     @property
@@ -178,7 +178,7 @@ class AdapterModule(nn.Module):
     """Whether `forward_with_base` takes `rows`, the rows of a mixed batch that use this adapter (None: all)."""
     takes_tokens: ClassVar[bool] = False
     """Whether `forward_with_base` takes `tokens`, the indices of the only tokens that it may change."""
-    has_base_parameter: bool = True
+    base_can_store_merge: bool = True
     """Whether the base has a parameter that can store the result of `merge_into`."""
     adapted_parameters: Sequence[str] = ()
     """At a "parameters" site: names of the base's parameters that `merge_into_parameter` changes."""
@@ -302,7 +302,7 @@ class SharedParameterHolder(AdapterModule):
         return weight, bias
 
 
-class SubLayerOutputAdapter(AdapterModule):
+class SubLayerInputOutputAdapter(AdapterModule):
     """Adapter module after a sub-layer: `forward(x, y)` maps its input and output `(..., d)` to `(..., d)`.
 
     If the sub-layer returns a tuple (such as attention output and weights), the first element is adapted.

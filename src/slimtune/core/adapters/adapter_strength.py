@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from .adapted_layer import make_adapter_site
+from .adapted_layer import read_adapter_site
 
 
-class AdapterStrengthSetter:
+class AdapterTensorInterpolator:
     """Sets the strength of one adapter of a model; keeps a copy of its tensors as they are now.
 
     Args:
@@ -47,7 +47,7 @@ def pair_tensors_with_no_op_values(model: Any, adapter_name: str) -> list[tuple[
     found: dict[int, tuple[Tensor, Any]] = {}
     with model.disable_adapter(), torch.no_grad():  # modules read the base's own weights
         for name, module in model.adapter_modules(adapter_name).items():
-            values = module.get_no_op_values(make_adapter_site(name, kinds[name], model))
+            values = module.get_no_op_values(read_adapter_site(name, kinds[name], model))
             if values is None:
                 message = f"the method {module.method} has no strength that can be reduced"
                 raise UsageError(message, "a method whose change has a size, such as lora")

@@ -18,9 +18,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from ...errors import AdapterError, PeftWarning, format_names, suggest
-from ..foundation.files import read_json
+from ..foundation.files import read_json_object
 from ..kernels.linear_layers import is_finite
-from .adapted_layer import make_adapter_site
+from .adapted_layer import read_adapter_site
 from .peft_config import PeftConfig
 from .targets import match_targets
 
@@ -133,7 +133,7 @@ def _is_resized(model: Any, base: str | None) -> bool:
         return False
     if not isinstance(cached, str | Path) or not Path(cached).is_file():
         return False
-    return read_json(Path(cached), error=AdapterError).get("vocab_size", size) != size
+    return read_json_object(Path(cached), error_class=AdapterError).get("vocab_size", size) != size
 
 
 def load_adapter_tensors(
@@ -235,7 +235,7 @@ def require_plausible_config_size(model: Any, config: PeftConfig, tensors: Mappi
     kinds = match_targets(model, config, strict=False).kinds
     meta = torch.device("meta")
     sites = [
-        dataclasses.replace(make_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()
+        dataclasses.replace(read_adapter_site(n, kind, model, skip_init=True), device=meta) for n, kind in kinds.items()
     ]
     unsaved = 0
     for site, module in zip(sites, config.build_all(sites), strict=True):
@@ -264,7 +264,7 @@ def _leave_meta_device(model: Any, adapter: str) -> None:
     config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
     how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "skip_init": True}
     with model.disable_adapter():
-        new = config.build_all([make_adapter_site(name, kind, model, **how) for name, kind in kinds.items()])
+        new = config.build_all([read_adapter_site(name, kind, model, **how) for name, kind in kinds.items()])
     for name, module in zip(kinds, new, strict=True):
         module.method = config.name
         trains = {n for n, p in old[name].named_parameters() if p.requires_grad}
@@ -284,7 +284,7 @@ def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[
         for tensor in module.tensors():
             if (key := config.file_key(site + tensor)) in given:
                 tensors[tensor] = given[key]
-        module.before_load_state_dict(tensors, make_adapter_site(name, kinds[name], model))
+        module.before_load_state_dict(tensors, read_adapter_site(name, kinds[name], model))
         optional |= {config.file_key(site + n) for n in module.optional}
     return optional
 

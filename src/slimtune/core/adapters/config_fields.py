@@ -274,13 +274,13 @@ def list_settings(cls: Any, prefix: str = "") -> tuple[SettingSpec, ...]:
     return tuple(found)
 
 
-def map_recipe_fields(cls: Any) -> dict[str, SettingSpec]:
+def map_settings_by_name(settings_class: Any) -> dict[str, SettingSpec]:
     """Return the settings of a section, a method or a task that a recipe may set, by their names and short names."""
-    settings = {s.name: s for s in list_settings(cls) if s.in_recipe}
-    return settings | {short: settings[name] for short, name in cls.short_names.items()}
+    settings = {s.name: s for s in list_settings(settings_class) if s.in_recipe}
+    return settings | {short: settings[name] for short, name in settings_class.short_names.items()}
 
 
-def read_section_settings(
+def read_section_and_errors(
     specs: Mapping[str, SettingSpec | None], tree: Mapping[str, Any], section: str, all_paths: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the values of a recipe's section by full name, and every error in it.

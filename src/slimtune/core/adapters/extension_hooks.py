@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class PeftCompatHook(Protocol):
     """What PEFT's users expect of adapted objects beyond the core; implemented by the module `compat/hook.py`."""
 
-    def resolve_peft_name(self, owner: nn.Module, name: str) -> Any:
+    def get_peft_attribute(self, layer_or_model: nn.Module, name: str) -> Any:
         """Return what PEFT calls `name` on an adapted layer, an adapted model or its backbone, which lack the name.
 
         Raises:
@@ -33,11 +33,11 @@ class PeftCompatHook(Protocol):
     def format_layer_like_peft(self, layer: Any, text: str) -> str:
         """Return the text of an adapted layer in `print(model)`; `text` is the base module's."""
 
-    def get_peft_model_class(self, task_type: str | None, mixed: bool = False) -> Any:
+    def find_peft_model_class(self, task_type: str | None, mixed: bool = False) -> Any:
         """Return PEFT's class of a model for this task, or of one for adapters of different methods, else None."""
 
-    def make_peft_model_subclass(self, cls: Any) -> Any:
-        """Return `cls` or a subclass that the Trainer, accelerate and TRL recognise as a `peft.PeftModel`."""
+    def make_peft_model_subclass(self, adapted_model_class: Any) -> Any:
+        """Return the class or a subclass of it that the Trainer, accelerate and TRL recognise as a `peft.PeftModel`."""
 
     def add_peft_names_to_backbone(self, model: Any) -> None:
         """Give the backbone of a new adapted model the names of PEFT's `base_model`."""
@@ -66,6 +66,6 @@ class PeftNameLookupMixin(nn.Module):
         try:
             value = super().__getattr__(name)
         except AttributeError:
-            return load_compat_hook().resolve_peft_name(self, name)
+            return load_compat_hook().get_peft_attribute(self, name)
         # The child of this name has bare parameters; PEFT's are modules of the base's class.
-        return load_compat_hook().resolve_peft_name(self, name) if name == "modules_to_save" else value
+        return load_compat_hook().get_peft_attribute(self, name) if name == "modules_to_save" else value

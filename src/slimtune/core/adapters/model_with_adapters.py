@@ -1,4 +1,4 @@
-"""ModelWithAdapters: adding, choosing, merging and removing the adapters of a base model.
+"""AdaptedModelMixin: adding, choosing, merging and removing the adapters of a base model.
 
 It is mixed into the class of the base: see `peft_model.py`. `unload()` returns the base as it was.
 """
@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import UsageError, format_names, suggest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
-from .adapter_module import AdapterModule, BaseChangeRecord, MergeUnsupported
+from .adapter_module import AdapterModule, BaseLayerReplication, MergeUnsupported
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassFactory
 from .merging import (
@@ -29,7 +29,7 @@ from .merging import (
 )
 from .peft_config import PeftConfig
 from .quantized_layers import count_trainable_and_all_parameters, keep_differentiable_4bit_layout
-from .targets import TargetMatches, find_embedding_and_tied_modules, match_targets, matches_regex_or_names
+from .targets import TargetMatches, find_tied_embedding_names, match_targets, matches_regex_or_names
 
 
 @dataclass
@@ -48,12 +48,12 @@ class AdapterState:
     reports: dict[str, TargetMatches] = field(default_factory=dict)
     layers: dict[str, dict[str, layer.AdaptedLayerMixin]] = field(default_factory=dict)
     suspended: bool = False
-    input_gradients: bool = False
-    base_change: BaseChangeRecord | None = None
+    enabled_input_require_grads: bool = False
+    base_change: BaseLayerReplication | None = None
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
-class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
+class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
     """The adapters of a model."""
 
     @property
@@ -146,24 +146,24 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
         how = {"autocast": autocast_adapter_dtype, "skip_init": not strict or low_cpu_mem_usage}
         shares_copies = peft_config.trains_every_weight or (
-            getattr(peft_config, "ensure_weight_tying", False) and find_embedding_and_tied_modules(self)
+            getattr(peft_config, "ensure_weight_tying", False) and find_tied_embedding_names(self)
         )
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
-                sites = [layer.make_adapter_site(n, kind, self, **how) for n, kind in report.kinds.items()]
+                sites = [layer.read_adapter_site(n, kind, self, **how) for n, kind in report.kinds.items()]
                 if low_cpu_mem_usage:
                     sites = [replace(site, device=torch.device("meta")) for site in sites]
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
                 tied: dict[int, nn.Parameter] | None = {} if shares_copies else None
-                for name in {**modules, **report.copied}:
+                for name in {**modules, **report.trained_parameter_copies}:
                     adapted = layers[name] = layer.swap_to_adapted_class(
                         self.get_submodule(name), state.active_state, peft_config.name
                     )
                     if name in modules:
                         modules[name].method = peft_config.name
                         adapted.adapters[adapter_name] = modules[name]
-                    if name in report.copied:
-                        names = report.copied[name]
+                    if name in report.trained_parameter_copies:
+                        names = report.trained_parameter_copies[name]
                         layer.copy_parameters_to_adapter(adapted, adapter_name, names, autocast_adapter_dtype, tied)
                 self.set_requires_grad(adapter_name, False)
         except BaseException:
@@ -182,8 +182,8 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
             state.layers[adapter_name][name] = adapted
             layer.copy_parameters_to_adapter(adapted, adapter_name, parameters, autocast=True, tied=None)
             adapted.trained_copies[adapter_name].requires_grad_(trains)
-        biases, copied = (*report.biases, *names), {**report.copied, **copied}
-        state.reports[adapter_name] = replace(report, biases=biases, copied=copied)
+        biases, copied = (*report.biases, *names), {**report.trained_parameter_copies, **copied}
+        state.reports[adapter_name] = replace(report, biases=biases, trained_parameter_copies=copied)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter (or several) and deactivate the others; only active adapters run and train."""
@@ -249,8 +249,9 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
         state = self.adapter_state
         self.require_free_name(new_name)
         for module in self.adapted_layers(adapter_name).values():
-            layer.rename_adapter_in_layer(module, adapter_name, new_name)
-
+            for modules in (module.adapters, module.trained_copies):
+                if adapter_name in modules:
+                    modules[new_name] = modules.pop(adapter_name)
         names = {adapter_name: new_name}
         for table in ("configs", "reports", "layers"):
             setattr(state, table, {names.get(n, n): value for n, value in getattr(state, table).items()})
@@ -378,7 +379,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
                 if both:
                     message = f"{owners[name, both[0]]!r} and {adapter!r} both train rows {both[:4]} of {name}"
                     raise UsageError(message, hint="adapters with different tokens, or one of them at a time")
-            for name in self.adapter_state.reports[adapter].copied:
+            for name in self.adapter_state.reports[adapter].trained_parameter_copies:
                 if owners.setdefault(name, adapter) != adapter:
                     message = f"{owners[name]!r} and {adapter!r} both have their own copy of {name}"
                     raise UsageError(message, hint="activate one of them at a time")
@@ -394,7 +395,7 @@ class ModelWithAdapters(PickledByClassFactory, PeftNameLookupMixin):
 
     def _restore_base_class(self) -> Any:
         state = self.adapter_state
-        if state.input_gradients:
+        if state.enabled_input_require_grads:
             self.disable_input_require_grads()
         for module in state.repacking_layers:
             module.support_avx512bf16_for_cpu = True

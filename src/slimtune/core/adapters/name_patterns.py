@@ -60,15 +60,15 @@ class ModuleNameRegex:
 
 
 @cache
-def compile_name_pattern(text: str) -> ModuleNameRegex:
+def make_module_name_regex(text: str) -> ModuleNameRegex:
     """Return the pattern for a text, made once."""
     return ModuleNameRegex(text)
 
 
-def find_pattern_error(text: str) -> ConfigError | None:
+def find_pattern_config_error(text: str) -> ConfigError | None:
     """Return what is wrong with a config's pattern; None: it is well formed."""
     try:
-        compile_name_pattern(text)
+        make_module_name_regex(text)
     except ConfigError as e:
         return e
     return None
@@ -77,7 +77,7 @@ def find_pattern_error(text: str) -> ConfigError | None:
 def find_matching_pattern(patterns: Iterable[str], name: str) -> str | None:
     """Return the first pattern that matches `name` or its end after a dot, or None."""
     starts = (0, *(i + 1 for i, c in enumerate(name) if c == "."))
-    return next((p for p in patterns if compile_name_pattern(p).matches(name, starts)), None)
+    return next((p for p in patterns if make_module_name_regex(p).matches(name, starts)), None)
 
 
 def get_value_by_pattern(patterns: Mapping[str, Value], name: str, default: Value) -> Value:

@@ -28,19 +28,19 @@ from ...errors import (
     format_names,
     suggest,
 )
-from ..foundation.files import read_json, write_atomic
+from ..foundation.files import read_json_object, write_atomic
 from ..foundation.json_results import JsonObject
 from ..foundation.registry import Registry
 from ..foundation.version import __version__
 from .architectures import DEFAULT_TARGETS, get_model_type
 from .config_fields import DeclaredSettings, FieldError, config_field
 from .method_registry import get_method_config_class, list_methods
-from .name_patterns import find_pattern_error, get_value_by_pattern
+from .name_patterns import find_pattern_config_error, get_value_by_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, AdapterSite, BaseChangeRecord
+    from .adapter_module import AdapterModule, AdapterSite, BaseLayerReplication
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -190,7 +190,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
-    def change_base(self, model: nn.Module) -> BaseChangeRecord | None:
+    def change_base(self, model: nn.Module) -> BaseLayerReplication | None:
         """Change the base's modules before the first adapter is attached; return how to undo it, None without one."""
         return None
 
@@ -300,7 +300,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **_: Any) -> JsonObject:
         """Return the fields in a JSON file, without `runtime_config`, which belongs to one run."""
-        values = read_json(Path(path_json_file), error=AdapterError)
+        values = read_json_object(Path(path_json_file), error_class=AdapterError)
         if values.pop("runtime_config", None) is not None:
             warnings.warn(f"{path_json_file} has a `runtime_config`, which is ignored.", PeftWarning, stacklevel=2)
         return values
@@ -411,7 +411,7 @@ class TargetedConfig(PeftConfig):
         texts |= {"layers_pattern": [layers] if isinstance(layers, str) else layers}
         for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():
             for pattern in patterns:
-                if (error := find_pattern_error(pattern)) is not None:
+                if (error := find_pattern_config_error(pattern)) is not None:
                     sentence = f"{name}: {error.message}"
                     yield FieldError(name, error.message, error.expected, error.hint, sentence)
         if self.layers_pattern and self.layers_to_transform is None:

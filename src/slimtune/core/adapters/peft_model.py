@@ -24,7 +24,7 @@ from .adapter_files import read_adapter_for_model, require_compatible_config, sa
 from .adapter_module import SharedParameterHolder
 from .adapter_tensors import LoadResult, load_adapter_tensors
 from .extension_hooks import MODEL_MIXINS, load_compat_hook
-from .model_with_adapters import AdapterState, ModelWithAdapters
+from .model_with_adapters import AdaptedModelMixin, AdapterState
 from .peft_config import PeftConfig
 from .quantized_layers import find_cpu_repacking_layers
 
@@ -50,11 +50,11 @@ def get_peft_model(
     Raises:
         TargetError: a target, layer index, pattern or module to save matches nothing.
     """
-    cls = load_compat_hook().get_peft_model_class(None, mixed=True) if mixed else PeftModel
+    cls = load_compat_hook().find_peft_model_class(None, mixed=True) if mixed else PeftModel
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision)
 
 
-class PeftModel(ModelWithAdapters):
+class PeftModel(AdaptedModelMixin):
     """A base model with adapters, with PEFT's method names; mixed into the base's class.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -146,9 +146,9 @@ class PeftModel(ModelWithAdapters):
 
     def require_input_gradients(self) -> None:
         """Make the output of the input embeddings require gradients, which reentrant checkpointing needs."""
-        if not self.adapter_state.input_gradients and hasattr(self, "enable_input_require_grads"):
+        if not self.adapter_state.enabled_input_require_grads and hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
-            self.adapter_state.input_gradients = True
+            self.adapter_state.enabled_input_require_grads = True
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class PeftModel(ModelWithAdapters):
     def _attach_first_adapter(
         cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, **settings: bool
     ) -> Any:
-        of_task = load_compat_hook().get_peft_model_class(config.task_type) if cls is PeftModel else None
+        of_task = load_compat_hook().find_peft_model_class(config.task_type) if cls is PeftModel else None
         peft_model = _make_peft_model(model, of_task or cls)
         try:
             peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, **settings)
@@ -280,7 +280,9 @@ def _require_no_loss(model: PeftModel, name: str) -> None:
         return
     modules = [m for m in model.adapter_modules(name).values() if not isinstance(m, SharedParameterHolder)]
     factors = [m.low_rank_factors() for m in modules]
-    if model.match_report(name).copied or any(f is None or (f[0].any() and f[1].any()) for f in factors):
+    if model.match_report(name).trained_parameter_copies or any(
+        f is None or (f[0].any() and f[1].any()) for f in factors
+    ):
         message = f"the model already has adapters: {format_names(model.peft_config)}"
         hint = "another adapter_name adds one; model.unload() removes all"
         raise UsageError(f"{message}; a second {name!r} would replace the first", hint=hint)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels.linear_layers import repack_4bit_for_dequantize
+from ..kernels.linear_layers import undo_cpu_4bit_repacking
 
 
 def find_cpu_repacking_layers(model: nn.Module) -> list[Any]:
@@ -27,7 +27,7 @@ def keep_differentiable_4bit_layout(modules: Iterable[Any]) -> None:
         module.support_avx512bf16_for_cpu = False
         weight = module._parameters["weight"]
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = repack_4bit_for_dequantize(weight.data, weight.quant_state)
+            weight.data, weight.quant_state = undo_cpu_4bit_repacking(weight.data, weight.quant_state)
             module.quant_state = weight.quant_state
 
 

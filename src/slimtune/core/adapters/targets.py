@@ -22,7 +22,7 @@ from ..kernels.linear_layers import get_layer_kind, list_persistent_buffer_names
 from .adapted_layer import ADDED_CHILDREN, AdaptedLayerMixin, can_hold_adapter_children
 from .adapter_module import WEIGHT_KINDS, SiteKind
 from .architectures import HEADS, get_model_type, get_text_config, is_weight_read_without_call
-from .name_patterns import compile_name_pattern, find_matching_pattern
+from .name_patterns import find_matching_pattern, make_module_name_regex
 from .peft_config import PeftConfig
 
 Modules = dict[str, nn.Module]
@@ -52,9 +52,9 @@ class TargetMatches:
     adapted: tuple[str, ...]
     trained_whole: tuple[str, ...]
     biases: tuple[str, ...]
-    unadapted: tuple[str, ...]
+    untargeted_layers: tuple[str, ...]
     kinds: dict[str, SiteKind] = field(default_factory=dict)
-    copied: dict[str, list[str]] = field(default_factory=dict)
+    trained_parameter_copies: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         # `model.layers.7` counts as `layers`.
@@ -66,8 +66,8 @@ class TargetMatches:
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
         if not self.kinds or WEIGHT_KINDS & set(self.kinds.values()):
-            rest = f"{len(self.unadapted)} ({format_names(self.unadapted, 4)})" if self.unadapted else "none"
-            parts.append(f"not adapted: {rest}")
+            rest = self.untargeted_layers
+            parts.append(f"not adapted: {f'{len(rest)} ({format_names(rest, 4)})' if rest else 'none'}")
         return "; ".join(parts)
 
 
@@ -81,7 +81,7 @@ def match_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) 
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
     modules = get_base_modules(model)
-    tied = find_embedding_and_tied_modules(model)
+    tied = find_tied_embedding_names(model)
     whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     further = config.extra_targets(model)
@@ -91,7 +91,9 @@ def match_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) 
         matched = _add_tied_modules(modules, config, matched, tied)
         kinds = _get_kinds(matched, model, modules, config)
         if strict:
-            parameters = [f"{n}.{p}" for n, names in find_target_parameters(model, config).items() for p in names]
+            parameters = [
+                f"{n}.{p}" for n, names in map_modules_to_target_parameters(model, config).items() for p in names
+            ]
             _check_every_pattern_matches(config, [*matched, *parameters])
     if strict and not config.trains_every_weight:
         _warn_about_tying(config, tied, [*whole, *kinds])
@@ -171,7 +173,7 @@ def _list_whole_parameters(modules: Modules, whole: list[str], inside_whole: Ite
     return copied
 
 
-def find_target_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
+def map_modules_to_target_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` selects by their full name or its end, by module."""
     wanted = getattr(config, "target_parameters", None) or []
     modules = get_base_modules(model) if wanted else {}
@@ -218,7 +220,7 @@ def find_layers_read_without_call(model: nn.Module) -> list[str]:
     return [n for n in modules if is_weight_read_without_call(modules.get(n.rpartition(".")[0], model), n)]
 
 
-def shorten_module_names(names: list[str], model: nn.Module) -> list[str]:
+def strip_layer_prefixes_if_unambiguous(names: list[str], model: nn.Module) -> list[str]:
     """Return the ends of these names of modules or parameters, without the layer's number, if nothing else has them."""
     ends = list(dict.fromkeys(re.sub(r".*\.[0-9]+\.", "", name) for name in names))
     modules = get_base_modules(model)
@@ -232,7 +234,7 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
 
 
-def find_embedding_and_tied_modules(model: Any) -> list[str]:
+def find_tied_embedding_names(model: Any) -> list[str]:
     """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # a model of images has none
@@ -274,7 +276,7 @@ def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> No
 def matches_regex_or_names(regex_or_names: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(regex_or_names, str):
-        return compile_name_pattern(regex_or_names).matches(name)
+        return make_module_name_regex(regex_or_names).matches(name)
     return any(name == w or name.endswith(f".{w}") for w in regex_or_names)
 
 
@@ -313,9 +315,8 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets if isinstance(targets, str) else sorted(targets)
     if experts := find_expert_parameters(model, getattr(config, "exclude_modules", None)):
-        message = (
-            f'target_modules="all-linear" leaves out the experts ({format_names(shorten_module_names(experts, model))})'
-        )
+        names = format_names(strip_layer_prefixes_if_unambiguous(experts, model))
+        message = f'target_modules="all-linear" leaves out the experts ({names})'
         warnings.warn(f"{message}: {config.name} does not adapt them, LoRA does", stacklevel=2)
     return list_all_linear_targets(model, config)
 

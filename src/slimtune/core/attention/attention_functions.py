@@ -1,4 +1,4 @@
-"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `packed_attention_enabled(model)`.
+"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `use_packed_attention(model)`.
 
 transformers calls attention through a table of functions by name, and passes unknown keyword arguments of the model's
 call on to it. This module registers a second name for "sdpa" and "eager", whose function reads the layout from the
@@ -21,9 +21,9 @@ from ...errors import ModelError
 from ..foundation.device import get_device_type, is_device_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
-    attend_by_segment,
-    flex_attention_supported,
+    attend_by_segment_on_cpu,
     get_flex_block_mask,
+    should_use_flex_attention,
     simulate_tree_attention_memory,
     tree_attention,
 )
@@ -52,7 +52,7 @@ They pack without shared prefixes."""
 
 
 @contextmanager
-def packed_attention_enabled(model: Any) -> Iterator[bool]:
+def use_packed_attention(model: Any) -> Iterator[bool]:
     """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
 
     Yields whether the model can (see `layout_unsupported_reason`).
@@ -116,7 +116,7 @@ def _foreign_code_reason(model: Any) -> str:
 
 
 def get_original_attention_name(implementation: Any) -> Any:
-    """Return the attention implementation that the user chose, inside `packed_attention_enabled` too."""
+    """Return the attention implementation that the user chose, inside `use_packed_attention` too."""
     return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
 
 
@@ -166,9 +166,9 @@ def _attend_packed(
     """Return the attention output `(1, tokens, heads, size)`."""
     window, scaling, dropout = kwargs.get("sliding_window") or None, kwargs.get("scaling"), kwargs.get("dropout", 0.0)
     plain_sdpa = implementation == "sdpa" and kwargs.get("softcap") is None
-    causal = len(layout.lengths) == 1 and not layout.prefix_keys and (window is None or window >= layout.total)
+    causal = len(layout.lengths) == 1 and not layout.num_prefix_keys and (window is None or window >= layout.total)
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
-    if plain_sdpa and not long_row and flex_attention_supported(query, key, dropout):
+    if plain_sdpa and not long_row and should_use_flex_attention(query, key, dropout):
         if is_device_simulated():
             out = simulate_tree_attention_memory(query, key, value, layout.count_pairs(window))
         else:
@@ -177,14 +177,14 @@ def _attend_packed(
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]
     if plain_sdpa and get_device_type(query.device) == "cpu" and not dropout and same_size:
-        return attend_by_segment(query, key, value, layout, window, scaling)
+        return attend_by_segment_on_cpu(query, key, value, layout, window, scaling)
 
     # Otherwise: the model's own attention function once per segment, over the keys of the segment's path.
     run = get_attention_function(module, implementation)
-    keys, values = (t.split((layout.prefix_keys, *layout.lengths), dim=2) for t in (key, value))
+    keys, values = (t.split((layout.num_prefix_keys, *layout.lengths), dim=2) for t in (key, value))
     outputs = []
     for i, q in enumerate(query.split(layout.lengths, dim=2)):
-        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.ancestors(i))]
+        path = [*([0] if layout.num_prefix_keys else []), *(a + 1 for a in layout.ancestors(i))]
         k, v = (torch.cat([t[s] for s in path], dim=2) if len(path) > 1 else t[path[0]] for t in (keys, values))
         mask = layout.segment_bias(i, window, query.dtype, query.device)
         if mask is None and implementation == "eager":
@@ -197,7 +197,7 @@ def _attend_packed(
 
 def _check_call(module: Any, layout: PackedLayout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
     name, hint = type(module).__name__, "--set train.packing=false"
-    if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.prefix_keys:
+    if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.num_prefix_keys:
         raise ModelError(
             f"{name} attends from {query.shape[0]} rows of {query.shape[2]} tokens to {key.shape[2]} keys, but the "
             f"layout has one row of {layout.total}",

@@ -67,7 +67,7 @@ class Segment(NamedTuple):
     mask: Tensor | None  # what is added to the scores (1, 1, queries, keys); None: causal, only with a single range
 
 
-def attend_by_segment(
+def attend_by_segment_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, window: int | None, scale: float | None
 ) -> Tensor:
     """Return attention on a CPU, `(1, tokens, heads, size)` in the query's dtype.
@@ -93,12 +93,12 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
     Ranges of keys that follow one another are joined: a single range is a view, several are copied. Masks of parts are
     views of one mask, zeros and a triangle, however long rows are.
     """
-    starts = [layout.prefix_keys + n for n in layout.starts()]
+    starts = [layout.num_prefix_keys + n for n in layout.starts()]
     most = max([MAX_SPLIT_TOKENS, *starts])
-    firsts = list(itertools.accumulate(layout.lengths, initial=layout.prefix_keys))
+    firsts = list(itertools.accumulate(layout.lengths, initial=layout.num_prefix_keys))
     segments = []
     for i, n in enumerate(layout.lengths):
-        key_ranges = [(0, layout.prefix_keys)]
+        key_ranges = [(0, layout.num_prefix_keys)]
         for a in layout.ancestors(i):
             first, count = key_ranges[-1]
             if first + count == firsts[a]:
@@ -110,7 +110,7 @@ def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, 
             mask = mask[..., :n, most - starts[i] : most + n]
         else:
             mask = layout.segment_bias(i, window, dtype, device)
-        segments.append(Segment(firsts[i] - layout.prefix_keys, n, tuple(r for r in key_ranges if r[1]), mask))
+        segments.append(Segment(firsts[i] - layout.num_prefix_keys, n, tuple(r for r in key_ranges if r[1]), mask))
     return segments
 
 
@@ -189,7 +189,7 @@ def _gather_ranges(t: Tensor, segment: Segment) -> Tensor:
 # --- GPU --------------------------------------------------------------------------------------------------------
 
 
-def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
+def should_use_flex_attention(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
     """Return whether flex attention works, and is faster, for `query (1, heads, tokens, size)`."""
     if get_device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
         return False
@@ -200,25 +200,30 @@ def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, int] | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scale: float | None,
+    kernel_options: dict[str, int] | None = None,
 ) -> Tensor:
     """Return flex attention `(1, heads, tokens, size)` under a mask.
 
     Args:
-        query, key, value, scale: as in `attend_by_segment`.
+        query, key, value, scale: as in `attend_by_segment_on_cpu`.
         mask: from `get_flex_block_mask`.
-        options: kernel options; None: those that `flex_attention_supported` found.
+        kernel_options: kernel options; None: those that `should_use_flex_attention` found.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    if options is None and query.is_cuda:
-        options = _find_kernel_options(*_head_shape(query, key))
+    if kernel_options is None and query.is_cuda:
+        kernel_options = _find_kernel_options(*_head_shape(query, key))
     lengths = (*mask.seq_lengths, mask.seq_lengths[1])
     q, k, v = (_pad_to(t, n) for t, n in zip((query, key, value), lengths, strict=True))
     # Above torch's default limit flex attention would run uncompiled and materialise all scores.
     with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS):
         out = _compile(flex_attention)(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options or None
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=kernel_options or None
         )
     return out[:, :, : query.shape[2]]
 
@@ -231,7 +236,7 @@ def get_flex_block_mask(layout: PackedLayout, window: int | None, device: torch.
 def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
-    lengths, parents, prefix_keys = layout.lengths, layout.parents, layout.prefix_keys
+    lengths, parents, prefix_keys = layout.lengths, layout.parents, layout.num_prefix_keys
     subtree = list(lengths)  # tokens of a segment and all its descendants
     for i in reversed(range(len(subtree))):
         if parents[i] >= 0:
@@ -249,8 +254,8 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
 
     # Append padding, which attends to itself only, and put the prefix keys in front, which all tokens attend to.
     pad_q, pad_k = (
-        round_up_to_power_of_two(total) - total,
-        round_up_to_power_of_two(prefix_keys + total) - total - prefix_keys,
+        round_up_to_power_of_two_blocks(total) - total,
+        round_up_to_power_of_two_blocks(prefix_keys + total) - total - prefix_keys,
     )
     padding = total + torch.arange(max(pad_q, pad_k))
     vectors = (
@@ -283,7 +288,7 @@ def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.dev
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=attends)
 
 
-def round_up_to_power_of_two(length: int) -> int:
+def round_up_to_power_of_two_blocks(length: int) -> int:
     """Return the length to which a sequence is padded: a power of two, at least a block."""
     return max(BLOCK, 1 << (length - 1).bit_length())
 
@@ -293,7 +298,7 @@ def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pa
 
     `pair_count` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
     """
-    q, k, v = (_pad_to(t, round_up_to_power_of_two(t.shape[2])) for t in (query, key, value))
+    q, k, v = (_pad_to(t, round_up_to_power_of_two_blocks(t.shape[2])) for t in (query, key, value))
     return _FakeAttention.apply(q, k, v, pair_count)[:, :, : query.shape[2]]
 
 

@@ -34,7 +34,7 @@ class PackedLayout:
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    prefix_keys: int = 0
+    num_prefix_keys: int = 0
     _cache: dict[tuple, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class PackedLayout:
         """Return the number of pairs of a token and a key that it attends to."""
         pairs = 0
         for n, start in zip(self.lengths, self.starts(), strict=True):
-            above = start + self.prefix_keys
+            above = start + self.num_prefix_keys
             inside = n if window is None else min(n, max(0, window - above))  # tokens whose window has all keys
             pairs += inside * above + inside * (inside + 1) // 2 + (n - inside) * (window or 0)
         return pairs
@@ -76,7 +76,7 @@ class PackedLayout:
     def with_prefix_keys(self, n: int) -> Self:
         """Return the layout with `n` more learned keys; one object for all layers, so that they share its masks."""
         return self.compute_once(
-            ("with_prefix_keys", n), lambda: replace(self, prefix_keys=self.prefix_keys + n, _cache={})
+            ("with_prefix_keys", n), lambda: replace(self, num_prefix_keys=self.num_prefix_keys + n, _cache={})
         )
 
     def with_shared_prefix(self, n: int) -> Self:
@@ -113,7 +113,7 @@ class PackedLayout:
 
     def segment_bias(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return what is added to a segment's scores `(1, 1, tokens, keys of its path)`; None: causal without more."""
-        n, above = self.lengths[segment], self.starts()[segment] + self.prefix_keys
+        n, above = self.lengths[segment], self.starts()[segment] + self.num_prefix_keys
         if window is not None and window >= above + n:
             window = None
         if not above and window is None:

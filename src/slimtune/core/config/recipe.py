@@ -17,13 +17,13 @@ from ..adapters.config_fields import (
     config_field,
     list_settings,
     make_invalid_value_error,
-    map_recipe_fields,
-    read_section_settings,
+    map_settings_by_name,
+    read_section_and_errors,
 )
 from ..adapters.method_registry import get_method_config_class
 from ..foundation.formatting import format_short_value
 from ..foundation.strict_yaml import format_yaml
-from .method_settings import map_method_fields_by_name, parse_section_with_errors
+from .method_settings import map_method_setting_specs_by_name, read_method_or_task_and_errors
 from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_section_shorthand,
@@ -135,18 +135,18 @@ def parse_recipe_sections(
         raise RecipeError(f"{source} is {format_short_value(tree)}", "a mapping with model, data and output_dir")
     tree = expand_section_shorthand(copy.deepcopy(dict(tree)))
     set_recipe_paths_absolute_in_place(tree)
-    method, method_errors = parse_section_with_errors("method", tree.get("method", {}))
-    task, task_errors = parse_section_with_errors("task", tree.get("task", {}))
+    method, method_errors = read_method_or_task_and_errors("method", tree.get("method", {}))
+    task, task_errors = read_method_or_task_and_errors("task", tree.get("task", {}))
     every = {s.path: s for s in list_settings(Recipe)}
-    paths = [*every, *(f"method.{name}" for name in map_method_fields_by_name(method.name))]
+    paths = [*every, *(f"method.{name}" for name in map_method_setting_specs_by_name(method.name))]
     sections: dict[str, Any] = {"task": task, "method": method}
     errors: list[FieldError] = []
     for name, section in SECTIONS.items():
-        given, known = tree.get(name, {}), map_recipe_fields(section)
+        given, known = tree.get(name, {}), map_settings_by_name(section)
         if not isinstance(given, Mapping):
             errors.append(FieldError(name, f"got {format_short_value(given)}", f"a section with {format_names(known)}"))
             continue
-        values, found = read_section_settings(known, given, name, paths)
+        values, found = read_section_and_errors(known, given, name, paths)
         missing = [every[f"{name}.{s.name}"] for s in known.values() if s.required and s.name not in given]
         errors += found + [_make_missing_error(s) for s in missing if not partial]
         if not found and not missing:
@@ -155,7 +155,7 @@ def parse_recipe_sections(
         errors.append(_make_missing_error(every["output_dir"]))
     names = dict.fromkeys(f.name for f in fields(Recipe))
     rest = {name: value for name, value in tree.items() if name not in (*SECTIONS, "method", "task")}
-    values, found = read_section_settings({**names, "output_dir": every["output_dir"]}, rest, "", paths)
+    values, found = read_section_and_errors({**names, "output_dir": every["output_dir"]}, rest, "", paths)
     errors += [*found, *method_errors, *task_errors]
     if not task_errors and not partial and SECTIONS.keys() <= sections.keys():
         errors += find_setting_conflicts(**sections)

@@ -17,7 +17,7 @@ from ..foundation.files import parse_dataset_id
 from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allow_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
-from .method_settings import map_method_fields_by_name
+from .method_settings import map_method_setting_specs_by_name
 from .schema import DataSettings, MethodSettings, RecipeTree
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
@@ -26,11 +26,11 @@ DATA_FILES = tuple(s.name for s in list_settings(DataSettings) if Path in s.kind
 """Fields of `data` that name files."""
 
 
-def read_recipe_tree(path: str | Path | None, overrides: Mapping[str, Any] = MappingProxyType({})) -> RecipeTree:
+def read_recipe_tree(path: str | Path | None, values_by_path: Mapping[str, Any] = MappingProxyType({})) -> RecipeTree:
     """Return the tree of a recipe file, empty without one, with overrides: sections in long form, absolute paths."""
-    with allow_remote_code(overrides.get("model.trust_remote_code") is True):
+    with allow_remote_code(values_by_path.get("model.trust_remote_code") is True):
         tree = {} if path is None else _read_recipe_file(Path(path).expanduser())
-    return replace_recipe_values(tree, overrides)
+    return replace_recipe_values(tree, values_by_path)
 
 
 def _read_recipe_file(path: Path) -> RecipeTree:
@@ -92,7 +92,7 @@ def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) 
         if path.startswith("method.") and isinstance(method, dict):
             # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
             name = settings.get("method.name", settings.get("method", method.get("name", MethodSettings.name)))
-            fields = map_method_fields_by_name(str(name))
+            fields = map_method_setting_specs_by_name(str(name))
             field = fields.get(path.removeprefix("method."))
             changed["method"] = {k: v for k, v in method.items() if field is None or fields.get(k) is not field}
         set_tree_value(changed, path, value)

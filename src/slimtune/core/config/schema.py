@@ -203,10 +203,7 @@ class TrainSettings(RecipeSection):
         None, "evaluations without improvement before the run stops", when_null="never", ge=1, le=10**9
     )
     forgetting_budget: Number | None = config_field(
-        None,
-        "most that the loss on general text may rise above the base's, in nats per token",
-        when_null="any",
-        gt=0,
+        None, "most that the loss on general text may rise above the base's, in nats per token", when_null="any", gt=0
     )
     logging_steps: int = config_field(1, "optimizer steps between lines of metrics", ge=1, le=10**9)
     report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = (

@@ -24,7 +24,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ...errors import DataError, ModelError
-from ..foundation.sequences import common_prefix_length
+from ..foundation.sequences import count_common_prefix
 from .messages import Messages, ToolCall
 
 Render = Callable[[Messages, bool], str]
@@ -46,7 +46,7 @@ def find_assistant_spans(text: str, messages: Messages, render: Render, special_
     for i, message in enumerate(messages):
         if message["role"] == "tool":  # some templates move the content of a call after its result
             marked = finder.render(_replace_content(messages, i, MARK + message["content"]))
-            at = common_prefix_length(text, marked) if marked is not None and MARK in marked else 0
+            at = count_common_prefix(text, marked) if marked is not None and MARK in marked else 0
             if any(start < at < end for start, end in spans):
                 raise _move_error(f"the chat template writes messages[{i}] (tool) within the turn that called it")
     if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
@@ -123,12 +123,12 @@ class _SpanFinder:
         other = replace_tool_call_arguments(calls[-1], {MARK: MARK})
         longer = render_calls([*calls, other])
         if longer is not None and MARK in longer:
-            at = common_prefix_length(full, longer)
+            at = count_common_prefix(full, longer)
         else:  # the template takes one call at a time: what follows the arguments is the end of the turn
             changed = render_calls([*calls[:-1], other])
             if changed is None or MARK not in changed:
                 raise _unclear_error(f"it does not show where the calls of messages[{i}] end")
-            at = max(len(full) - common_prefix_length(full[::-1], changed[::-1]), start)
+            at = max(len(full) - count_common_prefix(full[::-1], changed[::-1]), start)
         if at < start:
             raise _unclear_error(f"the text before the calls of messages[{i}] changes with them")
         # If both renderings continue with special tokens, these may share their first characters.
@@ -164,7 +164,7 @@ class _SpanFinder:
             # Only what also follows when the turn is the last one belongs to it; the rest is the next turn's header.
             alone = self._text_after(last_words, messages[: i + 1])
             alone = after if alone is None else alone
-            closing = after[: common_prefix_length(after, alone)]
+            closing = after[: count_common_prefix(after, alone)]
             token = self.special_tokens.search(after)
             if token and token.end() > len(closing):
                 # Some templates end the last turn with one token and earlier turns with another, before a header.
@@ -191,7 +191,7 @@ class _SpanFinder:
             if calls and "id" in calls[-1]:
                 following["tool_call_id"] = calls[-1]["id"]
             continued = self._text_after(last_words, [*messages, {**following, "content": MARK_BEFORE}])
-            closing = closing[: max(end, common_prefix_length(closing, continued or ""))]
+            closing = closing[: max(end, count_common_prefix(closing, continued or ""))]
         while found := next_token():
             end = found.end()
         return end

@@ -36,8 +36,8 @@ class RenderedText:
 
     text: str
     spans: list[Span]
-    turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
-    thinking: tuple[int, int, int] = (0, 0, 0)  # turns, as `messages.count_thinking_turns_by_use` counts them
+    assistant_turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
+    thinking_turn_counts: tuple[int, int, int] = (0, 0, 0)  # by `messages.count_thinking_turns_by_use`
     generation_prompt_differs: bool = False  # whether generation would begin the last turn after another text
 
 
@@ -50,7 +50,7 @@ class TokenizedRow:
 
     input_ids: list[int]
     supervised: list[bool]
-    thinking: tuple[int, int, int] = (0, 0, 0)  # as in `RenderedText`
+    thinking_turn_counts: tuple[int, int, int] = (0, 0, 0)  # as in `RenderedText`
     generation_prompt_differs: bool = False
     row_lengths: tuple[int, ...] | None = None
 
@@ -65,7 +65,7 @@ class TokenizedRow:
 
     def truncate(self, length: int) -> "TokenizedRow":
         """Return the row, or each of a pair, cut to its first `length` tokens."""
-        return merge_pair_into_one_row(
+        return concatenate_pair_into_one_row(
             [
                 dataclasses.replace(row, input_ids=row.input_ids[:length], supervised=row.supervised[:length])
                 for row in self.split()
@@ -78,7 +78,7 @@ class TokenizedRow:
         return next((token not in end_ids for token, supervised in pairs if supervised), False)
 
 
-def merge_pair_into_one_row(rows: Sequence[TokenizedRow]) -> TokenizedRow:
+def concatenate_pair_into_one_row(rows: Sequence[TokenizedRow]) -> TokenizedRow:
     """Return the rows of a pair as one, or a single row as it is."""
     if len(rows) == 1:
         return rows[0]
@@ -97,27 +97,27 @@ def encode_chat_with_train_mask(tokenizer: Any, messages: Messages, tools: Tools
         ModelError: no chat template, no fast tokenizer, or a template that does not show the assistant's turns.
         DataError: the template refuses these messages, or leaves one out.
     """
-    rendered = render_chat(tokenizer, messages, tools)
+    rendered = render_chat_with_spans(tokenizer, messages, tools)
     ids, offsets = tokenize_rendered_texts(tokenizer, [rendered.text])
     return TokenizedRow(ids[0], make_supervised_mask(rendered, offsets[0]))
 
 
-def render_chat(
+def render_chat_with_spans(
     tokenizer: Any,
     messages: Messages,
     tools: Tools = None,
     learned: Sequence[bool] | None = None,
-    special_tokens: re.Pattern[str] | None = None,
+    special_token_pattern: re.Pattern[str] | None = None,
 ) -> RenderedText:
     """Return the rendered conversation with the spans of the assistant's turns, tool calls included.
 
     Args:
         tokenizer, messages, tools: see `encode_chat_with_train_mask`.
         learned: for each message whether it is learned; None: every assistant turn is.
-        special_tokens: `compile_special_token_pattern(tokenizer)`, for callers that render many rows.
+        special_token_pattern: `compile_special_token_pattern(tokenizer)`, for callers that render many rows.
     """
     template = get_chat_template(tokenizer, tools)
-    special_tokens = special_tokens or compile_special_token_pattern(tokenizer)
+    special_token_pattern = special_token_pattern or compile_special_token_pattern(tokenizer)
 
     def render(some: Messages, generation_prompt: bool = False) -> str:
         return render_chat_template(tokenizer, some, tools, add_generation_prompt=generation_prompt, template=template)
@@ -132,9 +132,9 @@ def render_chat(
         hint = "change the row, or use another chat template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", hint=hint) from error
     if _GENERATION.search(template):
-        spans = _find_generation_spans(tokenizer, messages, tools, text, special_tokens)
+        spans = _find_generation_spans(tokenizer, messages, tools, text, special_token_pattern)
     else:
-        spans = find_assistant_spans(text, messages, render, special_tokens)
+        spans = find_assistant_spans(text, messages, render, special_token_pattern)
     all_spans = spans
     if learned is not None:
         turns = [chosen for chosen, m in zip(learned, messages, strict=True) if m["role"] == "assistant"]
@@ -231,7 +231,7 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
         raise ModelError(problem, "one chat template", hint, code="chat-template-missing") from error
 
 
-def find_possible_turn_end_ids(tokenizer: Any) -> frozenset[int]:
+def list_special_and_added_token_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of the tokens that can end a turn: every special and added token."""
     return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from ...errors import DataError
 from ..foundation.sequences import IGNORE_INDEX
 from .example_types import Batch, Example
-from .packing import bin_pack_examples, pack_sequences
-from .tokenized_dataset import split_example_rows
+from .packing import bin_pack_example_indices, pack_into_one_sequence
+from .tokenized_dataset import split_example_into_tokens_and_labels
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
@@ -59,14 +59,14 @@ class Collator:
         pad_token_id: int,
         packing: bool = True,
         *,
-        layout: bool = False,
+        with_packed_layout: bool = False,
         share_prefix: bool = True,
         max_tokens: int | None = None,
         max_rows: int | None = None,
         pooling_pad_id: int | None = None,
     ) -> None:
-        self.pad_token_id, self.packing, self.layout = pad_token_id, packing, layout
-        self.share_prefix = share_prefix and layout and packing
+        self.pad_token_id, self.packing, self.with_packed_layout = pad_token_id, packing, with_packed_layout
+        self.share_prefix = share_prefix and with_packed_layout and packing
         self.max_tokens, self.max_rows, self.pooling_pad_id = max_tokens, max_rows, pooling_pad_id
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -77,14 +77,14 @@ class Collator:
         [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no example has a
         supervised token.
         """
-        rows_of_examples = list(map(split_example_rows, examples))
+        rows_of_examples = list(map(split_example_into_tokens_and_labels, examples))
         pairs = [pair for rows in rows_of_examples for pair in rows]
         rows = [list(ids) for ids, _ in pairs]
         if self.packing:
-            packed = pack_sequences(rows, share_prefix=self.share_prefix)
+            packed = pack_into_one_sequence(rows, share_prefix=self.share_prefix)
             ids, positions = _int64([packed.tokens]), _int64([packed.layout.positions()])
             batch: Batch = {"input_ids": ids, "position_ids": positions}
-            if self.layout:
+            if self.with_packed_layout:
                 batch["layout"] = packed.layout
             places = [(0, packed.get_token_indices(r)) for r in range(len(rows))]
         else:
@@ -126,10 +126,10 @@ class Collator:
 
     def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
         """Return the example numbers of each micro-batch of a step, each once; `max_tokens` may lower the own limit."""
-        rows = [[ids for ids, _ in split_example_rows(e)] for e in examples]
+        rows = [[ids for ids, _ in split_example_into_tokens_and_labels(e)] for e in examples]
         max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
-            return bin_pack_examples(rows, max_tokens, share_prefix=self.share_prefix)
+            return bin_pack_example_indices(rows, max_tokens, share_prefix=self.share_prefix)
         longest = [max(map(len, ids)) for ids in rows]
         groups: list[list[int]] = []
         for i in sorted(range(len(rows)), key=lambda i: -longest[i]):  # similar lengths need little padding
@@ -144,9 +144,9 @@ class Collator:
 
     def count_tokens(self, examples: Sequence[Example]) -> int:
         """Return the tokens of one micro-batch of examples, padding included."""
-        rows = [ids for example in examples for ids, _ in split_example_rows(example)]
+        rows = [ids for example in examples for ids, _ in split_example_into_tokens_and_labels(example)]
         if self.packing:
-            return len(pack_sequences(rows, share_prefix=self.share_prefix).tokens)
+            return len(pack_into_one_sequence(rows, share_prefix=self.share_prefix).tokens)
         return len(rows) * max(map(len, rows))
 
     def make_micro_batches(self, examples: Sequence[Example]) -> list[Batch]:

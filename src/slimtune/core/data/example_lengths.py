@@ -10,7 +10,7 @@ A model that shares prefixes (packing.py) computes a prompt once.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..foundation.sequences import common_prefix_length
+from ..foundation.sequences import count_common_prefix
 
 Tokens = Sequence[int]
 ExampleLength = int | tuple[int, ...]
@@ -21,18 +21,20 @@ MIN_SHARED_TOKENS = 8
 class DatasetRowComposition(NamedTuple):
     """What the rows of a data set are made of, beside their lengths; it decides how fast they train."""
 
-    shared_prefix: int = 0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
-    supervised: float = 1.0  # share of all tokens that have a loss
+    shared_prefix_tokens: int = (
+        0  # tokens that all examples of one row begin with, as a system prompt; 0: too few to share
+    )
+    supervised_share: float = 1.0  # share of all tokens that have a loss
 
 
 ALL_SUPERVISED = DatasetRowComposition()
 
 
-def measure_length_of_one_example(rows_of_example: Sequence[Tokens]) -> ExampleLength:
+def measure_example_length(rows_of_example: Sequence[Tokens]) -> ExampleLength:
     """Return the length of an example of these rows; tokens that only some of them share count as if none did."""
     if len(rows_of_example) == 1:
         return len(rows_of_example[0])
-    shared = min(common_prefix_length(rows_of_example[0], row) for row in rows_of_example[1:])
+    shared = min(count_common_prefix(rows_of_example[0], row) for row in rows_of_example[1:])
     prefix = shared if shared >= MIN_SHARED_TOKENS else 0
     return (prefix, *(len(row) - prefix for row in rows_of_example))
 

@@ -5,7 +5,7 @@
     {"role": "tool", "content": str, "name": str, "tool_call_id": str}
 
 Tool arguments are an object. An assistant's message may have a key of `REASONING_KEYS`, and a role may be "developer",
-if the chat template reads them (`reject_keys_template_ignores`).
+if the chat template reads them (`reject_unrendered_reasoning`).
 """
 
 import re
@@ -43,7 +43,7 @@ class RowError(ValueError):
         self.code, self.hint = code, hint
 
 
-def reject_keys_template_ignores(messages: Messages, template: str) -> None:
+def reject_unrendered_reasoning(messages: Messages, template: str) -> None:
     """Raise RowError for the role "developer" or a key of `REASONING_KEYS` that a chat template does not read."""
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
@@ -76,21 +76,21 @@ def find_thinking_and_source(message: Message) -> tuple[str, str]:
 
 
 def count_thinking_turns_by_use(
-    messages: Messages, rendered: str, turns: list[tuple[int, int]], learned: Sequence[bool] | None
+    messages: Messages, rendered: str, turn_spans: list[tuple[int, int]], learned: Sequence[bool] | None
 ) -> tuple[int, int, int]:
     """Return how many turns of a rendered conversation think: learned with it, kept but not learned, left out.
 
     Args:
         messages: the conversation.
         rendered: its text by the chat template.
-        turns: the characters of each assistant turn; if the template's marks are others, the whole text is searched.
+        turn_spans: the characters of each assistant turn; if the template has other marks, the whole text is searched.
         learned: for each message whether it is learned; None: every assistant turn is.
 
     Raises:
         RowError: the template leaves out what a learned turn thinks, so that the model would learn not to think.
     """
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    places = turns if len(turns) == len(assistant) else [(0, len(rendered))] * len(assistant)
+    places = turn_spans if len(turn_spans) == len(assistant) else [(0, len(rendered))] * len(assistant)
     counts = [0, 0, 0]
     for i, (start, end) in zip(assistant, places, strict=True):
         text, where = find_thinking_and_source(messages[i])

@@ -1,7 +1,7 @@
 """Packing rows into one sequence without padding: which rows go together, and how a shared prefix is stored once.
 
-    pack_sequences   rows → one sequence of segments, a tree: a prefix that several rows share is one segment above them
-    bin_pack_examples  examples, of one or several rows → groups with at most so many packed tokens each
+    pack_into_one_sequence   rows → one sequence of segments, a tree: a prefix that rows share is one segment above them
+    bin_pack_example_indices  examples, of one or several rows → groups with at most so many packed tokens each
 
 The hidden state of a token depends only on the row up to it, so a shared prefix is computed once for all its rows. The
 first supervised token of a row may be predicted by the last token of a shared segment.
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..attention.packed_layout import PackedLayout
-from ..foundation.sequences import common_prefix_length
+from ..foundation.sequences import count_common_prefix
 from .example_lengths import MIN_SHARED_TOKENS, Tokens
 
 _WINDOW = 256
-"""Examples that `bin_pack_examples` compares with one another, because the time grows with its square."""
+"""Examples that `bin_pack_example_indices` compares with one another, because the time grows with its square."""
 _BALANCE_TRIALS, _BALANCED = 4, 1.05
 """Most limits tried to balance groups, and how much above the mean the largest may be."""
 
@@ -33,7 +33,7 @@ class _PackedSequence:
         return [start + t for start, n in self.segments[row] for t in range(n)]
 
 
-def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> _PackedSequence:
+def pack_into_one_sequence(rows: Sequence[Tokens], *, share_prefix: bool = True) -> _PackedSequence:
     """Put rows into one sequence; a shared prefix of at least `MIN_SHARED_TOKENS` tokens is stored once."""
     tokens: list[int] = []
     lengths: list[int] = []
@@ -53,7 +53,7 @@ def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> _Pac
         for group in _groups_with_prefix(rows, members, depth):
             first, last = rows[group[0]], rows[group[-1]]
             if len(group) > 1:  # sorted rows: what the first and the last share, all share
-                end = common_prefix_length(first, last, depth)
+                end = count_common_prefix(first, last, depth)
                 add_subtree(group, end, add_segment(first[depth:end], parent, group))
             elif len(first) > depth:
                 add_segment(first[depth:], parent, group)
@@ -66,7 +66,7 @@ def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> _Pac
     return _PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), segments)
 
 
-def bin_pack_examples(
+def bin_pack_example_indices(
     examples: Sequence[Sequence[Tokens]], max_tokens: int | None, *, share_prefix: bool = True
 ) -> list[list[int]]:
     """Return groups of example numbers, each of at most `max_tokens` packed tokens; a longer example is alone.
@@ -110,13 +110,13 @@ def _best_fit(
     groups: list[list[int]] = []
     used: list[int] = []
     alone = {
-        e: len(rows[0]) if len(rows) == 1 else len(pack_sequences(rows, share_prefix=share_prefix).tokens)
+        e: len(rows[0]) if len(rows) == 1 else len(pack_into_one_sequence(rows, share_prefix=share_prefix).tokens)
         for e, rows in ((e, examples[e]) for e in members)
     }
     for example in sorted(members, key=lambda e: -alone[e]):
         first, saved = examples[example][0], [0] * len(groups)
         if share_prefix:
-            shared = [max(common_prefix_length(first, examples[other][0]) for other in group) for group in groups]
+            shared = [max(count_common_prefix(first, examples[other][0]) for other in group) for group in groups]
             saved = [n if n >= MIN_SHARED_TOKENS else 0 for n in shared]
         size = [n + alone[example] - s for n, s in zip(used, saved, strict=True)]
         for g in sorted(range(len(groups)), key=lambda g: (-saved[g], -used[g])):
@@ -125,7 +125,9 @@ def _best_fit(
             # Below a branch, rows that share less than MIN_SHARED_TOKENS do not share them: measure exactly.
             rows = sum(len(examples[e]) for e in groups[g]) + len(examples[example]) - 1
             if share_prefix and size[g] + (MIN_SHARED_TOKENS - 1) * rows > max_tokens:
-                size[g] = len(pack_sequences([row for e in (*groups[g], example) for row in examples[e]]).tokens)
+                size[g] = len(
+                    pack_into_one_sequence([row for e in (*groups[g], example) for row in examples[e]]).tokens
+                )
             if size[g] <= max_tokens:
                 groups[g].append(example)
                 used[g] = size[g]
@@ -140,7 +142,7 @@ def _groups_with_prefix(rows: Sequence[Tokens], members: list[int], depth: int) 
     """Yield runs of sorted rows whose neighbours share at least `MIN_SHARED_TOKENS` tokens after `depth`."""
     run = [members[0]]
     for row in members[1:]:
-        if common_prefix_length(rows[run[-1]], rows[row], depth) - depth >= MIN_SHARED_TOKENS:
+        if count_common_prefix(rows[run[-1]], rows[row], depth) - depth >= MIN_SHARED_TOKENS:
             run.append(row)
         else:
             yield run

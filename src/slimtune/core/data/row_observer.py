@@ -44,7 +44,7 @@ class RowFindingsSummary(Protocol):
         """Raise DataError with every finding that is an error."""
 
 
-class RowObserver(Protocol):
+class TokenizedBatchObserver(Protocol):
     """Watches the rows of a file while they are tokenized."""
 
     @property
@@ -63,7 +63,7 @@ class RowObserver(Protocol):
         """Return the report, once; `validation` is the file of the validation rows and their observer."""
 
 
-DATA_REPORTS: Registry[Callable[..., RowObserver]] = Registry("slimtune.data_reports", "data report")
+DATA_REPORTS: Registry[Callable[..., TokenizedBatchObserver]] = Registry("slimtune.data_reports", "data report")
 """Functions that start a report.
 
 Their arguments: tokenizer, rows (a `RowFileReader`), max_seq_len, on_overlong, rows_per_step, and `compared_with`, the

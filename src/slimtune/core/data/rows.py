@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
 from ..foundation.registry import Registry
-from ..foundation.sequences import common_prefix_length
+from ..foundation.sequences import count_common_prefix
 from .messages import Messages
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class InvalidRow:
     hint: str = ""  # what to do, if it is more than to repair or remove the row
 
 
-def split_into_one_row_per_answer(row: Row) -> list[Row]:
+def split_preference_into_rows(row: Row) -> list[Row]:
     """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
 
     The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
@@ -73,11 +73,11 @@ def split_into_one_row_per_answer(row: Row) -> list[Row]:
     if len(texts) == len(answers) and not row.messages:
         if row.prompt is not None:
             return [replace(single, completion=text) for text in texts]
-        shared = common_prefix_length(texts[0], texts[1])
+        shared = count_common_prefix(texts[0], texts[1])
         shared -= shared > 0 and texts[0][shared - 1] == " "
         return [replace(single, prompt=text[:shared], completion=text[shared:]) for text in texts]
     chats: list[Messages] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
-    shared = common_prefix_length(chats[0], chats[1])
+    shared = count_common_prefix(chats[0], chats[1])
     if row.messages and chats[0][: len(row.messages)] != row.messages:  # otherwise the answers repeat the prompt
         chats, shared = [[*row.messages, *chat] for chat in chats], len(row.messages)
     return [
@@ -123,14 +123,14 @@ Located = tuple[int, dict[str, Any]] | InvalidRow
 
 
 @dataclass(frozen=True)
-class RowReader:
+class FileTypeReader:
     """Reads files of one suffix, record by record; it goes on after an invalid one. `read` raises OSError, DataError.
 
-    `read_document` reads the whole file as one record with the column `text`; None: files of this kind are no texts.
+    `read_whole_file` reads the whole file as one record with the column `text`; None: files of this kind are no texts.
     """
 
-    read: Callable[[Path], Iterator[Located]]
-    read_document: Callable[[Path], Iterator[Located]] | None = None
+    read_records: Callable[[Path], Iterator[Located]]
+    read_whole_file: Callable[[Path], Iterator[Located]] | None = None
 
 
 class RowErrorCollector:
@@ -196,7 +196,7 @@ class RowIterable(ABC):
 
 
 ROW_FORMATS: Registry[RowFormat] = Registry("slimtune.row_formats", "data format")
-ROW_READERS: Registry[RowReader] = Registry("slimtune.row_readers", "kind of file")  # by suffix: ".jsonl"
+ROW_READERS: Registry[FileTypeReader] = Registry("slimtune.row_readers", "kind of file")  # by suffix: ".jsonl"
 ROW_SOURCES: Registry[Callable[..., RowIterable]] = Registry("slimtune.row_sources", "source of rows")
 """Functions that open a data set: `load("files")(path, format=None, columns={}, ignore_columns=())`.
 

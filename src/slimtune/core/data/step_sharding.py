@@ -17,8 +17,8 @@ from typing import TypedDict
 
 from .collator import IGNORE_INDEX, Collator
 from .example_types import Batch, Example
-from .packing import pack_sequences
-from .tokenized_dataset import split_example_rows
+from .packing import pack_into_one_sequence
+from .tokenized_dataset import split_example_into_tokens_and_labels
 
 _SLACK = (1.0, 1.1, 1.3)
 """Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
@@ -100,11 +100,11 @@ class DataParallelSharder:
 
     def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the packed tokens of a micro-batch, and its (query, key) pairs."""
-        rows = [ids for e in examples for ids, _ in split_example_rows(e)]
+        rows = [ids for e in examples for ids, _ in split_example_into_tokens_and_labels(e)]
         if not self.collator.packing:
             longest = max(map(len, rows))
             return longest * len(rows), longest * longest * len(rows)
-        packed = pack_sequences(rows, share_prefix=self.collator.share_prefix)
+        packed = pack_into_one_sequence(rows, share_prefix=self.collator.share_prefix)
         return len(packed.tokens), sum(position + 1 for position in packed.layout.positions())
 
 

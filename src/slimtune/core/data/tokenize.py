@@ -24,11 +24,11 @@ from .messages import (
     RowError,
     count_thinking_turns_by_use,
     find_thinking_and_source,
-    reject_keys_template_ignores,
+    reject_unrendered_reasoning,
 )
 from .parallel import parallel_map
-from .row_observer import RowObserver
-from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowIterable, split_into_one_row_per_answer
+from .row_observer import TokenizedBatchObserver
+from .rows import MAX_ERRORS, InvalidRow, Row, RowErrorCollector, RowIterable, split_preference_into_rows
 from .tokenized_dataset import TemporaryTokenizedDatasetWriter, TokenizedDataset
 
 BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
@@ -130,8 +130,8 @@ def tokenize_rows_with_errors(
         has_keys = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
         try:
             if has_keys:
-                reject_keys_template_ignores(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
-            rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
+                reject_unrendered_reasoning(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
+            rendered = chat_template.render_chat_with_spans(tokenizer, row.messages, row.tools, learned, special_tokens)
             if row.labels is not None:
                 return RenderedText(rendered.text, [])
             thinks = any(find_thinking_and_source(message)[0] for message in row.messages)
@@ -141,8 +141,8 @@ def tokenize_rows_with_errors(
                 )
                 rendered = dataclasses.replace(rendered, generation_prompt_differs=generation_prompt_differs)
             if thinks:
-                thinking = count_thinking_turns_by_use(row.messages, rendered.text, rendered.turns, learned)
-                rendered = dataclasses.replace(rendered, thinking=thinking)
+                thinking = count_thinking_turns_by_use(row.messages, rendered.text, rendered.assistant_turns, learned)
+                rendered = dataclasses.replace(rendered, thinking_turn_counts=thinking)
             return rendered
         except RowError as error:
             return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
@@ -150,7 +150,7 @@ def tokenize_rows_with_errors(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    parts = [split_into_one_row_per_answer(row) for row in rows]
+    parts = [split_preference_into_rows(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
@@ -159,11 +159,8 @@ def tokenize_rows_with_errors(
     for one in rendered:
         if isinstance(one, RenderedText):
             ids, offsets = next(tokens)
-            found.append(
-                TokenizedRow(
-                    ids, chat_template.make_supervised_mask(one, offsets), one.thinking, one.generation_prompt_differs
-                )
-            )
+            mask = chat_template.make_supervised_mask(one, offsets)
+            found.append(TokenizedRow(ids, mask, one.thinking_turn_counts, one.generation_prompt_differs))
         else:
             found.append(one)
     left = iter(found)
@@ -186,7 +183,7 @@ def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> Token
             name = "an answer" if is_list else f"the {('chosen', 'rejected')[number]} answer"
             cause = f"{name} has no token of its own after the prompt that they share"
             return InvalidRow(row.line, cause, "empty-answer", row.file)
-    return chat_template.merge_pair_into_one_row(tokens)
+    return chat_template.concatenate_pair_into_one_row(tokens)
 
 
 @dataclass
@@ -219,8 +216,8 @@ class BatchTokenizer:
     max_seq_len: int
     on_overlong: str
     train_on: str
-    measure: Callable[[Sequence[PairedRow]], Any] | None = None
-    documents: bool = False
+    measure_batch: Callable[[Sequence[PairedRow]], Any] | None = None
+    whole_documents: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("on_overlong", ON_OVERLONG), ("train_on", TRAIN_ON)):
@@ -228,7 +225,7 @@ class BatchTokenizer:
                 raise UsageError(f"{name} is {value!r}{suggest(value, choices)}", expected=format_names(choices))
         if self.max_seq_len < 2:
             raise UsageError(f"max_seq_len is {self.max_seq_len}", "at least 2 tokens: one to read, one to predict")
-        if self.documents and self.on_overlong != "drop":
+        if self.whole_documents and self.on_overlong != "drop":
             message = f"on_overlong is {self.on_overlong!r}, but documents are cut into windows, so none is too long"
             raise UsageError(message, "the default, drop, with the format document")
 
@@ -236,10 +233,10 @@ class BatchTokenizer:
         rows = [row for row in batch if isinstance(row, Row)]
         pairs = list(zip(rows, tokenize_rows_with_errors(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
-        end_ids = chat_template.find_possible_turn_end_ids(self.tokenizer)
+        end_ids = chat_template.list_special_and_added_token_ids(self.tokenizer)
         report, limit = (
             TokenizationStats(self.max_seq_len, rows=len(batch)),
-            None if self.documents else self.max_seq_len,
+            None if self.whole_documents else self.max_seq_len,
         )
         kept: list[tuple[Row, TokenizedRow]] = []
         overlong: list[int] = []
@@ -272,7 +269,7 @@ class BatchTokenizer:
             overlong,
             [row.line for row, t in kept if row.labels is None and not all(any(p.supervised[1:]) for p in t.split())],
             [row.label_names for row, _ in kept if row.label_names is not None] or None,
-            None if self.measure is None else self.measure(pairs),
+            None if self.measure_batch is None else self.measure_batch(pairs),
         )
 
 
@@ -285,7 +282,7 @@ def tokenize_dataset(
     train_on: str = "assistant",
     source_path: str | Path,
     processes: int = 1,
-    observer: RowObserver | None = None,
+    observer: TokenizedBatchObserver | None = None,
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     """Return the tokenized rows in their order, and a report.
 
@@ -359,9 +356,9 @@ def _check_lengths(
         raise DataError(problem, "at least one row to learn from", f"{longer}=truncate")
 
 
-def format_line_numbers(lines: Sequence[int], count: int | None = None) -> str:
-    """Return line numbers as text: `lines 3, 9, … (40 more)`; `count` if there are more than are given."""
-    count = len(lines) if count is None else count
+def format_line_numbers(lines: Sequence[int], total_count: int | None = None) -> str:
+    """Return line numbers as text: `lines 3, 9, … (40 more)`; `total_count` if there are more than are given."""
+    total_count = len(lines) if total_count is None else total_count
     shown = lines[:12]
-    more = f", … ({count - len(shown):,} more)" if count > len(shown) else ""
-    return f"line{'s' if count > 1 else ''} {', '.join(map(str, shown))}{more}"
+    more = f", … ({total_count - len(shown):,} more)" if total_count > len(shown) else ""
+    return f"line{'s' if total_count > 1 else ''} {', '.join(map(str, shown))}{more}"

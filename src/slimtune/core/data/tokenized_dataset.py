@@ -12,14 +12,14 @@ from typing import Any, Self
 import numpy as np
 
 from ..foundation.files import translate_os_errors
-from ..foundation.sequences import IGNORE_INDEX, common_prefix_length
-from .example_lengths import MIN_SHARED_TOKENS, DatasetRowComposition, ExampleLength, measure_length_of_one_example
+from ..foundation.sequences import IGNORE_INDEX, count_common_prefix
+from .example_lengths import MIN_SHARED_TOKENS, DatasetRowComposition, ExampleLength, measure_example_length
 from .example_types import Example
 
 SAMPLED_ROWS = 256
 
 
-def split_example_rows(example: Example) -> list[tuple[list[int], list[int]]]:
+def split_example_into_tokens_and_labels(example: Example) -> list[tuple[list[int], list[int]]]:
     """Return the tokens and labels of each row of an example."""
     if "row_lengths" not in example:
         return [(example["input_ids"], example["labels"])]
@@ -36,11 +36,11 @@ class TokenizedDataset(Sequence[Example]):
     """
 
     def __init__(
-        self, table: Any, indices: np.ndarray | None = None, columns: Mapping[str, np.ndarray] | None = None
+        self, table: Any, indices: np.ndarray | None = None, extra_columns: Mapping[str, np.ndarray] | None = None
     ) -> None:
         self.table = table
         self.indices = np.arange(table.num_rows) if indices is None else indices
-        self._columns = dict(columns or {})
+        self._columns = dict(extra_columns or {})
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,7 +64,7 @@ class TokenizedDataset(Sequence[Example]):
         """The length of each example (core/data/example_lengths.py)."""
         if self.table["row_lengths"].null_count == self.table.num_rows:
             return list(self.lengths.tolist())
-        return [measure_length_of_one_example([ids for ids, _ in split_example_rows(example)]) for example in self]
+        return [measure_example_length([ids for ids, _ in split_example_into_tokens_and_labels(e)]) for e in self]
 
     @property
     def content(self) -> DatasetRowComposition:
@@ -73,7 +73,7 @@ class TokenizedDataset(Sequence[Example]):
         tokens = sum(len(example["input_ids"]) for example in sample)
         supervised = sum(label != IGNORE_INDEX for example in sample for label in example["labels"])
         first = sample[0]["input_ids"] if sample and not any("row_lengths" in example for example in sample) else []
-        shared = min((common_prefix_length(first, example["input_ids"]) for example in sample), default=0)
+        shared = min((count_common_prefix(first, example["input_ids"]) for example in sample), default=0)
         return DatasetRowComposition(
             shared if shared >= MIN_SHARED_TOKENS else 0, supervised / tokens if supervised else 1.0
         )
@@ -178,7 +178,7 @@ class RankedAnswerSelection(TokenizedDataset):
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         example = super().read(number)
-        answers = split_example_rows(example)
+        answers = split_example_into_tokens_and_labels(example)
         rows = [answers[place] for place in self.answer_ranks]
         example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
         for i, key in enumerate(("input_ids", "labels")):

@@ -59,7 +59,7 @@ def count_free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // local_world_size()
 
 
-def count_process_memory_bytes(device: torch.device) -> int:
+def get_allocated_or_resident_bytes(device: torch.device) -> int:
     """Return the bytes in use now: allocated on the GPU, or this process's resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
@@ -99,7 +99,7 @@ def release_unused_memory(device: torch.device) -> None:
 
 
 @contextmanager
-def simulate_device(device_type: str) -> Iterator[None]:
+def simulate_device_for_kernel_choice(device_type: str) -> Iterator[None]:
     """Choose kernels and chunks as on a device of this type ("cpu", "cuda", "mps"), wherever the tensors are."""
     before = _simulated.set(device_type)
     try:
@@ -128,15 +128,15 @@ def count_allocations_as_host() -> Iterator[None]:
         _host.reset(before)
 
 
-def is_host_allocation() -> bool:
+def are_allocations_counted_as_host() -> bool:
     """Return whether what is allocated now counts as CPU memory."""
     return _host.get()
 
 
 @contextmanager
-def collect_simulated_attention_flops(operations: Counter[torch.dtype]) -> Iterator[None]:
+def collect_simulated_attention_flops(flops_by_dtype: Counter[torch.dtype]) -> Iterator[None]:
     """Let `add_simulated_attention_flops` add to these floating point operations, by dtype."""
-    before = _attention.set(operations)
+    before = _attention.set(flops_by_dtype)
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
-def init_distributed() -> bool:
+def create_process_group_if_needed() -> bool:
     """Create the process group; return whether this call did it.
 
     Raises UsageError if accelerate is configured to do what the recipe sets, PeerGone if not all processes came.
@@ -253,7 +253,7 @@ def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
             time.sleep(SIGTERM_GRACE_SECONDS)
             reason += f", and its step did not end within {SIGTERM_GRACE_SECONDS} seconds"
         error = _peer_gone(reason)
-        if claim_error_printing(error):
+        if wait_to_claim_error_printing(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(PRINTING_GRACE_SECONDS)
@@ -262,7 +262,7 @@ def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
 
-def claim_error_printing(error: SlimtuneError) -> bool:
+def wait_to_claim_error_printing(error: SlimtuneError) -> bool:
     """Return whether this process prints an error; if so, tell the others.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different

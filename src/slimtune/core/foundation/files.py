@@ -82,15 +82,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"it contains an integer of more than {sys.get_int_max_str_digits()} digits") from None
 
 
-def read_json(file: Path, error: type[SlimtuneError] = RunError) -> JsonObject:
-    """Return the JSON object in a file; raise `error` if the file is damaged."""
+def read_json_object(file: Path, error_class: type[SlimtuneError] = RunError) -> JsonObject:
+    """Return the JSON object in a file; raise `error_class` if the file is damaged."""
     try:
         values = parse_json(read_regular_file(file))
         if not isinstance(values, dict):
             raise ValueError(f"it contains {_JSON_TYPES.get(type(values), 'a number')}")
     except (OSError, ValueError) as e:
         cause = e.strerror if isinstance(e, OSError) else e
-        raise error(f"{file} is damaged: {cause}", "a JSON object", "delete the file, or create it again") from None
+        raise error_class(
+            f"{file} is damaged: {cause}", "a JSON object", "delete the file, or create it again"
+        ) from None
     return values
 
 

@@ -43,7 +43,7 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_weight_samples_by_kind(model: Any, excluded: Collection[str] = ()) -> dict[str, str]:
+def hash_weight_samples_by_name_ending(model: Any, excluded: Collection[str] = ()) -> dict[str, str]:
     """Return 8 hex digits for each kind of a model's weights ("q_proj.weight"), over samples of all layers.
 
     The ends of each weight are hashed in bfloat16, so this takes milliseconds; packed weights of a quantized base are

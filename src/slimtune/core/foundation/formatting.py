@@ -53,11 +53,11 @@ def format_count(n: float) -> str:
     return f"{n:g}"
 
 
-def format_duration(s: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as a duration: `75 -> '1 min 15 s'`."""
-    if s < 60:
-        return f"{s:.0f} s" if s >= 10 else f"{s:.1f} s"
-    minutes, rest = divmod(round(s), 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"

@@ -58,15 +58,15 @@ def get_json_key(field: Field[Any]) -> str:
     return str(field.metadata.get("key", field.name))
 
 
-def find_dataclass_in_type(type_hint: Any) -> Any:
+def unwrap_optional_dataclass(type_hint: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
     members = [m for m in iterate_union_members(type_hint) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
 
 
-def find_key_suffixes(type_hint: Any) -> Mapping[str, str]:
+def find_json_suffixes_by_field(type_hint: Any) -> Mapping[str, str]:
     """Return the `json_suffixes` of a dataclass, also if the value may be None; empty if it has none."""
-    return getattr(find_dataclass_in_type(type_hint), "json_suffixes", {})
+    return getattr(unwrap_optional_dataclass(type_hint), "json_suffixes", {})
 
 
 def _has_default(field: Field[Any]) -> bool:
@@ -89,7 +89,7 @@ def to_json_dict(result: Any) -> JsonObject:
     cls: Any = type(result)
     for field, kind in list_json_fields_with_types(cls):
         value = to_plain(getattr(result, field.name))
-        if suffixes := find_key_suffixes(kind):
+        if suffixes := find_json_suffixes_by_field(kind):
             values |= {get_json_key(field) + suffix: (value or {}).get(name) for name, suffix in suffixes.items()}
         elif field.metadata.get("inline"):
             values |= value or {}
@@ -142,7 +142,7 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
     for field, kind in list_json_fields_with_types(cls):
         if field.metadata.get("inline"):
             continue
-        if suffixes := find_key_suffixes(kind):
+        if suffixes := find_json_suffixes_by_field(kind):
             parts = {
                 name: left.pop(key)
                 for name, suffix in suffixes.items()
@@ -168,7 +168,7 @@ def _read_object(cls: Any, data: Any, strict: bool, path: str) -> Any:
             if not _has_default(field):
                 values[field.name] = None
     for field, kind in inline:  # each takes its keys, a mapping all that are left
-        if (inner := find_dataclass_in_type(kind)) is not None:
+        if (inner := unwrap_optional_dataclass(kind)) is not None:
             own = {key: left.pop(key) for key in _list_keys(inner) if key in left}
         else:
             own, left = left, {}
@@ -256,8 +256,10 @@ def _describe_kind(kind: Any) -> str:
 def _list_keys(cls: Any) -> list[str]:
     keys: list[str] = []
     for field, kind in list_json_fields_with_types(cls):
-        if field.metadata.get("inline") and (inner := find_dataclass_in_type(kind)) is not None:
+        if field.metadata.get("inline") and (inner := unwrap_optional_dataclass(kind)) is not None:
             keys += _list_keys(inner)
         else:
-            keys += [get_json_key(field) + suffix for suffix in (find_key_suffixes(kind) or {"": ""}).values()]
+            keys += [
+                get_json_key(field) + suffix for suffix in (find_json_suffixes_by_field(kind) or {"": ""}).values()
+            ]
     return keys

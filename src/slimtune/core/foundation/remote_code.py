@@ -12,9 +12,9 @@ _allowed = ContextVar("remote_code_allowed", default=False)
 
 
 @contextmanager
-def allow_remote_code(allowed: bool = True) -> Iterator[None]:
-    """Let bases that are loaded in the block run code of their own; with `allowed` false nothing changes."""
-    token = _allowed.set(allowed or _allowed.get())
+def allow_remote_code(condition: bool = True) -> Iterator[None]:
+    """Let bases that are loaded in the block run code of their own; with `condition` false nothing changes."""
+    token = _allowed.set(condition or _allowed.get())
     try:
         yield
     finally:

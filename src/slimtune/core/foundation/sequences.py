@@ -7,7 +7,7 @@ IGNORE_INDEX = -100
 """Label of a token that is not supervised."""
 
 
-def common_prefix_length(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> int:
+def count_common_prefix(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> int:
     """Return how many first items two sequences share; the first `start` are known to be equal."""
     low, high = start, min(len(a), len(b))
     if a[low:high] == b[low:high]:
@@ -24,4 +24,4 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> 
 def find_shared_prefix(items: Sequence[Any]) -> Any:
     """Return what all lists, or all texts, begin with."""
     first, last = min(items), max(items)  # in sorted order, what these two share, all share
-    return first[: common_prefix_length(first, last)]
+    return first[: count_common_prefix(first, last)]

@@ -45,7 +45,7 @@ def chunked_cross_entropy(
 
 
 def compute_target_nll(
-    h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
+    h: Tensor, head: Head, targets: Tensor, logits_per_row: int, scale: float = 1.0, cap: float | None = None
 ) -> Tensor:
     """Return the negative log-likelihoods `(n)` for any head; it runs again in the backward pass, so it may train."""
 
@@ -53,7 +53,7 @@ def compute_target_nll(
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
         return F.cross_entropy(logits, wanted, reduction="none")
 
-    rows = count_rows_per_logit_chunk(vocabulary, h.device)
+    rows = count_rows_per_logit_chunk(logits_per_row, h.device)
     chunks = zip(h.split(rows), targets.split(rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([chunk_loss(*c) for c in chunks])
@@ -61,7 +61,7 @@ def compute_target_nll(
 
 
 @torch.no_grad()
-def nll_and_accuracy(
+def compute_target_nlls_and_hits(
     h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return each target's negative log-likelihood `(n)`, and whether it is the most likely token `(n)`."""

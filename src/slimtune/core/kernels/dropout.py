@@ -18,11 +18,11 @@ def get_active_dropout_probability(module: nn.Module) -> float:
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
-def draw_output_dropout_mask(num_outputs: int, drop_probability: float, *, rescale: bool) -> Tensor:
-    """Draw which outputs of an update are kept, as 0 or 1 `(num_outputs)`; with `rescale` their mean is 1."""
+def draw_output_dropout_mask(num_outputs: int, drop_probability: float, *, rescale_to_mean_one: bool) -> Tensor:
+    """Draw which outputs of an update are kept, 0 or 1 `(num_outputs)`; with `rescale_to_mean_one` their mean is 1."""
     # On the CPU, as in PEFT.
     mask = (torch.rand(num_outputs) > drop_probability).float()
-    return mask / mask.mean().clamp_min(1 / num_outputs) if rescale else mask
+    return mask / mask.mean().clamp_min(1 / num_outputs) if rescale_to_mean_one else mask
 
 
 def get_rng_state(device: torch.device) -> Tensor:

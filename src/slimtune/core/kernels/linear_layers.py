@@ -29,9 +29,9 @@ def get_layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", 
     return "norm" if is_norm else None
 
 
-def is_plain_linear_forward(forward: Any) -> bool:
-    """Return whether `forward`, a partial, is the forward of an unquantized linear layer and nothing else."""
-    return getattr(forward, "func", None) in (nn.Linear.forward, Conv1D.forward)
+def is_plain_linear_forward(forward_partial: Any) -> bool:
+    """Return whether `forward_partial`, a partial, is the forward of an unquantized linear layer and nothing else."""
+    return getattr(forward_partial, "func", None) in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_weight_transposed(module: nn.Module) -> bool:
@@ -77,7 +77,7 @@ def get_dequantized_weight(module: nn.Module) -> Tensor:
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(*repack_4bit_for_dequantize(weight.data, state))
+        return dequantize_4bit(*undo_cpu_4bit_repacking(weight.data, state))
     scales = getattr(weight, "SCB", None)
     if scales is None and weight.dtype == torch.int8:
         scales = getattr(getattr(module, "state", None), "SCB", None)
@@ -89,7 +89,7 @@ def get_dequantized_weight(module: nn.Module) -> Tensor:
     return weight.t() if is_weight_transposed(module) else weight
 
 
-def repack_4bit_for_dequantize(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+def undo_cpu_4bit_repacking(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return 4-bit data and state in the layout that `dequantize_4bit` reads; on some CPUs they are repacked."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data, state

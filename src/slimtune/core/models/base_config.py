@@ -43,7 +43,9 @@ class PreparedBase(NamedTuple):
     prepare_seconds: float  # spent on making a folder of another format
 
 
-def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreparedBase:
+def prepare_base_folder_and_config(
+    spec: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreparedBase:
     """Find a base and load its config; of another format, such as GGUF, a folder is made in the cache.
 
     Raises:
@@ -75,8 +77,8 @@ def prepare_base(spec: str, *, trust_remote_code: bool = False, revision: str | 
 def load_checkpoint_config(
     spec: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedConfig:
-    """Load the config of a base that can be loaded; as `prepare_base`."""
-    return prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision).config
+    """Load the config of a base that can be loaded; as `prepare_base_folder_and_config`."""
+    return prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision).config
 
 
 def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> BaseConfig:
@@ -100,11 +102,11 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
     if os.path.isfile(path) and (kind := path.suffix.lower().removeprefix(".")) in BASE_READERS.names():
         return BaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
     if (known := find_known_base(spec)) is not None:
-        loads = known.alias if known.packaged is not None and "/" not in spec else known.hub_id
+        loads = known.alias if known.packaged_weights is not None and "/" not in spec else known.hub_id
         return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
         raise make_unknown_base_error(spec)
-    model = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
+    model = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
     return BaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, nll_and_accuracy
+from ..kernels.cross_entropy import chunked_cross_entropy, compute_target_nll, compute_target_nlls_and_hits
 
 ModelInputs = dict[str, Any]
 """Keyword arguments of a model's call; each architecture has its own."""
@@ -39,12 +39,12 @@ class LMHead:
             return chunked_cross_entropy(h, weight, targets, bias=bias, scale=self.scale, cap=self.cap)
         return compute_target_nll(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
-    def nll_and_accuracy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_target_nlls_and_hits(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return −log p of `targets (n)`, and whether each is the most likely token; without gradients."""
-        return nll_and_accuracy(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
+        return compute_target_nlls_and_hits(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
 
-def get_lm_head(model: Any) -> LMHead | None:
+def get_lm_head_with_scale_and_cap(model: Any) -> LMHead | None:
     """Return a model's head as its config describes it; None if it has no output embeddings."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
@@ -77,7 +77,7 @@ def get_hidden_states(model: Any, head: LMHead, inputs: ModelInputs) -> Tensor:
 
 def get_classifier_head(model: Any) -> Any:
     """Return the head of a sequence classifier; None for other models."""
-    return getattr(model, "score", None) if get_lm_head(model) is None else None
+    return getattr(model, "score", None) if get_lm_head_with_scale_and_cap(model) is None else None
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def require_matching_lm_head_loss(model: Any) -> None:
     Raises:
         ModelError: the loss would be wrong; the hint says what to change.
     """
-    head = get_lm_head(model)
+    head = get_lm_head_with_scale_and_cap(model)
     if head is None:
         return
     device, was_training = next(model.parameters()).device, model.training

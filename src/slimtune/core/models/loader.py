@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.chat_rendering import render_chat_template
-from ..foundation.fingerprint import config_fingerprint, hash_weight_samples_by_kind
-from .base_config import PreparedBase, get_hidden_size, prepare_base
+from ..foundation.fingerprint import config_fingerprint, hash_weight_samples_by_name_ending
+from .base_config import PreparedBase, get_hidden_size, prepare_base_folder_and_config
 from .dtype import pick_device, pick_dtype
 from .load_errors import silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource
@@ -52,7 +52,7 @@ class LoadedBase:
     load_seconds: float  # spent on reading model and tokenizer
     prepare_seconds: float  # spent on making a folder of a base in another format
     fingerprint: str  # 16 hex digits that name the base
-    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples_by_kind`)
+    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples_by_name_ending`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
     new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
     revision: str | None = None  # branch, tag or commit of a base from the Hub
@@ -112,7 +112,7 @@ def load_base(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     template = _read_template(chat_template)
-    opened = prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision)
+    opened = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
     start = time.perf_counter()
     tokenizer = _load_tokenizer(opened, template)
     quantization, options = resolve_quantization_and_load_args(opened.config, quantization, dtype, device, spec)
@@ -148,7 +148,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        weight_hashes=hash_weight_samples_by_kind(model, set(info["missing_keys"])),
+        weight_hashes=hash_weight_samples_by_name_ending(model, set(info["missing_keys"])),
         quantization=quantization,
         new_weights=tuple(sorted(info["missing_keys"])),
         revision=revision,
@@ -168,7 +168,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer alone, no weights; as `load_base`."""
     template = _read_template(chat_template)
-    return _load_tokenizer(prepare_base(spec, trust_remote_code=trust_remote_code, revision=revision), template)
+    return _load_tokenizer(
+        prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision), template
+    )
 
 
 def _read_template(given: str | Path | None) -> str | None:

@@ -49,18 +49,18 @@ class KnownBase(NamedTuple):
     hub_id: str
     config: Mapping[str, Any]  # the fields of its config
     source: str  # where they are from
-    packaged: PackagedFile | None  # its weights, so that nothing is downloaded from the Hub
+    packaged_weights: PackagedFile | None  # its weights, so that nothing is downloaded from the Hub
 
 
 class KnownModelCatalog(Protocol):
     """A catalog of known bases."""
 
-    def list_aliases(self) -> Collection[str]: ...
+    def list_alias_names(self) -> Collection[str]: ...
 
     def find_known_base(self, spec: str) -> KnownBase | None:
         """Return the base with this alias, Hub id or spelling."""
 
-    def format_alias_hint(self, name: str) -> tuple[str, list[str]]:
+    def get_alias_hint_and_family_aliases(self, name: str) -> tuple[str, list[str]]:
         """Return `"; did you mean 'x'?"` for the nearest alias, or `""`, and the aliases of the name's family."""
 
 
@@ -86,7 +86,7 @@ def find_known_base(spec: str) -> KnownBase | None:
 
 
 def _list_aliases() -> list[str]:
-    return [alias for catalog in KNOWN_MODELS.load_all().values() for alias in catalog.list_aliases()]
+    return [alias for catalog in KNOWN_MODELS.load_all().values() for alias in catalog.list_alias_names()]
 
 
 def resolve_model_source(spec: str) -> ModelSource:
@@ -106,8 +106,8 @@ def resolve_model_source(spec: str) -> ModelSource:
         if os.path.isdir(path):
             return _resolve_folder(path, spec)
     if "/" not in spec and (known := find_known_base(spec)) is not None:
-        if known.packaged is not None:
-            return _resolve_packaged(known.alias, known.packaged)
+        if known.packaged_weights is not None:
+            return _resolve_packaged(known.alias, known.packaged_weights)
         return ModelSource("hub", known.hub_id, known.hub_id.split("/")[-1], known.hub_id)
     from huggingface_hub.utils import HFValidationError, validate_repo_id  # a fifth of a second, and few names need it
 
@@ -127,7 +127,7 @@ def resolve_model_source(spec: str) -> ModelSource:
 
 def make_unknown_base_error(name: str) -> UsageError:
     """Return the error for a name that no base has, with the nearest one, or those of its family."""
-    found = [catalog.format_alias_hint(name) for catalog in KNOWN_MODELS.load_all().values()]
+    found = [catalog.get_alias_hint_and_family_aliases(name) for catalog in KNOWN_MODELS.load_all().values()]
     close = next((close for close, _ in found if close), "") or suggest(name, _file_names(Path()))
     family = [alias for _, aliases in found for alias in aliases]
     known = f"an alias, such as {format_names(_list_aliases(), 4)}"

@@ -65,7 +65,7 @@ def has_double_quantization(config: PreTrainedConfig) -> bool:
 
 
 def resolve_quantization_and_load_args(
-    config: PreTrainedConfig, quantization: str | None, dtype: torch.dtype, device: torch.device, spec: str
+    config: PreTrainedConfig, quantization: str | None, dtype: torch.dtype, device: torch.device, base_name: str
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
 
@@ -77,17 +77,16 @@ def resolve_quantization_and_load_args(
         quantization: "nf4", "int8", or None: as the checkpoint is stored.
         dtype: of what is not quantized, and of every product.
         device: where the base is loaded to.
-        spec: name of the base, for messages.
+        base_name: name of the base, for messages.
     """
     stored = get_stored_quantization(config)
     if quantization not in (None, stored, *KINDS):
         raise UsageError(
-            f"quantization is {quantization!r}{suggest(str(quantization), KINDS)}",
-            f"{format_names(KINDS)}, or nothing",
+            f"quantization is {quantization!r}{suggest(str(quantization), KINDS)}", f"{format_names(KINDS)}, or nothing"
         )
     if stored is not None and quantization not in (None, stored):
         raise UsageError(
-            f"the checkpoint {spec!r} is stored in {stored}, and {quantization} was asked for",
+            f"the checkpoint {base_name!r} is stored in {stored}, and {quantization} was asked for",
             f"{stored}, or nothing: a quantized checkpoint is loaded as it is",
             "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
         )

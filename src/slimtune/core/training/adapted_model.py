@@ -26,7 +26,7 @@ from .memory_savings import apply_memory_savings, shard_base_with_fsdp
 from .run_dir import find_adapter_folder
 
 
-def load_adapted_base(
+def load_base_and_attach_adapter(
     recipe: Recipe, data: RunDatasets, init_adapter: Path | None, load_base: LoadBase, force: bool
 ) -> tuple[LoadedBase, PeftModel]:
     """Load the recipe's base on the device of this process, and attach its adapter; return both.
@@ -82,7 +82,7 @@ def _attach_adapter(
         initialize = config.defer_initialization()
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
-        add_non_text_modules_to_excluded(base.model, config)
+        exclude_non_text_modules_in_place(base.model, config)
         model = get_peft_model(base.model, config)
         if initialize is not None:
             initialize(model, base.download_weights, rows)
@@ -98,7 +98,7 @@ def _attach_adapter(
     return model
 
 
-def add_non_text_modules_to_excluded(model: Any, method: PeftConfig) -> None:
+def exclude_non_text_modules_in_place(model: Any, method: PeftConfig) -> None:
     """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
 
     The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.

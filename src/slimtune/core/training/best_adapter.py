@@ -6,11 +6,11 @@ The main process chooses it alone, after the last step.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..adapters.adapter_strength import AdapterStrengthSetter
+from ..adapters.adapter_strength import AdapterTensorInterpolator
 from . import checkpoint
-from .forgetting_budget import set_strength_within_budget
+from .forgetting_budget import search_and_set_strength_within_budget
 from .loss import count_supervised_targets
-from .resuming import load_checkpoint_adapter
+from .resuming import load_checkpoint_adapter_weights
 from .train_result import ForgettingResult
 from .training_loop import TrainingLoop
 
@@ -23,7 +23,7 @@ class _KeptAdapter(NamedTuple):
     forgetting: ForgettingResult | None  # None: the run has no budget
 
 
-def restore_best_adapter_within_budget(loop: TrainingLoop) -> _KeptAdapter:
+def load_best_adapter_within_forgetting_budget(loop: TrainingLoop) -> _KeptAdapter:
     """Load the best adapter; with a forgetting budget make it weaker if it is outside, or take an earlier one.
 
     With a budget the better one of two adapters is kept: the best of all, weaker, and the best one inside the budget as
@@ -38,8 +38,8 @@ def restore_best_adapter_within_budget(loop: TrainingLoop) -> _KeptAdapter:
     before = forgetting = known[step] if step in known else loop.measure_forgetting(alone=True)
     strength, tried = 1.0, list[tuple[float, float]]()
     if not before <= budget:  # NaN is outside
-        strength, tried = set_strength_within_budget(
-            AdapterStrengthSetter(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
+        strength, tried = search_and_set_strength_within_budget(
+            AdapterTensorInterpolator(loop.model, "default"), lambda: loop.measure_forgetting(alone=True), budget
         )
         forgetting = max((change for s, change in tried if s == strength), default=0.0)
         loss = loop.measure(loop.validation, loop.objective, alone=True)[1]["loss"] if loop.validation else None
@@ -81,7 +81,7 @@ def _load_best_adapter(
             if (loss, step) == ranked[0]:
                 loop.logger.say(f"the adapter of step {step}, with the lowest validation loss, is lost: {damage}")
             continue
-        load_checkpoint_adapter(loop.model, folder)
+        load_checkpoint_adapter_weights(loop.model, folder)
         loop.logger.say(f"taking the adapter of step {step}, which has the validation loss {loss:.4f}")
         return step, loss
     return loaded, None

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...errors import RunError, format_names
-from ..foundation.files import atomic_folder, read_json, to_json
+from ..foundation.files import atomic_folder, read_json_object, to_json
 from .run_dir import RunDir
 
 CHECKSUMS_FILE = "checksums.json"
@@ -152,7 +152,7 @@ def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None])
 def describe_checkpoint_damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, `""` for nothing."""
     try:
-        checksums = read_json(folder / CHECKSUMS_FILE)
+        checksums = read_json_object(folder / CHECKSUMS_FILE)
     except RunError as e:
         return e.message.removeprefix(f"{folder}/")
     if missing := REQUIRED_FILES - checksums.keys():
@@ -215,13 +215,13 @@ def _sha256(path: Path) -> str:
 # --- files of a checkpoint --------------------------------------------------------------------------------------------
 
 
-def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
+def save_optimizer(folder: Path, optimizer_state_dict: dict[str, Any]) -> None:
     """Write an optimizer's `state_dict()` as tensors and JSON; a tensor shared by parameters is written once."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     shared: dict[str, str] = {}
     first_key: dict[int, str] = {}
-    for index, entry in state["state"].items():
+    for index, entry in optimizer_state_dict["state"].items():
         # bitsandbytes nests its tensors in a table, to hide them from FSDP; it loads them without the table, too.
         flat = {k: v for k, v in entry.items() if not isinstance(v, dict)}
         for table in entry.values():
@@ -235,7 +235,7 @@ def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
             else:
                 shared[key] = first_key[id(value)]
     save_file(tensors, folder / "optimizer.safetensors")
-    settings = {"param_groups": state["param_groups"], "state": values, "same": shared}
+    settings = {"param_groups": optimizer_state_dict["param_groups"], "state": values, "same": shared}
     (folder / "optimizer.json").write_text(to_json(settings))
 
 
@@ -289,7 +289,7 @@ def save_rng_state(folder: Path) -> None:
     )
 
 
-def load_rng_state(folder: Path) -> None:
+def restore_rng_state(folder: Path) -> None:
     """Restore the states that `save_rng_state` wrote."""
     tensors, values = load_file(folder / "rng.safetensors"), json.loads((folder / "rng.json").read_text())
     torch.set_rng_state(tensors["cpu"])

@@ -14,7 +14,7 @@ from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
-from ..data.row_observer import DATA_REPORTS, RowFindingsSummary, RowObserver
+from ..data.row_observer import DATA_REPORTS, RowFindingsSummary, TokenizedBatchObserver
 from ..data.rows import ROW_SOURCES, RowIterable
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import RankedAnswerSelection, TokenizedDataset
@@ -73,7 +73,7 @@ class _ObservedRows(NamedTuple):
     file: RowIterable
     dataset: TokenizedDataset
     stats: TokenizationStats
-    observer: RowObserver
+    observer: TokenizedBatchObserver
 
 
 @distributed.raises_on_all_ranks
@@ -107,7 +107,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
     """
     data, objective, name, seed = recipe.data, recipe.objective(), recipe.model.name, recipe.train.seed
 
-    def read(path: Path, like: RowObserver | None = None) -> _ObservedRows:
+    def read(path: Path, like: TokenizedBatchObserver | None = None) -> _ObservedRows:
         rows = open_rows_for_objective(path, data, objective)
         observer = DATA_REPORTS.load("rows")(
             tokenizer,
@@ -122,7 +122,12 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
     own = read(data.train)
     other: _ObservedRows | None = None
     reports: dict[str, RowFindingsSummary | None] = {"validation": None}
-    train, test = _split_test_rows(own.dataset, own.observer.kept_hashes(), data.test_fraction)
+    # The text of a row decides, by its hash, whether it is set aside for `slimtune eval`: rows with the same text stay
+    # together, and neither the seed nor the base changes which rows these are.
+    rows, hashes = own.dataset, own.observer.kept_hashes()
+    count = round(len(rows) * data.test_fraction)
+    held_out = hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(rows), bool)
+    train, test = rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
     if data.validation is not None:
         other = read(data.validation, own.observer)
         validation, compared = other.dataset, (str(data.validation), other.observer)
@@ -146,7 +151,7 @@ def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:
     return objective.prepare_datasets(datasets, data)
 
 
-def load_eval_dataset(
+def load_eval_dataset_and_stats(
     path: Path, data: DataSettings, objective: Objective, tokenizer: Any, classes: ClassLabels | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     """Read and tokenize rows for evaluation, with a run's length policy; `classes` are those of a classifier."""
@@ -157,7 +162,7 @@ def load_eval_dataset(
 
 
 def _tokenize(
-    rows: RowIterable, data: DataSettings, tokenizer: Any, observer: RowObserver | None = None
+    rows: RowIterable, data: DataSettings, tokenizer: Any, observer: TokenizedBatchObserver | None = None
 ) -> tuple[TokenizedDataset, TokenizationStats]:
     return tokenize_dataset(
         rows,
@@ -176,19 +181,6 @@ def _cut_documents(
 ) -> TokenizedDataset:
     """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
     return dataset if rows.cut_windows is None else rows.cut_windows(dataset, data.max_seq_len, tokenizer, seed)
-
-
-def _split_test_rows(
-    rows: TokenizedDataset, hashes: np.ndarray, fraction: float
-) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """Return the rows to train on and those set aside for `slimtune eval`.
-
-    The text of a row decides, by its hash: rows with the same text stay together, and neither the seed nor the base
-    changes which rows are set aside.
-    """
-    count = round(len(rows) * fraction)
-    held_out = hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(rows), bool)
-    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
 def _split_validation_rows(rows: TokenizedDataset, count: int, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:

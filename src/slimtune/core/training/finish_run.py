@@ -14,7 +14,7 @@ from ..foundation.files import write_json
 from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_installed_versions
 from ..foundation.registry import Registry
-from .best_adapter import restore_best_adapter_within_budget
+from .best_adapter import load_best_adapter_within_forgetting_budget
 from .held_out_rows import count_held_out_rows
 from .oom_recovery import EVENT
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
@@ -69,7 +69,7 @@ def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
     run, prepared, state, model = loop.run_dir, loop.prepared, loop.state, loop.model
     data, base = prepared.data, prepared.base
     untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
-    kept = restore_best_adapter_within_budget(loop)
+    kept = load_best_adapter_within_forgetting_budget(loop)
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     if data.classes is not None:  # AutoModelForSequenceClassification needs the labels to make the head

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..adapters.adapter_strength import AdapterStrengthSetter
+from ..adapters.adapter_strength import AdapterTensorInterpolator
 from ..data.collator import Example
 from ..foundation.registry import Registry
 
@@ -23,14 +23,14 @@ BISECTIONS = 7
 """Halvings of the interval of strengths, so that the strength is known to 1/128."""
 
 
-class GeneralText(Protocol):
+class GeneralTextSource(Protocol):
     """Text that an adapter is not trained on, in a file (evaluation/general_text.py)."""
 
     def choose_rows(self, tokenizer: Any, model: Any) -> list[Example]:
         """Return a few rows of every kind of the text, each with its `kind`."""
 
 
-GENERAL_TEXTS: Registry[Callable[[Path | None], GeneralText]] = Registry("slimtune.general_texts", "general text")
+GENERAL_TEXTS: Registry[Callable[[Path | None], GeneralTextSource]] = Registry("slimtune.general_texts", "general text")
 """Functions that read a general text from a file; None: from the built-in one."""
 
 
@@ -42,13 +42,13 @@ def group_row_numbers_by_kind(rows: Sequence[Example]) -> dict[str, list[int]]:
     return kinds
 
 
-def max_loss_increase(tuned_losses: Mapping[str, float], base_losses: Mapping[str, float]) -> float:
+def max_loss_increase(tuned_by_kind: Mapping[str, float], base_by_kind: Mapping[str, float]) -> float:
     """Return how much the loss of the kind of text that is forgotten most is above the base's; NaN if one is NaN."""
-    return float(np.max([tuned_losses[kind] - base_losses[kind] for kind in base_losses]))
+    return float(np.max([tuned_by_kind[kind] - base_by_kind[kind] for kind in base_by_kind]))
 
 
-def set_strength_within_budget(
-    adapter_strength: AdapterStrengthSetter, measure_forgetting: Callable[[], float], budget: float
+def search_and_set_strength_within_budget(
+    adapter_strength: AdapterTensorInterpolator, measure_forgetting: Callable[[], float], budget: float
 ) -> tuple[float, list[tuple[float, float]]]:
     """Give an adapter the largest strength whose forgetting is inside the budget; return it and all that were tried.
 

@@ -20,8 +20,8 @@ from ..attention.attention_functions import (
     LAYOUT_KWARG,
     layout_unsupported_reason,
     make_placeholder_mask,
-    packed_attention_enabled,
     packing_unsupported_reason,
+    use_packed_attention,
 )
 from ..config.objective_registry import load_objective_class
 from ..config.schema import TrainSettings
@@ -35,7 +35,7 @@ from ..models.lm_head import (
     ModelInputs,
     get_classifier_head,
     get_hidden_states,
-    get_lm_head,
+    get_lm_head_with_scale_and_cap,
     require_matching_lm_head_loss,
 )
 from .objective import Objective, sum_targets_by_row
@@ -59,7 +59,7 @@ def make_collator(
         own = model.config.get_text_config().pad_token_id
         sizes["pooling_pad_id"] = -1 if own is None else own
         pad_token_id = pad_token_id if own is None else own
-    return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
+    return Collator(pad_token_id, packing, with_packed_layout=layout, share_prefix=share_prefix, **sizes)
 
 
 def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, longest: int) -> Collator:
@@ -97,12 +97,12 @@ def load_default_objective() -> Objective:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def compute_token_nll(model: Any, batch: Batch) -> Tensor:
+def compute_supervised_token_nll(model: Any, batch: Batch) -> Tensor:
     """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
-    If the batch has a `layout`, call this inside `packed_attention_enabled(model)`, and the backward pass, too.
+    If the batch has a `layout`, call this inside `use_packed_attention(model)`, and the backward pass, too.
     """
-    head, h = split_head_and_supervised_inputs(model, batch)
+    head, h = get_head_and_supervised_hidden_states(model, batch)
     if head is None:
         logits = h.to(torch.promote_types(h.dtype, torch.float32))
         return F.cross_entropy(logits, batch["targets"], reduction="none")
@@ -119,10 +119,10 @@ def _model_inputs(batch: Batch) -> ModelInputs:
     return inputs
 
 
-def split_head_and_supervised_inputs(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
+def get_head_and_supervised_hidden_states(model: Any, batch: Batch) -> tuple[LMHead | None, Tensor]:
     """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
     inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
-    head = get_lm_head(model)
+    head = get_lm_head_with_scale_and_cap(model)
     if head is None:
         return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["hidden_index"])
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
@@ -144,8 +144,8 @@ def compute_row_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def compute_token_nll_or_row_logits(model: Any, batch: Batch) -> Tensor:
-    """Return the inputs of the objective's loss: `compute_row_logits` of a classifier, else `compute_token_nll`."""
-    return compute_row_logits(model, batch) if "row_ends" in batch else compute_token_nll(model, batch)
+    """Return an objective's input: `compute_row_logits` of a classifier, else `compute_supervised_token_nll`."""
+    return compute_row_logits(model, batch) if "row_ends" in batch else compute_supervised_token_nll(model, batch)
 
 
 def compute_step_loss(model: Any, batch: Batch, num_items: Any = None, objective: Objective | None = None) -> Tensor:
@@ -201,31 +201,33 @@ def forward_backward(
 def score_examples_by_objective(
     model: Any, examples: Sequence[Example], collator: Collator, objective: Objective, **options: Any
 ) -> dict[int, list[float]]:
-    """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
+    """Return the objective's measures of each example, by its number; arguments: see `score_examples_by_number`."""
 
     def measure(batch: Batch) -> Tensor:
         return objective.score(compute_token_nll_or_row_logits(model, batch), batch)
 
-    return score_examples(model, examples, collator, measure, **options)
+    return score_examples_by_number(model, examples, collator, measure, **options)
 
 
-def score_row_logps_by_example(
+def score_row_logps_by_example_index(
     model: Any, examples: Sequence[Example], collator: Collator, **options: Any
 ) -> dict[int, list[float]]:
-    """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
+    """Return the summed log p of each row of each example, by its number; arguments: see `score_examples_by_number`."""
 
     def measure(batch: Batch) -> Sequence[Tensor]:
-        return (-sum_targets_by_row(compute_token_nll(model, batch).double(), batch)).split(batch["example_rows"])
+        return (-sum_targets_by_row(compute_supervised_token_nll(model, batch).double(), batch)).split(
+            batch["example_rows"]
+        )
 
-    return score_examples(model, examples, collator, measure, **options)
+    return score_examples_by_number(model, examples, collator, measure, **options)
 
 
 @torch.no_grad()
-def score_examples(
+def score_examples_by_number(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,
-    measure: Callable[[Batch], Tensor | Sequence[Tensor]],
+    measure_micro_batch: Callable[[Batch], Tensor | Sequence[Tensor]],
     *,
     divide_into_micro_batches: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
 ) -> dict[int, list[float]]:
@@ -235,21 +237,21 @@ def score_examples(
         model: the model.
         examples: tokenized examples, each with a supervised token.
         collator: makes the micro-batches.
-        measure: returns the measures of each example of a micro-batch [N, M].
+        measure_micro_batch: returns the measures of each example of a micro-batch [N, M].
         divide_into_micro_batches: may leave some examples to other processes; None: the collator divides them.
     """
     device, was_training = next(model.parameters()).device, model.training
     measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
     model.eval()
     try:
-        with packed_attention_enabled(model):
+        with use_packed_attention(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress(
                     [*(divide_into_micro_batches or collator.group_rows)(some)], "micro-batches of rows"
                 ):
                     batch = move_batch_to_device(collator([some[i] for i in group]), device)
-                    measured |= zip((start + i for i in group), measure(batch), strict=True)
+                    measured |= zip((start + i for i in group), measure_micro_batch(batch), strict=True)
     finally:
         model.train(was_training)
     return {i: values.tolist() for i, values in measured.items()}
@@ -295,7 +297,7 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
     row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
     batch = move_batch_to_device(collator([{"input_ids": row, "labels": row}]), device)
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
-    with preserve_rng_state(device), packed_attention_enabled(model), hooks:
+    with preserve_rng_state(device), use_packed_attention(model), hooks:
         loss = compute_step_loss(model.train(), batch)
     del loss
     model.train(was_training)

@@ -161,7 +161,7 @@ def shard_base_with_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> 
         fully_shard(module, mesh=mesh, ignored_params=unsharded)
 
 
-def compile_layers(model: Any) -> int:
+def compile_and_count_layers(model: Any) -> int:
     """Compile each layer of the backbone with torch.compile, in place; return how many.
 
     The first steps then take minutes. Attention by segment is not compiled, since it changes with each micro-batch.

@@ -36,13 +36,16 @@ def select_nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequenc
     return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
 
 
-def describe_nonfinite(quantity: str, value: float, lines: Sequence[int], rows: Sequence[Example], split: str) -> str:
+def describe_nonfinite(
+    quantity: str, value: float, bad_lines: Sequence[int], rows: Sequence[Example], split: str
+) -> str:
     """Say that something is NaN or Inf, and which of the rows have such a loss, or that none has."""
     is_value = f"{quantity} is {'NaN' if math.isnan(value) else 'Inf'}"
     every = sorted(row["line"] for row in rows)
-    if not lines:
+    if not bad_lines:
         return (
             f"{is_value}: each row alone has a finite loss; the {split} rows are those of {format_line_numbers(every)}"
         )
-    share = "every row" if len(lines) == len(every) else f"{len(lines)} of {len(every)} rows"
-    return f"{is_value}: the loss of {share} is NaN or Inf ({format_line_numbers(list(lines))} of the {split} rows)"
+    share = "every row" if len(bad_lines) == len(every) else f"{len(bad_lines)} of {len(every)} rows"
+    which = format_line_numbers(list(bad_lines))
+    return f"{is_value}: the loss of {share} is NaN or Inf ({which} of the {split} rows)"

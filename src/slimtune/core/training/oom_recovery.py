@@ -151,10 +151,7 @@ class OomRecovery:
         )
 
     def _try(
-        self,
-        work: Callable[[], T],
-        undo: Callable[[], Any] = lambda: None,
-        any_failed: Callable[[bool], bool] = bool,
+        self, work: Callable[[], T], undo: Callable[[], Any] = lambda: None, any_failed: Callable[[bool], bool] = bool
     ) -> tuple[T | None, _FailedTry | None]:
         """Return what `work` returns, or what is known of its running out of memory, of which then nothing is left."""
         result: T | None = None

@@ -19,31 +19,31 @@ from ..data.example_lengths import DatasetRowComposition, ExampleLength, count_t
 from ..foundation import distributed
 from ..foundation.device import count_peak_memory
 from ..foundation.registry import Registry
-from .adapted_model import load_adapted_base
+from .adapted_model import load_base_and_attach_adapter
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
 from .default_learning_rate import fill_in_learning_rate
 from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
-from .memory_savings import compile_layers
-from .prepared_run import MemoryPlan, PreparedRun
+from .memory_savings import compile_and_count_layers
+from .prepared_run import MemoryEstimate, PreparedRun
 from .progress_logger import ProgressLogger, require_installed_trackers, start_trackers
 from .resuming import (
-    create_locked_run_dir,
-    initialize_or_resume_training,
+    create_and_lock_run_dir,
+    initialize_or_resume_run_in_place,
     report_resume_and_delete_later_metrics,
-    resolve_starting_recipe,
+    resolve_recipe_and_lock_if_resuming,
 )
 from .run_description import log_run_description, log_step_composition
 from .run_dir import RunDir, RunLock
 
-Planner = Callable[[Recipe, Sequence[ExampleLength], DatasetRowComposition], MemoryPlan | None]
+Planner = Callable[[Recipe, Sequence[ExampleLength], DatasetRowComposition], MemoryEstimate | None]
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
 
 Raises if the run does not fit.
 """
 
-MEMORY_PROBES: Registry[Callable[[PreparedRun, MemoryPlan, int], None]] = Registry(
+MEMORY_PROBES: Registry[Callable[[PreparedRun, MemoryEstimate, int], None]] = Registry(
     "slimtune.memory_probes", "memory probe"
 )
 """Functions that run a part of a planned run, compare its memory with the plan, and write both into plan.json.
@@ -62,7 +62,7 @@ def prepare_run(
     resume: bool = False,
     init_adapter: Path | None = None,
     planner: Planner = plan_nothing,
-    force: bool = False,
+    allow_faulty_rows: bool = False,
     load_base: LoadBase = load_base_model,
 ) -> PreparedRun:
     """Return a run before its first step; the caller must leave it as a context manager, which unlocks its folder.
@@ -73,23 +73,23 @@ def prepare_run(
     run = RunDir(Path(recipe.output_dir))
     distributed.exit_on_sigterm_with_resume_hint(run.resume_command())
     with _release_on_error(RunLock(run)) as lock:
-        recipe, init_adapter = resolve_starting_recipe(run, recipe, lock, resume, init_adapter)
+        recipe, init_adapter = resolve_recipe_and_lock_if_resuming(run, recipe, lock, resume, init_adapter)
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)
-        data = load_training_datasets(recipe, force)
+        data = load_training_datasets(recipe, allow_faulty_rows)
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
         plan = distributed.runs_on_main(planner)(recipe, lengths, data.train.content)
 
-        base, model = load_adapted_base(recipe, data, init_adapter, load_base, force)
+        base, model = load_base_and_attach_adapter(recipe, data, init_adapter, load_base, allow_faulty_rows)
         loading_peak = count_peak_memory(base.device)
         has_own_rate = recipe.train.learning_rate != "auto"
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
         if not resume:
-            create_locked_run_dir(run, recipe, lock, data.data_reports, model if init_adapter is not None else None)
+            create_and_lock_run_dir(run, recipe, lock, data.data_reports, model if init_adapter is not None else None)
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
@@ -116,10 +116,11 @@ def prepare_run(
             )
             log_run_description(prepared, has_own_rate)
             prepared.objective.prepare_run(prepared)
-            initialize_or_resume_training(prepared, resume)
+            initialize_or_resume_run_in_place(prepared, resume)
             log_step_composition(prepared)
             if recipe.train.compile:
-                logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
+                compiled = compile_and_count_layers(model)
+                logger.say(f"{compiled} layers will be compiled when they first run, which takes a while")
             if plan is not None:
                 MEMORY_PROBES.load("longest")(prepared, plan, resident)
         if resume:

@@ -17,7 +17,7 @@ from ..data.step_sharding import DataParallelSharder
 from ..models.loader import LoadedBase
 from .checkpoint import TrainingState
 from .datasets import RunDatasets
-from .loss import score_row_logps_by_example
+from .loss import score_row_logps_by_example_index
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
 from .oom_recovery import OomRecovery, make_peer_failure_check
@@ -36,7 +36,7 @@ class BytesRange(Protocol):
     def high(self) -> float: ...
 
 
-class MemoryPlan(Protocol):
+class MemoryEstimate(Protocol):
     """What training takes from a plan, a dataclass: its memory on this device (planning/plan_result.py)."""
 
     @property
@@ -76,7 +76,7 @@ class PreparedRun:
         init_adapter: the adapter that the run started from, if there is one.
         start_seconds: time until the first step.
         state: what is done already; more than nothing if the run is resumed.
-        optimizer, scheduler: set by `initialize_or_resume_training` (resuming.py).
+        optimizer, scheduler: set by `initialize_or_resume_run_in_place` (resuming.py).
     """
 
     recipe: Recipe
@@ -88,7 +88,7 @@ class PreparedRun:
     model: Any
     objective: Objective
     collator: Collator
-    plan: MemoryPlan | None
+    plan: MemoryEstimate | None
     general_rows: Sequence[Example]
     loading_peak: int
     init_adapter: Path | None
@@ -132,17 +132,19 @@ class PreparedRun:
             self.device,
             self.logger,
             enable_checkpointing=(lambda: enable_activation_checkpointing(self.model)) if can_checkpoint else None,
-            planned_bytes=None if self.plan is None else get_planned_bytes_range(self.plan, self.device)[1],
+            planned_bytes=None if self.plan is None else get_planned_reserved_bytes_range(self.plan, self.device)[1],
             any_failed=make_peer_failure_check(self.model),
         )
 
     def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
         """Return the summed log p of each row of some examples, computed by all processes without gradient."""
         where = "the forward pass before a training step"
-        return score_across_processes(score_row_logps_by_example, where, self.model, rows, self.sharder, self.recovery)
+        return score_across_processes(
+            score_row_logps_by_example_index, where, self.model, rows, self.sharder, self.recovery
+        )
 
 
-def get_planned_bytes_range(plan: MemoryPlan, device: torch.device) -> tuple[int, int]:
+def get_planned_reserved_bytes_range(plan: MemoryEstimate, device: torch.device) -> tuple[int, int]:
     """Return the fewest and most planned bytes, as `count_peak_memory(reserved=True)` counts them."""
     need, runtime = plan.need_bytes, plan.runtime_bytes
     if device.type != "cuda":

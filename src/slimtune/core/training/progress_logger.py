@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ...errors import UsageError, format_names
 from ..config import Recipe
 from ..foundation import distributed
-from ..foundation.device import count_process_memory_bytes
+from ..foundation.device import get_allocated_or_resident_bytes
 from ..foundation.formatting import escape_control_characters, format_bytes, format_duration
 from .checkpoint import TrainingState
 from .run_dir import RunDir
@@ -88,7 +88,7 @@ class ProgressLogger:
         self.last_loss = values.get("train_loss", self.last_loss)
         progress = {"step": state.step, "epoch": state.epoch}
         speed = {"trained_tokens": state.trained_tokens, "tokens_per_second": state.tokens_per_second}
-        self.record({**progress, **values, **speed, "memory_bytes": count_process_memory_bytes(self.device)})
+        self.record({**progress, **values, **speed, "memory_bytes": get_allocated_or_resident_bytes(self.device)})
         for tracker in self.trackers:
             named = {TRACKER_NAMES.get(k, f"eval/{k}"): v for k, v in {**values, "epoch": state.epoch}.items()}
             tracker.log(named, step=state.step)
@@ -108,7 +108,7 @@ class ProgressLogger:
         loss = f"loss {self.last_loss:.3f} · " if self.last_loss is not None else ""
         line = (
             f"step {state.step}/{state.max_steps} · {loss}lr {learning_rate:.1e} · "
-            f"{state.tokens_per_second:.0f} tok/s · {format_bytes(count_process_memory_bytes(self.device))} · "
+            f"{state.tokens_per_second:.0f} tok/s · {format_bytes(get_allocated_or_resident_bytes(self.device))} · "
             f"{format_duration(seconds_per_step * (state.max_steps - state.step))} left"
         )
         if self.live:

@@ -27,8 +27,8 @@ from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
 
 
-def resolve_starting_recipe(
-    run: RunDir, recipe: Recipe, lock: RunLock, resume: bool, init_adapter: Path | None
+def resolve_recipe_and_lock_if_resuming(
+    run: RunDir, recipe: Recipe, run_lock: RunLock, resume: bool, init_adapter: Path | None
 ) -> tuple[Recipe, Path | None]:
     """Return the recipe, and the adapter to start from, that a run trains with.
 
@@ -36,7 +36,7 @@ def resolve_starting_recipe(
     from brings its method's settings.
     """
     if resume:
-        recipe = _prepare_resume(run, recipe, lock)
+        recipe = _prepare_resume(run, recipe, run_lock)
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
@@ -92,21 +92,21 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 
 @distributed.runs_on_main
-def create_locked_run_dir(
-    run: RunDir, recipe: Recipe, lock: RunLock, data_reports: Mapping[str, RowFindingsSummary | None], init_model: Any
+def create_and_lock_run_dir(
+    run: RunDir, recipe: Recipe, lock: RunLock, data: Mapping[str, RowFindingsSummary | None], init_adapter_model: Any
 ) -> None:
-    """Create the run folder and lock it, with the data reports and the adapter of `init_model`, if there is one."""
+    """Create and lock the run folder, with the reports on `data` and the adapter of `init_adapter_model`, if given."""
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
-        if init_model is not None:
-            adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
-        write_json(run.data_file, data_reports)
+        if init_adapter_model is not None:
+            adapter_files.save_adapter(init_adapter_model, run.path / INIT_ADAPTER, "default")
+        write_json(run.data_file, data)
 
     RunDir.create(run.path, recipe, write_start)
 
 
-def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
+def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> None:
     """Seed the random numbers, and build the run's optimizer and schedule.
 
     When resuming, all of them, the adapter and the state are then those of the newest undamaged checkpoint; without a
@@ -124,7 +124,7 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
         find_newest = distributed.runs_on_main(checkpoint.find_newest_undamaged_checkpoint)
         newest = find_newest(run.checkpoints, prepared.logger.say)
     if newest is not None:  # before the optimizer is built: loading may replace parameters
-        load_checkpoint_adapter(prepared.model, newest)
+        load_checkpoint_adapter_weights(prepared.model, newest)
         checkpoint.load_method_state(newest, prepared.model)
     for config in prepared.model.peft_config.values():
         config.on_train_begin(max_steps)
@@ -144,9 +144,9 @@ def initialize_or_resume_training(prepared: PreparedRun, resume: bool) -> None:
             checkpoint.delete_old_checkpoints(run.checkpoints, keep, state.best_steps)
 
 
-def load_checkpoint_adapter(model: Any, folder: Path) -> None:
+def load_checkpoint_adapter_weights(model: Any, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model."""
-    tensors, _ = adapter_files.read_adapter_and_fingerprint(folder)
+    tensors, _ = adapter_files.read_adapter_tensors_and_base_fingerprint(folder)
     load_adapter_tensors(model, "default", tensors, source=str(folder))
 
 
@@ -162,7 +162,7 @@ def _restore_state(prepared: PreparedRun, folder: Path) -> None:
     forgetting = [(step, change) for step, change in values["forgetting"]]
     prepared.state = TrainingState(**{**values, "validation_losses": losses, "forgetting": forgetting})
     prepared.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
-    checkpoint.load_rng_state(folder)
+    checkpoint.restore_rng_state(folder)
 
 
 @distributed.runs_on_main

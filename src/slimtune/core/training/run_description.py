@@ -84,7 +84,7 @@ def log_step_composition(prepared: PreparedRun) -> None:
         say(f"rows are not packed: {reason}")
     collator, report = prepared.collator, prepared.data.data_reports["train"]
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
-    if not collator.layout:
+    if not collator.with_packed_layout:
         say(f"rows are {'packed' if collator.packing else 'padded'}, {limit}")
         return
     saved = report.saved_share if report is not None and collator.share_prefix else 0.0

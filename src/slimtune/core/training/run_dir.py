@@ -28,7 +28,7 @@ from ...errors import RunError, UsageError, format_names, suggest
 from ..config import Recipe, load_recipe
 from ..foundation.files import (
     parse_json,
-    read_json,
+    read_json_object,
     refuse_non_regular_file,
     require_writable,
     to_json,
@@ -147,10 +147,6 @@ class RunDir:
         """Return the recipe of the run, with `output_dir` set to where the folder is now."""
         return load_recipe(self.recipe_file, {"output_dir": str(self.path)})
 
-    def write_plan(self, plan: Any, probe: Mapping[str, Any]) -> None:
-        """Write what was planned (a dataclass), and what the probe of memory found beside it."""
-        write_json(self.plan_file, {"plan": plan, "probe": probe})
-
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
         line = to_json(values).encode() + b"\n"
@@ -218,7 +214,7 @@ class RunLock:
 
     def _describe_writer(self) -> str:
         try:
-            writer: dict[str, Any] = read_json(self._writer)
+            writer: dict[str, Any] = read_json_object(self._writer)
         except RunError:
             return "another process"
         return f"process {writer.get('process')} on {writer.get('host')} (since {writer.get('started')})"

@@ -19,7 +19,7 @@ def train(
     resume: bool = False,
     init_adapter: Path | None = None,
     planner: Planner = plan_nothing,
-    force: bool = False,
+    allow_faulty_rows: bool = False,
 ) -> TrainResult:
     """Run a recipe; return what `slimtune train --json` prints.
 
@@ -28,7 +28,7 @@ def train(
         resume: continue from the newest undamaged checkpoint in the run folder; from the beginning if there is none.
         init_adapter: a run or an adapter folder; start from this adapter's weights.
         planner: called before the base is loaded; training keeps to the plan's micro-batch size.
-        force: train on data even if its validation finds faults.
+        allow_faulty_rows: train on data even if its validation finds faults.
 
     Raises:
         UsageError: the recipe cannot be carried out; nothing was written.
@@ -37,8 +37,10 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was written.
         Terminated: SIGTERM or SIGHUP; a checkpoint was written.
     """
-    created_group = distributed.init_distributed()
-    with prepare_run(recipe, resume=resume, init_adapter=init_adapter, planner=planner, force=force) as prepared:
+    created_group = distributed.create_process_group_if_needed()
+    with prepare_run(
+        recipe, resume=resume, init_adapter=init_adapter, planner=planner, allow_faulty_rows=allow_faulty_rows
+    ) as prepared:
         loop = TrainingLoop(prepared)
         loop.run()
         result = save_final_results(loop)

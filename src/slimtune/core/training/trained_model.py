@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError, RunError, UsageError, format_names
-from ..adapters.adapter_files import read_adapter_and_fingerprint
+from ..adapters.adapter_files import read_adapter_tensors_and_base_fingerprint
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
 from ..data.class_labels import ClassLabels
 from ..foundation.dtype_names import dtype_name
-from ..foundation.files import read_json
+from ..foundation.files import read_json_object
 from ..foundation.remote_code import allow_remote_code
 from ..models.loader import LoadedBase, load_base
 from ..models.model_source import ModelSource, resolve_model_source
@@ -27,7 +27,7 @@ class TrainedModel:
 
     model: PeftModel
     base: LoadedBase
-    adapter: Path
+    adapter_folder: Path
     recipe: Recipe | None
     classes: ClassLabels | None = None  # of a sequence classifier
     adapter_name: str = "default"
@@ -39,7 +39,7 @@ def load_run(
     dtype: str | None = None,
     device: str | None = None,
     quantization: str | None = None,
-    unpack: bool = False,
+    dequantize: bool = False,
     trust_remote_code: bool = False,
 ) -> TrainedModel:
     """Load a run's adapter, or a bare adapter folder, on its base.
@@ -49,11 +49,11 @@ def load_run(
         dtype: dtype of the base's weights; None: that of the run (for an adapter folder "auto").
         device: the device; None: that of the run (for an adapter folder "auto").
         quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
-        unpack: dequantize the base.
+        dequantize: dequantize the base.
         trust_remote_code: run the base's own Python code; what the run's recipe says does not count.
     """
     with allow_remote_code(trust_remote_code):
-        return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
+        return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, dequantize)
 
 
 def resolve_trained_base(run: Path) -> ModelSource:
@@ -77,8 +77,8 @@ def require_causal_lm_run(run: str | Path) -> None:
 def _read_class_labels(folder: Path) -> ClassLabels:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
-        return ClassLabels.from_config(read_json(folder / CONFIG_FILE))
-    tensors, _ = read_adapter_and_fingerprint(folder)
+        return ClassLabels.from_config(read_json_object(folder / CONFIG_FILE))
+    tensors, _ = read_adapter_tensors_and_base_fingerprint(folder)
     heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
     if not heads:
         raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")
@@ -89,7 +89,7 @@ def _read_class_labels(folder: Path) -> ClassLabels:
 def require_base_weights_of_run(run: RunDir, base: LoadedBase) -> None:
     """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
     try:
-        result = read_json(run.result_file)
+        result = read_json_object(run.result_file)
     except RunError:  # not there, or damaged: other commands say so
         return
     trained, dtype = result.get("base_weights"), dtype_name(base.dtype)
@@ -105,7 +105,7 @@ def require_base_weights_of_run(run: RunDir, base: LoadedBase) -> None:
         )
 
 
-def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> TrainedModel:
+def _load_run(path: Path, changes: dict[str, str | None], dequantize: bool) -> TrainedModel:
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
@@ -129,7 +129,7 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
         )
     if recipe is not None:
         require_base_weights_of_run(RunDir(path), base)
-    if unpack and base.quantization is not None:
+    if dequantize and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)
     return TrainedModel(model, base, folder, recipe, classes)

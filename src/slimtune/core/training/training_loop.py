@@ -26,7 +26,7 @@ from torch import Tensor
 from ...errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..adapters import adapter_files
 from ..adapters.peft_model import find_modules_without_gradient
-from ..attention.attention_functions import packed_attention_enabled
+from ..attention.attention_functions import use_packed_attention
 from ..data.collator import Example
 from ..foundation import distributed
 from ..foundation.files import to_json, translate_os_errors, write_atomic
@@ -36,7 +36,7 @@ from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from .loss import forward_backward, load_default_objective, move_batch_to_device, score_examples_by_objective
 from .objective import Objective
 from .prepared_run import PreparedRun
-from .thread_count import ThreadCountTuner
+from .thread_count import AdaptiveThreadCountTuner
 from .validation_scores import score_across_processes
 
 REPEATED_CTRL_C_SECONDS = 2.0
@@ -93,7 +93,7 @@ class TrainingLoop:
         self.unlogged_steps = self.state.unlogged_steps
         # A thread that waits for a GPU, or for other processes, says nothing about the cores.
         alone_on_cpu = self.device.type == "cpu" and self.processes == 1
-        self.thread_count = ThreadCountTuner(self.logger.say) if alone_on_cpu else None
+        self.thread_count = AdaptiveThreadCountTuner(self.logger.say) if alone_on_cpu else None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class TrainingLoop:
         So several loops of one process can take turns. Signals are theirs to handle.
         """
         self.model.train()
-        with packed_attention_enabled(self.model), self.logger.track_training(self.state):
+        with use_packed_attention(self.model), self.logger.track_training(self.state):
             if self.thread_count is not None and self.state.threads is not None:
                 self.thread_count.start_with(self.state.threads)
             try:

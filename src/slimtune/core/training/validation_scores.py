@@ -28,7 +28,7 @@ def score_across_processes(
     """Return the scores of all rows, in their order, in every process.
 
     Args:
-        score_rows: `score_row_logps_by_example`, or another function with its arguments.
+        score_rows: `score_row_logps_by_example_index`, or another function with its arguments.
         label: what is done, for messages about memory.
         model: the model.
         rows: the examples, the same in every process.

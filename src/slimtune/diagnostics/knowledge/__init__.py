@@ -61,7 +61,7 @@ def _read_texts(lines: str) -> list[str]:
     return [json.loads(line[line.index('"') :]) for line in lines.splitlines() if '"' in line]
 
 
-def match_error_code(text: str, default: str) -> str:
+def infer_error_code(text: str, default: str) -> str:
     """Return the code of the page whose patterns fit an error's text best; `default` if none fits."""
     scores = {page.code: _score_patterns(text, page.patterns) for page in load_error_pages().values()}
     best = max(scores, key=lambda code: scores[code])

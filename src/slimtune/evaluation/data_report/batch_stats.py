@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ...core.data.chat_template import TokenizedRow, compile_alternatives_pattern, find_possible_turn_end_ids
-from ...core.data.rows import Row, split_into_one_row_per_answer
+from ...core.data.chat_template import TokenizedRow, compile_alternatives_pattern, list_special_and_added_token_ids
+from ...core.data.rows import Row, split_preference_into_rows
 from ...core.data.tokenize import PairedRow
 from ...core.foundation.chat_rendering import render_chat_template
 from ...core.foundation.sequences import find_shared_prefix
-from .near_duplicates import Array, compute_minhash_signatures, find_common_trigram_hashes, hash_normalized_texts
+from .near_duplicates import (
+    Array,
+    compute_minhash_and_comparable_mask,
+    find_common_trigram_hashes,
+    hash_whitespace_normalized_texts,
+)
 from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_encoding_issues, is_placeholder_answer
 
 SAMPLES = 3
@@ -34,7 +39,7 @@ first."""
 class RowBatchStats:
     """Statistics of the rows of a batch that have tokens, in order."""
 
-    rows: Array  # `ROW_STATS` [N]
+    row_stats: Array  # `ROW_STATS` [N]
     minhash_signatures: Array  # uint8 [J, 128], of the comparable rows
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
@@ -42,7 +47,7 @@ class RowBatchStats:
     thinking: list[int]  # turns that think, as `messages.count_thinking_turns_by_use` counts them
 
 
-class RowBatchValidator:
+class TokenizedRowBatchValidator:
     """Validates batches of rows for a tokenizer; it is sent to other processes.
 
     `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
@@ -51,13 +56,13 @@ class RowBatchValidator:
     def __init__(self, tokenizer: Any, max_seq_len: int) -> None:
         self.max_seq_len = max_seq_len
         self.control_tokens = compile_alternatives_pattern(_control_tokens(tokenizer))
-        self.end_ids, self.bos_id = find_possible_turn_end_ids(tokenizer), tokenizer.bos_token_id
+        self.end_ids, self.bos_id = list_special_and_added_token_ids(tokenizer), tokenizer.bos_token_id
         self.common_trigrams: Array | None = None
 
     def __call__(self, pairs: Sequence[PairedRow]) -> RowBatchStats:
         # Of a preference pair or a ranked list the best row is looked at, and the text of the others.
         valid = [(row, tokens) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
-        found = [(split_into_one_row_per_answer(row)[0], tokens.split()[0]) for row, tokens in valid]
+        found = [(split_preference_into_rows(row)[0], tokens.split()[0]) for row, tokens in valid]
         longest = [max(tokens.row_lengths or (len(tokens.input_ids),)) for _, tokens in valid]
         rejected = [_get_rejected_texts(row) for row, _ in valid]
         worst = [_get_worst_answer(row, tokens) for row, tokens in valid]
@@ -74,12 +79,12 @@ class RowBatchValidator:
                 prompt, answer, words = [*prompt, answer], str(row.is_good), 1
                 texts = [*texts, ("label", answer)]
             hashes = (
-                hash_normalized_texts(*(part for text in texts for part in text)),
-                hash_normalized_texts(*prompt) if prompt else 0,
+                hash_whitespace_normalized_texts(*(part for text in texts for part in text)),
+                hash_whitespace_normalized_texts(*prompt) if prompt else 0,
                 _hash_answer(answer),
             )
             rows[i] = row.line, longest[i], hashes, words, False, *worst[i]
-        signatures, rows["comparable"] = compute_minhash_signatures(
+        signatures, rows["comparable"] = compute_minhash_and_comparable_mask(
             ids, [t.supervised for _, t in found], self.common_trigrams
         )
         return RowBatchStats(
@@ -88,7 +93,8 @@ class RowBatchValidator:
             issues,
             find_shared_prefix(ids) if ids else None,
             [(row.line, tokens) for row, tokens in found[:SAMPLES]],
-            [sum(counts) for counts in zip(*(tokens.thinking for _, tokens in found), strict=True)] or [0, 0, 0],
+            [sum(counts) for counts in zip(*(tokens.thinking_turn_counts for _, tokens in found), strict=True)]
+            or [0, 0, 0],
         )
 
     def _find_issues(
@@ -130,12 +136,12 @@ def _control_tokens(tokenizer: Any) -> set[str]:
 
 
 def _hash_answer(answer: str) -> int:
-    return hash_normalized_texts(answer.casefold().rstrip(" .!")) if answer else 0
+    return hash_whitespace_normalized_texts(answer.casefold().rstrip(" .!")) if answer else 0
 
 
 def _get_worst_answer(row: Row, tokens: TokenizedRow) -> tuple[int, tuple[int, int]]:
     """Return `worst` and `answer_tokens` of a pair or a list; zeros for another row."""
-    answers, rows = split_into_one_row_per_answer(row), tokens.split()
+    answers, rows = split_preference_into_rows(row), tokens.split()
     if len(answers) == 1:
         return 0, (0, 0)
     counts = sum(rows[0].supervised[1:]), sum(rows[-1].supervised[1:])

@@ -118,7 +118,7 @@ class SharedPrefix:
 
 
 @dataclass(frozen=True)
-class PackingSavings:
+class SharedPrefixSavings:
     """What an epoch computes when the rows of a step are packed."""
 
     packed_tokens: int
@@ -215,7 +215,7 @@ class DataReport:
     """Turns that think before they answer."""
     shared_prefix: SharedPrefix
     """What all rows begin with."""
-    packing: PackingSavings
+    packing: SharedPrefixSavings
     """What an epoch computes."""
     issues: list[DataIssue]
     """What may spoil a run, errors first."""

@@ -39,7 +39,7 @@ _CHUNK = 65_536
 """Pairs of signatures that are compared at once."""
 
 
-def hash_normalized_texts(*texts: str) -> int:
+def hash_whitespace_normalized_texts(*texts: str) -> int:
     """Return a 64-bit hash of texts; white space and Unicode's spelling of a character do not count."""
     normal = "\0".join(" ".join(text.split()) for text in texts)
     normal = normal if normal.isascii() else unicodedata.normalize("NFC", normal)
@@ -78,20 +78,25 @@ def find_common_trigram_hashes(rows: list[list[int]]) -> Array:
     return values[counts > (max(COMMON_SHARE * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1))]
 
 
-def compute_minhash_signatures(
-    rows: list[list[int]], supervised: list[list[bool]], common: Array
+def compute_minhash_and_comparable_mask(
+    rows: list[list[int]], supervised: list[list[bool]], common_trigram_hashes: Array
 ) -> tuple[Array, Array]:
     """Return the MinHash signatures of token ids, uint8 [N, 128], and which rows can be compared, bool [N].
 
-    `common` are the sorted hashes of trigrams that do not count.
+    `common_trigram_hashes` are the sorted hashes of trigrams that do not count.
     """
     signatures = np.zeros((len(rows), 2 * HASHES), dtype=np.uint8)
     hashes, starts = _hash_trigrams(rows)
     if not len(hashes):
         return signatures, np.zeros(len(rows), dtype=bool)
     counted = np.ones(len(hashes), dtype=bool)
-    if len(common):
-        counted = common[np.minimum(np.searchsorted(common, hashes), len(common) - 1)] != hashes
+    if len(common_trigram_hashes):
+        counted = (
+            common_trigram_hashes[
+                np.minimum(np.searchsorted(common_trigram_hashes, hashes), len(common_trigram_hashes) - 1)
+            ]
+            != hashes
+        )
     masks = [np.array(row, dtype=bool) for row in supervised]
     in_answer = counted & np.concatenate([m[:-2] & m[1:-1] & m[2:] for m in masks])
     totals = np.concatenate([[0], np.cumsum(in_answer)])
@@ -149,7 +154,7 @@ def _jaccard(equal: Array) -> Array:
     return (equal.mean(axis=1, dtype=np.float32) - chance) / (1 - chance)
 
 
-def find_repeat_positions(values: Array) -> tuple[Array, Array]:
+def find_repeat_and_first_positions(values: Array) -> tuple[Array, Array]:
     """Return the positions of values that occurred before, and where each occurred first: int64 [R] twice."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(values)))

@@ -15,8 +15,8 @@ from ...core.foundation.cpu import count_usable_cpus
 from ...errors import suggest
 from ...extras.row_files import RowFileReader, open_rows
 from ...extras.row_formats.classification import sort_class_names
-from ...extras.row_formats.documents import measure_document_windows
-from .batch_stats import RowBatchValidator
+from ...extras.row_formats.documents import count_windows_and_first_window_tokens
+from .batch_stats import TokenizedRowBatchValidator
 from .data_report import (
     DataIssue,
     DataReport,
@@ -24,15 +24,15 @@ from .data_report import (
     InvalidRowNote,
     LengthStatistics,
     OverlongRows,
-    PackingSavings,
     SamplePiece,
     SampleRow,
     SharedPrefix,
+    SharedPrefixSavings,
     ThinkingTurnCounts,
     UnusedColumnCount,
 )
 from .near_duplicates import Array
-from .row_checks import find_data_issues, measure_longer_chosen_share
+from .row_checks import count_pairs_by_longer_answer, find_data_issues
 from .row_facts import AffectedRows, RowFacts, RowFactsCollector
 
 SAMPLE_CHARACTERS = 1500
@@ -43,7 +43,7 @@ def make_data_report(
     path: str | Path,
     tokenizer: Any,
     *,
-    model: str | None,
+    model_name: str | None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
@@ -58,7 +58,7 @@ def make_data_report(
 
     Args:
         path, format, columns, ignore_columns: see `open_rows`.
-        tokenizer, model: of the base that will read the rows, and its name; None: only rows and columns are counted.
+        tokenizer, model_name: of the base that will read the rows; None: only rows and columns are counted.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
@@ -80,7 +80,7 @@ def make_data_report(
     files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     builder = read(files[0])
     other = None if validation is None else (str(validation), read(files[1], builder))
-    return builder.finish(file=path, model=model, validation=other)
+    return builder.finish(file=path, model=model_name, validation=other)
 
 
 class DataReportBuilder:
@@ -101,7 +101,7 @@ class DataReportBuilder:
     ) -> None:
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
-        self.measure_batch = None if tokenizer is None else RowBatchValidator(tokenizer, max_seq_len)
+        self.measure_batch = None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len)
         if self.measure_batch is not None and compared_with is not None and compared_with.measure_batch is not None:
             self.measure_batch.common_trigrams = compared_with.measure_batch.common_trigrams
         special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if source.format == "document" else None
@@ -122,7 +122,7 @@ class DataReportBuilder:
     def kept_hashes(self) -> Array:
         """Return the hash of the text of each row that training keeps, uint64 [N]."""
         rows, facts = self.facts.rows, self.facts
-        is_any_length_kept = facts.special_tokens is not None or facts.on_overlong == "truncate"
+        is_any_length_kept = facts.special_tokens_per_document is not None or facts.on_overlong == "truncate"
         return rows["hashes"][(rows["length"] <= facts.stats.max_seq_len) | is_any_length_kept, 0]
 
     def finish(
@@ -139,13 +139,15 @@ class DataReportBuilder:
             model=model,
             rows=stats.rows,
             columns=source.columns,
-            unused_columns=[UnusedColumnCount(c.name, c.rows, bool(c.loss)) for c in source.unused_columns],
+            unused_columns=[
+                UnusedColumnCount(c.name, c.rows, bool(c.effect_of_missing)) for c in source.unused_columns
+            ],
             ignored_columns=[c for c in source.ignored_columns if c not in source.missing_ignored_columns],
             notes=describe_row_treatment(facts, None if self.tokenizer is None else self.tokenizer.eos_token),
             invalid_rows=[InvalidRowNote(row.line, row.cause, row.code) for row in facts.invalid],
             invalid_count=facts.invalid_count,
             classes={name: facts.labels[name].count for name in sort_class_names(facts.labels)},
-            pairs=measure_longer_chosen_share(facts),
+            pairs=count_pairs_by_longer_answer(facts),
             tokens=stats.tokens,
             supervised_tokens=stats.supervised_tokens,
             supervised_share=stats.supervised_tokens / stats.tokens if stats.tokens else 0.0,
@@ -155,7 +157,9 @@ class DataReportBuilder:
             windows=windows,
             thinking=ThinkingTurnCounts(*self.facts.thinking),
             shared_prefix=SharedPrefix(len(prefix), self._decode(prefix)[:SAMPLE_CHARACTERS]),
-            packing=PackingSavings(packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0),
+            packing=SharedPrefixSavings(
+                packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0
+            ),
             issues=issues,
             samples=[self._show_sample(line, row.input_ids, row.supervised) for line, row in self.facts.samples],
             verdict=self._give_verdict(issues),
@@ -169,11 +173,13 @@ class DataReportBuilder:
 
     def _count_windows(self, facts: RowFacts) -> tuple[int | None, int]:
         """Return the windows of documents in an epoch, None for other rows, and the tokens that an epoch computes."""
-        special = self.facts.special_tokens
+        special = self.facts.special_tokens_per_document
         if special is None or self.tokenizer is None:
             return None, self.facts.packed_tokens
         lengths = facts.stats_by_row["length"]
-        windows = int(measure_document_windows(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum())
+        windows = int(
+            count_windows_and_first_window_tokens(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum()
+        )
         # A window inside a document begins with tokens that it does not learn.
         return windows, facts.stats.tokens + (windows - len(lengths)) * special
 

@@ -21,7 +21,7 @@ from .near_duplicates import (
     THRESHOLD,
     Array,
     combine_three_hashes,
-    find_repeat_positions,
+    find_repeat_and_first_positions,
     match_minhash_signatures,
 )
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
@@ -129,11 +129,11 @@ def find_data_issues(facts: RowFacts) -> list[DataIssue]:
     found = dict(facts.groups)
     found |= {finding.code: finding.rows for check in CHECKS for finding in check(facts)}
     codes = [*sorted(found.keys() - FINDING_TYPES), *(code for code in FINDING_TYPES if code in found)]
-    issues = [rate_finding(RowFinding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
+    issues = [make_data_issue(RowFinding(code, found[code]), facts.stats.rows, facts.on_overlong) for code in codes]
     return sorted(issues, key=lambda issue: issue.severity)
 
 
-def rate_finding(finding: RowFinding, file_row_count: int, on_overlong: str = "drop") -> DataIssue:
+def make_data_issue(finding: RowFinding, file_row_count: int, on_overlong: str = "drop") -> DataIssue:
     """Return a finding with its severity, by its share of the file's rows."""
     (code, group), kind = finding, FINDING_TYPES.get(finding.code, INVALID_ROW)
     refused = code == "too-long" and on_overlong == "error"
@@ -192,7 +192,7 @@ def _check_lengths(facts: RowFacts) -> Iterator[RowFinding]:
 def _check_duplicates(facts: RowFacts) -> Iterator[RowFinding]:
     """Rows repeat an earlier row, or nearly."""
     lines, texts = facts.stats_by_row["line"], facts.stats_by_row["hashes"][:, 0]
-    repeated, first = find_repeat_positions(texts)
+    repeated, first = find_repeat_and_first_positions(texts)
     yield from _make_pair_finding("duplicate", lines[repeated], lines[first])
     near, match = (facts.comparable_rows[rows] for rows in match_minhash_signatures(facts.signatures))
     new = ~np.isin(near, repeated)
@@ -206,7 +206,7 @@ def _check_contradictions(facts: RowFacts) -> Iterator[RowFinding]:
     if facts.source.format in PAIR_FORMATS:
         return
     lines, words, (_, prompts, answers) = rows["line"], rows["words"], rows["hashes"].T
-    again, before = find_repeat_positions(prompts)
+    again, before = find_repeat_and_first_positions(prompts)
     other = (answers[again] != answers[before]) & (prompts[again] != 0)
     other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
     code = "contradictory-label" if _is_labelled(facts) else "contradiction"
@@ -260,7 +260,7 @@ def _check_contradictory_pairs(facts: RowFacts) -> Iterator[RowFinding]:
 
 def _check_answer_lengths(facts: RowFacts) -> Iterator[RowFinding]:
     """The better answer of most pairs is the longer one, or the shorter one: a model may learn the length alone."""
-    if (pairs := measure_longer_chosen_share(facts)) is None:
+    if (pairs := count_pairs_by_longer_answer(facts)) is None:
         return
     decided, (low, high) = pairs.better_longer + pairs.better_shorter, pairs.longer_share_ci95
     difference = facts.stats_by_row["answer_tokens"] @ [1, -1]
@@ -274,7 +274,7 @@ def _check_answer_lengths(facts: RowFacts) -> Iterator[RowFinding]:
             yield from _make_finding("length-leak", facts.stats_by_row["line"][part], f"{of_all}, {interval}")
 
 
-def measure_longer_chosen_share(facts: RowFacts) -> PairLengthCounts | None:
+def count_pairs_by_longer_answer(facts: RowFacts) -> PairLengthCounts | None:
     """Return how often the better answer is the longer one; None: the rows are no pairs, or have no tokens."""
     rows = facts.stats_by_row
     if facts.source.format not in PAIR_FORMATS or not len(rows):

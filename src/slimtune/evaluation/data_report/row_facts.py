@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...core.data.chat_template import TokenizedRow
-from ...core.data.packing import pack_sequences
+from ...core.data.packing import pack_into_one_sequence
 from ...core.data.rows import InvalidRow
 from ...core.data.tokenize import TokenizationStats, TokenizedBatch
 from ...core.foundation.sequences import find_shared_prefix
@@ -72,10 +72,15 @@ class RowFactsCollector:
     """
 
     def __init__(
-        self, source: RowFileReader, max_seq_len: int, on_overlong: str, rows_per_step: int, special_tokens: int | None
+        self,
+        source: RowFileReader,
+        max_seq_len: int,
+        on_overlong: str,
+        rows_per_step: int,
+        special_tokens_per_document: int | None,
     ) -> None:
         self.source, self.on_overlong, self.rows_per_step = source, on_overlong, rows_per_step
-        self.special_tokens = special_tokens
+        self.special_tokens_per_document = special_tokens_per_document
         self.stats = TokenizationStats(max_seq_len)
         self.groups: dict[str, AffectedRows] = {}
         self.invalid_count = self.packed_tokens = 0
@@ -98,8 +103,8 @@ class RowFactsCollector:
             self.add_group(code, [line], example)
         self.add_group("no-supervised-token", batch.unsupervised)
         self.add_group("too-long", batch.overlong)
-        if self.special_tokens is not None:
-            short = batch.lines[batch.lengths < self.special_tokens + 2]
+        if self.special_tokens_per_document is not None:
+            short = batch.lines[batch.lengths < self.special_tokens_per_document + 2]
             self.add_group("short-document", short, self.source.find_file(int(short[0])) if len(short) else "")
         else:
             self.packed_tokens += _count_packed_tokens(batch, self.rows_per_step)
@@ -107,7 +112,7 @@ class RowFactsCollector:
             self.prefix = found.prefix if self.prefix is None else find_shared_prefix([self.prefix, found.prefix])
         self.thinking = [a + b for a, b in zip(self.thinking, found.thinking, strict=True)]
         self.samples += found.samples[: SAMPLES - len(self.samples)]
-        self._rows += found.rows.tobytes()
+        self._rows += found.row_stats.tobytes()
         self._signatures += found.minhash_signatures.tobytes()
 
     def add_invalid(self, rows: Sequence[InvalidRow]) -> None:
@@ -159,5 +164,5 @@ def _count_packed_tokens(batch: TokenizedBatch, rows_per_step: int) -> int:
     total = 0
     for at in range(0, len(examples), rows_per_step):
         count = sum(map(len, examples[at : at + rows_per_step]))
-        total += len(pack_sequences([next(left).tolist() for _ in range(count)]).tokens)
+        total += len(pack_into_one_sequence([next(left).tolist() for _ in range(count)]).tokens)
     return total

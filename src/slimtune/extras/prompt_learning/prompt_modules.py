@@ -74,7 +74,7 @@ class VirtualTokenModule(BackboneAdapterModule):
 
     def __init__(self, site: AdapterSite, task_type: str | None) -> None:
         super().__init__(task_type)
-        found = find_backbones(site.model)
+        found = find_backbone_names(site.model)
         self.causal = found.causal
         pooled = not found.causal and _pools_first_position(site.model, task_type)
         self.keeps_positions = found.decoder is not None or pooled
@@ -234,7 +234,7 @@ class _Backbones(NamedTuple):
     causal: bool
 
 
-def find_backbones(model: Any) -> _Backbones:
+def find_backbone_names(model: Any) -> _Backbones:
     """Return the modules that map token embeddings to hidden states: the innermost that take ids, them and a mask.
 
     A head may call a part of its backbone: `OPTForCausalLM` calls `model.decoder`, past `model`. Since each module
@@ -298,19 +298,19 @@ def find_backbone_name(model: Any) -> str:
     return name if name in model._modules else ""
 
 
-def tokenize_prompt_text(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
+def tokenize_prompt_text(text: str, tokenizer_name: str, tokenizer_kwargs: dict[str, Any] | None) -> list[int]:
     """Return the token ids of a text, special tokens included, with the tokenizer of a name or folder."""
     try:
-        ids: list[int] = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))(text)["input_ids"]
+        ids: list[int] = AutoTokenizer.from_pretrained(tokenizer_name, **(tokenizer_kwargs or {}))(text)["input_ids"]
     except (OSError, ValueError) as e:
-        message = f"tokenizer_name_or_path {tokenizer!r} cannot be loaded: {str(e).splitlines()[0]}"
+        message = f"tokenizer_name_or_path {tokenizer_name!r} cannot be loaded: {str(e).splitlines()[0]}"
         hint = "name the base's own folder; in a recipe, the model's name means the model's tokenizer"
         raise UsageError(message, "a folder with a tokenizer, or a Hub id that can be reached", hint) from None
     return ids
 
 
 @contextmanager
-def disable_adapter_for_inference(model: Any) -> Iterator[Any]:
+def disable_adapter_in_eval_no_grad(model: Any) -> Iterator[Any]:
     """Run a model without its adapters, in evaluation mode and without gradients, inside the `with`."""
     has_adapters = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
     with torch.no_grad(), _evaluation_mode(model), model.disable_adapter() if has_adapters else nullcontext():

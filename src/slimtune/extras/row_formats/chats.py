@@ -7,7 +7,7 @@ from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names, suggest
 from ..message_parsing import (
     parse_json_cell,
-    parse_list_or_json,
+    parse_list_or_json_array,
     parse_messages_and_train_mask,
     require_limited_json_depth,
     require_strings,
@@ -50,7 +50,7 @@ def _convert_sharegpt(value: Any) -> Messages:
     Turns that have a role instead of `from` stay as they are.
     """
     messages = []
-    for i, turn in enumerate(parse_list_or_json(value, "conversations")):
+    for i, turn in enumerate(parse_list_or_json_array(value, "conversations")):
         if isinstance(turn, dict) and "role" in turn and "from" not in turn:
             messages.append(turn)
             continue
@@ -85,7 +85,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return the JSON schemas of functions as OpenAI writes them, None for no tools; raise RowError for a wrong one."""
     if value is None or value in ("", []):
         return None
-    tools = parse_list_or_json(value, "tools")
+    tools = parse_list_or_json_array(value, "tools")
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

@@ -6,7 +6,7 @@ from typing import Any
 from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
-from ..message_parsing import get_json_type_name, parse_list_or_json, parse_messages_and_train_mask, require_text
+from ..message_parsing import get_json_type_name, parse_list_or_json_array, parse_messages_and_train_mask, require_text
 from .chats import parse_tools
 
 
@@ -15,7 +15,7 @@ def _read_classification(record: Record) -> Fields:
         raise RowError("has 'text' and 'messages'" if "text" in record else "has no 'text' or 'messages'", "bad-text")
     label = record["label"]
     if isinstance(label, str) and label.lstrip().startswith("["):
-        label = parse_list_or_json(label, "label")  # as a CSV file has it
+        label = parse_list_or_json_array(label, "label")  # as a CSV file has it
     labels = tuple(_parse_label(name) for name in (label if isinstance(label, list) else [label]))
     if len(set(labels)) < len(labels):
         raise RowError(f"names a label twice: {format_names(labels)}", "bad-label")

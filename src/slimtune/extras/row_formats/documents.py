@@ -35,10 +35,10 @@ class DocumentWindows(TokenizedDataset):
     """
 
     def __init__(
-        self, documents: TokenizedDataset, max_seq_len: int, bos: int | None = None, seed: int | None = None
+        self, documents: TokenizedDataset, max_seq_len: int, bos: int | None = None, cut_seed: int | None = None
     ) -> None:
         super().__init__(documents.table, documents.indices)  # lines, hashes and the digest are the documents'
-        self._documents, self.max_seq_len, self.bos, self.seed = documents, max_seq_len, bos, seed
+        self._documents, self.max_seq_len, self.bos, self.cut_seed = documents, max_seq_len, bos, cut_seed
         self._prefix = [] if bos is None else [bos]
         self._cut(None)
 
@@ -47,10 +47,10 @@ class DocumentWindows(TokenizedDataset):
 
     def for_epoch(self, epoch: int) -> Self:
         """Return the windows of an epoch, as many as of any other."""
-        if self.seed is None:
+        if self.cut_seed is None:
             return self
-        windows = type(self)(self._documents, self.max_seq_len, self.bos, self.seed)
-        windows._cut(np.random.default_rng([self.seed, epoch]))
+        windows = type(self)(self._documents, self.max_seq_len, self.bos, self.cut_seed)
+        windows._cut(np.random.default_rng([self.cut_seed, epoch]))
         return windows
 
     @property
@@ -68,7 +68,7 @@ class DocumentWindows(TokenizedDataset):
 
     def select(self, document_indices: np.ndarray) -> "DocumentWindows":
         """Return the windows of these documents."""
-        return DocumentWindows(self._documents.select(document_indices), self.max_seq_len, self.bos, self.seed)
+        return DocumentWindows(self._documents.select(document_indices), self.max_seq_len, self.bos, self.cut_seed)
 
     def read(self, row: int, start: int = 0, end: int | None = None) -> Example:
         """Return one window, or its tokens from `start` to `end`."""
@@ -85,8 +85,8 @@ class DocumentWindows(TokenizedDataset):
         Without `rng`, first windows are as long as they can be, so that some window is as long as any of an epoch.
         """
         lengths = self._documents.lengths
-        counts, low, high = measure_document_windows(
-            lengths, self.max_seq_len, len(self._prefix), vary=self.seed is not None
+        counts, low, high = count_windows_and_first_window_tokens(
+            lengths, self.max_seq_len, len(self._prefix), vary=self.cut_seed is not None
         )
         first = high if rng is None else rng.integers(low, high, endpoint=True)
         w = _get_window_size(self.max_seq_len, len(self._prefix))
@@ -108,26 +108,30 @@ def _get_window_size(max_seq_len: int, prefix: int) -> int:
     return max_seq_len - 1 - prefix
 
 
-def measure_document_windows(lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool) -> tuple[Any, Any, Any]:
+def count_windows_and_first_window_tokens(
+    document_lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool
+) -> tuple[Any, Any, Any]:
     """Return the number of windows of each document, and the least and most predicted tokens of its first window.
 
-    `lengths` are the documents' tokens. If the cuts must `vary`, a document whose fewest windows leave little room to
-    move them has one window more.
+    `document_lengths` are the documents' tokens. If the cuts must `vary`, a document whose fewest windows leave little
+    room to move them has one window more.
     """
-    w, predicted = _get_window_size(max_seq_len, prefix), np.maximum(lengths - 1, 0)
+    w, predicted = _get_window_size(max_seq_len, prefix), np.maximum(document_lengths - 1, 0)
     counts = -(-predicted // w)
     counts += vary & (2 * (counts * w - predicted) + 1 < w)
     room = counts * w - predicted
     low, high = np.maximum(1, w - room), np.minimum(w, 2 * w - room - 1)
-    whole = lengths <= max_seq_len
+    whole = document_lengths <= max_seq_len
     return np.where(whole, 1, counts), np.where(whole, predicted, low), np.where(whole, predicted, high)
 
 
-def cut_tokenized_documents(
-    documents: TokenizedDataset, max_seq_len: int, tokenizer: Any, seed: int | None = None
+def make_document_windows(
+    documents: TokenizedDataset, max_seq_len: int, tokenizer: Any, random_cut_seed: int | None = None
 ) -> DocumentWindows:
     """Return the windows of tokenized documents; arguments as for `DocumentWindows`."""
-    return DocumentWindows(documents, max_seq_len, tokenizer.bos_token_id if adds_bos(tokenizer) else None, seed)
+    return DocumentWindows(
+        documents, max_seq_len, tokenizer.bos_token_id if adds_bos(tokenizer) else None, random_cut_seed
+    )
 
 
-DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=cut_tokenized_documents)
+DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=make_document_windows)

@@ -6,7 +6,7 @@ from typing import Any
 from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
-from ..message_parsing import parse_list_or_json, parse_messages_and_train_mask, require_text
+from ..message_parsing import parse_list_or_json_array, parse_messages_and_train_mask, require_text
 from .chats import parse_tools
 from .classification import format_cell_for_error
 from .texts import parse_prompt_completion_fields
@@ -26,14 +26,14 @@ def _read_ranked_preference(record: Record) -> Fields:
         given = "has 'completions' and 'responses'" if "responses" in record else "has no 'completions' or 'responses'"
         raise RowError(f"{given}: wanted one of them", "bad-list")
     if "responses" in record:
-        answers, ranked = parse_list_or_json(record["responses"], "responses"), "rankings" in record
+        answers, ranked = parse_list_or_json_array(record["responses"], "responses"), "rankings" in record
         column = "rankings" if ranked else "scores"
-        values = parse_list_or_json(record.get(column), column)
+        values = parse_list_or_json_array(record.get(column), column)
         if len(values) != len(answers):
             raise RowError(f"has {len(answers)} responses and {len(values)} {column}", "bad-list")
     else:
         answers, values, found = [], [], set()
-        for i, item in enumerate(parse_list_or_json(record["completions"], "completions")):
+        for i, item in enumerate(parse_list_or_json_array(record["completions"], "completions")):
             keys = item if isinstance(item, dict) else {}
             answer, score = (next((k for k in names if k in keys), None) for names in (ANSWER_KEYS, SCORE_KEYS))
             if answer is None or score is None:

@@ -129,8 +129,8 @@ class AdaLoraConfig(TargetedConfig):
 
     def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
-        from .adalora_modules import compute_orthogonality_error
+        from .adalora_modules import compute_mean_orthogonality_norm
 
         if not self.orth_reg_weight or not adapter_modules:
             return None
-        return self.orth_reg_weight * compute_orthogonality_error(list(adapter_modules.values()))
+        return self.orth_reg_weight * compute_mean_orthogonality_norm(list(adapter_modules.values()))

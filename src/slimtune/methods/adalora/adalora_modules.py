@@ -117,17 +117,17 @@ class LinearAdaLora(AdapterModule):
             setattr(self, name, nn.Parameter(values[name].to(old.device, old.dtype, copy=True), old.requires_grad))
 
 
-def allocate_ranks(config: Any, modules: list[Any], remaining_fraction: float) -> None:
+def allocate_ranks(config: Any, modules: list[Any], remaining_steps_fraction: float) -> None:
     """Keep the ranks with the highest scores over all layers, as many as the budget allows.
 
-    `remaining_fraction` is the part of the pruning steps that is left, 1 to 0.
+    `remaining_steps_fraction` is the part of the pruning steps that is left, 1 to 0.
     """
     if not all(module.averages for module in modules):
         return  # there are no scores yet
     scores = [module.rank_scores() for module in modules]
     all_scores = torch.cat([s.to(scores[0].device) for s in scores])
     target = config.target_r * len(modules)
-    surplus = len(all_scores) - int((len(all_scores) - target) * remaining_fraction**3 + target)
+    surplus = len(all_scores) - int((len(all_scores) - target) * remaining_steps_fraction**3 + target)
     if surplus < 1:
         return
     threshold = all_scores.kthvalue(surplus).values
@@ -137,7 +137,7 @@ def allocate_ranks(config: Any, modules: list[Any], remaining_fraction: float) -
     config.rank_pattern = {m.pattern_key: m.kept_ranks.tolist() for m in modules}
 
 
-def compute_orthogonality_error(modules: list[Any]) -> Tensor:
+def compute_mean_orthogonality_norm(modules: list[Any]) -> Tensor:
     """Return the mean of ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ, a scalar."""
     sides = [P for m in modules for P in (m.lora_A, m.lora_B.t())]
     norms = [torch.linalg.matrix_norm(P @ P.t() - torch.eye(len(P)).to(P)) for P in sides]

@@ -46,9 +46,9 @@ class BitFitConfig(TargetedConfig):
         return with_bias
 
     def build(self, site: AdapterSite) -> AdapterModule:
-        from .bitfit_modules import AddedBias
+        from .bitfit_modules import BiasDelta
 
-        return AddedBias(site)
+        return BiasDelta(site)
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from .bitfit_modules import has_bias

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...core.adapters.adapter_module import AdapterModule, AdapterSite, MergeUnsupported
 
 
-class AddedBias(AdapterModule):
+class BiasDelta(AdapterModule):
     """`y + d`."""
 
     no_op_values: ClassVar = {"bitfit_bias": 0.0}

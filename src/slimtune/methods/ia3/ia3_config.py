@@ -74,21 +74,21 @@ class IA3Config(TargetedConfig):
             self.feedforward_modules = list(SCALED[kind][1])
 
     def build(self, site: AdapterSite) -> AdapterModule:
-        from .ia3_modules import ScaledInput, ScaledOutput, matches_name_ending
+        from .ia3_modules import ScaledInput, ScaledOutput, matches_suffix_or_regex
 
-        is_feedforward = matches_name_ending(self.feedforward_modules or [], site.name)
+        is_feedforward = matches_suffix_or_regex(self.feedforward_modules or [], site.name)
         return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the factors at all sites; each of feedforward_modules must match one of them."""
-        from .ia3_modules import matches_name_ending
+        from .ia3_modules import matches_suffix_or_regex
 
         given = self.feedforward_modules or []
         default = SCALED.get(get_model_type(sites[0].model), ([], []))[1] if sites else given
         if given != default and not any(s.skip_init for s in sites):
             names = [s.name for s in sites]
             for pattern in [given] if isinstance(given, str) else given:
-                if not any(matches_name_ending(given if isinstance(given, str) else [pattern], n) for n in names):
+                if not any(matches_suffix_or_regex(given if isinstance(given, str) else [pattern], n) for n in names):
                     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
                     message = (
                         f"feedforward_modules: {pattern!r} matches no target{suggest(pattern, [*endings, *names])}"

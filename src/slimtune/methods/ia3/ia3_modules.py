@@ -9,9 +9,13 @@ from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForw
 from ...core.adapters.targets import matches_regex_or_names
 
 
-def matches_name_ending(endings: list[str] | str, name: str) -> bool:
+def matches_suffix_or_regex(suffixes_or_regex: list[str] | str, name: str) -> bool:
     """Return whether a name matches: any ending does, as in PEFT, not only one that starts at a dot."""
-    return matches_regex_or_names(endings, name) if isinstance(endings, str) else name.endswith(tuple(endings))
+    return (
+        matches_regex_or_names(suffixes_or_regex, name)
+        if isinstance(suffixes_or_regex, str)
+        else name.endswith(tuple(suffixes_or_regex))
+    )
 
 
 class ScaledOutput(AdapterModule):
@@ -19,10 +23,10 @@ class ScaledOutput(AdapterModule):
 
     no_op_values: ClassVar = {"ia3_l": 1.0}
 
-    def __init__(self, site: AdapterSite, init: bool) -> None:
+    def __init__(self, site: AdapterSite, init_ia3_weights: bool) -> None:
         super().__init__()
         self.is_conv = site.kind == "conv"
-        self.ia3_l = _make_factors(site, init, (site.out_features, 1))
+        self.ia3_l = _make_factors(site, init_ia3_weights, (site.out_features, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.

@@ -32,7 +32,9 @@ class LycorisModule(AdapterModule):
         """Return an update `(..., out)` with some outputs set to zero while training."""
         if not (self.training and self.rank_dropout):
             return update
-        return update * draw_output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
+        return update * draw_output_dropout_mask(
+            update.shape[-1], self.rank_dropout, rescale_to_mean_one=self.rescale
+        ).to(update)
 
     def add_factors(self, site: AdapterSite, shapes: Mapping[str, tuple[int, ...]], zero: str | None) -> None:
         """Create the factors, Kaiming-uniform except `zero`, in PEFT's order: one seed gives equal adapters in both."""
@@ -55,7 +57,7 @@ class LycorisModule(AdapterModule):
         return weight + self.compute_change(weight.dtype), bias
 
 
-class ConvLycoris(LycorisModule):
+class ConvLycorisMixin(LycorisModule):
     """Mixed into the class for linear layers: the update is a convolution with the matrix of the update."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class LinearLoHa(LycorisModule):
         return self.scale * compute_flat_conv_kernel(t1, w1a, w1b) * compute_flat_conv_kernel(t2, w2a, w2b)
 
 
-class ConvLoHa(LinearLoHa, ConvLycoris):
+class ConvLoHa(LinearLoHa, ConvLycorisMixin):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) ∗ x` for a convolution."""
 
 

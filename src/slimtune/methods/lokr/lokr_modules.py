@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapters.adapter_module import AdapterSite
-from ..loha.loha_modules import ConvLycoris, LycorisModule, compute_flat_conv_kernel
+from ..loha.loha_modules import ConvLycorisMixin, LycorisModule, compute_flat_conv_kernel
 from .lokr_config import LoKrConfig
 
 
@@ -69,7 +69,7 @@ class LinearLoKr(LycorisModule):
         )
 
 
-class ConvLoKr(LinearLoKr, ConvLycoris):
+class ConvLoKr(LinearLoKr, ConvLycorisMixin):
     """`y + s · (W1 ⊗ W2) ∗ x` for a convolution."""
 
 

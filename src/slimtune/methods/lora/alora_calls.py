@@ -58,7 +58,9 @@ class ActivatedLoraCallsMixin(PeftModel):
     def must_prepare_call(self, kwargs: Mapping[str, Any]) -> bool:
         active = self.adapter_state.active_state
         # Called directly, the tokens of an activated LoRA are not known yet.
-        unknown = active.changed_tokens is None and bool(_find_active_invocation_tokens(active, self.peft_config))
+        unknown = active.alora_token_positions is None and bool(
+            _find_active_invocation_tokens(active, self.peft_config)
+        )
         return unknown or "alora_offsets" in kwargs or super().must_prepare_call(kwargs)
 
 
@@ -69,7 +71,7 @@ class ActivatedLoraPositions(NamedTuple):
     length: int
     indices: Tensor
     """The changed tokens, counted over all rows."""
-    kept: Tensor | None
+    logits_to_keep: Tensor | None
     """The only columns that the output head gets (`logits_to_keep`); None: all."""
 
     def find_indices(self, x: Tensor, layer: str) -> Tensor:
@@ -77,10 +79,10 @@ class ActivatedLoraPositions(NamedTuple):
         indices, shape = self.indices.to(x.device), tuple(x.shape[:-1])
         if shape in ((self.batch, self.length), (self.batch * self.length,)):
             return indices
-        if self.kept is not None and shape == (self.batch, len(self.kept)):
+        if self.logits_to_keep is not None and shape == (self.batch, len(self.logits_to_keep)):
             changed = torch.zeros(self.batch * self.length, dtype=torch.bool, device=x.device)
             changed[indices] = True
-            return changed.view(self.batch, -1)[:, self.kept.to(x.device)].reshape(-1).nonzero()[:, 0]
+            return changed.view(self.batch, -1)[:, self.logits_to_keep.to(x.device)].reshape(-1).nonzero()[:, 0]
         message = f"{layer} gets an input of shape {tuple(x.shape)} in a call of {self.batch} × {self.length} tokens"
         name = layer.rpartition(".")[2]
         hint = f"leave it out of the activated LoRA: exclude_modules=[{name!r}]"
@@ -125,11 +127,11 @@ def _select_tokens(
         if hasattr(used, "get_seq_length"):
             setattr(used, _STARTS, {**getattr(used, _STARTS, {}), **starts})
 
-    before, active.changed_tokens = active.changed_tokens, tokens
+    before, active.alora_token_positions = active.alora_token_positions, tokens
     try:
         yield store_starts
     finally:
-        active.changed_tokens = before
+        active.alora_token_positions = before
 
 
 def _find_active_invocation_tokens(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:

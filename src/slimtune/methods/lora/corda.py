@@ -123,7 +123,7 @@ def _decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tens
     return S, U, (Vh @ inverse).t()
 
 
-def pop_corda_factors(site: AdapterSite, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def pop_corda_factors(site: AdapterSite, expected_rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from what `preprocess_corda` left on the layer, which is removed."""
     module: Any = site.module
     eigens: _CordaEigens | None = getattr(module, "eigens", None)
@@ -131,8 +131,8 @@ def pop_corda_factors(site: AdapterSite, r: int, scale: float) -> tuple[Tensor, 
         message = f"{site.name} has no `eigens`, which an adapter with init_lora_weights='corda' starts from"
         raise ConfigError(message, hint="call preprocess_corda(model, config, run_model) before")
     shapes = tuple(eigens.U_WC.shape), tuple(eigens.V_WC.shape)
-    if shapes != ((site.out_features, r), (site.in_features, r)):
-        message = f"{site.name} has rank {r}, and its `eigens` are {shapes[0]} and {shapes[1]}"
+    if shapes != ((site.out_features, expected_rank), (site.in_features, expected_rank)):
+        message = f"{site.name} has rank {expected_rank}, and its `eigens` are {shapes[0]} and {shapes[1]}"
         raise ConfigError(message, "preprocess_corda with the config and the base of the adapter")
     root = (eigens.S_WC / scale).sqrt()
     del module.eigens

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...extras.layer_inputs import record_layer_inputs
-from ...extras.prompt_learning.prompt_modules import disable_adapter_for_inference
+from ...extras.prompt_learning.prompt_modules import disable_adapter_in_eval_no_grad
 from .incremental_pca import IncrementalPca
 from .init_configs import EvaConfig as EvaConfig
 
@@ -115,7 +115,7 @@ def get_eva_state_dict(
         return inputs
 
     ranks = {n: config.get_rank(n) for n in layers}
-    with disable_adapter_for_inference(model):
+    with disable_adapter_in_eval_no_grad(model):
         return _find_directions(collect_inputs, dataloader, ranks, settings, max_batches)
 
 
@@ -178,7 +178,7 @@ def _allocate_ranks(analyses: dict[str, IncrementalPca], leader: dict[str, str],
     return ranks
 
 
-def estimate_max_bytes_added_by_eva(adapter_modules: Mapping[str, Any], config: Any) -> int:
+def estimate_max_adapter_bytes_added_by_eva(adapter_modules: Mapping[str, Any], config: Any) -> int:
     """Return how many bytes EVA can add to an adapter at most, whatever the data: the largest layers get the ranks."""
     layers = {n: d for n, d in adapter_modules.items() if hasattr(d, "lora_A")}
     max_rank: dict[int, int] = {}

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.data.tokenized_dataset import split_example_rows
+from ...core.data.tokenized_dataset import split_example_into_tokens_and_labels
 from ...core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from ...errors import UsageError, format_names
 from ...extras.layer_inputs import ROWS, collect_layer_inputs, compute_second_moment
@@ -28,18 +28,22 @@ from .init_configs import LoftQConfig as LoftQConfig
 _DAMPING = 0.1
 
 
-def initialize_loftq(model: Any, find_weights: Callable[[], Path], rows: Sequence[Mapping[str, Any]]) -> None:
+def initialize_loftq(
+    model: Any, find_weights_folder: Callable[[], Path], calibration_examples: Sequence[Mapping[str, Any]]
+) -> None:
     """Initialize the LoRA of a run, with the inputs of its layers on the first training rows.
 
     Args:
         model: the adapted model, its base loaded in NF4 or int8.
-        find_weights: returns the folder of the base's safetensors files.
-        rows: tokenized examples.
+        find_weights_folder: returns the folder of the base's safetensors files.
+        calibration_examples: tokenized examples.
     """
     layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-    ids = [ids for example in rows[:ROWS] for ids, _ in split_example_rows(dict(example))]
+    ids = [
+        ids for example in calibration_examples[:ROWS] for ids, _ in split_example_into_tokens_and_labels(dict(example))
+    ]
     inputs = collect_layer_inputs(model.get_base_model().eval(), layers, ids)
-    replace_lora_weights_loftq(model, find_weights(), calibration_inputs=inputs)
+    replace_lora_weights_loftq(model, find_weights_folder(), calibration_inputs=inputs)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...core.adapters.config_fields import FieldError, map_recipe_fields, read_section_settings
+from ...core.adapters.config_fields import FieldError, map_settings_by_name, read_section_and_errors
 from ...core.adapters.peft_config import (
     BIAS_HELP,
     FAN_IN_FAN_OUT_HELP,
@@ -25,7 +25,7 @@ from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, Lora
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseChangeRecord, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseLayerReplication, SiteKind
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -186,13 +186,13 @@ class LoraConfig(RankPatternConfig):
         return min(max(self.learning_rate, self.learning_rate * factor), 5e-3)
 
     def check_model(self, model: nn.Module) -> None:
-        from ...core.adapters.targets import find_embedding_and_tied_modules, matches_regex_or_names
+        from ...core.adapters.targets import find_tied_embedding_names, matches_regex_or_names
 
         super().check_model(model)
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
         if self.ensure_weight_tying and self.trainable_token_indices is not None:
-            tied = find_embedding_and_tied_modules(model)
+            tied = find_tied_embedding_names(model)
             if not tied:
                 what = "ensure_weight_tying=True but the model does not have tied weights"
                 warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
@@ -225,7 +225,7 @@ class LoraConfig(RankPatternConfig):
             find_expert_parameters,
             find_layers_read_without_call,
             list_all_linear_targets,
-            shorten_module_names,
+            strip_layer_prefixes_if_unambiguous,
         )
         from .lora_parameter_modules import find_field_unsupported_on_parameters, move_expert_like_targets_to_parameters
 
@@ -235,10 +235,13 @@ class LoraConfig(RankPatternConfig):
         ):
             # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers
             # of Mamba mixers that it then refuses.
-            self.target_modules = shorten_module_names(list_all_linear_targets(model, self), model)
+            self.target_modules = strip_layer_prefixes_if_unambiguous(list_all_linear_targets(model, self), model)
             experts = find_expert_parameters(model, self.exclude_modules)
             if self.target_parameters is None and experts:
-                names, field = shorten_module_names(experts, model), find_field_unsupported_on_parameters(self)
+                names, field = (
+                    strip_layer_prefixes_if_unambiguous(experts, model),
+                    find_field_unsupported_on_parameters(self),
+                )
                 self.target_parameters = [] if field else names
                 if field:
                     value = f"{field} is {getattr(self, field)!r}, which they do not support"
@@ -246,17 +249,17 @@ class LoraConfig(RankPatternConfig):
                     warnings.warn(message, stacklevel=2)
         move_expert_like_targets_to_parameters(self, model)
 
-    def change_base(self, model: nn.Module) -> BaseChangeRecord | None:
+    def change_base(self, model: nn.Module) -> BaseLayerReplication | None:
         """Replicate the base's layers."""
         from .layer_replication import replicate_layers
 
         return replicate_layers(model, self.layer_replication) if self.layer_replication else None
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        from ...core.adapters.targets import find_target_parameters
+        from ...core.adapters.targets import map_modules_to_target_parameters
         from .lora_parameter_modules import find_linears_peft_takes_for_experts
 
-        parameters: dict[str, SiteKind] = dict.fromkeys(find_target_parameters(model, self), "parameters")
+        parameters: dict[str, SiteKind] = dict.fromkeys(map_modules_to_target_parameters(model, self), "parameters")
         parameters |= dict.fromkeys(parameters.keys() & find_linears_peft_takes_for_experts(model), "linear")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
         if both := [name for name in parameters if name in rows]:
@@ -265,28 +268,30 @@ class LoraConfig(RankPatternConfig):
         return parameters | rows
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
-        from ...core.adapters.targets import find_embedding_and_tied_modules
+        from ...core.adapters.targets import find_tied_embedding_names
         from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
-        from .lora_modules import TiedEmbeddingLora, TiedLinearLora, double_out_projection_updates
+        from .lora_modules import TiedLinearLora, TiedSecondEmbeddingLora, double_out_proj_in_adapted_attention
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
-        tied = find_embedding_and_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
+        tied = find_tied_embedding_names(sites[0].model) if sites and self.ensure_weight_tying else []
         for site in sites:
             if site.name not in built and site.name not in tied[1:]:
                 built[site.name] = self.build(site)
         for site in (s for s in sites if s.name not in built):
             shared: Any = built[tied[0]]
-            built[site.name] = (TiedEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(site, self, shared)
+            built[site.name] = (TiedSecondEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(
+                site, self, shared
+            )
         modules = [built[site.name] for site in sites]
-        double_out_projection_updates(sites, modules)
+        double_out_proj_in_adapted_attention(sites, modules)
         return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
-        from ..trainable_tokens.trainable_tokens_modules import find_modules_with_trainable_rows
+        from ..trainable_tokens.trainable_tokens_modules import map_trainable_row_specs_by_module
 
         tokens = self.trainable_token_indices
-        return {} if tokens is None else find_modules_with_trainable_rows(model, tokens, self.modules_to_save or ())
+        return {} if tokens is None else map_trainable_row_specs_by_module(model, tokens, self.modules_to_save or ())
 
     @property
     def compensates_quantization(self) -> bool:
@@ -345,9 +350,11 @@ class LoraConfig(RankPatternConfig):
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
-        from .eva import estimate_max_bytes_added_by_eva
+        from .eva import estimate_max_adapter_bytes_added_by_eva
 
-        return estimate_max_bytes_added_by_eva(adapter_modules, self) if self.init_lora_weights == "eva" else None
+        return (
+            estimate_max_adapter_bytes_added_by_eva(adapter_modules, self) if self.init_lora_weights == "eva" else None
+        )
 
     def convert_to_zero_init(
         self, adapter_modules: Mapping[str, AdapterModule]
@@ -402,7 +409,7 @@ _INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
 
 
 def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
-    _, errors = read_section_settings(map_recipe_fields(cls), given, name)
+    _, errors = read_section_and_errors(map_settings_by_name(cls), given, name)
     return errors
 
 

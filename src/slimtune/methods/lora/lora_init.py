@@ -31,7 +31,7 @@ from ...core.adapters.adapter_module import AdapterSite
 from ...errors import ConfigError
 from .corda import pop_corda_factors
 from .init_configs import PISSA_NITER, LoraGAConfig
-from .loraga import pop_loraga_factors
+from .loraga import compute_loraga_factors_and_pop_gradient
 
 
 @torch.no_grad()
@@ -55,14 +55,14 @@ def initialize_lora_factors(init: bool | str, A: Any, B: Any, r: int | None = No
 
 
 @torch.no_grad()
-def make_lora_factors_from_base(
+def make_lora_a_and_b_from_base(
     init: str, site: AdapterSite, r: int, scale: float, loraga_config: LoraGAConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the weight, or from data."""
     if init == "corda":
         return pop_corda_factors(site, r, scale)
     if init == "lora_ga":
-        return pop_loraga_factors(loraga_config, site, r, scale)
+        return compute_loraga_factors_and_pop_gradient(loraga_config, site, r, scale)
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
         title = {"mica": "MiCA", "olora": "OLoRA"}.get(init, "PiSSA")

@@ -24,7 +24,7 @@ from ...core.kernels.dropout import get_active_dropout_probability, make_dropout
 from ...core.kernels.lora_linear import add_low_rank_to_weight
 from ...errors import AdapterError, ConfigError
 from .init_configs import is_init_subtracted_from_base
-from .lora_init import initialize_lora_factors, make_lora_factors_from_base
+from .lora_init import initialize_lora_factors, make_lora_a_and_b_from_base
 
 
 class LoraModuleBase(AdapterModule):
@@ -112,7 +112,7 @@ class LinearLora(LoraModuleBase):
         if config.freeze_a or self.init == "mica":
             self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
         if (is_init_subtracted_from_base(self.init) or self.init == "mica") and not site.skip_init:
-            A, B = make_lora_factors_from_base(self.init, site, r, scale, config.lora_ga_config)
+            A, B = make_lora_a_and_b_from_base(self.init, site, r, scale, config.lora_ga_config)
             self.lora_A.weight.data.copy_(A)
             self.lora_B.weight.data.copy_(B)
         if is_init_subtracted_from_base(self.init):
@@ -152,7 +152,7 @@ class LinearLora(LoraModuleBase):
                     "numbers; computed again, in PEFT as well, it differs a little",
                     stacklevel=2,
                 )
-            A, B = make_lora_factors_from_base(self.init, site, self.lora_A.out_features, self.scale)
+            A, B = make_lora_a_and_b_from_base(self.init, site, self.lora_A.out_features, self.scale)
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
@@ -172,7 +172,7 @@ class EmbeddingLora(LoraModuleBase):
             self.freeze_parameter("lora_embedding_B")
             # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
             if not site.skip_init:
-                self.lora_embedding_B.data.copy_(make_lora_factors_from_base("mica", site, r, scale)[1])
+                self.lora_embedding_B.data.copy_(make_lora_a_and_b_from_base("mica", site, r, scale)[1])
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A, self.lora_embedding_B
@@ -226,7 +226,7 @@ class TiedLinearLora(_TiedLora):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 
-class TiedEmbeddingLora(_TiedLora):
+class TiedSecondEmbeddingLora(_TiedLora):
     """An embedding with the update of the input embedding."""
 
     peft_values: ClassVar = _TiedLora.peft_values | {n: n for n in ("lora_embedding_A", "lora_embedding_B")}
@@ -268,7 +268,7 @@ class AttentionWeightLora(LinearLora):
         return add_low_rank_to_weight(weight, *self.low_rank_factors()), bias
 
 
-def double_out_projection_updates(sites: Sequence[AdapterSite], modules: Iterable[AdapterModule]) -> None:
+def double_out_proj_in_adapted_attention(sites: Sequence[AdapterSite], modules: Iterable[AdapterModule]) -> None:
     """Set `times` to 2 at each out_proj whose attention module has the same adapter."""
     attentions = {site.name for site in sites if site.kind == "weight"}
     for site, module in zip(sites, modules, strict=True):

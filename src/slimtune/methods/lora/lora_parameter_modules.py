@@ -21,7 +21,7 @@ from transformers import conversion_mapping
 from ...core.adapters.adapter_module import AdapterSite, BaseForward
 from ...core.adapters.architectures import get_model_type
 from ...core.adapters.name_patterns import find_matching_pattern
-from ...core.adapters.targets import find_target_modules, shorten_module_names
+from ...core.adapters.targets import find_target_modules, strip_layer_prefixes_if_unambiguous
 from ...errors import ConfigError, MixedBatchError, TargetError, UsageError, format_names
 from .lora_init import initialize_lora_factors
 from .lora_modules import LoraModuleBase
@@ -175,13 +175,13 @@ def move_expert_like_targets_to_parameters(config: Any, model: nn.Module) -> Non
     targets = find_target_modules(model, config) if misread else {}
     if not (moved := [name for name in targets if name in misread]):
         return
-    names = shorten_module_names([f"{name}.weight" for name in moved], model)
+    names = strip_layer_prefixes_if_unambiguous([f"{name}.weight" for name in moved], model)
     if (field := find_field_unsupported_on_parameters(config)) is not None:
         message = f"HF PEFT takes the targets {format_names(names)} for experts, and will not load this adapter"
         warnings.warn(f"{message}: {field} is {getattr(config, field)!r}", stacklevel=3)
         return
     rest = [name for name in targets if name not in misread]
-    config.target_modules = shorten_module_names(rest, model)
+    config.target_modules = strip_layer_prefixes_if_unambiguous(rest, model)
     config.layers_to_transform = config.layers_pattern = None
     config.target_parameters = [*(config.target_parameters or []), *names]
     for patterns in (config.rank_pattern, config.alpha_pattern):

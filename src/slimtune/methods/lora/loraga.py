@@ -95,10 +95,12 @@ def _average_gradients(model: nn.Module, layers: dict[str, Any], train_step: Cal
         model.train(was_training)
 
 
-def pop_loraga_factors(settings: LoraGAConfig | None, site: AdapterSite, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def compute_loraga_factors_and_pop_gradient(
+    loraga_config: LoraGAConfig | None, site: AdapterSite, r: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from the gradient that `preprocess_loraga` left on the layer; removes it."""
     module: Any = site.module
-    if settings is None:
+    if loraga_config is None:
         raise ConfigError("lora_ga_config must be provided with init_lora_weights='lora_ga'", "a LoraGAConfig")
     gradient: Tensor | None = getattr(module, _GRADIENT, None)
     if gradient is None:
@@ -107,19 +109,19 @@ def pop_loraga_factors(settings: LoraGAConfig | None, site: AdapterSite, r: int,
         raise ConfigError(message, hint=hint)
     gradient = gradient.float().t() if is_weight_transposed(module) else gradient.float()
     U, S, V = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
-    for_A, for_B = _choose_components(settings.direction, r)
+    for_A, for_B = _choose_components(loraga_config.direction, r)
     A, B, S_B = V.t()[: 2 * r][for_A], U[:, : 2 * r][:, for_B], S[: 2 * r][for_B]
     if len(A) != r or B.shape[1] != r:
         message = f"r is {r} at {site.name}, whose gradient has rank {len(S)}"
         raise ConfigError(message, "a rank of at most half of that with init_lora_weights='lora_ga'")
     B = B * S_B
-    if settings.scale == "stable":
+    if loraga_config.scale == "stable":
         # The rows of the stored weight, as in PEFT: of a Conv1D these are the inputs.
-        B = B * (module.weight.shape[0] ** 0.25 / settings.stable_gamma**0.5)
-    elif settings.scale == "weight_svd":
+        B = B * (module.weight.shape[0] ** 0.25 / loraga_config.stable_gamma**0.5)
+    elif loraga_config.scale == "weight_svd":
         largest = torch.svd_lowrank(site.weight().float(), q=r, niter=4)[1][0]
         B = B * (largest / S_B[0]) if S_B[0] > 0 else B
-    elif settings.scale == "gd_scale":
+    elif loraga_config.scale == "gd_scale":
         A, B = A / scale, B / scale
     delattr(module, _GRADIENT)
     return A, B

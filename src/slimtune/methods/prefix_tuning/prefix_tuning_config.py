@@ -60,7 +60,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         from ...extras.prompt_learning import prompt_modules as prompt
         from .prefix_tuning_modules import find_key_value_shape
 
-        found = prompt.find_backbones(model)
+        found = prompt.find_backbone_names(model)
         layers, heads, size = find_key_value_shape(model, found.decoder or found.reader)
         self.num_layers = self.num_layers or max(
             layers, get_text_config(model).num_hidden_layers if found.decoder else 0
@@ -85,7 +85,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         from ...extras.prompt_learning import prompt_modules as prompt
         from ...extras.prompt_learning.learned_prefix import find_attention_module_names
 
-        found = prompt.find_backbones(model)
+        found = prompt.find_backbone_names(model)
         name = found.decoder or found.reader
         backbone = model.get_submodule(name)
         parameters = inspect.signature(type(backbone).forward).parameters
@@ -103,10 +103,15 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        from .prefix_tuning_modules import AllLayersPrefix, CachedPrefix, LayerPrefix, make_initial_prefix_or_encoder
+        from .prefix_tuning_modules import (
+            AllLayersPrefix,
+            LayerPrefix,
+            PastKeyValuesPrefix,
+            make_initial_prefix_or_encoder,
+        )
 
         start = make_initial_prefix_or_encoder(self, sites[0])
         if len(sites) == 1:
-            return [CachedPrefix(sites[0], start, self)]
+            return [PastKeyValuesPrefix(sites[0], start, self)]
         stored = AllLayersPrefix(sites[0], start, self)
         return [stored, *(LayerPrefix(stored, layer) for layer in range(len(sites) - 1))]

@@ -52,12 +52,12 @@ class AllLayersPrefix(prompt.LearnedPromptEmbeddingsMixin, prompt.PrefixPosition
         return cache if self.stride == 1 else EncoderDecoderCache(cache, DynamicCache())
 
 
-class CachedPrefix(AllLayersPrefix):
+class PastKeyValuesPrefix(AllLayersPrefix):
     """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
 
     def __init__(self, site: AdapterSite, start: Tensor | nn.Module, config: Any) -> None:
         super().__init__(site, start, config)
-        found = prompt.find_backbones(site.model)
+        found = prompt.find_backbone_names(site.model)
         self.causal = found.causal or found.decoder is not None
         self.decoder_layers = find_key_value_shape(site.model, site.name)[0]
 
@@ -73,9 +73,9 @@ class CachedPrefix(AllLayersPrefix):
 class LayerPrefix(prompt.PrefixAttentionModule):
     """A layer's part of the prefix."""
 
-    def __init__(self, stored: AllLayersPrefix, layer: int) -> None:
+    def __init__(self, all_layers_prefix: AllLayersPrefix, layer: int) -> None:
         super().__init__()
-        self.held, self.layer = (stored,), layer
+        self.held, self.layer = (all_layers_prefix,), layer
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         return self.held[0].get_layer_prefix(self.layer)
@@ -176,7 +176,7 @@ def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
 def _compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
     """Return the cache after the frozen model has read `ids (1, length)`, complete also with sliding windows."""
     cache = DynamicCache()
-    with prompt.disable_adapter_for_inference(model):
+    with prompt.disable_adapter_in_eval_no_grad(model):
         # transformers 5.2x calls the argument cache, earlier versions past_key_values.
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         model(input_ids=ids.to(model.device), use_cache=True, **{name: cache})

@@ -25,12 +25,14 @@ class SoftPrompt(prompt.LearnedPromptEmbeddingsMixin, prompt.VirtualTokenModule)
         return self.get_embeddings()[: self.n]
 
 
-def build_prompt_modules(config: Any, sites: Sequence[AdapterSite], start: Tensor | nn.Module) -> list[AdapterModule]:
+def build_prompt_modules(
+    config: Any, sites: Sequence[AdapterSite], start_or_encoder: Tensor | nn.Module
+) -> list[AdapterModule]:
     """Return the virtual tokens at the first site, and what makes them visible to a decoder at the second."""
     width = prompt.get_embedding_width(sites[0].module)
     config.require(config.token_dim == width, "token_dim", f"{width}, as the model's embeddings")
     return [
-        SoftPrompt(sites[0], start, config),
+        SoftPrompt(sites[0], start_or_encoder, config),
         *(prompt.VirtualTokenCrossAttentionMask(config.num_virtual_tokens) for _ in sites[1:]),
     ]
 
@@ -49,5 +51,5 @@ def make_initial_embeddings(config: Any, site: AdapterSite) -> Tensor:
         settings: Any = (config.prompt_tuning_init_text, config.tokenizer_name_or_path, config.tokenizer_kwargs)
         text = prompt.tokenize_prompt_text(*settings)
         ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
-    with prompt.disable_adapter_for_inference(site.model):
+    with prompt.disable_adapter_in_eval_no_grad(site.model):
         return table(ids.to(table.weight.device))

@@ -16,10 +16,10 @@ class SparseWeightUpdate(AdapterModule):
     no_op_values: ClassVar = {"shira_weight": 0.0}
     shira_indices: Tensor
 
-    def __init__(self, site: AdapterSite, indices: Tensor, zero: bool) -> None:
+    def __init__(self, site: AdapterSite, indices: Tensor, zero_init: bool) -> None:
         super().__init__()
         self.sizes = site.out_features, site.in_features
-        values = (torch.zeros if zero else torch.randn)(indices.shape[1], device=site.init_device)
+        values = (torch.zeros if zero_init else torch.randn)(indices.shape[1], device=site.init_device)
         self.shira_weight = nn.Parameter(values.to(site.device, site.dtype))
         self.register_buffer("shira_indices", indices.to(site.device))
 

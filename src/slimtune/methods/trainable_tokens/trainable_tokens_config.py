@@ -63,10 +63,10 @@ class TrainableTokensConfig(TargetedConfig):
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         from ...core.kernels.linear_layers import get_layer_kind
-        from .trainable_tokens_modules import find_modules_with_trainable_rows
+        from .trainable_tokens_modules import map_trainable_row_specs_by_module
 
         tokens = {n: self.token_indices for n, m in model.named_modules() if get_layer_kind(m) and self._is_target(n)}
-        return find_modules_with_trainable_rows(model, tokens, self.modules_to_save or ())
+        return map_trainable_row_specs_by_module(model, tokens, self.modules_to_save or ())
 
 
 def are_valid_unique_token_ids(ids: list[int]) -> bool:

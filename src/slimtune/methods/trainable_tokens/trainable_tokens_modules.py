@@ -28,7 +28,7 @@ def find_input_embedding_name(model: Any) -> str:
     return next((n for n, m in model.named_modules() if m is embedding), "embed_tokens")
 
 
-def find_modules_with_trainable_rows(
+def map_trainable_row_specs_by_module(
     model: nn.Module, tokens: list[int] | Mapping[str, list[int]], modules_to_save: Collection[str]
 ) -> dict[str, TrainableRowsSpec]:
     """Return the modules whose rows train, by full name; owners come before the modules tied to them.
@@ -67,7 +67,7 @@ def find_modules_with_trainable_rows(
 
 def build_trainable_row_modules(
     sites: Sequence[AdapterSite],
-    trained: Mapping[str, TrainableRowsSpec],
+    row_specs_by_name: Mapping[str, TrainableRowsSpec],
     save_shared: bool = False,
     start_as_base: bool = True,
 ) -> dict[str, AdapterModule]:
@@ -76,13 +76,13 @@ def build_trainable_row_modules(
     `save_shared`: files store shared rows under each module's name; PEFT's trainable tokens do, its LoRA does not.
     """
     built: dict[str, AdapterModule] = {}
-    for site in sorted(sites, key=lambda s: trained[s.name].tied_to is not None):
+    for site in sorted(sites, key=lambda s: row_specs_by_name[s.name].tied_to is not None):
         cls, owner = (
             TrainableTokenEmbedding if site.kind == "embedding" else TrainableTokenHead,
-            trained[site.name].tied_to,
+            row_specs_by_name[site.name].tied_to,
         )
         held = () if owner is None else (built[owner],)
-        built[site.name] = cls(site, trained[site.name].token_indices, held, save_shared, start_as_base)
+        built[site.name] = cls(site, row_specs_by_name[site.name].token_indices, held, save_shared, start_as_base)
     return built
 
 
