@@ -116,8 +116,8 @@ def largest_relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]
 
 def dense_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
     """Return which keys each token of a layout attends to, bool `(tokens, prefix_keys + tokens)`, token by token."""
-    first = [layout.prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
-    mask = torch.zeros(layout.total, layout.prefix_keys + layout.total, dtype=torch.bool)
+    first = [layout.num_prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    mask = torch.zeros(layout.total, layout.num_prefix_keys + layout.total, dtype=torch.bool)
     for segment, n in enumerate(layout.lengths):
         for t in range(n):
             # From the token back to the start of its row, then over the prefix keys.
@@ -126,8 +126,8 @@ def dense_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
                 keys += range(first[at] + last, first[at] - 1, -1)
                 at = layout.parents[at]
                 last = layout.lengths[at] - 1
-            keys += range(layout.prefix_keys - 1, -1, -1)
-            mask[first[segment] - layout.prefix_keys + t, keys[:window]] = True
+            keys += range(layout.num_prefix_keys - 1, -1, -1)
+            mask[first[segment] - layout.num_prefix_keys + t, keys[:window]] = True
     return mask
 
 

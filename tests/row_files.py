@@ -16,5 +16,5 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def find_issues(path: Path, tokenizer: Any, **options: Any) -> dict[str, dict[str, Any]]:
     """Return the issues of the data report by their codes."""
-    report = to_json_dict(make_data_report(path, tokenizer, model_name="tiny", processes=1, **options))
+    report = to_json_dict(make_data_report(path, tokenizer, model="tiny", processes=1, **options))
     return {issue["code"]: issue for issue in report["issues"]}

@@ -215,7 +215,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Flex attention itself, for the kinds of heads it takes here, beside attention in fp32 under the dense mask."""
     tree = packed_layout.PackedLayout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
     segments = packed_attention.list_segments(tree, None, torch.float32, torch.device("cpu"))
-    seen = torch.zeros(1, 1, tree.total, tree.prefix_keys + tree.total, dtype=torch.bool, device=device)
+    seen = torch.zeros(1, 1, tree.total, tree.num_prefix_keys + tree.total, dtype=torch.bool, device=device)
     for s in segments:
         visible = torch.ones(s.length, s.length).tril() if s.mask is None else (s.mask[0, 0] == 0)
         columns = torch.cat([torch.arange(first, first + n) for first, n in s.key_ranges])

@@ -86,7 +86,7 @@ def main() -> None:
     ran = plain_maps() if "maps" in off else None
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
     collator = Collator(pad) if "layout" in off else make_collator(model, pad, share_prefix="share" not in off)
-    assert collator.layout != ("layout" in off)
+    assert collator.with_packed_layout != ("layout" in off)
     collator.max_tokens = choose_micro_batch_tokens(model, collator, longest)
     assert ran is None or ran, "plain maps were asked for and others ran"
 

@@ -206,7 +206,7 @@ def test_train_from_flags(replace, slimtune, rows_file):
     assert done.exit_code == 0, done.stderr
     (((recipe,), how),) = calls
     assert callable(how.pop("planner"))
-    assert how == {"resume": False, "init_adapter": None, "force": False}
+    assert how == {"resume": False, "init_adapter": None, "allow_faulty_rows": False}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, {"q_proj"})
     train, data, model = recipe.train, recipe.data, recipe.model

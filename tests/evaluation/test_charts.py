@@ -37,7 +37,7 @@ def test_ticks_enclose_the_range(a, b, about):
     slack = 1e-6 * step
     assert low - step - slack < ticks[0] <= low + slack
     assert high - slack <= ticks[-1] < high + step + slack
-    assert len(ticks) <= about + 2
+    assert len(ticks) <= about + 3
     leading = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(leading - m) for m in (1, 2, 5, 10)) < 1e-6
 

@@ -48,9 +48,7 @@ def make_rows(n=30, **replaced):
 
 
 def make_report(tmp_path, rows, tokenizer=SMOLLM2_TOK, **options):
-    return make_data_report(
-        write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model_name="tiny", processes=1, **options
-    )
+    return make_data_report(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
 
 
 def validate(*args, **options):
@@ -110,7 +108,7 @@ def test_long_rows(tmp_path, policy, severity):
 def test_invalid_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
-    report = to_json_dict(make_data_report(path, SMOLLM2_TOK, model_name="m", processes=1))
+    report = to_json_dict(make_data_report(path, SMOLLM2_TOK, model="m", processes=1))
     assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert (report["invalid_count"], report["rows"]) == (2, 32)

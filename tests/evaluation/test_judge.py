@@ -68,7 +68,7 @@ def server():
 
 def judged(judge, pairs):
     answers = [AnswerPair(line=1, prompt=ASK, reference="", base=b, tuned=t, checks={}) for b, t in pairs]
-    return compute_win_rate_and_biases("me", add_judge_verdicts(answers, judge), bootstrap_draws=200, seed=0)
+    return compute_win_rate_and_biases("me", add_judge_verdicts(answers, judge), draws=200, seed=0)
 
 
 def test_wins_ties_and_lengths_by_hand(judges):

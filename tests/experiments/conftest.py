@@ -65,11 +65,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             PLANS[method] = estimate_resources(request, **settings)
         return PLANS[method]
 
-    def launch_worker(files: Sequence[Path], *, trial: bool = False, force: bool, **_: Any) -> WorkerResult:
+    def launch_worker(
+        files: Sequence[Path], *, skip_test_rows: bool = False, allow_faulty_rows: bool, **_: Any
+    ) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
             errors = worker.train_and_test_recipes_collecting_errors(
-                files, skip_test_rows=trial, allow_faulty_rows=force
+                files, skip_test_rows=skip_test_rows, allow_faulty_rows=allow_faulty_rows
             )
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)

@@ -241,7 +241,7 @@ def test_faulty_rows_are_refused_unless_forced(grid, tree, without_training):
     write_rows(Path(tree["data"]["train"]), 24, answer="!")
     with pytest.raises(DataError, match="placeholder"):
         grid("lora")
-    assert run_comparison(grid("lora", seeds=1, force=True)).failed == []
+    assert run_comparison(grid("lora", seeds=1, allow_faulty_rows=True)).failed == []
 
 
 @pytest.mark.faults

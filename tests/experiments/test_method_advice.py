@@ -20,7 +20,7 @@ def test_cheaper_of_equally_good():
         make_difference("dora", "ia3", 0.1, 0.3, beyond=True),
     ]
     advice = choose_best_or_cheaper_method(methods, pairs)
-    assert (advice.case, advice.best.method, advice.choice.method) == ("compared", "dora", "lora")
+    assert (advice.comparison_status, advice.best.method, advice.choice.method) == ("compared", "dora", "lora")
     assert (names(advice.as_good), names(advice.undecided), names(advice.worse)) == (["lora"], [], ["ia3"])
     assert advice.cheaper == {}
 
@@ -70,20 +70,20 @@ def test_clear_winner_is_taken_at_any_cost():
 def test_gain_within_noise():
     methods = [make_method("lora", 0.01), make_method("ia3", 0.0)]
     advice = choose_best_or_cheaper_method(methods, [make_difference("lora", "ia3", -0.1, 0.1, beyond=False)])
-    assert (advice.case, advice.choice) == ("no proven gain", None)
-    assert choose_best_or_cheaper_method([], []).case == "nothing finished"
+    assert (advice.comparison_status, advice.choice) == ("no proven gain", None)
+    assert choose_best_or_cheaper_method([], []).comparison_status == "nothing finished"
 
 
 def test_one_method_or_one_seed():
     advice = choose_best_or_cheaper_method([make_method("lora", 0.5)], [])
-    assert (advice.case, advice.choice.method) == ("one method", "lora")
+    assert (advice.comparison_status, advice.choice.method) == ("one method", "lora")
     methods = [make_method("lora", 0.5, seeds=[1]), make_method("ia3", 0.3, seeds=[1])]
     advice = choose_best_or_cheaper_method(methods, [make_difference("lora", "ia3", 0.1, 0.3, beyond=True)])
-    assert (advice.case, advice.choice, names(advice.undecided)) == ("one seed", None, ["ia3"])
+    assert (advice.comparison_status, advice.choice, names(advice.undecided)) == ("one seed", None, ["ia3"])
 
 
 def test_what_failed_is_not_ranked():
     methods = [make_method("ia3", 0.3), make_method("lora", 0.5, seeds=[1], ranked=False)]
     advice = choose_best_or_cheaper_method(methods, [])
-    assert (advice.case, advice.choice.method, names(advice.not_ranked)) == ("one method", "ia3", ["lora"])
-    assert choose_best_or_cheaper_method(methods[1:], []).case == "nothing finished"
+    assert (advice.comparison_status, advice.choice.method, names(advice.not_ranked)) == ("one method", "ia3", ["lora"])
+    assert choose_best_or_cheaper_method(methods[1:], []).comparison_status == "nothing finished"

@@ -26,8 +26,8 @@ def quadratic(monkeypatch):
     """Replace trials: the loss is quadratic in the logarithm of the rate, lowest at `best`; `tried` lists the rates."""
     tried: list[tuple[str, float]] = []
 
-    def launch(files, *, trial=False, **_):
-        assert trial
+    def launch(files, *, skip_test_rows=False, **_):
+        assert skip_test_rows
         (recipe_file,) = files
         recipe = load_recipe(recipe_file).to_dict()
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]

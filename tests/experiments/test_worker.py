@@ -23,7 +23,9 @@ def launch_script(monkeypatch, tmp_path):
 
 
 def test_flags_and_log(launch_script, tmp_path):
-    result = launch_script("import sys; print(sys.argv[1:], file=sys.stderr)", trial=True, force=True)
+    result = launch_script(
+        "import sys; print(sys.argv[1:], file=sys.stderr)", skip_test_rows=True, allow_faulty_rows=True
+    )
     assert result[:2] == ("", False)
     assert (tmp_path / "r.log").read_text().strip() == str([str(tmp_path / "r.yaml"), "--trial", "--force"])
 
@@ -36,7 +38,7 @@ def test_error_is_one_line(launch_script):
 def test_errors_of_runs_at_once_are_apart(launch_script):
     code = """print('{"message": "nothing", "expected": "", "hint": "", "recipe": "b.yaml"}'); raise SystemExit(1)"""
     result = launch_script(code, "ab")
-    assert (result.error, result.failed) == ("", {"b.yaml": "nothing"})
+    assert (result.error, result.errors_by_recipe_file) == ("", {"b.yaml": "nothing"})
     assert launch_script("raise SystemExit(3)", "ab").error.startswith("its process ended with")
 
 

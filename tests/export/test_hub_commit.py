@@ -66,8 +66,8 @@ def test_kept_files(hub):
     hub.make("ada/words", **{"README.md": b"by hand", "model.safetensors": b"x"})
     done = commit(keep=("README.md",))
     assert hub.repos["ada/words"].files()["README.md"] == b"by hand"
-    assert done.kept == ["README.md"]
-    assert "model.safetensors" in done.existing
+    assert done.not_uploaded_files == ["README.md"]
+    assert "model.safetensors" in done.existing_files
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "datasets/a/b", "a b/c", "/b", "a/b--c", "x.git", "a/b\n", "a" * 97])

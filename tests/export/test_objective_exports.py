@@ -59,7 +59,7 @@ def texts_of(tokenizer, recipe, rows=None):
     with pytest.MonkeyPatch.context() as patch:  # the tiny tokenizer makes a token of each byte
         patch.setattr(reference, "MAX_POSITIONS", 10_000)
         found = make_reference_texts(tokenizer, recipe, llama().config, rows)[len(QUESTIONS) :]
-    return [tokenizer.decode(text.ids) for text in found], [text.prompt for text in found]
+    return [tokenizer.decode(text.prompt_and_answer_ids) for text in found], [text.prompt for text in found]
 
 
 def test_texts_are_both_answers_of_held_out_pairs(tiny_folder, tmp_path):

@@ -36,7 +36,7 @@ def assert_same_text(tokenizer, cut, shapes=SHAPES):
     made = convert_chat_template(tokenizer, adds_bos=cut)
     assert made.template, made.notes
     chats = []
-    for n, shape in enumerate(s for s in shapes if made.system or s[0] != "s"):
+    for n, shape in enumerate(s for s in shapes if made.takes_system_prompt or s[0] != "s"):
         chats.append(make_probe_messages(shape, [f"Word {i}." for i in range(len(shape))]))
         chats.append(make_probe_messages(shape, [WORDS[(i + n) % len(WORDS)] for i in range(len(shape))]))
     results = rendered([{"Template": made.template, "Messages": messages} for messages in chats])
@@ -51,7 +51,7 @@ def assert_same_text(tokenizer, cut, shapes=SHAPES):
 def test_real_templates(name):
     for cut in (True, False):
         made = assert_same_text(TOKENIZERS[name], cut)
-        assert made.system or name in ("gemma", "mistral")
+        assert made.takes_system_prompt or name in ("gemma", "mistral")
 
 
 @pytest.mark.slow

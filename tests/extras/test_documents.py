@@ -29,7 +29,7 @@ LENGTHS = [*range(1, 40, 2), 200]
 def documents(tmp_path_factory):
     """Documents of `LENGTHS` tokens, and the end of each."""
     path = write_jsonl(tmp_path_factory.mktemp("documents") / "a.jsonl", ({"text": "~" * n} for n in LENGTHS))
-    return tokenize_dataset(open_rows(path, row_format="document"), TOK, max_seq_len=8, source_path=path)[0]
+    return tokenize_dataset(open_rows(path, format="document"), TOK, max_seq_len=8, source_path=path)[0]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -101,7 +101,7 @@ def test_one_file_is_one_document(tmp_path):
 
 def test_one_row_is_one_document(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\n\\nb"}\n\n{"text": "c"}\n')
-    rows = open_rows(tmp_path / "a.jsonl", row_format="document")
+    rows = open_rows(tmp_path / "a.jsonl", format="document")
     assert [(row.line, row.completion) for row in rows] == [(1, "a\n\nb"), (3, "c")]
 
 
@@ -115,10 +115,8 @@ def test_unreadable_documents_are_named(tmp_path):
 def test_report(tmp_path):
     for name, text in (("a.txt", "A definition is a lie. " * 99), ("b.txt", "~"), ("c.md", "Answer")):
         (tmp_path / name).write_text(text)
-    report = to_json_dict(
-        make_data_report(tmp_path, TOK, model_name="tiny", format="document", max_seq_len=64, processes=1)
-    )
-    documents, _ = tokenize_dataset(open_rows(tmp_path, row_format="document"), TOK, max_seq_len=64, source_path="x")
+    report = to_json_dict(make_data_report(tmp_path, TOK, model="tiny", format="document", max_seq_len=64, processes=1))
+    documents, _ = tokenize_dataset(open_rows(tmp_path, format="document"), TOK, max_seq_len=64, source_path="x")
     windows = DocumentWindows(documents, 64, BOS if adds_bos(TOK) else None, cut_seed=0)
     assert (report["rows"], report["windows"]) == (3, len(windows))
     assert report["packing"] == {"packed_tokens": sum(windows.lengths), "saved_share": 0}
@@ -130,7 +128,7 @@ def test_report(tmp_path):
 def test_length_policies_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("A definition is a lie.")
     with pytest.raises(UsageError, match="windows"):
-        make_data_report(tmp_path / "a.md", TOK, model_name="tiny", format="document", on_overlong="truncate")
+        make_data_report(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
 
 
 def test_flags_of_commands(tmp_path, tiny_folder, slimtune, slimtune_json):

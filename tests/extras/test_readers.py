@@ -263,7 +263,7 @@ def test_row_that_is_too_long(tmp_path, kind, monkeypatch):
     rows = [{"text": "a"}, {"text": "b" * 50_000}, {"text": "c"}]
     texts = "\n\n".join(row["text"] for row in rows)
     path = write(tmp_path, kind, rows) if kind != ".txt" else write_bytes(tmp_path / "a.txt", texts)
-    first, wrong, *rest = open_rows(path, row_format="text")
+    first, wrong, *rest = open_rows(path, format="text")
     assert (first.completion, wrong.code) == ("a", "bad-csv" if kind == ".csv" else "too-large" if rest else "bad-json")
     assert [row.completion for row in rest] == ([] if kind in (".csv", ".json") else ["c"])
 

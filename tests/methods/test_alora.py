@@ -112,7 +112,7 @@ def test_packed_rows_equal_rows_alone():
     model, ids = adapted(), ids_with_invocations()
     rows = [{"input_ids": r.tolist(), "labels": r.tolist()} for r in (ids[0], ids[2], ids[1, :7], ids[1])]
     collator = make_collator(model, 0)
-    assert (collator.layout, collator.share_prefix) == (True, False)
+    assert (collator.with_packed_layout, collator.share_prefix) == (True, False)
     with torch.no_grad(), use_packed_attention(model):
         packed = compute_supervised_token_nll(model, collator(rows))
     alone = torch.cat(

@@ -151,8 +151,8 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
 def test_layers_share_the_masks_behind_a_prefix():
     layout = PackedLayout((4, 3), (-1, 0))
     assert layout.with_prefix_keys(5) is layout.with_prefix_keys(5)
-    assert [layout.with_prefix_keys(n).prefix_keys for n in (5, 2)] == [5, 2]
-    assert layout.prefix_keys == 0
+    assert [layout.with_prefix_keys(n).num_prefix_keys for n in (5, 2)] == [5, 2]
+    assert layout.num_prefix_keys == 0
     assert layout.with_prefix_keys(5).with_prefix_keys(2) == layout.with_prefix_keys(7)
 
 

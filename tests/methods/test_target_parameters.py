@@ -184,7 +184,7 @@ def test_all_linear_includes_the_experts(tmp_path):
     model = adapted(slimtune, moe(), target_modules="all-linear", target_parameters=None)
     report = model.match_report()
     assert "experts × 2" in str(report)
-    assert report.unadapted == ("model.embed_tokens", "lm_head")
+    assert report.untargeted_layers == ("model.embed_tokens", "lm_head")
     assert_loads(model, moe, tmp_path)
 
 

@@ -63,7 +63,7 @@ def test_bitfit_refuses_layers_without_bias():
 def test_bitfit_does_not_merge_new_biases():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True))
     assert len(model.match_report().adapted) == 2 * 7 + 5
-    assert "lm_head" in model.match_report().unadapted
+    assert "lm_head" in model.match_report().untargeted_layers
     with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj"):
         model.merge_adapter()
 

@@ -160,7 +160,7 @@ def test_speed_is_of_shared_prefixes_stored_once_and_of_learned_tokens():
     job = put_typical_micro_batches_in_job(request, request.job())
     pack = Collator(0, with_packed_layout=True)(make_dummy_examples(job.lengths, job.supervised))
     assert (pack["input_ids"].shape[1], int(pack["tokens"]), len(pack["targets"])) == (40 + 8 * 20, 8 * 60, 8 * 15)
-    assert estimate_resources(request).work.tokens == 8 * 60
+    assert estimate_resources(request).work.tokens_per_micro_batch == 8 * 60
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])

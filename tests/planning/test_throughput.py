@@ -60,7 +60,7 @@ def test_what_bounds_an_operator(work, seconds):
 
 def test_optimizer_step_counts_once():
     optimizer_step_bytes = int(4 * 10 * OPERATIONS / 989e12 * 3.35e12)
-    with_step = speed(PRODUCTS, optimizer_step_bytes=optimizer_step_bytes, micro_batches=4)
+    with_step = speed(PRODUCTS, optimizer_step_bytes=optimizer_step_bytes, micro_batches_per_step=4)
     assert with_step.high == pytest.approx(speed(PRODUCTS).high / 2, rel=1e-3)
 
 

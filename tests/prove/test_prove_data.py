@@ -49,9 +49,7 @@ def test_corpus(cases, sound_paths):
 def test_faults_are_found_at_their_lines(cases, tokenizer, selection):
     wrong = {}
     for case in cases[selection]:
-        report = to_json_dict(
-            make_data_report(case.path, tokenizer, model_name="smollm2-135m", processes=1, **case.options)
-        )
+        report = to_json_dict(make_data_report(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options))
         found = {issue["code"]: issue["lines"] for issue in report["issues"]}
         found = {code: lines for code, lines in found.items() if code not in OF_ALL_PAIRS}
         expected = {case.code: case.lines} | {code: found.get(code) for code in case.also}
@@ -68,7 +66,7 @@ def test_nothing_is_found_in_sound_files(sound_paths, tokenizer, selection, monk
             if path.name == "tools.jsonl":  # SmolLM2's own template leaves tools out
                 patch.setattr(tokenizer, "chat_template", (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
             report = to_json_dict(
-                make_data_report(path, tokenizer, model_name="smollm2-135m", max_seq_len=4096, processes=1)
+                make_data_report(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
             )
         assert 0 < report["supervised_tokens"] < report["tokens"]
         issues = [issue for issue in report["issues"] if issue["code"] not in OF_ALL_PAIRS]

@@ -69,7 +69,7 @@ def data_report(
     report = make_data_report(
         file,
         tokenizer,
-        model_name=model,
+        model=model,
         format=data.format,
         columns=data.columns,
         ignore_columns=data.ignore_columns,

@@ -358,7 +358,7 @@ class _PeftLayer:
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether a LoRA can approximate the adapter's change: it is a change of the weight."""
         module = self._layer.adapters[adapter_name]
-        return module.has_base_parameter and type(module).merge_into is not None
+        return module.base_can_store_merge and type(module).merge_into is not None
 
     # LoRA's scaling
 

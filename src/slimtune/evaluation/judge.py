@@ -131,7 +131,7 @@ def add_judge_verdicts(answer_pairs: Sequence[AnswerPair], judge: Judge) -> list
 
 
 def compute_win_rate_and_biases(
-    judge_name: str, judged_answers: Sequence[AnswerPair], *, bootstrap_draws: int, seed: int
+    judge_name: str, judged_answers: Sequence[AnswerPair], *, draws: int, seed: int
 ) -> WinRate:
     """Return the win rate of answers that the judge `judge_name` has judged, and what it may have looked at instead."""
     clear = [a for a in judged_answers if a.judged is not None and None not in a.judged]
@@ -143,7 +143,7 @@ def compute_win_rate_and_biases(
     rate = None
     if clear:
         points = [((result or 0) + 1) / 2 for result in results]
-        rate = paired_bootstrap(points, points, [1] * len(points), draws=bootstrap_draws, seed=seed).first
+        rate = paired_bootstrap(points, points, [1] * len(points), draws=draws, seed=seed).first
     return WinRate(
         judge=judge_name,
         prompts=len(judged_answers),

@@ -36,7 +36,7 @@ def get_export_support(model: Any, adapter: str = "default", *, on_published_bas
     merged = (
         config.mergeable
         and not replicated
-        and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
+        and all(m.base_can_store_merge for m in model.adapter_modules(adapter).values())
     )
     kinds = set(model.match_report(adapter).kinds.values())
     return ExportSupport(
@@ -54,7 +54,10 @@ def split_low_rank_and_other_changes(model: Any, adapter: str = "default") -> tu
     """
     factors: dict[str, Factors] = {}
     report = model.match_report(adapter)
-    other = [f"{name} ({format_names(parameters)} trained in full)" for name, parameters in report.copied.items()]
+    other = [
+        f"{name} ({format_names(parameters)} trained in full)"
+        for name, parameters in report.trained_parameter_copies.items()
+    ]
     for name, module in model.adapter_modules(adapter).items():
         if experts := module.expert_factors():
             factors |= {f"{name}.{parameter}": found for parameter, found in experts.items()}

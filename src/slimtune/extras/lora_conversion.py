@@ -270,7 +270,7 @@ def _collect_weight_deltas(
     Raises:
         UsageError: an adapter changes something other than weights, or two adapters train a module in full.
     """
-    copied = Counter(name for adapter in adapters for name in model.match_report(adapter).copied)
+    copied = Counter(name for adapter in adapters for name in model.match_report(adapter).trained_parameter_copies)
     if both := [name for name, count in copied.items() if count > 1]:
         raise UsageError(f"several of the adapters train {format_names(both)} in full", "one that does at most")
     found: dict[str, list[_WeightDelta]] = {}

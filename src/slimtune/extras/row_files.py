@@ -188,7 +188,7 @@ def make_unused_column_hint(columns: Collection[UnusedColumn]) -> str:
 def open_rows(
     path: str | Path,
     *,
-    row_format: str | None = None,
+    format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
 ) -> RowFileReader:
@@ -202,9 +202,9 @@ def open_rows(
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
     path, choice = Path(path), ColumnMapping(dict(columns or {}), frozenset(ignore_columns))
-    require_known_format_and_roles(row_format, choice.columns)
-    parts = list_dataset_file_names_with_readers(path, row_format)
-    if row_format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
+    require_known_format_and_roles(format, choice.columns)
+    parts = list_dataset_file_names_with_readers(path, format)
+    if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
         hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
         raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
     formats: dict[str, str | None] = {}
@@ -212,7 +212,7 @@ def open_rows(
     for file, read in parts:
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
-            formats.setdefault(detect_row_format(path / file if file else path, records, choice, row_format), file)
+            formats.setdefault(detect_row_format(path / file if file else path, records, choice, format), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
@@ -220,7 +220,7 @@ def open_rows(
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
-    return RowFileReader(path, next(iter(formats), row_format or "unknown"), choice, parts, row_format is not None)
+    return RowFileReader(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
 
 
 def read_rows(path: str | Path, **options: Any) -> list[Row]:

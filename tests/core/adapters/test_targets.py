@@ -69,7 +69,7 @@ def test_match_report(screen):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
     report = model.match_report()
     assert report.trained_whole == ("lm_head",)
-    assert "model.layers.0.self_attn.k_proj" in report.unadapted
+    assert "model.layers.0.self_attn.k_proj" in report.untargeted_layers
     screen("match-report", f"{report}\n")
     assert str(get_peft_model(gpt2(), LoraConfig(bias="all")).match_report()).count("biases") == 1
 
@@ -202,4 +202,4 @@ def test_weights_that_a_mamba_mixer_reads_without_a_call(make, uncalled):
     model = get_peft_model(make(), LoraConfig(target_modules="all-linear"))
     model(tokens()).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert set(uncalled) <= {n.rpartition(".")[2] for n in model.match_report().unadapted}
+    assert set(uncalled) <= {n.rpartition(".")[2] for n in model.match_report().untargeted_layers}

@@ -48,7 +48,7 @@ def test_numbers_of_a_tree():
 def test_prefix_keys_equal_leading_tokens(layout, n, window):
     keys, tokens = dense_mask(layout.with_prefix_keys(n), window), layout.with_shared_prefix(n)
     assert tokens.positions()[n:] == [p + n for p in layout.positions()]
-    assert torch.equal(dense_mask(tokens, window)[n:, layout.prefix_keys :], keys[:, layout.prefix_keys :])
+    assert torch.equal(dense_mask(tokens, window)[n:, layout.num_prefix_keys :], keys[:, layout.num_prefix_keys :])
 
 
 @pytest.mark.parametrize("parents", [(-1, 1), (0, 0), (-1, -2), (-1,)])
@@ -67,7 +67,7 @@ def attend(implementation, layout, window, q, k, v):
 
 
 def random_inputs(layout, dtype=torch.float64):
-    generator, keys = torch.Generator().manual_seed(0), layout.prefix_keys + layout.total
+    generator, keys = torch.Generator().manual_seed(0), layout.num_prefix_keys + layout.total
     shapes = (1, 4, layout.total, 16), (1, 2, keys, 16), (1, 2, keys, 16)
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 

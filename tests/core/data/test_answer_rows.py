@@ -123,7 +123,7 @@ def test_contradiction_of_messages_and_of_lists(issues):
 @pytest.mark.parametrize(("longer", "shorter", "leaks"), [(28, 2, True), (2, 28, True), (18, 12, False), (4, 0, False)])
 def test_length_that_decides_pairs_is_a_warning(tmp_path, longer, shorter, leaks):
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(longer, shorter))
-    report = make_data_report(path, SMOLLM2_TOK, model_name="tiny", processes=1)
+    report = make_data_report(path, SMOLLM2_TOK, model="tiny", processes=1)
     assert (report.pairs.better_longer, report.pairs.better_shorter) == (longer, shorter)
     low, high = report.pairs.longer_share_ci95
     assert low <= longer / (longer + shorter) <= high + 1e-12
@@ -138,4 +138,4 @@ def test_length_that_decides_pairs_is_a_warning(tmp_path, longer, shorter, leaks
 
 def test_rows_that_are_no_pairs_have_no_share(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "completion": "A"}])
-    assert make_data_report(path, SMOLLM2_TOK, model_name="tiny", processes=1).pairs is None
+    assert make_data_report(path, SMOLLM2_TOK, model="tiny", processes=1).pairs is None

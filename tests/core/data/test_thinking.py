@@ -64,7 +64,7 @@ def test_last_turn_is_learned_with_what_it_thinks(family, answer, learned):
     """And its prompt has the tokens of generation's prompt."""
     row = tokenize(family, ASK, answer)
     assert learned_text(family, row).endswith(learned.removeprefix("<think>"))
-    assert (row.thinking, row.generation_prompt_differs) == ((1, 0, 0), False)
+    assert (row.thinking_turn_counts, row.generation_prompt_differs) == ((1, 0, 0), False)
     tok = TOKENIZERS[family]
     prompt = tok.apply_chat_template([ASK], add_generation_prompt=True, tokenize=False)
     ids = tok(prompt, add_special_tokens=False)["input_ids"]
@@ -91,7 +91,7 @@ def test_thinking_that_the_template_leaves_out_is_refused(family, messages, refu
 @pytest.mark.parametrize(("family", "answer"), [("qwen3", BY_TAG), ("gpt-oss", BY_KEY)])
 def test_thinking_of_turns_that_are_not_learned_may_be_left_out(family, answer):
     row = tokenize(family, ASK, answer, ASK, answer, train_on="last_assistant")
-    assert row.thinking == (1, 0, 1)
+    assert row.thinking_turn_counts == (1, 0, 1)
     assert learned_text(family, row).count("Hm.") == 1
 
 
@@ -111,7 +111,7 @@ def test_report_tells_what_the_template_does(tmp_path):
     (issue,) = find_issues(path, tokenizer).values()
     assert (issue["code"], issue["severity"], issue["lines"]) == ("thinking-left-out", "error", [1, 2, 3])
     assert "--train-on last_assistant" in issue["hint"]
-    report = make_data_report(path, tokenizer, model_name="tiny", train_on="last_assistant", processes=1)
+    report = make_data_report(path, tokenizer, model="tiny", train_on="last_assistant", processes=1)
     assert report.thinking == ThinkingTurnCounts(learned=3, kept=0, left_out=3)
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
     assert dict(report.lines())["thinking"].startswith(told)

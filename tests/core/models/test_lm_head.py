@@ -60,7 +60,7 @@ def test_loss_and_gradients(name, head):
     model = shake(slimtune.get_peft_model(build(name), slimtune.LoraConfig(r=4, **ADAPTED[head])))
     assert any("lm_head" in n for n, p in model.named_parameters() if p.requires_grad) == (head != "frozen")
     collator = make_collator(model, 0)
-    assert collator.layout
+    assert collator.with_packed_layout
     losses = []
 
     def run_rows_alone():

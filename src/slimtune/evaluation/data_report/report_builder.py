@@ -43,7 +43,7 @@ def make_data_report(
     path: str | Path,
     tokenizer: Any,
     *,
-    model_name: str | None,
+    model: str | None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
@@ -58,7 +58,7 @@ def make_data_report(
 
     Args:
         path, format, columns, ignore_columns: see `open_rows`.
-        tokenizer, model_name: of the base that will read the rows; None: only rows and columns are counted.
+        tokenizer, model: of the base that will read the rows; None: only rows and columns are counted.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
@@ -80,7 +80,7 @@ def make_data_report(
     files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     builder = read(files[0])
     other = None if validation is None else (str(validation), read(files[1], builder))
-    return builder.finish(file=path, model=model_name, validation=other)
+    return builder.finish(file=path, model=model, validation=other)
 
 
 class DataReportBuilder:

@@ -15,14 +15,14 @@ class BiasDelta(AdapterModule):
 
     def __init__(self, site: AdapterSite) -> None:
         super().__init__()
-        self.name, self.has_base_parameter = site.name, "bias" in site.module._parameters
+        self.name, self.base_can_store_merge = site.name, "bias" in site.module._parameters
         self.bitfit_bias = nn.Parameter(torch.zeros(site.out_features, device=site.device, dtype=site.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_bias.to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not self.has_base_parameter:
+        if not self.base_can_store_merge:
             raise MergeUnsupported(f"{self.name} has no bias in the base to merge one into")
         added = self.bitfit_bias.to(weight.dtype)
         return weight, added if bias is None else bias + added

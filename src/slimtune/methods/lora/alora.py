@@ -29,7 +29,7 @@ class LinearALora(LinearLora):
     """`y + s · B A dropout(x)` at some tokens of a linear layer, y at the others."""
 
     takes_tokens: ClassVar[bool] = True
-    has_base_parameter = False
+    base_can_store_merge = False
 
     def __init__(self, site: AdapterSite, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
