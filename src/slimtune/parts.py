@@ -69,6 +69,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
+    "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
     "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support"},
     "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report"},

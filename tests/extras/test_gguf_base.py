@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -60,6 +61,14 @@ def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeyp
     get_or_make_hf_folder_and_seconds(file)
     monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
     assert describe() == parsed
+
+
+def test_cache_needs_no_locks(write, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert get_or_make_hf_folder_and_seconds(write())[0].is_dir()
 
 
 def assert_refused(file, kind, *words):

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ..core.foundation.files import parse_json, read_json_object, require_writable, to_json, write_json
 from ..core.foundation.json_results import JsonObject
+from ..core.training.run_dir import LOCK_FILE, WRITER_FILE
 from ..errors import UsageError, format_names
+from ..extras.run_lock import FolderLock
 
 SETTINGS_FILE = "settings.json"
 COMMANDS = {"comparison": "compare", "search": "tune"}
@@ -31,7 +33,7 @@ def resolve_settings_to_record(folder: Path, settings: Mapping[str, Any], experi
     require_writable(folder)
     current: JsonObject = parse_json(to_json(settings))
     if not (folder / SETTINGS_FILE).is_file():
-        if content := sorted(p.name for p in folder.glob("*") if p.name != ".lock"):
+        if content := sorted(p.name for p in folder.glob("*") if p.name not in (LOCK_FILE, WRITER_FILE)):
             message = f"{folder} contains {format_names(content)}, which belongs to no {experiment}"
             raise UsageError(message, f"an empty or new folder, or the folder of a {experiment} to resume", other)
         return current
@@ -55,12 +57,16 @@ def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any]
     """
     resolve_settings_to_record(folder, settings, experiment)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            write_json(folder / SETTINGS_FILE, resolve_settings_to_record(folder, settings, experiment))
-            yield
+        lock.acquire()
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[experiment]} works in {folder}", "one at a time") from None
+    try:
+        write_json(folder / SETTINGS_FILE, resolve_settings_to_record(folder, settings, experiment))
+        yield
+    finally:
+        lock.release()
 
 
 def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:

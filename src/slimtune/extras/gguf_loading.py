@@ -40,6 +40,7 @@ from ..core.models.base_config import read_config_file
 from ..core.models.load_errors import silence_and_translate_load_errors, silence_model_loading
 from ..core.models.quantization import remove_quantization_config
 from ..errors import ModelError, RunError, format_names
+from .heartbeat_lock import UNSUPPORTED
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,9 @@ def get_or_make_hf_folder_and_seconds(gguf_path: str | Path) -> tuple[Path, floa
         except Timeout:
             log.warning("another process is preparing %s; waiting for it", folder.name)
             lock.acquire()
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise  # without locks two processes may both make the folder; the one that is second says so
         try:
             if not _is_complete(folder):
                 _write_folder(gguf_path, folder, digest)

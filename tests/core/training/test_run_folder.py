@@ -1,5 +1,7 @@
 """A run folder has one writer; what others do to it while a run trains, or before it resumes, loses nothing."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -16,6 +18,7 @@ from slimtune.core.config import load_recipe
 from slimtune.core.training import checkpoint
 from slimtune.core.training.train import Terminated, train
 from slimtune.errors import RunError, UsageError
+from slimtune.extras.heartbeat_lock import HeartbeatLock
 
 # --- one writer -------------------------------------------------------------------------------------------------------
 
@@ -57,6 +60,74 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
     process.kill()
     process.join()
     assert train(recipe_of(settings), resume=True).steps == 8
+
+
+# --- file systems without locks ---------------------------------------------------------------------------------------
+
+
+def refuse_flock(monkeypatch, number):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS"])
+def test_run_trains_and_resumes_without_flock(settings, whole_run, monkeypatch, name):
+    refuse_flock(monkeypatch, getattr(errno, name))
+    found = []
+
+    def resume():
+        with pytest.raises(UsageError, match=f"process {os.getpid()} on .*{settings['output_dir']}") as e:
+            train(recipe_of(settings), resume=True)
+        found.append(e.value.exit_code)
+
+    with monkeypatch.context() as patch:
+        do_at(patch, 2, resume)
+        folder = train_until(recipe_of(settings), patch, 3, KeyboardInterrupt)
+    train(recipe_of(settings), resume=True)
+    assert found == [2]
+    assert distance(folder, whole_run.run) == 0
+    assert not (folder / ".writer.json").exists()
+
+
+def test_run_whose_lock_another_process_took_over_writes_nothing_more(settings, monkeypatch):
+    refuse_flock(monkeypatch, errno.ENOLCK)
+    folder = Path(settings["output_dir"])
+    do_at(monkeypatch, 3, lambda: [setattr(lock, "is_lost", True) for lock in locks])
+    locks = []
+    acquire = HeartbeatLock.acquire
+    monkeypatch.setattr(HeartbeatLock, "acquire", lambda lock: [acquire(lock), locks.append(lock)])
+    with pytest.raises(RunError, match=f"process {os.getpid()} on .*{folder}"):
+        train(recipe_of(settings))
+    assert not list((folder / "checkpoints").glob("*"))
+
+
+def test_run_without_any_lock_is_told(settings, monkeypatch, caplog):
+    refuse_flock(monkeypatch, errno.ENOLCK)
+    folder = Path(settings["output_dir"])
+
+    def refuse(lock):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(HeartbeatLock, "acquire", refuse)
+    assert train(recipe_of(settings)).steps == 8
+    assert [r.args for r in caplog.records if "locks" in r.msg] == [(folder, os.strerror(errno.EOPNOTSUPP))]
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE"])
+def test_damaged_file_system_is_not_one_without_locks(settings, monkeypatch, name):
+    refuse_flock(monkeypatch, getattr(errno, name))
+    with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
+        train(recipe_of(settings))
+
+
+def test_new_run_deletes_what_a_killed_start_left(settings):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    (folder / ".data.json.em7vap35").write_text("{")
+    train(recipe_of(settings))
+    assert not list(folder.glob(".data.json*"))
 
 
 # --- from another folder ----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from .resuming import (
     resolve_recipe_and_lock_if_resuming,
 )
 from .run_description import log_run_description, log_step_composition
-from .run_dir import RunDir, RunLock
+from .run_dir import RUN_LOCKS, RunDir, RunLock
 
 Planner = Callable[[Recipe, Sequence[ExampleLength], DatasetRowComposition], MemoryEstimate | None]
 """Plans a recipe for examples of these lengths and this content. Returns None if it cannot be planned.
@@ -72,7 +72,7 @@ def prepare_run(
     started, resident = time.perf_counter(), psutil.Process().memory_info().rss
     run = RunDir(Path(recipe.output_dir))
     distributed.exit_on_sigterm_with_resume_hint(run.resume_command())
-    with _release_on_error(RunLock(run)) as lock:
+    with _release_on_error(RUN_LOCKS.load("files")(run)) as lock:
         recipe, init_adapter = resolve_recipe_and_lock_if_resuming(run, recipe, lock, resume, init_adapter)
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)

@@ -54,10 +54,15 @@ def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, learning_rate=rate))
     _require_same_recipe(run, recipe)
     lock.acquire()
+    _delete_leftovers(run)
+    return recipe
+
+
+def _delete_leftovers(run: RunDir) -> None:
+    """Delete the temporary files of a process that was killed; the run folder must be locked."""
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
         if is_temporary_file_name(leftover.name) or leftover.parent == run.checkpoints:
             checkpoint.delete_path(leftover)
-    return recipe
 
 
 def _require_same_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -99,6 +104,7 @@ def create_and_lock_run_dir(
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
+        _delete_leftovers(run)
         if init_adapter_model is not None:
             adapter_files.save_adapter(init_adapter_model, run.path / INIT_ADAPTER, "default")
         write_json(run.data_file, data)

@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
-
-from filelock import FileLock, Timeout
+from typing import Any, Protocol, Self
 
 from ...errors import RunError, UsageError, format_names, suggest
 from ..config import Recipe, load_recipe
 from ..foundation.files import (
     parse_json,
-    read_json_object,
     refuse_non_regular_file,
     require_writable,
     to_json,
     translate_os_errors,
     write_atomic,
-    write_json,
 )
+from ..foundation.registry import Registry
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "config.json"
@@ -182,42 +177,20 @@ class RunDir:
         return metrics
 
 
-class RunLock:
-    """One writer per run folder, which must exist: a lock that the operating system releases when the process ends.
-
-    `.lock` is locked, and stays: whoever deleted it could let two processes lock two files of that name. `.writer.json`
-    says which process has the lock.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        self.run, self._writer = run, run.path / WRITER_FILE
-        self._lock = FileLock(run.path / LOCK_FILE)
+class RunLock(Protocol):
+    """One writer per run folder, which must exist."""
 
     def acquire(self) -> None:
         """Take the lock; raise UsageError, which names the process, if another one has it."""
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(
-                f"{self._describe_writer()} is training in {self.run.path}",
-                "one process that writes a run folder",
-                "wait until it has ended, or stop it with Ctrl-C or SIGTERM, which write a checkpoint; then --resume",
-            ) from None
-        started = datetime.now().astimezone().isoformat(" ", "seconds")
-        write_json(self._writer, {"process": os.getpid(), "host": socket.gethostname(), "started": started})
 
     def release(self) -> None:
         """Give the lock back, if this object has it."""
-        if self._lock.is_locked:
-            self._writer.unlink(missing_ok=True)
-            self._lock.release()
 
-    def _describe_writer(self) -> str:
-        try:
-            writer: dict[str, Any] = read_json_object(self._writer)
-        except RunError:
-            return "another process"
-        return f"process {writer.get('process')} on {writer.get('host')} (since {writer.get('started')})"
+    def require_held(self) -> None:
+        """Raise RunError if another process has taken the lock over."""
+
+
+RUN_LOCKS: Registry[Callable[[RunDir], RunLock]] = Registry("slimtune.run_locks", "lock of a run folder")
 
 
 def find_adapter_folder(path: str | Path) -> Path:

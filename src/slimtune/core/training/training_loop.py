@@ -166,6 +166,7 @@ class TrainingLoop:
     def train_step(self, rows: Sequence[Example]) -> dict[str, float]:
         """Take one optimizer step; return its gradient norm and learning rate."""
         started, started_cpu, started_thread = time.perf_counter(), time.process_time(), time.thread_time()
+        self.prepared.lock.require_held()
         state = self.state
         self.recovery.step = state.step
         loss, norm, tokens, targets = (self._compute_gradients or self.compute_gradients)(rows)
