@@ -13,6 +13,7 @@ from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
 
 if TYPE_CHECKING:
+    from ..core.config.schema import RecipeTree
     from ..experiments.experiment_results import CompareResult, TuneResult
 
 COMPARE_PACKAGES = ("scipy", "matplotlib")
@@ -57,7 +58,6 @@ def compare_methods(
     require_installed_packages("compare", "compare", (*COMPARE_PACKAGES, *(["optuna"] if tune else [])))
     if methods is not None and tasks is not None:
         raise UsageError("--methods and --tasks together", "one of them: tasks are compared with the recipe's method")
-    from ..core.config.recipe import load_validated_recipe_tree
     from ..evaluation.charts import require_figure_path
     from ..experiments.candidates import (
         build_candidates,
@@ -71,7 +71,7 @@ def compare_methods(
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
     recipe_settings, method_settings = separate_recipe_and_candidate_settings(settings.items())
     expand_candidate_names(names, method_settings, names_are_tasks=tasks is not None)
-    tree = load_validated_recipe_tree(recipe, recipe_settings, list_missing_base_and_data_errors)
+    tree = _load_checked_tree(recipe, recipe_settings)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_comparison_grid
 
@@ -90,6 +90,16 @@ def compare_methods(
     if not as_json:
         _print_comparison(result)
     return NegativeVerdictResult(result) if result.failed or not result.methods else result
+
+
+def _load_checked_tree(path: Path, overrides: dict[str, Any]) -> "RecipeTree":
+    """Return a recipe file's tree with overrides, after every check; it need not say an `output_dir`."""
+    from ..core.config.recipe import parse_recipe_sections
+    from ..core.config.recipe_loading import expand_section_shorthand, read_recipe_tree
+
+    tree = {"output_dir": "runs/run", **read_recipe_tree(path, overrides)}
+    parse_recipe_sections(tree, str(path), extra_checks=list_missing_base_and_data_errors)
+    return expand_section_shorthand(tree)
 
 
 def _print_comparison(result: "CompareResult") -> None:
@@ -138,7 +148,7 @@ def tune_settings(
     Each trial trains the recipe with other values; one that is worse than the median of the others is stopped early.
     If it is killed, the same command continues it. It writes the best recipe, ready for `slimtune train`.
     """
-    from ..core.config.recipe import load_validated_recipe_tree, parse_recipe_sections
+    from ..core.config.recipe import parse_recipe_sections
     from ..core.config.recipe_loading import replace_recipe_values
     from ..evaluation.charts import require_figure_path
     from ..experiments.search_space import parse_setting_ranges, validate_and_mark_integer_ranges
@@ -148,7 +158,7 @@ def tune_settings(
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = load_validated_recipe_tree(recipe, settings, list_missing_base_and_data_errors)
+    tree = _load_checked_tree(recipe, settings)
     # A wrong name or value is answered at once, before torch is imported.
     validate_and_mark_integer_ranges(
         ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over")

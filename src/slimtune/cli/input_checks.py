@@ -24,9 +24,9 @@ def list_missing_base_and_data_errors(
         need_rows: whether rows are read.
     """
     from ..core.adapters.config_fields import FieldError
-    from ..core.config.recipe_loading import list_missing_data_file_errors
+    from ..extras.row_files import list_missing_data_file_errors
 
-    errors = list_missing_data_file_errors(recipe_tree.get("data", {})) if need_rows else []
+    errors = list_missing_data_file_errors(recipe_tree) if need_rows else []
     try:
         if isinstance(name := recipe_tree.get("model", {}).get("name"), str) and name:
             require_base_exists(name, need_weights)

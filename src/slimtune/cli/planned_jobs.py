@@ -114,7 +114,7 @@ def _load_recipes(
     """Return the recipe for each method, and why others have none; raise if none has one. It needs no torch."""
     from ..core.config import Recipe
     from ..core.config.method_settings import map_method_setting_specs_by_name
-    from ..core.config.recipe_loading import read_recipe_tree, replace_recipe_values
+    from ..core.config.recipe_loading import find_method_or_task_name, read_recipe_tree, replace_recipe_values
 
     path = find_recipe_file(job)
     # A plan needs no rows and no run folder, but a complete recipe does.
@@ -123,10 +123,7 @@ def _load_recipes(
         list_missing_base_and_data_errors, need_weights=False, need_rows=path is not None or "data.train" in settings
     )
     tree = read_recipe_tree(path)
-    section = tree.get("method")
-    own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
-    methods = _list_methods(settings.get("method.name", settings.get("method", own_method)))
-    settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
+    methods = _list_methods(find_method_or_task_name("method", tree, settings))
     accepted = {method: set(map_method_setting_specs_by_name(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
@@ -134,9 +131,7 @@ def _load_recipes(
         # A setting goes to the methods that have it; one that none has goes to all, whose errors name it.
         others = set().union(*accepted.values()) - accepted[method]
         own = {p: v for p, v in settings.items() if not (p.startswith("method.") and p.split(".")[1] in others)}
-        is_own = method == str(own_method).lower()
-        chosen = {} if is_own else {"method": {"name": method}}  # a file's settings are its own method's
-        changes = {**base, **chosen, "method.name": method, **own}
+        changes = {**base, **own, "method.name": method}
         try:
             recipes[method] = Recipe.from_dict(
                 replace_recipe_values(tree, changes), str(path or "the flags"), extra_checks

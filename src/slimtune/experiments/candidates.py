@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.adapters.method_registry import ALIASES, VARIANTS, get_method_config_class, list_methods
 from ..core.config.objective_registry import list_objectives, load_objective_class
-from ..core.config.recipe_loading import SHORT_SECTIONS
+from ..core.config.recipe_loading import SHORT_SECTIONS, replace_recipe_values
 from ..errors import ConfigError, UsageError, format_names, suggest
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -95,14 +95,18 @@ def expand_candidate_names(
 def _build_method_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mapping[str, Any]) -> ComparisonCandidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
     cls = get_method_config_class(method)
-    section = dict(recipe_tree.get("method") or {})
-    recipe_settings = section if section.pop("name", "lora") == method else {}
     settings = {
         cls.short_names.get(name, name): value
-        for part in (recipe_settings, variant_settings, own)
+        for part in (_select_own_settings("method", method, recipe_tree), variant_settings, own)
         for name, value in part.items()
     }
     return ComparisonCandidate(label, method, settings)
+
+
+def _select_own_settings(section: str, name: str, recipe_tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe's settings of a method or task if it names that one; warn of the others."""
+    own = replace_recipe_values({section: recipe_tree.get(section)}, {f"{section}.name": name})[section]
+    return {k: v for k, v in own.items() if k != "name"}
 
 
 def _learns_pairs(objective: "type[Objective]") -> bool:
@@ -116,9 +120,7 @@ def _build_task_candidate(label: str, recipe_tree: Mapping[str, Any], own: Mappi
         message = f"the task {label} does not teach a language model from preference pairs"
         known = [n for n in list_objectives() if _learns_pairs(load_objective_class(n))]
         raise UsageError(message, f"some of {format_names(sorted([*known, *TASK_VARIANTS]))}")
-    section = dict(recipe_tree.get("task") or {})
-    recipe_settings = section if section.pop("name", "sft") == name else {}
-    task = {"name": name, **recipe_settings, **variant_settings, **own}
+    task = {"name": name, **_select_own_settings("task", name, recipe_tree), **variant_settings, **own}
     method = (recipe_tree.get("method") or {}).get("name", "lora")
     candidate = _build_method_candidate(method, {**recipe_tree, "task": task}, {})
     return dataclasses.replace(candidate, label=label, task=task)

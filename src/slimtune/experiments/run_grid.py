@@ -30,6 +30,7 @@ from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
 from ..errors import RecipeError, UsageError
+from ..extras.row_files import list_missing_data_file_errors
 from .candidates import ComparisonCandidate
 
 
@@ -140,7 +141,8 @@ def build_comparison_grid(
     # The plan is for the longest examples: both answers of a pair, where an objective learns both.
     tasks = [c.task for c in candidates if c.task is not None]
     longest = sorted(tasks, key=lambda task: load_objective_class(task["name"]).rows_per_example)[-1:]
-    recipe = Recipe.from_dict({**tree, **({"task": longest[0]} if longest else {}), "output_dir": str(output_dir)})
+    planned_tree = {**tree, **({"task": longest[0]} if longest else {}), "output_dir": str(output_dir)}
+    recipe = Recipe.from_dict(planned_tree, extra_checks=list_missing_data_file_errors)
     grid = ComparisonGrid(
         tree={k: v for k, v in tree.items() if k != "method"},
         candidates=tuple(candidates),
@@ -161,7 +163,6 @@ def build_comparison_grid(
             if not candidate.from_all:
                 raise
             excluded[candidate.label] = " ".join(e.message.split())
-    recipe.require_files()
     test_file = recipe.data.test
     if test_file is None and recipe.data.test_fraction == 0:
         expected = "a file of rows, data.test, or a share of the training rows, data.test_fraction"

@@ -21,6 +21,7 @@ from ..core.foundation.formatting import format_duration
 from ..core.training.datasets import load_training_datasets
 from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..errors import UsageError
+from ..extras.row_files import list_missing_data_file_errors
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_tune_trials_chart
 from .executor_specs import make_executor
@@ -71,7 +72,7 @@ def run_tuning(
         at_once: how many trials train at the same time in one process, on one base in memory.
     """
     start = time.perf_counter()
-    recipe = Recipe.from_dict(tree)
+    recipe = Recipe.from_dict(tree, extra_checks=list_missing_data_file_errors)
 
     def build(values: Mapping[str, Any], run: Path = output_dir) -> Recipe:
         settings = replace_recipe_values(tree, {**values, "output_dir": str(run.absolute())})
@@ -83,7 +84,6 @@ def run_tuning(
     if recipe.train.max_steps is not None and any(r.path == "train.epochs" for r in ranges):
         message = "--over train.epochs: train.max_steps is set, so epochs do not count"
         raise UsageError(message, "--over train.max_steps, or --set train.max_steps=null")
-    recipe.require_files()
     rows = load_training_datasets(recipe, allow_faulty_rows)
     if not rows.validation:
         raise UsageError("no validation rows are left to search on", "more rows, or data.validation")

@@ -21,6 +21,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..core.adapters.config_fields import FieldError
+from ..core.config.recipe_loading import DATA_FILES
 from ..core.data.rows import ROW_READERS, FileTypeReader, InvalidRow, Located, Row, RowErrorCollector, RowIterable
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import truncate_noting_length
@@ -323,3 +325,18 @@ def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Loc
         problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {reason}"
         expected = "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split"
         raise UsageError(problem, expected, "check the name and the connection") from error
+
+
+def list_missing_data_file_errors(recipe_tree: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors for the files of a recipe's `data` that do not exist; the Hub's datasets are not looked up."""
+    errors = []
+    data = recipe_tree.get("data", {})
+    for name in DATA_FILES:
+        if not isinstance(given := data.get(name), str | Path) or not str(given):
+            continue
+        path, is_rows = Path(given), name not in ("general_text", "chat_template")
+        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+            continue
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, siblings)}"))
+    return errors

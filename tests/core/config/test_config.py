@@ -16,6 +16,7 @@ from slimtune.core.adapters.config_fields import list_settings
 from slimtune.core.config import Recipe, load_recipe
 from slimtune.core.foundation.strict_yaml import parse_yaml
 from slimtune.errors import RecipeError, UsageError
+from slimtune.extras.row_files import list_missing_data_file_errors
 from slimtune.methods.lora import LoraConfig
 
 MINIMAL = {"model": "smollm2-135m", "data": "rows.jsonl", "output_dir": "runs/x"}
@@ -254,10 +255,11 @@ def test_missing_data_files(tmp_path):
     (tmp_path / "train.jsonl").touch()
     data = {"train": str(tmp_path / "trian.jsonl"), "test": str(tmp_path / "no/t.jsonl")}
     with pytest.raises(RecipeError) as e:
-        make_recipe(data=data).require_files()
+        Recipe.from_dict({**MINIMAL, "data": data}, extra_checks=list_missing_data_file_errors)
     for part in ("2 problems", "trian.jsonl'; did you mean 'train.jsonl'?", "data.test: there is no file"):
         assert part in str(e.value)
-    make_recipe(data=str(tmp_path / "train.jsonl")).require_files()
+    data = {"train": str(tmp_path / "train.jsonl")}
+    Recipe.from_dict({**MINIMAL, "data": data}, extra_checks=list_missing_data_file_errors)
 
 
 # --- overrides

@@ -27,7 +27,6 @@ from .method_settings import map_method_setting_specs_by_name, read_method_or_ta
 from .objective_registry import load_objective_class
 from .recipe_loading import (
     expand_section_shorthand,
-    list_missing_data_file_errors,
     parse_override,
     read_recipe_tree,
     set_recipe_paths_absolute_in_place,
@@ -38,7 +37,6 @@ from .schema import (
     ModelSettings,
     PathLike,
     RecipeSection,
-    RecipeTree,
     TaskSettings,
     TrainSettings,
 )
@@ -93,10 +91,6 @@ class Recipe(RecipeSection):
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
         return format_yaml(self.to_dict())
 
-    def require_files(self) -> None:
-        """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        _raise_errors(list_missing_data_file_errors(self.data.to_dict()), "the recipe")
-
 
 def load_recipe(
     path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = (), extra_checks: Check | None = None
@@ -108,15 +102,6 @@ def load_recipe(
     """
     settings = overrides if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))
     return Recipe.from_dict(read_recipe_tree(path, settings), str(path or "the flags"), extra_checks)
-
-
-def load_validated_recipe_tree(
-    path: str | Path, overrides: Mapping[str, Any], extra_checks: Check | None = None
-) -> RecipeTree:
-    """Return a recipe file's tree with overrides, after every check; it need not say an `output_dir`."""
-    tree = {"output_dir": "runs/run", **read_recipe_tree(path, overrides)}
-    parse_recipe_sections(tree, str(path), extra_checks=extra_checks)
-    return expand_section_shorthand(tree)
 
 
 def parse_recipe_sections(

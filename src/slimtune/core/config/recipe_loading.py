@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import RecipeError, UsageError, suggest
-from ..adapters.config_fields import FieldError, list_settings
+from ..adapters.config_fields import list_settings
 from ..foundation.files import parse_dataset_id
 from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allow_remote_code, remote_code_allowed
 from ..foundation.strict_yaml import parse_yaml
-from .method_settings import map_method_setting_specs_by_name
-from .schema import DataSettings, MethodSettings, RecipeTree
+from .method_settings import NAMED_SECTIONS, map_method_setting_specs_by_name
+from .schema import DataSettings, RecipeTree
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
@@ -85,18 +85,45 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def replace_recipe_values(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> RecipeTree:
-    """Return a recipe's tree with other values at dotted paths; a method setting's other spellings are dropped."""
+    """Return a recipe's tree with other values at dotted paths; a method setting's other spellings are dropped.
+
+    Another method or task than the tree's starts from its own defaults: see `_drop_settings_of_replaced_in_place`.
+    """
     changed = expand_section_shorthand(copy.deepcopy(dict(tree)))
+    _drop_settings_of_replaced_in_place(changed, settings)
+    fields = map_method_setting_specs_by_name(find_method_or_task_name("method", changed, settings))
     for path, value in settings.items():
-        method = changed.get("method")
-        if path.startswith("method.") and isinstance(method, dict):
+        method, field = changed.get("method"), fields.get(path.removeprefix("method."))
+        if path.startswith("method.") and isinstance(method, dict) and field is not None:
             # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
-            name = settings.get("method.name", settings.get("method", method.get("name", MethodSettings.name)))
-            fields = map_method_setting_specs_by_name(str(name))
-            field = fields.get(path.removeprefix("method."))
-            changed["method"] = {k: v for k, v in method.items() if field is None or fields.get(k) is not field}
+            changed["method"] = {k: v for k, v in method.items() if fields.get(k) is not field}
         set_tree_value(changed, path, value)
     return changed
+
+
+def find_method_or_task_name(section: str, tree: RecipeTree, settings: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the name of the method or task that settings choose by dotted path, else a tree, else the default."""
+    given = settings.get(f"{section}.name", settings.get(section, tree.get(section)))
+    name = given.get("name") if isinstance(given, Mapping) else given
+    return str(name or NAMED_SECTIONS[section][0].name).strip().lower()
+
+
+def _drop_settings_of_replaced_in_place(tree: RecipeTree, settings: Mapping[str, Any]) -> None:
+    """Drop a tree's settings of its method or task, and its learning rate, if settings choose another; warn of it.
+
+    They were chosen for the one that is replaced: LoRA's rank means something else in VeRA, and its rate harms `full`.
+    """
+    for section in NAMED_SECTIONS:
+        name, train = find_method_or_task_name(section, tree), tree.get("train")
+        if find_method_or_task_name(section, tree, settings) == name:
+            continue
+        own = tree.pop(section, None)
+        dropped = {f"{section}.{k}": v for k, v in own.items() if k != "name"} if isinstance(own, Mapping) else {}
+        if isinstance(train, dict) and train.get("learning_rate", "auto") != "auto":
+            dropped["train.learning_rate"] = train.pop("learning_rate")
+        if unused := [f"{path} {format_short_value(v)}" for path, v in dropped.items() if path not in settings]:
+            note = f"for its {section} {name} only; another {section} starts from its own defaults (--set changes them)"
+            warnings.warn(f"the recipe's {', '.join(unused)} {'are' if unused[1:] else 'is'} {note}", stacklevel=2)
 
 
 def set_tree_value(tree: RecipeTree, path: str, value: Any) -> None:
@@ -135,17 +162,3 @@ def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = N
     # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
     if isinstance(path, str) and ("/" in path or path.endswith(".gguf")) and os.path.exists(locate(path)):
         model["name"] = locate(path)
-
-
-def list_missing_data_file_errors(data: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
-    errors = []
-    for name in DATA_FILES:
-        if not isinstance(given := data.get(name), str | Path) or not str(given):
-            continue
-        path, is_rows = Path(given), name not in ("general_text", "chat_template")
-        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
-            continue
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, siblings)}"))
-    return errors
