@@ -123,17 +123,17 @@ def by_segment() -> Iterator[None]:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Give a list to which each call of flex attention is added."""
-    run, calls = register.tree_attention, []
+    run, calls = register.run_compiled_flex_attention, []
 
     def counting(query: Tensor, *rest: Any) -> Tensor:
         calls.append(query.shape[2])
         return run(query, *rest)
 
-    register.tree_attention = counting
+    register.run_compiled_flex_attention = counting
     try:
         yield calls
     finally:
-        register.tree_attention = run
+        register.run_compiled_flex_attention = run
 
 
 def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -230,7 +230,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         if not packed_attention.should_use_flex_attention(*thin[:2]):
             continue
         mask = packed_attention.get_flex_block_mask(tree, None, device)
-        got = packed_attention.tree_attention(*thin, mask, None)
+        got = packed_attention.run_compiled_flex_attention(*thin, mask, None)
         want = F.scaled_dot_product_attention(*full, seen, enable_gqa=True)
         weights = torch.randn_like(want).to(dtype)
         a = {"out": got, **dict(zip("qkv", torch.autograd.grad(got, thin, weights), strict=True))}

@@ -71,8 +71,8 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},
     "slimtune.memory_probes": {"longest": "slimtune.planning.memory_probe:probe_memory_and_write_plan"},
-    "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support"},
-    "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report"},
+    "slimtune.export_support": {"formats": "slimtune.export.export_support:get_export_support_flags"},
+    "slimtune.run_reports": {"html": "slimtune.evaluation.run_report:write_run_report_and_list_damage"},
     "slimtune.export_formats": _find_export_formats(),
 }
 """Registry → name of the part → its dotted path."""

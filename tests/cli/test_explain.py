@@ -17,7 +17,7 @@ import yaml
 
 import slimtune.errors
 from slimtune.cli import common
-from slimtune.diagnostics.knowledge import find_answering_or_nearest_pages, infer_error_code, load_error_pages
+from slimtune.diagnostics.knowledge import infer_error_code, is_answered_and_list_nearest_pages, load_error_pages
 from slimtune.errors import AdapterError, DataError, RunError, SlimtuneError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_pages_are_complete():
 
 
 def test_real_errors_find_their_page():
-    answers = {row["source"]: (row["pages"], find_answering_or_nearest_pages(row["text"])) for row in REAL}
+    answers = {row["source"]: (row["pages"], is_answered_and_list_nearest_pages(row["text"])) for row in REAL}
     wrong = {s: (want, found, pages[:1]) for s, (want, (found, pages)) in answers.items()
              if not found or pages[0].code not in want}  # fmt: skip
     assert wrong == {}
@@ -70,8 +70,8 @@ def test_questions_about_no_error_name_what_answers_them(question, answer, slimt
 
 
 def test_pages_that_share_a_word_by_chance_are_not_near():
-    assert find_answering_or_nearest_pages("the model forgot everything") == (False, [])
-    assert not find_answering_or_nearest_pages("two epochs")[0]  # a fix names epochs
+    assert is_answered_and_list_nearest_pages("the model forgot everything") == (False, [])
+    assert not is_answered_and_list_nearest_pages("two epochs")[0]  # a fix names epochs
 
 
 def test_texts_of_the_docs_are_in_the_wheel():
@@ -105,7 +105,7 @@ def test_real_errors_are_many_and_name_their_threads():
     ],
 )
 def test_questions(question, code):
-    found, pages = find_answering_or_nearest_pages(question)
+    found, pages = is_answered_and_list_nearest_pages(question)
     assert (found, pages[0].code) == (True, code)
 
 
@@ -119,18 +119,18 @@ def test_questions(question, code):
     ],
 )  # fmt: skip
 def test_foreign_texts_find_no_page(text):
-    assert not find_answering_or_nearest_pages(text)[0]
+    assert not is_answered_and_list_nearest_pages(text)[0]
 
 
 def test_the_last_line_of_a_traceback_counts_most():
     text = "RuntimeError: CUDA out of memory\n\nDuring handling:\n\nOSError: [Errno 28] No space left"
-    assert find_answering_or_nearest_pages(text)[1][0].code == "disk-full"
+    assert is_answered_and_list_nearest_pages(text)[1][0].code == "disk-full"
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, "model " * 10**5, "(a+)+$ * [" * 10**4, "403 huggingface.co " * 10**4])
 def test_any_text_is_searched_in_bounded_time(text):
     start = time.perf_counter()
-    find_answering_or_nearest_pages(text)
+    is_answered_and_list_nearest_pages(text)
     assert time.perf_counter() - start < 10
 
 

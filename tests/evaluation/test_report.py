@@ -17,7 +17,11 @@ from slimtune.core.config import Recipe
 from slimtune.core.foundation.files import read_json_object, write_json
 from slimtune.core.training.run_dir import RunDir
 from slimtune.evaluation.evaluate import evaluate
-from slimtune.evaluation.run_report import render_data_report_page, render_run_report_html, write_run_report
+from slimtune.evaluation.run_report import (
+    render_data_report_page,
+    render_run_report_html,
+    write_run_report_and_list_damage,
+)
 
 SECTIONS = ["samples", "evaluation", "training", "forgetting", "export", "data", "plan", "recipe", "details"]
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
@@ -316,7 +320,7 @@ def test_formats_not_recorded(tmp_path):
 
 def test_eval_updates_the_page(tiny_folder, tmp_path):
     run = RunDir(make_run(tmp_path / "mine", tiny_folder))
-    write_run_report(run)
+    write_run_report_and_list_damage(run)
     assert "slimtune eval" in Page(run.report_file.read_text()).section("evaluation")
     result = evaluate(run.path)
     assert f"{result.measures.base_loss.value:.3f}" in Page(run.report_file.read_text()).section("evaluation")

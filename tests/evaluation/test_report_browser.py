@@ -11,7 +11,7 @@ import pytest
 from full_run import make_full_run
 
 from slimtune.core.training.run_dir import RunDir
-from slimtune.evaluation.run_report import write_run_report
+from slimtune.evaluation.run_report import write_run_report_and_list_damage
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -89,7 +89,7 @@ def page_file(request, tmp_path):
     if request.param == "bare":
         for file in run.path.glob("*.json*"):
             file.unlink()
-    return write_run_report(RunDir(run.path))[0]
+    return write_run_report_and_list_damage(RunDir(run.path))[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -125,7 +125,7 @@ def test_it_prints_folded_parts_on_white(page_file, tmp_path):
 
 
 def test_hovering_shows_a_value(tmp_path):
-    page_file, _ = write_run_report(make_full_run(tmp_path / "mine"))
+    page_file, _ = write_run_report_and_list_damage(make_full_run(tmp_path / "mine"))
     with open_page(tmp_path / "profile", 1280, "light") as page:
         page.goto(page_file.as_uri())
         page.locator("#training svg .hit").nth(3).hover()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from slimtune.cli import app
 from slimtune.evaluation.estimate import Estimate
 from slimtune.evaluation.eval_result import ForgettingMeasures, PromptDependence
-from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_eval_verdict
+from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_pass_fail_eval_verdict
 from slimtune.evaluation.sft_comparison import SupervisedLossEvaluator
 
 
@@ -89,7 +89,7 @@ OVER = ForgettingMeasures(
 )
 def test_warning_of_few_rows(measures, others, warning):
     result = replace(make_sft_result(prompt_dependence=KEPT, **measures), **others)
-    assert make_eval_verdict(result, []).warning.endswith(warning)
+    assert make_pass_fail_eval_verdict(result, []).warning.endswith(warning)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_warning_of_few_rows(measures, others, warning):
 )
 def test_reasons(measures, forgetting, reasons):
     result = replace(make_sft_result(**{"prompt_dependence": KEPT, **measures}), forgetting=forgetting)
-    verdict = make_eval_verdict(result, SupervisedLossEvaluator.list_reasons_not_better(result.measures))
+    verdict = make_pass_fail_eval_verdict(result, SupervisedLossEvaluator.list_reasons_not_better(result.measures))
     assert verdict.passed is (not reasons)
     for reason, expected in zip(verdict.reasons, reasons, strict=True):
         assert expected in f"{reason}."

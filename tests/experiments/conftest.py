@@ -70,7 +70,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ) -> WorkerResult:
         started.extend(file.stem for file in files)
         try:
-            errors = worker.train_and_test_recipes_collecting_errors(
+            errors = worker.train_and_test_recipes_returning_errors(
                 files, skip_test_rows=skip_test_rows, allow_faulty_rows=allow_faulty_rows
             )
         except SlimtuneError as e:
@@ -116,7 +116,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> 
             write_results(file)
         return {}
 
-    monkeypatch.setattr(worker, "train_and_test_recipes_collecting_errors", run_cells)
+    monkeypatch.setattr(worker, "train_and_test_recipes_returning_errors", run_cells)
     return in_process
 
 

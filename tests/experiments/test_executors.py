@@ -18,7 +18,7 @@ from slimtune.experiments import executor_specs, executors, search
 from slimtune.experiments.clusters import RayTask, SlurmExecutor
 from slimtune.experiments.comparison import run_comparison
 from slimtune.experiments.executor_specs import make_executor, parse_executor_spec
-from slimtune.experiments.executors import ExecutorSpec, LocalExecutor, ParallelExecutor
+from slimtune.experiments.executors import ExecutorSpec, LocalParallelExecutor, ParallelExecutorBase
 from slimtune.experiments.experiment_output_dir import lock_output_dir_and_write_settings
 from slimtune.experiments.run_worker import WorkerResult
 from slimtune.experiments.search_space import parse_setting_ranges
@@ -163,7 +163,7 @@ def test_method_too_large_for_this_machine_is_tried_on_others(grid, without_trai
         return dataclasses.replace(estimate_resources(request, **options), verdict="does not fit")
 
     monkeypatch.setattr(comparison, "estimate_resources", refuse)
-    monkeypatch.setattr(LocalExecutor, "is_remote", True)
+    monkeypatch.setattr(LocalParallelExecutor, "is_remote", True)
     log: list[str] = []
     assert (
         run_comparison(grid("lora", seeds=1), log.append, executor_spec=parse_executor_spec("local:2")).left_out == []
@@ -254,7 +254,7 @@ def test_lost_cluster_is_named():
 
         cancel = wait
 
-    class LostExecutor(ParallelExecutor):
+    class LostExecutor(ParallelExecutorBase):
         def submit(self, recipe_file, launch):
             return RayTask(Lost(), None)
 

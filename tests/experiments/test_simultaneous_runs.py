@@ -71,7 +71,7 @@ def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
     stopped, kept = train_recipes_together(
         recipes, should_stop=lambda recipe: recipe is recipes[0] and len(packed_steps) == 2
     )
-    assert isinstance(stopped, together.RunCancelled)
+    assert isinstance(stopped, together.RunStoppedOutcome)
     assert len(metrics(tmp_path / "a", "train_loss")) == 2
     assert kept.train_loss == pytest.approx(train(make("b-alone", learning_rate=1e-3)).train_loss, abs=1e-6)
     assert not (tmp_path / "a" / "result.json").exists()

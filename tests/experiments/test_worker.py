@@ -84,7 +84,7 @@ def test_interrupt_reaches_a_worker_whose_parent_blocks_it():
     code = """
 import time
 from slimtune.experiments import run_worker as worker
-worker.train_and_test_recipes_collecting_errors = lambda *_, **__: print("up", flush=True) or time.sleep(60)
+worker.train_and_test_recipes_returning_errors = lambda *_, **__: print("up", flush=True) or time.sleep(60)
 worker.main()
 """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does

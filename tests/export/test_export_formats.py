@@ -20,7 +20,7 @@ from models_zoo import llama, shake
 import slimtune
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import SlimtuneError
-from slimtune.export.export_support import get_export_support
+from slimtune.export.export_support import get_export_support_flags
 from slimtune.export.gguf import get_lora_factors_and_scales
 from slimtune.export.vllm import list_unfixable_and_convertible_vllm_refusals
 
@@ -42,7 +42,7 @@ def try_formats(name: str) -> tuple[Any, list[bool]]:
     with warnings.catch_warnings(action="ignore"):
         model: Any = slimtune.get_peft_model(llama(dtype=torch.float32), CASES[name]())
     shake(model)
-    formats = get_export_support(model)
+    formats = get_export_support_flags(model)
     merges = works(lambda: model.merge_adapter() or model.unmerge_adapter())
     vllm = not any(list_unfixable_and_convertible_vllm_refusals(model, "default"))
     return formats, [

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from slimtune.core.data.rows import InvalidRow, Row
 from slimtune.core.data.tokenize import tokenize_dataset, tokenize_rows_with_errors
-from slimtune.core.data.tokenized_dataset import split_example_into_tokens_and_labels
+from slimtune.core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from slimtune.errors import DataError, ModelError, UsageError
 from slimtune.extras.row_columns import load_row_formats, parse_row_or_error
 from slimtune.extras.row_files import MAX_COLUMN_SETS, open_rows, read_rows
@@ -358,7 +358,7 @@ def test_preference_pair_is_two_rows(tmp_path, name):
     record, prompt, answer = PAIRS[name]
     path = write(tmp_path / "a.jsonl", record)
     (example,) = tokenize_dataset(open_rows(path), TOK, max_seq_len=99, source_path=path)[0]
-    (chosen, labels), (rejected, _) = split_example_into_tokens_and_labels(example)
+    (chosen, labels), (rejected, _) = list_tokens_and_labels_by_row(example)
     expected = [{"messages": [USER, turn]} for turn in (YES, NO)]
     if prompt is not None:
         expected = [{"prompt": prompt, "completion": a} for a in (answer, answer.replace("yes", "no"))]

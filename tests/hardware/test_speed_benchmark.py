@@ -49,7 +49,7 @@ def test_fit_of_decoding():
     for (precision, speed), (size, layers, vocab_size, cached) in itertools.product(speeds.items(), shapes):
         runs.append((precision, size, LlamaConfig(num_hidden_layers=layers, vocab_size=vocab_size), cached))
         seconds.append(size / speed + cached / 3e9 + layers * layer_s[precision] + vocab_size * 1e-8 + 2e-3)
-    fit = bench.fit_serving_speed(("F16", "Q8_0"), runs, seconds, {})
+    fit = bench.fit_decode_token_seconds(("F16", "Q8_0"), runs, seconds, {})
     assert fit.bytes_per_second == pytest.approx(speeds)
     assert fit.layer_s == pytest.approx(layer_s)
     assert (fit.logit_s, fit.token_s, 1 / fit.cached_byte_s) == pytest.approx((1e-8, 2e-3, 3e9))
@@ -113,7 +113,7 @@ def test_real_steps_and_random_files(monkeypatch):
     monkeypatch.setattr(bench, "TRAINED", {"cpu": ((128, 1), (256, 2))})
     monkeypatch.setattr(bench, "ROWS", {"cpu": ((8,), (16, 16))})
     monkeypatch.setattr(bench, "MOST_ROUNDS", 3)
-    fit, steps = bench.measure_and_fit_training_step_factors(
+    fit, steps = bench.measure_training_steps_and_fit_factors(
         bench.DeviceTimer(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth
     )
     assert len(steps) == 4

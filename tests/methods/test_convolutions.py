@@ -13,7 +13,7 @@ import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import ConfigError, TargetError
-from slimtune.export.export_support import get_export_support
+from slimtune.export.export_support import get_export_support_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be merged", "ignore:.*block", "ignore:.*invalid shape")
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -204,5 +204,5 @@ def test_refusals():
         adapted("lora", base=parametrized)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        formats = get_export_support(adapted("lora"))
+        formats = get_export_support_flags(adapted("lora"))
     assert (formats.merged, formats.gguf, formats.vllm, formats.as_lora) == (True, False, False, False)

@@ -10,7 +10,7 @@ from torch import nn
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from slimtune.errors import ConfigError, MixedBatchError, TargetError
-from slimtune.export.export_support import get_export_support
+from slimtune.export.export_support import get_export_support_flags
 
 NAMES = [f"base_model.model.mha.{part}lora_{m}.weight" for part in ("", "base_layer.out_proj.") for m in "AB"]
 
@@ -108,6 +108,6 @@ def test_refusals():
         get_peft_model(Net(), slimtune.LoHaConfig(target_modules=["mha"]))
     with pytest.warns(UserWarning, match="lora_dropout"):
         model = get_peft_model(Net(), config(lora_dropout=0.1))
-    formats = get_export_support(model)
+    formats = get_export_support_flags(model)
     assert (formats.merged, formats.gguf, formats.vllm, formats.as_lora) == (True, False, False, False)
     assert "mha" not in get_peft_model(Net(), LoraConfig(target_modules="all-linear")).match_report().adapted

@@ -9,7 +9,7 @@ import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.errors import ConfigError, TargetError, UsageError
-from slimtune.export.export_support import get_export_support
+from slimtune.export.export_support import get_export_support_flags
 
 RANGES = [[0, 1], [0, 2], [1, 2]]
 SETTINGS = {"target_modules": ["q_proj", "down_proj"], "layer_replication": RANGES, "r": 2}
@@ -52,7 +52,7 @@ def test_what_cannot_be_done_is_refused():
         model.add_adapter("third", LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(MergeUnsupported, match="layer_replication"):
         model.merge_adapter()
-    assert not any(vars(get_export_support(model)).values())
+    assert not any(vars(get_export_support_flags(model)).values())
     with pytest.raises(TargetError, match=r"layer_replication.*\b3\b"):
         get_peft_model(llama(), LoraConfig(layer_replication=[[0, 3]]))
     with pytest.raises(ConfigError, match="pairs"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from slimtune.core.config.objective_registry import list_objectives, load_objective_class
-from slimtune.core.data.tokenized_dataset import split_example_into_tokens_and_labels
+from slimtune.core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.default_learning_rate import fill_in_learning_rate
 from slimtune.core.training.train import Interrupted, train
@@ -245,7 +245,7 @@ def test_reference_of_a_continued_adapter_is_what_peft_computes(make, tiny_folde
     reference = load_file(Path(recipe.output_dir) / "reference.safetensors")
     for part in ("train", "validation"):
         for example, logps in zip(getattr(data, part), reference[part], strict=True):
-            for (ids, labels), logp in zip(split_example_into_tokens_and_labels(example), logps, strict=True):
+            for (ids, labels), logp in zip(list_tokens_and_labels_by_row(example), logps, strict=True):
                 with torch.no_grad():
                     log_probs = theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
                 learned = [t for t in range(1, len(ids)) if labels[t] != -100]

@@ -10,7 +10,7 @@ from slimtune.hardware.machine_choice import (
     list_api_prices,
     list_purchase_prices,
     make_machine_offer,
-    rank_fitting_machines,
+    rank_fitting_machines_by_price,
 )
 from slimtune.planning.gpu_specs import find_gpu_by_name
 from slimtune.planning.interval import Interval
@@ -39,10 +39,10 @@ def test_a_paid_price_counts_before_that_of_the_launch():
 
 def test_the_cheapest_that_fits_and_is_in_time_is_first():
     some = [machine("rtx-3090"), machine("rtx-4090"), machine("rtx-4080", verdict="tight"), machine("rtx-5090", 50)]
-    assert [m.gpu for m in rank_fitting_machines(some)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
-    assert [m.gpu for m in rank_fitting_machines(some, max_hours=2, budget=1400)] == ["rtx-3090"]
-    assert [m.gpu for m in rank_fitting_machines(some, by_rent=True)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
-    assert rank_fitting_machines(some, budget=100) == []
+    assert [m.gpu for m in rank_fitting_machines_by_price(some)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
+    assert [m.gpu for m in rank_fitting_machines_by_price(some, max_hours=2, budget=1400)] == ["rtx-3090"]
+    assert [m.gpu for m in rank_fitting_machines_by_price(some, by_rent=True)] == ["rtx-3090", "rtx-4090", "rtx-5090"]
+    assert rank_fitting_machines_by_price(some, budget=100) == []
 
 
 def test_break_even():

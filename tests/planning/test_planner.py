@@ -18,7 +18,7 @@ from slimtune.core.models.base_config import BaseConfig, load_base_config
 from slimtune.core.training.train import train
 from slimtune.errors import UsageError
 from slimtune.planning.gpu_specs import GpuSpec, find_gpu_by_name, make_gpu_with_memory
-from slimtune.planning.memory_trace import estimate_sharding_savings_and_spread, make_dummy_examples
+from slimtune.planning.memory_trace import estimate_sharding_savings_and_uncertainty, make_dummy_examples
 from slimtune.planning.packed_lengths import remove_prefix_sharing, resize_example_rows
 from slimtune.planning.plan_request import PlanRequest, build_plan_request
 from slimtune.planning.plan_result import PARTS
@@ -242,7 +242,7 @@ def make_request(processes, fsdp):
 
 def test_saved_bytes():
     total = 32 * LAYER + REST
-    saved, spread = estimate_sharding_savings_and_spread(make_request(4, fsdp=True).job().build_model(), 4)
+    saved, spread = estimate_sharding_savings_and_uncertainty(make_request(4, fsdp=True).job().build_model(), 4)
     assert saved == total - (total / 4 + REST + LAYER)
     assert spread == 2 * LAYER
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..compat.peft_registration import prevent_peft_registration
+from ..compat.peft_registration import skip_registering_classes_as_peft
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.version import __version__
 from ..errors import UsageError
@@ -109,7 +109,7 @@ def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
-    prevent_peft_registration()
+    skip_registering_classes_as_peft()
     # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.

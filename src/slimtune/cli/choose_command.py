@@ -15,7 +15,7 @@ from .options import add_recipe_flags
 from .planned_jobs import (
     JOB,
     JOB_SETTINGS,
-    estimate_runs_by_gpu_class,
+    estimate_run_by_gpu_and_class,
     estimate_runs_collecting_errors,
     load_run_to_plan,
 )
@@ -58,7 +58,7 @@ def choose_machine(
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_run_to_plan(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..hardware.hardware_results import MILLION, ChooseResult, FittingOffer
-    from ..hardware.machine_choice import make_machine_offer, rank_fitting_machines
+    from ..hardware.machine_choice import make_machine_offer, rank_fitting_machines_by_price
     from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import list_gpu_specs, load_this_machine_measured_gpu
 
@@ -66,7 +66,7 @@ def choose_machine(
     gpus = [
         g for g in list_gpu_specs() if g.trains and (g.kind in kinds or ("rent" in kinds and list_rent_prices(g.name)))
     ]
-    found, planned = estimate_runs_by_gpu_class(jobs, gpus, use_smallest_of_group=False)
+    found, planned = estimate_run_by_gpu_and_class(jobs, gpus, use_smallest_of_group=False)
     offers = [
         make_machine_offer(
             f.gpu, f.estimate, tokens=count, speed=f.speed, verdict=f.verdict, dollars_per_kwh=kwh_price or None
@@ -80,8 +80,8 @@ def choose_machine(
     owned = [offer for offer in offers if offer.kind in kinds]
     rented = [offer for offer in offers if list_rent_prices(offer.gpu)] if "rent" in kinds else []
     picks = {
-        "buy": rank_fitting_machines(owned, budget=budget, max_hours=hours),
-        "rent": rank_fitting_machines(rented, budget=budget, max_hours=hours, by_rent=True),
+        "buy": rank_fitting_machines_by_price(owned, budget=budget, max_hours=hours),
+        "rent": rank_fitting_machines_by_price(rented, budget=budget, max_hours=hours, by_rent=True),
     }
     if not as_json:
         screen = make_console()
@@ -167,7 +167,7 @@ def cost_of_training_run(
     as_json: Json = False,
 ) -> Any:
     """Compare what a run costs: bought machine, rented machine, a service that fine-tunes."""
-    from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalProviderCost, ServiceCost
+    from ..hardware.hardware_results import MILLION, CostResult, PurchaseCost, RentalProviderCost, TuningServiceCost
     from ..hardware.machine_choice import WHOLE_MACHINES, count_runs_to_break_even, list_api_prices, make_machine_offer
     from ..hardware.run_cost import format_hours_range, list_rent_prices
     from ..planning.gpu_specs import find_gpu_by_name, format_date_with_age_note, require_trainable_gpu
@@ -190,7 +190,7 @@ def cost_of_training_run(
     rents = [RentalProviderCost(f"rent, {name}", hours * rate) for name, rate in hourly]
     billions = estimate.total_params / 1e9
     services = [
-        ServiceCost(p, p.dollars_per_million * count / MILLION)
+        TuningServiceCost(p, p.dollars_per_million * count / MILLION)
         for p in list_api_prices()
         if p.max_billions is None or billions <= p.max_billions
     ]

@@ -104,9 +104,9 @@ def report_run(
     `slimtune train` and `slimtune eval` write it when they finish.
     """
     from ..core.training.run_dir import RunDir
-    from ..evaluation.run_report import write_run_report
+    from ..evaluation.run_report import write_run_report_and_list_damage
 
-    file, damage = write_run_report(RunDir.open(run, require_adapter=False), out)
+    file, damage = write_run_report_and_list_damage(RunDir.open(run, require_adapter=False), out)
     for sentence in damage:
         make_error_console().print(f"warning: {sentence}", style=WARNING)
     if not as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, find_answering_or_nearest_pages, load_error_pages
+from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, is_answered_and_list_nearest_pages, load_error_pages
 from ..diagnostics.knowledge.guides import QuestionGuide, find_command_guides
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
@@ -84,7 +84,7 @@ def explain_error(
                 make_table("", "", text_column_indices=(1,), rows=[(page.code, page.title) for page in pages])
             )
         return ErrorPagesResult(_list_titles(pages))
-    found, nearest = find_answering_or_nearest_pages(words)
+    found, nearest = is_answered_and_list_nearest_pages(words)
     page, others = (nearest[0], nearest[1:]) if found else (None, nearest)
     guides = [] if found else find_command_guides(words)
     if not as_json:

@@ -16,7 +16,7 @@ from .plan_command import format_run_title
 from .planned_jobs import (
     JOB_SETTINGS,
     RunsToPlan,
-    estimate_runs_by_gpu_class,
+    estimate_run_by_gpu_and_class,
     estimate_runs_collecting_errors,
     load_run_to_plan,
 )
@@ -102,7 +102,7 @@ def _list_suited(gpus: Sequence[GpuSpec], jobs: RunsToPlan, *, sources: bool, as
 
     untrained = [g.name for g in gpus if not g.trains]
     ordered = sorted((g for g in gpus if g.trains), key=lambda g: g.memory)
-    judged, planned = estimate_runs_by_gpu_class(jobs, ordered, use_smallest_of_group=True)
+    judged, planned = estimate_run_by_gpu_and_class(jobs, ordered, use_smallest_of_group=True)
     enough = next((j.gpu for j in judged if j.verdict == "fits"), None)
     if not as_json:
         screen = make_console()

@@ -69,13 +69,13 @@ def find_recipe_file(model_or_recipe: str | None) -> Path | None:
 
 
 def load_run_to_plan(
-    job: str,
-    flags: Mapping[str, Any],
+    model_or_recipe: str,
+    settings: Mapping[str, Any],
     several_methods_error: str = "several methods are given",
     hint: str = "--method lora",
 ) -> RunsToPlan:
     """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
-    jobs = load_runs_to_plan(job, flags)
+    jobs = load_runs_to_plan(model_or_recipe, settings)
     if len(jobs.recipes) > 1 or jobs.errors:
         raise UsageError(several_methods_error, "one run", hint)
     return jobs
@@ -227,7 +227,7 @@ class GpuEstimate:
     speed: Interval | None  # trained tokens a second
 
 
-def estimate_runs_by_gpu_class(
+def estimate_run_by_gpu_and_class(
     jobs: RunsToPlan, gpus: Sequence[GpuSpec], *, use_smallest_of_group: bool
 ) -> tuple[list[GpuEstimate], dict[EquivalentGpuGroup, ResourceEstimate]]:
     """Return the run on each GPU, and the estimate of each class.

@@ -11,7 +11,7 @@ same class. Three mechanisms make our models pass. None changes what those libra
    the first slimtune config is created.
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
 
-The commands of `slimtune` call none of these libraries and use `prevent_peft_registration`: importing peft, or
+The commands of `slimtune` call none of these libraries and use `skip_registering_classes_as_peft`: importing peft, or
 the Trainer, takes seconds.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 _skipped = False
 
 
-def prevent_peft_registration() -> None:
+def skip_registering_classes_as_peft() -> None:
     """Make no class known to other libraries in this process."""
     global _skipped
     _skipped = True

@@ -22,8 +22,8 @@ from ..core.adapters.active_adapters import LayerAdapterOverride
 from ..core.adapters.adapted_layer import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, AdaptedLayerMixin
 from ..core.adapters.merging import merge_adapters_into_layer, unmerge_adapters_from_layer
 from ..core.kernels.linear_layers import (
+    get_base_layer_type,
     get_dequantized_weight,
-    get_layer_kind,
     get_layer_sizes,
     is_quantized,
     is_weight_transposed,
@@ -205,7 +205,9 @@ class _PeftLayer:
     @property
     def in_features(self) -> int:
         """Inputs of the layer: channels of a convolution, rows of an embedding."""
-        return self._layer.in_channels if get_layer_kind(self._layer) == "conv" else get_layer_sizes(self._layer)[0]
+        return (
+            self._layer.in_channels if get_base_layer_type(self._layer) == "conv" else get_layer_sizes(self._layer)[0]
+        )
 
     @property
     def out_features(self) -> int:
@@ -240,7 +242,7 @@ class _PeftLayer:
         base: Any = _without_adapters(self._layer)
         vars(base)["_parameters"] = base._parameters | (self._layer.original_parameters or {})
         weight = get_dequantized_weight(base).detach()
-        weight = weight.t() if get_layer_kind(self._layer) == "embedding" else weight
+        weight = weight.t() if get_base_layer_type(self._layer) == "embedding" else weight
         return BufferDict({a: weight[m.token_indices] for a, m in modules.items()})
 
     @property

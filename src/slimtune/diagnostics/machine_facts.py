@@ -20,7 +20,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..core.foundation.installed_versions import find_package_version
-from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_and_get_output
+from ..extras.installed_programs import NO_ANSWER, find_ollama_version, run_and_get_output_or_empty
 
 try:
     import resource
@@ -224,7 +224,7 @@ class MachineFacts:
 
 def gather_machine_facts(
     system_root: Path = Path("/"),
-    program_runner: Callable[..., str] = run_and_get_output,
+    program_runner: Callable[..., str] = run_and_get_output_or_empty,
     environment: Mapping[str, str] | None = None,
     **known: object,
 ) -> MachineFacts:

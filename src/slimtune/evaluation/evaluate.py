@@ -57,7 +57,7 @@ from .lm_eval import load_lm_eval_task_manager, score_base_and_tuned_by_lm_eval
 from .model_comparison import ModelComparison
 from .output_files import resolve_output_file
 from .preference_comparison import KTOEvaluator, PreferenceComparison
-from .run_report import write_run_report
+from .run_report import write_run_report_and_list_damage
 from .sft_comparison import SupervisedLossEvaluator
 
 COMPARISONS: dict[type[Objective], type[ModelComparison[Any]]] = {
@@ -198,11 +198,11 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
-        result = replace(result, verdict=make_eval_verdict(result, reasons), seconds=seconds)
+        result = replace(result, verdict=make_pass_fail_eval_verdict(result, reasons), seconds=seconds)
         if run_dir is not None:
             write_json(run_dir.evaluation_file(name), result)
             write_json(run_dir.scores_file(name), scores, indent=None)
-            write_run_report(run_dir)
+            write_run_report_and_list_damage(run_dir)
         return result
 
     result = save(result)  # the figures stay if generation or a task fails
@@ -261,7 +261,7 @@ def _list_missing_rows(different_rows: int) -> list[str]:
     return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def make_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
+def make_pass_fail_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
     """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
     reasons, unread = list(reasons_not_improved), False
     if isinstance(result, TextEvalResult):

@@ -20,12 +20,12 @@ def measure_forgetting(
     text_name: str,
     examples: Sequence[Example],
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
-    budget: float,
+    budget_in_nats: float,
     **bootstrap: int,
 ) -> ForgettingMeasures:
     """Compare the losses of base and tuned model on the pieces of a general text.
 
-    `text_name` names it, `score_both` scores rows by base and tuned model, `budget` is nats per token, `bootstrap` is
+    `text_name` names it, `score_both` scores rows by both models, `budget_in_nats` is per token, `bootstrap` is
     `draws` and `seed`.
     """
     base, tuned = score_both(examples)
@@ -44,5 +44,5 @@ def measure_forgetting(
     whole = compare(range(len(examples)))
     kinds = {kind: compare(numbers) for kind, numbers in group_row_numbers_by_kind(examples).items()}
     return ForgettingMeasures(
-        **vars(whole), text=text_name, budget=budget, within=whole.change.low <= budget, kinds=kinds
+        **vars(whole), text=text_name, budget=budget_in_nats, within=whole.change.low <= budget_in_nats, kinds=kinds
     )

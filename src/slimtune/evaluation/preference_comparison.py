@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..core.data.tokenized_dataset import Example, RankedAnswerSelection, split_example_into_tokens_and_labels
+from ..core.data.tokenized_dataset import Example, RankedAnswerSelection, list_tokens_and_labels_by_row
 from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.training.loss import count_supervised_targets, score_row_logps_by_example_index
 from ..errors import DataError
@@ -38,7 +38,7 @@ from .eval_result import (
     UnpairedPreferences,
 )
 from .model_comparison import ModelComparison, RowFigures
-from .sft_comparison import measure_loss_and_row_scores
+from .sft_comparison import measure_base_and_tuned_losses_and_scores
 from .statistics import PairedEstimate, estimate_aucs_with_intervals, format_interval
 
 Logps = Sequence[Sequence[float]]
@@ -55,7 +55,9 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
         with self.model.disable_adapter(), use_progress_prefix("base"):
             base = score_row_logps_by_example_index(self.model, self.examples, self.collator)
         base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
-        measures, figures, _ = measure_loss_and_row_scores(self, RankedAnswerSelection(self.examples, (0,)))
+        measures, figures, _ = measure_base_and_tuned_losses_and_scores(
+            self, RankedAnswerSelection(self.examples, (0,))
+        )
         preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
         for row, before, after in zip(figures, base_logps, tuned_logps, strict=True):
             row |= {"base_margin": before[0] - before[1], "tuned_margin": after[0] - after[1]}
@@ -92,7 +94,7 @@ def measure_preferences(
 
     tokens = take(
         [
-            [count_supervised_targets({"labels": labels}) for _, labels in split_example_into_tokens_and_labels(e)]
+            [count_supervised_targets({"labels": labels}) for _, labels in list_tokens_and_labels_by_row(e)]
             for e in examples
         ]
     )
@@ -136,7 +138,7 @@ class KTOEvaluator(ModelComparison[KTOMeasures]):
             hint = "--data FILE, or set more rows aside before training: --test-fraction 0.2"
             raise DataError(f"every evaluated row has the label {label}", "good and bad answers", hint)
         good, bad = (self.examples.select(np.flatnonzero(part)) for part in (is_good, ~is_good))
-        measures, figures, scores_of_good = measure_loss_and_row_scores(replace(self, examples=good), good)
+        measures, figures, scores_of_good = measure_base_and_tuned_losses_and_scores(replace(self, examples=good), good)
         base, tuned, tokens = np.zeros((3, len(is_good)))
         for part, (before, after) in ((is_good, scores_of_good), (~is_good, self.score_both(bad))):
             base[part], tuned[part] = ([-s.nats for s in scores] for scores in (before, after))

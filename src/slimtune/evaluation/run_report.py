@@ -54,7 +54,7 @@ from .result_lines import (
 from .run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 
 
-def write_run_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
+def write_run_report_and_list_damage(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
     """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one.
 
     Returns its path and what is damaged in the run's files, one sentence each.

@@ -21,7 +21,7 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
     result_type = TextOrPairEvalResult
 
     def measure(self) -> tuple[SFTMeasures, RowFigures]:
-        measures, figures, (base, tuned) = measure_loss_and_row_scores(self, self.examples)
+        measures, figures, (base, tuned) = measure_base_and_tuned_losses_and_scores(self, self.examples)
         dependence = None
         if self.shuffled_prompt_test and self.examples.documents is self.examples:  # a window has no prompt
             shuffled = make_shuffled_prompt_examples(self.examples, self.seed)
@@ -58,7 +58,7 @@ class SupervisedLossEvaluator(ModelComparison[SFTMeasures]):
         return failures
 
 
-def measure_loss_and_row_scores(
+def measure_base_and_tuned_losses_and_scores(
     comparison: ModelComparison[Any], examples: TokenizedDataset
 ) -> tuple[LossMeasures, RowFigures, tuple[list[RowScore], list[RowScore]]]:
     """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.

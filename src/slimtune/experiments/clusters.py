@@ -12,7 +12,7 @@ from typing import Any
 from ..core.foundation.cpu import CPU_SETTINGS
 from ..core.foundation.files import read_json_object, write_json
 from ..errors import RunError, UsageError, suggest
-from .executors import ExecutorSpec, ParallelExecutor, SubmittedRun
+from .executors import ExecutorSpec, ParallelExecutorBase, SubmittedRun
 from .run_worker import RESTARTS, Launch, WorkerResult, run_worker_with_restarts_if_killed
 
 RAY_PARAMETERS = ("num_cpus", "num_gpus")
@@ -48,7 +48,7 @@ class RayTask:
             self.ray.cancel(self.reference)  # raises KeyboardInterrupt in the task
 
 
-class RayExecutor(ParallelExecutor):
+class RayExecutor(ParallelExecutorBase):
     """Tasks on a Ray cluster: the one that the address or RAY_ADDRESS names, one of this machine, or a new one here.
 
     A task whose machine or process dies is done again by Ray.
@@ -134,7 +134,7 @@ class RequeueableSlurmRun:
         return DelayedSubmission(self, launch)
 
 
-class SlurmExecutor(ParallelExecutor):
+class SlurmExecutor(ParallelExecutorBase):
     """Jobs on Slurm, by submitit. They outlive this process: the same command finds them by `cells/lora-42.job`."""
 
     package = "submitit"

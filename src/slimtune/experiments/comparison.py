@@ -29,7 +29,7 @@ from .comparison_report import (
 )
 from .executor_specs import make_executor
 from .executors import Executor, ExecutorSpec
-from .experiment_output_dir import lock_output_dir_and_write_settings, resolve_settings_to_record
+from .experiment_output_dir import lock_output_dir_and_write_settings, require_same_settings_and_merge_methods
 from .experiment_results import CompareResult, FailedRun, LearningRateSearch, LeftOutMethod
 from .method_advice import choose_best_or_cheaper_method, format_method_advice
 from .run_grid import ComparisonGrid
@@ -57,7 +57,7 @@ def run_comparison(
     """
     start = time.perf_counter()
     # Before planning; the folder is only made when something can run in it.
-    resolve_settings_to_record(grid.output_dir, grid.settings(), "comparison")
+    require_same_settings_and_merge_methods(grid.output_dir, grid.settings(), "comparison")
     with make_executor(executor_spec, grid.output_dir) as executor:
         fitting, left_out = _plan_candidates(grid, executor, log)
         if not fitting:

@@ -48,11 +48,11 @@ class FinishedCandidateRuns:
     """Supervised tokens of each test row."""
     row_weights: list[int]
     """What the losses of the rows are divided by: those tokens, or 1 for each pair."""
-    tuned_losses: dict[int, list[float]]
+    tuned_row_losses_by_seed: dict[int, list[float]]
     """By seed: nats of each test row; of a pair 1 if the wrong answer is likelier."""
     rows_per_example: int
     """Rows that training learns of each example: 2 for preference pairs."""
-    tokens_by_step: dict[int, list[int]]
+    trained_tokens_by_seed: dict[int, list[int]]
     """By seed: trained tokens after each step; equal for equal rows and order."""
 
 
@@ -73,8 +73,8 @@ def rank_candidates_by_finished_runs(grid: ComparisonGrid) -> list[FinishedCandi
             raise RunError(f"{names} were measured on different rows", "the same rows")
         if other.rows_per_example != first.rows_per_example:  # both answers, and the chosen ones alone
             continue
-        for seed in first.tokens_by_step.keys() & other.tokens_by_step.keys():
-            if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
+        for seed in first.trained_tokens_by_seed.keys() & other.trained_tokens_by_seed.keys():
+            if first.trained_tokens_by_seed[seed] != other.trained_tokens_by_seed[seed]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
     methods = add_pareto_optimal_costs([c.compared_method for c in candidates])
@@ -166,9 +166,11 @@ def _summarize(grid: ComparisonGrid, candidate: ComparisonCandidate, seeds: Sequ
         row_lines=[r["line"] for r in rows[0]],
         row_tokens=row_tokens,
         row_weights=[1] * len(row_tokens) if pairs else row_tokens,
-        tuned_losses={seed: list(map(get_loss, run_rows)) for seed, run_rows in zip(seeds, rows, strict=True)},
+        tuned_row_losses_by_seed={
+            seed: list(map(get_loss, run_rows)) for seed, run_rows in zip(seeds, rows, strict=True)
+        },
         rows_per_example=load_objective_class(task).rows_per_example,
-        tokens_by_step=tokens_by_step,
+        trained_tokens_by_seed=tokens_by_step,
     )
 
 
@@ -203,10 +205,10 @@ def compare_gains_of_candidate_pairs(candidates: Sequence[FinishedCandidateRuns]
     """
     found: list[tuple[FinishedCandidateRuns, FinishedCandidateRuns, list[int], Estimate, float]] = []
     for a, b in combinations([c for c in candidates if c.compared_method.ranked], 2):
-        seeds = [s for s in a.tuned_losses if s in b.tuned_losses]
+        seeds = [s for s in a.tuned_row_losses_by_seed if s in b.tuned_row_losses_by_seed]
         if seeds:
             # The base is the same, so the gains differ by b's loss minus a's.
-            losses = [zip(a.tuned_losses[s], b.tuned_losses[s], strict=True) for s in seeds]
+            losses = [zip(a.tuned_row_losses_by_seed[s], b.tuned_row_losses_by_seed[s], strict=True) for s in seeds]
             difference, p = estimate_mean_difference_and_p_value(
                 [[lb - la for la, lb in rows] for rows in losses], a.row_weights
             )

@@ -6,9 +6,13 @@ from pathlib import Path
 
 from ..errors import UsageError, format_install_command, suggest
 from .clusters import RayExecutor, SlurmExecutor
-from .executors import Executor, ExecutorSpec, LocalExecutor, ParallelExecutor
+from .executors import Executor, ExecutorSpec, LocalParallelExecutor, ParallelExecutorBase
 
-EXECUTORS: dict[str, type[ParallelExecutor]] = {"local": LocalExecutor, "ray": RayExecutor, "slurm": SlurmExecutor}
+EXECUTORS: dict[str, type[ParallelExecutorBase]] = {
+    "local": LocalParallelExecutor,
+    "ray": RayExecutor,
+    "slurm": SlurmExecutor,
+}
 PLACES = "local:4, ray, ray://HOST:PORT, or slurm:partition=NAME,time=MINUTES"
 
 
@@ -41,5 +45,5 @@ def parse_executor_spec(text: str) -> ExecutorSpec:
 
 
 def make_executor(spec: ExecutorSpec | None, folder: Path) -> Executor:
-    """Return the executor that `--on` asks for; None: one run after another. Arguments as for `ParallelExecutor`."""
+    """Return the executor that `--on` asks for; None: one run after another. Arguments: see `ParallelExecutorBase`."""
     return Executor() if spec is None else EXECUTORS[spec.kind](spec, folder)

@@ -71,7 +71,7 @@ class Executor:
         is_remote: whether runs may train on other machines than this one.
     """
 
-    runs: int | None = 1
+    max_parallel_runs: int | None = 1
     runs_per_device = 1
     is_remote = False
 
@@ -112,7 +112,7 @@ class Executor:
             self.close()
 
 
-class ParallelExecutor(Executor):
+class ParallelExecutorBase(Executor):
     """Several runs at the same time.
 
     Args:
@@ -207,7 +207,7 @@ class LocalTask:
         self.cancelled.set()
 
 
-class LocalExecutor(ParallelExecutor):
+class LocalParallelExecutor(ParallelExecutorBase):
     """N runs at a time on this machine: each on its share of the cores, and the GPUs in turn."""
 
     takes_parameters = False

@@ -18,7 +18,7 @@ COMMANDS = {"comparison": "compare", "search": "tune"}
 """What a folder holds, and the command that works in it."""
 
 
-def resolve_settings_to_record(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
+def require_same_settings_and_merge_methods(folder: Path, settings: Mapping[str, Any], experiment: str) -> JsonObject:
     """Check that a folder is new or holds the same work, and return the settings to record in it; write nothing.
 
     Args:
@@ -55,7 +55,7 @@ def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any]
     Raises:
         UsageError: another process works in the folder.
     """
-    resolve_settings_to_record(folder, settings, experiment)  # before the folder is made
+    require_same_settings_and_merge_methods(folder, settings, experiment)  # before the folder is made
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
@@ -63,7 +63,7 @@ def lock_output_dir_and_write_settings(folder: Path, settings: Mapping[str, Any]
     except Timeout:
         raise UsageError(f"another slimtune {COMMANDS[experiment]} works in {folder}", "one at a time") from None
     try:
-        write_json(folder / SETTINGS_FILE, resolve_settings_to_record(folder, settings, experiment))
+        write_json(folder / SETTINGS_FILE, require_same_settings_and_merge_methods(folder, settings, experiment))
         yield
     finally:
         lock.release()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.kernels.linear_layers import get_layer_kind
+from ..core.kernels.linear_layers import get_base_layer_type
 from ..core.kernels.lora_linear import add_low_rank_update
 from ..errors import ModelError
 
@@ -36,7 +36,7 @@ def packing_runs_unsupported_reason(models: Sequence[Any]) -> str:
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "a method adds virtual tokens"
         for name, layer in layers.items():
-            if get_layer_kind(layer) != "linear" or layer.trained_copies or "default" not in layer.adapters:
+            if get_base_layer_type(layer) != "linear" or layer.trained_copies or "default" not in layer.adapters:
                 return f"{name} is adapted otherwise than by a low-rank update of a linear layer"
             module: Any = layer.adapters["default"]
             if module.takes_tokens or module.low_rank_factors() is None:

@@ -129,7 +129,7 @@ def run_worker_with_restarts_if_killed(start_worker: Launch, **worker_options: A
     return result._replace(restarts=restarts, seconds=time.perf_counter() - start)
 
 
-def train_and_test_recipes_collecting_errors(
+def train_and_test_recipes_returning_errors(
     recipe_files: Sequence[Path], *, skip_test_rows: bool = False, allow_faulty_rows: bool = False
 ) -> dict[Path, SlimtuneError]:
     """Train recipes at once and, unless they are trials, evaluate them on the test rows; return the errors by recipe.
@@ -140,7 +140,7 @@ def train_and_test_recipes_collecting_errors(
     from ..core.config import load_recipe
     from ..core.training.run_dir import RunDir
     from ..evaluation.evaluate import EvalSettings, evaluate
-    from .simultaneous_runs import RunCancelled, train_recipes_together
+    from .simultaneous_runs import RunStoppedOutcome, train_recipes_together
 
     recipes = {file: load_recipe(file) for file in recipe_files}
     runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
@@ -158,7 +158,7 @@ def train_and_test_recipes_collecting_errors(
         should_stop=lambda recipe: stop_files[str(recipe.output_dir)].exists(),
     )
     ended = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
-    failed = {file: o for file, o in ended.items() if not isinstance(o, RunCancelled)}
+    failed = {file: o for file, o in ended.items() if not isinstance(o, RunStoppedOutcome)}
     for file in (file for file in recipe_files if file not in ended):
         if not skip_test_rows:
             evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
@@ -177,7 +177,7 @@ def main() -> None:
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            for file, error in train_and_test_recipes_collecting_errors(files, **how).items():
+            for file, error in train_and_test_recipes_returning_errors(files, **how).items():
                 _print_error(error, **({"recipe": str(file)} if len(files) > 1 else {}))
                 code = error.exit_code
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ from .packed_run_adapters import copy_sharing_parameters, packing_runs_unsupport
 from .packed_run_losses import forward_backward_packed_runs
 
 
-class RunCancelled(SlimtuneError):
+class RunStoppedOutcome(SlimtuneError):
     """How a run ended that its caller no longer wanted."""
 
 
@@ -82,7 +82,7 @@ class InterleavedRun:
     def stop(self) -> None:
         """End the run without a checkpoint."""
         self._steps.close()  # type: ignore[attr-defined]
-        self.rows, self.outcome = (), RunCancelled("the run was stopped")
+        self.rows, self.outcome = (), RunStoppedOutcome("the run was stopped")
         self.release()
 
     def release(self) -> None:
@@ -124,7 +124,7 @@ def train_recipes_together(
         recipes: their `model` and `data.chat_template` are the same.
         resume: for each whether to continue it from its newest checkpoint; empty: none.
         allow_faulty_rows: train on data even if its validation finds faults.
-        should_stop: called for each run before each of its steps; True ends this run with a `RunCancelled`.
+        should_stop: called for each run before each of its steps; True ends this run with a `RunStoppedOutcome`.
 
     Raises:
         UsageError: the bases differ, or there are several processes.

@@ -118,7 +118,7 @@ def run_tuning(
         make_executor(executor_spec, output_dir) as executor,
     ):
         found = run_search_trials(
-            search, log, executor, at_once=at_once * (executor.runs or 1), trials_per_process=at_once
+            search, log, executor, at_once=at_once * (executor.max_parallel_runs or 1), trials_per_process=at_once
         )
         best = find_best_trial(found)
         own = [t.loss for t in found if len(first) == len(ranges) and t.values == first]

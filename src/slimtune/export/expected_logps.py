@@ -41,7 +41,7 @@ from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import open_rows_for_objective
 from ..extras.row_files import open_rows
-from ..generation.inference_engines import InferenceEngine, TextTokenScores, TransformersInferenceEngine
+from ..generation.inference_engines import ModelInInferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .export_results import EngineVerdict
 
 QUESTIONS = (
@@ -106,7 +106,7 @@ class AdapterReference:
         self.engine, self.texts = TransformersInferenceEngine("trained adapter", model, tokenizer), list(texts)
         self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
-    def score(self, engine: InferenceEngine, what: str) -> list[Tensor]:
+    def score(self, engine: ModelInInferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
         return [engine.score(text.prompt_and_answer_ids).token_log_probs for text in track_progress(self.texts, what)]
 
@@ -218,10 +218,10 @@ def make_reference_texts(
 
 def judge_engine_against_adapter(
     reference: AdapterReference,
-    engine: InferenceEngine,
+    engine: ModelInInferenceEngine,
     precision: str,
     tolerance: EngineTolerance | None = None,
-    open_base: Callable[[InferenceEngine], InferenceEngine] | None = None,
+    open_base: Callable[[ModelInInferenceEngine], ModelInInferenceEngine] | None = None,
 ) -> EngineVerdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 

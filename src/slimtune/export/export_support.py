@@ -22,7 +22,7 @@ _NOT_IN_VLLM = {
 """Fields of a config whose value, if there is one, no LoRA in vLLM can express."""
 
 
-def get_export_support(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportSupport:
+def get_export_support_flags(model: Any, adapter: str = "default", *, on_published_base: bool = True) -> ExportSupport:
     """Return the export formats of a model's adapter.
 
     `on_published_base` says whether the adapter belongs to the base as it was published; False after a LoftQ

@@ -68,7 +68,7 @@ def export(
     if chosen.is_merged:
         needed = 2 * sum(p.numel() for p in model.parameters())
     else:
-        require_adapter_for_unquantized_base(loaded, run)
+        refuse_adapter_bound_to_quantized_base(loaded, run)
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
         written = chosen.write(ExportJob(loaded, run, folder, out, verify))
@@ -91,7 +91,7 @@ def export(
     return ExportResult(str(run), str(out), target, files, facts, written.commands, notes, verdict)
 
 
-def require_adapter_for_unquantized_base(loaded: TrainedModel, run: Path) -> None:
+def refuse_adapter_bound_to_quantized_base(loaded: TrainedModel, run: Path) -> None:
     """Raise AdapterError if an adapter belongs to its quantized base alone, so that no engine can add it to another."""
     if loaded.recipe is not None and loaded.recipe.method_config().compensates_quantization:
         raise AdapterError(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, suggest
 from ..extras.gguf_loading import import_gguf
-from .export_support import Factors, get_export_support, split_low_rank_and_other_changes
+from .export_support import Factors, get_export_support_flags, split_low_rank_and_other_changes
 from .gguf_format import GgufExportFacts
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
@@ -217,7 +217,7 @@ def get_lora_factors_and_scales(model: Any, adapter: str = "default") -> dict[st
         return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
     config = model.peft_config[adapter]
     hint = "export it merged: --merged, or slimtune merge; or turn it into a LoRA: --convert-to-lora RANK"
-    if not get_export_support(model, adapter).merged:
+    if not get_export_support_flags(model, adapter).merged:
         hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
     raise UsageError(
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",
@@ -311,7 +311,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     writer.close()
 
 
-class LlamaCppToolError(RunError):
+class LlamaCppToolFailedError(RunError):
     """A program of llama.cpp failed: nothing is known about what it should have made."""
 
 
@@ -368,6 +368,6 @@ def _run_tool(command: Sequence[str]) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
         name = next(Path(word).name for word in command if word != sys.executable)
-        raise LlamaCppToolError(
+        raise LlamaCppToolFailedError(
             f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows"
         )

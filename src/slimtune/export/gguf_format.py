@@ -24,7 +24,7 @@ from .export_results import EngineVerdict
 
 if TYPE_CHECKING:
     from ..core.models.model_source import ModelSource
-    from ..generation.inference_engines import InferenceEngine
+    from ..generation.inference_engines import ModelInInferenceEngine
     from .verify import ExportEngineCheck, ExportVerifier
 
 ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
@@ -146,11 +146,11 @@ class GgufFormat(ExportFormat):
 
         adapter, whole = verifier.temp_folder / ADAPTER_GGUF, verifier.temp_folder / MODEL_GGUF
 
-        def open_adapter() -> InferenceEngine:
+        def open_adapter() -> ModelInInferenceEngine:
             write_adapter_gguf(adapter, verifier.model)
             return verifier.open_beside_base(adapter)
 
-        def open_whole() -> InferenceEngine:
+        def open_whole() -> ModelInInferenceEngine:
             verifier.require_mergeable()
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)
@@ -183,7 +183,9 @@ class GgufFormat(ExportFormat):
 
 def _list_serve_commands(model: Any, run: Path) -> list[str]:
     """Return the command that answers from llama.cpp without its programs, if it can serve the run: [] or one."""
-    from .export_support import get_export_support
+    from .export_support import get_export_support_flags
 
     serve = shlex.join(["slimtune", "serve", str(run), "--engine", "llama.cpp"])
-    return [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_support(model).gguf else []
+    return (
+        [f"{serve}  # in place of llama-cli, where it is not installed"] if get_export_support_flags(model).gguf else []
+    )

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.config import Recipe
 from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows_with_errors
-from ..core.kernels.linear_layers import get_layer_kind
+from ..core.kernels.linear_layers import get_base_layer_type
 from ..core.models.dtype import pick_dtype
 from ..core.training.datasets import open_rows_for_objective
 from ..errors import SlimtuneError
@@ -84,7 +84,7 @@ def record_linear_layer_inputs(model: Any, recipe: Recipe | None, tokenizer: Any
     tokenized = [r for r in tokenize_rows_with_errors(rows, tokenizer) if not isinstance(r, InvalidRow)]
     ids = [part.input_ids for row in tokenized for part in row.split()]
     layers = {
-        n: m for n, m in model.named_modules() if get_layer_kind(m) == "linear" and "adapters" not in n.split(".")
+        n: m for n, m in model.named_modules() if get_base_layer_type(m) == "linear" and "adapters" not in n.split(".")
     }
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
     longest = recipe.data.max_seq_len if recipe is not None else None

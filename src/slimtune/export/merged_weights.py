@@ -22,8 +22,8 @@ from ..core.adapters.quantized_layers import find_cpu_repacking_layers, keep_dif
 from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.kernels.linear_layers import (
+    get_base_layer_type,
     get_dequantized_weight,
-    get_layer_kind,
     get_layer_sizes,
     is_quantized,
     is_weight_transposed,
@@ -55,7 +55,9 @@ class LazyMergedStateDict(Mapping[str, Tensor]):
         keep_differentiable_4bit_layout(
             find_cpu_repacking_layers(model)
         )  # `state_dict` would restore that layout wrongly
-        self._quantized = {n: m for n, m in model.named_modules() if get_layer_kind(m) == "linear" and is_quantized(m)}
+        self._quantized = {
+            n: m for n, m in model.named_modules() if get_base_layer_type(m) == "linear" and is_quantized(m)
+        }
         own = {f"{n}.{leaf}" for n in self._quantized for leaf in ("weight", "bias")}
         added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ADDED_CHILDREN]
         added += [f"{n}." for n in self._quantized]  # what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`

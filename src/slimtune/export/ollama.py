@@ -77,7 +77,7 @@ def write_modelfile(
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    path = get_valid_base_path_or_none(base)
+    path = require_base_path_unless_registry_name(base)
     converted, stops = OllamaTemplate(None), []
     lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
@@ -135,7 +135,7 @@ def ollama_adds_bos(base: Path, tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def get_valid_base_path_or_none(base: str) -> Path | None:
+def require_base_path_unless_registry_name(base: str) -> Path | None:
     """Return the path of a base, None for a name from a registry."""
     path = Path(base).expanduser()
     try:

@@ -68,7 +68,7 @@ class OllamaFormat(GgufFormat):
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write the GGUF and the Modelfile."""
-        from .ollama import get_valid_base_path_or_none, write_modelfile
+        from .ollama import require_base_path_unless_registry_name, write_modelfile
         from .served_base import resolve_matching_ollama_base
 
         gguf = super().write(job)
@@ -92,7 +92,7 @@ class OllamaFormat(GgufFormat):
                 "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
             )
         if (given := self.ollama_base) is not None:
-            path = get_valid_base_path_or_none(given)
+            path = require_base_path_unless_registry_name(given)
             if not job.verify:  # the check compares them, too
                 resolve_matching_ollama_base(given, path, loaded)
             base = given if path is None else str(path.resolve())

@@ -22,8 +22,8 @@ from ..core.models.loader import load_base
 from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..generation.inference_engines import (
-    InferenceEngine,
     InProcessLlamaCppEngine,
+    ModelInInferenceEngine,
     TransformersInferenceEngine,
     VllmClient,
 )
@@ -37,9 +37,9 @@ from .expected_logps import (
 )
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
-from .gguf import LlamaCppToolError
+from .gguf import LlamaCppToolFailedError
 from .manifest import ExportManifest, read_export_manifest
-from .ollama import get_valid_base_path_or_none
+from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
 
 
@@ -97,8 +97,8 @@ class ExportEngineCheck:
 
     engine: str  # what is compared
     precision: str  # of its weights
-    open_engine: Callable[[], InferenceEngine]
-    open_base: Callable[[Any], InferenceEngine] | None = None  # the untouched base in the same engine
+    open_engine: Callable[[], ModelInInferenceEngine]
+    open_base: Callable[[Any], ModelInInferenceEngine] | None = None  # the untouched base in the same engine
 
 
 @dataclass
@@ -146,12 +146,14 @@ class ExportVerifier:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
         if served_base is not None:
-            served = resolve_matching_ollama_base(served_base, get_valid_base_path_or_none(served_base), self.loaded)
+            served = resolve_matching_ollama_base(
+                served_base, require_base_path_unless_registry_name(served_base), self.loaded
+            )
         if (file := served.file) is not None:
             precision = read_gguf_majority_precision(file)
             tolerance = get_loosest_tolerance(precision)
 
-        def open_engine() -> InferenceEngine:
+        def open_engine() -> ModelInInferenceEngine:
             return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
 
         verdict = self.verify_engine(name, precision, open_engine, tolerance, InProcessLlamaCppEngine.without_adapter)
@@ -176,9 +178,9 @@ class ExportVerifier:
         self,
         name: str,
         precision: str,
-        open_engine: Callable[[], InferenceEngine],
+        open_engine: Callable[[], ModelInInferenceEngine],
         tolerance: EngineTolerance | None = None,
-        open_base: Callable[[Any], InferenceEngine] | None = None,
+        open_base: Callable[[Any], ModelInInferenceEngine] | None = None,
     ) -> EngineVerdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
@@ -192,7 +194,7 @@ class ExportVerifier:
                 return judge_engine_against_adapter(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
-            if isinstance(error, LlamaCppToolError):
+            if isinstance(error, LlamaCppToolFailedError):
                 return EngineVerdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return EngineVerdict(name, precision, reason=f"not checked: {reason}")
@@ -203,7 +205,7 @@ class ExportVerifier:
         if not config.mergeable:
             raise UsageError(f"{config.name} does not change weights, and cannot be merged", code="merge-differs")
 
-    def open_merged(self, folder: Path) -> InferenceEngine:
+    def open_merged(self, folder: Path) -> ModelInInferenceEngine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
         if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
             raise RunError(
@@ -211,30 +213,30 @@ class ExportVerifier:
             )
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
-    def open_adapter(self, folder: Path) -> InferenceEngine:
+    def open_adapter(self, folder: Path) -> ModelInInferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
         model: Any = loaded.model
         return TransformersInferenceEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
-    def open_beside_base(self, adapter: Path) -> InferenceEngine:
+    def open_beside_base(self, adapter: Path) -> ModelInInferenceEngine:
         base = self.temp_folder / "base.gguf"
         if not base.is_file():
             merging.write_base_gguf(self.loaded, base)
         return self.open_llama_cpp(base, adapter)
 
-    def open_base_in(self, precision: str) -> Callable[[Any], InferenceEngine]:
+    def open_base_in(self, precision: str) -> Callable[[Any], ModelInInferenceEngine]:
         """Return a function that opens the untouched base as a whole GGUF in a precision."""
 
-        def open_base(_: Any) -> InferenceEngine:
+        def open_base(_: Any) -> ModelInInferenceEngine:
             file = self.temp_folder / f"base-{precision}.gguf"
             merging.write_base_gguf(self.loaded, file, precision)
             return self.open_llama_cpp(file)
 
         return open_base
 
-    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> InferenceEngine:
+    def open_llama_cpp(self, model: Path, adapter: Path | None = None) -> ModelInInferenceEngine:
         longest = max(len(t.prompt_and_answer_ids) for t in self.reference.texts) + 64
         return InProcessLlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 

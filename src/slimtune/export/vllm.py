@@ -34,7 +34,7 @@ from ..planning.weight_formats import load_vllm_lora_rules
 from .export_format import LoraConversion, WrittenExport
 from .export_support import (
     Factors,
-    get_export_support,
+    get_export_support_flags,
     list_settings_no_vllm_lora_expresses,
     list_vllm_plain_lora_incompatibilities,
 )
@@ -103,7 +103,7 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
     if not fixed and not form:
         return
     hints = []
-    if get_export_support(model, adapter).merged:
+    if get_export_support_flags(model, adapter).merged:
         merge = shlex.join(["slimtune", "merge", str(run), "--out", "merged"])
         hints.append(f"merge it: {merge}, then vllm serve merged")
         if not fixed and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"}:
@@ -133,7 +133,7 @@ def write_vllm_adapter(
         run: the run or adapter folder, for messages.
         folder: the export folder; it exists.
         final_path: the final path of the folder, which the command names; None: `folder` itself.
-        name, convert_to_lora, dtype: options of `VllmFormat`.
+        name, convert_to_lora, dtype: options of `VllmAdapterFormat`.
     """
     final_path = Path(final_path or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:

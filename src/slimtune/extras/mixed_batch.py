@@ -25,7 +25,7 @@ from ..core.adapters.adapted_layer import AdaptedLayerMixin
 from ..core.adapters.adapter_module import BaseForward
 from ..core.adapters.peft_model import PeftModel
 from ..core.attention.attention_functions import LAYOUT_KWARG
-from ..core.kernels.linear_layers import get_layer_kind
+from ..core.kernels.linear_layers import get_base_layer_type
 from ..errors import MixedBatchError, UsageError, format_names, suggest
 
 
@@ -93,7 +93,7 @@ class _MixedBatchRunner:
             return base(*args, **kwargs)
         inner = (m for module in modules.values() if module.training for m in module.modules())
         drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
-        if get_layer_kind(layer) == "linear" and not with_copies and not drops_inputs:
+        if get_base_layer_type(layer) == "linear" and not with_copies and not drops_inputs:
             factors = {n: m.low_rank_factors() for n, m in modules.items()}
             if all(f is not None for f in factors.values()):
                 return add_low_rank_per_row(base(*args, **kwargs), x, *self._stack_factors(layer, x, factors))

@@ -154,7 +154,7 @@ class RowFileReader(RowIterable):
         if columns := self.lossy_columns:
             known = load_row_formats()[self.format]
             expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
-            effect = describe_rows_without_columns(columns)
+            effect = describe_effect_of_ignoring_columns(columns)
             problem = f"rows have a column that is not used and changes what they mean: {effect}"
             raise DataError(f"{self.path}: {problem}", expected, make_unused_column_hint(columns))
 
@@ -166,7 +166,7 @@ class RowFileReader(RowIterable):
         return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
-def describe_rows_without_columns(unused_columns: Collection[UnusedColumn]) -> str:
+def describe_effect_of_ignoring_columns(unused_columns: Collection[UnusedColumn]) -> str:
     """Return how rows change without columns: `'label': rows that it rates low would be …`."""
     losses = dict.fromkeys(column.effect_of_missing for column in unused_columns)
     return "; ".join(

@@ -59,12 +59,12 @@ def make_base_and_tuned_models(trained: TrainedModel) -> dict[str, GenerationMod
     return {name: make_generation_model(trained.model, trained.base.tokenizer, a) for name, a in adapters.items()}
 
 
-def make_generation_model(model: Any, tokenizer: Any, adapter: str) -> GenerationModel:
+def make_generation_model(model: Any, tokenizer: Any, adapter_or_base_row: str) -> GenerationModel:
     """Return the base (`BASE_ROW`) or an adapter of an adapted model, with its end tokens and context."""
     ends = frozenset(find_end_token_ids(getattr(model, "generation_config", None), tokenizer))
     context = get_max_positions(model.config)
-    virtual_tokens = getattr(model.peft_config.get(adapter), "num_virtual_tokens", None) or 0
-    return GenerationModel(adapter, tokenizer, ends, None if context is None else context - virtual_tokens)
+    virtual_tokens = getattr(model.peft_config.get(adapter_or_base_row), "num_virtual_tokens", None) or 0
+    return GenerationModel(adapter_or_base_row, tokenizer, ends, None if context is None else context - virtual_tokens)
 
 
 def describe_trained_model(trained: TrainedModel) -> str:

@@ -40,7 +40,7 @@ def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Text
     )
 
 
-class InferenceEngine(Protocol):
+class ModelInInferenceEngine(Protocol):
     """A model as an engine serves it."""
 
     name: str  # as tables show it: "merged folder", "llama.cpp", "vLLM"

@@ -221,7 +221,7 @@ class RentalProviderCost:
 
 
 @dataclass(frozen=True)
-class ServiceCost:
+class TuningServiceCost:
     """What a run costs at a service that fine-tunes."""
 
     price: ApiPrice = field(metadata=INLINE)
@@ -244,7 +244,7 @@ class CostResult:
     """The run on it if it is bought."""
     rent: list[RentalProviderCost]
     """The run on it if it is rented."""
-    services: list[ServiceCost]
+    services: list[TuningServiceCost]
     """The run at services that fine-tune."""
     runs_to_break_even: Interval | None
     """Runs after which buying is cheaper than the cheapest rent; null: never, or a price is not known."""

@@ -190,7 +190,7 @@ def count_runs_to_break_even(
     return Interval(price.low / saved.high, price.high / saved.low if saved.low > 0 else float("inf"))
 
 
-def rank_fitting_machines(
+def rank_fitting_machines_by_price(
     offers: Sequence[MachineOffer],
     *,
     budget: float | None = None,

@@ -122,7 +122,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
         found["bandwidth"] = _measure_bandwidth(clock)
 
     def training() -> None:
-        found["training"], found["steps"] = measure_and_fit_training_step_factors(
+        found["training"], found["steps"] = measure_training_steps_and_fit_factors(
             clock, dtype, found["rates"], found["bandwidth"]
         )
 
@@ -197,7 +197,7 @@ def make_small_llama_config(width: int, layers: int, vocab_size: int = VOCABULAR
     )  # fmt: skip
 
 
-def measure_and_fit_training_step_factors(
+def measure_training_steps_and_fit_factors(
     clock: DeviceTimer, dtype: torch.dtype, rates: dict[str, float], bandwidth: float
 ) -> tuple[TrainingSpeedFit, list[MeasuredTrainingStep]]:
     """Return the factors of a training step's parts, and the steps that they are fitted to."""
@@ -271,7 +271,7 @@ def _measure_transformers(clock: DeviceTimer, dtype: torch.dtype) -> ServingSpee
         seconds = clock.medians(works)
     prompts, wholes = seconds[::2], seconds[1::2]
     decoded = [(whole - first) / NEW_TOKENS for first, whole in zip(prompts, wholes, strict=True)]
-    return fit_serving_speed([name], runs, decoded, {name: operations[0] / prompts[0]})
+    return fit_decode_token_seconds([name], runs, decoded, {name: operations[0] / prompts[0]})
 
 
 def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
@@ -311,7 +311,7 @@ def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
                     prompts[precision].append(2 * weights / prompt_s)
             engine.close()
             file.unlink()
-    return fit_serving_speed(
+    return fit_decode_token_seconds(
         MEASURED_GGUF_TYPES, runs, decoded, {p: statistics.median(speeds) for p, speeds in prompts.items()}
     )
 
@@ -323,7 +323,7 @@ def _cached_bytes(config: LlamaConfig, prompt: int, bytes_per_value: int) -> flo
     return float(per_token * bytes_per_value * (prompt + NEW_TOKENS / 2))
 
 
-def fit_serving_speed(
+def fit_decode_token_seconds(
     precisions: Sequence[str],
     measured_runs: Sequence[tuple[str, float, LlamaConfig, float]],
     token_seconds: Sequence[float],

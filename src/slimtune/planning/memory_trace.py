@@ -242,7 +242,7 @@ def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
 # k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may exist too (3).
 
 
-def estimate_sharding_savings_and_spread(model: Any, processes: int) -> tuple[int, float]:
+def estimate_sharding_savings_and_uncertainty(model: Any, processes: int) -> tuple[int, float]:
     """Return the bytes that sharding the base of a model on meta saves, and how many fewer it may save."""
 
     def count_bytes(module: Any) -> int:  # of the base itself: adapters are not sharded

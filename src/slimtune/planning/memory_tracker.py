@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..core.foundation.device import are_allocations_counted_as_host
+from ..core.foundation.device import is_inside_count_allocations_as_host
 from ..errors import ModelError
 
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -133,7 +133,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._storages[key] = (size, part)
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        if self.separate_host and are_allocations_counted_as_host():
+        if self.separate_host and is_inside_count_allocations_as_host():
             part = "host"
         elif part is None:
             is_logits = self.vocab_size and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size

@@ -25,7 +25,7 @@ from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from .extrapolation import MemoryFormula, extrapolate_merge_cpu_peak, extrapolate_step_trace, fit_memory_formula
 from .gpu_specs import GpuSpec
 from .interval import Interval
-from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_spread
+from .memory_trace import StepTrace, apply_sharding_savings, estimate_sharding_savings_and_uncertainty
 from .packed_lengths import count_tokens_with_shared_prompt, remove_prefix_sharing, resize_example_rows
 from .plan_request import MAX_SEQ_LEN, MicroBatchWorkload, PlanRequest, pick_length_quantiles
 from .plan_result import PARTS, MemorySaving, MemoryVerdict, ResourceEstimate, TrainingWorkload
@@ -83,7 +83,7 @@ def _estimate_resources(request: PlanRequest, advise: bool) -> ResourceEstimate:
     model = job.build_model()
     trainable_params, total_params = count_trainable_and_all_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_and_method_state_sizes(model)
-    saved, spread = estimate_sharding_savings_and_spread(model, request.processes) if request.fsdp else (0, 0)
+    saved, spread = estimate_sharding_savings_and_uncertainty(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason(model)):
         job = replace(job, packing=False)

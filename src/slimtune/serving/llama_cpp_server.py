@@ -27,7 +27,7 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, require_causal_lm_run
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.export_results import EngineVerdict
-from ..export.exporter import require_adapter_for_unquantized_base
+from ..export.exporter import refuse_adapter_bound_to_quantized_base
 from ..export.gguf import (
     PRECISIONS,
     get_gguf_architecture_spec,
@@ -107,7 +107,7 @@ def start_llama_cpp_server(
             base, weights = _write_base(loaded[0], folder, precision)
             adapters = [folder / f"{trained.adapter_name}.gguf" for trained in loaded]
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
-                require_adapter_for_unquantized_base(trained, run)
+                refuse_adapter_bound_to_quantized_base(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
         engine = InProcessLlamaCppEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999

@@ -26,7 +26,7 @@ from .run_pages import (
     RunPageData,
     interrupt_training,
     is_classifier_or_reward_model,
-    make_run_comparison_charts,
+    make_loss_and_gain_comparison_charts,
     make_run_page_data,
     make_run_table_rows,
 )
@@ -343,7 +343,7 @@ class UiPages:
         """Show the runs, and those that were picked side by side."""
         rows = make_run_table_rows(self.workspace, self.workspace.list_runs())
         picked = [row for row in rows if row.name in pick]
-        compared = make_run_comparison_charts(picked) if picked else None
+        compared = make_loss_and_gain_comparison_charts(picked) if picked else None
         return self.render("runs.html.j2", page="runs", rows=rows, picked=list(pick), compared=compared, **values)
 
     # --- 7 export ---

@@ -267,7 +267,7 @@ def make_run_table_rows(workspace: WorkspaceFolder, names: Sequence[str]) -> lis
     return rows
 
 
-def make_run_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonCharts:
+def make_loss_and_gain_comparison_charts(rows: Sequence[RunTableRow]) -> RunComparisonCharts:
     """Return charts of several runs side by side: the losses of the first two, what each gained on held-out rows."""
     known = [(row, row.results) for row in rows if row.results is not None]
     series = [

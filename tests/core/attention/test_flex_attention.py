@@ -19,8 +19,8 @@ from slimtune.core.attention.packed_attention import (
     _test_kernel,
     get_flex_block_mask,
     round_up_to_power_of_two_blocks,
+    run_compiled_flex_attention,
     should_use_flex_attention,
-    tree_attention,
 )
 from slimtune.core.attention.packed_layout import PackedLayout
 
@@ -66,7 +66,7 @@ def test_uncompiled_attention(prefix_keys, window, monkeypatch):
     layout = PackedLayout((150, 40, 90, 60), (-1, 0, 0, 1), prefix_keys)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 24) for heads, n in ((6, 340), (2, prefix_keys + 340), (2, prefix_keys + 340)))
-    out = tree_attention(q, k, v, get_flex_block_mask(layout, window, CPU), 0.3)
+    out = run_compiled_flex_attention(q, k, v, get_flex_block_mask(layout, window, CPU), 0.3)
     expected = F.scaled_dot_product_attention(q, k, v, dense_mask(layout, window), scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected)
 
@@ -97,7 +97,7 @@ def test_gradients_and_number_of_kernels(compile_on_cpu):
         layout = PackedLayout(lengths, parents)
         leaves = [torch.randn(1, heads, layout.total, 16, requires_grad=True) for heads in (4, 2, 2)]
         expected = F.scaled_dot_product_attention(*leaves, dense_mask(layout), enable_gqa=True)
-        out = tree_attention(*leaves, get_flex_block_mask(layout, None, CPU), None)
+        out = run_compiled_flex_attention(*leaves, get_flex_block_mask(layout, None, CPU), None)
         torch.testing.assert_close(out, expected)
         weights = torch.randn_like(expected)
         grads, expected_grads = (torch.autograd.grad(y, leaves, weights) for y in (out, expected))

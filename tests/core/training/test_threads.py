@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from slimtune.core.training.thread_count import STEPS_BETWEEN_TRIALS, AdaptiveThreadCountTuner
+from slimtune.core.training.thread_count import STEPS_BETWEEN_TRIALS, ContinuousThreadCountTuner
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def machine(monkeypatch):
     threads, said = [4], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
-    count = AdaptiveThreadCountTuner(said.append)
+    count = ContinuousThreadCountTuner(said.append)
 
     def take(steps, speeds, share):
         used = []

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ...errors import MixedBatchError, TargetError, UnsupportedTargetError
 from ..kernels.linear_layers import (
     ReadWeight,
-    get_layer_kind,
+    get_base_layer_type,
     get_layer_sizes,
     get_weight_and_bias_names,
     list_persistent_buffer_names,
@@ -55,7 +55,7 @@ def read_adapter_site(
 ) -> AdapterSite:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
-    if get_layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
+    if get_base_layer_type(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
         in_features, out_features = get_layer_sizes(module)
         weight: Any = module._parameters[get_weight_and_bias_names(module)[0]]
     else:
@@ -95,9 +95,9 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
         active = self.active_state
         if self.original_parameters is not None or not (self.selection.names or active.layer_runner):
             return base(*args, **kwargs)
-        if get_layer_kind(self) == "weight":
+        if get_base_layer_type(self) == "weight":
             return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
-        if get_layer_kind(self) is not None and not args:
+        if get_base_layer_type(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.layer_runner is not None:
             return active.layer_runner.run_layer(self, base, args, kwargs)

@@ -210,7 +210,7 @@ def _base_fingerprint(model: Any) -> str | None:
     """Return the fingerprint of a transformers model's config, None for other modules."""
     config = getattr(model, "config", None)
     state = vars(model).get("_slimtune")
-    change = None if state is None else state.base_change
+    change = None if state is None else state.base_layer_replication
     if config is not None and change is not None:
         config = copy.deepcopy(config)
         vars(config.get_text_config()).update(change.config_values)

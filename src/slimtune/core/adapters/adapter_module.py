@@ -11,7 +11,7 @@ several adapters of different methods run, and merge, in the order in which they
     "weight"      nn.MultiheadAttention, out_proj   `merge_into(W, b)` alone: W is read without a call of the module
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
-    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `SubLayerInputOutputAdapter`
+    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `SubLayerOutputAdapter`
     "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `prompt_modules.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `prompt_modules.py`;
                                                     or `SharedParameterHolder`
@@ -91,7 +91,7 @@ class AdapterSite:
         return tuple(conv.kernel_size)
 
 
-class BaseLayerReplication(Protocol):
+class UndoableLayerReplication(Protocol):
     """What a method's config changed in the base before the first adapter was attached, to put it back."""
 
     @property
@@ -302,7 +302,7 @@ class SharedParameterHolder(AdapterModule):
         return weight, bias
 
 
-class SubLayerInputOutputAdapter(AdapterModule):
+class SubLayerOutputAdapter(AdapterModule):
     """Adapter module after a sub-layer: `forward(x, y)` maps its input and output `(..., d)` to `(..., d)`.
 
     If the sub-layer returns a tuple (such as attention output and weights), the first element is adapted.

@@ -102,13 +102,13 @@ def group_tied_parameter_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def untie_partly_tied_parameters(model: Any, tied: Iterable[list[str]]) -> None:
-    """Give a base whose `tied` parameters are no longer all one tensor a tensor for each, and say so in its config.
+def untie_partly_tied_after_merge(model: Any, tied_before_merge: Iterable[list[str]]) -> None:
+    """Give each of `tied_before_merge` parameters that are no longer one tensor its own, and say so in the config.
 
     Saving writes tensors that share memory once, and a config cannot say that only some are tied (T5, BART).
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    groups = [[name for name in group if name in parameters] for group in tied]  # the adapters' own are gone
+    groups = [[n for n in group if n in parameters] for group in tied_before_merge]  # the adapters' own are gone
     separated = [group for group in groups if len({id(parameters[name]) for name in group}) > 1]
     if separated:
         mark_embeddings_untied(model)

@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import UsageError, format_names, suggest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
-from .adapter_module import AdapterModule, BaseLayerReplication, MergeUnsupported
+from .adapter_module import AdapterModule, MergeUnsupported, UndoableLayerReplication
 from .extension_hooks import PeftNameLookupMixin, load_compat_hook
 from .generated_classes import PickledByClassFactory
 from .merging import (
@@ -25,7 +25,7 @@ from .merging import (
     merge_adapters_into_layer,
     retie_equal_merged_parameters,
     unmerge_adapters_from_layer,
-    untie_partly_tied_parameters,
+    untie_partly_tied_after_merge,
 )
 from .peft_config import PeftConfig
 from .quantized_layers import count_trainable_and_all_parameters, keep_differentiable_4bit_layout
@@ -37,8 +37,8 @@ class AdapterState:
     """The adapters of one model; the dictionaries are by adapter name.
 
     `was_trainable` is `requires_grad` of the base's parameters before the first adapter, `layers` the modules that each
-    adapter adapts by their names, `suspended` is True inside `disable_adapter()`, `input_gradients` tells whether
-    attaching made the embedding output require gradients. All adapted layers share `active_state` and read from it.
+    adapter adapts by their names, `enabled_input_require_grads` tells whether attaching made the embedding output
+    require gradients. All adapted layers share `active_state` and read from it.
     """
 
     base_class: type[nn.Module]
@@ -47,9 +47,9 @@ class AdapterState:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     reports: dict[str, TargetMatches] = field(default_factory=dict)
     layers: dict[str, dict[str, layer.AdaptedLayerMixin]] = field(default_factory=dict)
-    suspended: bool = False
+    inside_disable_adapter: bool = False
     enabled_input_require_grads: bool = False
-    base_change: BaseLayerReplication | None = None
+    base_layer_replication: UndoableLayerReplication | None = None
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
@@ -214,19 +214,19 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
     def disable_adapter(self) -> Iterator[None]:
         """Run the base alone inside the `with`; a merge is undone before and made again after."""
         state = self.adapter_state
-        before = state.active_state.enabled, state.suspended
+        before = state.active_state.enabled, state.inside_disable_adapter
         merged = self.merged_adapters
         if any(m.selection.enabled is not before[0] for m in state.active_state.layers_with_own):
             text = "some layers' adapters were enabled or disabled apart from the model's"
             warnings.warn(f"{text}: after disable_adapter all follow the model again", stacklevel=3)
             self.reset_layer_selections()
         self.unmerge_adapter()
-        state.active_state.enabled, state.suspended = False, True
+        state.active_state.enabled, state.inside_disable_adapter = False, True
         state.active_state.caches.clear()
         try:
             yield
         finally:
-            state.active_state.enabled, state.suspended = before
+            state.active_state.enabled, state.inside_disable_adapter = before
             if merged:
                 self.merge_adapter(merged)
 
@@ -292,7 +292,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
             MergeUnsupported: a method has no merge, the base is quantized, or (safe_merge) the result is not finite.
         """
         self._require_enabled("merge_adapter")
-        if self.adapter_state.base_change is not None:
+        if self.adapter_state.base_layer_replication is not None:
             raise MergeUnsupported("layers that share weights (layer_replication) cannot take an adapter each")
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
@@ -332,7 +332,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
         self.unmerge_adapter()
         self.merge_adapter(adapter_names, safe_merge)
         model = self._restore_base_class()
-        untie_partly_tied_parameters(model, tied)
+        untie_partly_tied_after_merge(model, tied)
         return model
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
             )
 
     def _require_enabled(self, what: str) -> None:
-        if self.adapter_state.suspended:
+        if self.adapter_state.inside_disable_adapter:
             raise UsageError(f"{what} is called inside disable_adapter()", "a call after the `with` block")
 
     def _require_different_copies(self, names: list[str]) -> None:
@@ -387,9 +387,9 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
     def _change_base(self, config: PeftConfig) -> None:
         """Change the base as the first adapter asks; further adapters must ask for the same."""
         state, wanted = self.adapter_state, getattr(config, "layer_replication", None)
-        here = state.base_change.ranges if state.base_change else None
+        here = getattr(state.base_layer_replication, "ranges", None)
         if not state.configs:
-            state.base_change = config.change_base(self)
+            state.base_layer_replication = config.change_base(self)
         elif wanted != here:
             raise UsageError(f"layer_replication is {wanted}, and the model's adapters have {here}", "the same for all")
 
@@ -404,8 +404,8 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
         for name, parameter in self.named_parameters():
             # A name may be new: a merge splits a tied tensor into two.
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
-        if state.base_change is not None:
-            state.base_change.undo(self)
+        if state.base_layer_replication is not None:
+            state.base_layer_replication.undo(self)
         load_compat_hook().restore_backbone_class(self)
         del self.__dict__["_slimtune"]
         self.__class__ = state.base_class  # type: ignore[assignment]

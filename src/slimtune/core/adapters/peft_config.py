@@ -40,7 +40,7 @@ from .name_patterns import find_pattern_config_error, get_value_by_pattern
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .adapter_module import AdapterModule, AdapterSite, BaseLayerReplication
+    from .adapter_module import AdapterModule, AdapterSite, UndoableLayerReplication
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
@@ -190,7 +190,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
-    def change_base(self, model: nn.Module) -> BaseLayerReplication | None:
+    def change_base(self, model: nn.Module) -> UndoableLayerReplication | None:
         """Change the base's modules before the first adapter is attached; return how to undo it, None without one."""
         return None
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import TargetError, format_names, suggest
-from ..kernels.linear_layers import get_layer_kind, list_persistent_buffer_names
+from ..kernels.linear_layers import get_base_layer_type, list_persistent_buffer_names
 from .adapted_layer import ADDED_CHILDREN, AdaptedLayerMixin, can_hold_adapter_children
 from .adapter_module import WEIGHT_KINDS, SiteKind
 from .architectures import HEADS, get_model_type, get_text_config, is_weight_read_without_call
@@ -210,7 +210,7 @@ def list_all_linear_targets(model: Any, config: PeftConfig) -> list[str]:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
         head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
     uncalled = set(find_layers_read_without_call(model))
-    linear = (n for n, m in modules.items() if get_layer_kind(m) == "linear" and m is not head)
+    linear = (n for n, m in modules.items() if get_base_layer_type(m) == "linear" and m is not head)
     return [n for n in linear if n not in uncalled and not _is_router(n, modules)]
 
 
@@ -341,7 +341,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     """Return the site kind of a target; raise if the method cannot adapt it."""
     if "block" in config.kinds:
         return "block"
-    module, kind = modules[name], get_layer_kind(modules[name])
+    module, kind = modules[name], get_base_layer_type(modules[name])
     class_name = type(module).__name__
     if kind is None or kind not in config.kinds:
         raise TargetError(
@@ -439,7 +439,7 @@ def _describe_targets(modules: Modules) -> str:
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    return get_layer_kind(module) in WEIGHT_KINDS
+    return get_base_layer_type(module) in WEIGHT_KINDS
 
 
 def _as_list(value: Any) -> list:

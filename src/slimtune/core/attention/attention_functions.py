@@ -23,9 +23,9 @@ from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment_on_cpu,
     get_flex_block_mask,
+    run_compiled_flex_attention,
     should_use_flex_attention,
-    simulate_tree_attention_memory,
-    tree_attention,
+    simulate_flex_attention_memory,
 )
 from .packed_layout import PackedLayout
 
@@ -170,9 +170,10 @@ def _attend_packed(
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
     if plain_sdpa and not long_row and should_use_flex_attention(query, key, dropout):
         if is_device_simulated():
-            out = simulate_tree_attention_memory(query, key, value, layout.count_pairs(window))
+            out = simulate_flex_attention_memory(query, key, value, layout.count_pairs(window))
         else:
-            out = tree_attention(query, key, value, get_flex_block_mask(layout, window, query.device), scaling)
+            mask = get_flex_block_mask(layout, window, query.device)
+            out = run_compiled_flex_attention(query, key, value, mask, scaling)
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]

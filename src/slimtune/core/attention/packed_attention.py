@@ -199,7 +199,7 @@ def should_use_flex_attention(query: Tensor, key: Tensor, dropout: float = 0.0) 
     )
 
 
-def tree_attention(
+def run_compiled_flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -293,8 +293,8 @@ def round_up_to_power_of_two_blocks(length: int) -> int:
     return max(BLOCK, 1 << (length - 1).bit_length())
 
 
-def simulate_tree_attention_memory(query: Tensor, key: Tensor, value: Tensor, pair_count: int) -> Tensor:
-    """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors.
+def simulate_flex_attention_memory(query: Tensor, key: Tensor, value: Tensor, pair_count: int) -> Tensor:
+    """Return a tensor of attention's shape and allocate what compiled attention does, for the planner's fake tensors.
 
     `pair_count` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
     """
@@ -365,7 +365,7 @@ def _test_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
     expected = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], visible, enable_gqa=True)
     try:
         q, k, v = (t.requires_grad_() for t in (q, k, v))
-        out = tree_attention(q, k, v, mask, None, options)
+        out = run_compiled_flex_attention(q, k, v, mask, None, options)
         found = [out.detach(), *torch.autograd.grad(out, (q, k, v), g)]
     except torch.OutOfMemoryError:
         raise

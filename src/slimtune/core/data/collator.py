@@ -32,7 +32,7 @@ from ...errors import DataError
 from ..foundation.sequences import IGNORE_INDEX
 from .example_types import Batch, Example
 from .packing import bin_pack_example_indices, pack_into_one_sequence
-from .tokenized_dataset import split_example_into_tokens_and_labels
+from .tokenized_dataset import list_tokens_and_labels_by_row
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
@@ -77,7 +77,7 @@ class Collator:
         [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no example has a
         supervised token.
         """
-        rows_of_examples = list(map(split_example_into_tokens_and_labels, examples))
+        rows_of_examples = list(map(list_tokens_and_labels_by_row, examples))
         pairs = [pair for rows in rows_of_examples for pair in rows]
         rows = [list(ids) for ids, _ in pairs]
         if self.packing:
@@ -126,7 +126,7 @@ class Collator:
 
     def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
         """Return the example numbers of each micro-batch of a step, each once; `max_tokens` may lower the own limit."""
-        rows = [[ids for ids, _ in split_example_into_tokens_and_labels(e)] for e in examples]
+        rows = [[ids for ids, _ in list_tokens_and_labels_by_row(e)] for e in examples]
         max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
             return bin_pack_example_indices(rows, max_tokens, share_prefix=self.share_prefix)
@@ -144,7 +144,7 @@ class Collator:
 
     def count_tokens(self, examples: Sequence[Example]) -> int:
         """Return the tokens of one micro-batch of examples, padding included."""
-        rows = [ids for example in examples for ids, _ in split_example_into_tokens_and_labels(example)]
+        rows = [ids for example in examples for ids, _ in list_tokens_and_labels_by_row(example)]
         if self.packing:
             return len(pack_into_one_sequence(rows, share_prefix=self.share_prefix).tokens)
         return len(rows) * max(map(len, rows))

@@ -18,7 +18,7 @@ from typing import TypedDict
 from .collator import IGNORE_INDEX, Collator
 from .example_types import Batch, Example
 from .packing import pack_into_one_sequence
-from .tokenized_dataset import split_example_into_tokens_and_labels
+from .tokenized_dataset import list_tokens_and_labels_by_row
 
 _SLACK = (1.0, 1.1, 1.3)
 """Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
@@ -100,7 +100,7 @@ class DataParallelSharder:
 
     def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the packed tokens of a micro-batch, and its (query, key) pairs."""
-        rows = [ids for e in examples for ids, _ in split_example_into_tokens_and_labels(e)]
+        rows = [ids for e in examples for ids, _ in list_tokens_and_labels_by_row(e)]
         if not self.collator.packing:
             longest = max(map(len, rows))
             return longest * len(rows), longest * longest * len(rows)

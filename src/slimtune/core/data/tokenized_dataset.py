@@ -19,7 +19,7 @@ from .example_types import Example
 SAMPLED_ROWS = 256
 
 
-def split_example_into_tokens_and_labels(example: Example) -> list[tuple[list[int], list[int]]]:
+def list_tokens_and_labels_by_row(example: Example) -> list[tuple[list[int], list[int]]]:
     """Return the tokens and labels of each row of an example."""
     if "row_lengths" not in example:
         return [(example["input_ids"], example["labels"])]
@@ -64,7 +64,7 @@ class TokenizedDataset(Sequence[Example]):
         """The length of each example (core/data/example_lengths.py)."""
         if self.table["row_lengths"].null_count == self.table.num_rows:
             return list(self.lengths.tolist())
-        return [measure_example_length([ids for ids, _ in split_example_into_tokens_and_labels(e)]) for e in self]
+        return [measure_example_length([ids for ids, _ in list_tokens_and_labels_by_row(e)]) for e in self]
 
     @property
     def content(self) -> DatasetRowComposition:
@@ -178,7 +178,7 @@ class RankedAnswerSelection(TokenizedDataset):
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         example = super().read(number)
-        answers = split_example_into_tokens_and_labels(example)
+        answers = list_tokens_and_labels_by_row(example)
         rows = [answers[place] for place in self.answer_ranks]
         example = {k: v for k, v in example.items() if k not in ("row_lengths", "row_scores")}
         for i, key in enumerate(("input_ids", "labels")):

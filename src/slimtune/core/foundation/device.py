@@ -128,7 +128,7 @@ def count_allocations_as_host() -> Iterator[None]:
         _host.reset(before)
 
 
-def are_allocations_counted_as_host() -> bool:
+def is_inside_count_allocations_as_host() -> bool:
     """Return whether what is allocated now counts as CPU memory."""
     return _host.get()
 

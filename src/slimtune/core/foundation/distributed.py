@@ -30,8 +30,6 @@ TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one: longer than any micro-batch, checkpoint or plan takes."""
 SIGTERM_GRACE_SECONDS = 25
 """How long a process that got SIGTERM tries to end its step and write a checkpoint; torchrun kills it after 30."""
-PRINTING_GRACE_SECONDS = 3
-"""How long SIGTERM lets the main thread finish the message that it may be printing."""
 PRINTED_KEY, PEER_GONE_KEY = "slimtune/printed", "slimtune/peer-gone"
 _groups_created = 0
 _resume_command = "the same command with --resume"
@@ -256,7 +254,7 @@ def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
         if wait_to_claim_error_printing(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(PRINTING_GRACE_SECONDS)
+            time.sleep(3)  # the main thread may be printing its own message
         os._exit(1)
 
     threading.Thread(target=wait_for_sigterm, daemon=True).start()

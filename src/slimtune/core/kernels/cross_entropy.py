@@ -62,10 +62,10 @@ def compute_target_nll(
 
 @torch.no_grad()
 def compute_target_nlls_and_hits(
-    h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
+    h: Tensor, head: Head, targets: Tensor, logits_per_row: int, scale: float = 1.0, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return each target's negative log-likelihood `(n)`, and whether it is the most likely token `(n)`."""
-    rows = count_rows_per_logit_chunk(vocabulary, h.device)
+    rows = count_rows_per_logit_chunk(logits_per_row, h.device)
     losses, correct = [h.new_zeros(0, dtype=_wide_dtype(h))], [targets.new_zeros(0, dtype=torch.bool)]
     for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)

@@ -14,7 +14,7 @@ ReadWeight = nn.MultiheadAttention | NonDynamicallyQuantizableLinear
 """Modules whose weight is read without a call of the module; the second class is that of the first one's `out_proj`."""
 
 
-def get_layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "weight", "norm"] | None:
+def get_base_layer_type(module: nn.Module) -> Literal["linear", "embedding", "conv", "weight", "norm"] | None:
     """Return what kind of layer `module` is, None for other modules."""
     if isinstance(module, ReadWeight):
         return "weight"
@@ -59,7 +59,7 @@ def get_layer_sizes(module: nn.Module) -> tuple[int, int]:
         return weight[0].numel(), weight.shape[0]
     return (
         (weight.shape[-1], weight.shape[0])
-        if get_layer_kind(module) == "weight"
+        if get_base_layer_type(module) == "weight"
         else (weight.shape[0], weight.shape[-1])
     )
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ...errors import ModelError, UsageError, format_install_command, format_names, suggest
 from ..foundation.registry import Registry
-from ..kernels.linear_layers import get_dequantized_weight, get_layer_kind, get_layer_sizes, is_quantized
+from ..kernels.linear_layers import get_base_layer_type, get_dequantized_weight, get_layer_sizes, is_quantized
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
@@ -99,7 +99,7 @@ def resolve_quantization_and_load_args(
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
-        if get_layer_kind(module) != "linear" or not is_quantized(module):
+        if get_base_layer_type(module) != "linear" or not is_quantized(module):
             continue
         plain = nn.Linear(*get_layer_sizes(module), bias=False, device="meta")
         plain.weight = nn.Parameter(get_dequantized_weight(module).to(dtype), requires_grad=False)

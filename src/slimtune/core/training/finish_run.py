@@ -15,7 +15,7 @@ from ..foundation.formatting import format_bytes
 from ..foundation.installed_versions import read_installed_versions
 from ..foundation.registry import Registry
 from .best_adapter import load_best_adapter_within_forgetting_budget
-from .held_out_rows import count_held_out_rows
+from .held_out_rows import count_rows_split_off_for_eval
 from .oom_recovery import EVENT
 from .run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir
 from .train_result import ExportFormatsResult, ExportSupport, TokenizedRowsResult, TrainResult
@@ -85,7 +85,7 @@ def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         best_step=kept.step,
         epochs=round(state.step / loop.steps_per_epoch, 3),
         rows=len(data.train),
-        held_out_rows=count_held_out_rows(prepared.recipe, data),
+        held_out_rows=count_rows_split_off_for_eval(prepared.recipe, data),
         trained_tokens=state.trained_tokens,
         supervised_tokens=state.supervised_tokens,
         tokens_per_second=round(state.tokens_per_second, 2),

@@ -20,7 +20,7 @@ def find_test_or_validation_split(data: DataSettings) -> str | None:
     return "validation" if data.validation is not None or data.validation_fraction > 0 else None
 
 
-def count_held_out_rows(recipe: Recipe, datasets: RunDatasets) -> int | None:
+def count_rows_split_off_for_eval(recipe: Recipe, datasets: RunDatasets) -> int | None:
     """Return how many rows `slimtune eval` measures on without a file; None if it has none, or reads a file of them."""
     split = find_test_or_validation_split(recipe.data)
     return None if split is None or getattr(recipe.data, split) is not None else len(getattr(datasets, split).documents)

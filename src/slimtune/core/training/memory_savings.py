@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from ...errors import UsageError, format_names
 from ..adapters.architectures import FEED_FORWARD
 from ..kernels.activation_offload import ActivationOffload
-from ..kernels.linear_layers import get_layer_kind
+from ..kernels.linear_layers import get_base_layer_type
 from ..kernels.lora_linear import needs_unfused_operations
 from ..kernels.recompute import gated_linear_recomputing_product, run_in_token_tiles
 from ..kernels.rms_norm import rms_norm
@@ -111,10 +111,10 @@ def enable_tiled_mlp(model: Any, tile_size: int) -> int:
         raise UsageError(message, hint="--set train.mlp_tile_size=null")
     modules: list[Any] = []
     for layer in _get_transformer_layers(model, "turn the tiles off"):
-        found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or get_layer_kind(m) == "norm"}
+        found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or get_base_layer_type(m) == "norm"}
         modules += [m for n, m in found.items() if not any(n.startswith(f"{outer}.") for outer in found)]
     # The norm after the last layer.
-    modules += [m for m in model.modules() if get_layer_kind(m) == "norm" and m not in set(modules)]
+    modules += [m for m in model.modules() if get_base_layer_type(m) == "norm" and m not in set(modules)]
     for module in modules:
         module.forward = partial(_forward_tiled, module, tile_size, vars(module).get("forward"))
     return len(modules)

@@ -32,7 +32,7 @@ from .resuming import (
     create_and_lock_run_dir,
     initialize_or_resume_run_in_place,
     report_resume_and_delete_later_metrics,
-    resolve_recipe_and_lock_if_resuming,
+    resolve_recipe_adapter_and_lock_on_resume,
 )
 from .run_description import log_run_description, log_step_composition
 from .run_dir import RUN_LOCKS, RunDir, RunLock
@@ -73,7 +73,7 @@ def prepare_run(
     run = RunDir(Path(recipe.output_dir))
     distributed.exit_on_sigterm_with_resume_hint(run.resume_command())
     with _release_on_error(RUN_LOCKS.load("files")(run)) as lock:
-        recipe, init_adapter = resolve_recipe_and_lock_if_resuming(run, recipe, lock, resume, init_adapter)
+        recipe, init_adapter = resolve_recipe_adapter_and_lock_on_resume(run, recipe, lock, resume, init_adapter)
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, allow_faulty_rows)

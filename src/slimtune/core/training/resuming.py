@@ -27,7 +27,7 @@ from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
 
 
-def resolve_recipe_and_lock_if_resuming(
+def resolve_recipe_adapter_and_lock_on_resume(
     run: RunDir, recipe: Recipe, run_lock: RunLock, resume: bool, init_adapter: Path | None
 ) -> tuple[Recipe, Path | None]:
     """Return the recipe, and the adapter to start from, that a run trains with.
@@ -98,16 +98,16 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 @distributed.runs_on_main
 def create_and_lock_run_dir(
-    run: RunDir, recipe: Recipe, lock: RunLock, data: Mapping[str, RowFindingsSummary | None], init_adapter_model: Any
+    run: RunDir, recipe: Recipe, lock: RunLock, findings: Mapping[str, RowFindingsSummary | None], init_model: Any
 ) -> None:
-    """Create and lock the run folder, with the reports on `data` and the adapter of `init_adapter_model`, if given."""
+    """Create and lock the run folder, with `findings` by split and the adapter of `init_model`, if given."""
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
         _delete_leftovers(run)
-        if init_adapter_model is not None:
-            adapter_files.save_adapter(init_adapter_model, run.path / INIT_ADAPTER, "default")
-        write_json(run.data_file, data)
+        if init_model is not None:
+            adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
+        write_json(run.data_file, findings)
 
     RunDir.create(run.path, recipe, write_start)
 

@@ -8,7 +8,7 @@ from ..foundation import distributed
 from ..foundation.dtype_names import dtype_name
 from ..foundation.formatting import format_count
 from .datasets import RunDatasets
-from .held_out_rows import MIN_EVAL_ROWS, count_held_out_rows, find_test_or_validation_split
+from .held_out_rows import MIN_EVAL_ROWS, count_rows_split_off_for_eval, find_test_or_validation_split
 from .prepared_run import PreparedRun
 from .progress_logger import ProgressLogger
 
@@ -61,7 +61,7 @@ def _describe_rows(logger: ProgressLogger, recipe: Recipe, data: RunDatasets) ->
 
 def _warn_of_few_held_out_rows(recipe: Recipe, data: RunDatasets) -> str | None:
     """Return why `slimtune eval` will not be able to say whether the run is better, and the flag that helps."""
-    count, split = count_held_out_rows(recipe, data), find_test_or_validation_split(recipe.data)
+    count, split = count_rows_split_off_for_eval(recipe, data), find_test_or_validation_split(recipe.data)
     if count is None or count >= MIN_EVAL_ROWS:
         return None
     rows = sum(len(part.documents) for part in (data.train, data.validation, data.test))

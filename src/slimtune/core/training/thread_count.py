@@ -20,7 +20,7 @@ FASTER = 1.05
 """Another number of threads must be faster by this factor to stay."""
 
 
-class AdaptiveThreadCountTuner:
+class ContinuousThreadCountTuner:
     """Chooses torch's number of threads after each step of a training.
 
     Args:

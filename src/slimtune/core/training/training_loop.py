@@ -36,7 +36,7 @@ from .forgetting_budget import group_row_numbers_by_kind, max_loss_increase
 from .loss import forward_backward, load_default_objective, move_batch_to_device, score_examples_by_objective
 from .objective import Objective
 from .prepared_run import PreparedRun
-from .thread_count import AdaptiveThreadCountTuner
+from .thread_count import ContinuousThreadCountTuner
 from .validation_scores import score_across_processes
 
 REPEATED_CTRL_C_SECONDS = 2.0
@@ -93,7 +93,7 @@ class TrainingLoop:
         self.unlogged_steps = self.state.unlogged_steps
         # A thread that waits for a GPU, or for other processes, says nothing about the cores.
         alone_on_cpu = self.device.type == "cpu" and self.processes == 1
-        self.thread_count = AdaptiveThreadCountTuner(self.logger.say) if alone_on_cpu else None
+        self.thread_count = ContinuousThreadCountTuner(self.logger.say) if alone_on_cpu else None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

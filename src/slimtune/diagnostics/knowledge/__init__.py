@@ -68,7 +68,7 @@ def infer_error_code(text: str, default: str) -> str:
     return best if scores[best] else default
 
 
-def find_answering_or_nearest_pages(text: str, max_pages: int = 3) -> tuple[bool, list[ErrorPage]]:
+def is_answered_and_list_nearest_pages(text: str, max_pages: int = 3) -> tuple[bool, list[ErrorPage]]:
     """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:

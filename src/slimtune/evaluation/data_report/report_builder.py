@@ -15,7 +15,7 @@ from ...core.foundation.cpu import count_usable_cpus
 from ...errors import suggest
 from ...extras.row_files import RowFileReader, open_rows
 from ...extras.row_formats.classification import sort_class_names
-from ...extras.row_formats.documents import count_windows_and_first_window_tokens
+from ...extras.row_formats.documents import count_windows_and_first_window_token_range
 from .batch_stats import TokenizedRowBatchValidator
 from .data_report import (
     DataIssue,
@@ -178,7 +178,9 @@ class DataReportBuilder:
             return None, self.facts.packed_tokens
         lengths = facts.stats_by_row["length"]
         windows = int(
-            count_windows_and_first_window_tokens(lengths, facts.stats.max_seq_len, special - 1, vary=True)[0].sum()
+            count_windows_and_first_window_token_range(lengths, facts.stats.max_seq_len, special - 1, vary=True)[
+                0
+            ].sum()
         )
         # A window inside a document begins with tokens that it does not learn.
         return windows, facts.stats.tokens + (windows - len(lengths)) * special

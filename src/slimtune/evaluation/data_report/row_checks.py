@@ -13,7 +13,7 @@ import numpy as np
 from ...core.data.tokenize import PARAGRAPH_HINT
 from ...core.foundation.formatting import format_count
 from ...errors import format_names
-from ...extras.row_files import describe_rows_without_columns, make_unused_column_hint
+from ...extras.row_files import describe_effect_of_ignoring_columns, make_unused_column_hint
 from ...extras.row_formats.classification import sort_class_names
 from .data_report import DataIssue, PairLengthCounts
 from .near_duplicates import (
@@ -170,7 +170,7 @@ def _check_columns(facts: RowFacts) -> Iterator[RowFinding]:
         yield RowFinding(
             "unused-column",
             AffectedRows(
-                first.rows, [first.line], describe_rows_without_columns(columns), make_unused_column_hint(columns)
+                first.rows, [first.line], describe_effect_of_ignoring_columns(columns), make_unused_column_hint(columns)
             ),
         )
 
@@ -343,7 +343,7 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     path, other = facts.validation
     found = AffectedRows()
     if columns := other.source.lossy_columns:
-        line, loss = columns[0].line, describe_rows_without_columns(columns)
+        line, loss = columns[0].line, describe_effect_of_ignoring_columns(columns)
         found = AffectedRows(columns[0].rows, [line], f"{path}, line {line}: {loss}")
     if other.invalid_count:
         first = other.invalid[0]

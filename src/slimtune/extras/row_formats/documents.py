@@ -85,7 +85,7 @@ class DocumentWindows(TokenizedDataset):
         Without `rng`, first windows are as long as they can be, so that some window is as long as any of an epoch.
         """
         lengths = self._documents.lengths
-        counts, low, high = count_windows_and_first_window_tokens(
+        counts, low, high = count_windows_and_first_window_token_range(
             lengths, self.max_seq_len, len(self._prefix), vary=self.cut_seed is not None
         )
         first = high if rng is None else rng.integers(low, high, endpoint=True)
@@ -108,7 +108,7 @@ def _get_window_size(max_seq_len: int, prefix: int) -> int:
     return max_seq_len - 1 - prefix
 
 
-def count_windows_and_first_window_tokens(
+def count_windows_and_first_window_token_range(
     document_lengths: np.ndarray, max_seq_len: int, prefix: int, *, vary: bool
 ) -> tuple[Any, Any, Any]:
     """Return the number of windows of each document, and the least and most predicted tokens of its first window.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
 from ...core.kernels.dropout import get_active_dropout_probability, make_dropout
-from ...core.kernels.linear_layers import get_layer_kind
+from ...core.kernels.linear_layers import get_base_layer_type
 
 
 class LinearAdaLora(AdapterModule):
@@ -42,7 +42,7 @@ class LinearAdaLora(AdapterModule):
         self.averages: dict[str, Tensor] = {}
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        if get_layer_kind(base.module) == "conv":
+        if get_base_layer_type(base.module) == "conv":
             A, B, scale = self.low_rank_factors()
             return base(x) + base.convolve(self.lora_dropout(x), (B @ A).to(x.dtype)) * scale
         return base.plus_low_rank(x, *self.low_rank_factors(), get_active_dropout_probability(self.lora_dropout))

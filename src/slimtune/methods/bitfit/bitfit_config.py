@@ -29,10 +29,10 @@ class BitFitConfig(TargetedConfig):
 
     def default_targets(self, model: Any) -> list[str] | None:
         """Return the linear layers and norms that have a bias; with `new_biases` the others too."""
-        from ...core.kernels.linear_layers import get_layer_kind
+        from ...core.kernels.linear_layers import get_base_layer_type
         from .bitfit_modules import has_bias
 
-        layers = {n: m for n, m in model.named_modules() if get_layer_kind(m) in self.kinds}
+        layers = {n: m for n, m in model.named_modules() if get_base_layer_type(m) in self.kinds}
         if self.new_biases:
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             return [n for n, m in layers.items() if has_bias(m) or m is not head]

@@ -143,11 +143,15 @@ class BottleneckConfig(TargetedConfig):
     def build(self, site: AdapterSite) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
         from ...core.adapters.targets import get_layer_index
-        from ...core.kernels.linear_layers import get_layer_kind, get_layer_sizes
+        from ...core.kernels.linear_layers import get_base_layer_type, get_layer_sizes
         from .bottleneck_modules import Bottleneck
 
         module = site.module
-        sizes = get_layer_sizes(module) if get_layer_kind(module) == "linear" else (site.in_features, site.out_features)
+        sizes = (
+            get_layer_sizes(module)
+            if get_base_layer_type(module) == "linear"
+            else (site.in_features, site.out_features)
+        )
         if not all(sizes):
             raise TargetError(f"the output size of {site.name} is unknown", "a model whose config has hidden_size")
         factor, layer = self.reduction_factor, get_layer_index(site.name, None)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...core.adapters.adapter_module import AdapterSite, SubLayerInputOutputAdapter
+from ...core.adapters.adapter_module import AdapterSite, SubLayerOutputAdapter
 from ...core.adapters.architectures import ATTENTION, FEED_FORWARD, get_text_config
 from ...core.kernels.dropout import make_dropout
-from ...core.kernels.linear_layers import get_layer_kind
+from ...core.kernels.linear_layers import get_base_layer_type
 from ...errors import TargetError, format_names
 from .bottleneck_config import BottleneckConfig
 
@@ -21,7 +21,7 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 """Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
 
 
-class Bottleneck(SubLayerInputOutputAdapter):
+class Bottleneck(SubLayerOutputAdapter):
     """`y + s · (U f(D h + c) + e)` for a sub-layer's input `x (..., d)` and output `y (..., d)`; h is one of them."""
 
     no_op_values: ClassVar = {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
@@ -94,7 +94,7 @@ def find_sublayer_output_name(
         children = format_names(n for n, _ in layer.named_children())
         message = f"the layer {name} ({type(layer).__name__}) has no known {sublayer}; it has {children}"
         raise TargetError(message, f"one of {format_names(paths)}", "name the modules to adapt in target_modules")
-    if require_whole_sublayer and get_layer_kind(module) is not None:
+    if require_whole_sublayer and get_base_layer_type(module) is not None:
         message = f"the {sublayer} of {name} is not a module ({path} gives its output), so its input is unknown"
         raise TargetError(message, "style 'houlsby' or 'pfeiffer'")
     return f"{name}.{path}"

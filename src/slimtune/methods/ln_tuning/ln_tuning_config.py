@@ -48,9 +48,9 @@ class LNTuningConfig(TargetedConfig):
     short_names: ClassVar = {"targets": "target_modules"}
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        from ...core.kernels.linear_layers import get_layer_kind
+        from ...core.kernels.linear_layers import get_base_layer_type
 
-        norms = [n for n, m in model.named_modules() if get_layer_kind(m) == "norm"]
+        norms = [n for n, m in model.named_modules() if get_base_layer_type(m) == "norm"]
         return super().default_targets(model) or norms or None
 
     def build(self, site: AdapterSite) -> AdapterModule:

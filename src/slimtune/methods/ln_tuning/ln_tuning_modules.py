@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward
-from ...core.kernels.linear_layers import get_layer_kind, is_quantized, is_weight_transposed
+from ...core.kernels.linear_layers import get_base_layer_type, is_quantized, is_weight_transposed
 from ...errors import TargetError
 
 
@@ -28,7 +28,7 @@ class TrainedNorm(AdapterModule):
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         trained = dict(self.ln_tuning_layers.named_parameters())
         # The copies keep their dtype, since 16 bits would round away what they learn; these layers allow one dtype.
-        has_one_dtype = isinstance(base.module, nn.LayerNorm) or get_layer_kind(base.module) == "linear"
+        has_one_dtype = isinstance(base.module, nn.LayerNorm) or get_base_layer_type(base.module) == "linear"
         inputs = x.to(trained["weight"].dtype) if has_one_dtype else x
         y = base.run_base_with(trained, inputs)
         if base.inner_modules:

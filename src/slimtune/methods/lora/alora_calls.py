@@ -67,23 +67,24 @@ class ActivatedLoraCallsMixin(PeftModel):
 class ActivatedLoraPositions(NamedTuple):
     """The tokens of a call that one adapter changes."""
 
-    batch: int
-    length: int
-    indices: Tensor
+    batch_size: int
+    sequence_length: int
+    activated_token_indices: Tensor
     """The changed tokens, counted over all rows."""
     logits_to_keep: Tensor | None
     """The only columns that the output head gets (`logits_to_keep`); None: all."""
 
     def find_indices(self, x: Tensor, layer: str) -> Tensor:
         """Return the indices among the tokens of a layer's input `x`, `(batch, T, in)` or `(batch · T, in)`."""
-        indices, shape = self.indices.to(x.device), tuple(x.shape[:-1])
-        if shape in ((self.batch, self.length), (self.batch * self.length,)):
+        indices, shape = self.activated_token_indices.to(x.device), tuple(x.shape[:-1])
+        if shape in ((self.batch_size, self.sequence_length), (self.batch_size * self.sequence_length,)):
             return indices
-        if self.logits_to_keep is not None and shape == (self.batch, len(self.logits_to_keep)):
-            changed = torch.zeros(self.batch * self.length, dtype=torch.bool, device=x.device)
+        if self.logits_to_keep is not None and shape == (self.batch_size, len(self.logits_to_keep)):
+            changed = torch.zeros(self.batch_size * self.sequence_length, dtype=torch.bool, device=x.device)
             changed[indices] = True
-            return changed.view(self.batch, -1)[:, self.logits_to_keep.to(x.device)].reshape(-1).nonzero()[:, 0]
-        message = f"{layer} gets an input of shape {tuple(x.shape)} in a call of {self.batch} × {self.length} tokens"
+            return changed.view(self.batch_size, -1)[:, self.logits_to_keep.to(x.device)].reshape(-1).nonzero()[:, 0]
+        size = f"{self.batch_size} × {self.sequence_length}"
+        message = f"{layer} gets an input of shape {tuple(x.shape)} in a call of {size} tokens"
         name = layer.rpartition(".")[2]
         hint = f"leave it out of the activated LoRA: exclude_modules=[{name!r}]"
         raise UsageError(message, "a layer that gets every token of the call", hint)

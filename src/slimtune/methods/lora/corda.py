@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterSite
 from ...core.adapters.targets import find_target_modules
-from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
+from ...core.kernels.linear_layers import get_base_layer_type, get_dequantized_weight
 from ...errors import ConfigError
 from ...extras.layer_inputs import load_cached_statistics, record_layer_inputs, save_cached_statistics
 from .init_configs import CordaConfig as CordaConfig
@@ -123,7 +123,7 @@ def _decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tens
     return S, U, (Vh @ inverse).t()
 
 
-def pop_corda_factors(site: AdapterSite, expected_rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def pop_corda_a_and_b(site: AdapterSite, expected_rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` from what `preprocess_corda` left on the layer, which is removed."""
     module: Any = site.module
     eigens: _CordaEigens | None = getattr(module, "eigens", None)
@@ -141,4 +141,4 @@ def pop_corda_factors(site: AdapterSite, expected_rank: int, scale: float) -> tu
 
 def find_linear_targets(model: nn.Module, config: Any) -> dict[str, Any]:
     """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    return {n: m for n, m in find_target_modules(model, config).items() if get_layer_kind(m) == "linear"}
+    return {n: m for n, m in find_target_modules(model, config).items() if get_base_layer_type(m) == "linear"}

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...core.data.tokenized_dataset import split_example_into_tokens_and_labels
+from ...core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from ...core.kernels.linear_layers import get_dequantized_weight, is_quantized
 from ...errors import UsageError, format_names
 from ...extras.layer_inputs import ROWS, collect_layer_inputs, compute_second_moment
@@ -39,9 +39,7 @@ def initialize_loftq(
         calibration_examples: tokenized examples.
     """
     layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-    ids = [
-        ids for example in calibration_examples[:ROWS] for ids, _ in split_example_into_tokens_and_labels(dict(example))
-    ]
+    ids = [ids for example in calibration_examples[:ROWS] for ids, _ in list_tokens_and_labels_by_row(dict(example))]
     inputs = collect_layer_inputs(model.get_base_model().eval(), layers, ids)
     replace_lora_weights_loftq(model, find_weights_folder(), calibration_inputs=inputs)
 

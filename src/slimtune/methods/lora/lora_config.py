@@ -25,7 +25,7 @@ from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, Lora
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseLayerReplication, SiteKind
+    from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind, UndoableLayerReplication
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
 
 
@@ -249,7 +249,7 @@ class LoraConfig(RankPatternConfig):
                     warnings.warn(message, stacklevel=2)
         move_expert_like_targets_to_parameters(self, model)
 
-    def change_base(self, model: nn.Module) -> BaseLayerReplication | None:
+    def change_base(self, model: nn.Module) -> UndoableLayerReplication | None:
         """Replicate the base's layers."""
         from .layer_replication import replicate_layers
 
@@ -270,7 +270,7 @@ class LoraConfig(RankPatternConfig):
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
         from ...core.adapters.targets import find_tied_embedding_names
         from ..trainable_tokens.trainable_tokens_modules import build_trainable_row_modules
-        from .lora_modules import TiedLinearLora, TiedSecondEmbeddingLora, double_out_proj_in_adapted_attention
+        from .lora_modules import TiedLinearLora, TiedSecondInputEmbeddingLora, double_out_proj_scale_in_lora_attention
 
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_trainable_row_modules([s for s in sites if s.name in trained], trained)
@@ -280,11 +280,11 @@ class LoraConfig(RankPatternConfig):
                 built[site.name] = self.build(site)
         for site in (s for s in sites if s.name not in built):
             shared: Any = built[tied[0]]
-            built[site.name] = (TiedSecondEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(
+            built[site.name] = (TiedSecondInputEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(
                 site, self, shared
             )
         modules = [built[site.name] for site in sites]
-        double_out_proj_in_adapted_attention(sites, modules)
+        double_out_proj_scale_in_lora_attention(sites, modules)
         return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterSite
 from ...errors import ConfigError
-from .corda import pop_corda_factors
+from .corda import pop_corda_a_and_b
 from .init_configs import PISSA_NITER, LoraGAConfig
 from .loraga import compute_loraga_factors_and_pop_gradient
 
@@ -60,7 +60,7 @@ def make_lora_a_and_b_from_base(
 ) -> tuple[Tensor, Tensor]:
     """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the weight, or from data."""
     if init == "corda":
-        return pop_corda_factors(site, r, scale)
+        return pop_corda_a_and_b(site, r, scale)
     if init == "lora_ga":
         return compute_loraga_factors_and_pop_gradient(loraga_config, site, r, scale)
     max_rank = min(site.in_features, site.out_features)

@@ -226,7 +226,7 @@ class TiedLinearLora(_TiedLora):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 
-class TiedSecondEmbeddingLora(_TiedLora):
+class TiedSecondInputEmbeddingLora(_TiedLora):
     """An embedding with the update of the input embedding."""
 
     peft_values: ClassVar = _TiedLora.peft_values | {n: n for n in ("lora_embedding_A", "lora_embedding_B")}
@@ -268,7 +268,7 @@ class AttentionWeightLora(LinearLora):
         return add_low_rank_to_weight(weight, *self.low_rank_factors()), bias
 
 
-def double_out_proj_in_adapted_attention(sites: Sequence[AdapterSite], modules: Iterable[AdapterModule]) -> None:
+def double_out_proj_scale_in_lora_attention(sites: Sequence[AdapterSite], modules: Iterable[AdapterModule]) -> None:
     """Set `times` to 2 at each out_proj whose attention module has the same adapter."""
     attentions = {site.name for site in sites if site.kind == "weight"}
     for site, module in zip(sites, modules, strict=True):

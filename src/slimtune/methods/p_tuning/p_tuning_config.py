@@ -47,7 +47,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
-        from ..prompt_tuning.prompt_tuning_modules import build_prompt_modules
+        from ..prompt_tuning.prompt_tuning_modules import build_soft_prompt_and_attention_masks
         from .p_tuning_modules import PromptEncoder
 
-        return build_prompt_modules(self, sites, PromptEncoder(self, sites[0].init_device))
+        return build_soft_prompt_and_attention_masks(self, sites, PromptEncoder(self, sites[0].init_device))

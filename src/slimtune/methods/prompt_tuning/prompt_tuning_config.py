@@ -56,6 +56,6 @@ class PromptTuningConfig(PromptLearningConfig):
             yield self.error("tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
     def build_all(self, sites: Sequence[AdapterSite]) -> list[AdapterModule]:
-        from .prompt_tuning_modules import build_prompt_modules, make_initial_embeddings
+        from .prompt_tuning_modules import build_soft_prompt_and_attention_masks, make_initial_embeddings
 
-        return build_prompt_modules(self, sites, make_initial_embeddings(self, sites[0]))
+        return build_soft_prompt_and_attention_masks(self, sites, make_initial_embeddings(self, sites[0]))

@@ -25,7 +25,7 @@ class SoftPrompt(prompt.LearnedPromptEmbeddingsMixin, prompt.VirtualTokenModule)
         return self.get_embeddings()[: self.n]
 
 
-def build_prompt_modules(
+def build_soft_prompt_and_attention_masks(
     config: Any, sites: Sequence[AdapterSite], start_or_encoder: Tensor | nn.Module
 ) -> list[AdapterModule]:
     """Return the virtual tokens at the first site, and what makes them visible to a decoder at the second."""

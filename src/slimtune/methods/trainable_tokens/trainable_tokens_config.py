@@ -62,10 +62,12 @@ class TrainableTokensConfig(TargetedConfig):
         return bool(self.target_modules and matches_regex_or_names(self.target_modules, name) and not excluded)
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
-        from ...core.kernels.linear_layers import get_layer_kind
+        from ...core.kernels.linear_layers import get_base_layer_type
         from .trainable_tokens_modules import map_trainable_row_specs_by_module
 
-        tokens = {n: self.token_indices for n, m in model.named_modules() if get_layer_kind(m) and self._is_target(n)}
+        tokens = {
+            n: self.token_indices for n, m in model.named_modules() if get_base_layer_type(m) and self._is_target(n)
+        }
         return map_trainable_row_specs_by_module(model, tokens, self.modules_to_save or ())
 
 

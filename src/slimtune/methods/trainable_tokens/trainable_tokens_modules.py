@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...core.adapters.adapter_module import AdapterModule, AdapterSite, BaseForward, SiteKind
 from ...core.adapters.targets import matches_regex_or_names
-from ...core.kernels.linear_layers import get_dequantized_weight, get_layer_kind
+from ...core.kernels.linear_layers import get_base_layer_type, get_dequantized_weight
 from ...errors import TargetError, suggest
 
 
@@ -37,7 +37,9 @@ def map_trainable_row_specs_by_module(
     """
     if not isinstance(tokens, Mapping):
         tokens = {find_input_embedding_name(model): tokens}
-    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if get_layer_kind(m) in ("embedding", "linear")}
+    modules: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if get_base_layer_type(m) in ("embedding", "linear")
+    }
     chosen: dict[str, list[int]] = {}
     for key, ids in tokens.items():
         names = [n for n in modules if matches_regex_or_names([key], n)]
@@ -46,17 +48,19 @@ def map_trainable_row_specs_by_module(
             raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
         chosen |= dict.fromkeys(names, ids)
     owners: dict[int, str] = {}
-    for name in sorted(chosen, key=lambda n: get_layer_kind(modules[n]) != "embedding"):
+    for name in sorted(chosen, key=lambda n: get_base_layer_type(modules[n]) != "embedding"):
         if name.endswith(tuple(modules_to_save)):
             message = f"{name} is in modules_to_save and also has trainable tokens"
             raise TargetError(message, "one of the two")
-        size = get_dequantized_weight(modules[name]).shape[1 if get_layer_kind(modules[name]) == "embedding" else 0]
+        size = get_dequantized_weight(modules[name]).shape[
+            1 if get_base_layer_type(modules[name]) == "embedding" else 0
+        ]
         if max(chosen[name]) >= size:
             raise TargetError(f"trainable tokens: {name} has no row {max(chosen[name])}", f"ids below {size}")
         owners.setdefault(id(modules[name]._parameters["weight"]), name)
     own, shared = {}, {}
     for name, module in modules.items():
-        kind: Any = get_layer_kind(module)
+        kind: Any = get_base_layer_type(module)
         owner = owners.get(id(module._parameters["weight"]))
         if owner is not None and owner != name and chosen.get(name, chosen[owner]) == chosen[owner]:
             shared[name] = TrainableRowsSpec(kind, chosen[owner], owner)
@@ -78,7 +82,7 @@ def build_trainable_row_modules(
     built: dict[str, AdapterModule] = {}
     for site in sorted(sites, key=lambda s: row_specs_by_name[s.name].tied_to is not None):
         cls, owner = (
-            TrainableTokenEmbedding if site.kind == "embedding" else TrainableTokenHead,
+            TrainableTokenEmbedding if site.kind == "embedding" else TrainedTokenLogitsHead,
             row_specs_by_name[site.name].tied_to,
         )
         held = () if owner is None else (built[owner],)
@@ -162,7 +166,7 @@ class TrainableTokenEmbedding(_TokenRows):
         return weight.index_copy(1, self.owner.ids, self.rows.to(weight.dtype).t()), bias
 
 
-class TrainableTokenHead(_TokenRows):
+class TrainedTokenLogitsHead(_TokenRows):
     """Trained rows of a linear layer: maps `x (..., d)` to logits `(..., rows)`."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
