@@ -133,7 +133,7 @@ def write_vllm_adapter(
         run: the run or adapter folder, for messages.
         folder: the export folder; it exists.
         final_path: the final path of the folder, which the command names; None: `folder` itself.
-        name, convert_to_lora, dtype: options of `VllmAdapterFormat`.
+        name, convert_to_lora, dtype: options of `VllmFormat`.
     """
     final_path = Path(final_path or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:

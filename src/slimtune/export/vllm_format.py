@@ -55,7 +55,7 @@ class VllmExportFacts:
 
 
 @dataclass(frozen=True)
-class VllmAdapterFormat(ExportFormat):
+class VllmFormat(ExportFormat):
     """A LoRA that vLLM serves beside the base."""
 
     kind: ClassVar[str] = "vllm"
@@ -68,7 +68,7 @@ class VllmAdapterFormat(ExportFormat):
         default=None, metadata=make_flag_metadata("What vLLM computes in: float32, bfloat16, float16.")
     )
 
-    def resolve(self) -> VllmAdapterFormat:
+    def resolve(self) -> VllmFormat:
         """Return the format; UsageError for a merged model, which vLLM reads as a plain folder."""
         if self.merged:
             raise UsageError("vLLM reads a merged model as a plain folder", hint="slimtune merge RUN --out FOLDER")
