@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import slimtune
 from slimtune.core.adapters.adapter_module import MergeUnsupported
+from slimtune.core.adapters.method_registry import METHODS as METHODS_OF_SLIMTUNE
+from slimtune.core.adapters.method_registry import get_method_config_class
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-9
@@ -49,6 +51,15 @@ def said(model):
 def distance(a, b):
     """The largest difference of two answers, as they are and as log-probabilities."""
     return max((a - b).abs().max().item(), (a.log_softmax(-1) - b.log_softmax(-1)).abs().max().item())
+
+
+def test_every_method_that_peft_has_is_compared():
+    """Learned prompts with an encoder, and LLaMA-Adapter, are compared in `tests/methods/test_virtual_tokens.py`."""
+    elsewhere = {"AdaptionPromptConfig", "PromptEncoderConfig"}
+    classes = map(get_method_config_class, METHODS_OF_SLIMTUNE.built_in_names())
+    expected = {cls.__name__ for cls in classes if cls.exists_in_peft}
+    missing = expected - elsewhere - {cls for cls, *_ in METHODS.values()}
+    assert not missing, f"a line in tests/golden/parity_table.py for {missing}"
 
 
 @EVERY

@@ -15,7 +15,9 @@ from slimtune import PeftModel, get_peft_model
 from slimtune.core.adapters.adapter_module import MergeUnsupported
 from slimtune.core.adapters.adapter_strength import AdapterTensorInterpolator
 from slimtune.core.adapters.method_registry import get_method_config_class, list_methods
-from slimtune.errors import UsageError
+from slimtune.errors import ModelError, UsageError
+from slimtune.planning.memory_trace import trace_training_step
+from slimtune.planning.plan_request import MicroBatchWorkload
 
 pytestmark = [
     pytest.mark.parametrize("method", sorted(CASES)),
@@ -184,6 +186,15 @@ def test_builds_on_meta(method):
         fake = get_peft_model(llama(), config(method))
     assert all(p.device.type == "meta" for p in fake.parameters())
     assert {n: p.shape for n, p in real.named_parameters()} == {n: p.shape for n, p in fake.named_parameters()}
+
+
+def test_a_forward_reads_no_tensor_values(method):
+    """`slimtune plan` runs the training step on fake tensors, which have no values to branch on or to print."""
+    job = MicroBatchWorkload(llama().config, config(method), torch.float32, lengths=(40, 24))
+    try:
+        trace_training_step(job, stop_after_backward=True)
+    except ModelError as e:
+        pytest.fail(f"{type(config(method)).__module__}: a forward must not read tensor values: {e.message}")
 
 
 def test_two_adapters_on_one_model(method):

@@ -1,7 +1,10 @@
 """The pages in docs/methods: each method has one, with its fields as the config declares them."""
 
+import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -26,3 +29,10 @@ def test_a_new_method_gets_a_page_with_its_fields():
 
 def test_a_page_of_a_method_without_fields_has_no_table():
     assert SCRIPT["FIELDS_HEAD"] not in (DOCS / "methods/full.md").read_text()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_each_table_occurs_once(page):
+    """A script that writes one table leaves the others of the page alone."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE)
+    assert [t for t in tables if tables.count(t) > 1] == []

@@ -7,9 +7,12 @@ from transformers import AutoConfig
 from slimtune.core.models.base_config import BaseConfig
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
+from slimtune.methods.shira import ShiraConfig
+from slimtune.methods.shira.shira_modules import SparseWeightUpdate
 from slimtune.planning import memory_trace, planner
 from slimtune.planning.gpu_specs import make_gpu_with_memory
-from slimtune.planning.plan_request import PlanRequest
+from slimtune.planning.memory_trace import trace_training_step
+from slimtune.planning.plan_request import MicroBatchWorkload, PlanRequest
 from slimtune.planning.planner import estimate_resources
 
 SIZES = {
@@ -53,6 +56,24 @@ def test_step_through_tokens_is_refused_in_bounded_time(kind, monkeypatch):
     monkeypatch.setattr(memory_trace, "MAX_OPERATORS_PER_LAYER", 0)
     with pytest.raises(ModelError, match=r"\b3000\b(.|\n)*slimtune train"):
         plan(kind, targets=["in_proj"] if kind == "mamba" else "all-linear", attention_hidden_size=32)
+
+
+def test_forward_that_reads_a_value_is_named_by_its_line():
+    class Guarded(SparseWeightUpdate):
+        def forward(self, x, y):
+            return y if self.shira_weight.isinf().any() else super().forward(x, y)
+
+    class GuardedConfig(ShiraConfig):
+        def build(self, site):
+            module = super().build(site)
+            module.__class__ = Guarded
+            return module
+
+    base, method = AutoConfig.for_model("llama", **SIZES), GuardedConfig(r=2, target_modules="all-linear")
+    with pytest.raises(ModelError) as caught:
+        trace_training_step(MicroBatchWorkload(base, method, torch.float32, (9,)))
+    assert f"{__file__}, line " in caught.value.message
+    assert "shira_weight.isinf().any()" in caught.value.message
 
 
 def test_fault_of_foreign_code_says_why(capfd):

@@ -6,6 +6,8 @@ becomes a model of fake tensors by `replace_meta_with_fake_cpu_tensors`. Its dev
 aborts on a torch without CUDA.
 """
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,9 +50,12 @@ def fake_tensor_mode() -> Iterator[None]:
         with FakeTensorMode() as mode, _KnownIntegers(mode):
             yield
     except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        frames, ours = traceback.extract_tb(error.__traceback__), (*torch.__path__, os.path.dirname(__file__))
+        reader = next((f for f in reversed(frames) if not f.filename.startswith(ours)), frames[-1])
         raise ModelError(
-            f"the training step depends on tensor values: {error} reads them, and a plan has none",
-            "a model and a method whose shapes follow from the lengths of the rows",
+            f"the training step depends on tensor values: {error} reads them in {reader.filename}, line "
+            f"{reader.lineno}, {reader.line!r}, and a plan has none",
+            "a model and a method whose forward reads no tensor values: shapes follow from the lengths of the rows",
         ) from error
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing = limit, is_tracing

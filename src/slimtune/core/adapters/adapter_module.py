@@ -192,6 +192,8 @@ class AdapterModule(nn.Module):
     """Whether the module scales the layer's input: a feed-forward layer of (IA)³."""
     no_op_values: ClassVar[Mapping[str, float] | None] = None
     """Tensors by name, and the values at which the module changes nothing, where these are the same at each site."""
+    shared: Sequence[AdapterModule] = ()
+    """Modules at other sites whose parameters this one uses; as a tuple, so that PyTorch registers them once."""
     method: str = ""
     """The method's name, set when the module is attached."""
 
@@ -288,7 +290,7 @@ class AdapterModule(nn.Module):
 class SharedParameterHolder(AdapterModule):
     """Parameters at the model's site that adapter modules at other sites share; its own forward changes nothing.
 
-    The other modules keep it in a tuple, `self.shared = (module,)`, so that PyTorch registers its parameters once.
+    The other modules set `self.shared = (holder,)`: tiles (`train.mlp_tile_size`) find trained parameters there.
     """
 
     takes_row_mask = True

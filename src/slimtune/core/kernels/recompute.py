@@ -233,5 +233,6 @@ def _check_no_other_leaf(y: Tensor, known: Sequence[Tensor]) -> None:
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known_ids:
             problem = f"a tiled map trains a parameter {tuple(leaf.shape)} that does not belong to its module"
-            raise ModelError(problem, "methods that register what they train", "--set train.mlp_tile_size=null")
+            expected = "a method whose modules register what they train, or name the module that has it in `shared`"
+            raise ModelError(problem, expected, "--set train.mlp_tile_size=null")
         queue += [n for n, _ in node.next_functions]

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ...errors import UsageError, format_names
+from ..adapters.adapter_module import AdapterModule
 from ..adapters.architectures import FEED_FORWARD
 from ..kernels.activation_offload import ActivationOffload
 from ..kernels.linear_layers import get_base_layer_type
@@ -127,8 +128,9 @@ def _forward_tiled(
     run = replaced or partial(type(module).forward, module)
     if args or kwargs or not isinstance(x, Tensor) or x.dim() < 3:
         return run(x, *args, **kwargs)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return run_in_token_tiles(run, x, max(1, tokens // x.shape[0]), trained)
+    shared = [s for m in module.modules() if isinstance(m, AdapterModule) for s in m.shared]
+    trained = dict.fromkeys(p for m in (module, *shared) for p in m.parameters() if p.requires_grad)
+    return run_in_token_tiles(run, x, max(1, tokens // x.shape[0]), list(trained))
 
 
 def shard_base_with_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:

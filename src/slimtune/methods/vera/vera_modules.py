@@ -33,12 +33,12 @@ class LinearVera(AdapterModule):
 
     no_op_values: ClassVar = {"vera_lambda_b": 0.0}
     peft_values: ClassVar = {"vera_A": "vera_A", "vera_B": "vera_B"}
-    vera_A = property(lambda self: self.held[0].vera_A)
-    vera_B = property(lambda self: self.held[0].vera_B)
+    vera_A = property(lambda self: self.shared[0].vera_A)
+    vera_B = property(lambda self: self.shared[0].vera_B)
 
     def __init__(self, site: AdapterSite, config: VeraConfig, shared: SharedRandomProjections) -> None:
         super().__init__()
-        self.held = (shared,)
+        self.shared = (shared,)
         self.sizes = site.in_features, site.out_features
         self.vera_dropout = make_dropout(config.vera_dropout)
         # PEFT draws λ_d even where it starts constant: one seed gives the same adapter in both libraries.
@@ -60,8 +60,7 @@ class LinearVera(AdapterModule):
 
     def _get_projections(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return this layer's part of A and B, with the device and dtype of a tensor."""
-        held: Any = self.held[0]
-        return held.vera_A[:, : self.sizes[0]].to(like), held.vera_B[: self.sizes[1]].to(like)
+        return self.vera_A[:, : self.sizes[0]].to(like), self.vera_B[: self.sizes[1]].to(like)
 
 
 class _AddScaled(torch.autograd.Function):
