@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from error_facts import has_code
-from row_files import write_jsonl
+from row_files import find_issues, write_jsonl
 from tiny_tokenizer import CHATML, GEMMA, GEMMA_TOK, SMOLLM2_TOK, make_tokenizer, template_text
 
 from slimtune.core.data.packing import pack_into_one_sequence
@@ -250,6 +250,18 @@ def test_an_issue_names_its_first_lines(tmp_path):
     assert (issue.code, issue.severity, issue.count) == ("missing-end", "error", 30)
     assert issue.lines == list(range(1, SHOWN_LINES + 1))
     assert str(issue).endswith("30 rows, lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, … (18 more)")
+
+
+def test_roles_that_are_swapped_in_every_row_are_an_error(tmp_path):
+    def talk(i, *roles):
+        return {"messages": [{"role": role, "content": f"{role} {i} {n}"} for n, role in enumerate(roles)]}
+
+    swapped = [talk(i, "assistant", "user") for i in range(9)]
+    found = find_issues(write_jsonl(tmp_path / "a.jsonl", swapped), SMOLLM2_TOK)["swapped-roles"]
+    assert (found["severity"], found["count"]) == ("error", 9)
+    greeting = [talk(i, "assistant", "user", "assistant") for i in range(9)]
+    few = find_issues(write_jsonl(tmp_path / "b.jsonl", [*greeting, swapped[0]]), SMOLLM2_TOK)
+    assert (few["swapped-roles"]["severity"], few["swapped-roles"]["lines"]) == ("warning", [10])
 
 
 def test_documentation_names_every_issue():

@@ -73,6 +73,7 @@ def data_report(
         format=data.format,
         columns=data.columns,
         ignore_columns=data.ignore_columns,
+        split_special_tokens=data.split_special_tokens,
         train_on=data.train_on,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,

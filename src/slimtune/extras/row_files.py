@@ -72,14 +72,10 @@ class RowFileReader(RowIterable):
         column_mapping: ColumnMapping,
         files_with_readers: list[Part],
         format_is_given: bool,
+        split_special_tokens: bool = True,
     ) -> None:
-        self.path, self.format, self._choice, self._parts, self._given = (
-            path,
-            format,
-            column_mapping,
-            files_with_readers,
-            format_is_given,
-        )
+        self.path, self.format, self._choice, self._parts = path, format, column_mapping, files_with_readers
+        self._given, self._split_special_tokens = format_is_given, split_special_tokens
         self.ignored_columns = sorted(column_mapping.ignored)
         self._has_text = _is_text_file(Path(files_with_readers[0][0] or path))
         self._used: dict[str, None] = {}
@@ -113,7 +109,10 @@ class RowFileReader(RowIterable):
                         if not column.rows:
                             column.line, column.file = line, file
                         column.rows += 1
-                yield parse_row_or_error(self._choice.apply(record), self.format, line, file)
+                row = parse_row_or_error(self._choice.apply(record), self.format, line, file)
+                if not self._split_special_tokens and isinstance(row, Row):
+                    row = dataclasses.replace(row, special_tokens_as_text=False)
+                yield row
 
     @property
     def columns(self) -> list[str]:
@@ -193,11 +192,13 @@ def open_rows(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
+    split_special_tokens: bool = True,
 ) -> RowFileReader:
     """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
     `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
-    did not have them; `messages.key` leaves a key out of messages.
+    did not have them; `messages.key` leaves a key out of messages. `split_special_tokens` says whether special tokens
+    typed in a document are ordinary text.
 
     Raises:
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
@@ -222,7 +223,9 @@ def open_rows(
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
-    return RowFileReader(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
+    return RowFileReader(
+        path, next(iter(formats), format or "unknown"), choice, parts, format is not None, split_special_tokens
+    )
 
 
 def read_rows(path: str | Path, **options: Any) -> list[Row]:

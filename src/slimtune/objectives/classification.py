@@ -63,9 +63,14 @@ class Classification(Objective):
             raise DataError(f"{problem}{suggest(unknown[0], classes.names)}", f"one of {format_names(classes.names)}")
         if data.test is not None and data.test.exists():  # read later, when a class that is missing is too late
             test = open_rows_for_objective(data.test, data, self)
-            _require_known_labels(((r.line, r.labels or ()) for r in test if isinstance(r, Row)), classes, data.test)
+            labels = [(r.line, r.labels or ()) for r in test if isinstance(r, Row)]
+            _require_known_labels(labels, classes, data.test)
+            _require_single_labels(labels, classes, data.test)
         counts = dict(Counter(name for names in rows.classes for name in names))
         weights = self.compute_class_weights(counts, len(rows), classes.multi_label)
+        if not any(weights.values()):
+            problem = "task.class_weights are 0 for all classes, so that nothing would be learned"
+            raise DataError(problem, "a weight above 0 for some class", "leave out class_weights: all count alike")
         return replace(
             datasets,
             classes=classes,
@@ -169,8 +174,6 @@ def _encode_classes(
     """
     import numpy as np
 
-    from ..core.data.tokenize import format_line_numbers
-
     ids = {name: i for i, name in enumerate(classes.names)}
     found = rows.classes
     _require_known_labels(zip(rows.lines, found, strict=True), classes, path)
@@ -180,25 +183,33 @@ def _encode_classes(
         for row, names in enumerate(found):
             label[row, [ids[n] for n in names]] = 1
         return rows.with_columns(label=label, label_weight=np.broadcast_to(values, label.shape))
-    if several := [line for line, names in zip(rows.lines, found, strict=True) if len(names) != 1]:
-        raise DataError(
-            f"{path}: not one label in {format_line_numbers(several)}", "one label a row, as in the training rows"
-        )
+    _require_single_labels(zip(rows.lines, found, strict=True), classes, path)
     label = np.array([ids[names[0]] for names in found], np.int64)
     return rows.with_columns(label=label, label_weight=values[label])
+
+
+def _require_single_labels(rows: Iterable[tuple[int, Sequence[str]]], classes: ClassLabels, path: object) -> None:
+    """Raise DataError if a row, given as its line and its labels, has not one label, and each training row has one."""
+    from ..core.data.tokenize import format_line_numbers
+
+    several = [] if classes.multi_label else [line for line, names in rows if len(names) != 1]
+    if several:
+        problem = f"{path}: not one label in {format_line_numbers(several)}"
+        raise DataError(problem, "one label a row, as in the training rows")
 
 
 def _require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: ClassLabels, path: object) -> None:
     """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
     from ..core.data.tokenize import format_line_numbers
-    from ..extras.row_formats.classification import sort_class_names
+    from ..extras.row_formats.classification import describe_lookalike, sort_class_names
 
     unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
     if unknown:
         strange, lines = sort_class_names(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
+        like = describe_lookalike(strange[0], classes.names)
+        near = f" ({like})" if like else suggest(strange[0], classes.names)
         raise DataError(
-            f"{path}: {format_names(strange)} is a label of no training row"
-            f"{suggest(strange[0], classes.names)}: {format_line_numbers(lines)}",
+            f"{path}: {format_names(strange)} is a label of no training row{near}: {format_line_numbers(lines)}",
             f"a label of the training rows: {format_names(classes.names)}",
             "correct the label, or train on rows of this class: a class seen only here cannot be learned",
         )

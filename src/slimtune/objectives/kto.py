@@ -24,12 +24,12 @@ It is computed in evaluation mode, as TRL's is with its default `disable_dropout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..core.adapters.config_fields import config_field
+from ..core.adapters.config_fields import FieldError, config_field
 from ..core.data.tokenized_dataset import IGNORE_INDEX, TokenizedDataset
 from ..core.training.objective import Batch, Example, Objective, ScoreRows, sum_targets_by_row
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..core.data.class_labels import ClassLabels
     from ..core.training.prepared_run import PreparedRun
 
+NOTHING_LEARNED = ", as is undesirable_weight: nothing would be learned"
 _MAX_PLACES = 16
 
 
@@ -57,6 +58,10 @@ class KTO(Objective):
     desirable_weight: float = config_field(1.0, "weight of the losses of good answers", ge=0)
     undesirable_weight: float = config_field(1.0, "weight of the losses of bad answers", ge=0)
     loss_type: Literal["kto", "apo_zero_unpaired"] = config_field("kto", "loss of a row")
+
+    def find_conflicts(self) -> Iterator[FieldError]:
+        if not self.desirable_weight and not self.undesirable_weight:
+            yield self.error("desirable_weight", "a weight above 0 for good or for bad answers", more=NOTHING_LEARNED)
 
     @property
     def needs_mismatched_rows(self) -> bool:

@@ -46,6 +46,8 @@ def completions(key, values, answer="response"):
         {"completions": completions("rank", [2, 1, 3], "answer")},
         {"responses": [" fair", " good", " bad"], "scores": [2, 3, 1]},
         {"responses": [" fair", " good", " bad"], "rankings": [2, 1, 3]},
+        {"responses": [" fair", " good", " bad"], "scores": [2, 3, 1], "rankings": [2, 1, 3]},
+        {"completions": [c | {"rank": None} for c in completions("score", [2, 3.5, -1])]},
         {"responses": json.dumps([" fair", " good", " bad"]), "scores": "[2, 3, 1]"},
     ],
 )
@@ -78,6 +80,9 @@ def test_rows_of_a_list_share_their_prompt(read):
         ({"responses": ["a", " "], "scores": [1, 2]}, "empty-content", "answer 2 is empty"),
         ({"completions": [{"text": "a", "score": 1}]}, "bad-list", "has 'text', 'score': wanted an answer"),
         ({"completions": [{"answer": "a", "score": 1}, {"answer": "b", "rank": 1}]}, "bad-list", "others with a score"),
+        ({"completions": [{"answer": "a", "score": 9, "rank": 2}, {"answer": "b", "score": 1, "rank": 1}]},
+         "contradictory-rank", "answer 1 has a higher score than answer 2"),
+        ({"responses": ["a", "b"], "scores": [1, 9], "rankings": [1, 2]}, "contradictory-rank", "answer 2 has"),
     ],
 )  # fmt: skip
 def test_faulty_list(read, row, code, cause):

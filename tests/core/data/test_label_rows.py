@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from slimtune.core.data.tokenize import tokenize_dataset
 from slimtune.core.foundation.json_results import to_json_dict
-from slimtune.errors import DataError
+from slimtune.errors import DataError, SlimtuneError
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows, read_rows
 from slimtune.extras.row_formats.classification import sort_class_names
@@ -48,7 +48,7 @@ def test_label_becomes_names_of_classes(read, label, names):
     assert read({"text": "x", "label": label}, **CLASSES)[0].labels == names
 
 
-@pytest.mark.parametrize("label", [None, "", " ", 1.5, float("nan"), {"a": 1}, ["a", "a"], [None]])
+@pytest.mark.parametrize("label", [None, "", " ", "\u200b", 1.5, float("nan"), {"a": 1}, ["a", "a"], [None]])
 def test_label_that_is_no_label_is_named_with_its_line(read, label):
     with pytest.raises(DataError, match=r"a.jsonl:2: .*label"):
         read(HAM, {"text": "x", "label": label}, **CLASSES)
@@ -83,6 +83,41 @@ def test_report_finds_rare_and_similar_classes(issues):
     assert found["rare-class"]["lines"] == [66]
 
 
+LOOKALIKES = {
+    "composed and decomposed": ("caf\u00e9", "cafe\u0301"),
+    "a zero-width space": ("spam", "spam\u200b"),
+    "a soft hyphen inside": ("spam", "sp\u00adam"),
+    "full-width letters": ("pos", "\uff50\uff4f\uff53"),
+    "full-width digits": ("2", "\uff12"),
+    "a byte order mark": ("ham", "\ufeffham"),
+    "a mark of direction": ("ham", "ham\u200f"),
+    "a variation selector": ("\u2764", "\u2764\ufe0f"),
+    "case and a no-break space": ("not spam", "Not\u00a0spam"),
+}
+
+
+@pytest.mark.parametrize("labels", LOOKALIKES.values(), ids=LOOKALIKES)
+def test_labels_that_look_alike_are_told_with_the_fix(issues, labels):
+    right, wrong = labels
+    rows = [{"text": f"text {i} of {n}", "label": label} for n, label in enumerate(labels) for i in range(9 - n)]
+    found = issues([*rows, *rows_of(other=9)], **CLASSES)["similar-labels"]
+    assert found["count"] == 17
+    for told in (found["what"], found["hint"]):  # the label to keep comes first
+        assert 0 < told.index(ascii(right)) < told.index(ascii(wrong))
+
+
+def test_labels_that_differ_to_the_eye_are_not_told(issues):
+    names = ["caf\u00e9", "cafe", "\u4e2d", "\u56fd", "a-b", "ab", "1", "11"]
+    rows = [{"text": f"text {i} of {name}", "label": name} for name in names for i in range(6)]
+    assert "similar-labels" not in issues(rows, **CLASSES)
+
+
+def test_label_of_validation_rows_that_looks_like_another_is_told(issues, tmp_path):
+    other = write_jsonl(tmp_path / "b.jsonl", [HAM | {"label": "ham\u200b"}])
+    issue = issues(rows_of(ham=9, eggs=9), validation=other, **CLASSES)["unseen-label"]
+    assert r"'ham\u200b'" in issue["what"]
+
+
 def test_one_class_is_an_error_unless_rows_have_none(issues):
     assert issues(rows_of(a=6), **CLASSES)["one-class"]["severity"] == "error"
     assert "one-class" not in issues([*rows_of(a=6), {"text": "other", "label": []}], **CLASSES)
@@ -109,6 +144,17 @@ def test_rating_is_read(read, tmp_path, label):
 def test_rating_that_is_no_boolean_is_named_with_its_line(read, label):
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'label' .*true"):
         read(rate(0, True), rate(1, label), **RATINGS)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", [], None])
+def test_rating_without_a_prompt_is_refused(read, prompt):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'prompt'"):
+        read(rate(0, True) | {"prompt": prompt}, **RATINGS)
+
+
+def test_ratings_that_all_weigh_nothing_are_refused():
+    with pytest.raises(SlimtuneError, match="undesirable_weight"):
+        KTO(desirable_weight=0, undesirable_weight=0)
 
 
 def test_one_rating_is_a_warning(issues):

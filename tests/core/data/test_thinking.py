@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import trl
 from row_files import find_issues, write_jsonl
-from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, make_tokenizer, template_text
+from tiny_tokenizer import CHATML, DEEPSEEK, GPT_OSS, SMOLLM2_TOK, make_tokenizer, template_text
 
 from slimtune.core.data.chat_template import TokenizedRow
 from slimtune.core.data.tokenize import tokenize_rows_with_errors
@@ -115,3 +115,15 @@ def test_report_tells_what_the_template_does(tmp_path):
     assert report.thinking == ThinkingTurnCounts(learned=3, kept=0, left_out=3)
     told = "3 turns learned with what they think; 3 turns not learned, whose thinking the template leaves out"
     assert dict(report.lines())["thinking"].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_told"),
+    [("<think>so A", True), ("so</think>A", True), ("<think>so</think>A", False), ("A", False)],
+)
+def test_unbalanced_thinking_is_told_if_the_template_has_none(tmp_path, answer, is_told):
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert ("unbalanced-thinking" in find_issues(path, SMOLLM2_TOK)) == is_told
+    thinks = make_tokenizer(template_text("qwen3"), CHATML)
+    assert "unbalanced-thinking" not in find_issues(path, thinks)

@@ -74,6 +74,20 @@ def test_class_that_only_held_out_rows_have_is_refused_with_its_line(tmp_path, t
     assert not (tmp_path / "run").exists(), error
 
 
+@pytest.mark.parametrize("labels", [["sea", "wood"], []])
+def test_held_out_row_without_one_label_is_refused_before_training(tmp_path, tiny_folder, labels):
+    test = write_jsonl(tmp_path / "other.jsonl", [ROWS[0], {"text": "dune", "label": labels}])
+    with pytest.raises(DataError, match="line 2"):
+        train(make_recipe(tmp_path, tiny_folder, test_fraction=0.0, test=str(test)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path, tiny_folder):
+    task = {"name": "classification", "class_weights": dict.fromkeys([row["label"] for row in ROWS], 0.0)}
+    with pytest.raises(DataError, match=r"task\.class_weights"):
+        train(make_recipe(tmp_path, tiny_folder, task=task))
+
+
 def test_rows_of_one_class_and_weights_of_no_class_are_refused(tmp_path, tiny_folder):
     with pytest.raises(DataError, match="'sea'"):
         train(make_recipe(tmp_path, tiny_folder, ROWS[::3]))

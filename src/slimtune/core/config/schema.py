@@ -106,6 +106,9 @@ class DataSettings(RecipeSection):
     ignore_columns: list[str] = config_field(
         [], "columns to leave out although they may change what a row means; messages.KEY: a key of the messages"
     )
+    split_special_tokens: bool = config_field(
+        True, "documents: read special tokens typed in their text as text; false: as the tokens themselves"
+    )
     train_on: Literal["assistant", "last_assistant"] = config_field(
         "assistant", "turns that contribute to the loss: every assistant turn, or the last one of each row"
     )

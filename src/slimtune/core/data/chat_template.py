@@ -187,6 +187,14 @@ def render_without_template(tokenizer: Any, prompt: str, completion: str) -> Ren
     return RenderedText(text, [(len(bos) + len(prompt), len(text))])
 
 
+def encode_document_with_special_tokens_as_text(tokenizer: Any, text: str) -> TokenizedRow:
+    """Return the tokens of `render_without_template`, but special tokens typed in the text as ordinary text."""
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    end = tokenizer(tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    return TokenizedRow([*start, *ids, *end], [False] * len(start) + [True] * (len(ids) + len(end)))
+
+
 def adds_bos(tokenizer: Any) -> bool:
     """Return whether the tokenizer begins a text with its beginning-of-sequence token."""
     first = tokenizer("", add_special_tokens=True)["input_ids"][:1]

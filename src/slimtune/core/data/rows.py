@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError
 from ..foundation.registry import Registry
-from ..foundation.sequences import count_common_prefix
 from .messages import Messages
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ MAX_ERRORS = 10  # invalid rows that one error message names
 class Row:
     """One row: a conversation, a text, or a prompt with its answers."""
 
-    messages: Messages  # the conversation, or the prompt of a preference pair; empty for a row of texts
+    messages: Messages  # the conversation, or what a pair's answers share as their prompt; empty for a row of texts
     line: int  # in the file (JSONL, CSV, text), or the number of the item, from 1
     tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the assistant may call
     learned: tuple[bool, ...] | None = None  # for each message whether it is learned; None: every assistant turn is
@@ -39,6 +38,8 @@ class Row:
     is_good: bool | None = None  # whether the answer is good, by its label; None: it has no label
     labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
     file: str | None = None  # its name, if rows come from several
+    special_tokens_as_text: bool = False  # whether special tokens typed in its text are ordinary text
+    findings: tuple[tuple[str, str], ...] = ()  # what its format found: codes of the data report, with an example
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -60,8 +61,7 @@ class InvalidRow:
 def split_preference_into_rows(row: Row) -> list[Row]:
     """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
 
-    The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
-    text up to the last space. Only what follows the prompt is learned.
+    Only what follows the prompt is learned.
     """
     answers = row.answers
     if row.chosen is not None and row.rejected is not None:
@@ -70,25 +70,11 @@ def split_preference_into_rows(row: Row) -> list[Row]:
         return [row]
     single = replace(row, chosen=None, rejected=None, answers=None, scores=None)
     texts = [answer for answer in answers if isinstance(answer, str)]
-    if len(texts) == len(answers) and not row.messages:
-        if row.prompt is not None:
-            return [replace(single, completion=text) for text in texts]
-        shared = count_common_prefix(texts[0], texts[1])
-        shared -= shared > 0 and texts[0][shared - 1] == " "
-        return [replace(single, prompt=text[:shared], completion=text[shared:]) for text in texts]
-    chats: list[Messages] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
-    shared = count_common_prefix(chats[0], chats[1])
-    if row.messages and chats[0][: len(row.messages)] != row.messages:  # otherwise the answers repeat the prompt
-        chats, shared = [[*row.messages, *chat] for chat in chats], len(row.messages)
-    return [
-        replace(
-            single,
-            messages=chat,
-            prompt=None,
-            learned=tuple(i >= shared and m["role"] == "assistant" for i, m in enumerate(chat)),
-        )
-        for chat in chats
-    ]
+    if not row.messages and len(texts) == len(answers):
+        return [replace(single, prompt=row.prompt or "", completion=text) for text in texts]
+    chats = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
+    learned = [(False,) * len(row.messages) + tuple(m["role"] == "assistant" for m in chat) for chat in chats]
+    return [replace(single, messages=[*row.messages, *c], learned=mask) for c, mask in zip(chats, learned, strict=True)]
 
 
 @dataclass(frozen=True)

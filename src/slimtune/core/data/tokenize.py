@@ -121,6 +121,8 @@ def tokenize_rows_with_errors(
         if row.labels is not None and row.prompt is not None:
             ids = tokenizer(row.prompt, verbose=False)["input_ids"]
             return TokenizedRow(ids, [False] * len(ids))
+        if row.special_tokens_as_text and special_tokens.search(row.completion or ""):
+            return chat_template.encode_document_with_special_tokens_as_text(tokenizer, row.completion or "")
         if row.completion is not None:
             return chat_template.render_without_template(tokenizer, row.prompt or "", row.completion)
         learned = row.learned

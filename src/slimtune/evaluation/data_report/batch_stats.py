@@ -53,9 +53,11 @@ class TokenizedRowBatchValidator:
     `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
     """
 
-    def __init__(self, tokenizer: Any, max_seq_len: int) -> None:
-        self.max_seq_len = max_seq_len
+    def __init__(self, tokenizer: Any, max_seq_len: int, documents: bool = False) -> None:
+        self.max_seq_len, self.documents = max_seq_len, documents
         self.control_tokens = compile_alternatives_pattern(_control_tokens(tokenizer))
+        self.special_tokens = compile_alternatives_pattern(t for t in _special_tokens(tokenizer) if t.strip())
+        self.template_thinks = "think>" in str(tokenizer.chat_template)
         self.end_ids, self.bos_id = list_special_and_added_token_ids(tokenizer), tokenizer.bos_token_id
         self.common_trigrams: Array | None = None
 
@@ -100,7 +102,14 @@ class TokenizedRowBatchValidator:
     def _find_issues(
         self, row: Row, tokens: TokenizedRow, answer: str, texts: list[tuple[str, str]]
     ) -> Iterator[tuple[str, str]]:
+        yield from row.findings
         yield from find_encoding_issues([text for _, text in texts])
+        if self.documents and (token := self.special_tokens.search(row.completion or "")):
+            yield "special-token-as-text" if row.special_tokens_as_text else "special-token-in-document", repr(token[0])
+        if row.messages and not self.template_thinks:
+            said = (text for role, text in texts if role in ("assistant", "rejected"))
+            if text := next((t for t in said if t.count("<think>") != t.count("</think>")), ""):
+                yield "unbalanced-thinking", repr(text.strip()[:24])
         if tokens.generation_prompt_differs:
             yield "other-prompt", ""
         if answer and is_placeholder_answer(answer):
@@ -123,8 +132,7 @@ class TokenizedRowBatchValidator:
 
 def _control_tokens(tokenizer: Any) -> set[str]:
     """Return the special tokens that structure a conversation; people may type others, such as `<filename>`."""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    special |= set(tokenizer.all_special_tokens)
+    special = _special_tokens(tokenizer)
     control = {t for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if t}
     control |= {t for t in special if t.startswith("<|") and t.endswith("|>")}
     try:
@@ -133,6 +141,10 @@ def _control_tokens(tokenizer: Any) -> set[str]:
     except (ValueError, TemplateError):
         return control
     return control | {t for t in special if t.strip() and t in written}
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
 
 
 def _hash_answer(answer: str) -> int:

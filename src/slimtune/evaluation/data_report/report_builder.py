@@ -47,6 +47,7 @@ def make_data_report(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
+    split_special_tokens: bool = True,
     max_seq_len: int = 1024,
     on_overlong: str = "drop",
     train_on: str = "assistant",
@@ -57,7 +58,7 @@ def make_data_report(
     """Return the report on a data set.
 
     Args:
-        path, format, columns, ignore_columns: see `open_rows`.
+        path, format, columns, ignore_columns, split_special_tokens: see `open_rows`.
         tokenizer, model: of the base that will read the rows; None: only rows and columns are counted.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
@@ -77,6 +78,7 @@ def make_data_report(
         return builder
 
     options: dict[str, Any] = {"format": format, "columns": columns, "ignore_columns": ignore_columns}
+    options["split_special_tokens"] = split_special_tokens
     files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     builder = read(files[0])
     other = None if validation is None else (str(validation), read(files[1], builder))
@@ -101,10 +103,13 @@ class DataReportBuilder:
     ) -> None:
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
-        self.measure_batch = None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len)
+        documents = source.format == "document"
+        self.measure_batch = (
+            None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len, documents)
+        )
         if self.measure_batch is not None and compared_with is not None and compared_with.measure_batch is not None:
             self.measure_batch.common_trigrams = compared_with.measure_batch.common_trigrams
-        special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if source.format == "document" else None
+        special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if documents else None
         self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens)
 
     def on_batch(self, batch: TokenizedBatch) -> None:
@@ -117,6 +122,8 @@ class DataReportBuilder:
             self.facts.stats.rows += 1
             if isinstance(row, Row) and row.label_names is not None:
                 self.facts.add_labels([row.line], [row.label_names])
+            for code, example in row.findings if isinstance(row, Row) else ():
+                self.facts.add_group(code, [row.line], example)
             self.facts.add_invalid([row] if isinstance(row, InvalidRow) else [])
 
     def kept_hashes(self) -> Array:

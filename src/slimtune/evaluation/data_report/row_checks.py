@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from ...core.data.tokenize import PARAGRAPH_HINT
 from ...core.foundation.formatting import format_count
 from ...errors import format_names
 from ...extras.row_files import describe_effect_of_ignoring_columns, make_unused_column_hint
-from ...extras.row_formats.classification import sort_class_names
+from ...extras.row_formats.classification import describe_lookalike, normalize_label, sort_class_names
 from .data_report import DataIssue, PairLengthCounts
 from .near_duplicates import (
     SHORT_ANSWER,
@@ -32,6 +32,8 @@ RARE_CLASS_ROWS = 5
 """Fewer rows of a class are an issue."""
 LENGTH_LEAK = 0.65
 """Share of pairs that the length of their answers decides, from whose lower bound on it is an issue."""
+SHOWN_GROUPS = 4
+"""Groups of labels that look alike that people see."""
 IMBALANCE = 10
 """How many times as many rows the most frequent class has as one whose rows are an issue."""
 
@@ -61,6 +63,33 @@ FINDING_TYPES = {
     "already-rendered": FindingType(
         "rows with a message that a chat template has already rendered: it would be rendered twice",
         "use the messages from before that template", 0.02),
+    "special-token-as-text": FindingType(
+        "documents with a special token of this base typed in their text, which is read as ordinary text",
+        "nothing, if they tell of the token; if it should be the token itself: --no-split-special-tokens "
+        "(data.split_special_tokens: false)"),
+    "special-token-in-document": FindingType(
+        "documents with a special token of this base typed in their text, which the model reads as the token itself",
+        "leave out --no-split-special-tokens (data.split_special_tokens: true), unless this is what you want"),
+    "repeated-prompt": FindingType(
+        "pairs of texts that both begin with the text of their prompt: it is read once",
+        "leave the prompt out of the answers; if they should begin with these words, put the prompt before them twice"),
+    "prompt-in-answer": FindingType(
+        "pairs of which one text begins with the words of its prompt: they are learned as a part of that answer",
+        "if the prompt is repeated, remove it from the answer", 0.1),
+    "prompt-in-completion": FindingType(
+        "rows whose completion begins with the words of its prompt: they are learned, too",
+        "if the prompt is repeated, remove it from the completion"),
+    "different-turns": FindingType(
+        "pairs whose answers go on with different user or system messages: what is learned of them depends on these",
+        "end both answers before the first turn of the user that differs", 0.5),
+    "no-prompt": FindingType("pairs whose answers have no prompt: they share no beginning",
+        "write the prompt before both answers, or into a column 'prompt'", 0.5),
+    "swapped-roles": FindingType(
+        "conversations that the assistant begins and the user ends: the roles may be swapped",
+        "swap 'user' and 'assistant', if the assistant's turns are the questions", 0.9),
+    "unbalanced-thinking": FindingType(
+        "rows with <think> without </think>, or the other way round; the chat template has no thinking, so that the "
+        "tag is learned as text", "complete the tag, or remove it"),
     "too-long": FindingType("rows longer than max_seq_len", "a larger --max-seq-len, or shorter rows", 0.9),
     "duplicate": FindingType("rows that repeat an earlier row", "remove them, unless they should count more"),
     "near-duplicate": FindingType("rows that nearly repeat an earlier row", "remove them, unless they are intended"),
@@ -76,7 +105,8 @@ FINDING_TYPES = {
         "add rows with the other label"),
     "contradictory-label": FindingType("rows with another label for a text than an earlier row",
         "keep the right label"),
-    "similar-labels": FindingType("rows with labels that differ in upper case or white space alone",
+    "similar-labels": FindingType("rows with labels that look alike: they differ in upper case, white space, invisible "
+        "characters or the form of letters alone, and are classes of their own",
         "write each class in one way"),
     "rare-class": FindingType(f"rows of a class with fewer than {RARE_CLASS_ROWS} rows", "more rows of these classes"),
     "class-imbalance": FindingType("rows of classes that are much rarer than the most frequent one",
@@ -319,13 +349,28 @@ def _check_classes(facts: RowFacts) -> Iterator[RowFinding]:
     most = max(rows.count for rows in labels.values())
     rare = {name: rows for name, rows in labels.items() if rows.count < RARE_CLASS_ROWS}
     rarer = {n: rows for n, rows in labels.items() if n not in rare and rows.count * IMBALANCE <= most}
-    spellings: dict[str, list[str]] = {}
-    for name in sort_class_names(labels):
-        spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
-    similar = {name: labels[name] for names in spellings.values() if len(names) > 1 for name in names}
-    for code, classes in (("rare-class", rare), ("class-imbalance", rarer), ("similar-labels", similar)):
+    for code, classes in (("rare-class", rare), ("class-imbalance", rarer)):
         if classes:
             yield _make_class_finding(code, classes.values(), format_names(classes, 6))
+    yield from _find_similar_labels(labels)
+
+
+def _find_similar_labels(labels: Mapping[str, AffectedRows]) -> Iterator[RowFinding]:
+    """Yield the finding for labels that look alike, with the one that most rows have as the way to write them."""
+    spellings: dict[str, list[str]] = {}
+    for name in sort_class_names(labels):
+        spellings.setdefault(normalize_label(name), []).append(name)
+    groups = [sorted(names, key=lambda n: -labels[n].count) for names in spellings.values() if len(names) > 1]
+    if not groups:
+        return
+    shown = [", ".join(f"{n!a} ({labels[n].count:,} rows)" for n in names) for names in groups[:SHOWN_GROUPS]]
+    fixes = [f"{names[0]!a} in place of {' and '.join(map(ascii, names[1:]))}" for names in groups[:SHOWN_GROUPS]]
+    more = f"; {len(groups) - SHOWN_GROUPS} more" if len(groups) > SHOWN_GROUPS else ""
+    found = _make_class_finding(
+        "similar-labels", [labels[n] for names in groups for n in names], "; ".join(shown) + more
+    )
+    hint = f"write each class in one way: {'; '.join(fixes)}{more}"
+    yield RowFinding(found.code, replace(found.rows, hint=hint))
 
 
 def _make_class_finding(code: str, classes: Collection[AffectedRows], example: str) -> RowFinding:
@@ -352,7 +397,9 @@ def _check_validation_rows(facts: RowFacts) -> Iterator[RowFinding]:
     if found.count:
         yield RowFinding("validation-invalid", found)
     if unseen := {name: rows for name, rows in other.labels.items() if name not in facts.labels}:
-        yield _make_class_finding("unseen-label", [*unseen.values()], f"{path}: {format_names(unseen, 6)}")
+        likes = filter(None, (describe_lookalike(name, facts.labels) for name in unseen))
+        example = "; ".join([f"{path}: {format_names(unseen, 6)}", *list(likes)[:SHOWN_GROUPS]])
+        yield _make_class_finding("unseen-label", [*unseen.values()], example)
 
 
 def _check_overlap(facts: RowFacts) -> Iterator[RowFinding]:

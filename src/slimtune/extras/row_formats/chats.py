@@ -74,10 +74,12 @@ def _convert_sharegpt(value: Any) -> Messages:
 def make_chat_row_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
     """Return the fields of a conversation; `learned` says for each message whether the model learns it."""
     every_turn = tuple(m["role"] == "assistant" for m in messages)
+    roles = [m["role"] for m in messages if m["role"] not in ("system", "developer")]
     return {
         "messages": messages,
         "learned": None if learned == every_turn else learned,
         "tools": parse_tools(record.get("tools")),
+        "findings": (("swapped-roles", ""),) if (roles[0], roles[-1]) == ("assistant", "user") else (),
     }
 
 

@@ -1,5 +1,7 @@
 """Texts and conversations with their classes."""
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,11 +37,30 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
 
 
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
+)
+"""Characters that most programs do not show: joiners, marks of direction, variation selectors, blanks as letters."""
+
+
+def normalize_label(name: str) -> str:
+    """Return a label as a reader sees it: without case, invisible characters, and forms of letters (NFKC)."""
+    visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
+    return " ".join(unicodedata.normalize("NFKC", visible.casefold()).split())
+
+
+def describe_lookalike(name: str, known: Iterable[str]) -> str:
+    """Return which known label looks like another one, both with escapes; empty: none does."""
+    like = next((other for other in known if other != name and normalize_label(other) == normalize_label(name)), None)
+    return "" if like is None else f"{name!a} looks like {like!a}"
+
+
 def _parse_label(value: Any) -> str:
     """Return the name of a class: a text, an integer or a boolean; raise RowError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with gaps is read as one of floats
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and INVISIBLE.sub("", value).strip():
         return require_text(value, "'label'").strip()
     if isinstance(value, bool | int):
         return str(value)

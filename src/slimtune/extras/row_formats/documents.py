@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from ...core.data.chat_template import adds_bos
-from ...core.data.rows import RowFormat
+from ...core.data.rows import Fields, Record, RowFormat
 from ...core.data.tokenized_dataset import IGNORE_INDEX, Example, TokenizedDataset
 from ...errors import UsageError
 from .texts import parse_text_record
@@ -134,4 +134,8 @@ def make_document_windows(
     )
 
 
-DOCUMENT = RowFormat(("text",), (), parse_text_record, by_name_only=True, cut_windows=make_document_windows)
+def _read_document(record: Record) -> Fields:
+    return {**parse_text_record(record), "special_tokens_as_text": True}
+
+
+DOCUMENT = RowFormat(("text",), (), _read_document, by_name_only=True, cut_windows=make_document_windows)

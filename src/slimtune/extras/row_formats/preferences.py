@@ -1,6 +1,8 @@
 """Answers that are preferred to others: pairs, ranked lists, and answers that are labelled good or bad."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...core.data.messages import Messages, RowError
@@ -9,6 +11,7 @@ from ...errors import format_names
 from ..message_parsing import parse_list_or_json_array, parse_messages_and_train_mask, require_text
 from .chats import parse_tools
 from .classification import format_cell_for_error
+from .pair_prompts import IGNORE_PROMPT_HINT, PromptWithAnswers, split_prompt_off_answers
 from .texts import parse_prompt_completion_fields
 
 ANSWER_KEYS = ("response", "content", "answer")
@@ -16,8 +19,9 @@ SCORE_KEYS = ("score", "overall_score", "rank")
 
 
 def _read_preference(record: Record) -> Fields:
-    answers = {column: _parse_answer(record[column], column) for column in ("chosen", "rejected")}
-    return answers | ({"messages": []} if record.get("prompt") is None else _prompt_fields(record))
+    columns = ("chosen", "rejected")
+    found = _split_answers(record, [_parse_answer(record[column], column) for column in columns], columns)
+    return _make_fields(record, found) | dict(zip(columns, found.answers, strict=True))
 
 
 def _read_ranked_preference(record: Record) -> Fields:
@@ -31,9 +35,12 @@ def _read_ranked_preference(record: Record) -> Fields:
         values = parse_list_or_json_array(record.get(column), column)
         if len(values) != len(answers):
             raise RowError(f"has {len(answers)} responses and {len(values)} {column}", "bad-list")
+        if ranked and record.get("scores") is not None:
+            _require_same_order(parse_list_or_json_array(record["scores"], "scores"), values)
     else:
         answers, values, found = [], [], set()
-        for i, item in enumerate(parse_list_or_json_array(record["completions"], "completions")):
+        items = parse_list_or_json_array(record["completions"], "completions")
+        for i, item in enumerate(items):
             keys = item if isinstance(item, dict) else {}
             answer, score = (next((k for k in names if k in keys), None) for names in (ANSWER_KEYS, SCORE_KEYS))
             if answer is None or score is None:
@@ -42,6 +49,8 @@ def _read_ranked_preference(record: Record) -> Fields:
             answers.append(keys[answer])
             values.append(keys[score])
             found.add(score)
+        if all("rank" in item for item in items) and "rank" not in found:
+            _require_same_order(values, [item["rank"] for item in items])
         ranked = "rank" in found
         if ranked and len(found) > 1:
             raise RowError("has completions with a rank and others with a score", "bad-list")
@@ -52,8 +61,9 @@ def _read_ranked_preference(record: Record) -> Fields:
     if isinstance(record["prompt"], str) and not all(isinstance(answer, str) for answer in answers):
         raise RowError("'prompt' is a text, and an answer is none: wanted texts, or a list of messages", "wrong-type")
     parsed = [_parse_answer(answer, f"answer {i}") for i, answer in enumerate(answers, 1)]
-    ranking: Fields = {"answers": tuple(parsed[i] for i in order), "scores": tuple(scores[i] for i in order)}
-    return ranking | _prompt_fields(record)
+    split = _split_answers(record, [parsed[i] for i in order], [f"answer {i + 1}" for i in order])
+    ranking: Fields = {"answers": tuple(split.answers), "scores": tuple(scores[i] for i in order)}
+    return _make_fields(record, split) | ranking
 
 
 def _read_unpaired_preference(record: Record) -> Fields:
@@ -62,6 +72,8 @@ def _read_unpaired_preference(record: Record) -> Fields:
     if not isinstance(named, bool):
         wanted = "wanted true for a good answer, false for a bad one"
         raise RowError(f"'label' is {format_cell_for_error(label)}: {wanted}", "bad-label")
+    if not record["prompt"] or (isinstance(record["prompt"], str) and not record["prompt"].strip()):
+        raise RowError("'prompt' is empty: KTO compares answers to prompts", "empty-content")
     return parse_prompt_completion_fields(record) | {"is_good": named}
 
 
@@ -71,11 +83,33 @@ def _parse_answer(value: Any, name: str) -> Messages | str:
     return parse_messages_and_train_mask(value, name)[0]
 
 
-def _prompt_fields(record: Record) -> Fields:
-    if isinstance(record["prompt"], str):
-        return {"messages": [], "prompt": require_text(record["prompt"], "'prompt'")}
-    messages, _ = parse_messages_and_train_mask(record["prompt"], "prompt", require_trained_turn=False)
-    return {"messages": messages, "tools": parse_tools(record.get("tools"))}
+def _split_answers(record: Record, answers: list[Messages | str], names: Sequence[str]) -> PromptWithAnswers:
+    """Return the prompt and the answers of a record; raise RowError for an empty prompt."""
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        require_text(prompt, "'prompt'")
+    elif prompt is not None:
+        prompt, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
+        if not prompt:
+            raise RowError("'prompt' is empty", "empty-content", IGNORE_PROMPT_HINT)
+    return split_prompt_off_answers(prompt, answers, names)
+
+
+def _make_fields(record: Record, found: PromptWithAnswers) -> Fields:
+    tools = parse_tools(record.get("tools"))
+    return {"messages": found.messages, "prompt": found.text, "tools": tools, "findings": found.findings}
+
+
+def _require_same_order(scores: list[Any], ranks: list[Any]) -> None:
+    """Raise RowError if an answer has a higher score than another, and a worse rank."""
+    if any(value in (None, "") for value in [*scores, *ranks]):
+        return
+    pairs = [(_parse_score(s, i), _parse_score(r, i)) for i, (s, r) in enumerate(zip(scores, ranks, strict=False))]
+    for (i, (score, rank)), (j, (other, other_rank)) in itertools.permutations(enumerate(pairs, 1), 2):
+        if score > other and rank > other_rank:
+            cause = f"answer {i} has a higher score than answer {j} ({score:g}, {other:g}) and a worse rank"
+            hint = "leave out the column that is wrong (--ignore-columns), or correct the row"
+            raise RowError(f"{cause} ({rank:g}, {other_rank:g}; 1 is the best)", "contradictory-rank", hint)
 
 
 def _parse_score(value: Any, number: int) -> float:

@@ -4,6 +4,7 @@ from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ..message_parsing import parse_messages_and_train_mask, require_text
 from .chats import make_chat_row_fields
+from .pair_prompts import SHOWN_CHARACTERS, count_repeated_messages, repeats_text
 
 
 def parse_prompt_completion_fields(record: Record) -> Fields:
@@ -11,12 +12,19 @@ def parse_prompt_completion_fields(record: Record) -> Fields:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         completion = require_text(completion, "'completion'")
-        return {"messages": [], "prompt": require_text(prompt, "'prompt'", allow_empty=True), "completion": completion}
+        prompt = require_text(prompt, "'prompt'", allow_empty=True)
+        is_repeated = repeats_text(prompt, completion)
+        findings = (("prompt-in-completion", repr(prompt[:SHOWN_CHARACTERS])),) if is_repeated else ()
+        return {"messages": [], "prompt": prompt, "completion": completion, "findings": findings}
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
     after, learned = parse_messages_and_train_mask(completion, "completion")
-    return make_chat_row_fields(record, before + after, (False,) * len(before) + learned)
+    repeated = count_repeated_messages(before, after)
+    if repeated == len(after):
+        raise RowError("'completion' is the prompt alone, without an answer", "empty-answer")
+    own = after[repeated:]
+    return make_chat_row_fields(record, before + own, (False,) * len(before) + learned[repeated:])
 
 
 def parse_text_record(record: Record) -> Fields:
