@@ -249,7 +249,7 @@ def vera(folder, **settings):
 
 def test_vera_layers_share_two_matrices(tmp_path):
     model, shared = vera(tmp_path)
-    assert len({id(d.held[0]) for n, d in model.adapter_modules("default").items() if n != "model"}) == 1
+    assert len({id(d.shared[0]) for n, d in model.adapter_modules("default").items() if n != "model"}) == 1
     assert shared == {"base_model.vera_A": (8, 48), "base_model.vera_B": (48, 8)}
 
 

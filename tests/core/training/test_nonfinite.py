@@ -64,6 +64,26 @@ def test_diverged_run_stops_at_its_step(settings, capfd):
     assert_strict_json(folder)
 
 
+def test_clipping_cannot_hide_an_infinite_gradient(settings, monkeypatch):
+    """Clipping by value, which somebody may add, makes Inf finite: the norm is measured before anything clips."""
+    measure, measured = torch.nn.utils.get_total_norm, []
+
+    def break_and_measure(gradients):
+        if len(measured) == 2:
+            gradients[0].view(-1)[0] = math.inf
+        measured.append(measure(gradients))
+        return measured[-1]
+
+    def clip_by_value(parameters, max_norm, norm):
+        torch.nn.utils.clip_grad_value_(parameters, 1.0)
+        assert all(p.grad.isfinite().all() for p in parameters)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", break_and_measure)
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", clip_by_value)
+    with pytest.raises(RunError, match=r"step 3 .*Inf"):
+        train(recipe_of(settings))
+
+
 def test_row_is_named(settings, monkeypatch):
     lines = []
     compute = loop.TrainingLoop.compute_gradients

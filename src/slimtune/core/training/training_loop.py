@@ -277,7 +277,11 @@ class TrainingLoop:
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients of the model to the largest norm of the settings; return the norm they had."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm or math.inf)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # Measured before anything clips: `train_step` finds NaN and Inf in it, which clipping by value would hide.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm or math.inf, norm)
+        return norm
 
     def after_step(self, values: dict[str, float]) -> bool:
         """Log, evaluate and save what is due; return whether the run ends here. `values` are `train_step`'s."""

@@ -187,11 +187,11 @@ class _TiedLora(LoraModuleBase):
 
     def __init__(self, site: AdapterSite, config: Any, owner: EmbeddingLora) -> None:
         super().__init__(site, config, owner.r, owner.scale)
-        self.held = (owner,)  # a tuple, so that PyTorch registers its parameters once
+        self.shared = (owner,)  # a tuple, so that PyTorch registers its parameters once
 
     @property
     def owner(self) -> EmbeddingLora:
-        return self.held[0]
+        return self.shared[0]
 
     @property
     def r(self) -> int:

@@ -75,10 +75,10 @@ class LayerPrefix(prompt.PrefixAttentionModule):
 
     def __init__(self, all_layers_prefix: AllLayersPrefix, layer: int) -> None:
         super().__init__()
-        self.held, self.layer = (all_layers_prefix,), layer
+        self.shared, self.layer = (all_layers_prefix,), layer
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
-        return self.held[0].get_layer_prefix(self.layer)
+        return self.shared[0].get_layer_prefix(self.layer)
 
 
 class PrefixProjection(nn.Module):

@@ -100,7 +100,7 @@ class _TokenRows(AdapterModule):
     ) -> None:
         super().__init__()
         # The owner is in a tuple, so that its parameter is not registered here too.
-        self.held, self.save_shared, self.token_indices = held, save_shared, token_ids
+        self.shared, self.save_shared, self.token_indices = held, save_shared, token_ids
         if held:
             self.optional = frozenset({"trainable_tokens_delta"})  # type: ignore[misc]
             return
@@ -123,7 +123,7 @@ class _TokenRows(AdapterModule):
     @property
     def owner(self) -> Any:
         """The module that has the rows."""
-        return self.held[0] if self.held else self
+        return self.shared[0] if self.shared else self
 
     @property
     def rows(self) -> nn.Parameter:
@@ -148,7 +148,7 @@ class _TokenRows(AdapterModule):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return V; where it is shared nothing, or a copy if files store it twice (loading ignores the copy)."""
-        if not self.held:
+        if not self.shared:
             return super().tensors()
         return {"trainable_tokens_delta": self.rows.detach().clone()} if self.save_shared else {}
 
