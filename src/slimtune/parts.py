@@ -66,6 +66,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.known_models": {"slimtune": "slimtune.extras.known_models"},
     "slimtune.base_quantizations": dict.fromkeys(("nf4", "int8", "fp4"), "slimtune.extras.bitsandbytes_loading"),
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
+    "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},

@@ -172,6 +172,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
         (["--context", "4096"], "--context describes how the tuned model is served"),
         (["--price", "-1"], "--price"),
         (["--price", "0"], "--price is 0"),
+        (["--price", "inf"], "--price is inf"),
         (["--serve", "--engine", "olama"], "there is no engine 'olama'; did you mean 'ollama'?"),
         (["--max-seq-len", "9000000"], "rows of 9000000 tokens, and llama-3.1-8b has 131072 positions"),
         (["--context", "0", "--serve"], "--context"),

@@ -76,6 +76,16 @@ def test_forward_that_reads_a_value_is_named_by_its_line():
     assert "shira_weight.isinf().any()" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [("head_dim", 0, "head_dim = 0"), ("head_dim", -1, "head_dim = -1"), ("pad_token_id", 10**9, "pad_token_id = 10"),
+     ("rope_parameters", {"rope_type": "default", "rope_theta": "x"}, r"rope_parameters\.rope_theta = 'x'")],
+)  # fmt: skip
+def test_field_with_which_no_model_can_be_built_is_named(name, value, named):
+    with pytest.raises(ModelError, match=named):
+        plan("llama", **{name: value})
+
+
 def test_fault_of_foreign_code_says_why(capfd):
     with pytest.raises(ModelError, match=r"tiny .*RuntimeError: Expected inputs of BF16") as caught:
         plan("qwen3_moe", targets=["q_proj", "v_proj"], dtype="float32", **EXPERTS)

@@ -13,6 +13,7 @@ from ..core.models.load_errors import silence_and_translate_load_errors
 from ..core.models.loader import get_auto_class
 from ..core.training.adapted_model import exclude_non_text_modules_in_place
 from ..core.training.memory_savings import apply_memory_savings
+from ..extras.damaged_config import find_damaged_field
 
 
 def build_adapted_meta_model(
@@ -40,9 +41,13 @@ def build_adapted_meta_model(
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        with silence_and_translate_load_errors(config.name_or_path or config.model_type):
+        with silence_and_translate_load_errors(spec := config.name_or_path or config.model_type):
             task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
-            model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
+            try:
+                model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
+            except Exception as error:
+                fields = {"model_type": config.model_type, **config.to_diff_dict()}
+                raise find_damaged_field(fields, spec) or error from error
         if change_base is not None:
             change_base(model)
         if method is not None:

@@ -112,10 +112,10 @@ def test_unused_remote_code(tiny_folder):
         ({"num_hidden_layers": 3}, ["lacks 9 weights", "layers.2", "filled at random"]),
         ({"intermediate_size": 96}, ["other shapes than its config.json says"]),
         ({"hidden_act": "sillu"}, ["hidden_act is 'sillu'; did you mean 'silu'?"]),
-        ({"hidden_act": 3}, ["'hidden_act'", "TypeError"]),
+        ({"hidden_act": 3}, ["hidden_act = 3", "str"]),
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1.0}}, ["cannot be loaded", "nope"]),
         ({"text_config": {"a": 1}}, ["text_config"]),
-        ({"num_hidden_layers": 10**6}, ["num_hidden_layers = 1000000", "up to 2,000"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers = 1000000", "from 1 to 2,000"]),
         ({"max_position_embeddings": -1}, ["max_position_embeddings = -1"]),
     ],
 )
@@ -160,10 +160,13 @@ def test_names_that_no_file_has(name):
     assert_refused(name, UsageError, "there is no base")
 
 
-@pytest.mark.parametrize(("file", "size"), [("config.json", 9), ("model.safetensors", 5000)])
-def test_damaged_file(tiny_folder, file, size):
+@pytest.mark.parametrize(
+    ("file", "size", "words"),
+    [("config.json", 9, ["config.json is damaged"]), ("model.safetensors", 5000, ["cannot be loaded", "undamaged"])],
+)
+def test_damaged_file(tiny_folder, file, size, words):
     (tiny_folder / file).write_bytes((tiny_folder / file).read_bytes()[:size])
-    assert_refused(tiny_folder, ModelError, "cannot be loaded", "undamaged")
+    assert_refused(tiny_folder, ModelError, *words)
 
 
 def test_missing_shard(tiny_folder, tiny_llama):

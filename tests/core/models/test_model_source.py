@@ -3,12 +3,14 @@
 import importlib.machinery
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimtune.core.models.base_config import get_max_positions, load_base_config
+from slimtune.core.models import base_config
+from slimtune.core.models.base_config import get_max_positions, load_base_config, prepare_base_folder_and_config
 from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import PACKAGED, load_known_models_by_alias
@@ -244,8 +246,8 @@ def test_missing_size_field(tmp_path, fields, missing):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a valid JSON file"),
-        ("[]", "cannot be loaded"),
+        ("{", r"config\.json is damaged"),
+        ("[]", r"config\.json is damaged"),
         ("{}", "has no model_type"),
         ('{"model_type": "lama"}', "unknown model_type 'lama'; did you mean 'llama'"),
     ],
@@ -254,6 +256,55 @@ def test_damaged_config(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         load_base_config(str(tmp_path / "config.json"))
+
+
+def nest(kind, times):
+    fields = LLAMA
+    for _ in range(times):
+        fields = {"model_type": kind, "text_config": fields}
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({**LLAMA, "junk": "a" * (9 << 20)}, "8 MiB"),
+        ({**LLAMA, **{f"field{i}": i for i in range(100_000)}}, r"100,0\d\d fields"),
+        (nest("llava", 28), "12 levels"),
+        (nest("gemma3", 50), "12 levels"),
+    ],
+)
+def test_more_than_a_config_is_refused_before_transformers_reads_it(tmp_path, monkeypatch, fields, named):
+    monkeypatch.setattr(base_config.PreTrainedConfig, "get_config_dict", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ModelError, match=named):
+        load_base_config(write_config(tmp_path / "config.json", **fields))
+
+
+@pytest.mark.parametrize("load", [load_base_config, prepare_base_folder_and_config])
+def test_config_that_is_a_pipe_is_refused(tmp_path, load):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json .*pipe"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_base_config, resolve_model_source])
+def test_device_or_pipe_is_no_base(tmp_path, load):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=f"'{path}' is a device"):
+            load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_attention_heads", 0), ("num_key_value_heads", 0), ("vocab_size", 0), ("hidden_size", None),
+     ("rms_norm_eps", "x"), ("dtype", "x"), ("bos_token_id", [])],
+)  # fmt: skip
+def test_damaged_field_is_named(tmp_path, name, value):
+    with pytest.raises(ModelError) as error:
+        load_base_config(write_config(tmp_path / "config.json", **{**LLAMA, name: value}))
+    assert error.value.message.endswith(f" has {name} = {value!r}")
+    assert "Error" not in error.value.message
 
 
 def test_unknown_config():

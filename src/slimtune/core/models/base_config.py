@@ -10,6 +10,8 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, suggest
+from ..foundation.json_results import JsonObject
+from ..foundation.registry import Registry
 from ..foundation.remote_code import remote_code_allowed
 from .load_errors import make_remote_code_error, silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource, find_known_base, make_unknown_base_error, resolve_model_source
@@ -19,8 +21,13 @@ SIZE_FIELDS = (
 )  # fmt: skip
 """Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
 _CONFIG_HINT = "take config.json from the base's folder, where its weights are"
-_LIMITS = dict(zip(SIZE_FIELDS, (2**20, 2000, 2**16, 2**16, 2**22, 2**24), strict=True))
+_LIMITS = dict(
+    zip((*SIZE_FIELDS, "max_position_embeddings"), (2**20, 2000, *[2**16] * 2, 2**22, 2**24, 2**63), strict=True)
+)
 """Most of each; a config with more is damaged, and the model of its size could not be built even without weights."""
+
+CONFIG_CHECKS: Registry[Any] = Registry("slimtune.config_checks", "check of a config")
+"""Modules with `require_plausible_config_file` and `find_damaged_field` (extras/damaged_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,12 @@ def prepare_base_folder_and_config(
         folder, seconds = BASE_READERS.load(source.kind).get_or_make_hf_folder_and_seconds(Path(source.path))
         location = str(folder)
     hub_options = {"revision": revision} if revision else {}
-    # trust_remote_code is always given: without it transformers asks on the terminal.
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **hub_options}
+    options = {"trust_remote_code": trust_remote_code, **hub_options}  # without it transformers asks on the terminal
     with silence_and_translate_load_errors(spec):
-        raw, _ = PreTrainedConfig.get_config_dict(location, **hub_options)
+        raw = _read_fields(location, **hub_options)
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise make_remote_code_error(spec)
-        config = AutoConfig.from_pretrained(location, **options)
+        config = _make_config(raw, spec, location, **options)
     _require_valid_config(config, spec)
     return PreparedBase(source, location, options, config, seconds)
 
@@ -97,7 +103,7 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
     path = Path(spec).expanduser()
     file = path / "config.json" if os.path.isdir(path) else path
     trust_remote_code |= remote_code_allowed()
-    if file.suffix == ".json" and os.path.isfile(file):
+    if file.suffix == ".json" and os.path.exists(file):
         return BaseConfig(file.resolve().parent.name, spec, read_config_file(file, trust_remote_code), str(path))
     if os.path.isfile(path) and (kind := path.suffix.lower().removeprefix(".")) in BASE_READERS.names():
         return BaseConfig(path.stem, spec, BASE_READERS.load(kind).read_config(path), str(path))
@@ -129,27 +135,39 @@ def get_max_positions(config: PreTrainedConfig) -> int | None:
 def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the config in a file; raise ModelError if it is damaged or lacks what decides the model's size."""
     location = str(path.parent if path.name == "config.json" else path)
-    hint = _CONFIG_HINT
     with silence_and_translate_load_errors(str(path), "config"):
-        raw, _ = PreTrainedConfig.get_config_dict(location)
+        raw = _read_fields(location)
         kind = str(raw.get("model_type") or "")
         if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
-            raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
+            problem = f"{path} lacks {format_names(missing)}"
+            raise ModelError(problem, "every field that decides the model's size", _CONFIG_HINT)
         if kind not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
             raise make_remote_code_error(str(path))
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
             problem = f"the unknown model_type {kind!r}{suggest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
-            raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
-        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+            raise ModelError(f"{path} has {problem}", "the config.json of a known model", _CONFIG_HINT)
+        config = _make_config(raw, str(path), location, trust_remote_code=trust_remote_code)
     _require_valid_config(config, str(path))
     return config
+
+
+def _read_fields(location: str, **options: Any) -> JsonObject:
+    CONFIG_CHECKS.load("damage").require_plausible_config_file(location)
+    return PreTrainedConfig.get_config_dict(location, **options)[0]
+
+
+def _make_config(fields: JsonObject, spec: str, location: str, **options: Any) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(location, **options)
+    except Exception as error:
+        raise CONFIG_CHECKS.load("damage").find_damaged_field(fields, spec) or error from error
 
 
 def _require_valid_config(config: PreTrainedConfig, spec: str) -> None:
     """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is not a config."""
     try:
         text = config.get_text_config()
-        values = {name: getattr(text, name, None) for name in (*SIZE_FIELDS, "hidden_act")}
+        values = {name: getattr(text, name, None) for name in (*_LIMITS, "hidden_act")}
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(
             f"the config of {spec!r} is damaged: its text_config is no config", hint=_CONFIG_HINT
@@ -158,15 +176,15 @@ def _require_valid_config(config: PreTrainedConfig, spec: str) -> None:
     if not isinstance(text, PreTrainedConfig) or (isinstance(activation, str) and activation not in ACT2FN):
         known = f"hidden_act is {activation[:80]!r}{suggest(activation[:80], ACT2FN)}" if activation else "text_config"
         raise ModelError(f"the config of {spec!r} has what transformers does not know: {known}", hint=_CONFIG_HINT)
-    longest = vars(text).get("max_position_embeddings")
-    if isinstance(longest, int) and longest < 1:
-        raise ModelError(f"the config of {spec!r} has max_position_embeddings = {longest!r}", hint=_CONFIG_HINT)
     for name, value in values.items():
-        for one in value if isinstance(value, list | tuple) else [value]:  # some have a number for each layer
-            if one is None or (isinstance(one, int) and 0 <= one <= _LIMITS[name]):
+        several = list(value) if isinstance(value, list | tuple) else []  # some have a number for each layer
+        for one in several or [value]:
+            if one is None or (isinstance(one, int) and (0 if several else 1) <= one <= _LIMITS[name]):
                 continue
             raise ModelError(
-                f"the config of {spec!r} has {name} = {one!r:.80}", f"a number up to {_LIMITS[name]:,}", _CONFIG_HINT
+                f"the config of {spec!r} has {name} = {one!r:.80}",
+                f"a number from 1 to {_LIMITS[name]:,}",
+                _CONFIG_HINT,
             )
 
 

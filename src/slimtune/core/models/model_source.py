@@ -105,6 +105,8 @@ def resolve_model_source(spec: str) -> ModelSource:
             return _resolve_file(path, spec)
         if os.path.isdir(path):
             return _resolve_folder(path, spec)
+        if os.path.exists(path):
+            raise UsageError(f"{spec!r} is a device, a pipe or a socket", f"an alias, {_FORMS}")
     if "/" not in spec and (known := find_known_base(spec)) is not None:
         if known.packaged_weights is not None:
             return _resolve_packaged(known.alias, known.packaged_weights)

@@ -178,16 +178,17 @@ class RunDir:
 
 
 class RunLock(Protocol):
-    """One writer per run folder, which must exist."""
+    """One writer per run folder, which must exist.
 
-    def acquire(self) -> None:
-        """Take the lock; raise UsageError, which names the process, if another one has it."""
+    `acquire` raises UsageError, which names the process that has the lock; `release` gives it back if this object has
+    it; `require_held` raises RunError if another process has taken it over.
+    """
 
-    def release(self) -> None:
-        """Give the lock back, if this object has it."""
+    def acquire(self) -> None: ...
 
-    def require_held(self) -> None:
-        """Raise RunError if another process has taken the lock over."""
+    def release(self) -> None: ...
+
+    def require_held(self) -> None: ...
 
 
 RUN_LOCKS: Registry[Callable[[RunDir], RunLock]] = Registry("slimtune.run_locks", "lock of a run folder")

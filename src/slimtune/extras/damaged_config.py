@@ -1,0 +1,103 @@
+"""Whether a config.json can be one, and which of its fields is damaged."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..core.foundation.files import read_json_object
+from ..core.foundation.json_results import JsonObject
+from ..core.models.load_errors import silence_model_loading
+from ..errors import ModelError
+
+HINT = "take config.json from the base's folder, where its weights are"
+MOST_BYTES, MOST_FIELDS, MOST_LEVELS = 8 << 20, 1000, 12
+"""Most of a config.json. One with the names of 21,843 classes has 2 MiB, the others have 100 fields in 5 levels.
+
+transformers copies all values several times, and while it checks types it writes the text of every part for each part
+around it: 28 nested `text_config` took 1.3 s, and the time grew by n ** 2.5.
+"""
+
+
+def require_plausible_config_file(location: str) -> None:
+    """Raise ModelError if a file on this disk is no config: a pipe, damaged JSON, or more than any model has.
+
+    Args:
+        location: a folder, a config.json, or a Hub id, of which nothing is checked.
+    """
+    file = Path(location, "config.json") if os.path.isdir(location) else Path(location)
+    if not os.path.exists(file):
+        return
+    if file.stat().st_size > MOST_BYTES:
+        raise ModelError(f"{file} has more than {MOST_BYTES >> 20} MiB", "the config of one model", HINT)
+    fields = read_json_object(file, ModelError)
+    if len(fields) > MOST_FIELDS:
+        raise ModelError(f"{file} has {len(fields):,} fields", f"up to {MOST_FIELDS:,}", HINT)
+    parts: list[Any] = [fields]
+    for _ in range(MOST_LEVELS):
+        inner = [v for part in parts for v in (part.values() if isinstance(part, dict) else part)]
+        parts = [v for v in inner if isinstance(v, dict | list)]
+    if parts:
+        raise ModelError(f"{file} is nested more than {MOST_LEVELS} levels deep", "the config of one model", HINT)
+
+
+def find_damaged_field(values: JsonObject, spec: str) -> ModelError | None:
+    """Return the error that names the damaged field of a config and its value; None if it is not one field alone.
+
+    It is the field without which transformers makes the config and builds the model.
+
+    Args:
+        values: the fields of a config with which transformers fails.
+        spec: name of the base.
+    """
+    if values.get("model_type") not in tuple(CONFIG_MAPPING.keys()):
+        return None
+    works = _can_make_config if not _can_make_config(values) else _can_build_model
+    for name, value in values.items():
+        if name == "model_type" or not works({k: v for k, v in values.items() if k != name}):
+            continue
+        inner = value if isinstance(value, dict) else {}
+        for key in inner:
+            if works({**values, name: {k: v for k, v in inner.items() if k != key}}):
+                name, value = f"{name}.{key}", inner[key]
+                break
+        return ModelError(
+            f"the config of {spec!r} has {name} = {repr(value)[:80]}",
+            f"a value{_describe_type(values['model_type'], name)} that makes a {values['model_type']} model",
+            HINT,
+        )
+    return None
+
+
+def _describe_type(model_type: str, name: str) -> str:
+    field = getattr(CONFIG_MAPPING[model_type], "__dataclass_fields__", {}).get(name)
+    return f" of the type {getattr(field.type, '__name__', field.type)}" if field else ""
+
+
+def _can_make_config(values: JsonObject) -> bool:
+    return _make_config(values) is not None
+
+
+def _can_build_model(values: JsonObject) -> bool:
+    config = _make_config(values)
+    if config is None:
+        return False
+    try:
+        config.get_text_config().num_hidden_layers = 1  # all layers have the same fields
+        with silence_model_loading(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except Exception:  # transformers raises anything
+        return False
+    return True
+
+
+def _make_config(values: JsonObject) -> Any:
+    try:
+        with silence_model_loading():
+            return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
+    except Exception:  # transformers raises anything
+        return None
