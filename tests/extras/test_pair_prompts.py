@@ -6,7 +6,7 @@ from tiny_tokenizer import SMOLLM2_TOK as TOK
 
 from slimtune.core.data.rows import InvalidRow
 from slimtune.core.data.tokenize import tokenize_dataset
-from slimtune.core.data.tokenized_dataset import split_example_into_tokens_and_labels
+from slimtune.core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from slimtune.extras.row_files import open_rows
 
 
@@ -32,7 +32,7 @@ def texts(tmp_path):
         (example,) = tokenize_dataset(open_rows(path, **options), TOK, max_seq_len=999, source_path=path)[0]
         return [
             (TOK.decode(ids), TOK.decode([t for t in labels if t >= 0]))
-            for ids, labels in split_example_into_tokens_and_labels(example)
+            for ids, labels in list_tokens_and_labels_by_row(example)
         ]
 
     return read
