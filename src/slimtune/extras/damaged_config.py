@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.foundation.files import read_json_object
@@ -23,12 +23,18 @@ around it: 28 nested `text_config` took 1.3 s, and the time grew by n ** 2.5.
 """
 
 
-def require_plausible_config_file(location: str) -> None:
-    """Raise ModelError if a file on this disk is no config: a pipe, damaged JSON, or more than any model has.
+def read_config_fields(location: str, **options: Any) -> JsonObject:
+    """Return the fields of a config; raise ModelError for a pipe, damaged JSON, or more than any model has.
 
     Args:
-        location: a folder, a config.json, or a Hub id, of which nothing is checked.
+        location: a folder, a config.json, or a Hub id, whose config is not checked.
+        options: of transformers, such as `revision`.
     """
+    _require_plausible_config_file(location)
+    return PreTrainedConfig.get_config_dict(location, **options)[0]
+
+
+def _require_plausible_config_file(location: str) -> None:
     file = Path(location, "config.json") if os.path.isdir(location) else Path(location)
     if not os.path.exists(file):
         return

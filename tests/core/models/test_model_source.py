@@ -7,9 +7,8 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from slimtune.core.models import base_config
 from slimtune.core.models.base_config import get_max_positions, load_base_config, prepare_base_folder_and_config
 from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
@@ -275,7 +274,7 @@ def nest(kind, times):
     ],
 )
 def test_more_than_a_config_is_refused_before_transformers_reads_it(tmp_path, monkeypatch, fields, named):
-    monkeypatch.setattr(base_config.PreTrainedConfig, "get_config_dict", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ModelError, match=named):
         load_base_config(write_config(tmp_path / "config.json", **fields))
 
