@@ -132,7 +132,7 @@ def test_completions(client, generator):
         ("max_tokens", 600, "the prompt has 31 tokens and the answer may have 600"),
         ("presence_penalty", 0.5, "presence_penalty: input should be less than or equal to 0"),
         ("n", 17, "n: input should be less than or equal to 16"),
-        ("stop", ["a"] * 5, "stop: value should have at most 4 items"),
+        ("stop", ["a"] * 5, "stop: list should have at most 4 items"),
         ("top_logprobs", 2, "top_logprobs needs logprobs: true"),
         ("response_format", {"type": "json_object"}, "response_format.type: input should be 'text'"),
         ("tools", [{"type": "function", "function": {"name": "f"}}], "does not write tool calls as JSON objects"),

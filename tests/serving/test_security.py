@@ -34,7 +34,11 @@ def test_a_port_that_is_taken(server, run):
         ModelServer([str(run)], ServeSettings(port=port))
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "localhost.evil", "[::1]evil.example",
+     "[::1]:80evil.example", "localhost:8000:evil.example"],
+)  # fmt: skip
 def test_another_host_name_is_refused(server, host):
     for method, path, body in (("GET", "/v1/models", None), ("POST", CHAT, ASK)):
         status, answer = send(server, method, path, body, Host=host)
@@ -160,3 +164,59 @@ def test_half_a_request_line_does_not_stop_the_others(server):
     with socket.create_connection(("127.0.0.1", port)) as half:
         half.sendall(b"POST /v1/chat/comp")
         assert send(server, "GET", "/health")[0] == 200
+
+
+def open_connections(server, count, data=b"", close=False):
+    port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
+    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    for connection in opened:
+        connection.settimeout(20)
+        connection.sendall(data)
+    return opened
+
+
+def test_a_header_that_does_not_arrive_in_time(serve, run, monkeypatch):
+    monkeypatch.setattr("slimtune.extras.http_connections.HEADER_SECONDS", 0.3)
+    server = serve([run])
+    (silent,), (half,) = open_connections(server, 1), open_connections(server, 1, b"GET /health HTTP/1.1\r\nHost:")
+    (second,) = open_connections(server, 1, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert second.recv(1000).startswith(b"HTTP/1.1 200")
+    for connection in (silent, half):
+        assert is_closed(connection)
+    second.sendall(b"GET")  # a byte of the next header ends uvicorn's own time limit
+    assert is_closed(second)
+
+
+def is_closed(connection):
+    try:
+        return connection.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+     b"Content-Length: 9\r\n\r\n"],
+)  # fmt: skip
+def test_slow_clients_take_nobodys_place(serve, run, data):
+    server = serve([run], max_batch=1, max_waiting=1)
+    slow = open_connections(server, 110, data)  # 102 requests may be connected
+    try:
+        for _ in range(3):
+            assert send(server, "POST", CHAT, ASK)[0] == 200
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_a_client_that_does_not_read_is_disconnected(serve, run, monkeypatch):
+    monkeypatch.setattr("slimtune.extras.http_connections.UNREAD_SECONDS", 0.3)
+    server = serve([run], max_batch=4)
+    (unread,) = open_connections(server, 1)
+    unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    body = json.dumps({**ASK, "n": 4, "max_tokens": 400, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    unread.sendall(head.encode() + b"\r\n\r\n" + body)
+    wait_until(lambda: server.queue.count()["running"] == 4)
+    wait_until(lambda: server.queue.count()["running"] == 0 and not server._uvicorn.server_state.tasks)

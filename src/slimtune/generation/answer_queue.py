@@ -1,5 +1,6 @@
 """Answers that are asked for: how each is sampled, the pieces that arrive of it, and the queue of them."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -10,6 +11,16 @@ from typing import Any, NamedTuple
 from ..errors import RunError, UsageError
 from .generation_models import GenerationModel
 from .incremental_detokenizer import IncrementalDetokenizer
+
+log = logging.getLogger(__name__)
+
+MIN_TEMPERATURE = 1e-5
+"""Lowest temperature at which a token is drawn; below it the answer is greedy, as in vLLM.
+
+Logits that are divided by a tiny number become Inf, and their softmax NaN. The limit of the distribution is the most
+likely token, so greedy is right and a client that sends 1e-10 for it gets no error. vLLM also raises temperatures from
+1e-5 to 0.01 to 0.01; here logits are fp32, of which none up to 1e33 becomes Inf, and they are taken as they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 128  # most tokens of the answer, 1 or more
-    temperature: float = 0.0  # 0: the most likely token (greedy)
+    temperature: float = 0.0  # 0: the most likely token (greedy), as below `MIN_TEMPERATURE`
     top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
     seed: int = 0  # of the answer's own random numbers
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
@@ -34,6 +45,8 @@ class SamplingParams:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "1 or more", "leave it out for 128")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature}", "0 (greedy) or a number above it")
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 class TokenLogprob(NamedTuple):
@@ -62,6 +75,10 @@ class ServerClosing(RunError):
     """The server is shutting down."""
 
 
+class GenerationThreadEnded(RunError):
+    """The thread that generates answers has ended by an error."""
+
+
 @dataclass(eq=False)
 class GeneratedAnswer:
     """An answer that is asked for, and what is generated of it so far."""
@@ -73,6 +90,7 @@ class GeneratedAnswer:
     """Gets the pieces, in the thread that generates; it must not wait."""
     deadline: float = float("inf")  # by time.monotonic()
     cancelled: bool = False
+    is_ended: bool = False  # the last piece has been sent, or an error
     num_tokens: int = 0  # generated so far, including the one that ends it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -89,17 +107,22 @@ class GeneratedAnswer:
         return self.stream.text
 
     def add_piece(self, piece: AnswerPiece) -> None:
-        """Add a piece to the answer and send it."""
+        """Add a piece to the answer and send it; an answer whose receiver raises an error is dropped."""
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.finish_reason = piece.finish_reason
-        self.send(piece)
+        self.is_ended = piece.finish_reason is not None or piece.error is not None
+        try:
+            self.send(piece)
+        except Exception as error:  # of one receiver; it must not end the answers of others
+            self.cancelled = True
+            log.exception("a piece of an answer could not be sent", exc_info=error)
 
     def end_if_dropped(self) -> bool:
         """Return whether the answer is cancelled or too late; one that is too late gets an error."""
         if not self.cancelled and time.monotonic() > self.deadline:
             self.cancelled = True
-            self.send(AnswerPiece(error=TimeoutError("the answer took too long")))
+            self.add_piece(AnswerPiece(error=TimeoutError("the answer took too long")))
         return self.cancelled
 
 
@@ -117,14 +140,19 @@ class AnswerQueue:
         self._waiting: deque[GeneratedAnswer] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
+        self.failure: BaseException | None = None
+        """What ended a thread that generates; the queue then takes no more answers."""
 
     def submit(self, answers: Sequence[GeneratedAnswer]) -> None:
         """Generate these answers as soon as there is room for each.
 
         Raises:
             QueueFull: they would be more than may wait.
+            ServerClosing, GenerationThreadEnded: no answer is generated any more.
         """
         with self._changed:
+            if self.failure is not None:
+                raise GenerationThreadEnded("the thread that generates answers has ended by an error")
             if self._is_closed:
                 raise ServerClosing("the server is shutting down")
             if len(self._waiting) + len(answers) > self.max_waiting:
@@ -137,6 +165,19 @@ class AnswerQueue:
         with self._changed:
             for answer in answers:
                 answer.cancelled = True
+
+    def _end_all(self, running: Sequence[GeneratedAnswer], failure: BaseException) -> None:
+        """End all answers with an error, because a thread that generates cannot go on."""
+        log.critical("the thread that generates answers ends", exc_info=failure)
+        with self._changed:
+            self.failure, self._is_closed = failure, True
+            answers = [*running, *self._waiting]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for answer in answers:
+            if not answer.is_ended:
+                message = "the thread that generates answers has ended by an error"
+                answer.add_piece(AnswerPiece(error=GenerationThreadEnded(message)))
 
     def count(self) -> dict[str, int]:
         """Return how many answers run and wait, and how many tokens the caches hold, padding included."""

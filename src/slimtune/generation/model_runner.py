@@ -81,6 +81,10 @@ class CachedBatch:
         else:
             self.cache = None
 
+    def drop(self) -> None:
+        """Remove all rows and the cache, in whatever state an error has left it."""
+        self.rows, self.cache = [], None
+
     def _select(self, rows: Tensor, first_column: int) -> None:
         """Let the cache have these rows of the present ones, from a column on."""
         for layer in self.cache.layers:
@@ -138,18 +142,30 @@ class MultiAdapterRunner:
             return False
         return True
 
-    def prefill(self, row: GenerationRow, ids: Sequence[int]) -> tuple[Tensor, CachedBatch]:
-        """Run a row's prompt; return the logits `(1, vocabulary)` of the next token, fp32, and a batch of this row."""
+    def prefill(
+        self, row: GenerationRow, prompt: Sequence[int], generated: Sequence[int] = ()
+    ) -> tuple[Tensor, CachedBatch]:
+        """Run a row's prompt, and tokens that were generated after it but are in no cache any more.
+
+        Returns:
+            The logits `(1, vocabulary)` of the next token, fp32, and a batch of this row.
+        """
+        ids = [*prompt, *generated]
         cache = None
         if self._caches:
             cache = DynamicCache() if self._pads else DynamicCache(config=self.model.config)
         else:
-            row.ids = list(ids)
-        return self._run_all(row, ids, cache), CachedBatch(row, cache)
+            row.ids = ids
+        return self._run_all(row, ids, cache, len(generated)), CachedBatch(row, cache)
 
-    def _run_all(self, row: GenerationRow, ids: Sequence[int], cache: Any) -> Tensor:
+    def _run_all(self, row: GenerationRow, ids: Sequence[int], cache: Any, num_generated: int = 0) -> Tensor:
         inputs = torch.tensor([list(ids)], device=self.model.device)
-        offsets = calculate_alora_offsets(self.model.peft_config, row.adapter, inputs)
+        # The prompt alone says where an activated LoRA begins; offsets count tokens from the end.
+        prompt = inputs[:, : len(ids) - num_generated]
+        offsets = [
+            offset and offset + num_generated
+            for offset in calculate_alora_offsets(self.model.peft_config, row.adapter, prompt)
+        ]
         row.is_invoked, row.length = offsets[0] is not None, len(ids)
         positions = torch.arange(len(ids), device=self.model.device)[None]
         return self._run([row], offsets, cache, inputs, None, positions)

@@ -6,12 +6,16 @@
 An adapter that cannot share a batch has a batch of its own for each row. All batches take a step in turn. Answers to
 one prompt that wait together share its pass.
 
+An error in a pass of several rows names no row. So all tokens of each row run again alone, in a cache of its own: the
+row at fault fails again and its answer ends with the error, the others go on.
+
 The steps run in a thread of the generator's own after `start` (the server), or else in the thread that reads the
 answers (a command, an evaluation, a training).
 """
 
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
@@ -23,6 +27,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from ..core.adapters.active_adapters import BASE_ROW
+from ..core.foundation.device import release_unused_memory
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
 from .answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
@@ -31,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 1024
 """Tokens of new prompts that run between two steps of the batch; a longer prompt runs as a whole."""
+MAX_FAILURES = 3
+"""Steps that may fail one after another, elsewhere than in a pass of the model, before the thread gives up."""
 
 
 class TextGenerator(AnswerQueue):
@@ -71,7 +78,7 @@ class TextGenerator(AnswerQueue):
         try:
             while unfinished:
                 while self._thread is None and pieces.empty():
-                    self.step()
+                    self._step_in_this_thread()
                 answer, piece = pieces.get()
                 if piece.error is not None:
                     raise piece.error
@@ -82,6 +89,15 @@ class TextGenerator(AnswerQueue):
             self.cancel([*unfinished])
             if self._thread is None:
                 self._drop_unwanted()
+
+    def _step_in_this_thread(self) -> None:
+        try:
+            self.step()
+        except BaseException as error:
+            # After Ctrl-C in a pass, some layers have keys and values of its tokens and others have not.
+            self._end_with_error([*self._running], error)
+            self._batches = []
+            raise
 
     def generate(self, answers: Sequence[GeneratedAnswer]) -> None:
         """Generate whole answers; errors are raised."""
@@ -100,83 +116,147 @@ class TextGenerator(AnswerQueue):
         if self._thread is not None:
             self._thread.join()
         for answer in [*self._waiting, *self._running.values()]:
-            answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
+            if not answer.is_ended:
+                answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
 
     def step(self) -> None:
         """Run waiting prompts that there is room for, and then one token of every running answer.
 
-        An error in a pass of the model ends the answers of that pass.
+        An error in a pass ends the answer it is about. Where the pass had several rows, each of them runs again alone.
         """
-        try:
-            self._admit()
-            self._drop_unwanted()
-            for batch in self._batches:
-                try:
-                    logits = self.runner.decode(batch)
-                except Exception as error:
-                    self._end_with_error(batch.rows, error)
-                    batch.keep([])
-                    continue
-                self._add_tokens(batch, logits)
-            self._drop_empty_batches()
-        except BaseException as error:
-            # After Ctrl-C in a pass, some layers have keys and values of its tokens and others have not.
-            self._end_with_error([*self._running], error)
-            self._batches = []
-            if self._thread is None or not isinstance(error, Exception):
-                raise
+        self._admit()
+        for batch in [*self._batches]:
+            rows = batch.rows
+            try:
+                self._drop_unwanted_rows(batch)
+                if batch.rows:
+                    self._add_tokens(batch, self.runner.decode(batch))
+            except Exception as error:
+                failure = error
+            else:
+                continue
+            # Outside of `except`: what the failed pass has allocated can be freed now.
+            batch.drop()
+            self._end_or_run_alone(rows, failure)
+        self._drop_empty_batches()
 
     def _run_steps(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._running or self._is_closed):
-                    self._changed.wait()
-                if self._is_closed:
-                    return
-            self.step()
+        failures = 0  # one after another, in other places than a pass
+        try:
+            while True:
+                with self._changed:
+                    while not (self._waiting or self._running or self._is_closed):
+                        self._changed.wait()
+                    if self._is_closed:
+                        return
+                try:
+                    self.step()
+                    failures = 0
+                    continue
+                except Exception as error:
+                    if (failures := failures + 1) == MAX_FAILURES:
+                        raise
+                    failure = error
+                self._run_alone([*self._running], failure)
+        except BaseException as error:
+            running = [*self._running.values()]
+            self._running, self._batches, self._cached_tokens = {}, [], 0
+            self._end_all(running, error)
 
     def _admit(self) -> None:
         """Run the prompts of waiting answers that there is room for."""
         tokens = 0
-        while tokens < PREFILL_TOKENS and (answers := self._take_answers_to_one_prompt()):
-            rows, first = [GenerationRow(answer.model.adapter) for answer in answers], answers[0]
-            with self._changed:
-                self._running |= zip(rows, answers, strict=True)
+        while tokens < PREFILL_TOKENS and (rows := self._take_rows_with_one_prompt()):
+            first = self._running[rows[0]]
             tokens += len(first.prompt)
             try:
                 logits, batch = self.runner.prefill(rows[0], first.prompt)
                 if rows[1:]:
                     batch.repeat(rows[1:])
+                self._add_tokens(batch, logits.expand(len(rows), -1))
             except Exception as error:
-                self._end_with_error(rows, error)
+                failure = error
+            else:
+                self._join_shared_batch(batch)
                 continue
-            self._add_tokens(batch, logits.expand(len(rows), -1))
-            shared = next((b for b in self._batches if self.runner.shares_batches(b.rows[0].adapter)), None)
-            if batch.rows and shared is not None and self.runner.shares_batches(first.model.adapter):
-                shared.join(batch)
-            elif batch.rows:
-                self._batches.append(batch)
+            self._end_or_run_alone(rows, failure)
 
-    def _take_answers_to_one_prompt(self) -> list[GeneratedAnswer]:
-        """Take the next answer from the queue, if there is room, and those behind it that share its prompt's pass."""
+    def _join_shared_batch(self, batch: CachedBatch) -> None:
+        """Move the rows of a batch to the shared one, if they can share it; else it becomes a batch of its own."""
+        if not batch.rows:
+            return
+        shares = self.runner.shares_batches
+        shared = next((b for b in self._batches if shares(b.rows[0].adapter)), None)
+        if shared is None or not shares(batch.rows[0].adapter):
+            self._batches.append(batch)
+            return
+        rows = [*shared.rows, *batch.rows]
+        try:
+            shared.join(batch)
+        except Exception as error:
+            failure = error
+        else:
+            return
+        shared.drop()
+        batch.drop()
+        self._run_alone(rows, failure)
+
+    def _end_or_run_alone(self, rows: Sequence[GenerationRow], error: Exception) -> None:
+        """End the answer of the only row of a failed pass; several rows run again alone, and the one at fault ends."""
+        if len(rows) == 1:
+            self._end_with_error(rows, error)
+        else:
+            self._run_alone(rows, error)
+
+    def _run_alone(self, rows: Sequence[GenerationRow], error: Exception) -> None:
+        """Run all tokens of rows again after an error, each in a batch of its own, and end those that fail alone.
+
+        No part of a cache is used again: the error may have left keys and values of a token in some layers only.
+        """
+        self._log_unless_expected(error)
+        log.warning("a step for %d answers failed, each runs again alone: %s", len(rows), error)
+        traceback.clear_frames(error.__traceback__)  # it keeps the tensors of the failed pass in memory
+        if is_out_of_memory(error):
+            release_unused_memory(self.runner.model.device)
+        lost = set(rows)
+        self._batches = [b for b in self._batches if b.rows and lost.isdisjoint(b.rows)]
+        for row in rows:
+            with self._changed:
+                answer = self._running.get(row)
+                if answer is None or answer.is_ended or answer.cancelled:
+                    self._running.pop(row, None)
+                    continue
+            try:
+                logits, batch = self.runner.prefill(row, answer.prompt, answer.token_ids)
+                self._add_tokens(batch, logits)
+                self._batches += [batch] if batch.rows else []
+            except Exception as own_error:
+                self._end_with_error([row], own_error)
+
+    def _take_rows_with_one_prompt(self) -> list[GenerationRow]:
+        """Let the next answer run, if there is room, and those behind it that share its prompt's pass."""
         with self._changed:
             self._waiting = deque(answer for answer in self._waiting if not answer.end_if_dropped())
-            taken: list[GeneratedAnswer] = []
-            while self._waiting and len(self._running) + len(taken) < self.max_batch:
-                answer = self._waiting[0]
-                if taken and not (
-                    (answer.model.adapter, answer.prompt) == (taken[0].model.adapter, taken[0].prompt)
+            rows: list[GenerationRow] = []
+            while self._waiting and len(self._running) < self.max_batch:
+                answer, first = self._waiting[0], self._running[rows[0]] if rows else None
+                if first is not None and not (
+                    (answer.model.adapter, answer.prompt) == (first.model.adapter, first.prompt)
                     and self.runner.shares_batches(answer.model.adapter)
                 ):
                     break
-                taken.append(self._waiting.popleft())
-            return taken
+                rows.append(GenerationRow(answer.model.adapter))
+                self._running[rows[-1]] = self._waiting.popleft()
+            return rows
 
     def _drop_unwanted(self) -> None:
         """Remove the rows of answers that are cancelled or too late."""
         for batch in self._batches:
-            self._keep(batch, [not self._running[row].end_if_dropped() for row in batch.rows])
+            self._drop_unwanted_rows(batch)
         self._drop_empty_batches()
+
+    def _drop_unwanted_rows(self, batch: CachedBatch) -> None:
+        self._keep(batch, [not self._running[row].end_if_dropped() for row in batch.rows])
 
     def _drop_empty_batches(self) -> None:
         self._batches = [batch for batch in self._batches if batch.rows]
@@ -193,31 +273,40 @@ class TextGenerator(AnswerQueue):
         batch.keep([i for i, keep in enumerate(wanted) if keep])
 
     def _end_with_error(self, rows: Iterable[GenerationRow], error: BaseException) -> None:
-        if isinstance(error, Exception) and not isinstance(error, SlimtuneError) and not is_out_of_memory(error):
-            log.exception("a step of the model failed", exc_info=error)
+        self._log_unless_expected(error)
+        if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)
         for row in rows:
             with self._changed:
-                answer = self._running.pop(row)
-            answer.add_piece(AnswerPiece(error=error))
+                answer = self._running.pop(row, None)
+            if answer is not None and not answer.is_ended:
+                answer.add_piece(AnswerPiece(error=error))
+
+    def _log_unless_expected(self, error: BaseException) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SlimtuneError) and not is_out_of_memory(error):
+            log.exception("a step of the model failed", exc_info=error)
 
     def _add_tokens(self, batch: CachedBatch, logits: Tensor) -> None:
-        """Choose the next token of each row by `logits (rows, vocabulary)`, and remove the rows that are finished."""
+        """Choose the next token of each row by `logits (rows, vocabulary)`, and remove the rows that are finished.
+
+        An error about one row, its tokenizer's for instance, ends its answer.
+        """
         likeliest = logits.argmax(-1).tolist()
         # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
         is_finite = torch.isfinite(logits.amax(-1)).tolist()
-        goes_on = []
         for i, row in enumerate(batch.rows):
             answer = self._running[row]
-            if not is_finite[i]:
-                answer.add_piece(AnswerPiece(error=_make_not_finite_error(row.adapter)))
-                goes_on.append(False)
-                continue
-            is_greedy = answer.params.temperature == 0
-            row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
-            piece = self._make_piece(answer, row.next_token, logits[i])
-            goes_on.append(piece.finish_reason is None)
+            try:
+                if not is_finite[i]:
+                    raise _make_not_finite_error(row.adapter)
+                is_greedy = answer.params.temperature == 0
+                row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
+                piece = self._make_piece(answer, row.next_token, logits[i])
+            except Exception as error:
+                self._log_unless_expected(error)
+                piece = AnswerPiece(error=error)
             answer.add_piece(piece)
-        self._keep(batch, goes_on)
+        self._keep(batch, [not self._running[row].is_ended for row in batch.rows])
 
     def _draw_token(self, answer: GeneratedAnswer, logits: Tensor) -> int:
         """Draw a token as transformers' `generate` does, with random numbers of the answer's own."""

@@ -198,22 +198,29 @@ class LlamaCppAnswerQueue(AnswerQueue):
             self._engines.popitem()[1].close()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while (answer := self._take()) is None:
-                    if self._is_closed:
-                        return
-                    self._changed.wait(1)  # answers that wait can be too late
-            try:
-                self._generate(answer)
-            except Exception as error:
-                if not answer.end_if_dropped():
-                    if not isinstance(error, SlimtuneError):
-                        log.exception("llama.cpp failed", exc_info=error)
-                    answer.add_piece(AnswerPiece(error=error))
-            with self._changed:
-                self._running.remove(answer)
-                self._changed.notify_all()
+        try:
+            while (answer := self._wait_for_answer()) is not None:
+                try:
+                    self._generate(answer)
+                except Exception as error:
+                    if not answer.end_if_dropped():
+                        if not isinstance(error, SlimtuneError):
+                            log.exception("llama.cpp failed", exc_info=error)
+                        answer.add_piece(AnswerPiece(error=error))
+                with self._changed:
+                    self._running.remove(answer)
+                    self._changed.notify_all()
+        except BaseException as error:
+            self._end_all([*self._running], error)
+
+    def _wait_for_answer(self) -> GeneratedAnswer | None:
+        """Return the next answer that may begin; None: the queue is closed."""
+        with self._changed:
+            while (answer := self._take()) is None:
+                if self._is_closed:
+                    return None
+                self._changed.wait(1)  # answers that wait can be too late
+            return answer
 
     def _take(self) -> GeneratedAnswer | None:
         """Return the next answer to generate, if it may begin."""

@@ -13,8 +13,9 @@ import torch
 import uvicorn
 
 from ..core.foundation.device import release_unused_memory
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 from ..export.export_results import EngineVerdict
+from ..extras.http_connections import GuardedHttpConnection
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
@@ -83,7 +84,7 @@ class ModelServer:
         hosts = ("localhost", "127.0.0.1", "[::1]", settings.host) if is_loopback(settings.host) else ()
         config = uvicorn.Config(
             OpenAiApi(self.models, self.queue, hosts, settings.api_key, settings.timeout).build(),
-            http="h11",
+            http=GuardedHttpConnection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -118,7 +119,12 @@ class ModelServer:
         return f"{format_server_address(self._socket)}/v1"
 
     def run(self) -> None:
-        """Serve until Ctrl-C, SIGTERM or `stop`; `queue` then knows how many answers and tokens were generated."""
+        """Serve until Ctrl-C, SIGTERM or `stop`; `queue` then knows how many answers and tokens were generated.
+
+        Raises:
+            RunError: the thread that generates answers has ended by an error.
+            KeyboardInterrupt: a second Ctrl-C cut off answers that were still being generated.
+        """
         if threading.current_thread() is threading.main_thread():
             # uvicorn raises a signal again after its own shutdown, which would end the process with another exit code.
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -126,7 +132,14 @@ class ModelServer:
         try:
             self._uvicorn.run(sockets=[self._socket])
         finally:
+            if self._uvicorn.force_exit:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third Ctrl-C does not wait for the step that runs
             self.queue.close()
+        if (failure := self.queue.failure) is not None:
+            message = f"the thread that generates answers has ended by an error: {type(failure).__name__}: {failure}"
+            raise RunError(message, hint="the lines above say where; start the server again") from failure
+        if self._uvicorn.force_exit:
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Let `run` return; another thread may call it."""
@@ -134,11 +147,17 @@ class ModelServer:
 
 
 class _UvicornServer(uvicorn.Server):
-    """Lets answers go on for some seconds after a signal; the others get an error before connections are closed."""
+    """Lets answers go on for some seconds after a signal; the others get an error before connections are closed.
+
+    It also ends when no answer can be generated any more.
+    """
 
     def __init__(self, config: uvicorn.Config, queue: AnswerQueue) -> None:
         super().__init__(config)
         self._queue = queue
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._queue.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async def close_late() -> None:
@@ -150,3 +169,9 @@ class _UvicornServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             closing.cancel()
+            # After a second Ctrl-C requests still run: without a connection they end, and are not cancelled with a
+            # traceback each.
+            for connection in [*self.server_state.connections]:
+                connection.transport.abort()
+            if self.server_state.tasks:
+                await asyncio.wait([*self.server_state.tasks], timeout=2)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
@@ -53,6 +54,10 @@ from .served_models import ServedModel
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 BODY_SECONDS, MAX_BODY = 30, 2**20
 """Longest time in which a body must have arrived, and its most bytes."""
+LATE_SECONDS = 30
+"""How long after its deadline a request ends even if the engine, which ends answers at their deadlines, does not."""
+HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
+"""A Host header: a name or an address in brackets, and a port."""
 
 
 class EventStreamResponse(StreamingResponse):
@@ -222,8 +227,8 @@ class OpenAiApi:
 
     def _check_access(self, request: Request) -> None:
         host = request.headers.get("host", "").lower()
-        name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-        if self.hosts and name not in self.hosts:
+        name_and_port = HOST.fullmatch(host)
+        if self.hosts and (name_and_port is None or name_and_port[1] not in self.hosts):
             names = " or ".join(sorted(self.hosts))
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
         if self.api_key is not None:
@@ -233,8 +238,9 @@ class OpenAiApi:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def health(self, request: Request) -> Response:
-        """Answer how many requests run and wait."""
-        return _make_response({"status": "ok", **self.queue.count()})
+        """Answer how many requests run and wait; 503 if no answer can be generated any more."""
+        is_ok = self.queue.failure is None
+        return _make_response({"status": "ok" if is_ok else "failed", **self.queue.count()}, 200 if is_ok else 503)
 
     async def list_models(self, request: Request) -> Response:
         """Answer the models."""
@@ -280,6 +286,10 @@ class OpenAiApi:
         return await self._answer(request, prepare)
 
     async def _answer(self, request: Request, prepare: Callable[[bytes], TokenizedRequest]) -> Response:
+        try:
+            body = await _read_body(request)  # a client that sends it slowly takes nobody's place
+        except ClientDisconnect:
+            return Response(status_code=499)
         if self._requests >= self._max_requests:
             raise ApiError(429, f"{self._requests} requests run or wait already", code="queue_full")
         self._requests += 1
@@ -292,7 +302,6 @@ class OpenAiApi:
             self.queue.cancel([choice.answer for choice in choices])
 
         try:
-            body = await _read_body(request)
             prepared = await run_in_threadpool(prepare, body)
             asked, form = prepared.request, prepared.response_builder
             choices += self._make_choices(prepared, pieces)
@@ -303,7 +312,7 @@ class OpenAiApi:
                 "model": form.served_model.name,
             }
             if asked.stream:
-                with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+                with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
                 events = self._stream(form, head, choices, pieces, with_usage)
                 is_streaming = True
                 return EventStreamResponse(events, release)
@@ -311,8 +320,6 @@ class OpenAiApi:
                 return Response(status_code=499)  # nobody reads it
             shown = [form.format_choice(choice) for choice in choices]
             return _make_response({**head, "object": form.object, "choices": shown, "usage": _count_usage(choices)})
-        except ClientDisconnect:
-            return Response(status_code=499)
         except ApiError:
             raise
         except Exception as error:
@@ -379,8 +386,7 @@ class OpenAiApi:
                 for chunk in form.start_chunks(choice):
                     yield format_server_sent_event({**head, "choices": [chunk], **usage})
             while any(choice.finish_reason is None for choice in choices):
-                choice, piece = await pieces.get()
-                _add_piece(choice, piece)
+                choice, piece = await _add_next_piece(choices, pieces)
                 for chunk in form.format_chunks(choice, piece):
                     yield format_server_sent_event({**head, "choices": [chunk], **usage})
             if with_usage:
@@ -426,18 +432,22 @@ def _tokenize_text(model: ServedModel, prompt: str | list[int]) -> Sequence[int]
     return ids
 
 
-def _add_piece(choice: AnswerChoice, piece: AnswerPiece) -> None:
+async def _add_next_piece(choices: list[AnswerChoice], pieces: asyncio.Queue) -> tuple[AnswerChoice, AnswerPiece]:
+    """Wait for a piece and add it to its choice; raise the error of the answer, or TimeoutError long after its end."""
+    remaining = choices[0].answer.deadline + LATE_SECONDS - time.monotonic()
+    choice, piece = await asyncio.wait_for(pieces.get(), remaining)
     if piece.error is not None:
         raise piece.error
     choice.text += piece.text
     choice.logprobs += piece.logprobs
     choice.finish_reason = piece.finish_reason
+    return choice, piece
 
 
 async def _collect(choices: list[AnswerChoice], pieces: asyncio.Queue) -> None:
     """Wait until all choices are finished."""
     while any(choice.finish_reason is None for choice in choices):
-        _add_piece(*await pieces.get())
+        await _add_next_piece(choices, pieces)
 
 
 async def _run_while_connected(work: Coroutine[Any, Any, None], receive: Callable[[], Awaitable[Any]]) -> bool:

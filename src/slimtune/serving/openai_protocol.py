@@ -1,7 +1,7 @@
 """Requests, answers and errors as OpenAI's API has them.
 
-A field that the server does not know is an error. A field that would change the answer, but is not supported, may only
-have the value that changes nothing: many clients always send it.
+A field that is null counts as not given. One that the server does not know is an error. A field that would change the
+answer, but is not supported, may only have the value that changes nothing: many clients always send it.
 """
 
 import json
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..core.data.messages import RowError, ToolCall
 from ..errors import SlimtuneError, format_names, is_out_of_memory, suggest
 from ..extras.message_parsing import decode_json_without_duplicate_keys
-from ..generation.answer_queue import QueueFull, ServerClosing, TokenLogprob
+from ..generation.answer_queue import GenerationThreadEnded, QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 
 MAX_ANSWERS, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS = 16, 20, 4, 256, 16
@@ -154,6 +154,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(429, f"the server has no room for the request: {error.message}", code="queue_full")
     if isinstance(error, ServerClosing):
         return ApiError(503, error.message, code="shutting_down")
+    if isinstance(error, GenerationThreadEnded):
+        return ApiError(503, error.message, code="engine_failed")
     if isinstance(error, TimeoutError):
         return ApiError(504, "the answer took too long (--timeout)", code="timeout")
     if is_out_of_memory(error):
@@ -184,7 +186,7 @@ class _Fields(BaseModel):
 class StreamOptions(_Fields):
     """What a stream contains beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class GenerationRequest(_Fields):
@@ -196,7 +198,7 @@ class GenerationRequest(_Fields):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
-    stop: Annotated[list[Stop] | None, BeforeValidator(_to_list), Field(max_length=MAX_STOPS)] = None
+    stop: Annotated[Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_to_list)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = None  # names the client's user; nothing depends on it
     frequency_penalty: Zero = None
@@ -250,6 +252,8 @@ def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         raise ApiError(400, f"the request {error}", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body of the request is no JSON in UTF-8", code="invalid_json") from error
+    if isinstance(value, dict):  # OpenAI's clients send null for a field that is not given
+        value = {name: given for name, given in value.items() if given is not None}
     try:
         return kind.model_validate(value)
     except ValidationError as error:

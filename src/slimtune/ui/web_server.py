@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
+from ..extras.http_connections import GuardedHttpConnection
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from .command_jobs import CommandJob
 from .pages import UiPages
@@ -48,8 +49,8 @@ def serve_web_page(
     pages = UiPages(WorkspaceFolder(folder), gpus=plannable_gpus)
     app = RequestGuard(build_web_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
-        ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
+        app, http=GuardedHttpConnection, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30, ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
     url = f"{format_server_address(sock)}/?token={token}"
     announce(url, is_loopback(host))

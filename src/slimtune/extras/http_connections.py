@@ -1,0 +1,82 @@
+"""HTTP connections of a server: none waits for its client without end, and slow clients cannot keep others out.
+
+uvicorn sets no limit on the time in which a request's header, or a client that reads nothing, must get on; and at
+`limit_concurrency` connections it refuses requests, even if most of these connections have not sent a request. Here
+
+    a connection without a complete header is closed after `HEADER_SECONDS`
+    a client that does not read its answer is disconnected after `UNREAD_SECONDS`
+    a connection that would be one too many takes the place of the one that has kept the server waiting longest
+"""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_SECONDS, UNREAD_SECONDS = 10, 60
+
+
+class GuardedHttpConnection(H11Protocol):
+    """A connection of uvicorn with these limits; the class is the setting `http` of `uvicorn.Config`."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+    _waits_since = 0.0
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for the first request; where there are too many connections, close another one."""
+        super().connection_made(transport)
+        self._limit_header_time(HEADER_SECONDS)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            waiting = [c for c in self.connections if isinstance(c, GuardedHttpConnection) and c.waits_for_client()]
+            if waiting:
+                slowest = min(waiting, key=lambda connection: connection._waits_since)
+                self.connections.discard(slowest)
+                slowest.transport.abort()
+
+    def waits_for_client(self) -> bool:
+        """Return whether the client has not sent a whole request, or none."""
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of a request; its complete header stops the clock."""
+        super().data_received(data)
+        if self._has_request():
+            self._stop_header_timer()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        super().on_response_complete()
+        if not self._has_request():
+            self._limit_header_time(self.timeout_keep_alive + HEADER_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks."""
+        self._stop_header_timer()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not read."""
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on with writing."""
+        super().resume_writing()
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+
+    def _has_request(self) -> bool:
+        """Return whether a request with a complete header has not been answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _limit_header_time(self, seconds: float) -> None:
+        self._stop_header_timer()
+        self._waits_since = self.loop.time()
+        self._header_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
