@@ -1,13 +1,16 @@
 """The page answers its own user alone, within the working folder, and shows foreign text as text."""
 
+import asyncio
 import os
 
 import pytest
 
 from slimtune.errors import UsageError
-from slimtune.ui.request_security import HEADERS, MAX_FORM, is_own_host
+from slimtune.ui.request_security import HEADERS, MAX_FORM, RequestGuard, is_own_host
+from slimtune.ui.web_app import build_web_app
 from slimtune.ui.workspace import WorkspaceFolder
 
+TOKEN, ORIGIN = "a-token-of-the-tests", "http://127.0.0.1:7860"
 PATHS = ["/", "/plan", "/live/data", "/static/ui.css", "/no-such-page"]
 
 
@@ -27,12 +30,40 @@ def test_the_token_becomes_a_cookie_that_scripts_cannot_read(stranger):
     assert stranger.get("/plan").status_code == 200
 
 
-def test_a_redirect_stays_on_this_server(stranger):
-    answer = stranger.get("//evil.example/", params={"token": "a-token-of-the-tests"})
-    assert not answer.headers.get("location", "/").startswith("//")
+@pytest.mark.parametrize("path", ["//evil.example/", "/\\evil.example/", "/%5cevil.example", "///evil.example/?x=1"])
+def test_a_redirect_stays_on_this_server(stranger, path):
+    mark = "&" if "?" in path else "?"
+    answer = stranger.get(f"{ORIGIN}{path}{mark}token=a-token-of-the-tests")
+    assert answer.status_code == 303
+    assert not answer.headers["location"].lower().startswith(("//", "/\\"))
+    assert "token" not in answer.headers["location"]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:7860", "8.8.8.8", ""])
+def test_an_upload_that_is_cut_off_keeps_nothing(pages, folder, caplog):
+    parts = [{"type": "http.request", "body": b"--x\r\nContent-Disposition: form-data; name=file; filename=a.csv\r\n",
+              "more_body": True}, {"type": "http.disconnect"}]  # fmt: skip
+    head = [(b"host", b"127.0.0.1"), (b"origin", b"http://127.0.0.1"), (b"content-length", b"4000"),
+            (b"cookie", f"slimtune-ui-7860={TOKEN}".encode()),
+            (b"content-type", b"multipart/form-data; boundary=x")]  # fmt: skip
+    scope = {"type": "http", "method": "POST", "path": "/upload", "raw_path": b"/upload", "query_string": b"",
+             "headers": head, "scheme": "http", "http_version": "1.1", "server": None, "client": None}  # fmt: skip
+    sent = []
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    guard = RequestGuard(build_web_app(pages), TOKEN, "127.0.0.1", 7860, max_upload=4096)
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert [*folder.glob("uploads/*")] == []
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:7860", "8.8.8.8", "", "[::1]evil.example", "[::1]:80evil"]
+)
 def test_a_foreign_name_is_refused(browser, host):
     assert browser.get("/", headers={"host": host}).status_code == 403
 

@@ -30,9 +30,15 @@ def write_writer(run, process, host=None, started=None):
     write_json(run.path / ".writer.json", {"process": process, "host": host or socket.gethostname(), "started": now})
 
 
-def start_trainer(*words):
-    """Start a process that waits, with these words in its command line."""
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
+TRAINER = "import sys, time; file = open(sys.argv[1], 'a'); print(flush=True); time.sleep(60)"
+
+
+def start_trainer(run, *words, locks=True):
+    """Start a process that waits, with these words in its command line and a run's lock open."""
+    file = run.path / (".lock" if locks else "train.log")
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, file, *words], stdout=subprocess.PIPE)
+    trainer.stdout.readline()
+    return trainer
 
 
 # --- training
@@ -63,7 +69,7 @@ def test_a_training_that_cannot_begin_says_why(browser, commands, finish):
 
 def test_a_running_training_is_shown_whoever_started_it(browser, run):
     run.result_file.unlink()
-    trainer = start_trainer("slimtune", "train")
+    trainer = start_trainer(run, "slimtune", "train")
     write_writer(run, trainer.pid)
     text = browser.get("/train?run=runs/first").text
     assert 'hx-get="/live/run?run=runs/first"' in text
@@ -78,13 +84,43 @@ def test_a_running_training_is_shown_whoever_started_it(browser, run):
 
 
 def test_a_process_that_is_no_training_is_never_stopped(browser, run):
-    stranger = start_trainer("somebody-else")
-    for started in (None, datetime(2020, 1, 1)):  # of a process of then, whose number was used again
-        write_writer(run, stranger.pid, started=started)
-        assert browser.post("/train/stop", data={"run": "runs/first"}).status_code == 400
-    assert stranger.poll() is None
-    stranger.kill()
-    stranger.wait()
+    # One is of another program, one of slimtune but in another folder, as a writer file from elsewhere may say.
+    for stranger in (start_trainer(run, "somebody-else"), start_trainer(run, "slimtune", locks=False)):
+        for started in (None, datetime(2020, 1, 1)):  # of a process of then, whose number was used again
+            write_writer(run, stranger.pid, started=started)
+            assert browser.post("/train/stop", data={"run": "runs/first"}).status_code == 400
+        assert stranger.poll() is None
+        stranger.kill()
+        stranger.wait()
+
+
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_page_started_later_starts_no_second_training(browser, pages, run, folder, is_loading):
+    name = "runs/new" if is_loading else "runs/first"
+    trainer = start_trainer(run, "slimtune", "train", f"--out={name}")
+    if not is_loading:
+        write_writer(run, trainer.pid)
+        assert browser.post("/train/resume", data={"run": name}).status_code == 400
+    browser.post("/rows", data=FORM)
+    answer = browser.post("/train", data={"run": name})
+    assert answer.status_code == 400
+    assert f"process {trainer.pid} trains {name} already" in answer.text
+    assert pages.jobs.get("train") is None
+    trainer.kill()
+    trainer.wait()
+
+
+def test_stop_ends_the_training_that_has_the_run(browser, pages, commands, run):
+    commands(seconds=20)
+    own = pages.jobs.start("train", ["train", "--out=runs/first"], subject="runs/first")  # waits for the lock
+    trainer = start_trainer(run, "slimtune", "train")
+    write_writer(run, trainer.pid)
+    browser.post("/train/stop", data={"run": "runs/first"})
+    assert trainer.wait(20) == -signal.SIGINT
+    assert own.state == "running"
+    browser.post("/train/stop", data={"run": "runs/first"})
+    own.wait(20)
+    assert own.state == "stopped"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import socket
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +32,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self._file = folder, folder / LOCK_FILE
         self._lock = FileLock(self._file)
+        self._open_file: BinaryIO | None = None
         self._heartbeat = HeartbeatLock(folder / WRITER_FILE)
 
     def acquire(self) -> None:
@@ -38,6 +40,7 @@ class FolderLock:
         if not _lacks_locks(self._file):
             self._lock.acquire(timeout=0)
             return
+        self._open_file = self._file.open("rb")  # the page of `ui` knows a run's process by it
         try:
             self._heartbeat.acquire()
         except OSError as error:
@@ -52,6 +55,8 @@ class FolderLock:
         """Give the lock back, if this object has it."""
         self._lock.release()
         self._heartbeat.release()
+        if self._open_file is not None:
+            self._open_file.close()
 
 
 class RunLock(FolderLock):

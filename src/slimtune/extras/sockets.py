@@ -1,6 +1,7 @@
 """The socket that a server listens on, and its address."""
 
 import ipaddress
+import re
 import socket
 
 from ..errors import UsageError
@@ -36,6 +37,12 @@ def format_server_address(listening_socket: socket.socket) -> str:
     host, port = listening_socket.getsockname()[:2]
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{host}:{port}"
+
+
+def parse_host_header(header: str) -> str | None:
+    """Return the name or address, in lower case and with its brackets, of a Host header; None if it is malformed."""
+    match = re.fullmatch(r"(\[[0-9a-f:.%]+\]|[^:\[\]]+)(:[0-9]*)?", header.lower())
+    return match and match[1]
 
 
 def is_loopback(address: str) -> bool:

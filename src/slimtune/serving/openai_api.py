@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
@@ -28,6 +27,7 @@ from ..core.data.messages import RowError, ToolCall, reject_unrendered_reasoning
 from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
+from ..extras.sockets import parse_host_header
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
 from .openai_protocol import (
@@ -56,8 +56,6 @@ BODY_SECONDS, MAX_BODY = 30, 2**20
 """Longest time in which a body must have arrived, and its most bytes."""
 LATE_SECONDS = 30
 """How long after its deadline a request ends even if the engine, which ends answers at their deadlines, does not."""
-HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
-"""A Host header: a name or an address in brackets, and a port."""
 
 
 class EventStreamResponse(StreamingResponse):
@@ -226,9 +224,8 @@ class OpenAiApi:
         return check_access
 
     def _check_access(self, request: Request) -> None:
-        host = request.headers.get("host", "").lower()
-        name_and_port = HOST.fullmatch(host)
-        if self.hosts and (name_and_port is None or name_and_port[1] not in self.hosts):
+        host = request.headers.get("host", "")
+        if self.hosts and parse_host_header(host) not in self.hosts:
             names = " or ".join(sorted(self.hosts))
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
         if self.api_key is not None:

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import psutil
+
 from ..core.foundation.files import parse_json
 from ..errors import UsageError
 
@@ -130,6 +132,13 @@ class CommandJob:
                 )
                 return {"message": f"the command was killed by {name}{why}", "hint": "start it again"}
         return {}
+
+    def has_process(self, process: int) -> bool:
+        """Return whether a process is the command's own, or one that it started."""
+        try:
+            return self.process.pid in (process, *(parent.pid for parent in psutil.Process(process).parents()))
+        except psutil.Error:
+            return False
 
     def stop(self) -> None:
         """Send it Ctrl-C; a second call kills it."""

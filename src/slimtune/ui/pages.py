@@ -24,6 +24,7 @@ from .run_pages import (
     ChosenRun,
     JobPageData,
     RunPageData,
+    find_training_process,
     interrupt_training,
     is_classifier_or_reward_model,
     make_loss_and_gain_comparison_charts,
@@ -192,6 +193,7 @@ class UiPages:
         self.choose({"new_run": form.get(RUN, "")}, ("new_run",))
         base, rows = self.base_and_rows()
         out = self.workspace.relative(self.workspace.resolve_new(form.get(RUN, "")))
+        self._require_not_training(out)
         force = ["--force"] if form.get("force") else []
         args = [
             "train",
@@ -207,6 +209,7 @@ class UiPages:
     def resume_training(self, form: Form) -> str:
         """Continue a training from its last checkpoint."""
         run = self.open_run(form)
+        self._require_not_training(str(run.path))
         self.jobs.start("train", ["train", f"--out={run.path}", "--resume"], subject=str(run.path))
         self.choose({RUN: str(run.path)}, (RUN,))
         return "/train#run"
@@ -214,11 +217,20 @@ class UiPages:
     def stop_run(self, form: Form) -> str:
         """Stop a training, whoever started it; it writes a checkpoint."""
         job, name = self.jobs.get("train"), form.get(RUN, "")
-        if job is not None and job.subject == name and job.state == "running":
+        is_own = job is not None and job.subject == name and job.state == "running"
+        process = find_training_process(self.workspace.root, name) if name in self.workspace.list_runs() else None
+        if job is not None and is_own and (process is None or job.has_process(process)):
             job.stop()
-        elif not interrupt_training(self.open_run(form)):
-            raise UsageError(f"{name} is not being trained on this machine")
+        elif process is not None:
+            interrupt_training(process)
+        else:
+            raise UsageError(f"{self.open_run(form).path} is not being trained on this machine")
         return "/train#run"
+
+    def _require_not_training(self, name: str) -> None:
+        """Raise UsageError if a process trains a run already, which a page before this one may have started."""
+        if (process := find_training_process(self.workspace.root, name)) is not None:
+            raise UsageError(f"process {process} trains {name} already", "one training of a run", "wait, or stop it")
 
     def open_run(self, form: Form) -> RunDir:
         """Return the run that a form names."""

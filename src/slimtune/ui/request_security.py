@@ -10,14 +10,13 @@ import ipaddress
 import secrets
 import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from ..core.foundation.formatting import format_bytes
-from ..extras.sockets import is_loopback
+from ..extras.sockets import is_loopback, parse_host_header
 
 COOKIE = "slimtune-ui"
 MAX_FORM = 1 << 20
@@ -102,8 +101,10 @@ class RequestGuard:
         """Return the answer that sets the cookie for the right token, or that asks for one; None with the cookie."""
         given = request.query_params.get("token")
         if given is not None and secrets.compare_digest(given.encode(), self.token.encode()):
-            answer: Response = RedirectResponse(str(request.url.remove_query_params("token").replace(
-                scheme="", netloc="")), 303)  # fmt: skip
+            # A path that begins with two slashes would be an address of another server.
+            url = request.url.remove_query_params("token")
+            path = "/" + url.path.lstrip("/\\")
+            answer: Response = RedirectResponse(f"{path}?{url.query}" if url.query else path, 303)
             answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax", path="/")
             return answer
         known = request.cookies.get(self.cookie, "")
@@ -132,10 +133,7 @@ def is_own_host(host: str, address: str) -> bool:
     That is localhost, or an IP address, which no foreign name server can point elsewhere. Names of this machine count
     if the server is bound to more than itself.
     """
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
+    name = (parse_host_header(host) or "").strip("[]")
     local = is_loopback(address)
     try:
         ip = ipaddress.ip_address(name)

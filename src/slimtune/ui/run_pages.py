@@ -8,13 +8,14 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import psutil
 from markupsafe import Markup
 
 from ..core.foundation.files import read_json_object, refuse_non_regular_file
-from ..core.training.run_dir import WRITER_FILE, RunDir
+from ..core.training.run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..errors import RunError, SlimtuneError
 from ..evaluation.charts import ChartEstimate, ChartLine, is_finite_number, render_interval_chart, render_line_chart
 from ..evaluation.eval_result import BaselineComparisonMeasures, LossMeasures
@@ -65,31 +66,54 @@ def read_run_status(run: RunDir) -> RunStatus:
             writer = {}
         if writer.get("host") not in (None, socket.gethostname()):
             return RunStatus("elsewhere", None)
-        if _is_training(writer):
+        if _is_training(run, writer):
             return RunStatus("training", writer["process"])
         return RunStatus("done" if run.result_file.is_file() else "killed", None)
     return RunStatus("done" if run.result_file.is_file() else "stopped", None)
 
 
-def _is_training(writer: dict[str, Any]) -> bool:
-    """Return whether the process that a run's writer file names is still the one that wrote it."""
+def _is_training(run: RunDir, writer: dict[str, Any]) -> bool:
+    """Return whether the process that a run's writer file names trains this run.
+
+    The file may come with a folder from elsewhere and name any process: the one that trains has the run's lock open.
+    """
     try:
         process = psutil.Process(writer["process"])
         # Numbers of processes are used again: a later process is another one.
         is_same = process.create_time() <= datetime.fromisoformat(writer["started"]).timestamp() + 1
-        return is_same and process.status() != psutil.STATUS_ZOMBIE and "slimtune" in " ".join(process.cmdline())
-    except (psutil.Error, KeyError, TypeError, ValueError):
+        if not is_same or process.status() == psutil.STATUS_ZOMBIE or "slimtune" not in " ".join(process.cmdline()):
+            return False
+        lock = run.path / LOCK_FILE
+        return any(Path(f.path).name == LOCK_FILE and lock.samefile(f.path) for f in process.open_files())
+    except psutil.AccessDenied:  # another user's, to whom no signal can be sent either
+        return True
+    except (psutil.Error, OSError, KeyError, TypeError, ValueError):
         return False
 
 
-def interrupt_training(run: RunDir) -> bool:
-    """Send Ctrl-C to the process that trains a run, which writes a checkpoint; return whether there is one."""
-    process = read_run_status(run).process
-    if process is None:
-        return False
+def find_training_process(root: Path, run: str) -> int | None:
+    """Return the process that trains a run, or loads the base for it: a page before this one may have started it.
+
+    Args:
+        root: the working folder.
+        run: the run folder, relative to it.
+    """
+    try:
+        process = read_run_status(RunDir.open(root / run, require_adapter=False)).process
+    except SlimtuneError:  # there is no run yet
+        process = None
+    for other in psutil.process_iter(["cmdline"]):
+        words = other.info["cmdline"] or []
+        with contextlib.suppress(psutil.Error):
+            if process is None and "train" in words and f"--out={run}" in words and other.cwd() == str(root):
+                process = other.pid
+    return process
+
+
+def interrupt_training(process: int) -> None:
+    """Send Ctrl-C to a process that trains a run; it writes a checkpoint."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(process, signal.SIGINT)
-    return True
 
 
 def read_last_log_lines(run: RunDir) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
@@ -49,15 +49,17 @@ def build_web_app(pages: UiPages) -> Starlette:
 
         async def answer(request: Request) -> Response:
             status, error = 400, None
-            async with request.form(max_files=files, max_fields=100) as form:
-                try:
+            try:
+                async with request.form(max_files=files, max_fields=100) as form:
                     return RedirectResponse(await run_in_threadpool(act, dict(form), **request.path_params), 303)
-                except SlimtuneError as e:
-                    error = e
-                except OSError as e:
-                    if (error := convert_os_error(e)) is None:
-                        raise
-                    status = 507
+            except ClientDisconnect:  # in the middle of an upload
+                return Response(status_code=499)
+            except SlimtuneError as e:
+                error = e
+            except OSError as e:
+                if (error := convert_os_error(e)) is None:
+                    raise
+                status = 507
             page = await run_in_threadpool(show, error=error)
             page.status_code = status
             return page
