@@ -8,10 +8,11 @@ The text between the groups is here; which names exist, and in which module each
 from pathlib import Path
 
 import slimtune
-from slimtune.compat.public_names import HOMES, map_config_modules_by_class_name
+from slimtune.compat.public_names import HOMES, map_method_names_to_homes
+from slimtune.compat.tuner_models import TUNER_TYPES
 
 PAGE = Path(__file__).parents[1] / "api.md"
-ALL_HOMES = {**map_config_modules_by_class_name(), **HOMES}
+ALL_HOMES = {**map_method_names_to_homes(), **HOMES}
 HEAD = """# Python
 
 Names, arguments and files are those of HF PEFT: `from slimtune import …` stands where a script says
@@ -106,7 +107,9 @@ def make_page() -> str:
     for heading, names in group_names().items():
         parts.append(f"## {heading}\n\n")
         for name in names:
-            if callable(getattr(slimtune, name)):
+            if name in TUNER_TYPES:  # no statement in the source has its name
+                parts.append(f"`{name}`: {TUNER_TYPES[name].__doc__}\n\n")
+            elif callable(getattr(slimtune, name)):
                 parts.append(f"::: slimtune.{ALL_HOMES[name]}.{name}\n{OPTIONS.get(name, '')}\n")
             else:
                 doc = (Path(slimtune.__file__).parent / f"{ALL_HOMES[name].replace('.', '/')}.py").read_text()

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.util
 import inspect
 
 import peft
@@ -23,7 +24,8 @@ from slimtune import (
 )
 from slimtune.compat.helpers import check_if_peft_model, rescale_adapter_scale
 from slimtune.compat.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from slimtune.compat.public_names import INNER, MODULES, PUBLIC
+from slimtune.compat.public_names import INNER, MODULES, PUBLIC, is_peft_module, map_method_names_to_homes
+from slimtune.core.adapters.method_registry import METHODS
 from slimtune.errors import ConfigError
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
@@ -33,8 +35,20 @@ def test_every_name_and_module_exists():
     for home, names in [*INNER.items(), *PUBLIC.items()]:
         module = importlib.import_module(f"slimtune.{home}")
         assert [n for n in names if not hasattr(module, n)] == [], home
-    for module in MODULES:
+    for name, home in map_method_names_to_homes().items():
+        assert hasattr(importlib.import_module(f"slimtune.{home}"), name), name
+    methods = (f"tuners.{name}{part}" for name in METHODS.built_in_names() for part in ("", ".layer"))
+    for module in [*MODULES, *filter(is_peft_module, methods)]:
         assert importlib.import_module(f"slimtune.{module}").LoraConfig is LoraConfig
+
+
+def test_names_of_a_method_are_those_that_peft_has():
+    for method in METHODS.built_in_names():
+        found = importlib.util.find_spec(f"peft.tuners.{method}")
+        assert is_peft_module(f"tuners.{method}") == (found is not None), method
+    assert {n for n in map_method_names_to_homes() if n.endswith("Model")} <= {*dir(peft)}
+    targets = {n for n in map_method_names_to_homes() if n.startswith("TRANSFORMERS")}
+    assert targets - {"TRANSFORMERS_MODELS_TO_TRAINABLETOKENS_TARGET_MODULES_MAPPING"} <= {*dir(peft.utils.constants)}
 
 
 def test_modules_are_those_of_peft():

@@ -21,6 +21,19 @@ slimtune.methods.__path__.append(sys.argv[1])
 register_parts("slimtune.methods", {"tilt": "slimtune.methods.tilt"})
 """
 CONFIG_WITHOUT_TORCH = "import slimtune; slimtune.TiltConfig; sys.exit('torch' in sys.modules)"
+NAMES_OF_PEFT = """
+import sys
+from slimtune.methods.tilt import TiltConfig
+TiltConfig.exists_in_peft = True
+from slimtune import TiltModel, get_peft_model
+from slimtune.tuners.tilt.layer import TiltLayer
+from slimtune.utils.constants import TRANSFORMERS_MODELS_TO_TILT_TARGET_MODULES_MAPPING as TARGETS
+sys.path.append(".")
+from models_zoo import llama
+model = get_peft_model(llama(), TiltConfig(target_modules=["q_proj"]))
+layer = model.model.layers[0].self_attn.q_proj
+print(isinstance(model.base_model, TiltModel), isinstance(layer, TiltLayer), len(TARGETS) > 9)
+"""
 CONTRACT = """
 import method_cases, pytest
 from method_cases import ALL, Case
@@ -47,6 +60,10 @@ def run_with_method(tmp_path):
 
 def test_config_needs_no_torch(run_with_method):
     run_with_method(CONFIG_WITHOUT_TORCH)
+
+
+def test_names_of_peft_follow_from_the_method(run_with_method):
+    assert run_with_method(NAMES_OF_PEFT).split() == ["True", "True", "True"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from ..errors import format_names, suggest
 from ..methods.ia3.ia3_config import SCALED
 from . import tuner_layers as peft_layers
 from . import tuner_models as tuner
+from .public_names import format_targets_name, map_peft_stems_by_method
 from .tuner_models import inject_adapter_in_model
 
 __all__ = [
@@ -40,23 +41,14 @@ PEFT_TYPE_TO_PREFIX_MAPPING = {k: c.prefix for k, c in PEFT_TYPE_TO_CONFIG_MAPPI
 
 
 def _get_default_targets(method: str) -> dict[str, list[str]]:
-    targets = get_method_config_class(method).architecture_targets
+    targets = getattr(get_method_config_class(method), "architecture_targets", {})
     return {name: list(modules) for name, modules in targets.items() if name is not None}
 
 
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = _get_default_targets("lora")
-"""Default targets of LoRA by `model_type`."""
-TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING = _get_default_targets("adalora")
-TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING = _get_default_targets("hira")
+TARGETS = {format_targets_name(m): targets for m in map_peft_stems_by_method() if (targets := _get_default_targets(m))}
+"""Default targets of each method by `model_type`: `TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`, …"""
+globals().update(TARGETS)
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {k: list(names) for k, (_, names) in SCALED.items()}
-TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = _get_default_targets("ia3")
-TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING = _get_default_targets("ln_tuning")
-TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING = _get_default_targets("loha")
-TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING = _get_default_targets("lokr")
-TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING = _get_default_targets("miss")
-TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING = _get_default_targets("oft")
-TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING = _get_default_targets("shira")
-TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING = _get_default_targets("vera")
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Callable[..., Any]] = {}
 """Architectures that need another layout of a prefix: none, since transformers 5 gives all caches one layout."""
 

@@ -40,8 +40,6 @@ PUBLIC = {
     ),
     "compat.adapter_status": ("get_layer_status", "get_model_status"),
     "compat.tuner_models": (
-        "AdaLoraModel", "AdaptionPromptModel", "HiraModel", "IA3Model", "LNTuningModel", "LoHaModel", "LoKrModel",
-        "LoraModel", "MissModel", "OFTModel", "ShiraModel", "TrainableTokensModel", "VeraModel",
         "inject_adapter_in_model",
     ),
     "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
@@ -68,10 +66,8 @@ INNER = {
     "core.adapters.peft_config": ("_get_commit_hash",),
     "extras.lora_optimizers": ("create_lorafa_optimizer",),
     "compat.tuner_layers": (
-        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend",
-        "BufferDict", "HiraLayer", "IA3Layer", "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer",
-        "MissLayer", "ModulesToSaveWrapper", "OFTLayer", "ParamWrapper", "ShiraLayer", "TrainableTokensLayer",
-        "TrainableTokensWrapper", "VeraLayer",
+        "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend", "BufferDict", "LycorisLayer",
+        "ModulesToSaveWrapper", "ParamWrapper", "TrainableTokensWrapper",
     ),
     "compat.adapter_status": ("TunerLayerStatus", "TunerModelStatus"),
     "compat.target_functions": (
@@ -81,13 +77,7 @@ INNER = {
     "compat.tuner_models": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
     "compat.mapping": (
         "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "PEFT_TYPE_TO_PREFIX_MAPPING", "SAFETENSORS_WEIGHTS_NAME",
-        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
-        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
     ),
     "compat.helpers": (
         "KappaTuneSelector", "check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale",
@@ -113,10 +103,6 @@ INNER = {
 }  # fmt: skip
 HOMES = {name: home for table in (PUBLIC, INNER) for home, names in table.items() for name in names}
 _LAYER_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "MultiheadAttention")
-_TUNERS = (
-    "adalora", "adaption_prompt", "hira", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "p_tuning",
-    "prefix_tuning", "prompt_tuning", "shira", "trainable_tokens", "vera",
-)  # fmt: skip
 _TUNER_PARTS = (
     "bnb", "config", "conversion", "corda", "dora", "eva", "intruders", "layer", "loraga", "model", "variants",
 )  # fmt: skip
@@ -126,21 +112,57 @@ MODULES = {
     "tuners.mixed", "tuners.tuners_utils", "utils", "utils.constants", "utils.error",
     "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils",
     "utils.other", "utils.peft_types", "utils.quantization_utils", "utils.save_and_load", "utils.warning",
-    *(f"tuners.{tuner}" for tuner in _TUNERS),
-    *(f"tuners.{tuner}.{part}" for tuner in _TUNERS for part in _TUNER_PARTS),
 }  # fmt: skip
-"""PEFT's modules. None has a file under its name here."""
+"""PEFT's modules, without those of its methods. None has a file under its name here."""
 
 
 @cache
-def map_config_modules_by_class_name() -> dict[str, str]:
-    """Return the module of each built-in method's config class by the class's name; they import no torch."""
-    return {get_method_config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
+def map_peft_stems_by_method() -> dict[str, str]:
+    """Return how PEFT's class names begin for each built-in method that PEFT has and that changes layers: "Lora"."""
+    classes = map(get_method_config_class, METHODS.built_in_names())
+    peft_classes = [cls for cls in classes if cls.exists_in_peft and not cls.is_prompt_learning]
+    return {cls.name: cls.__name__.removesuffix("Config") for cls in peft_classes}
+
+
+@cache
+def map_method_names_to_homes() -> dict[str, str]:
+    """Return the module of each name that follows from a built-in method; the configs' modules import no torch.
+
+    These are `LoraConfig`, and for PEFT's methods `LoraModel`, `LoraLayer` and `TRANSFORMERS_MODELS_TO_LORA_…`.
+    """
+    homes = {get_method_config_class(name).__name__: f"methods.{name}" for name in METHODS.built_in_names()}
+    for method, stem in map_peft_stems_by_method().items():
+        config = get_method_config_class(method)
+        homes[f"{stem}Model"] = "compat.tuner_models"
+        if not config.is_adaption_prompt:  # it belongs to no layer
+            homes[f"{stem}Layer"] = "compat.tuner_layers"
+            homes[format_targets_name(method)] = "compat.mapping"
+    return homes
+
+
+def format_targets_name(method: str) -> str:
+    """Return PEFT's name for the default targets of a method by `model_type`."""
+    return f"TRANSFORMERS_MODELS_TO_{method.upper().replace('_', '')}_TARGET_MODULES_MAPPING"
+
+
+def find_home(name: str) -> str | None:
+    """Return the module that one of PEFT's names is in, None if there is no such name."""
+    from_method = name.endswith(("Config", "Model", "Layer", "_TARGET_MODULES_MAPPING"))
+    return HOMES.get(name) or (map_method_names_to_homes().get(name) if from_method else None)
+
+
+def is_peft_module(path: str) -> bool:
+    """Return whether PEFT has a module: one of `MODULES`, or `tuners.lora` and `tuners.lora.layer` of a method."""
+    folder, method, *part = (*path.split("."), "")
+    if folder != "tuners" or path in MODULES or method not in METHODS.built_in_names():
+        return path in MODULES
+    return get_method_config_class(method).exists_in_peft and part in ([""], *([p, ""] for p in _TUNER_PARTS))
 
 
 def list_public_names() -> list[str]:
     """Return the names of `slimtune` itself, sorted."""
-    return sorted({name for names in PUBLIC.values() for name in names} | set(map_config_modules_by_class_name()))
+    from_methods = {name for name in map_method_names_to_homes() if name.endswith(("Config", "Model"))}
+    return sorted({name for names in PUBLIC.values() for name in names} | from_methods)
 
 
 def import_public_name(module: str, name: str) -> Any:
@@ -152,14 +174,14 @@ def import_public_name(module: str, name: str) -> Any:
     package = __name__.partition(".")[0]
     inner = module.removeprefix(package).lstrip(".")
     path = f"{inner}.{name}".lstrip(".")
-    if path in MODULES:
+    if is_peft_module(path):
         return importlib.import_module(f"{package}.{path}")
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.compat.mapping").find_peft_layer_class(tuner[0], name)
-    home = HOMES.get(name) or (map_config_modules_by_class_name().get(name) if name.endswith("Config") else None)
+    home = find_home(name)
     if home is None or home == inner:
-        names = [*HOMES, *map_config_modules_by_class_name()] if name[:1] != "_" else []
+        names = [*HOMES, *map_method_names_to_homes()] if name[:1] != "_" else []
         raise AttributeError(f"module {module!r} has no attribute {name!r}{suggest(name, names)}")
     return getattr(importlib.import_module(f"{package}.{home}"), name)
 
@@ -174,7 +196,7 @@ class _NamesModule(types.ModuleType):
         return import_public_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*HOMES, *map_config_modules_by_class_name()})
+        return sorted({*HOMES, *map_method_names_to_homes()})
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -182,14 +204,15 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         package, _, inner = fullname.partition(".")
         if package != __name__.partition(".")[0]:
             return None
-        if inner in MODULES:
+        if is_peft_module(inner):
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         parent, _, name = inner.rpartition(".")
-        if parent in {"", *MODULES} and name[0] != "_":
+        if (not parent or is_peft_module(parent)) and name[0] != "_":
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
             names = [
                 *HOMES,
-                *map_config_modules_by_class_name(),
+                *map_method_names_to_homes(),
+                *(METHODS.built_in_names() if parent == "tuners" else ()),
                 *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent),
             ]
             where = f"{package}.{parent}".rstrip(".")

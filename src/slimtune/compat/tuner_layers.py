@@ -29,6 +29,7 @@ from ..core.kernels.linear_layers import (
     is_weight_transposed,
 )
 from ..core.kernels.lora_linear import add_low_rank_to_weight
+from .public_names import map_peft_stems_by_method
 
 
 def get_peft_layer_attribute(layer: Any, name: str) -> Any:
@@ -464,6 +465,10 @@ class _LayerType(type):
         raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")
 
 
+LORA_LIKE = ("adalora",)
+"""Methods whose classes derive from LoRA's in PEFT."""
+
+
 class BaseTunerLayer(metaclass=_LayerType):
     """A layer with an adapter module of any method."""
 
@@ -482,7 +487,7 @@ class BaseTunerLayer(metaclass=_LayerType):
 class LoraLayer(BaseTunerLayer):
     """A layer with a LoRA or AdaLoRA."""
 
-    methods: ClassVar[tuple[str, ...]] = ("lora", "adalora")
+    methods: ClassVar[tuple[str, ...]] = ("lora", *LORA_LIKE)
 
     @classmethod
     def accepts_as_instance(cls, layer: Any) -> bool:
@@ -499,23 +504,10 @@ class ParamWrapper(LoraLayer):
         return any(m.adapted_parameters for m in layer.adapters.values() if m.method == "lora")
 
 
-def _layer_type(name: str, *methods: str, base: type = BaseTunerLayer) -> Any:
-    """Return the class of the layers with an adapter of one of these methods."""
-    what = {"methods": methods, "__doc__": f"A layer with a {' or '.join(methods)}.", "__module__": __name__}
-    return _LayerType(name, (base,), what)
+class LycorisLayer(BaseTunerLayer):
+    """A layer with a LoHa or LoKr."""
 
-
-AdaLoraLayer = _layer_type("AdaLoraLayer", "adalora", base=LoraLayer)
-IA3Layer = _layer_type("IA3Layer", "ia3")
-LycorisLayer = _layer_type("LycorisLayer", "loha", "lokr")
-LoHaLayer = _layer_type("LoHaLayer", "loha", base=LycorisLayer)
-LoKrLayer = _layer_type("LoKrLayer", "lokr", base=LycorisLayer)
-OFTLayer = _layer_type("OFTLayer", "oft")
-VeraLayer = _layer_type("VeraLayer", "vera")
-HiraLayer = _layer_type("HiraLayer", "hira")
-MissLayer = _layer_type("MissLayer", "miss")
-ShiraLayer = _layer_type("ShiraLayer", "shira")
-LNTuningLayer = _layer_type("LNTuningLayer", "ln_tuning")
+    methods: ClassVar[tuple[str, ...]] = ("loha", "lokr")
 
 
 class TrainableTokensLayer(BaseTunerLayer):
@@ -524,6 +516,23 @@ class TrainableTokensLayer(BaseTunerLayer):
     @classmethod
     def accepts_as_instance(cls, layer: Any) -> bool:
         return any("token_indices" in m.peft_values for m in layer.adapters.values())
+
+
+def _make_layer_types() -> dict[str, Any]:
+    """Return the class `XLayer` of each method that PEFT has and that changes layers, by its name."""
+    made: dict[str, Any] = {"LoraLayer": LoraLayer, "TrainableTokensLayer": TrainableTokensLayer}
+    for method, stem in map_peft_stems_by_method().items():
+        base = LoraLayer if method in LORA_LIKE else LycorisLayer if method in LycorisLayer.methods else BaseTunerLayer
+        body = {
+            "methods": (method,),
+            "__module__": __name__,
+            "__doc__": f"Class of the layers with an adapter of the method {method}.",
+        }
+        made.setdefault(f"{stem}Layer", _LayerType(f"{stem}Layer", (base,), body))
+    return made
+
+
+globals().update(_make_layer_types())
 
 
 class ModulesToSaveWrapper(metaclass=_LayerType):

@@ -19,7 +19,8 @@ from ..core.foundation.json_results import JsonObject
 from ..errors import UsageError
 from .base_model_wrapper import PeftTunerNamesOnBackboneMixin, PeftTunerOfModel
 from .model_names import PeftMixedModel
-from .tuner_layers import BaseTunerLayer
+from .public_names import map_peft_stems_by_method
+from .tuner_layers import LORA_LIKE, BaseTunerLayer
 from .utility_functions import DUMMY_MODEL_CONFIG
 
 
@@ -71,25 +72,23 @@ class BaseTuner(metaclass=_TunerMeta):
         return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
 
 
-def _tuner_type(name: str, method: str, base: type = BaseTuner) -> Any:
-    """Return the class of the `base_model` of a PeftModel with an adapter of this method."""
-    what = f"The `base_model` of a PeftModel with a {method}."
-    return _TunerMeta(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
+def _make_tuner_types() -> dict[str, Any]:
+    """Return the class `XModel` of each method that PEFT has and that changes layers, by its name."""
+    made: dict[str, Any] = {}
+    for method, stem in sorted(map_peft_stems_by_method().items(), key=lambda item: item[0] in LORA_LIKE):
+        body = {
+            "method": method,
+            "__module__": __name__,
+            "__doc__": f"Class of `base_model` if the active adapter is of the method {method}.",
+        }
+        base = made["LoraModel"] if method in LORA_LIKE else BaseTuner
+        made[f"{stem}Model"] = _TunerMeta(f"{stem}Model", (base,), body)
+    return made
 
 
-LoraModel = _tuner_type("LoraModel", "lora")
-AdaLoraModel = _tuner_type("AdaLoraModel", "adalora", LoraModel)
-IA3Model = _tuner_type("IA3Model", "ia3")
-LoHaModel = _tuner_type("LoHaModel", "loha")
-LoKrModel = _tuner_type("LoKrModel", "lokr")
-OFTModel = _tuner_type("OFTModel", "oft")
-VeraModel = _tuner_type("VeraModel", "vera")
-HiraModel = _tuner_type("HiraModel", "hira")
-MissModel = _tuner_type("MissModel", "miss")
-ShiraModel = _tuner_type("ShiraModel", "shira")
-LNTuningModel = _tuner_type("LNTuningModel", "ln_tuning")
-TrainableTokensModel = _tuner_type("TrainableTokensModel", "trainable_tokens")
-AdaptionPromptModel = _tuner_type("AdaptionPromptModel", "adaption_prompt")
+TUNER_TYPES = _make_tuner_types()
+"""PEFT's `LoraModel`, `VeraModel`, …, by name."""
+globals().update(TUNER_TYPES)
 
 
 class MixedModel(BaseTuner):

@@ -192,8 +192,8 @@ class AdapterModule(nn.Module):
     """Whether the module scales the layer's input: a feed-forward layer of (IA)³."""
     no_op_values: ClassVar[Mapping[str, float] | None] = None
     """Tensors by name, and the values at which the module changes nothing, where these are the same at each site."""
-    shared: Sequence[AdapterModule] = ()
-    """Modules at other sites whose parameters this one uses; as a tuple, so that PyTorch registers them once."""
+    shared: Sequence[Any] = ()
+    """Modules at other sites whose parameters this one uses: in a tuple, so that PyTorch registers them once."""
     method: str = ""
     """The method's name, set when the module is attached."""
 

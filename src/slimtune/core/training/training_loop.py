@@ -279,7 +279,7 @@ class TrainingLoop:
         """Clip the gradients of the model to the largest norm of the settings; return the norm they had."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         # Measured before anything clips: `train_step` finds NaN and Inf in it, which clipping by value would hide.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm or math.inf, norm)
         return norm
 
