@@ -13,6 +13,7 @@ from slimtune.core.adapters.peft_model import get_peft_model
 from slimtune.core.config import Recipe
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.run_dir import RunDir
+from slimtune.extras.training_fingerprint import TrainingFingerprint, describe_config
 
 TALKS = [
     ("Define hope.", "Desire and expectation rolled into one."),
@@ -52,7 +53,10 @@ def make_run(
         }
     )
     run = RunDir.create(path, recipe)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe.method_config())
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    fingerprint = TrainingFingerprint(config=describe_config(base_model.config.to_dict()))
+    model = get_peft_model(base_model, recipe.method_config())
+    model.adapter_state.training_fingerprints["default"] = fingerprint.to_json()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

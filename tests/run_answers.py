@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimtune.core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
+from slimtune.core.training.trained_model import TrainedModel, load_run
 from slimtune.generation.answer_queue import GeneratedAnswer, SamplingParams
 from slimtune.generation.generation_models import Message, make_base_and_tuned_models
+from slimtune.generation.run_requirements import require_causal_lm_run
 from slimtune.generation.text_generator import TextGenerator
 
 

@@ -68,6 +68,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.base_readers": {"gguf": "slimtune.extras.gguf_loading"},
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
+    "slimtune.fingerprint_checks": {"files": "slimtune.extras.training_fingerprint"},
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},

@@ -206,7 +206,7 @@ def test_train_from_flags(replace, slimtune, rows_file):
     assert done.exit_code == 0, done.stderr
     (((recipe,), how),) = calls
     assert callable(how.pop("planner"))
-    assert how == {"resume": False, "init_adapter": None, "allow_faulty_rows": False}
+    assert how == {"resume": False, "init_adapter": None, "allow_faulty_rows": False, "accept_changed": []}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, {"q_proj"})
     train, data, model = recipe.train, recipe.data, recipe.model
@@ -394,7 +394,7 @@ def generator(monkeypatch) -> list:
         calls.append(run)
         return types.SimpleNamespace(model=None)
 
-    monkeypatch.setattr("slimtune.core.training.trained_model.require_causal_lm_run", lambda run: None)
+    monkeypatch.setattr("slimtune.generation.run_requirements.require_causal_lm_run", lambda run: None)
     monkeypatch.setattr("slimtune.core.training.trained_model.load_run", load_run)
     for name, replaced in {
         "generation_models.make_base_and_tuned_models": lambda trained: {"base": "base", "tuned": "tuned"},

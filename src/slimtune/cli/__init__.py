@@ -18,7 +18,7 @@ from ..errors import UsageError
 from .bench_command import bench_machine
 from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
-from .command_help import CommandWithOptionGroups, add_trust_remote_code_flag
+from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
 from .common import CommandGroup
 from .compare_command import compare_methods, tune_settings
 from .data_command import data_report
@@ -74,7 +74,7 @@ app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None,
 for name, command in COMMANDS.items():
     epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])])
     group = next(group for group, functions in GROUPS.items() if command in functions)
-    function = add_trust_remote_code_flag(command) if command in LOAD_RUN else command
+    function = add_flags_of_loaded_runs(command) if command in LOAD_RUN else command
     app.command(name, cls=CommandWithOptionGroups, epilog=epilog, rich_help_panel=group)(function)
 
 

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from ..core.foundation.remote_code import allow_remote_code
 from ..errors import UsageError
+from ..extras.accepted_changes import accept_changes, split_parts
 
 TYPE_WORDS = {
     **dict.fromkeys(("int", "int range"), "INTEGER"), **dict.fromkeys(("float", "float range"), "NUMBER"),
@@ -21,6 +22,16 @@ TYPE_WORDS = {
 TrustFlag = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False),
+]
+
+AcceptFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--accept-changed",
+        metavar="PARTS",
+        help="What may have changed since the training: weights, config, tokenizer, template, rows; with commas.",
+        show_default=False,
+    ),
 ]
 
 
@@ -73,17 +84,21 @@ def require_flags_given_once(command: Any, args: Sequence[str]) -> None:
     refuse_repeated_flags(given)
 
 
-def add_trust_remote_code_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--trust-remote-code` to a command that loads the base of a run: a run folder cannot say so itself."""
+def add_flags_of_loaded_runs(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add to a command that loads a run what no folder can say itself: that its base's code or changes are fine."""
     signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
-    def run(trust_remote_code: bool = False, **given: Any) -> Any:
-        with allow_remote_code(trust_remote_code):
+    def run(trust_remote_code: bool = False, accept_changed: str | None = None, **given: Any) -> Any:
+        with allow_remote_code(trust_remote_code), accept_changes(split_parts(accept_changed)):
             return command(**given)
 
-    flag = inspect.Parameter("trust_remote_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustFlag)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    flags = [
+        inspect.Parameter("trust_remote_code", keyword, default=False, annotation=TrustFlag),
+        inspect.Parameter("accept_changed", keyword, default=None, annotation=AcceptFlag),
+    ]
     *own, as_json = signature.parameters.values()
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, flag, as_json)]
+    own = [p.replace(kind=keyword) for p in (*own, *flags, as_json)]
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return run

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from .command_help import CommandWithOptionGroups, add_trust_remote_code_flag
+from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
 from .common import (
     ERROR,
     WARNING,
@@ -55,7 +55,7 @@ def _add_format_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ordered]
         run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(add_trust_remote_code_flag(run))
+        app.command(name, cls=CommandWithOptionGroups, epilog=epilog)(add_flags_of_loaded_runs(run))
         return typer.main.get_command(app)
 
     run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]

@@ -171,10 +171,11 @@ def _converse(
 ) -> list[ChatTurn]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     require_run_and_base_exist(run)
-    from ..core.training.trained_model import load_run, require_causal_lm_run
+    from ..core.training.trained_model import load_run
     from ..generation.answer_queue import SamplingParams
     from ..generation.conversation import Conversation
     from ..generation.generation_models import describe_trained_model, make_base_and_tuned_models
+    from ..generation.run_requirements import require_causal_lm_run
     from ..generation.text_generator import TextGenerator
 
     require_causal_lm_run(run)

@@ -11,6 +11,7 @@ from typer import Exit, Option
 
 from ..core.foundation.formatting import format_bytes, format_count, format_duration
 from ..errors import ModelError, RunError, UsageError
+from ..extras.accepted_changes import split_parts
 from .common import WARNING, Json, make_console, make_error_console, print_fields, print_progress
 from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
@@ -36,6 +37,15 @@ def train_run(
     init_adapter: Annotated[
         Path | None, Option("--init-adapter", metavar="ADAPTER", help="Start from this adapter's weights.")
     ] = None,
+    accept_changed: Annotated[
+        str | None,
+        Option(
+            "--accept-changed",
+            metavar="PARTS",
+            help="With --resume or --init-adapter: what may have changed since then: weights, config, tokenizer, "
+            "template, rows, recipe; with commas.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> Any:
     """Train an adapter on your rows.
@@ -45,6 +55,9 @@ def train_run(
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
         raise UsageError("--resume and --init-adapter are both given", f"one of them: {expected}")
+    accepted = split_parts(accept_changed)
+    if accepted and not (resume or init_adapter is not None):
+        raise UsageError("--accept-changed has no effect without --resume or --init-adapter", hint="leave it out")
     if os.environ.get("RANK", "0") != "0":  # with several processes only the first one reports
         from transformers.utils.logging import disable_progress_bar
 
@@ -85,6 +98,7 @@ def train_run(
         init_adapter=init_adapter,
         planner=make_run_planner(force),
         allow_faulty_rows=force,
+        accept_changed=accepted,
     )
     if not distributed.is_main_process():
         raise Exit

@@ -34,6 +34,7 @@ from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, suggest
 from ..extras.row_files import open_rows
+from ..extras.training_fingerprint import require_rows_of_run
 from ..generation.generation_models import GenerationModel, make_base_and_tuned_models
 from ..generation.text_generator import TextGenerator
 from ..objectives.classification import Classification
@@ -299,6 +300,7 @@ def _load_unseen_rows(
     if file is None:
         assert trained.recipe is not None  # an adapter folder names no rows: a file is required
         datasets = tokenize_recipe_datasets(trained.recipe, tokenizer)
+        require_rows_of_run(trained.adapter_folder, datasets)
         examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
             none = f"{getattr(sections.data, f'{split}_fraction')} of {report.kept} rows is none"

@@ -12,8 +12,9 @@ from typing import Any
 from ..core.foundation.files import atomic_folder
 from ..core.foundation.json_results import to_json_dict
 from ..core.training.run_dir import ADAPTER_FILE, RunDir
-from ..core.training.trained_model import TrainedModel, require_causal_lm_run, resolve_trained_base
+from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, UsageError
+from ..generation.run_requirements import require_causal_lm_run, resolve_trained_base
 from .export_format import ExportJob, make_export_format
 from .export_results import EngineVerdict, ExportResult
 from .manifest import write_export_manifest

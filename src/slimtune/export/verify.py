@@ -19,7 +19,7 @@ from typing import Any
 from ..core.foundation.dtype_names import dtype_name, llama_cpp_dtype_name
 from ..core.foundation.formatting import format_duration
 from ..core.models.loader import load_base
-from ..core.training.trained_model import TrainedModel, load_run, require_causal_lm_run
+from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..generation.inference_engines import (
     InProcessLlamaCppEngine,
@@ -27,6 +27,7 @@ from ..generation.inference_engines import (
     TransformersInferenceEngine,
     VllmClient,
 )
+from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
 from .expected_logps import (
     AdapterReference,

@@ -8,6 +8,7 @@ incremental_detokenizer  the text of an answer that grows by a token at a time
 conversation             a conversation with one model
 training_samples         answers of a model that trains, between two of its steps
 chat_worker              the process that holds the model of a chat
+run_requirements         where a run's base is, and whether it writes text, before anything is loaded
 inference_engines        transformers, llama.cpp and vLLM, which say how likely a text is
 json_client              requests with JSON to a server that the user named
 

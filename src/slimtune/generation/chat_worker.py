@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.foundation.files import to_json
-from ..core.training.trained_model import load_run, require_causal_lm_run
+from ..core.training.trained_model import load_run
 from ..errors import SlimtuneError
 from .answer_queue import SamplingParams
 from .conversation import Conversation
 from .generation_models import describe_trained_model, make_base_and_tuned_models
+from .run_requirements import require_causal_lm_run
 from .text_generator import TextGenerator
 
 

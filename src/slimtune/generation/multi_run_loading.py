@@ -9,8 +9,10 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.models.dtype import pick_dtype
 from ..core.models.loader import load_tokenizer
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.trained_model import TrainedModel, load_run, require_base_weights_of_run, resolve_trained_base
+from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import UsageError
+from ..extras.training_fingerprint import require_trained_base
+from .run_requirements import resolve_trained_base
 
 
 def load_runs_on_one_base(paths: Sequence[str | Path], **load_options: Any) -> list[TrainedModel]:
@@ -48,12 +50,12 @@ def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
                 "adapters of one base, loaded in one way",
                 "serve the others by a process of their own",
             )
-    if recipe is not None:
-        require_base_weights_of_run(RunDir(path), base)
     template: Any = None if recipe is None else recipe.data.chat_template
     if recipe is None and (file := folder / "chat_template.jinja").is_file():
         template = file
     revision = None if recipe is None else recipe.model.revision
     tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
+    own_base = dataclasses.replace(base, tokenizer=tokenizer)
+    require_trained_base(path, own_base)
     first.model.load_adapter(folder, name, config=config)
-    return TrainedModel(first.model, dataclasses.replace(base, tokenizer=tokenizer), folder, recipe, adapter_name=name)
+    return TrainedModel(first.model, own_base, folder, recipe, adapter_name=name)

@@ -45,9 +45,10 @@ SPLIT_MARGIN = 1.02
 """Factor on the formula's bytes when a batch is split into micro-batches."""
 ADVISED_TILE_SIZE = 1024
 """An MLP tile of 1024 tokens computes as fast as a larger one and holds little beside a long row."""
-TENSOR_HEADER, TOKENIZER_ENTRY, SMALL_FILES = 120, 150, 1 << 20
+TENSOR_HEADER, TOKENIZER_ENTRY, SMALL_FILES, FINGERPRINT_BYTES = 120, 150, 1 << 20, 3000
 """Bytes: of a safetensors header for each tensor; of `tokenizer.json` for each token at most (134 for Llama 3, 75 for
-Qwen 2.5); of settings, random states and logs in a checkpoint, and again in the run folder."""
+Qwen 2.5); of settings, random states and logs in a checkpoint, and again in the run folder; of what a run was trained
+on, in the metadata of its adapter's file."""
 
 
 def estimate_resources(request: PlanRequest, *, advise: bool = True) -> ResourceEstimate:
@@ -261,7 +262,7 @@ def estimate_adapter_file_and_method_state_sizes(model: Any) -> tuple[int, int, 
     growth = model.peft_config["default"].max_added_bytes(adapters)
     tensors, _ = get_adapter_tensors_and_metadata(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
-    return size(tensors.values()) + (growth or 0), size(extra), growth is not None
+    return size(tensors.values()) + (growth or 0) + FINGERPRINT_BYTES, size(extra), growth is not None
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------

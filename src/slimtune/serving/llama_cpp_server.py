@@ -24,7 +24,7 @@ from ..core.adapters.peft_config import PeftConfig
 from ..core.foundation.files import translate_os_errors
 from ..core.models.base_config import load_checkpoint_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
-from ..core.training.trained_model import TrainedModel, require_causal_lm_run
+from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
 from ..export.export_results import EngineVerdict
 from ..export.exporter import refuse_adapter_bound_to_quantized_base
@@ -41,6 +41,7 @@ from ..export.verify import ExportVerifier
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from ..generation.inference_engines import InProcessLlamaCppEngine
 from ..generation.model_runner import MultiAdapterRunner
+from ..generation.run_requirements import require_causal_lm_run
 from ..planning.meta_model import build_adapted_meta_model
 from .served_models import ServedModel, make_served_base_and_run_models
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapters.active_adapters import BASE_ROW
-from ..core.training.trained_model import TrainedModel, require_causal_lm_run
+from ..core.training.trained_model import TrainedModel
 from ..errors import UsageError
 from ..generation.generation_models import GenerationModel, make_generation_model
 from ..generation.multi_run_loading import load_runs_on_one_base
+from ..generation.run_requirements import require_causal_lm_run
 from .tool_calls import ToolCallFormat, detect_json_tool_call_format
 
 

@@ -30,7 +30,7 @@ def test_files_and_result(whole_run):
     assert whole_run.adapter_bytes == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "train.log", "report.html", "result.json",
-        "data.json", ".lock",
+        "data.json", "fingerprint.json", ".lock",
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == to_json_dict(whole_run)
     assert len(metrics(folder, "train_loss")) == 8

@@ -1,6 +1,7 @@
 """Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-The file's metadata contain a fingerprint of the base's config. Files are written atomically, pickles are not read.
+The file's metadata contain a fingerprint of the base's config, and of a run's adapter what it was trained on
+(extras/training_fingerprint.py). Files are written atomically, pickles are not read.
 """
 
 import copy
@@ -30,6 +31,7 @@ from .peft_config import PeftConfig, get_or_download_file, write_adapter_config
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FINGERPRINT = "base_config"
+TRAINING_FINGERPRINT = "training_fingerprint"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 _IGNORED_ARGUMENTS = (
     "torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index",
@@ -71,10 +73,10 @@ def get_adapter_tensors_and_metadata(
     model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None, save_embedding_layers: str | bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the content of an adapter's file: tensors by key, on their current device, and the metadata."""
-    fingerprint = _base_fingerprint(model)
-    metadata = {"format": "pt", **({_FINGERPRINT: fingerprint} if fingerprint else {})}
+    training_fingerprint = model.adapter_state.training_fingerprints.get(adapter)
+    known = {"format": "pt", _FINGERPRINT: _base_fingerprint(model), TRAINING_FINGERPRINT: training_fingerprint}
     tensors = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=save_embedding_layers)
-    return tensors, metadata
+    return tensors, {name: text for name, text in known.items() if text}
 
 
 def serialize_to_safetensors_header_and_data(

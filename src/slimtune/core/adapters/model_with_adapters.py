@@ -37,8 +37,9 @@ class AdapterState:
     """The adapters of one model; the dictionaries are by adapter name.
 
     `was_trainable` is `requires_grad` of the base's parameters before the first adapter, `layers` the modules that each
-    adapter adapts by their names, `enabled_input_require_grads` tells whether attaching made the embedding output
-    require gradients. All adapted layers share `active_state` and read from it.
+    adapter adapts by their names, `training_fingerprints` what a run's adapter was trained on,
+    `enabled_input_require_grads` tells whether attaching made the embedding output require gradients. All adapted
+    layers share `active_state` and read from it.
     """
 
     base_class: type[nn.Module]
@@ -46,6 +47,7 @@ class AdapterState:
     repacking_layers: list[Any]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     reports: dict[str, TargetMatches] = field(default_factory=dict)
+    training_fingerprints: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, layer.AdaptedLayerMixin]] = field(default_factory=dict)
     inside_disable_adapter: bool = False
     enabled_input_require_grads: bool = False
@@ -253,7 +255,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
                 if adapter_name in modules:
                     modules[new_name] = modules.pop(adapter_name)
         names = {adapter_name: new_name}
-        for table in ("configs", "reports", "layers"):
+        for table in ("configs", "reports", "layers", "training_fingerprints"):
             setattr(state, table, {names.get(n, n): value for n, value in getattr(state, table).items()})
         active = state.active_state
         active.active = [names.get(n, n) for n in active.active]
@@ -272,6 +274,7 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
         for module in state.layers.pop(name).values():
             layer.remove_adapter_from_layer(module, name)
         del state.configs[name], state.reports[name]
+        state.training_fingerprints.pop(name, None)
         state.active_state.active = [n for n in self.active_adapters if n != name]
         self.reset_layer_selections()
 

@@ -124,10 +124,6 @@ class TokenizedDataset(Sequence[Example]):
         """Return a hash of the tokens of each row, which is the same in every process."""
         return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self.indices]  # of integers: not salted
 
-    def groups(self) -> np.ndarray:
-        """Return the number of each row's group, int64 [N]; rows with the same tokens are one group."""
-        return np.unique(self.hashes(), return_inverse=True)[1]
-
     def digest(self) -> str:
         """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
         digest = hashlib.sha256(self.documents.lengths.tobytes())

@@ -8,10 +8,8 @@ a newer transformers, a GGUF round trip and an NF4 load.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from .json_results import JsonObject
 
@@ -43,35 +41,19 @@ def config_fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_weight_samples_by_name_ending(model: Any, excluded: Collection[str] = ()) -> dict[str, str]:
-    """Return 8 hex digits for each kind of a model's weights ("q_proj.weight"), over samples of all layers.
-
-    The ends of each weight are hashed in bfloat16, so this takes milliseconds; packed weights of a quantized base are
-    left out, and those named in `excluded`. Two loads of one checkpoint in one dtype agree.
-    """
-    hashes: dict[str, Any] = {}
-    for name, weight in model.named_parameters():
-        if name in excluded or not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
-            continue
-        flat, kind = weight.detach().view(-1), ".".join(name.split(".")[-2:])
-        ends = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16).view(torch.int16)
-        hashes.setdefault(kind, hashlib.sha256()).update(ends.numpy().tobytes())
-    return {kind: digest.hexdigest()[:8] for kind, digest in hashes.items()}
-
-
 def get_hashed_config_facts(config: Mapping[str, Any]) -> JsonObject:
     """Return the hashed facts of a config's dictionary under their common names."""
     facts: dict[str, Any] = {}
     for fact, names in FACTS.items():
         value = next((config[n] for n in names.split() if config.get(n) is not None), None)
         if value is not None:
-            facts[fact] = _plain(value)
+            facts[fact] = normalize_config_value(value)
     # Spelled out by some configs and left to the default by others: the same model either way.
     if isinstance(facts.get("heads"), int):
         facts.setdefault("kv_heads", facts["heads"])
         if isinstance(facts.get("hidden"), int) and facts["heads"]:
             facts.setdefault("head_dim", facts["hidden"] // facts["heads"])
-    if rope := _rope(config):
+    if rope := get_rope_settings(config):
         facts["rope"] = rope
     for name, inner in config.items():
         if name.endswith("_config") and name != "quantization_config" and isinstance(inner, Mapping):
@@ -79,24 +61,24 @@ def get_hashed_config_facts(config: Mapping[str, Any]) -> JsonObject:
     return facts
 
 
-def _rope(config: Mapping[str, Any]) -> JsonObject:
+def get_rope_settings(config: Mapping[str, Any]) -> JsonObject:
     """Return the rotary settings, transformers 4's (`rope_theta` beside `rope_scaling`) spelled as 5's."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if settings and all(isinstance(v, Mapping) for v in settings.values()):  # one set per kind of layer
-        return _plain(settings)
+        return normalize_config_value(settings)
     if config.get("rope_theta") is not None:
         settings.setdefault("rope_theta", config["rope_theta"])
     if settings:
         settings.setdefault("rope_type", settings.get("type", "default"))
-    return _plain({k: v for k, v in settings.items() if v is not None and k != "type"})
+    return normalize_config_value({k: v for k, v in settings.items() if v is not None and k != "type"})
 
 
-def _plain(value: Any) -> Any:
+def normalize_config_value(value: Any) -> Any:
     """Return `value` so that 10000, 10000.0 and a float read back from float32 hash alike."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): normalize_config_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [normalize_config_value(v) for v in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else f"{value:.6g}"
     return value

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.chat_rendering import render_chat_template
-from ..foundation.fingerprint import config_fingerprint, hash_weight_samples_by_name_ending
+from ..foundation.fingerprint import config_fingerprint
 from .base_config import PreparedBase, get_hidden_size, prepare_base_folder_and_config
 from .dtype import pick_device, pick_dtype
 from .load_errors import silence_and_translate_load_errors
@@ -52,7 +52,7 @@ class LoadedBase:
     load_seconds: float  # spent on reading model and tokenizer
     prepare_seconds: float  # spent on making a folder of a base in another format
     fingerprint: str  # 16 hex digits that name the base
-    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weight_samples_by_name_ending`)
+    loaded_config: dict[str, Any]  # the fields of its config as it was loaded; an adapter may change the model's
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
     new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
     revision: str | None = None  # branch, tag or commit of a base from the Hub
@@ -148,7 +148,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        weight_hashes=hash_weight_samples_by_name_ending(model, set(info["missing_keys"])),
+        loaded_config=model.config.to_dict(),
         quantization=quantization,
         new_weights=tuple(sorted(info["missing_keys"])),
         revision=revision,

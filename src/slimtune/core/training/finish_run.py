@@ -100,7 +100,7 @@ def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
         peak_bytes=peak_bytes,
         dtype=dtype_name(base.dtype),
         quantization=base.quantization,
-        base_weights=base.weight_hashes,
+        base_weights=dict(prepared.fingerprint.weights or {}),
         device=str(base.device),
         adapter=str(run.adapter),
         stopped_early=loop.stopped_early,

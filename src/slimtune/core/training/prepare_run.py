@@ -6,7 +6,7 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ run folder ─�
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from .adapted_model import load_base_and_attach_adapter
 from .base_model import LoadBase, load_base_model
 from .datasets import load_training_datasets
 from .default_learning_rate import fill_in_learning_rate
+from .fingerprint_checks import FINGERPRINT_CHECKS
 from .forgetting_budget import GENERAL_TEXTS
 from .loss import build_run_collator
 from .memory_savings import compile_and_count_layers
@@ -63,6 +64,7 @@ def prepare_run(
     init_adapter: Path | None = None,
     planner: Planner = plan_nothing,
     allow_faulty_rows: bool = False,
+    accept_changed: Collection[str] = (),
     load_base: LoadBase = load_base_model,
 ) -> PreparedRun:
     """Return a run before its first step; the caller must leave it as a context manager, which unlocks its folder.
@@ -73,7 +75,9 @@ def prepare_run(
     run = RunDir(Path(recipe.output_dir))
     distributed.exit_on_sigterm_with_resume_hint(run.resume_command())
     with _release_on_error(RUN_LOCKS.load("files")(run)) as lock:
-        recipe, init_adapter = resolve_recipe_adapter_and_lock_on_resume(run, recipe, lock, resume, init_adapter)
+        recipe, init_adapter = resolve_recipe_adapter_and_lock_on_resume(
+            run, recipe, lock, resume, init_adapter, accept_changed
+        )
         # Packages, data and plan, before a weight is loaded.
         require_installed_trackers(recipe.train.report_to)
         data = load_training_datasets(recipe, allow_faulty_rows)
@@ -88,8 +92,12 @@ def prepare_run(
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
+        fingerprint_run = distributed.runs_on_main(FINGERPRINT_CHECKS.load("files").fingerprint_run)
+        fingerprint = fingerprint_run(run, recipe, data, base, resume, init_adapter, accept_changed)
+        model.adapter_state.training_fingerprints["default"] = fingerprint.to_json()
         if not resume:
-            create_and_lock_run_dir(run, recipe, lock, data.data_reports, model if init_adapter is not None else None)
+            start = model if init_adapter is not None else None
+            create_and_lock_run_dir(run, recipe, lock, fingerprint, data.data_reports, start)
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):
@@ -113,6 +121,7 @@ def prepare_run(
                 general_rows=general_text.choose_rows(base.tokenizer, model) if general_text is not None else [],
                 loading_peak=loading_peak,
                 init_adapter=init_adapter,
+                fingerprint=fingerprint,
             )
             log_run_description(prepared, has_own_rate)
             prepared.objective.prepare_run(prepared)

@@ -17,6 +17,7 @@ from ..data.step_sharding import DataParallelSharder
 from ..models.loader import LoadedBase
 from .checkpoint import TrainingState
 from .datasets import RunDatasets
+from .fingerprint_checks import TrainingFingerprint
 from .loss import score_row_logps_by_example_index
 from .memory_savings import enable_activation_checkpointing
 from .objective import Objective
@@ -74,6 +75,7 @@ class PreparedRun:
         general_rows: rows of general text to measure forgetting on, if the settings have a budget for it.
         loading_peak: most bytes in use until the adapter was attached.
         init_adapter: the adapter that the run started from, if there is one.
+        fingerprint: what the run is trained on.
         start_seconds: time until the first step.
         state: what is done already; more than nothing if the run is resumed.
         optimizer, scheduler: set by `initialize_or_resume_run_in_place` (resuming.py).
@@ -92,6 +94,7 @@ class PreparedRun:
     general_rows: Sequence[Example]
     loading_peak: int
     init_adapter: Path | None
+    fingerprint: TrainingFingerprint
     start_seconds: float = 0.0
     state: TrainingState = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from ..foundation import distributed
 from ..foundation.files import to_json, write_atomic, write_json
 from . import checkpoint
 from .checkpoint import TrainingState
+from .fingerprint_checks import FINGERPRINT_CHECKS, TrainingFingerprint
 from .optimizer import build_optimizer
 from .prepared_run import PreparedRun
 from .run_dir import INIT_ADAPTER, RunDir, RunLock, find_adapter_folder, is_temporary_file_name
 
 
 def resolve_recipe_adapter_and_lock_on_resume(
-    run: RunDir, recipe: Recipe, run_lock: RunLock, resume: bool, init_adapter: Path | None
+    run: RunDir, recipe: Recipe, run_lock: RunLock, resume: bool, init_adapter: Path | None, accept: Collection[str]
 ) -> tuple[Recipe, Path | None]:
     """Return the recipe, and the adapter to start from, that a run trains with.
 
@@ -36,14 +37,14 @@ def resolve_recipe_adapter_and_lock_on_resume(
     from brings its method's settings.
     """
     if resume:
-        recipe = _prepare_resume(run, recipe, run_lock)
+        recipe = _prepare_resume(run, recipe, run_lock, accept)
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
 
 
 @distributed.runs_on_main
-def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
+def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock, accept: Collection[str]) -> Recipe:
     """Lock a run folder to resume it, after checking the recipe, and delete what a killed run left.
 
     Returns the recipe with the run's learning rate, if it has none of its own.
@@ -52,7 +53,7 @@ def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock) -> Recipe:
     if recipe.train.learning_rate == "auto":
         rate = run.load_recipe().train.learning_rate
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, learning_rate=rate))
-    _require_same_recipe(run, recipe)
+    FINGERPRINT_CHECKS.load("files").require_recipe_of_run(run, recipe, accept)
     lock.acquire()
     _delete_leftovers(run)
     return recipe
@@ -63,22 +64,6 @@ def _delete_leftovers(run: RunDir) -> None:
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
         if is_temporary_file_name(leftover.name) or leftover.parent == run.checkpoints:
             checkpoint.delete_path(leftover)
-
-
-def _require_same_recipe(run: RunDir, recipe: Recipe) -> None:
-    """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
-    before, now = run.load_recipe().to_dict(), recipe.to_dict()
-    changed = [
-        f"{section}.{name}: {before[section].get(name)!r} then, {now[section].get(name)!r} now"
-        for section in before
-        if section != "output_dir"
-        for name in before[section] | now[section]
-        if before[section].get(name) != now[section].get(name)
-        and (section, name) != ("train", "on_nonfinite")  # changes no step that is done
-    ]
-    if changed:
-        message = f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(changed)}"
-        raise UsageError(message, "the same recipe", f"{run.resume_command()}, or another --out")
 
 
 def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
@@ -98,8 +83,9 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 @distributed.runs_on_main
 def create_and_lock_run_dir(
-    run: RunDir, recipe: Recipe, lock: RunLock, findings: Mapping[str, RowFindingsSummary | None], init_model: Any
-) -> None:
+    run: RunDir, recipe: Recipe, lock: RunLock, fingerprint: TrainingFingerprint,
+    findings: Mapping[str, RowFindingsSummary | None], init_model: Any,
+) -> None:  # fmt: skip
     """Create and lock the run folder, with `findings` by split and the adapter of `init_model`, if given."""
 
     def write_start(run: RunDir) -> None:
@@ -108,6 +94,7 @@ def create_and_lock_run_dir(
         if init_model is not None:
             adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
         write_json(run.data_file, findings)
+        write_atomic(run.fingerprint_file, fingerprint.to_json())
 
     RunDir.create(run.path, recipe, write_start)
 

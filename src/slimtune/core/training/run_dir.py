@@ -6,6 +6,7 @@
     adapter/        the best adapter                 eval-<name>.json   what `slimtune eval --json` printed
     checkpoints/    to resume from                   scores-<name>.json losses of each evaluated row
     metrics.jsonl   one JSON object per line         tensorboard/       event files, with train.report_to
+    fingerprint.json        what it is trained on: weights, config, tokenizer, template, rows, recipe
     reference.safetensors   log-probabilities of the rows before training, for objectives that need them
 
 Files are written under a temporary name and then renamed, so a reader never sees half a file.
@@ -40,7 +41,7 @@ INIT_ADAPTER = "start"
 LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
 WRITTEN_FILES = (
     "recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html",
-    "reference.safetensors", WRITER_FILE,
+    "fingerprint.json", "reference.safetensors", WRITER_FILE,
 )  # fmt: skip
 """Files of a run folder that are written under a temporary name first, `.<name>.<random>`."""
 
@@ -77,6 +78,7 @@ class RunDir:
     checkpoints = _Entry("checkpoints")
     tensorboard = _Entry("tensorboard")
     reference_file = _Entry("reference.safetensors")
+    fingerprint_file = _Entry("fingerprint.json")
 
     def evaluation_file(self, evaluation: str) -> Path:
         """Return the file of an evaluation: "test", "validation", or "data-" and the name of the evaluated file."""

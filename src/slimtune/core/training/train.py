@@ -1,5 +1,6 @@
 """One run, from a recipe to an adapter and its report: prepare ─▶ loop ─▶ finish."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..config import Recipe
@@ -20,6 +21,7 @@ def train(
     init_adapter: Path | None = None,
     planner: Planner = plan_nothing,
     allow_faulty_rows: bool = False,
+    accept_changed: Collection[str] = (),
 ) -> TrainResult:
     """Run a recipe; return what `slimtune train --json` prints.
 
@@ -29,6 +31,8 @@ def train(
         init_adapter: a run or an adapter folder; start from this adapter's weights.
         planner: called before the base is loaded; training keeps to the plan's micro-batch size.
         allow_faulty_rows: train on data even if its validation finds faults.
+        accept_changed: parts of what a resumed run, or `init_adapter`, was trained on that may have changed: "weights",
+            "config", "tokenizer", "template", "rows", "recipe".
 
     Raises:
         UsageError: the recipe cannot be carried out; nothing was written.
@@ -39,8 +43,9 @@ def train(
     """
     created_group = distributed.create_process_group_if_needed()
     with prepare_run(
-        recipe, resume=resume, init_adapter=init_adapter, planner=planner, allow_faulty_rows=allow_faulty_rows
-    ) as prepared:
+        recipe, resume=resume, init_adapter=init_adapter, planner=planner, allow_faulty_rows=allow_faulty_rows,
+        accept_changed=accept_changed,
+    ) as prepared:  # fmt: skip
         loop = TrainingLoop(prepared)
         loop.run()
         result = save_final_results(loop)

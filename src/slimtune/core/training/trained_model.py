@@ -1,23 +1,23 @@
 """A trained adapter on its base, loaded from a run folder or from an adapter folder."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import AdapterError, RunError, UsageError, format_names
+from ...errors import AdapterError
 from ..adapters.adapter_files import read_adapter_tensors_and_base_fingerprint
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
 from ..data.class_labels import ClassLabels
-from ..foundation.dtype_names import dtype_name
 from ..foundation.files import read_json_object
 from ..foundation.remote_code import allow_remote_code
 from ..models.loader import LoadedBase, load_base
-from ..models.model_source import ModelSource, resolve_model_source
 from ..models.quantization import dequantize_model
 from .base_model import load_base_model
+from .fingerprint_checks import FINGERPRINT_CHECKS
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
 
 
@@ -41,6 +41,7 @@ def load_run(
     quantization: str | None = None,
     dequantize: bool = False,
     trust_remote_code: bool = False,
+    accept_changed: Collection[str] = (),
 ) -> TrainedModel:
     """Load a run's adapter, or a bare adapter folder, on its base.
 
@@ -51,26 +52,12 @@ def load_run(
         quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
         dequantize: dequantize the base.
         trust_remote_code: run the base's own Python code; what the run's recipe says does not count.
+        accept_changed: parts of what the adapter was trained on that may have changed: "weights", "config",
+            "tokenizer", "template". A change of another part is an AdapterError.
     """
     with allow_remote_code(trust_remote_code):
-        return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, dequantize)
-
-
-def resolve_trained_base(run: Path) -> ModelSource:
-    """Return where the base of a run or an adapter folder is, without loading it."""
-    if (folder := find_adapter_folder(run)) != run:
-        return resolve_model_source(RunDir.open(run).load_recipe().model.name)
-    return resolve_model_source(PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
-
-
-def require_causal_lm_run(run: str | Path) -> None:
-    """Raise UsageError if a run trained a classifier or a reward model."""
-    if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":
-        raise UsageError(
-            f"{run} is a classifier or a reward model: it writes no text, and neither llama.cpp (GGUF, Ollama) nor "
-            "vLLM's adapters serve its head",
-            "a run of a language model",
-            "slimtune eval or merge, or HF PEFT over AutoModelForSequenceClassification: docs/classification.md",
+        return _load_run(
+            Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, dequantize, accept_changed
         )
 
 
@@ -86,26 +73,9 @@ def _read_class_labels(folder: Path) -> ClassLabels:
     return ClassLabels(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
 
 
-def require_base_weights_of_run(run: RunDir, base: LoadedBase) -> None:
-    """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
-    try:
-        result = read_json_object(run.result_file)
-    except RunError:  # not there, or damaged: other commands say so
-        return
-    trained, dtype = result.get("base_weights"), dtype_name(base.dtype)
-    # Another dtype or quantization rounds the same weights to other values.
-    if not isinstance(trained, dict) or (result.get("dtype"), result.get("quantization")) != (dtype, base.quantization):
-        return
-    if changed := [k for k, v in base.weight_hashes.items() if trained.get(k, v) != v]:
-        raise AdapterError(
-            f"the base {base.source.spec} has changed since {run.path} was trained on it: {format_names(changed, 4)}",
-            "the weights that the adapter was trained on",
-            "put the old base back, or train again",
-            code="wrong-base",
-        )
-
-
-def _load_run(path: Path, changes: dict[str, str | None], dequantize: bool) -> TrainedModel:
+def _load_run(
+    path: Path, changes: dict[str, str | None], dequantize: bool, accept_changed: Collection[str]
+) -> TrainedModel:
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
@@ -127,9 +97,10 @@ def _load_run(path: Path, changes: dict[str, str | None], dequantize: bool) -> T
         raise AdapterError(
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
-    if recipe is not None:
-        require_base_weights_of_run(RunDir(path), base)
+    fingerprint = FINGERPRINT_CHECKS.load("files").require_trained_base(path, base, accept_changed)
     if dequantize and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)
+    if fingerprint is not None:
+        model.adapter_state.training_fingerprints["default"] = fingerprint
     return TrainedModel(model, base, folder, recipe, classes)
