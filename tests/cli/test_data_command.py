@@ -102,6 +102,74 @@ def test_the_verdict_is_last_and_samples_are_short(rows, tiny_folder, slimtune):
     assert done.stdout.rstrip().splitlines()[-1] == "ok"
 
 
+USER, GOOD, BAD = (
+    {"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Hello."), ("assistant", "No."))
+)
+SHOWN = {
+    "chat": ({"messages": [USER, GOOD]}, (), [("", "Hello.<|im_end|>")]),
+    "instruction": ({"instruction": "Hi?", "output": "Hello."}, (), [("", "Hello.<|im_end|>")]),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
+        (),
+        [("", "Hello.<|im_end|>")],
+    ),
+    "prompt-completion": ({"prompt": "Hi?", "completion": " Hello."}, (), [("", " Hello.<|im_end|>")]),
+    "text": ({"text": "Hi? Hello."}, (), [("", "Hi? Hello.<|im_end|>")]),
+    "document": ({"text": "Hi? Hello."}, ("--format", "document"), [("", "Hi? Hello.<|im_end|>")]),
+    "preference": (
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [USER, BAD]},
+        (),
+        [("chosen answer", "Hello.<|im_end|>"), ("rejected answer", "No.<|im_end|>")],
+    ),
+    "preference of texts": (
+        {"prompt": "Hi?", "chosen": " Hello.", "rejected": " No."},
+        (),
+        [("chosen answer", " Hello.<|im_end|>"), ("rejected answer", " No.<|im_end|>")],
+    ),
+    "ranked-preference": (
+        {"prompt": "Hi?", "responses": [" No.", " Hello.", " Hm."], "rankings": [3, 1, 2]},
+        (),
+        [("best of 3 answers", " Hello.<|im_end|>"), ("answer 2 of 3", " Hm.<|im_end|>"),
+         ("worst of 3 answers", " No.<|im_end|>")],
+    ),
+    "unpaired-preference": (
+        {"prompt": "Hi?", "completion": " Hello.", "label": True},
+        ("--format", "unpaired-preference"),
+        [("good answer", " Hello.<|im_end|>")],
+    ),
+    "classification": ({"text": "Hi?", "label": "a"}, ("--format", "classification"), [("label 'a'", None)]),
+    "classification of chats": (
+        {"messages": [USER], "label": ["a", "b"]}, ("--format", "classification"), [("label 'a', 'b'", None)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "flags", "texts"), SHOWN.values(), ids=SHOWN)
+def test_show_prints_every_text_of_a_row_with_what_is_learned(tmp_path, tiny_folder, slimtune, row, flags, texts):
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    for base, end in ((("--model", tiny_folder), "<|im_end|>"), ((), "")):  # without a base, no end of a turn is known
+        shown = slimtune("data", path, "--show", "1", *flags, *base).stdout
+        for name, learned in texts:
+            heading = f"line 1, {name}, as" if name else "line 1, as"
+            assert shown.count(heading) == 1
+            assert learned is None or f"⟦{learned.removesuffix('<|im_end|>')}{end}⟧" in shown
+        assert shown.count("⟦") == sum(learned is not None for _, learned in texts)
+        assert "Hi?" in shown
+        assert shown.count("line 1, ") == len(texts)
+
+
+def test_show_takes_any_number_of_rows_and_shows_answers_to_long_prompts(rows, tiny_folder, slimtune):
+    long = {"messages": [{"role": "user", "content": "word " * 900}, GOOD]}
+    path, base = rows((1, long)), ("--model", tiny_folder)
+
+    def count_shown(*flags):
+        return sum(line.startswith("line ") for line in slimtune("data", path, *flags).stdout.splitlines())
+
+    assert "⟦Hello.<|im_end|>⟧" in slimtune("data", path, *base, "--show", "1").stdout
+    assert [count_shown(*base, "--show", n) for n in ("0", "5")] == [0, 5]
+    assert [count_shown(), count_shown(*base)] == [0, 3]
+
+
 def test_control_characters_do_not_reach_the_terminal(rows, tiny_folder, tmp_path, slimtune):
     path = rows((1, talk(1, "a\x1b]52;c;eA==\x07b\x9b2J\u202e")), (2, {"messages\x1b[2J": 1}), name="x\x1b[1m.jsonl")
     for args in (("--model", tiny_folder), ("--validation", "no\x1b[2J"), ("--column", "messages=\x1b[2J")):

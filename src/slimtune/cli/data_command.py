@@ -1,5 +1,6 @@
 """`slimtune data`: a report on training rows before any training."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,17 @@ def data_report(
     file: Annotated[str, Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
     settings: dict[str, Any],
     html: Annotated[Path | None, Option(help="Write the report as an HTML page to this file.")] = None,
+    show: Annotated[
+        int | None,
+        Option(
+            "--show",
+            min=0,
+            max=1000,
+            help="Print so many of the first rows as text, what is learned marked. "
+            "[default: 3, shortened, with --model]",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, Option("--strict", help="Treat warnings as errors.")] = False,
     as_json: Json = False,
 ) -> Any:
@@ -79,6 +91,7 @@ def data_report(
         on_overlong=data.on_overlong,
         rows_per_step=train.rows_per_step,
         validation=data.validation,
+        sample_rows=show,
     )
     if html is not None:
         from ..core.foundation.json_results import to_json_dict
@@ -87,22 +100,26 @@ def data_report(
         write_atomic(html, render_data_report_page(to_json_dict(report)))
         print_progress(f"page: {html}")
     if not as_json:
-        _print_report(report)
+        _print_report(report, SAMPLE_CHARACTERS if show is None else None)
     good = report.verdict == "ok" or (report.verdict != "errors" and not strict)
     return report if good else NegativeVerdictResult(report)
 
 
-def _print_report(report: "DataReport") -> None:
-    """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
+def _print_report(report: "DataReport", sample_characters: int | None) -> None:
+    """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors.
+
+    `sample_characters` are the most of a sample; None: all that the report has.
+    """
     screen = make_console()
     reader = f" for {report.model}" if report.model is not None else ""
     rows = "rows of an unknown format" if report.format == "unknown" else f"{report.format} rows"
     screen.print(f"{report.file}: {rows}{reader}")
-    best = ", its best answer," if report.pairs is not None else ","
+    reading = "as the model reads it" if report.model is not None else "as it is read"
     for sample in report.samples:
         marks = "; supervised text is marked" * any(piece.supervised for piece in sample.pieces)
-        screen.print(Text(f"\nline {sample.line}{best} as the model reads it{marks}", "dim"))
-        text, left = Text(), SAMPLE_CHARACTERS
+        name = escape_control_characters(f", {sample.name}" * bool(sample.name))
+        screen.print(Text(f"\nline {sample.line}{name}, {reading}{marks}", "dim"))
+        text, left = Text(), sample_characters or sys.maxsize
         for piece in sample.pieces:
             marked = piece.supervised and not screen.is_terminal
             shown = escape_control_characters(piece.text[:left]) + "…" * (0 < left < len(piece.text))

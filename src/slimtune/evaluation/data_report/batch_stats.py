@@ -22,6 +22,7 @@ from .near_duplicates import (
     find_common_trigram_hashes,
     hash_whitespace_normalized_texts,
 )
+from .row_samples import sample_tokens
 from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_encoding_issues, is_placeholder_answer
 
 SAMPLES = 3
@@ -43,7 +44,7 @@ class RowBatchStats:
     minhash_signatures: Array  # uint8 [J, 128], of the comparable rows
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
-    samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
+    samples: list[list[tuple[int, str, TokenizedRow]]]  # line, name and tokens of each text of the first rows
     thinking: list[int]  # turns that think, as `messages.count_thinking_turns_by_use` counts them
 
 
@@ -53,8 +54,8 @@ class TokenizedRowBatchValidator:
     `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
     """
 
-    def __init__(self, tokenizer: Any, max_seq_len: int, documents: bool = False) -> None:
-        self.max_seq_len, self.documents = max_seq_len, documents
+    def __init__(self, tokenizer: Any, max_seq_len: int, documents: bool = False, sample_rows: int = SAMPLES) -> None:
+        self.max_seq_len, self.documents, self.sample_rows = max_seq_len, documents, sample_rows
         self.control_tokens = compile_alternatives_pattern(_control_tokens(tokenizer))
         self.special_tokens = compile_alternatives_pattern(t for t in _special_tokens(tokenizer) if t.strip())
         self.template_thinks = "think>" in str(tokenizer.chat_template)
@@ -94,7 +95,7 @@ class TokenizedRowBatchValidator:
             signatures[rows["comparable"]],
             issues,
             find_shared_prefix(ids) if ids else None,
-            [(row.line, tokens) for row, tokens in found[:SAMPLES]],
+            [sample_tokens(row, tokens) for row, tokens in valid[: self.sample_rows]],
             [sum(counts) for counts in zip(*(tokens.thinking_turn_counts for _, tokens in found), strict=True)]
             or [0, 0, 0],
         )

@@ -161,12 +161,14 @@ class SamplePiece:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """The beginning of a row as the model reads it."""
+    """A text of a row as the model reads it; of a long one the beginning, and less of what is not learned."""
 
     line: int
     """Its line."""
     pieces: list[SamplePiece]
     """Its text in parts."""
+    name: str = ""
+    """Which text of the row it is ("chosen answer", "best of 3 answers"), or its label; empty: its only text."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class DataReport:
     issues: list[DataIssue]
     """What may spoil a run, errors first."""
     samples: list[SampleRow]
-    """The first rows as the model reads them."""
+    """The first rows as the model reads them: both answers of a pair, all answers of a list, one after another."""
     verdict: Literal["ok", "warnings", "errors", "not checked"]
     """"errors": training refuses the rows; "not checked": no base has read them."""
     seconds: float

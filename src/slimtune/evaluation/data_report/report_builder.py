@@ -16,7 +16,7 @@ from ...errors import suggest
 from ...extras.row_files import RowFileReader, open_rows
 from ...extras.row_formats.classification import sort_class_names
 from ...extras.row_formats.documents import count_windows_and_first_window_token_range
-from .batch_stats import TokenizedRowBatchValidator
+from .batch_stats import SAMPLES, TokenizedRowBatchValidator
 from .data_report import (
     DataIssue,
     DataReport,
@@ -24,7 +24,6 @@ from .data_report import (
     InvalidRowNote,
     LengthStatistics,
     OverlongRows,
-    SamplePiece,
     SampleRow,
     SharedPrefix,
     SharedPrefixSavings,
@@ -34,8 +33,8 @@ from .data_report import (
 from .near_duplicates import Array
 from .row_checks import count_pairs_by_longer_answer, find_data_issues
 from .row_facts import AffectedRows, RowFacts, RowFactsCollector
+from .row_samples import SAMPLE_CHARACTERS, decode_with_special_tokens, show_row, show_tokens
 
-SAMPLE_CHARACTERS = 1500
 HISTOGRAM_BARS = 16
 
 
@@ -54,6 +53,7 @@ def make_data_report(
     rows_per_step: int = 8,
     validation: str | Path | None = None,
     processes: int | None = None,
+    sample_rows: int | None = None,
 ) -> DataReport:
     """Return the report on a data set.
 
@@ -64,10 +64,12 @@ def make_data_report(
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
         processes: how many tokenize at once; None: as many as there are cores.
+        sample_rows: how many of the first rows are shown; None: three, or none without a tokenizer.
     """
 
     def read(rows: RowFileReader, like: DataReportBuilder | None = None) -> DataReportBuilder:
-        builder = DataReportBuilder(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like)
+        shown = (SAMPLES if tokenizer is not None else 0) if sample_rows is None else sample_rows
+        builder = DataReportBuilder(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like, shown)
         if tokenizer is None:
             builder.count_rows()
             return builder
@@ -100,30 +102,35 @@ class DataReportBuilder:
         on_overlong: str = "drop",
         rows_per_step: int = 8,
         compared_with: "DataReportBuilder | None" = None,
+        sample_rows: int = SAMPLES,
     ) -> None:
+        self._sample_rows, self._read_samples = sample_rows, list[SampleRow]()
         self._start = time.perf_counter()
         self.tokenizer, self.source = tokenizer, source
         documents = source.format == "document"
         self.measure_batch = (
-            None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len, documents)
+            None if tokenizer is None else TokenizedRowBatchValidator(tokenizer, max_seq_len, documents, sample_rows)
         )
         if self.measure_batch is not None and compared_with is not None and compared_with.measure_batch is not None:
             self.measure_batch.common_trigrams = compared_with.measure_batch.common_trigrams
         special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer)) if documents else None
-        self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens)
+        self.facts = RowFactsCollector(source, max_seq_len, on_overlong, rows_per_step, special_tokens, sample_rows)
 
     def on_batch(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
         self.facts.add_batch(batch)
 
     def count_rows(self) -> None:
-        """Read the rows without a tokenizer: only invalid ones and labels are counted."""
+        """Read the rows without a tokenizer: invalid ones and labels are counted, and the first rows are samples."""
         for row in self.source:
             self.facts.stats.rows += 1
             if isinstance(row, Row) and row.label_names is not None:
                 self.facts.add_labels([row.line], [row.label_names])
             for code, example in row.findings if isinstance(row, Row) else ():
                 self.facts.add_group(code, [row.line], example)
+            if isinstance(row, Row) and self._sample_rows > 0:
+                self._sample_rows -= 1
+                self._read_samples += show_row(row)
             self.facts.add_invalid([row] if isinstance(row, InvalidRow) else [])
 
     def kept_hashes(self) -> Array:
@@ -163,12 +170,17 @@ class DataReportBuilder:
             overlong=OverlongRows(overlong.count, overlong.lines),
             windows=windows,
             thinking=ThinkingTurnCounts(*self.facts.thinking),
-            shared_prefix=SharedPrefix(len(prefix), self._decode(prefix)[:SAMPLE_CHARACTERS]),
+            shared_prefix=SharedPrefix(
+                len(prefix), decode_with_special_tokens(self.tokenizer, prefix)[:SAMPLE_CHARACTERS]
+            ),
             packing=SharedPrefixSavings(
                 packed_tokens, max(0.0, 1 - packed_tokens / stats.tokens) if stats.tokens else 0.0
             ),
             issues=issues,
-            samples=[self._show_sample(line, row.input_ids, row.supervised) for line, row in self.facts.samples],
+            samples=[
+                *self._read_samples,
+                *(show_tokens(self.tokenizer, *text) for r in self.facts.samples for text in r),
+            ],
             verdict=self._give_verdict(issues),
             seconds=round(time.perf_counter() - self._start, 3),
         )
@@ -191,24 +203,6 @@ class DataReportBuilder:
         )
         # A window inside a document begins with tokens that it does not learn.
         return windows, facts.stats.tokens + (windows - len(lengths)) * special
-
-    def _decode(self, ids: list[int]) -> str:
-        if not ids:
-            return ""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
-
-    def _show_sample(self, line: int, ids: list[int], supervised: list[bool]) -> SampleRow:
-        """Return the beginning of a row as pieces of text that are supervised or not."""
-        pieces: list[SamplePiece] = []
-        begin, left = 0, SAMPLE_CHARACTERS
-        for end in range(1, len(ids) + 1):
-            if (end == len(ids) or supervised[end] != supervised[begin]) and left > 0:
-                text = self._decode(ids[begin:end])
-                shown = text[:left] + "…" * (len(text) > left)
-                pieces.append(SamplePiece(shown, bool(supervised[begin])))
-                begin, left = end, left - len(text)
-        return SampleRow(line, pieces)
 
 
 def describe_row_treatment(facts: RowFacts, eos_token: str | None) -> list[str]:

@@ -65,7 +65,7 @@ FINDING_TYPES = {
         "use the messages from before that template", 0.02),
     "special-token-as-text": FindingType(
         "documents with a special token of this base typed in their text, which is read as ordinary text",
-        "nothing, if they tell of the token; if it should be the token itself: --no-split-special-tokens "
+        "keep them, if they are about the token; if it should be the token itself: --no-split-special-tokens "
         "(data.split_special_tokens: false)"),
     "special-token-in-document": FindingType(
         "documents with a special token of this base typed in their text, which the model reads as the token itself",
@@ -363,7 +363,7 @@ def _find_similar_labels(labels: Mapping[str, AffectedRows]) -> Iterator[RowFind
     groups = [sorted(names, key=lambda n: -labels[n].count) for names in spellings.values() if len(names) > 1]
     if not groups:
         return
-    shown = [", ".join(f"{n!a} ({labels[n].count:,} rows)" for n in names) for names in groups[:SHOWN_GROUPS]]
+    shown = [", ".join(f"{n!a}: {labels[n].count:,}" for n in names) for names in groups[:SHOWN_GROUPS]]
     fixes = [f"{names[0]!a} in place of {' and '.join(map(ascii, names[1:]))}" for names in groups[:SHOWN_GROUPS]]
     more = f"; {len(groups) - SHOWN_GROUPS} more" if len(groups) > SHOWN_GROUPS else ""
     found = _make_class_finding(

@@ -68,7 +68,8 @@ class RowFactsCollector:
         source: the rows.
         max_seq_len, on_overlong: as for `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, which are packed together.
-        special_tokens: tokens that a document has beside its text; None: the rows are no documents.
+        special_tokens_per_document: tokens beside its text; None: the rows are no documents.
+        sample_rows: how many of the first rows are kept as samples.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class RowFactsCollector:
         on_overlong: str,
         rows_per_step: int,
         special_tokens_per_document: int | None,
+        sample_rows: int = SAMPLES,
     ) -> None:
+        self.sample_rows = sample_rows
         self.source, self.on_overlong, self.rows_per_step = source, on_overlong, rows_per_step
         self.special_tokens_per_document = special_tokens_per_document
         self.stats = TokenizationStats(max_seq_len)
@@ -89,7 +92,7 @@ class RowFactsCollector:
         self.labelled_rows = 0
         self.prefix: list[int] | None = None
         self.thinking = [0, 0, 0]
-        self.samples: list[tuple[int, TokenizedRow]] = []
+        self.samples: list[list[tuple[int, str, TokenizedRow]]] = []
         self._rows, self._signatures = bytearray(), bytearray()
 
     def add_batch(self, batch: TokenizedBatch) -> None:
@@ -111,7 +114,7 @@ class RowFactsCollector:
         if found.prefix is not None:
             self.prefix = found.prefix if self.prefix is None else find_shared_prefix([self.prefix, found.prefix])
         self.thinking = [a + b for a, b in zip(self.thinking, found.thinking, strict=True)]
-        self.samples += found.samples[: SAMPLES - len(self.samples)]
+        self.samples += found.samples[: self.sample_rows - len(self.samples)]
         self._rows += found.row_stats.tobytes()
         self._signatures += found.minhash_signatures.tobytes()
 
