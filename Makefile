@@ -3,7 +3,7 @@
 # make slow   the tests that take long: planner against real steps, several processes, HF examples, engines (CI runs them too)
 # make prove  proofs: faulty data files, good and bad adapters, report.html in a browser
 # make faults runs that are killed, stopped, doubled or out of disk
-# make fuzz   10,000 damaged adapters, rows, recipes, templates and GGUF files (docs/internals/fuzzing.md)
+# make fuzz   10,000 damaged adapters, rows, recipes, templates and GGUF files, and an attacked server (docs/internals/fuzzing.md)
 # make bench  speed of one training step beside HF PEFT and TRL, in turns (under fifteen minutes on two cores)
 # make wall   wall-clock time of a whole training beside their scripts
 # make verify   tune SmolLM2 several ways, export, and compare log-probabilities with the trained model in llama.cpp
@@ -68,6 +68,8 @@ prove: .venv/.test
 
 fuzz: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_server.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_server.py --engine llama.cpp
 
 faults: .venv/.test
 	$(BIN)/python -m pytest -m faults $(ARGS)

@@ -25,8 +25,8 @@ from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
 from slimtune.export import served_base
 from slimtune.export.exporter import export
-from slimtune.export.manifest import EXPORT_MANIFEST, read_export_manifest
-from slimtune.export.verify import verify
+from slimtune.export.manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
+from slimtune.export.verify import find_lora_conversion_tolerance, verify
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -398,3 +398,16 @@ def test_command_line(run, tmp_path):
     assert done.exit_code == 1
     assert json.loads(done.stdout)["checks"][0]["passed"] is False
     assert "error: " in done.stderr
+
+
+@pytest.mark.parametrize("values", [{"dtype": 7, "name": [1], "conversion": 5}, {"conversion": {"error": "x"}}])
+def test_facts_of_a_wrong_type_loosen_no_comparison(tmp_path, values):
+    facts = ExportManifest("vllm", tmp_path, values).read_facts()
+    assert (facts.dtype, facts.name, find_lora_conversion_tolerance(facts)) == (None, None, None)
+
+
+@pytest.mark.parametrize("error", [1e9, -1, float("nan")])
+def test_a_conversion_that_loses_more_than_all_is_damaged(tmp_path, error):
+    facts = ExportManifest("vllm", tmp_path, {"conversion": {"method": "loha", "error": error}}).read_facts()
+    with pytest.raises(UsageError, match=r"conversion\.error"):
+        find_lora_conversion_tolerance(facts)

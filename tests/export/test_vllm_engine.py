@@ -4,12 +4,15 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
+from models_zoo import llama
 
 from slimtune.errors import ModelError, RunError, UsageError
-from slimtune.generation.inference_engines import VllmClient
+from slimtune.export.expected_logps import AdapterReference, ReferenceText
+from slimtune.generation.inference_engines import TextTokenScores, VllmClient
 
 
 class Vllm(BaseHTTPRequestHandler):
@@ -41,9 +44,12 @@ class Vllm(BaseHTTPRequestHandler):
         }
 
     def answer(self, values):
+        self.answer_bytes(json.dumps(values).encode())
+
+    def answer_bytes(self, content):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps(values).encode())
+        self.wfile.write(content)
 
     def log_message(self, *_):
         pass
@@ -127,3 +133,39 @@ def test_not_an_address(url):
 def test_local_requests_ignore_a_proxy(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert VllmClient(server.url, "devil").tokenize("x")
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+NONSENSE = [
+    b"{}", b"[]", b"null", b"7", b'"x"', DEEP, b'{"data": 1, "tokens": 1, "choices": 1}', b'{"tokens": ["x"]}',
+    b'{"data": [1], "tokens": [1.5], "choices": []}', b'{"choices": [{}]}', b'{"choices": [{"token_ids": "x"}]}',
+    b'{"choices": [{"prompt_logprobs": [null, {"8": {"logprob": "x", "rank": 1}}]}]}',
+    b'{"choices": [{"prompt_logprobs": [null, {"x": {"logprob": 1, "rank": 1}}]}]}',
+    b'{"choices": [{"prompt_logprobs": [null, null]}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+def test_an_answer_that_is_no_vllms_says_so(server, answer, monkeypatch):
+    engine = VllmClient(server.url, "devil")
+    server.error = 200, answer
+    for ask in (lambda: engine.tokenize("x"), lambda: engine.score([5, 8]), lambda: engine.generate([5], 3)):
+        with pytest.raises((ModelError, RunError), match="vLLM"):
+            ask()
+    monkeypatch.setattr(Vllm, "do_GET", lambda handler: handler.answer_bytes(answer))
+    with pytest.raises(ModelError, match="vLLM"):
+        VllmClient(server.url, "devil")
+
+
+@pytest.mark.parametrize("cut", [{"token_log_probs": 1}, {"top_ids": 1, "top_log_probs": 1}, {}])
+def test_too_few_values_and_unknown_tokens_are_not_compared(cut):
+    model = llama()
+    text = ReferenceText("", [1, 2, 3, 4])
+    reference = AdapterReference(model, None, [text])
+    scores = reference.engine.score(text.prompt_and_answer_ids)
+    values = {name: tensor[cut.get(name, 0) :] for name, tensor in vars(scores).items()}
+    if not cut:
+        values["top_ids"] = values["top_ids"] + 10**6
+    broken = SimpleNamespace(name="llama.cpp", score=lambda ids: TextTokenScores(**values))
+    with pytest.raises(ModelError, match=r"llama\.cpp gives"):
+        reference.score(broken, "texts")

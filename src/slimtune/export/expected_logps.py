@@ -40,6 +40,7 @@ from ..core.foundation.dtype_names import llama_cpp_dtype_name
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.base_config import get_max_positions
 from ..core.training.datasets import open_rows_for_objective
+from ..errors import ModelError
 from ..extras.row_files import open_rows
 from ..generation.inference_engines import ModelInInferenceEngine, TextTokenScores, TransformersInferenceEngine
 from .export_results import EngineVerdict
@@ -108,7 +109,20 @@ class AdapterReference:
 
     def score(self, engine: ModelInInferenceEngine, what: str) -> list[Tensor]:
         """Return an engine's log-probabilities of each text's next tokens; progress is reported as `what`."""
-        return [engine.score(text.prompt_and_answer_ids).token_log_probs for text in track_progress(self.texts, what)]
+        return [scores.token_log_probs for scores in self.score_texts(engine, what)]
+
+    def score_texts(self, engine: ModelInInferenceEngine, what: str) -> list[TextTokenScores]:
+        """Return what an engine gives for each text; raise ModelError unless it is a value for each token."""
+        all_scores, vocabulary = [], self.engine.model.config.get_text_config().vocab_size
+        for text in track_progress(self.texts, what):
+            scores, expected = engine.score(text.prompt_and_answer_ids), len(text.prompt_and_answer_ids) - 1
+            if any(len(t) != expected for t in (scores.token_log_probs, scores.top_ids, scores.top_log_probs)):
+                message = f"{engine.name} gives {len(scores.token_log_probs)} log-probabilities of {expected} tokens"
+                raise ModelError(message, "one for each token but the first")
+            if not ((scores.top_ids >= 0) & (scores.top_ids < vocabulary)).all():
+                raise ModelError(f"{engine.name} gives tokens that the base does not have", f"ids below {vocabulary}")
+            all_scores.append(scores)
+        return all_scores
 
     @cached_property
     def log_probs(self) -> list[Tensor]:
@@ -236,9 +250,7 @@ def judge_engine_against_adapter(
     tolerance = tolerance or get_loosest_tolerance(precision, llama_cpp_dtype_name(reference.engine.model.dtype))
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
-    scores = [
-        engine.score(text.prompt_and_answer_ids) for text in track_progress(reference.texts, f"texts for {engine.name}")
-    ]
+    scores = reference.score_texts(engine, f"texts for {engine.name}")
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
     kl = [

@@ -39,7 +39,7 @@ from .expected_logps import (
 from .export_format import EXPORT_FORMATS
 from .export_results import EngineVerdict, VerifyResult
 from .gguf import LlamaCppToolFailedError
-from .manifest import ExportManifest, read_export_manifest
+from .manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from .ollama import require_base_path_unless_registry_name
 from .served_base import ServedBase, read_gguf_majority_precision, resolve_matching_ollama_base
 
@@ -75,16 +75,16 @@ def verify(
         verifier = ExportVerifier(merging.load_run_for_export(run), run, Path(folder), rows, threads, log)
         checks = verifier.verify_run() if manifest is None else [verifier.verify_export(run_or_export, manifest)]
         if vllm:
-            facts, base = manifest.values if manifest is not None else {}, verifier.loaded.base
-            dtype = facts.get("dtype")
+            facts = manifest.read_facts() if manifest is not None and manifest.load_format() is not None else None
+            dtype, base = getattr(facts, "dtype", None), verifier.loaded.base
             if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
                 verifier = ExportVerifier(
                     merging.load_run_for_export(run, dtype), run, Path(folder), rows, threads, log
                 )
-            name = vllm_model or str(facts.get("name", run.resolve().name))
+            name = vllm_model or getattr(facts, "name", None) or run.resolve().name
             precision = llama_cpp_dtype_name(verifier.loaded.base.dtype)
-            tolerance = _get_tolerance_of_loss((facts.get("conversion") or {}).get("error"))
+            tolerance = find_lora_conversion_tolerance(facts)
             checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
@@ -269,12 +269,10 @@ def find_lora_conversion_tolerance(export_facts: Any) -> EngineTolerance | None:
 
     `export_facts` are those of its manifest.
     """
-    return _get_tolerance_of_loss(export_facts.conversion.error if export_facts.conversion is not None else None)
-
-
-def _get_tolerance_of_loss(error: float | None) -> EngineTolerance | None:
-    return (
-        None
-        if error is None
-        else EngineTolerance(mean_difference=0.02, mean_difference_per_effect=error, strength_difference=0.02 + error)
-    )
+    conversion = getattr(export_facts, "conversion", None)
+    if conversion is None:
+        return None
+    error = conversion.error
+    if not 0 <= error <= 1:  # a larger one would allow any difference
+        raise UsageError(f"{EXPORT_MANIFEST} is damaged: conversion.error is {error}", "0 to 1", "export again")
+    return EngineTolerance(mean_difference=0.02, mean_difference_per_effect=error, strength_difference=0.02 + error)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import secrets
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.foundation.json_results import JsonObject
-from ..errors import ModelError, RunError, UsageError, format_install_command, format_names, suggest
+from ..errors import ModelError, RunError, SlimtuneError, UsageError, format_install_command, format_names, suggest
 from .json_client import JsonClient
 
 TOP_K, VLLM_TOP_K = 64, 20
@@ -38,6 +39,24 @@ def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Text
     return TextTokenScores(
         torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
     )
+
+
+@contextmanager
+def _read_answers_of(server: str) -> Iterator[None]:
+    """Raise ModelError for an answer of a server that has another form than the code here reads."""
+    try:
+        yield
+    except SlimtuneError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        message = f"the {server} sends an answer that is none of its own: {type(error).__name__}: {error}"
+        raise ModelError(message, f"the answers of a {server}", "look at what answers at its address") from error
+
+
+def _require_token_ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
+        raise TypeError(f"{str(value)[:80]} is no list of token ids")
+    return value
 
 
 class ModelInInferenceEngine(Protocol):
@@ -165,14 +184,16 @@ class InProcessLlamaCppEngine:
             message = f"llama.cpp cannot load {names}: {error}"
             raise RunError(message, "a GGUF, and an adapter of the same base") from error
 
+    @_read_answers_of("llama.cpp server")
     def tokenize(self, text: str) -> list[int]:
         with_bos, plain = (
-            self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+            _require_token_ids(self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"])
             for special in (True, False)
         )
         # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
         return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
+    @_read_answers_of("llama.cpp server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
 
@@ -191,9 +212,11 @@ class InProcessLlamaCppEngine:
             forced, top_k = self.tokenize("a")[-1], 1 << 22
         raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
 
+    @_read_answers_of("llama.cpp server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
-        return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
+        tokens = _require_token_ids(answer["tokens"])
+        return tokens[:-1] if answer["stop_type"] == "eos" else tokens
 
     def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of a prompt's tokens and of a generated one, as the server measures them.
@@ -271,7 +294,8 @@ class VllmClient:
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
         hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
         self._server = JsonClient("vLLM server", self.url, key, timeout, hint=hint)
-        names = [each["id"] for each in self._post("/v1/models")["data"]]
+        with _read_answers_of("vLLM server"):
+            names = [str(each["id"]) for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
                 f"the vLLM server at {self.url} serves no model {model!r}{suggest(model, names)}",
@@ -279,13 +303,17 @@ class VllmClient:
                 f"start it with --enable-lora --lora-modules {model}=FOLDER",
             )
 
+    @_read_answers_of("vLLM server")
     def tokenize(self, text: str) -> list[int]:
-        return self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)["tokens"]
+        answer = self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)
+        return _require_token_ids(answer["tokens"])
 
+    @_read_answers_of("vLLM server")
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
-        return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
+        return _require_token_ids(self._post("/tokenize", model=self.model, messages=list(messages))["tokens"])
 
+    @_read_answers_of("vLLM server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
@@ -297,11 +325,13 @@ class VllmClient:
             scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
         return _make_scores(scores)
 
+    @_read_answers_of("vLLM server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         choice = self._complete(ids, max_new_tokens, return_token_ids=True)
         tokens = choice.get("token_ids")
         if tokens is None:
             raise RunError(f"the vLLM server at {self.url} returns no token ids", "vLLM 0.11 or newer")
+        tokens = _require_token_ids(tokens)
         return tokens[:-1] if choice["finish_reason"] == "stop" else tokens
 
     def close(self) -> None:

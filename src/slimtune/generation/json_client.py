@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..core.foundation.files import parse_json
 from ..core.foundation.formatting import escape_control_characters
 from ..errors import ModelError, RunError
 
@@ -49,9 +50,10 @@ class JsonClient:
                 if len(content) > self.max_bytes:
                     raise ModelError(f"the {self.name} at {self.url} sends more than {self.max_bytes} bytes")
         try:
-            return json.loads(content)
+            return parse_json(bytes(content))
         except ValueError as error:
-            raise ModelError(f"what answers at {self.url}{path} is not a {self.name}: it sends no JSON") from error
+            message = f"what answers at {self.url}{path} is not a {self.name}: it sends no JSON ({error})"
+            raise ModelError(message) from error
 
     def stream(self, path: str, body: Any) -> Generator[dict[str, Any], None, None]:
         """Send JSON by POST, and yield the server-sent events of the answer; closing the generator ends the request.
@@ -62,7 +64,9 @@ class JsonClient:
             for line in answer:
                 kind, _, text = line.partition(b": ")
                 if kind in (b"data", b"error"):
-                    event = json.loads(text)
+                    event = parse_json(text)
+                    if not isinstance(event, dict):
+                        raise ValueError(f"it sends {text[:100]!r}")
                     if kind == b"error" or "error" in event:
                         raise RunError(f"the {self.name} failed: {_find_message(event, text.decode(errors='replace'))}")
                     yield event
@@ -93,7 +97,7 @@ def _read_error(error: urllib.error.HTTPError) -> str:
     """Return a server's own message, which is inside the JSON of its answer."""
     text = escape_control_characters(error.read(1 << 16).decode(errors="replace"))
     try:
-        return _find_message(json.loads(text), text)
+        return _find_message(parse_json(text), text)
     except ValueError:
         return text[:300]
 
