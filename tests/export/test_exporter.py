@@ -24,12 +24,15 @@ from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
 from slimtune.export import merge as module_merge
 from slimtune.export import served_base
+from slimtune.export.export_format import EXPORT_FORMATS
 from slimtune.export.exporter import export
 from slimtune.export.manifest import EXPORT_MANIFEST, ExportManifest, read_export_manifest
 from slimtune.export.verify import find_lora_conversion_tolerance, verify
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+FORMATS: dict[str, dict[str, Any]] = {"merged": {}, "gguf": {}, "ollama": {"name": "mine"}, "vllm": {}}
+"""The options with which the tests that run over every format export to each."""
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -61,6 +64,25 @@ def few_tokens(monkeypatch, request):
 def no_llama_cpp(monkeypatch):
     monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
+
+
+def test_every_format_has_a_case():
+    assert {*FORMATS} == {*EXPORT_FORMATS.built_in_names()}, "one line per format in FORMATS"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
+    out = tmp_path / "out"
+    if kind == "merged":  # `slimtune merge`, no target of `slimtune export`
+        module_merge.merge(run, out)
+    else:
+        assert export(run, kind, out, FORMATS[kind], threads=1).check.passed
+    assert verify(out, threads=1).passed
+    weights = max((f for f in out.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2 : len(data) * 3 // 4] = bytes(len(data) * 3 // 4 - len(data) // 2)
+    weights.write_bytes(data)
+    assert not verify(out, threads=1).passed
 
 
 def test_adapter_gguf(run, tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 from models_zoo import llama
+from objective_cases import OBJECTIVE_CASES
 from row_files import write_jsonl
 from tiny_gguf import write_tiny_base
 from tiny_run import recipe_of
@@ -11,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.core.config.objective_registry import list_objectives
 from slimtune.core.data.example_lengths import count_tokens_per_row
 from slimtune.core.training.datasets import load_eval_dataset_and_stats
 from slimtune.core.training.train import train
@@ -43,7 +43,7 @@ def write(path, rows):
 
 
 def settings(folder, base, task="dpo", dtype="float32", **data):
-    rows = RATED if task == "kto" else PAIRS
+    rows = RATED if OBJECTIVE_CASES[task].rows == "rated" else PAIRS
     files = {"train": write(folder / "rows.jsonl", rows), "test": write(folder / "test.jsonl", rows[:3])}
     return {
         "model": {"name": str(base), "dtype": dtype, "device": "cpu"},
@@ -116,7 +116,7 @@ def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("task", [t for t in list_objectives() if t not in ("sft", "classification", "reward")])
+@pytest.mark.parametrize("task", [t for t, case in OBJECTIVE_CASES.items() if case.exports and case.rows != "chats"])
 def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, monkeypatch):
     for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
         monkeypatch.setattr(reference, name, value)

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from objective_cases import OBJECTIVE_CASES
 from objective_steps import add_reference, take_step
 from tiny_families import build_family
 
@@ -23,6 +25,13 @@ def teaches_preferences(task: str) -> bool:
 
 
 PREFERENCE_TASKS = [task for task in list_objectives() if teaches_preferences(task)]
+
+
+def test_every_objective_has_a_case_and_is_compared_with_a_peer():
+    assert {*OBJECTIVE_CASES} == {*list_objectives()}, "one line per objective in tests/objective_cases.py"
+    for case in OBJECTIVE_CASES.values():
+        file, _, function = case.peer.partition("::")
+        assert f"def {function}(" in (Path(__file__).parents[1] / file).read_text(), case.peer
 
 
 @pytest.mark.parametrize("task", list_objectives())

@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from objective_cases import OBJECTIVE_CASES, ROWS
 from safetensors.numpy import load_file
 from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,44 +19,19 @@ from slimtune.core.data.tokenized_dataset import list_tokens_and_labels_by_row
 from slimtune.core.training.datasets import tokenize_recipe_datasets
 from slimtune.core.training.default_learning_rate import fill_in_learning_rate
 from slimtune.core.training.train import Interrupted, train
+from slimtune.core.training.trained_model import load_run
 from slimtune.core.training.training_loop import TrainingLoop
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.export.merge import merge
 from slimtune.objectives.pair_objective import PairObjective
+from slimtune.planning.gpu_specs import find_gpu_by_name
+from slimtune.planning.plan_request import build_plan_request
+from slimtune.planning.planner import estimate_resources
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def ask(i):
-    return [{"role": "user", "content": f"say the word number {i}"}]
-
-
-def answer(word, times):
-    return [{"role": "assistant", "content": f"{word} " * times}]
-
-
-ROWS = {
-    "pairs": [
-        {"prompt": ask(i), "chosen": answer("abc", 1 + i % 3), "rejected": answer("xyz", 1 + i % 4)} for i in range(24)
-    ],
-    "chats": [{"messages": ask(i) + answer("abc", 1 + i % 3)} for i in range(24)],
-    "lists": [
-        {
-            "prompt": ask(i),
-            "completions": [
-                {"response": ("abc ", "pqr ", "xyz ")[k] * (1 + (i + k) % 3), "overall_score": 10 - 3 * k}
-                for k in ((1, 0, 2) if i % 2 else (2, 0))
-            ],
-        }
-        for i in range(24)
-    ],
-    "rated": [
-        {"prompt": ask(i), "completion": answer("abc" if i % 2 else "xyz", 1 + i % 4), "label": i % 2 == 1}
-        for i in range(31)
-    ],
-    "texts": [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("wave", "fern", "tram")],
-}
-KINDS = {"kto": "rated", "classification": "texts"}
 TASKS = pytest.mark.parametrize("task", ["dpo", "kto", "reward", "classification"])
 DROPOUT = {"name": "lora", "r": 4, "lora_dropout": 0.1}
 
@@ -65,7 +41,7 @@ def make(tmp_path, tiny_folder):
     """Make a recipe of a task in a run folder: `make("dpo", "run", rows="lists", packing=False)`."""
 
     def recipe(task, name, *, rows=None, data=None, method=None, quantization=None, **more):
-        rows = rows or KINDS.get(task if isinstance(task, str) else task["name"], "pairs")
+        rows = rows or OBJECTIVE_CASES[task if isinstance(task, str) else task["name"]].rows
         file = tmp_path / f"{rows}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[rows]))
         settings = {
@@ -79,6 +55,34 @@ def make(tmp_path, tiny_folder):
         return recipe_of(settings, **more)
 
     return recipe
+
+
+@pytest.mark.parametrize("task", OBJECTIVE_CASES)
+def test_packed_run_equals_padded(make, task):
+    """The same rows in one sequence, with shared prompts, and in a padded batch: one loss, one adapter."""
+    packed, padded = (
+        train(make(task, f"run-{packing}", packing=packing, max_steps=2)).run for packing in (True, False)
+    )
+    assert metrics(packed, "train_loss") == pytest.approx(metrics(padded, "train_loss"), abs=1e-4)
+    assert distance(packed, padded) < 1e-3
+
+
+@pytest.mark.parametrize("task", OBJECTIVE_CASES)
+def test_is_planned(make, task):
+    recipe = make(task, "run")
+    estimate = estimate_resources(
+        build_plan_request(recipe, find_gpu_by_name("rtx-3090"), [(9, 5, 7)] * 6), advise=False
+    )
+    assert (estimate.verdict, estimate.method) == ("fits", "lora")
+
+
+@pytest.mark.parametrize("task", OBJECTIVE_CASES)
+def test_merged_run_is_what_was_trained(make, task, tmp_path):
+    run = train(make(task, "run", max_steps=2)).run
+    if OBJECTIVE_CASES[task].exports:
+        assert merge(run, tmp_path / "merged").comparison.strength == pytest.approx(1, abs=0.01)
+    else:
+        assert load_run(run).model.merge_and_unload().config.num_labels >= 1
 
 
 @pytest.mark.parametrize(
@@ -146,9 +150,9 @@ def test_reference_of_other_rows_is_refused(make, monkeypatch, tmp_path):
 
 def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):
     with pytest.raises(DataError, match=r"preference.*\bsft\b") as refused:
-        train(make("sft", "pairs"))
+        train(make("sft", "pairs", rows="pairs"))
     assert "--format preference" in refused.value.hint
-    run = Path(train(make("sft", "pairs", data={"format": "preference"})).run)
+    run = Path(train(make("sft", "pairs", rows="pairs", data={"format": "preference"})).run)
     assert distance(run, train(make("sft", "chats", rows="chats")).run) == 0
     found = evaluate(run, EvalSettings(split="validation", bootstrap=50))
     assert found.measures.preference.pairs == 6
