@@ -198,6 +198,9 @@ BOTH = (["default", "two"], [1, 1])
 REFUSED = [
     (([], []), {}, "0 adapters and 0 weights"),
     ((["default", "two"], [1]), {}, "2 adapters and 1 weights"),
+    ((["default", "two"], [float("nan"), 1]), {}, "weights is .nan, 1."),
+    ((["default", "two"], [1, float("inf")]), {"combination_type": "cat"}, "weights is .1, inf."),
+    ((["default", "two"], ["x", 1]), {}, "weights is .'x', 1."),
     ((["default", "twoo"], [1, 1]), {}, "did you mean 'two'"),
     (BOTH, {"combination_type": "lineal"}, "did you mean 'linear'"),
     (BOTH, {"combination_type": "linear"}, r"ranks at .*q_proj are {'default': 4, 'two': 6}"),

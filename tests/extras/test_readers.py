@@ -123,6 +123,14 @@ def test_saved_dataset(tmp_path):
     assert outputs(read_rows(tmp_path / "two" / "train")) == OUTPUTS
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+def test_damaged_saved_dataset(tmp_path, name):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text('{"a": ')
+    with pytest.raises(DataError, match="saved is damaged"):
+        list(open_rows(tmp_path / "saved"))
+
+
 def test_hub_dataset(tmp_path, monkeypatch):
     """The Hub's own loader reads a repository on this disk."""
     (tmp_path / "org" / "name").mkdir(parents=True)

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from slimtune.core.adapters.peft_model import PeftModel
 from slimtune.errors import AdapterError, ModelError, UsageError
-from slimtune.generation.generation_models import find_end_token_ids
+from slimtune.generation.generation_models import find_end_token_ids, tokenize_chat_prompt
 
 ASK = [{"role": "user", "content": "Define hope."}]
 
@@ -166,6 +166,13 @@ def test_prompt_without_room(generator):
         generator.stream(ASK, max_new_tokens=500)
     prompt = 512 - int(caught.value.hint.removeprefix("--max-new-tokens "))
     assert f" {prompt} tokens" in caught.value.message
+
+
+def test_template_that_writes_nothing(tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(UsageError, match="nothing"):
+        tokenize_chat_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
 
 
 def test_template_rejects_the_messages(tmp_path, tiny_folder, tiny_tokenizer):

@@ -46,6 +46,7 @@ BAD_SETTINGS = [
     ("lora", {"lora_bias": True, "use_dora": True}, "lora_bias=True is not"),
     ("lora", {"init_lora_weights": "mica", "use_dora": True}, "init_lora_weights is 'mica'"),
     ("lora", {"lr_ratio": 0}, "lr_ratio is 0"),
+    ("lora", {"eva_config": {"x": 1}}, r"eva_config\.x"),
     ("lora", {"target_modules": "x", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
     ("lora", {"target_modules": ["x"], "layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
     ("lora", {"lora_alhpa": 3}, "did you mean 'lora_alpha'"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from objective_cases import OBJECTIVE_CASES, ROWS
 from safetensors.numpy import load_file
-from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_parts
+from tiny_run import distance, interrupt_at, metrics, recipe_of, train_in_two_parts, train_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -235,6 +235,16 @@ def test_quantized_base_learns(make, task, kind):
     losses = metrics(run, "train_loss")
     assert losses[-1] < losses[0] - 0.02
     assert evaluate(Path(run), EvalSettings(split="validation", bootstrap=20)).quantization == kind
+
+
+def test_truncated_reference_is_computed_again(make, monkeypatch, capfd):
+    whole, again = (make("dpo", name, max_steps=3) for name in ("whole", "again"))
+    written = load_file(Path(train(whole).run, "reference.safetensors"))
+    file = train_until(again, monkeypatch, 1) / "reference.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    train(again, resume=True)
+    assert "reference.safetensors is damaged" in capfd.readouterr().err
+    assert all(np.array_equal(values, written[part], equal_nan=True) for part, values in load_file(file).items())
 
 
 @pytest.mark.slow

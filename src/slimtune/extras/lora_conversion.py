@@ -156,6 +156,8 @@ class PeftModelToLoraMixin(PeftModel):
         kind, kinds = str(combination_type), get_args(CombinationType)
         counts = f"{len(names)} adapters and {len(weights)} weights are given"
         _require(bool(names) and len(names) == len(weights), counts, "one weight for each adapter")
+        is_finite = all(isinstance(w, int | float | Tensor) and math.isfinite(w) for w in weights)
+        _require(is_finite, f"weights is {weights!r}", "finite numbers")
         _require(kind in kinds, f"combination_type is {kind!r}{suggest(kind, kinds)}", f"one of {format_names(kinds)}")
         is_rank = svd_rank is None or (isinstance(svd_rank, int) and svd_rank >= 1)
         _require(is_rank, f"svd_rank is {svd_rank!r}", "a whole number, 1 and up")

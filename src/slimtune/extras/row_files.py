@@ -315,7 +315,13 @@ def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Locate
 def _read_saved_dataset(path: Path) -> Iterator[Located]:
     from datasets import load_from_disk  # importing it takes seconds, and most data sets are files
 
-    return read_hf_dataset(load_from_disk(str(path)))
+    try:
+        return read_hf_dataset(load_from_disk(str(path)))
+    except Exception as error:  # damaged files of a saved data set raise anything
+        if getattr(error, "errno", None):
+            raise
+        cause = (str(error) or repr(error)).splitlines()[0]
+        raise DataError(f"{path} is damaged: {cause}", "a folder that `save_to_disk` of `datasets` wrote") from error
 
 
 def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Located]:

@@ -77,7 +77,7 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
     """Return the ids of a rendered conversation, up to where the assistant's turn begins.
 
     Raises:
-        UsageError: the template rejects the messages.
+        UsageError: the template rejects the messages, or writes nothing.
         DataError: it leaves out a call or a tool.
     """
     try:
@@ -89,7 +89,10 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
             "roles that the template supports, in its order",
             "leave the system message out" if messages[0]["role"] == "system" else "",
         ) from e
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UsageError("the chat template writes nothing for these messages", "a template that writes them")
+    return ids
 
 
 def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:

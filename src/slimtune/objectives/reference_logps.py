@@ -5,10 +5,11 @@ step. The values are kept in the run folder, in reference.safetensors (`train` a
 an example], NaN where an example has fewer rows than another), and read again when the run is resumed.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..core.data.tokenized_dataset import TokenizedDataset
@@ -30,7 +31,7 @@ def add_reference_logps(prepared: PreparedRun) -> None:
     run, data, model, say = prepared.run, prepared.data, prepared.model, prepared.logger.say
     parts = {"train": data.train, "validation": data.validation}
     digests = {name: rows.digest() for name, rows in parts.items()}
-    values = _load_reference(run, digests)
+    values = _load_reference(run, digests, say)
     if values is None:
         say("computing the reference log-probabilities of all rows, once")
         with model.disable_adapter() if prepared.init_adapter is None else nullcontext():
@@ -53,9 +54,18 @@ def _compute_reference(rows: TokenizedDataset, prepared: PreparedRun) -> np.ndar
     return values
 
 
-def _load_reference(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:
-    """Return the values of the run folder; None if there are none. Raise RunError if they are those of other rows."""
+def _load_reference(run: RunDir, digests: dict[str, str], say: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    """Return the values of the run folder; None if there are none, or the file is damaged.
+
+    Raises:
+        RunError: they are those of other rows.
+    """
     if not run.reference_file.is_file():
+        return None
+    try:
+        safe_open(run.reference_file, framework="numpy")
+    except SafetensorError as error:
+        say(f"{run.reference_file.name} is damaged ({error})")
         return None
     with translate_os_errors(run.path), safe_open(run.reference_file, framework="numpy") as file:
         if file.metadata() != digests:

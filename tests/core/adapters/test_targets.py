@@ -1,6 +1,7 @@
 """Which modules are adapted, name for name as PEFT chooses them; what matches nothing is an error."""
 
 import dataclasses
+import json
 from functools import partial
 
 import models_zoo as zoo
@@ -13,10 +14,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from tiny_families import build_family
 from torch import nn
 
-from slimtune import LoraConfig, get_peft_model
+from slimtune import LoraConfig, PeftModel, get_peft_model
 from slimtune.core.adapters.architectures import DEFAULT_TARGETS
 from slimtune.core.adapters.targets import match_targets
-from slimtune.errors import TargetError
+from slimtune.errors import ConfigError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -89,12 +90,12 @@ FAULTS = [
     (llama, {"target_modules": ["q_proj", "c_attn"]}, ["target_modules: 'c_attn' matches no module"]),
     (llama, {"target_modules": r".*\.nothing"}, ["target_modules='.*\\\\.nothing' matches no module"]),
     (llama, {"target_modules": []}, ["matches no module"]),
-    (llama, {**Q, "exclude_modules": ["q_proj"]}, ["matches no module"]),
+    (llama, {**Q, "exclude_modules": ["q_proj"]}, ["matches no module", "exclude_modules=", "leave"]),
     (llama, {**Q, "exclude_modules": ["k_porj"]}, ["exclude_modules: 'k_porj'", "'k_proj'"]),
     (llama, {**Q, "exclude_modules": "k_porj"}, ["exclude_modules: 'k_porj'"]),
     (llama, {**Q, "layers_to_transform": [0, 7]}, ["layers_to_transform: '7'", "layers 0 to 1"]),
     (llama, {"target_modules": ["lm_head"], "layers_to_transform": [0]}, ["no numbered layers"]),
-    (llama, {**Q, "layers_to_transform": [0], "layers_pattern": "blocks"}, ["matches no"]),
+    (llama, {**Q, "layers_to_transform": [0], "layers_pattern": "blocks"}, ["matches no", "layers_pattern='blocks'"]),
     (llama, {**Q, "rank_pattern": {"v_proj": 4}}, ["rank_pattern: 'v_proj'", "'q_proj'"]),
     (llama, {**Q, "alpha_pattern": {"q_porj": 4}}, ["alpha_pattern: 'q_porj'", "did you mean 'q_proj'"]),
     (llama, {**Q, "modules_to_save": ["lm_haed"]}, ["modules_to_save: 'lm_haed'", "did you mean 'lm_head'"]),
@@ -121,6 +122,26 @@ def test_no_match_raises(make, settings, message):
     assert isinstance(fault.value, ValueError)  # PEFT's class for the same fault
     assert {n: type(m) for n, m in model.named_modules()} == classes
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "left", [{"layers_to_transform": [7]}, {"layers_to_transform": [0], "layers_pattern": "blocks"}]
+)
+def test_adapter_file_whose_layers_the_base_lacks_names_the_setting(left, tmp_path):
+    get_peft_model(llama(), LoraConfig(**Q, r=2)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **left}))
+    with pytest.raises(TargetError) as fault:
+        PeftModel.from_pretrained(llama(), tmp_path)
+    assert all(f"{name}={value!r}" in fault.value.message for name, value in left.items())
+
+
+def test_rank_that_dwarfs_the_layers_is_refused_before_memory_is_taken():
+    with pytest.raises(ConfigError, match="10,000,000") as fault:
+        get_peft_model(llama(), LoraConfig(**Q, r=10**7))
+    assert fault.value.field == "r"
+    wider_than_the_layer = get_peft_model(llama(), LoraConfig(**Q, r=4096))
+    assert wider_than_the_layer.peft_config["default"].r == 4096
 
 
 def test_peft_fields_are_accepted_at_defaults():

@@ -135,9 +135,11 @@ def _match_targets(
         message = f"target_modules only matches {format_names(found)}, which is trained in full"
         raise TargetError(message, "a target outside modules_to_save and the head of the task")
     if not whole:
-        excluded = getattr(config, "exclude_modules", None)
-        without = f" without exclude_modules={excluded!r}" if excluded else ""
-        raise _nothing_matches(f"target_modules={targets!r}{without}", targets, modules)
+        fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        left = ", ".join(f"{name}={value!r}" for name in fields if (value := getattr(config, name, None)))
+        if left and any(matches_regex_or_names(targets, n) for n in modules):
+            raise TargetError(f"target_modules={targets!r} matches no module that these settings leave: {left}")
+        raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
     return []
 
 
@@ -398,7 +400,8 @@ def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, t
         found = {get_layer_index(n, config.layers_pattern) for n in modules if matches_regex_or_names(targets, n)}
         indexes = sorted(i for i in found if i is not None)
         if missing := [i for i in _as_list(layers) if i not in indexes]:
-            have = f"layers {indexes[0]} to {indexes[-1]}" if indexes else "no numbered layers"
+            none = f"no numbered layers (layers_pattern={config.layers_pattern!r})"
+            have = f"layers {indexes[0]} to {indexes[-1]}" if indexes else none
             message = f"layers_to_transform: {format_names(missing)} matches no layer"
             raise TargetError(message, f"the targets are in {have}")
 

@@ -180,11 +180,7 @@ class RunDir:
 
 
 class RunLock(Protocol):
-    """One writer per run folder, which must exist.
-
-    `acquire` raises UsageError, which names the process that has the lock; `release` gives it back if this object has
-    it; `require_held` raises RunError if another process has taken it over.
-    """
+    """One writer per run folder, which must exist: the other gets a UsageError, or a RunError if it lost the lock."""
 
     def acquire(self) -> None: ...
 
