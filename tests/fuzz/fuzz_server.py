@@ -433,7 +433,7 @@ def run(server: subprocess.Popen[bytes], cases: int, seconds: float, seed: int, 
 
     def number_cases() -> Any:
         number = 0
-        while number < cases or time.monotonic() - started < seconds:
+        while not fuzz.is_over.is_set() and (number < cases or time.monotonic() - started < seconds):
             yield number
             number += 1
 
@@ -452,8 +452,15 @@ def run(server: subprocess.Popen[bytes], cases: int, seconds: float, seed: int, 
     others.append(threading.Thread(target=watch_health, args=(fuzz,)))
     for thread in [*others, *attackers]:
         thread.start()
-    for thread in attackers:
-        thread.join()
+    try:
+        for thread in attackers:
+            while thread.is_alive():
+                thread.join(60)
+                print(f"{time.monotonic() - started:.0f} s: {dict(fuzz.count)}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # what was done until now counts
+        fuzz.is_over.set()
+        for thread in attackers:
+            thread.join()
     fuzz.is_over.set()
     for thread in others:
         thread.join()

@@ -214,3 +214,28 @@ def test_sampling_depends_on_the_seed_only(start, tiny_tokenizer):
     assert tokens == same
     assert tokens != other
     assert narrow != tokens
+
+
+def test_rows_of_a_failed_pass_share_a_batch_again(start, tiny_tokenizer):
+    model = adapt(llama(dtype=torch.float32), ["LoRA", "DoRA"])
+    plan = [("LoRA", make_prompt(1, 4), 60), ("DoRA", make_prompt(2, 9), 60), (BASE_ROW, make_prompt(3, 2), 60)]
+    expected = [generate_alone(model, *each) for each in plan]
+    generator, sizes = start(model), []
+    decode = generator.runner.decode
+
+    def fail_once(batch):
+        sizes.append(len(batch.rows))
+        if len(sizes) == 5:
+            decode(batch)
+            raise RuntimeError("injected")
+        return decode(batch)
+
+    generator.runner.decode = fail_once
+    jobs = [Job(n, prompt, tiny_tokenizer(), max_new_tokens=c, top_logprobs=0) for n, prompt, c in plan]
+    generator.submit([job.answer for job in jobs])
+    for job, (tokens, values) in zip(jobs, expected, strict=True):
+        found = job.result()
+        assert found[0] == tokens
+        assert found[1] == pytest.approx(values, abs=2e-5)
+    assert set(sizes[5:30]) == {1}
+    assert sizes[-5] == 3

@@ -7,7 +7,7 @@ An adapter that cannot share a batch has a batch of its own for each row. All ba
 one prompt that wait together share its pass.
 
 An error in a pass of several rows names no row. So all tokens of each row run again alone, in a cache of its own: the
-row at fault fails again and its answer ends with the error, the others go on.
+row at fault fails again and its answer ends with the error, the others go on and soon share a batch again.
 
 The steps run in a thread of the generator's own after `start` (the server), or else in the thread that reads the
 answers (a command, an evaluation, a training).
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 1024
 """Tokens of new prompts that run between two steps of the batch; a longer prompt runs as a whole."""
+STEPS_ALONE = 16
+"""Steps after an error in a pass of several rows until its rows share a batch again."""
 MAX_FAILURES = 3
 """Steps that may fail one after another, elsewhere than in a pass of the model, before the thread gives up."""
 
@@ -54,6 +56,7 @@ class TextGenerator(AnswerQueue):
         self.runner, self._cached_tokens = MultiAdapterRunner(model), 0
         self._running: dict[GenerationRow, GeneratedAnswer] = {}
         self._batches: list[CachedBatch] = []  # the shared one and those of single rows
+        self._steps_since_error = STEPS_ALONE
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -125,6 +128,11 @@ class TextGenerator(AnswerQueue):
         An error in a pass ends the answer it is about. Where the pass had several rows, each of them runs again alone.
         """
         self._admit()
+        self._steps_since_error += 1
+        if self._steps_since_error == STEPS_ALONE:
+            batches, self._batches = self._batches, []
+            for batch in batches:
+                self._join_shared_batch(batch)
         for batch in [*self._batches]:
             rows = batch.rows
             try:
@@ -218,7 +226,7 @@ class TextGenerator(AnswerQueue):
         traceback.clear_frames(error.__traceback__)  # it keeps the tensors of the failed pass in memory
         if is_out_of_memory(error):
             release_unused_memory(self.runner.model.device)
-        lost = set(rows)
+        self._steps_since_error, lost = 0, set(rows)
         self._batches = [b for b in self._batches if b.rows and lost.isdisjoint(b.rows)]
         for row in rows:
             with self._changed:
