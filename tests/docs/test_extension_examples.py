@@ -1,13 +1,22 @@
 """The examples in docs/internals/extending.md work as they stand."""
 
+import ast
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hand_run import save_adapter_of
+from row_files import write_jsonl
+from tiny_run import metrics
 
 import slimtune
 from slimtune.core.foundation import registry
@@ -34,10 +43,58 @@ def load_example(monkeypatch):
     return load
 
 
-def test_changed_lines_of_a_setting_fit_the_file():
-    file, diff = re.search(r"```diff\n--- (.*?)\n@@ .*?\n(.*?)```", PAGE, re.DOTALL).groups()
-    source = (ROOT / file).read_text()
-    assert all(line[1:] in source for line in diff.splitlines() if line.startswith(" "))
+def apply_diff(root: Path, file: str, hunk: str) -> None:
+    """Apply one diff of the page: its context and its removed lines occur once in the file, one below the other."""
+    lines = hunk.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] in marks) for marks in (" -", " +"))
+    source = (root / file).read_text()
+    assert source.count(old) == 1, f"the page's diff of {file} does not fit it"
+    (root / file).write_text(source.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the source with everything that the page adds."""
+    root = tmp_path_factory.mktemp("extended")
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    blocks = re.findall(r"^( *)```(diff|python)\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
+    for indent, kind, block in blocks:
+        text = textwrap.dedent(block) if indent else block
+        if kind == "diff":
+            file, hunk = re.fullmatch(r"--- (\S+)\n@@ [^\n]*\n(.*)", text, re.DOTALL).groups()
+            apply_diff(root, file, hunk)
+        else:
+            named = re.match(r"# (src/\S+)\n", text)
+            (root / (named[1] if named else "src/slimtune/objectives/hinge.py")).write_text(text)
+    assert [kind for _, kind, _ in blocks] == ["diff", "diff", "python", "python"]
+    return root
+
+
+def test_diffs_of_the_page_fit_the_files(extended):
+    for file in ("core/config/schema.py", "core/training/resuming.py"):
+        text = (extended / "src/slimtune" / file).read_text()
+        assert ast.parse(text)
+        assert "warmup_steps" in text
+
+
+@pytest.mark.slow
+def test_diffs_and_files_of_the_page_make_a_source_that_trains_and_exports(extended, tiny_folder, tmp_path):
+    """`--warmup-steps`, `--task hinge` and `--to peft` are flags of the command, in one run of two steps."""
+
+    def run(*words: object) -> dict[str, Any]:
+        environment = {**os.environ, "PYTHONPATH": str(extended / "src"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "slimtune", *map(str, words), "--json"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    pair = {"prompt": "say a", "chosen": "abc", "rejected": "xyz"}
+    write_jsonl(tmp_path / "pairs.jsonl", [pair] * 8)
+    words = ["--model", tiny_folder, "--data", "pairs.jsonl", "--out", "run", "--dtype", "float32", "--lr", 1e-2]
+    words += ["--task", "hinge", "--set", "task.beta=0.5", "--warmup-steps", 2, "--max-steps", 2]
+    assert run("train", *words)["steps"] == 2
+    assert metrics(tmp_path / "run", "learning_rate") == [0.0, 5e-3]  # without the setting: 0.0, 1e-2
+    assert run("export", "run", "--to", "peft", "--out", "out", "--no-tokenizer")["check"]["passed"]
 
 
 def test_objective_of_the_page_compares_two_answers(load_example):
