@@ -34,6 +34,7 @@ class FolderLock:
         self._lock = FileLock(self._file)
         self._open_file: BinaryIO | None = None
         self._heartbeat = HeartbeatLock(folder / WRITER_FILE)
+        self._opened: BinaryIO | None = None  # `.lock`: who has it open is the one that trains (ui/run_pages.py)
 
     def acquire(self) -> None:
         """Take the lock; raise Timeout if another process has it."""
@@ -50,11 +51,14 @@ class FolderLock:
                 "the file system of %s has no locks (%s): nothing keeps a second process from writing there",
                 self.folder, error.strerror,
             )  # fmt: skip
+        self._opened = self._file.open("rb")
 
     def release(self) -> None:
         """Give the lock back, if this object has it."""
         self._lock.release()
         self._heartbeat.release()
+        if self._opened is not None:
+            self._opened.close()
         if self._open_file is not None:
             self._open_file.close()
 

@@ -128,6 +128,14 @@ def test_loading_into_an_adapter_needs_same_settings(folder, setting):
         model.load_adapter(folder, "default")
 
 
+@pytest.mark.parametrize("folder", ["", None])
+def test_no_folder_to_save_to_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"save_directory is {folder!r}"):
+        get_peft_model(llama(), LoraConfig(r=2)).save_pretrained(folder)
+    assert not list(tmp_path.iterdir())
+
+
 def test_save_writes_safetensors_only(tmp_path):
     model = get_peft_model(llama(), LoraConfig())
     with pytest.raises(UsageError, match="requests a pickle"):

@@ -10,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 from tiny_run import distance, do_at, metrics, recipe_of, train_until
@@ -81,6 +82,7 @@ def test_run_trains_and_resumes_without_flock(settings, whole_run, monkeypatch, 
         with pytest.raises(UsageError, match=f"process {os.getpid()} on .*{settings['output_dir']}") as e:
             train(recipe_of(settings), resume=True)
         found.append(e.value.exit_code)
+        assert any(Path(f.path).name == ".lock" for f in psutil.Process().open_files())  # as the page looks for it
 
     with monkeypatch.context() as patch:
         do_at(patch, 2, resume)

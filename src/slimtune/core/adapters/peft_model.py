@@ -175,6 +175,8 @@ class PeftModel(AdaptedModelMixin):
         """
         if path_initial_model_for_weight_conversion is not None:
             PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)  # it has to be an adapter
+        if not save_directory:
+            raise UsageError(f"save_directory is {save_directory!r}", "a folder", "'.' is the one you are in")
         if not safe_serialization:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
         for name in (selected_adapters or self.peft_config) if is_main_process else []:
