@@ -9,9 +9,11 @@ uvicorn sets no limit on the time in which a request's header, or a client that 
 """
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS, UNREAD_SECONDS = 10, 60
@@ -80,3 +82,17 @@ class GuardedHttpConnection(H11Protocol):
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
+
+
+class GuardedHttpServer(uvicorn.Server):
+    """A server of uvicorn that a second Ctrl-C ends without a traceback for each request that still runs."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().shutdown(sockets)
+        finally:
+            # Requests end by themselves when their connection is gone; uvicorn would cancel them, and print it.
+            for connection in [*self.server_state.connections]:
+                connection.transport.abort()
+            if self.server_state.tasks:
+                await asyncio.wait([*self.server_state.tasks], timeout=2)

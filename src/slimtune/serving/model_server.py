@@ -15,7 +15,7 @@ import uvicorn
 from ..core.foundation.device import release_unused_memory
 from ..errors import RunError, UsageError
 from ..export.export_results import EngineVerdict
-from ..extras.http_connections import GuardedHttpConnection
+from ..extras.http_connections import GuardedHttpConnection, GuardedHttpServer
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from ..generation.answer_queue import AnswerQueue
 from ..generation.text_generator import TextGenerator
@@ -146,7 +146,7 @@ class ModelServer:
         self._uvicorn.should_exit = True
 
 
-class _UvicornServer(uvicorn.Server):
+class _UvicornServer(GuardedHttpServer):
     """Lets answers go on for some seconds after a signal; the others get an error before connections are closed.
 
     It also ends when no answer can be generated any more.
@@ -169,9 +169,3 @@ class _UvicornServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             closing.cancel()
-            # After a second Ctrl-C requests still run: without a connection they end, and are not cancelled with a
-            # traceback each.
-            for connection in [*self.server_state.connections]:
-                connection.transport.abort()
-            if self.server_state.tasks:
-                await asyncio.wait([*self.server_state.tasks], timeout=2)

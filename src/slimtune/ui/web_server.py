@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..extras.http_connections import GuardedHttpConnection
+from ..extras.http_connections import GuardedHttpConnection, GuardedHttpServer
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
 from .command_jobs import CommandJob
 from .pages import UiPages
@@ -57,7 +57,7 @@ def serve_web_page(
     # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     try:
-        uvicorn.Server(settings).run(sockets=[sock])
+        GuardedHttpServer(settings).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
         pass
     finally:
