@@ -129,13 +129,13 @@ def main() -> int:
         return 0
     all_outcomes: dict[str, dict[int, Outcome]] = {}
     columns = ("taken", "refused", *WRONG)
-    print(f"{'kind':10}{'cases':>7}" + "".join(f"{c:>11}" for c in columns) + "    seconds")
+    print(f"{'kind':16}{'cases':>7}" + "".join(f"{c:>11}" for c in columns) + "    seconds")
     for kind in args.kinds:
         started = time.perf_counter()
         outcomes = all_outcomes[kind] = fuzz_kind(kind, args.cases // len(args.kinds), args.seed)
         count = collections.Counter(how for how, _ in outcomes.values())
         figures = "".join(f"{count[c]:>11}" for c in columns)
-        print(f"{kind:10}{len(outcomes):>7}{figures}{time.perf_counter() - started:>11.0f}", flush=True)
+        print(f"{kind:16}{len(outcomes):>7}{figures}{time.perf_counter() - started:>11.0f}", flush=True)
     wrong = {f"{k}:{n}": o for k, all_ in all_outcomes.items() for n, o in all_.items() if o[0] in WRONG}
     for name, (how, message) in wrong.items():
         print(f"{name} {how}: {message}")

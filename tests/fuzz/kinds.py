@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from mutations import HUGE_INT, NASTY_VALUES, dump_json, mutate_bytes, mutate_json, mutate_text
+from row_kinds import ROW_KINDS
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -425,4 +426,5 @@ KINDS: dict[str, Callable[[random.Random, Path, int], Work]] = {
     "recipe": make_recipe,
     "template": make_template,
     "gguf": make_gguf,
+    **ROW_KINDS,
 }
