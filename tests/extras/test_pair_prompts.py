@@ -119,6 +119,14 @@ def test_pair_with_several_prompts_is_refused(refusal, prompt, chosen, rejected)
     assert found.hint
 
 
+@pytest.mark.parametrize("completion", [[MORE, LAST], [SYSTEM, YES]])
+@pytest.mark.parametrize("file_format", ["prompt-completion", "unpaired-preference"])
+def test_completion_of_another_question_is_refused(tmp_path, file_format, completion):
+    row = {"prompt": [USER], "completion": completion} | ({"label": True} if "unpaired" in file_format else {})
+    (found,) = open_rows(write_jsonl(tmp_path / "a.jsonl", [row]), format=file_format)
+    assert (type(found), found.code) == (InvalidRow, "different-prompts")
+
+
 def test_different_prompts_in_a_list_are_refused(refusal):
     found = refusal({"prompt": [SYSTEM], "responses": [[USER, YES], [USER, NO], [MORE, OTHER]], "scores": [3, 2, 1]})
     assert found.code == "different-prompts"

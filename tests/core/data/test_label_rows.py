@@ -91,6 +91,7 @@ LOOKALIKES = {
     "full-width digits": ("2", "\uff12"),
     "a byte order mark": ("ham", "\ufeffham"),
     "a mark of direction": ("ham", "ham\u200f"),
+    "a control character": ("ham", "h\x1bam"),
     "a variation selector": ("\u2764", "\u2764\ufe0f"),
     "case and a no-break space": ("not spam", "Not\u00a0spam"),
 }

@@ -18,9 +18,9 @@ Finding = tuple[str, str]
 """A code of the data report's `FINDING_TYPES`, and an example."""
 SHOWN_CHARACTERS = 40
 SAME_PROMPT_HINT = (
-    "write the same prompt before both answers; without a 'prompt' column, both answers must begin with it"
+    "write the same prompt before each answer; without a 'prompt' column, both answers of a pair must begin with it"
 )
-IGNORE_PROMPT_HINT = "if the answers contain the whole prompt: --ignore-columns prompt (data.ignore_columns)"
+IGNORE_PROMPT_HINT = "if both answers of a pair contain the whole prompt: --ignore-columns prompt (data.ignore_columns)"
 
 
 class PromptWithAnswers(NamedTuple):
@@ -52,10 +52,21 @@ def split_prompt_off_answers(
     return _split_given_messages(prompt, answers, chats, names)
 
 
-def count_repeated_messages(prompt: Messages, chat: Messages) -> int:
-    """Return how many messages at the end of a prompt a conversation begins with: all of them, or the last ones."""
+def remove_repeated_prompt(prompt: Messages, chat: Messages, name: str) -> Messages:
+    """Return a conversation without the messages at its begin that end its prompt: all of the prompt, or the last ones.
+
+    Raises:
+        RowError: nothing is left, or what is left begins with another question; `name` is what the error calls it.
+    """
     sizes = range(min(len(prompt), len(chat)), 0, -1)
-    return next((n for n in sizes if prompt[-n:] == chat[:n]), 0)
+    own = chat[next((n for n in sizes if prompt[-n:] == chat[:n]), 0) :]
+    if not own:
+        raise RowError(f"{name} is the prompt alone, without an answer", "empty-answer")
+    role = own[0]["role"]
+    if prompt and (role in ("system", "developer") or (role == "user" and prompt[-1]["role"] == "user")):
+        cause = f"{name} begins with a {role} message that is not in the prompt: {_show(own, 0)}"
+        raise RowError(cause, "different-prompts", f"{SAME_PROMPT_HINT}; {IGNORE_PROMPT_HINT}")
+    return own
 
 
 def repeats_text(prompt: str, answer: str) -> bool:
@@ -108,14 +119,7 @@ def _split_given_messages(
     prompt: Messages, answers: Sequence[Messages | str], chats: list[Messages], names: Sequence[str]
 ) -> PromptWithAnswers:
     """Return a prompt that is given apart, and conversations without the part of it that they repeat."""
-    own = [chat[count_repeated_messages(prompt, chat) :] for chat in chats]
-    for name, chat in zip(names, own, strict=True):
-        if not chat:
-            raise RowError(f"{name} is the prompt alone, without an answer", "empty-answer")
-        role = chat[0]["role"]
-        if role in ("system", "developer") or (role == "user" and prompt[-1]["role"] == "user"):
-            cause = f"{name} begins with a {role} message that is not in the prompt: {_show(chat, 0)}"
-            raise RowError(cause, "different-prompts", f"{SAME_PROMPT_HINT}; {IGNORE_PROMPT_HINT}")
+    own = [remove_repeated_prompt(prompt, chat, name) for name, chat in zip(names, chats, strict=True)]
     shared = min(count_common_prefix(own[0], chat) for chat in own)
     asked = next((i for i in range(shared) if own[0][i]["role"] == "assistant"), shared)
     found = _make_checked_prompt([[*prompt, *chat] for chat in own], len(prompt) + asked, names)

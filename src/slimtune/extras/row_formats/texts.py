@@ -4,7 +4,7 @@ from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ..message_parsing import parse_messages_and_train_mask, require_text
 from .chats import make_chat_row_fields
-from .pair_prompts import SHOWN_CHARACTERS, count_repeated_messages, repeats_text
+from .pair_prompts import SHOWN_CHARACTERS, remove_repeated_prompt, repeats_text
 
 
 def parse_prompt_completion_fields(record: Record) -> Fields:
@@ -20,11 +20,8 @@ def parse_prompt_completion_fields(record: Record) -> Fields:
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
     after, learned = parse_messages_and_train_mask(completion, "completion")
-    repeated = count_repeated_messages(before, after)
-    if repeated == len(after):
-        raise RowError("'completion' is the prompt alone, without an answer", "empty-answer")
-    own = after[repeated:]
-    return make_chat_row_fields(record, before + own, (False,) * len(before) + learned[repeated:])
+    own = remove_repeated_prompt(before, after, "'completion'")
+    return make_chat_row_fields(record, before + own, (False,) * len(before) + learned[len(after) - len(own) :])
 
 
 def parse_text_record(record: Record) -> Fields:
