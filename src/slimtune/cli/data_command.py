@@ -29,8 +29,8 @@ SAMPLE_CHARACTERS = 480
 FEW_ROWS = 100
 """Fewer answers get a note; docs/learn/data_that_works.md has the numbers to begin with."""
 REPORT_SETTINGS = (
-    "model.name", "model.revision", "model.trust_remote_code", "data.validation", *ROW_SETTINGS, "data.split_special_tokens",
-    "train.batch_size",
+    "model.name", "model.revision", "model.trust_remote_code", "data.validation", *ROW_SETTINGS,
+    "data.split_special_tokens", "train.batch_size",
 )  # fmt: skip
 """The settings that change the report."""
 
