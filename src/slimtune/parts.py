@@ -69,6 +69,13 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.config_checks": {"damage": "slimtune.extras.damaged_config"},
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.fingerprint_checks": {"files": "slimtune.extras.training_fingerprint"},
+    "slimtune.chat_template_setters": {"files": "slimtune.extras.chat_templates:set_chat_template"},
+    "slimtune.chat_templates": {
+        "chatml": "slimtune.extras.chat_templates:CHATML",
+        "llama3": "slimtune.extras.chat_templates:LLAMA3",
+        "gemma": "slimtune.extras.chat_templates:GEMMA",
+        "plain": "slimtune.extras.chat_templates:PLAIN",  # the last: it fits every vocabulary
+    },
     "slimtune.data_reports": {"rows": "slimtune.evaluation.data_report.report_builder:DataReportBuilder"},
     "slimtune.general_texts": {"files": "slimtune.evaluation.general_text:load_general_text"},
     "slimtune.run_locks": {"files": "slimtune.extras.run_lock:RunLock"},

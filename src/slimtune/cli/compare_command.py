@@ -11,6 +11,7 @@ from ..experiments.executor_specs import PLACES, parse_executor_spec
 from .common import Json, NegativeVerdictResult, make_console, make_table, print_progress, require_installed_packages
 from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
+from .row_checks import require_valid_first_rows
 
 if TYPE_CHECKING:
     from ..core.config.schema import RecipeTree
@@ -26,6 +27,13 @@ RecipeFile = Annotated[Path, Argument(metavar="RECIPE.yaml", help="The base, the
 On = Annotated[str | None, Option(metavar="WHERE", help=f"Train runs at the same time: {PLACES}.")]
 Force = Annotated[bool, Option("--force", help="Train on faulty data.")]
 Plot = Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")]
+
+
+def _require_valid_first_rows(tree: dict[str, Any]) -> None:
+    from ..core.config.recipe import parse_recipe_sections
+
+    sections = parse_recipe_sections(tree, "the recipe")
+    require_valid_first_rows(sections["data"], sections["task"].build_objective())
 
 
 @add_recipe_flags()
@@ -72,6 +80,8 @@ def compare_methods(
     recipe_settings, method_settings = separate_recipe_and_candidate_settings(settings.items())
     expand_candidate_names(names, method_settings, names_are_tasks=tasks is not None)
     tree = _load_checked_tree(recipe, recipe_settings)
+    if tasks is None:
+        _require_valid_first_rows(tree)
     from ..experiments import comparison as comparison
     from ..experiments.run_grid import build_comparison_grid
 
@@ -159,6 +169,7 @@ def tune_settings(
     if plot is not None:
         plot = require_figure_path(plot)
     tree = _load_checked_tree(recipe, settings)
+    _require_valid_first_rows(tree)
     # A wrong name or value is answered at once, before torch is imported.
     validate_and_mark_integer_ranges(
         ranges, lambda values: parse_recipe_sections(replace_recipe_values(tree, values), "--over")

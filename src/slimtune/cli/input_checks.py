@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SlimtuneError
+from .row_checks import require_valid_first_rows
 
 if TYPE_CHECKING:
     from ..core.adapters.config_fields import FieldError
@@ -58,11 +59,13 @@ def require_run_and_base_exist(path: Path) -> None:
 def require_row_files_exist(
     path: str | Path | None, format: str | None = None, *, format_from_run: Path | None = None
 ) -> None:
-    """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
+    """Raise unless a file or folder of rows exists, if one is given; for a run also unless it can learn from them."""
     from ..core.training.run_dir import RunDir
     from ..extras.row_files import list_dataset_file_names_with_readers
 
     if path is not None:
-        if format_from_run is not None and RunDir(format_from_run).recipe_file.is_file():
-            format = RunDir(format_from_run).load_recipe().data.format
-        list_dataset_file_names_with_readers(Path(path), format)
+        run = RunDir(format_from_run) if format_from_run is not None else None
+        recipe = run.load_recipe() if run is not None and run.recipe_file.is_file() else None
+        list_dataset_file_names_with_readers(Path(path), format if recipe is None else recipe.data.format)
+        if recipe is not None:
+            require_valid_first_rows(recipe.data, recipe.objective(), [Path(path)])

@@ -17,6 +17,7 @@ from typer import Argument
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
 from .input_checks import list_missing_base_and_data_errors
+from .row_checks import require_valid_first_rows
 
 if TYPE_CHECKING:
     from ..core.config import Recipe
@@ -92,12 +93,14 @@ def load_runs_to_plan(
         output_dir: the run folder of a base's recipe.
     """
     recipes, errors = _load_recipes(model_or_recipe, settings, output_dir)
+    recipe = next(iter(recipes.values()))
+    has_rows = find_recipe_file(model_or_recipe) is not None or "data.train" in settings
+    if has_rows:
+        require_valid_first_rows(recipe.data, recipe.objective())
 
     from ..core.data.example_lengths import ALL_SUPERVISED, count_tokens_per_row
     from ..core.models.base_config import load_base_config
 
-    recipe = next(iter(recipes.values()))
-    has_rows = find_recipe_file(model_or_recipe) is not None or "data.train" in settings
     m, t = recipe.model, recipe.train
     model = load_base_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths, content = _read_lengths(recipe, model) if has_rows else ([], ALL_SUPERVISED)

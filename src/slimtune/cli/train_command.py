@@ -16,6 +16,7 @@ from .common import WARNING, Json, make_console, make_error_console, print_field
 from .input_checks import list_missing_base_and_data_errors
 from .options import add_recipe_flags
 from .planned_jobs import JOB, find_recipe_file
+from .row_checks import require_valid_first_rows
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from ..core.training.prepare_run import Planner
@@ -84,6 +85,7 @@ def train_run(
         find_gpu_by_name(gpu)
     if not resume:
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
+    require_valid_first_rows(loaded.data, loaded.objective())
 
     from ..core.foundation import distributed
     from ..core.training.train import train

@@ -26,10 +26,10 @@ from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
 from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.models.base_config import get_max_positions
-from ..core.training.datasets import load_eval_dataset_and_stats, open_rows_for_objective, tokenize_recipe_datasets
+from ..core.training.datasets import load_eval_dataset_and_stats, tokenize_recipe_datasets
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.loss import build_run_collator
-from ..core.training.objective import Objective
+from ..core.training.objective import Objective, open_rows_for_objective
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import DataError, SlimtuneError, UsageError, format_names, suggest

@@ -16,6 +16,7 @@ from typing import Any
 from ..core.foundation.chat_rendering import render_chat_template
 from ..core.training.trained_model import TrainedModel
 from ..errors import ModelError, UsageError, format_install_command, suggest
+from ..extras.chat_templates import is_built_in_template
 from .eval_result import WHO, LmEvalTaskScores
 
 
@@ -57,6 +58,8 @@ def score_base_and_tuned_by_lm_eval(
     from lm_eval.models.huggingface import HFLM
 
     tokenizer: Any = copy.copy(trained.base.tokenizer)
+    # A base that got a built-in template is no chat model: it is asked as such bases are compared, by plain text.
+    chats = tokenizer.chat_template is not None and not is_built_in_template(tokenizer.chat_template)
     tokenizer.apply_chat_template = functools.partial(_render_chat, trained.base.tokenizer)
     results = {}
     for who in WHO:
@@ -68,7 +71,7 @@ def score_base_and_tuned_by_lm_eval(
                     task_manager=manager,
                     log_samples=False,
                     bootstrap_iters=1000,
-                    apply_chat_template=trained.base.tokenizer.chat_template is not None,
+                    apply_chat_template=chats,
                 )
             except Exception as e:  # a task's own code and data can raise anything
                 raise ModelError(

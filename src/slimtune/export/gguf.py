@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, suggest
-from ..extras.gguf_loading import import_gguf
+from ..extras.gguf_loading import import_gguf, open_gguf_reader
 from .export_support import Factors, get_export_support_flags, split_low_rank_and_other_changes
 from .gguf_format import GgufExportFacts
 
@@ -245,8 +245,12 @@ def _to_finite_array(tensor: Tensor, module: str, precision: str) -> Any:
 # --- whole model -----------------------------------------------------------------------------------------------------
 
 
-def write_gguf_from_template(template: Path, model: Any, file: Path, precision: str = "f16") -> None:
+def write_gguf_from_template(
+    template: Path, model: Any, file: Path, precision: str = "f16", chat_template: Any = None
+) -> None:
     """Write a model as the GGUF its base came from: metadata and tokenizer from there, tensors from the model.
+
+    A `chat_template` of text replaces the file's.
 
     One tensor is in memory at a time, beside the model's own. Vectors stay in f32. An adapted model is written without
     its adapters, except those merged into it.
@@ -256,7 +260,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
         get_gguf_architecture_spec(model.config),
         make_gguf_module_name_mapper(model.config),
     )
-    reader = gguf.GGUFReader(str(template))
+    reader = open_gguf_reader(template)
     base_tensors = {t.name: t for t in reader.tensors}
     parameters: dict[str, tuple[str, Tensor]] = {}
     unknown = []
@@ -281,7 +285,10 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
             "slimtune merge, and llama.cpp's converter",
         )
     writer = gguf.GGUFWriter(str(file), architecture.name)
-    skipped = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, "general.alignment")
+    skipped = [gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, "general.alignment"]
+    if isinstance(chat_template, str):
+        skipped.append(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+        writer.add_chat_template(chat_template)
     for f in reader.fields.values():
         if f.name not in skipped and not f.name.startswith(("GGUF.", "split.")):
             item_type = f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None

@@ -140,6 +140,7 @@ class GgufFormat(ExportFormat):
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return
         from ..generation.inference_engines import InProcessLlamaCppEngine
+        from .expected_logps import ADAPTER_TOLERANCES
         from .gguf import write_adapter_gguf
         from .merge import write_merged_gguf
         from .verify import ExportEngineCheck
@@ -155,7 +156,9 @@ class GgufFormat(ExportFormat):
             write_merged_gguf(verifier.loaded, verifier.run, whole, "f16")
             return verifier.open_llama_cpp(whole)
 
-        yield ExportEngineCheck(ADAPTER_ENGINE, "f32", open_adapter, InProcessLlamaCppEngine.without_adapter)
+        yield ExportEngineCheck(
+            ADAPTER_ENGINE, "f32", open_adapter, InProcessLlamaCppEngine.without_adapter, ADAPTER_TOLERANCES["f32"]
+        )
         yield ExportEngineCheck(MODEL_ENGINE, "f16", open_whole, verifier.open_base_in("f16"))
 
     def hint_if_different(self) -> str:

@@ -24,7 +24,7 @@ from ..core.data.rows import InvalidRow
 from ..core.data.tokenize import tokenize_rows_with_errors
 from ..core.kernels.linear_layers import get_base_layer_type
 from ..core.models.dtype import pick_dtype
-from ..core.training.datasets import open_rows_for_objective
+from ..core.training.objective import open_rows_for_objective
 from ..errors import SlimtuneError
 from ..extras.layer_inputs import collect_layer_inputs, compute_second_moment
 

@@ -296,7 +296,8 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
             weight = model.get_submodule(name).weight
             rounded = round_merged_weight(model, f"{name}.weight", weight.detach(), STORED_DTYPES[precision], inputs)
             weight.data = rounded.to(weight.dtype)
-        gguf.write_gguf_from_template(Path(source.path), model, file, precision)
+        chat_template = loaded.base.tokenizer.chat_template
+        gguf.write_gguf_from_template(Path(source.path), model, file, precision, chat_template)
     finally:
         model.unmerge_adapter()
 

@@ -30,6 +30,7 @@ from ..generation.inference_engines import (
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
 from .expected_logps import (
+    ADAPTER_TOLERANCES,
     AdapterReference,
     EngineTolerance,
     get_loosest_tolerance,
@@ -100,6 +101,7 @@ class ExportEngineCheck:
     precision: str  # of its weights
     open_engine: Callable[[], ModelInInferenceEngine]
     open_base: Callable[[Any], ModelInInferenceEngine] | None = None  # the untouched base in the same engine
+    tolerance: EngineTolerance | None = None  # None: that of the precision
 
 
 @dataclass
@@ -126,7 +128,7 @@ class ExportVerifier:
         verdicts, started = [], time.monotonic()
         for number, check in enumerate(checks, 1):
             verdicts.append(
-                self.verify_engine(check.engine, check.precision, check.open_engine, open_base=check.open_base)
+                self.verify_engine(check.engine, check.precision, check.open_engine, check.tolerance, check.open_base)
             )
             if number < len(checks):
                 after = format_duration(time.monotonic() - started)
@@ -146,6 +148,7 @@ class ExportVerifier:
     ) -> EngineVerdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
         served = ServedBase()
+        tolerance = tolerance or ADAPTER_TOLERANCES.get(precision)
         if served_base is not None:
             served = resolve_matching_ollama_base(
                 served_base, require_base_path_unless_registry_name(served_base), self.loaded

@@ -27,6 +27,7 @@ from ..core.foundation.files import write_atomic
 from ..core.models.loader import load_tokenizer
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, UsageError, format_names, suggest
+from ..extras.chat_templates import is_built_in_template
 from ..extras.gguf_loading import get_or_make_hf_folder_and_seconds
 from ..extras.lora_conversion import make_lora_config_rank_fields
 from ..methods.lora.init_configs import is_init_subtracted_from_base
@@ -214,7 +215,8 @@ def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtyp
     m = loaded.recipe.model if loaded.recipe is not None else None
     options: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision} if m else {}
     template = loaded.base.tokenizer.chat_template
-    if template == load_tokenizer(loaded.base.source.spec, **options).chat_template:
+    own = load_tokenizer(loaded.base.source.spec, **options).chat_template
+    if template == own and not is_built_in_template(own):  # vLLM knows none of the built-in ones
         template = None
     if template is not None:
         write_atomic(folder / TEMPLATE, template)

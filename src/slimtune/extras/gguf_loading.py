@@ -11,6 +11,7 @@ transformers ignores two facts of a GGUF file, which would give wrong results si
 - **Pre-tokenizer.** A vocabulary whose numbers were split digit by digit gets GPT-2's splitting from transformers.
 """
 
+import contextlib
 import difflib
 import functools
 import glob
@@ -24,6 +25,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..core.foundation.files import atomic_folder
+from ..core.foundation.files import atomic_folder, write_atomic
 from ..core.kernels.linear_layers import is_finite
 from ..core.models.base_config import read_config_file
 from ..core.models.load_errors import silence_and_translate_load_errors, silence_model_loading
@@ -118,15 +120,27 @@ def get_or_make_hf_folder_and_seconds(gguf_path: str | Path) -> tuple[Path, floa
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """Return the config of a GGUF file: of its cached folder, else from its metadata, whose parsing takes seconds."""
-    cached = get_slimtune_cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}")
+    """Return the config of a GGUF file: as it is cached, else from its metadata, whose parsing takes seconds."""
+    cached = get_slimtune_cache_root().joinpath("bases").glob(f"{glob.escape(path.resolve().stem)}-*-fp32-v{_FORMAT}*")
     if any(cached):  # otherwise the file is not hashed
         folder = _locate_folder(path.resolve())[1]
         if _is_complete(folder):
             return read_config_file(folder / "config.json")
-    open_checked_gguf_reader(path)
-    with silence_and_translate_load_errors(str(path)):
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        if (config_file := _name_config_file(folder)).is_file():
+            return read_config_file(config_file)
+    reader = open_checked_gguf_reader(path)
+    with silence_and_translate_load_errors(str(path)), _parse_once(reader):
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+        config_file = _name_config_file(_locate_folder(path.resolve())[1])
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(config_file, config.to_json_string(use_diff=False))
+    return config
+
+
+def _name_config_file(folder: Path) -> Path:
+    """Return where the config of a GGUF file is cached before its folder is made."""
+    return folder.with_name(f"{folder.name}.config.json")
 
 
 def _locate_folder(path: Path) -> tuple[str, Path]:
@@ -141,9 +155,33 @@ def _locate_folder(path: Path) -> tuple[str, Path]:
 
 def open_gguf_reader(path: Path) -> Any:
     """Return gguf's reader of a file; exceptions are gguf's and numpy's."""
+    import numpy as np
     from gguf import GGUFReader  # optional
 
-    return GGUFReader(str(path))
+    class PlainArrayReader(GGUFReader):
+        """A reader that slices a plain array. It slices four times a token, and a memmap takes four times as long."""
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = np.asarray(mapped)
+
+    return PlainArrayReader(str(path))
+
+
+@contextlib.contextmanager
+def _parse_once(reader: Any) -> Iterator[None]:
+    """Let transformers take this reader: it would parse the file for the config, the weights and the tokenizer."""
+    gguf = import_gguf()
+    original = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def open_checked_gguf_reader(path: Path) -> Any:
@@ -264,7 +302,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     reader = open_checked_gguf_reader(path)  # first: it notices an incomplete file before the slow part
-    with silence_and_translate_load_errors(str(path), "GGUF file"):
+    with silence_and_translate_load_errors(str(path), "GGUF file"), _parse_once(reader):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
         )

@@ -24,6 +24,7 @@ from typing import Any
 from ..core.adapters.config_fields import FieldError
 from ..core.config.recipe_loading import DATA_FILES
 from ..core.data.rows import ROW_READERS, FileTypeReader, InvalidRow, Located, Row, RowErrorCollector, RowIterable
+from ..core.foundation.chat_rendering import CHAT_TEMPLATES
 from ..core.foundation.files import parse_dataset_id
 from ..core.foundation.formatting import truncate_noting_length
 from ..errors import DataError, UsageError, format_names, suggest
@@ -344,8 +345,9 @@ def list_missing_data_file_errors(recipe_tree: Mapping[str, Any]) -> list[FieldE
         if not isinstance(given := data.get(name), str | Path) or not str(given):
             continue
         path, is_rows = Path(given), name not in ("general_text", "chat_template")
-        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+        known = CHAT_TEMPLATES.names() if name == "chat_template" else ()
+        if str(path) in known or path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
             continue
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, siblings)}"))
+        names = [*known, *(p.name for p in path.parent.iterdir())] if path.parent.is_dir() else known
+        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{suggest(path.name, names)}"))
     return errors

@@ -53,7 +53,7 @@ class Classification(Objective):
             DataError: there is one class only, a class has no training row, or `class_weights` names no class.
         """
         from ..core.data.rows import Row
-        from ..core.training.datasets import open_rows_for_objective
+        from ..core.training.objective import open_rows_for_objective
 
         rows = datasets.train
         classes = _find_classes(rows)

@@ -159,7 +159,7 @@ def test_token_with_a_piece_of_the_header():
 
 
 UNUSABLE = {
-    "none": (None, CHATML, ONE, ModelError, r"no chat template[^\0]*data.chat_template: FILE.jinja[^\0]*--set data"),
+    "none": (None, CHATML, ONE, ModelError, r"no chat template[^\0]*data.chat_template: NAME[^\0]*--chat-template"),
     "several": ({"a": PLAIN, "b": PLAIN}, CHATML, ONE, ModelError, "several chat templates and no default"),
     "broken": ("{% for %}", CHATML, ONE, ModelError, "not valid Jinja"),
     "with its length": (PLAIN.replace("}\n", "} ({{ m.content | length }} characters)"), CHATML, ONE, ModelError,

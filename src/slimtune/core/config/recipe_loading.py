@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import RecipeError, UsageError, suggest
 from ..adapters.config_fields import list_settings
+from ..foundation.chat_rendering import CHAT_TEMPLATES
 from ..foundation.files import parse_dataset_id
 from ..foundation.formatting import format_short_value
 from ..foundation.remote_code import allow_remote_code, remote_code_allowed
@@ -154,7 +155,7 @@ def set_recipe_paths_absolute_in_place(tree: RecipeTree, folder: Path | None = N
     data, model = (tree[name] if isinstance(tree.get(name), dict) else {} for name in ("data", "model"))
     for name in DATA_FILES:
         path = data.get(name)
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or (name == "chat_template" and path in CHAT_TEMPLATES.names()):
             continue
         if os.path.exists(locate(path)) or (folder is None and parse_dataset_id(path) is None):
             data[name] = locate(path)

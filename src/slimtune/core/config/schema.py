@@ -114,7 +114,7 @@ class DataSettings(RecipeSection):
     )
     max_seq_len: int = config_field(1024, "longest row, or longest window of a document, in tokens", ge=2, le=10**8)
     on_overlong: Literal["error", "drop", "truncate"] = config_field("drop", "what happens to a longer row")
-    chat_template: PathLike | None = config_field(None, "Jinja file with a chat template", when_null="the base's own")
+    chat_template: PathLike | None = config_field(None, "chat template's name, or Jinja file", when_null="the base's")
 
 
 @dataclass(frozen=True, kw_only=True)

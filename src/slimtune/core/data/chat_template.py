@@ -235,7 +235,7 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
     except ValueError as error:
         several = isinstance(tokenizer.chat_template, dict)
         problem = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
-        hint = "give one: data.chat_template: FILE.jinja in the recipe, or --set data.chat_template=FILE.jinja"
+        hint = "give one: data.chat_template: NAME or FILE.jinja in the recipe, or --chat-template NAME or FILE.jinja"
         raise ModelError(problem, "one chat template", hint, code="chat-template-missing") from error
 
 

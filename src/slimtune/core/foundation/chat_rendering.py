@@ -7,6 +7,10 @@ from typing import Any
 from .registry import Registry
 
 TEMPLATE_RENDERERS: Registry[Callable[..., str]] = Registry("slimtune.template_renderers", "template language")
+CHAT_TEMPLATES: Registry[Any] = Registry("slimtune.chat_templates", "chat template")
+"""The built-in templates; a base without one gets the first that fits its vocabulary."""
+CHAT_TEMPLATE_SETTERS: Registry[Callable[[Any, Any, str], None]] = Registry("slimtune.chat_template_setters", "setter")
+"""Functions that give a tokenizer the template that was asked for (its name, file or text, or None) for a base."""
 
 
 @cache

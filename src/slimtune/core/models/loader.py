@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ...errors import ModelError, UsageError, format_names, suggest
-from ..foundation.chat_rendering import render_chat_template
+from ..foundation.chat_rendering import CHAT_TEMPLATE_SETTERS
 from ..foundation.fingerprint import config_fingerprint
 from .base_config import PreparedBase, get_hidden_size, prepare_base_folder_and_config
 from .dtype import pick_device, pick_dtype
@@ -45,7 +44,7 @@ class LoadedBase:
     """A loaded base."""
 
     model: PreTrainedModel  # in evaluation mode
-    tokenizer: PreTrainedTokenizerBase  # with a pad token, and the given chat template or its own
+    tokenizer: PreTrainedTokenizerBase  # with a pad token, and the given chat template, its own or a built-in one
     source: ModelSource
     dtype: torch.dtype  # of the weights; quantized ones compute in it
     device: torch.device
@@ -94,7 +93,7 @@ def load_base(
         dtype: of the frozen weights, "auto": what the hardware multiplies fastest.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         trust_remote_code: run the base's own Python code.
-        chat_template: a Jinja file, or Jinja text, that replaces the tokenizer's template.
+        chat_template: a built-in template's name, a Jinja file, or Jinja text, that replaces the tokenizer's template.
         attn_implementation: transformers' name of the attention kernel; None: sdpa, or eager if the model needs it.
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
@@ -111,10 +110,9 @@ def load_base(
         raise UsageError(f"unknown task {task!r}{suggest(task, TASKS)}", format_names(TASKS))
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    template = _read_template(chat_template)
     opened = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
     start = time.perf_counter()
-    tokenizer = _load_tokenizer(opened, template)
+    tokenizer = _load_tokenizer(opened, chat_template)
     quantization, options = resolve_quantization_and_load_args(opened.config, quantization, dtype, device, spec)
     is_placed = bool(options)  # bitsandbytes loads onto the device, and int8 cannot be moved
     options |= opened.options | ({"attn_implementation": attn_implementation} if attn_implementation else {})
@@ -167,33 +165,11 @@ def load_tokenizer(
     spec: str, *, trust_remote_code: bool = False, chat_template: str | Path | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer alone, no weights; as `load_base`."""
-    template = _read_template(chat_template)
-    return _load_tokenizer(
-        prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision), template
-    )
+    opened = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
+    return _load_tokenizer(opened, chat_template)
 
 
-def _read_template(given: str | Path | None) -> str | None:
-    """Return the Jinja text of a chat template given as text or as a file."""
-    if given is None or (isinstance(given, str) and ("{%" in given or "{{" in given)):
-        return given
-    path = Path(given).expanduser()
-    expected = "a file of Jinja text in UTF-8"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        close = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise UsageError(
-            f"there is no chat template file {str(path)!r}{close}", expected, code="chat-template-missing"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the chat template {str(path)!r} cannot be read: {error}", expected) from error
-    if not text.strip():
-        raise UsageError(f"the chat template {str(path)!r} is empty", expected)
-    return text
-
-
-def _load_tokenizer(opened: PreparedBase, template: str | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(opened: PreparedBase, template: str | Path | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer with a pad token; `template` replaces its chat template."""
     spec = opened.source.spec
     with silence_and_translate_load_errors(spec, "tokenizer of"):
@@ -218,16 +194,7 @@ def _load_tokenizer(opened: PreparedBase, template: str | None) -> PreTrainedTok
                 f"the tokenizer of {spec!r} has neither a pad token nor an end-of-text token",
                 hint="name one as pad_token in tokenizer_config.json",
             )
-    if template is not None:
-        tokenizer.chat_template = template
-        try:
-            render_chat_template(tokenizer, [{"role": "user", "content": "x"}])
-        except TemplateSyntaxError as error:
-            message = f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-            raise UsageError(message, "Jinja text", code="chat-template-roles") from error
-        except TemplateError as error:
-            # It may need a system message or tools; then rendering the data reports the row.
-            log.debug("the chat template does not render a lone user turn: %s", error)
+    CHAT_TEMPLATE_SETTERS.load("files")(tokenizer, template, opened.source.name)
     return tokenizer
 
 

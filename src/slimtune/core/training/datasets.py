@@ -8,21 +8,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...errors import DataError, format_names
+from ...errors import DataError
 from ..config import Recipe
-from ..config.objective_registry import list_objectives, load_objective_class
 from ..config.schema import DataSettings
 from ..data.class_labels import ClassLabels
 from ..data.example_lengths import ExampleLength
 from ..data.row_observer import DATA_REPORTS, RowFindingsSummary, TokenizedBatchObserver
-from ..data.rows import ROW_SOURCES, RowIterable
+from ..data.rows import RowIterable
 from ..data.tokenize import TokenizationStats, tokenize_dataset
 from ..data.tokenized_dataset import RankedAnswerSelection, TokenizedDataset
 from ..foundation import distributed
 from ..foundation.cpu import count_usable_cpus
 from ..models.quantization import require_bitsandbytes
 from .base_model import load_base_tokenizer
-from .objective import Objective
+from .objective import Objective, open_rows_for_objective
 
 
 @dataclass
@@ -44,27 +43,6 @@ class RunDatasets:
     def lengths(self) -> list[ExampleLength]:
         """Return the length of each example, training examples first."""
         return [*self.train.example_lengths, *self.validation.example_lengths]
-
-
-def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowIterable:
-    """Open a data set with the format and the columns of the settings, in a format that the objective takes.
-
-    Raises:
-        DataError: the rows have another format; the error names the objectives that take it.
-    """
-    formats = (data.format,) if data.format in objective.named_formats else objective.formats
-    format = data.format or (formats[0] if len(formats) == 1 else None)
-    options = {name: getattr(data, name) for name in ("columns", "ignore_columns", "split_special_tokens")}
-    rows = ROW_SOURCES.load("files")(path, format=format, **options)
-    if rows.format not in (*formats, "unknown"):
-        tasks = [name for name in list_objectives() if rows.format in load_objective_class(name).formats]
-        by_name = rows.format in objective.named_formats
-        raise DataError(
-            f"{path} has rows of the format {rows.format}, and the task {objective.name} does not learn from them",
-            f"rows of {format_names(formats)}",
-            " or ".join([f"--task {name}" for name in tasks] + ["--format preference: the chosen answers"] * by_name),
-        )
-    return rows
 
 
 class _ObservedRows(NamedTuple):

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ...errors import DataError, format_names
 from ..adapters.config_fields import DeclaredSettings
+from ..config.objective_registry import list_objectives, load_objective_class
 from ..data.example_types import Batch, Example
+from ..data.rows import ROW_SOURCES, RowIterable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,3 +138,24 @@ def sum_targets_by_row(values: Tensor, batch: Batch) -> Tensor:
 
     # index_add_ would add in another order each time on a GPU.
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
+
+
+def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective) -> RowIterable:
+    """Open a data set with the format and the columns of the settings, in a format that the objective takes.
+
+    Raises:
+        DataError: the rows have another format; the error names the objectives that take it.
+    """
+    formats = (data.format,) if data.format in objective.named_formats else objective.formats
+    format = data.format or (formats[0] if len(formats) == 1 else None)
+    options = {name: getattr(data, name) for name in ("columns", "ignore_columns", "split_special_tokens")}
+    rows = ROW_SOURCES.load("files")(path, format=format, **options)
+    if rows.format not in (*formats, "unknown"):
+        tasks = [name for name in list_objectives() if rows.format in load_objective_class(name).formats]
+        by_name = rows.format in objective.named_formats
+        raise DataError(
+            f"{path} has rows of the format {rows.format}, and the task {objective.name} does not learn from them",
+            f"rows of {format_names(formats)}",
+            " or ".join([f"--task {name}" for name in tasks] + ["--format preference: the chosen answers"] * by_name),
+        )
+    return rows

@@ -13,6 +13,7 @@ from ...core.adapters.architectures import get_text_config
 from ...core.attention.packed_layout import RowMask
 from ...core.foundation.chat_rendering import render_chat_template
 from ...errors import ConfigError, UsageError
+from ...extras.chat_templates import is_built_in_template
 from ...extras.prompt_learning import prompt_modules as prompt
 from ...extras.prompt_learning.learned_prefix import AttentionPrefix
 
@@ -135,7 +136,8 @@ def initialize_kv_prefix_from_text(
         use_chat_template: read the text as a system message, if the tokenizer has a chat template.
         max_length: use at most this many tokens of the text.
     """
-    if use_chat_template and getattr(tokenizer, "chat_template", None):
+    own = getattr(tokenizer, "chat_template", None)
+    if use_chat_template and own and not is_built_in_template(own):
         chat = [{"role": "system", "content": text}]
         ids = tokenizer(render_chat_template(tokenizer, chat), add_special_tokens=False)["input_ids"]
     else:
