@@ -34,7 +34,7 @@ def test_an_answer_and_its_end_are_learned(name):
     tokenizer = make_tokenizer(None, VOCABULARIES[name])
     set_chat_template(tokenizer, name, "a base")
     ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "plain": "</s>"}
-    assert get_learned_text(tokenizer, CHAT) == f"A polite lie.{ends[name]}"
+    assert get_learned_text(tokenizer, CHAT) == CHAT[1]["content"] + ends[name]
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
@@ -49,10 +49,8 @@ def test_gemma_writes_a_system_message_into_the_first_turn_of_the_user():
     tokenizer = make_tokenizer(None, GEMMA)
     set_chat_template(tokenizer, "gemma", "a base")
     text = tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}, *CHAT], tokenize=False)
-    assert text == (
-        "<start_of_turn>user\nBe brief.\n\nDefine hope.<end_of_turn>\n"
-        "<start_of_turn>model\nA polite lie.<end_of_turn>\n"
-    )
+    user = "<start_of_turn>user\nBe brief.\n\nDefine hope.<end_of_turn>\n"
+    assert text == f"{user}<start_of_turn>model\n{CHAT[1]['content']}<end_of_turn>\n"
 
 
 def test_a_base_keeps_its_own_template():
