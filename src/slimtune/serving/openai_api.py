@@ -226,7 +226,7 @@ class OpenAiApi:
     def _check_access(self, request: Request) -> None:
         host = request.headers.get("host", "")
         if self.hosts and parse_host_header(host) not in self.hosts:
-            names = " or ".join(sorted(self.hosts))
+            names = " or ".join(sorted(set(self.hosts)))
             raise ApiError(403, f"the Host header is {host[:100]!r}, and this server is {names}", code="wrong_host")
         if self.api_key is not None:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
