@@ -30,7 +30,6 @@ FLAGS: dict[str, list[str]] = {
     "data.max_seq_len": ["--max-seq-len=99"],
     "data.on_overlong": ["--on-overlong=truncate"],
     "data.chat_template": ["--chat-template=t.jinja"],
-    "data.split_special_tokens": ["--split-special-tokens", "--no-split-special-tokens"],
     "task.name": [f"--task={name}" for name in list_objectives()],
     "method.name": [f"--method={name}" for name in (*list_methods(), "LoRA")],
     "method.rank": ["--rank=6"],
