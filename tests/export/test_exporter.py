@@ -388,7 +388,7 @@ FAULTS = [f if f == "alpha 10 % too low" else pytest.param(f, marks=pytest.mark.
 def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
     original = module_merge.gguf.write_gguf_from_template
 
-    def write(template, model, file, precision):
+    def write(template, model, file, precision, chat_template=None):
         if "base" in file.name:
             return original(template, model, file, precision)
         model.unmerge_adapter()
@@ -397,7 +397,7 @@ def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
         for name, B in factors.items():
             B.data = WRONG_ADAPTERS[fault](name, B.data)
         model.merge_adapter()
-        original(template, model, file, precision)
+        original(template, model, file, precision, chat_template)
         model.unmerge_adapter()
         for name, B in factors.items():
             B.data = right[name]
