@@ -41,7 +41,7 @@ def adapt_and_train(spec):
         optimizer.zero_grad()
     loaded = TrainedModel(model.eval(), base, Path(), None)
     model.float()
-    merge._restore_embedding_scales(model)
+    merge.restore_embedding_scales(model)
     return loaded
 
 

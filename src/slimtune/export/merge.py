@@ -261,11 +261,11 @@ def load_runs_for_export(runs: Sequence[Path], base_rounding_dtype: str | None =
     model: Any = loaded[0].model
     if _is_small(model):
         model.to(torch.promote_types(loaded[0].base.dtype, torch.float32))
-        _restore_embedding_scales(model)
+        restore_embedding_scales(model)
     return loaded
 
 
-def _restore_embedding_scales(model: Any) -> None:
+def restore_embedding_scales(model: Any) -> None:
     """Give scaled embeddings (Gemma) their factor in the model's dtype: a base loaded in bfloat16 has it rounded.
 
     √640 = 25.298 became 25.25. Engines compute with the exact factor, whatever the dtype of the weights is.

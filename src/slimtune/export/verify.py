@@ -222,7 +222,10 @@ class ExportVerifier:
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
         model: Any = loaded.model
-        return TransformersInferenceEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
+        model.to(self.model.dtype)
+        if self.model.dtype.itemsize > 2:
+            merging.restore_embedding_scales(model)
+        return TransformersInferenceEngine("adapter folder", model, loaded.base.tokenizer)
 
     def open_beside_base(self, adapter: Path) -> ModelInInferenceEngine:
         base = self.temp_folder / "base.gguf"
