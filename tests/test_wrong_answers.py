@@ -190,7 +190,7 @@ CASES: list[Case] = [
     Case("file-endless-ranks", adapter(rank_pattern={"(a|a|b)*(.*)*(.+)+!": 4}), "generate RUN hi", 0, ""),
     Case("file-broken-pattern", adapter(rank_pattern={"*.q_proj": 4}), "generate RUN hi", 1, "nothing to repeat at"),
     Case("file-pissa", adapter(init_lora_weights="pissa_niter_1000000000"), "generate RUN hi", 1, "pissa_niter_N"),
-    Case("file-rank", adapter(r=10**7), "generate RUN hi", 1, "in the file, but (10000000, "),
+    Case("file-rank", adapter(r=10**7), "generate RUN hi", 2, "r is 10,000,000 for "),
     Case("file-alpha-inf", adapter(lora_alpha=float("inf")), "generate RUN hi", 1, "lora_alpha is inf"),
     Case("file-alpha-huge", adapter(lora_alpha=1e308), "generate RUN hi", 1, "at most 1e+09 in size"),
     #

@@ -144,8 +144,10 @@ def test_reference_of_other_rows_is_refused(make, monkeypatch, tmp_path):
         train(recipe)
     path = tmp_path / "pairs.jsonl"
     path.write_text(path.read_text().replace("abc", "abd"))
-    with pytest.raises(RunError, match="log-probabilities"):
+    with pytest.raises(UsageError, match="rows"):
         train(recipe, resume=True)
+    with pytest.raises(RunError, match="log-probabilities"):
+        train(recipe, resume=True, accept_changed=["rows"])
 
 
 def test_sft_learns_the_chosen_answers_of_pairs_if_their_format_is_named(make):

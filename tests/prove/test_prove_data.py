@@ -40,6 +40,10 @@ def test_corpus(cases, sound_paths):
     elsewhere = {"doubled-bos", "missing-end", "unused-column", "validation-invalid"}  # tests/data/test_validation.py
     elsewhere |= {"other-prompt", "short-document"}  # tests/data/test_thinking.py, test_documents.py
     elsewhere |= {"length-leak", "contradictory-pair"}  # tests/data/test_answer_rows.py
+    elsewhere |= {"repeated-prompt", "prompt-in-answer", "prompt-in-completion"}  # tests/extras/test_pair_prompts.py
+    elsewhere |= {"different-turns", "no-prompt"}  # tests/extras/test_pair_prompts.py
+    elsewhere |= {"special-token-as-text", "special-token-in-document"}  # tests/extras/test_documents.py
+    elsewhere |= {"swapped-roles", "unbalanced-thinking"}  # tests/evaluation/test_data_report.py, test_thinking.py
     elsewhere |= {"empty-answer"}  # a guard: no row is known that gets there
     labels = {code for code in FINDING_TYPES if "label" in code or "class" in code}  # tests/data/test_label_rows.py
     assert set(FINDING_TYPES) - {case.code for case in cases} == elsewhere | labels
