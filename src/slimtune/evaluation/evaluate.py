@@ -26,7 +26,7 @@ from ..core.foundation.dtype_names import dtype_name
 from ..core.foundation.files import write_json
 from ..core.foundation.progress_bars import use_progress_prefix
 from ..core.models.base_config import get_max_positions
-from ..core.training.datasets import load_eval_dataset_and_stats, select_learned_answers, tokenize_recipe_datasets
+from ..core.training.datasets import load_eval_dataset_and_stats, tokenize_recipe_datasets
 from ..core.training.held_out_rows import MIN_EVAL_ROWS
 from ..core.training.loss import build_run_collator
 from ..core.training.objective import Objective, open_rows_for_objective
@@ -300,7 +300,7 @@ def _load_unseen_rows(
     if file is None:
         assert trained.recipe is not None  # an adapter folder names no rows: a file is required
         datasets = tokenize_recipe_datasets(trained.recipe, tokenizer)
-        require_rows_of_run(trained.adapter_folder, select_learned_answers(trained.recipe, datasets))
+        require_rows_of_run(trained.adapter_folder, datasets)
         examples, report = getattr(datasets, split), datasets.train_stats
         if not examples:
             none = f"{getattr(sections.data, f'{split}_fraction')} of {report.kept} rows is none"

@@ -125,11 +125,14 @@ class TokenizedDataset(Sequence[Example]):
         return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self.indices]  # of integers: not salted
 
     def digest(self) -> str:
-        """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
-        digest = hashlib.sha256(self.documents.lengths.tobytes())
+        """Return the SHA-256 of the rows' tokens, of which of them are learned, and of their order.
+
+        Windows of documents and selections of answers have the digest of the rows that they are taken from.
+        """
+        digest = hashlib.sha256()
         for i in self.indices:
             ids, supervised = self._read_arrays(i)
-            digest.update(np.where(supervised, ~ids, ids).tobytes())
+            digest.update(np.int64(len(ids)).tobytes() + np.where(supervised, ~ids, ids).tobytes())
             digest.update("\0".join(self.table["classes"][i].as_py() or []).encode())
             digest.update(str(self.table["row_scores"][i].as_py() or "").encode())
         return digest.hexdigest()

@@ -71,15 +71,10 @@ def load_training_datasets(recipe: Recipe, force: bool) -> RunDatasets:
             report.require_no_errors()
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
-    return select_learned_answers(recipe, data)
-
-
-def select_learned_answers(recipe: Recipe, data: RunDatasets) -> RunDatasets:
-    """Return the rows as they are trained on: of pairs and lists, cross-entropy learns the best answers alone."""
-    if recipe.data.format not in recipe.objective().named_formats:
-        return data
-    train, validation = (RankedAnswerSelection(rows, (0,)) for rows in (data.train, data.validation))
-    return dataclasses.replace(data, train=train, validation=validation)
+    if recipe.data.format in recipe.objective().named_formats:  # of pairs, cross-entropy learns the chosen answers
+        train, validation = (RankedAnswerSelection(rows, (0,)) for rows in (data.train, data.validation))
+        return dataclasses.replace(data, train=train, validation=validation)
+    return data
 
 
 def tokenize_recipe_datasets(recipe: Recipe, tokenizer: Any) -> RunDatasets:

@@ -96,8 +96,7 @@ def prepare_run(
         fingerprint = fingerprint_run(run, recipe, data, base, resume, init_adapter, accept_changed)
         model.adapter_state.training_fingerprints["default"] = fingerprint.to_json()
         if not resume:
-            start = model if init_adapter is not None else None
-            create_and_lock_run_dir(run, recipe, lock, fingerprint, data.data_reports, start)
+            create_and_lock_run_dir(run, recipe, lock, fingerprint, data.data_reports, init_adapter)
 
         logger = ProgressLogger(run, base.device)
         with _remove_unstarted_run(run, logger, keep=resume):

@@ -15,6 +15,7 @@ from transformers import get_scheduler
 from ...errors import RunError, UsageError
 from ..adapters import adapter_files
 from ..adapters.adapter_tensors import load_adapter_tensors
+from ..adapters.peft_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from ..adapters.peft_config import PeftConfig
 from ..config import MethodSettings, Recipe
 from ..data.row_observer import RowFindingsSummary
@@ -84,15 +85,17 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 @distributed.runs_on_main
 def create_and_lock_run_dir(
     run: RunDir, recipe: Recipe, lock: RunLock, fingerprint: TrainingFingerprint,
-    findings: Mapping[str, RowFindingsSummary | None], init_model: Any,
+    findings: Mapping[str, RowFindingsSummary | None], init_adapter: Path | None,
 ) -> None:  # fmt: skip
-    """Create and lock the run folder, with `findings` by split and the adapter of `init_model`, if given."""
+    """Create and lock the run folder, with `findings` by split and a copy of the adapter to start from."""
 
     def write_start(run: RunDir) -> None:
         lock.acquire()
         _delete_leftovers(run)
-        if init_model is not None:
-            adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
+        if init_adapter is not None:
+            (run.path / INIT_ADAPTER).mkdir()
+            for name in (adapter_files.WEIGHTS_FILE, ADAPTER_CONFIG_FILE):
+                write_atomic(run.path / INIT_ADAPTER / name, (find_adapter_folder(init_adapter) / name).read_bytes())
         write_json(run.data_file, findings)
         write_atomic(run.fingerprint_file, fingerprint.to_json())
 
