@@ -67,13 +67,12 @@ def fetch_base_model_info(
     except SlimtuneError as e:
         # The adapter is complete without its base; only what the base would say is missing.
         notes.append(f"the base {Path(spec).name!r} cannot be loaded here: {type(e).__name__}")
-    given = given_hub_id
-    if given is not None:
-        require_repo_id(given, require_owner=True)
+    if given_hub_id is not None:
+        require_repo_id(given_hub_id, require_owner=True)
     on_hub = source is not None and source.kind == "hub"
     own_id = source.path if source is not None and on_hub else _find_hub_id_of_alias(spec, source, trained_fingerprint)
-    given_hub_id = given or own_id
-    revision = revision if on_hub and given_hub_id == own_id else None
+    hub_id = given_hub_id or own_id
+    revision = revision if on_hub and hub_id == own_id else None
 
     licence, quantized_file = None, ""
     if source is not None and source.kind == "gguf":
@@ -84,20 +83,20 @@ def fetch_base_model_info(
             licence = licence or _make_licence(read_json_object(Path(source.path, "config.json")), "its config.json")
         except RunError as e:
             log.debug("%s", e)
-    if licence is None and given_hub_id is not None:
-        licence = _fetch_licence(given_hub_id, revision, token)
+    if licence is None and hub_id is not None:
+        licence = _fetch_licence(hub_id, revision, token)
 
-    name = given_hub_id or (source.name if source else Path(spec).name)
-    if given_hub_id is None:
+    name = hub_id or (source.name if source else Path(spec).name)
+    if hub_id is None:
         notes.append(f"the Hub id of the base {name!r} is unknown, so others cannot find it: give --base ORG/NAME")
-    elif given is None and not on_hub:
-        notes.append(f"the upload names the base {given_hub_id} in place of {spec!r}")
-    if quantized_file and given_hub_id is not None:
-        effect = f"with the weights of {given_hub_id} answers differ a little"
+    elif given_hub_id is None and not on_hub:
+        notes.append(f"the upload names the base {hub_id} in place of {spec!r}")
+    if quantized_file and hub_id is not None:
+        effect = f"with the weights of {hub_id} answers differ a little"
         notes.append(f"trained on {quantized_file}, a quantized copy: {effect}")
     if licence is None:
         notes.append(f"the licence of {name} is unknown, and the card says so")
-    return BaseModelInfo(name, given_hub_id, revision, licence, quantized_file, notes)
+    return BaseModelInfo(name, hub_id, revision, licence, quantized_file, notes)
 
 
 def _find_hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:

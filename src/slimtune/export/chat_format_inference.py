@@ -85,9 +85,7 @@ class JinjaChatTemplate:
 class InferredChatFormat:
     """The inferred form of a chat template."""
 
-    prefixes_by_role_pair: dict[
-        Neighbours, str
-    ]  # the text before a message; for (role, "prompt"): what asks for an answer
+    prefixes_by_role_pair: dict[Neighbours, str]  # the text before a message; (role, "prompt"): asks for an answer
     suffixes: dict[str, str]  # the text after a message, by its role, whatever follows
     strips_by_role_pair: dict[Neighbours, Strip]  # what is stripped from the second message's content
     system_placement: str  # "in order", "last" (inside the last user message), "refused" or "left out"

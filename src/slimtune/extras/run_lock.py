@@ -2,8 +2,6 @@
 
 import logging
 import os
-import socket
-from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +15,7 @@ except ImportError:  # on Windows, where FileLock has another way
 from ..core.foundation.files import write_json
 from ..core.training.run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..errors import RunError, UsageError
-from .heartbeat_lock import UNSUPPORTED, HeartbeatLock, describe_writer
+from .heartbeat_lock import UNSUPPORTED, HeartbeatLock, describe_writer, identify_writer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,6 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self._file = folder, folder / LOCK_FILE
         self._lock = FileLock(self._file)
-        self._open_file: BinaryIO | None = None
         self._heartbeat = HeartbeatLock(folder / WRITER_FILE)
         self._opened: BinaryIO | None = None  # `.lock`: who has it open is the one that trains (ui/run_pages.py)
 
@@ -41,7 +38,6 @@ class FolderLock:
         if not _lacks_locks(self._file):
             self._lock.acquire(timeout=0)
             return
-        self._open_file = self._file.open("rb")  # the page of `ui` knows a run's process by it
         try:
             self._heartbeat.acquire()
         except OSError as error:
@@ -59,8 +55,6 @@ class FolderLock:
         self._heartbeat.release()
         if self._opened is not None:
             self._opened.close()
-        if self._open_file is not None:
-            self._open_file.close()
 
 
 class RunLock(FolderLock):
@@ -81,8 +75,7 @@ class RunLock(FolderLock):
                 "wait until it has ended, or stop it with Ctrl-C or SIGTERM, which write a checkpoint; then --resume",
             ) from None
         if not self._heartbeat.is_locked:
-            started = datetime.now().astimezone().isoformat(" ", "seconds")
-            write_json(self._writer, {"process": os.getpid(), "host": socket.gethostname(), "started": started})
+            write_json(self._writer, identify_writer())
 
     def release(self) -> None:
         """Give the lock back, if this object has it."""

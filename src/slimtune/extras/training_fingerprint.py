@@ -212,16 +212,14 @@ def _describe_rows(names: list[str], before: Mapping[str, list[Any]], now: Mappi
     return ", ".join(texts)
 
 
-def _split_by_acceptance(
-    differences: list[FingerprintDifference], accept: Collection[str]
-) -> tuple[list[FingerprintDifference], str]:
-    """Return the differences that are refused, and the flag that accepts all of them; accepted ones are told."""
+def _split_by_acceptance(differences: list[FingerprintDifference], accept: Collection[str]) -> tuple[str, str]:
+    """Return what is refused, as a text, and the flag that accepts all of it; what is accepted is told."""
     accepted = combine_with_accepted_changes(accept)
     if told := [d.text for d in differences if d.part in accepted]:
         log.warning(f"changed since the training, and accepted: {'; '.join(told)}")
     refused = [d for d in differences if d.part not in accepted]
     parts = [part for part in PARTS if part in accepted or any(part == d.part for d in refused)]
-    return refused, f"--accept-changed {','.join(parts)}"
+    return "; ".join(d.text for d in refused), f"--accept-changed {','.join(parts)}"
 
 
 # --- who compares -----------------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ def fingerprint_run(
         needed = ("weights", "config")
         _require_unchanged_base(init_adapter, base, [d for d in differences if d.part in needed], accept)
         if told := [d.text for d in differences if d.part not in needed and d.part not in accept]:
-            log.warning(f"{init_adapter} was trained with another {_join(told)}")
+            log.warning(f"{init_adapter} was trained with another {'; '.join(told)}")
     return now
 
 
@@ -307,7 +305,7 @@ def require_rows_of_run(path: Path, data: RunDatasets) -> None:
     refused, flag = _split_by_acceptance(compare_fingerprints(before, now), ())
     if refused:
         raise AdapterError(
-            f"the rows of {path} have changed since it was trained: {refused[0].text}; rows that it was trained on may "
+            f"the rows of {path} have changed since it was trained: {refused}; rows that it was trained on may "
             "be among those set aside",
             "the file as it was trained on",
             f"put the old file back, give others (--data FILE), or go on all the same: {flag}",
@@ -337,7 +335,7 @@ def _require_unchanged_run(run: RunDir, differences: list[FingerprintDifference]
     refused, flag = _split_by_acceptance(differences, accept)
     if refused:
         raise UsageError(
-            f"the run in {run.path} was started with something else: {_join(d.text for d in refused)}",
+            f"the run in {run.path} was started with something else: {refused}",
             "what the run was started with: with another the steps would not line up",
             f"put the old one back, train again with another --out, or go on all the same: {flag}",
             code="wrong-base",
@@ -350,12 +348,8 @@ def _require_unchanged_base(
     refused, flag = _split_by_acceptance(differences, accept)
     if refused:
         raise AdapterError(
-            f"the base {base.source.spec} has changed since {path} was trained on it: {_join(d.text for d in refused)}",
+            f"the base {base.source.spec} has changed since {path} was trained on it: {refused}",
             "the base, tokenizer and chat template that the adapter was trained with",
             f"put the old base back, train again, or go on all the same: {flag}",
             code="wrong-base",
         )
-
-
-def _join(texts: Any) -> str:
-    return "; ".join(texts)

@@ -42,7 +42,7 @@ def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Text
 
 
 @contextmanager
-def _read_answers_of(server: str) -> Iterator[None]:
+def _translate_answer_errors(server: str) -> Iterator[None]:
     """Raise ModelError for an answer of a server that has another form than the code here reads."""
     try:
         yield
@@ -184,7 +184,7 @@ class InProcessLlamaCppEngine:
             message = f"llama.cpp cannot load {names}: {error}"
             raise RunError(message, "a GGUF, and an adapter of the same base") from error
 
-    @_read_answers_of("llama.cpp server")
+    @_translate_answer_errors("llama.cpp server")
     def tokenize(self, text: str) -> list[int]:
         with_bos, plain = (
             _require_token_ids(self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"])
@@ -193,7 +193,7 @@ class InProcessLlamaCppEngine:
         # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
         return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
-    @_read_answers_of("llama.cpp server")
+    @_translate_answer_errors("llama.cpp server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
 
@@ -212,7 +212,7 @@ class InProcessLlamaCppEngine:
             forced, top_k = self.tokenize("a")[-1], 1 << 22
         raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
 
-    @_read_answers_of("llama.cpp server")
+    @_translate_answer_errors("llama.cpp server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
         tokens = _require_token_ids(answer["tokens"])
@@ -294,7 +294,7 @@ class VllmClient:
         self.url, self.model = url.rstrip("/").removesuffix("/v1"), model
         hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
         self._server = JsonClient("vLLM server", self.url, key, timeout, hint=hint)
-        with _read_answers_of("vLLM server"):
+        with _translate_answer_errors("vLLM server"):
             names = [str(each["id"]) for each in self._post("/v1/models")["data"]]
         if model not in names:
             raise UsageError(
@@ -303,17 +303,17 @@ class VllmClient:
                 f"start it with --enable-lora --lora-modules {model}=FOLDER",
             )
 
-    @_read_answers_of("vLLM server")
+    @_translate_answer_errors("vLLM server")
     def tokenize(self, text: str) -> list[int]:
         answer = self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)
         return _require_token_ids(answer["tokens"])
 
-    @_read_answers_of("vLLM server")
+    @_translate_answer_errors("vLLM server")
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a chat that the server renders by its own template, ready for an answer."""
         return _require_token_ids(self._post("/tokenize", model=self.model, messages=list(messages))["tokens"])
 
-    @_read_answers_of("vLLM server")
+    @_translate_answer_errors("vLLM server")
     def score(self, ids: Sequence[int]) -> TextTokenScores:
         positions = self._complete(ids, 1, prompt_logprobs=VLLM_TOP_K)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
@@ -325,7 +325,7 @@ class VllmClient:
             scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[:VLLM_TOP_K]]))
         return _make_scores(scores)
 
-    @_read_answers_of("vLLM server")
+    @_translate_answer_errors("vLLM server")
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         choice = self._complete(ids, max_new_tokens, return_token_ids=True)
         tokens = choice.get("token_ids")
