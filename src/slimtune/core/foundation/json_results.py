@@ -32,8 +32,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .type_hints import iterate_union_members
-
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 """An object in JSON whose keys others decide: of a file, of a request to another program or its answer, of a schema."""
@@ -60,7 +58,8 @@ def get_json_key(field: Field[Any]) -> str:
 
 def unwrap_optional_dataclass(type_hint: Any) -> Any:
     """Return the dataclass of a field, also if its value may be None; None if it has another type."""
-    members = [m for m in iterate_union_members(type_hint) if m is not type(None)]
+    union = get_origin(type_hint) in (Union, types.UnionType)
+    members = [m for m in (get_args(type_hint) if union else (type_hint,)) if m is not type(None)]
     return members[0] if len(members) == 1 and is_dataclass(members[0]) else None
 
 

@@ -75,8 +75,7 @@ def prepare_base_folder_and_config(
         raw = CONFIG_CHECKS.load("damage").read_config_fields(location, **hub_options)
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise make_remote_code_error(spec)
-        config = _make_config(raw, spec, location, **options)
-    _require_valid_config(config, spec)
+        config = _make_valid_config(raw, spec, location, **options)
     return PreparedBase(source, location, options, config, seconds)
 
 
@@ -146,16 +145,16 @@ def read_config_file(path: Path, trust_remote_code: bool = False) -> PreTrainedC
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
             problem = f"the unknown model_type {kind!r}{suggest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a known model", _CONFIG_HINT)
-        config = _make_config(raw, str(path), location, trust_remote_code=trust_remote_code)
-    _require_valid_config(config, str(path))
-    return config
+        return _make_valid_config(raw, str(path), location, trust_remote_code=trust_remote_code)
 
 
-def _make_config(fields: JsonObject, spec: str, location: str, **options: Any) -> PreTrainedConfig:
+def _make_valid_config(fields: JsonObject, spec: str, location: str, **options: Any) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(location, **options)
+        config = AutoConfig.from_pretrained(location, **options)
     except Exception as error:
         raise CONFIG_CHECKS.load("damage").find_damaged_field(fields, spec) or error from error
+    _require_valid_config(config, spec)
+    return config
 
 
 def _require_valid_config(config: PreTrainedConfig, spec: str) -> None:

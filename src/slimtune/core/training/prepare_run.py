@@ -88,7 +88,7 @@ def prepare_run(
 
         base, model = load_base_and_attach_adapter(recipe, data, init_adapter, load_base, allow_faulty_rows)
         loading_peak = count_peak_memory(base.device)
-        has_own_rate = recipe.train.learning_rate != "auto"
+        has_default_learning_rate = recipe.train.learning_rate == "auto"
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
@@ -120,14 +120,15 @@ def prepare_run(
                 general_rows=general_text.choose_rows(base.tokenizer, model) if general_text is not None else [],
                 loading_peak=loading_peak,
                 init_adapter=init_adapter,
+                has_default_learning_rate=has_default_learning_rate,
                 fingerprint=fingerprint,
             )
-            log_run_description(prepared, has_own_rate)
+            log_run_description(prepared)
             prepared.objective.prepare_run(prepared)
             initialize_or_resume_run_in_place(prepared, resume)
             log_step_composition(prepared)
             if recipe.train.compile:
-                compiled = compile_and_count_layers(model)
+                compiled = compile_and_count_layers(prepared.model)
                 logger.say(f"{compiled} layers will be compiled when they first run, which takes a while")
             if plan is not None:
                 MEMORY_PROBES.load("longest")(prepared, plan, resident)

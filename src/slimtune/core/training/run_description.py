@@ -16,7 +16,7 @@ FEW_STEPS = 30
 """A run of whole epochs with fewer optimizer steps gets a warning: by default one on fewer than 80 rows."""
 
 
-def log_run_description(prepared: PreparedRun, has_own_rate: bool) -> None:
+def log_run_description(prepared: PreparedRun) -> None:
     """Say what is trained, on which rows, in how many processes, and how fast if the recipe has no learning rate."""
     logger, base, model, settings = prepared.logger, prepared.base, prepared.model, prepared.settings
     if prepared.init_adapter is not None:
@@ -33,7 +33,7 @@ def log_run_description(prepared: PreparedRun, has_own_rate: bool) -> None:
     if settings.fsdp:
         sharded = "each process keeps its part of the base and gathers one layer at a time"
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
-    if not has_own_rate:
+    if prepared.has_default_learning_rate:
         rows = len(prepared.data.train)
         steps = f"{settings.count_steps(rows)} steps over {rows} rows on this base"
         default = f"the default of {prepared.recipe.method.name} for {steps}"
