@@ -26,6 +26,7 @@ from ..core.models.base_config import load_checkpoint_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
+from ..export.adapter_file_check import require_trained_adapter_in_gguf
 from ..export.export_results import EngineVerdict
 from ..export.exporter import refuse_adapter_bound_to_quantized_base
 from ..export.gguf import (
@@ -110,6 +111,8 @@ def start_llama_cpp_server(
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
                 refuse_adapter_bound_to_quantized_base(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
+                if verify:
+                    require_trained_adapter_in_gguf(file, model, trained.adapter_name)
         engine = InProcessLlamaCppEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
         )
