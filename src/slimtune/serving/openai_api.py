@@ -235,9 +235,13 @@ class OpenAiApi:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def health(self, request: Request) -> Response:
-        """Answer how many requests run and wait; 503 if no answer can be generated any more."""
-        is_ok = self.queue.failure is None
-        return _make_response({"status": "ok" if is_ok else "failed", **self.queue.count()}, 200 if is_ok else 503)
+        """Answer how many requests run and wait; 503 and why if no answer is generated: the thread ended, or hangs."""
+        status, reason = "hangs", self.queue.watchdog.describe_hang()
+        if self.queue.failure is not None:
+            status, reason = "failed", "the thread that generates answers has ended by an error"
+        if reason is None:
+            return _make_response({"status": "ok", **self.queue.count()})
+        return _make_response({"status": status, "reason": reason, **self.queue.count()}, 503)
 
     async def list_models(self, request: Request) -> Response:
         """Answer the models."""
