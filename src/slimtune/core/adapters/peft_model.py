@@ -215,13 +215,14 @@ class PeftModel(AdaptedModelMixin):
             settings["ignore_mismatched_sizes"] = ignore_mismatched_sizes
             model.load_adapter(model_id, adapter_name, is_trainable, **settings)
             return model
-        tensors, config = read_adapter_for_model(model, model_id, config, is_trainable, hub)
+        tensors, config, metadata = read_adapter_for_model(model, model_id, config, is_trainable, hub)
         adapted = cls._attach_first_adapter(model, adapter_name, config, autocast_adapter_dtype, strict=False)
         try:
             load_adapter_tensors(adapted, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         except BaseException:
             adapted.unload()
             raise
+        adapted.note_loaded_adapter(adapter_name, str(model_id), metadata)
         return adapted if is_trainable else adapted.eval()
 
     def load_adapter(
@@ -240,24 +241,30 @@ class PeftModel(AdaptedModelMixin):
 
         That adapter must have the same settings. Other arguments and errors are those of `from_pretrained`.
         """
-        tensors, config = read_adapter_for_model(self, model_id, config, is_trainable, hub)
+        tensors, config, metadata = read_adapter_for_model(self, model_id, config, is_trainable, hub)
         if adapter_name in self.peft_config:
             require_compatible_config(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
                 raise UsageError(
                     f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
                 )
-            return load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
+            result = load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
+            self.note_loaded_adapter(adapter_name, str(model_id), metadata)
+            return result
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
         try:
             result = load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         except BaseException:
             self.detach_adapter(adapter_name)
             raise
+        self.note_loaded_adapter(adapter_name, str(model_id), metadata)
         self.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
         return result
+
+    def note_loaded_adapter(self, adapter_name: str, source: str, metadata: Mapping[str, str]) -> None:
+        """Hear that an adapter was loaded from a file with this metadata; parts that compare it extend this."""
 
     @classmethod
     def _attach_first_adapter(
