@@ -43,6 +43,7 @@ from .base_digests import (
     hash_weights_by_kind,
     read_safetensors_header,
 )  # fmt: skip
+from .row_digest import hash_rows
 
 log = logging.getLogger(__name__)
 _compared_folders: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -149,7 +150,7 @@ def describe_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
 def fingerprint_rows(data: RunDatasets) -> dict[str, list[Any]]:
     """Return number and hash of a run's rows, by what they are for; parts without rows are left out."""
     parts = {"training": data.train, "validation": data.validation, "test": data.test}
-    return {name: [len(rows.documents), rows.documents.digest()[:32]] for name, rows in parts.items() if len(rows)}
+    return {name: [len(rows.documents), hash_rows(rows.documents)[:32]] for name, rows in parts.items() if len(rows)}
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
