@@ -9,6 +9,7 @@ from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
 from ..message_parsing import parse_list_or_json_array, parse_messages_and_train_mask, require_text
+from ..ratings import RATING_HINT, parse_rating, suggest_rating
 from .chats import parse_tools
 from .classification import format_cell_for_error
 from .pair_prompts import IGNORE_PROMPT_HINT, PromptWithAnswers, split_prompt_off_answers
@@ -68,13 +69,12 @@ def _read_ranked_preference(record: Record) -> Fields:
 
 def _read_unpaired_preference(record: Record) -> Fields:
     label = record["label"]
-    named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
-    if not isinstance(named, bool):
-        wanted = "wanted true for a good answer, false for a bad one"
-        raise RowError(f"'label' is {format_cell_for_error(label)}: {wanted}", "bad-label")
+    if (is_good := parse_rating(label)) is None:
+        cause = f"'label' is {format_cell_for_error(label)}{suggest_rating(label)}"
+        raise RowError(cause, "bad-label", RATING_HINT)
     if not record["prompt"] or (isinstance(record["prompt"], str) and not record["prompt"].strip()):
         raise RowError("'prompt' is empty: KTO compares answers to prompts", "empty-content")
-    return parse_prompt_completion_fields(record) | {"is_good": named}
+    return parse_prompt_completion_fields(record) | {"is_good": is_good}
 
 
 def _parse_answer(value: Any, name: str) -> Messages | str:
