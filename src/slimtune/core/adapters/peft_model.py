@@ -25,7 +25,7 @@ from .adapter_module import SharedParameterHolder
 from .adapter_tensors import LoadResult, load_adapter_tensors
 from .extension_hooks import MODEL_MIXINS, load_compat_hook
 from .model_with_adapters import AdaptedModelMixin, AdapterState
-from .peft_config import PeftConfig
+from .peft_config import PeftConfig, require_folder_to_save_to
 from .quantized_layers import find_cpu_repacking_layers
 
 
@@ -173,14 +173,13 @@ class PeftModel(AdaptedModelMixin):
             save_embedding_layers: whether the base's embeddings are written, too. "auto": those that an adapter changes
                 or, if there are none, those that were resized; a warning says so.
         """
+        save_to = require_folder_to_save_to(save_directory)
         if path_initial_model_for_weight_conversion is not None:
             PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)  # it has to be an adapter
-        if not save_directory:
-            raise UsageError(f"save_directory is {save_directory!r}", "a folder", "'.' is the one you are in")
         if not safe_serialization:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
         for name in (selected_adapters or self.peft_config) if is_main_process else []:
-            folder = Path(save_directory, "" if name == "default" else self.require_adapter(name))
+            folder = Path(save_to, "" if name == "default" else self.require_adapter(name))
             convert_to_zero_init = path_initial_model_for_weight_conversion is not None
             save_adapter(self, folder, name, state_dict, save_embedding_layers, convert_to_zero_init)
 
