@@ -89,6 +89,16 @@ def test_changed_matrices_are_noticed(real_base, tmp_path, factor):
     assert judge(real_base, tmp_path / "a.gguf").passed is False
 
 
+def test_merged_in_float32_it_is_the_adapter(real_base):
+    """The embedding that Gemma scales and both bases share with their heads stays as it is."""
+    model, reference, _ = real_base
+    model.merge_adapter()
+    merged = reference.differences(reference.score(reference.engine, "merged"))
+    model.unmerge_adapter()
+    assert reference.effect > 0.1
+    assert merged.abs().max() < 1e-4
+
+
 def test_half_of_a_single_matrix_is_named(real_base, tmp_path):
     """For every kind of module. The log-probabilities of SmolLM2 do not see it: its effect is within their noise."""
     model = real_base[0]
