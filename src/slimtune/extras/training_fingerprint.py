@@ -20,6 +20,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -403,12 +404,15 @@ def require_rows_of_run(path: Path, data: RunDatasets) -> None:
 
 
 def read_run_fingerprint(run: RunDir) -> TrainingFingerprint | None:
-    """Return what a run was started with: from its folder, else from its newest adapter file; None if none says so."""
-    try:
-        return TrainingFingerprint.from_json(to_json(read_json_object(run.fingerprint_file)))
-    except (SlimtuneError, ValueError, TypeError):  # not there, or damaged
-        folders = [*reversed(list_checkpoints(run.checkpoints)), run.adapter]
-        return next((found for folder in folders if (found := read_adapter_fingerprint(folder)) is not None), None)
+    """Return what a run was started with, from its folder, what that lacks from its adapter files; None: not known."""
+    found = TrainingFingerprint()
+    with suppress(SlimtuneError, ValueError, TypeError):  # not there, or damaged
+        found = TrainingFingerprint.from_json(to_json(read_json_object(run.fingerprint_file)))
+    for folder in (*reversed(list_checkpoints(run.checkpoints)), run.adapter):
+        if (other := read_adapter_fingerprint(folder)) is not None:
+            lacking = [part for part in PARTS if getattr(found, part) is None]
+            found = dataclasses.replace(found, **{part: getattr(other, part) for part in lacking})
+    return found if found != TrainingFingerprint() else None
 
 
 def read_adapter_fingerprint(folder: Path) -> TrainingFingerprint | None:
