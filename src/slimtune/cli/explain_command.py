@@ -1,14 +1,17 @@
-"""`slimtune explain`: what a code, an error or a question is about, from the pages in `slimtune/knowledge`."""
+"""`slimtune explain`: what a code, an error or a question is about, from the pages of errors and from the docs."""
 
+import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated
 
+from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
-from ..diagnostics.knowledge import MOST_TEXT, ErrorPage, is_answered_and_list_nearest_pages, load_error_pages
-from ..diagnostics.knowledge.guides import QuestionGuide, find_command_guides
+from ..diagnostics.knowledge import MOST_TEXT, Answers, ErrorPage, find_answers, load_error_pages
+from ..diagnostics.knowledge.guides import QuestionGuide
 from ..errors import UsageError
 from .common import Json, NegativeVerdictResult, make_console, make_table
 
@@ -50,6 +53,8 @@ class ExplainResult:
     """Other pages that may be meant."""
     guides: list[QuestionGuide]
     """Empty: the text is an error."""
+    related: list[str]
+    """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class NoPageResult:
     """Pages that may be meant."""
     guides: list[QuestionGuide]
     """What answers the text if it is a question and no error."""
+    related: list[str]
+    """Headings of the docs that may be meant; `explain HEADING` prints what is under one."""
 
 
 def explain_error(
@@ -84,45 +91,58 @@ def explain_error(
                 make_table("", "", text_column_indices=(1,), rows=[(page.code, page.title) for page in pages])
             )
         return ErrorPagesResult(_list_titles(pages))
-    found, nearest = is_answered_and_list_nearest_pages(words)
-    page, others = (nearest[0], nearest[1:]) if found else (None, nearest)
-    guides = [] if found else find_command_guides(words)
+    answers = find_answers(words)
+    nearest = _list_titles([each for each in answers.near if isinstance(each, ErrorPage)])
+    related = [each.answer for each in answers.near if isinstance(each, QuestionGuide)]
     if not as_json:
-        _print_answer(page, others, guides)
-    if page is None:
-        return NegativeVerdictResult(NoPageResult(None, _list_titles(others), guides))
-    return ExplainResult(page.code, page.title, page.body, _list_titles(others), guides)
+        _print_answers(answers)
+    found = answers.found
+    if isinstance(found, ErrorPage):
+        return ExplainResult(found.code, found.title, found.body, nearest, [], related)
+    return NegativeVerdictResult(NoPageResult(None, nearest, [found] if found else [], related))
 
 
 def _list_titles(pages: list[ErrorPage]) -> list[PageTitle]:
     return [PageTitle(page.code, page.title) for page in pages]
 
 
-def _print_answer(page: ErrorPage | None, others: list[ErrorPage], guides: list[QuestionGuide]) -> None:
-    screen = make_console()
-    if guides:
-        screen.print(Text("This is not an error. What answers it:", "bold"))
-        for guide in guides:
-            screen.print(Text(f"  {guide.answer}{'' if guide.answer.endswith('?') else ':'} {guide.what}"))
-    elif page is None:
-        nearest = ". The nearest:" if others else "; `slimtune explain` lists them."
+def _print_answers(answers: Answers) -> None:
+    screen, found = make_console(), answers.found
+    if found is None:
+        nearest = ". Perhaps:" if answers.near else "; `slimtune explain` lists them."
         screen.print(Text(f"no page is about this{nearest}", "bold"))
+    elif isinstance(found, ErrorPage):
+        screen.print(Text(f"{found.code}: {found.title}", "bold"))
+        _print_markdown(screen, found.body)
+    elif "\n" in found.what:
+        screen.print(Text(found.answer, "bold"))
+        _print_markdown(screen, found.what)
     else:
-        screen.print(Text(f"{page.code}: {page.title}", "bold"))
-        is_command = False
-        for line in page.body.splitlines():
-            if line.startswith("```"):
-                is_command = not is_command
-            elif line.startswith("## "):
-                screen.print(Text(line[3:], "bold"))
-                if line == "## Fix" and "slimtune train …" in page.body:
-                    screen.print("… stands for your recipe, or for the flags of your command.")
-            else:  # a command must stay in one line, so that it can be copied
-                line = f"    {line}" if is_command else line.replace("<http", "http").removesuffix(">")
-                screen.print(line, soft_wrap=is_command or None)
-        if others:
-            screen.print(Text("\nSee also", "bold"))
-    if others:
-        screen.print(
-            make_table("", "", text_column_indices=(1,), rows=[(f"  {other.code}", other.title) for other in others])
-        )
+        _print_markdown(screen, f"{found.answer}{'' if found.answer[-1] in '?.' else ':'} {found.what}")
+    if found and answers.near:
+        screen.print(Text("\nSee also", "bold"))
+    if answers.near:
+        names = [
+            (f"  {each.code}", each.title) if isinstance(each, ErrorPage) else (f"  {each.answer}", "")
+            for each in answers.near
+        ]
+        screen.print(make_table("", "", text_column_indices=(1,), rows=names))
+
+
+def _print_markdown(screen: Console, text: str) -> None:
+    """Print a page of Markdown; a command, a table or an address stays in one line, so that it can be copied."""
+    is_code = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            is_code = not is_code
+        elif line.startswith("## ") and not is_code:
+            screen.print(Text(line[3:], "bold"))
+            if line == "## Fix" and "slimtune train …" in text:
+                screen.print("… stands for your recipe, or for the flags of your command.")
+        elif is_code or line.startswith(("    ", "|")):
+            screen.print(f"    {line}" if is_code else line, soft_wrap=True)
+        else:
+            line = re.sub(r"<(http[^>]*)>", r"\1", line).replace("**", "")
+            width = screen.width if screen.is_terminal else max(len(line), 1)
+            lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+            screen.print("\n".join(lines), soft_wrap=True)

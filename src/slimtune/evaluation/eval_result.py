@@ -329,16 +329,6 @@ class LmEvalTaskScores:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NextStep:
-    """A command that may mend an evaluation which does not pass."""
-
-    why: str
-    """What it does about it."""
-    command: str
-    """The command, with numbers from the run."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalVerdict:
     """Whether an evaluation passes, and why not."""
@@ -348,9 +338,7 @@ class EvalVerdict:
     reasons: Sequence[str] = ()
     """Why not, one sentence each."""
     warning: str = ""
-    """What a pass does not prove; empty: nothing."""
-    next_steps: Sequence[NextStep] = ()
-    """What mends it if it does not pass, the likeliest first."""
+    """What a pass over few rows does not prove; empty: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

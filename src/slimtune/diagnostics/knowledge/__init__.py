@@ -7,29 +7,21 @@ linear time.
 """
 
 import json
-import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from .guides import find_command_guides, find_glossary_definition
+from .guides import QuestionGuide, find_headed_section, load_sections
+from .question_words import WordingIndex
 
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
+_MOST_QUESTION = 300
+"""Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_COVERAGE, _LEAST_SCORE, _LEAST_LEAD = 0.6, 15.0, 1.5
-"""A page is an answer by its words if it has this share of a text's words (weighted by how rare they are), or if its
-score is this high and this many times the next page's."""
-_LEAST_NEAR = 8.0
-"""A page with a lower score is not named as near: it shares a word or two by chance."""
-_STOP_WORDS = frozenset({
-    "a", "an", "and", "are", "as", "at", "be", "but", "by", "do", "does", "for", "from", "has", "have", "how", "i",
-    "if", "in", "is", "it", "its", "my", "no", "not", "of", "on", "or", "so", "than", "that", "the", "this", "to", "up",
-    "was", "what", "when", "why", "with", "you", "your",
-})  # fmt: skip
+_LEAST_SCORE, _LEAST_NEAR = 0.6, 0.55
+"""The score, between 0 and 1, from which on an answer is given, and from which on it is named as perhaps meant."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
 
 
@@ -41,6 +33,7 @@ class ErrorPage:
     title: str
     patterns: tuple[str, ...]
     hints: tuple[str, ...]
+    asked: tuple[str, ...]
     body: str
 
 
@@ -51,9 +44,12 @@ def load_error_pages() -> dict[str, ErrorPage]:
     for file in sorted(Path(__file__).parent.glob("*.md")):
         _, front, body = file.read_text(encoding="utf-8").split("---\n", 2)
         # Its YAML has one JSON text a line: the title and the patterns. A YAML parser takes 0.2 s for all pages.
+        front, _, asked = front.partition("\nasked:")
         front, _, hints = front.partition("\nhints:")
-        (title, *patterns), weak = _read_texts(front), _read_texts(hints)
-        pages[file.stem] = ErrorPage(file.stem, title, tuple(patterns), tuple(weak), body.strip())
+        title, *patterns = _read_texts(front)
+        pages[file.stem] = ErrorPage(
+            file.stem, title, tuple(patterns), tuple(_read_texts(hints)), tuple(_read_texts(asked)), body.strip()
+        )
     return pages
 
 
@@ -68,28 +64,56 @@ def infer_error_code(text: str, default: str) -> str:
     return best if scores[best] else default
 
 
-def is_answered_and_list_nearest_pages(text: str, max_pages: int = 3) -> tuple[bool, list[ErrorPage]]:
-    """Return whether a page answers a text (a code, a question, an error, a whole traceback), and the nearest pages."""
+@dataclass(frozen=True)
+class Answers:
+    """What answers a text, if anything does, and what may be meant beside it."""
+
+    found: ErrorPage | QuestionGuide | None
+    """The answer; None if nothing is surely about the text."""
+    near: tuple[ErrorPage | QuestionGuide, ...]
+    """Related answers, the nearest first; if none was found, those that are perhaps meant."""
+
+
+def find_answers(text: str, max_near: int = 2) -> Answers:
+    """Find what answers a text: a code, a heading of the docs, a question, an error, or a whole traceback."""
     pages = load_error_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
-        return True, [pages[code]]
-    if find_glossary_definition(text):
-        return False, []
-    words, coverage = _score_words(text)
-    scores = {
-        code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints), words[code])
-        for code, page in pages.items()
+        return Answers(pages[code], ())
+    scores = _score_questions(text)
+    ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
+    if len(text) <= _MOST_QUESTION and (headed := find_headed_section(text)):
+        return Answers(headed, ())
+    fits = {
+        code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
-    ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
-    if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
-        return True, [pages[code] for code in ranked[:max_pages] if any(scores[code][:2])]
-    if find_command_guides(text):
-        return False, []
-    first, second = sorted(words.values(), reverse=True)[:2]
-    found = coverage >= _LEAST_COVERAGE or (coverage > 0 and first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
-    return found, [
-        pages[code] for code in ranked[:max_pages] if found or any(scores[code][:2]) or words[code] >= _LEAST_NEAR
-    ]
+    by_pattern = sorted((code for code in fits if any(fits[code])), key=lambda code: fits[code], reverse=True)
+    if by_pattern and fits[by_pattern[0]][0]:
+        first, *others = by_pattern
+        others += [name for name in ranked if scores[name] >= _LEAST_SCORE]
+    elif ranked and scores[ranked[0]] >= _LEAST_SCORE:
+        first, *others = (name for name in ranked if scores[name] >= _LEAST_SCORE)
+    else:
+        first, others = "", [*by_pattern, *(name for name in ranked if scores[name] >= _LEAST_NEAR)]
+    near = list(dict.fromkeys(name for name in others if name != first))[:max_near]
+    return Answers(_get_answers([first])[0] if first else None, _get_answers(near))
+
+
+def _get_answers(names: list[str]) -> tuple[ErrorPage | QuestionGuide, ...]:
+    pages, sections = load_error_pages(), load_sections()
+    return tuple(pages[name] if name in pages else sections[name].guide for name in names)
+
+
+def _score_questions(text: str) -> dict[str, float]:
+    return _build_index().score(text) if len(text) <= _MOST_QUESTION else {}
+
+
+@cache
+def _build_index() -> WordingIndex:
+    pages, sections = load_error_pages(), load_sections()
+    wordings = {code: (page.title, code.replace("-", " "), *page.asked) for code, page in pages.items()}
+    wordings |= {name: section.wordings for name, section in sections.items()}
+    texts = {code: page.body for code, page in pages.items()}
+    return WordingIndex(wordings, texts | {name: section.guide.what for name, section in sections.items()})
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
@@ -120,42 +144,3 @@ def _contains(text: str, pattern: str) -> bool:
             return True
         start = text.find(first, start + 1)
     return False
-
-
-def _split_words(text: str) -> list[str]:
-    """Return the words that may say what a text is about, without a plural's s: no paths, numbers or addresses."""
-    words = " ".join(w for w in text.lower().split() if w.count("/") + w.count("\\") < 2)
-    found = (w.rstrip("s") for w in re.findall(r"[^\W\d_]+", words) if w not in _STOP_WORDS)
-    return [w for w in found if len(w) > 1]
-
-
-@cache
-def _build_index() -> tuple[dict[str, set[str]], dict[str, set[str]], dict[str, Counter[str]], Counter[str]]:
-    """Return each page's words in its title, those in its title and patterns, how often each word occurs in it; and in
-    how many pages each word occurs."""
-    titles, subjects, counts = {}, {}, {}
-    for code, page in load_error_pages().items():
-        titles[code] = set(_split_words(f"{code} {page.title}".replace("-", " ")))
-        head = " ".join((page.title, *page.patterns, *page.hints))
-        subjects[code] = titles[code] | {*_split_words(head)}
-        counts[code] = Counter(_split_words(f"{head} {page.body}")) + Counter(titles[code])
-    return titles, subjects, counts, Counter(word for words in counts.values() for word in words)
-
-
-def _score_words(text: str) -> tuple[dict[str, float], float]:
-    """Return every page's score for a text's words, and the share of the words that the best page has.
-
-    The score is BM25 (k1 = 1.2, b = 0.75), and a word in a page's title counts once more. The share is 0 if the best
-    page's title and patterns have none of the words: it mentions them, and is about something else.
-    """
-    titles, subjects, counts, frequency = _build_index()
-    sizes = {code: words.total() for code, words in counts.items()}
-    query, mean = set(_split_words(text[-MOST_TEXT:])), sum(sizes.values()) / len(sizes)
-    rarity = {w: math.log(1 + (len(counts) - frequency[w] + 0.5) / (frequency[w] + 0.5)) for w in query}
-    scores = {}
-    for code, words in counts.items():
-        share = 1.2 * (0.25 + 0.75 * sizes[code] / mean)
-        scores[code] = sum(rarity[w] * (2.2 * words[w] / (words[w] + share) + (w in titles[code])) for w in query)
-    best = max(scores, key=lambda code: scores[code])
-    known = sum(rarity[w] for w in query if counts[best][w])
-    return scores, known / sum(rarity.values()) if query & subjects[best] else 0.0

@@ -1,38 +1,37 @@
-"""Answers to questions that are no errors: a command, a text of Quick answers, or a definition from the glossary."""
+"""Answers to questions that are no errors: a command, or a section of Quick answers, of the glossary or of a lesson."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-MOST_QUESTION = 200
-"""Characters of a question that is no error."""
-COMMANDS = (
-    (("buy", "rent", "laptop", "mac", "macbook", "which gpu", "what gpu", "which card", "graphics card",
-      "which machine", "which computer"),
-     "slimtune choose MODEL", "ranks the machines that train it, to buy and to rent"),
-    (("fit on", "enough memory", "enough vram", "how long does", "how long will", "how much memory", "how much vram"),
-     "slimtune plan MODEL --gpu NAME", "says whether a run fits, and how long it takes"),
-    (("cost", "costs", "price", "cheap", "cheaper", "cheapest", "expensive", "dollars"),
-     "slimtune cost MODEL --gpu NAME", "compares buying, renting and services"),
-)  # fmt: skip
-"""Words of a question, the command that answers it, and what the command does."""
-QUICK_ANSWERS = (
-    (("how many rows", "how many examples", "how much data", "how many samples", "how many conversations"),
-     "How many rows do I need?"),
-    (("which rank", "what rank", "best rank", "good rank"), "Which rank?"),
-    (("which learning rate", "what learning rate", "best learning rate", "good learning rate"), "Which learning rate?"),
-    (("how many epochs",), "How many epochs?"),
-    (("which method", "what method", "best method"), "Which method?"),
-    (("which base", "what base", "which model", "what model", "best model"), "Which model should I use as the base?"),
-    (("what batch size", "which batch size"), "Which batch size?"),
-    (("lora or qlora", "lora and qlora", "lora vs qlora"), "LoRA or QLoRA?"),
-)  # fmt: skip
-"""Words of a question, and the question of docs/quick_answers.md whose text answers it."""
+COMMANDS = {
+    "slimtune choose MODEL": (
+        "ranks the machines that train it, to buy and to rent",
+        "which gpu should I buy | which gpu for fine-tuning | which laptop | which macbook or mac to buy | "
+        "which graphics card | which machine should I rent | which computer for fine-tuning | best card for training",
+    ),
+    "slimtune plan MODEL --gpu NAME": (
+        "says whether a run fits, and how long it takes",
+        "does it fit on my gpu | is my memory enough | enough vram | how much memory do I need | how much vram | "
+        "will it run on my card | how long will it take on my gpu",
+    ),
+    "slimtune cost MODEL --gpu NAME": (
+        "compares buying, renting and services",
+        "how much does it cost to train | price of renting | cheaper to rent or to buy | dollars per run | cost of a "
+        "cloud gpu | how expensive is training",
+    ),
+}
+"""Commands that answer questions: what each does, and questions that it answers."""
 _DEFINITION = re.compile(
-    r"(?:what (?:is|are|s)|define|meaning of) (?:an? |the )?(.+)|what do(?:es)? (?:an? |the )?(.+) mean"
+    r"(?:what (?:is|are|s)|whats|define|explain|meaning of|definition of)(?: me)? "
+    r"(?:an? |the |word |term |point of |purpose of |use of )*(.+?)"
+    r"(?: (?:good|used|useful) for| to me| mean| please| in simple terms| in simple words)*"
+    r"|what do(?:es)? (?:an? |the )?(.+) (?:mean|do)"
 )
 _TRAILING_LINKS = re.compile(r"(?: (?:See |· )?\[[^\]]*\]\([^)]*\)\.?)+$")
+_ASKED = re.compile(r"<!-- asked:\s(.*?)\s-->\n?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,55 +39,111 @@ class QuestionGuide:
     """What answers a question that is no error."""
 
     answer: str
-    """A command, a question of Quick answers, or a word of the glossary."""
+    """A command, or the heading of a section of Quick answers, of the glossary or of a lesson."""
     what: str
-    """What the command does, or the text of the answer or definition."""
+    """What the command does, or the text of the section."""
 
 
-def find_command_guides(question: str) -> list[QuestionGuide]:
-    """Return the commands and texts that answer a short question about no error, each with what it does or says."""
-    if len(question) > MOST_QUESTION:
-        return []
-    words = f" {' '.join(re.findall(r'[a-z0-9-]+', question.lower()))} "
-    quick = _load_sections("quick_answers.md")
-    return (
-        [QuestionGuide(answer, what) for asked, answer, what in COMMANDS if any(f" {part} " in words for part in asked)]
-        + [
-            QuestionGuide(title, quick[title])
-            for asked, title in QUICK_ANSWERS
-            if any(f" {part} " in words for part in asked)
-        ]
-        or find_glossary_definition(question)
-        or [guide for guide in [_load_terms().get(_normalize(question))] if guide]
-    )
+@dataclass(frozen=True)
+class DocsSection:
+    """A section of the docs, with the wordings under which it is asked for."""
 
-
-def find_glossary_definition(question: str) -> list[QuestionGuide]:
-    """Return the word of the glossary that a question asks the meaning of, with its definition; nothing if none."""
-    asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", question[: MOST_QUESTION + 1].lower())))
-    found = _load_terms().get(_normalize(asked[1] or asked[2])) if asked else None
-    return [found] if found else []
+    guide: QuestionGuide
+    wordings: tuple[str, ...]
 
 
 @cache
-def _load_terms() -> dict[str, QuestionGuide]:
-    return {_normalize(term): QuestionGuide(term, text) for term, text in _load_sections("glossary.md").items()}
+def load_sections() -> dict[str, DocsSection]:
+    """Return the commands and all sections of Quick answers, the lessons and the glossary, by heading.
 
-
-def _normalize(term: str) -> str:
-    """Return a term in lower case, without signs and without the s of plurals."""
-    return " ".join(word.rstrip("s") for word in re.findall(r"[a-z0-9]+", term.lower()))
+    The heading of a lesson's section has the lesson's title before it.
+    """
+    commands = [
+        DocsSection(QuestionGuide(name, what), tuple(re.split(r"\s*\|\s*", asked)))
+        for name, (what, asked) in COMMANDS.items()
+    ]
+    folder = _find_docs()
+    found = [*commands, *_split_page(folder / "quick_answers.md", "###")]
+    for file in sorted((folder / "learn").glob("*.md")):
+        found += _split_page(file, "##")
+    return {section.guide.answer: section for section in (*found, *load_terms().values())}
 
 
 @cache
-def _load_sections(name: str) -> dict[str, str]:
-    """Return the texts under the headings of a page of the docs, without its links."""
+def load_terms() -> dict[str, DocsSection]:
+    """Return the glossary's definitions by word, in lower case."""
+    sections = _split_page(_find_docs() / "glossary.md", "###")
+    return {normalize_heading(section.guide.answer): section for section in sections}
+
+
+def find_headed_section(question: str) -> QuestionGuide | None:
+    """Return the section that a text names by its heading, or the definition that it asks for; None if none.
+
+    The heading of a lesson's section suffices if no other has it.
+    """
+    if guide := _load_headings().get(question.strip().lower()) or _load_headings().get(normalize_heading(question)):
+        return guide
+    asked = _DEFINITION.fullmatch(" ".join(re.findall(r"[a-z0-9]+", question.lower())))
+    term = load_terms().get(normalize_heading(asked[1] or asked[2])) if asked else None
+    return term.guide if term else None
+
+
+@cache
+def _load_headings() -> dict[str, QuestionGuide]:
+    named: dict[str, QuestionGuide] = {}
+    short: dict[str, list[QuestionGuide]] = {}
+    for heading, section in load_sections().items():
+        named[heading.lower()] = section.guide
+        named.setdefault(normalize_heading(heading), section.guide)
+        if ": " in heading:
+            short.setdefault(normalize_heading(heading.split(": ", 1)[1]), []).append(section.guide)
+    return {words: guides[0] for words, guides in short.items() if len(guides) == 1} | named
+
+
+def normalize_heading(text: str) -> str:
+    """Return a text in lower case, without signs and without the s of plurals."""
+    return " ".join(word.rstrip("s") for word in re.findall(r"[^\W_]+", text.lower()))
+
+
+def _find_docs() -> Path:
     here = Path(__file__).parent
     # A wheel has these pages beside the code (see pyproject.toml), a checkout in docs/.
-    file = next(file for file in (here / "docs" / name, here.parents[3] / "docs" / name) if file.is_file())
-    sections = {}
-    for section in re.split(r"^### ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-        title, _, body = section.partition("\n")
-        text = _TRAILING_LINKS.sub("", " ".join(body.partition("\n## ")[0].split()))
-        sections[title] = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return sections
+    return next(path for path in (here / "docs", here.parents[3] / "docs") if path.is_dir())
+
+
+def _split_page(file: Path, level: str) -> Iterator[DocsSection]:
+    """Yield the sections of a page of the docs, without its links; a lesson's introduction has the lesson's title."""
+    text = file.read_text(encoding="utf-8")
+    title, is_lesson, is_code, heading = "", file.parent.name == "learn", False, ""
+    sections: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        is_code ^= line.startswith("```")
+        if not is_code and line.startswith("# "):
+            title = heading = line[2:]
+        elif not is_code and line.startswith(f"{level} "):
+            heading = f"{title}: {line[len(level) + 1 :]}" if is_lesson else line[len(level) + 1 :]
+        elif not is_code and re.match("##? ", line):
+            heading = ""
+        elif heading and (is_lesson or heading != title):
+            sections.setdefault(heading, []).append(line)
+    for heading, lines in sections.items():
+        body = "\n".join(lines)
+        asked = _ASKED.search(body)
+        wordings = asked[1].replace("\n", " ").split(" | ") if asked else []
+        yield DocsSection(
+            QuestionGuide(heading, _format_section(_ASKED.sub("", body))), (heading, heading.split(": ")[-1], *wordings)
+        )
+
+
+def _format_section(body: str) -> str:
+    """Return a section with a line for each paragraph, and without its links, which lead to files of the docs."""
+    blocks, is_code = [""], False
+    for line in body.strip().splitlines():
+        is_code ^= line.startswith("```")
+        is_own = is_code or re.match(r"```|    |\||[-*] |\d+\. ", line) or not line.strip()
+        if is_own or not blocks[-1] or re.match(r"```|    |\|", blocks[-1].rpartition("\n")[2]):
+            blocks.append(line)
+        else:
+            blocks[-1] += f" {line.strip()}"
+    text = "\n".join(_TRAILING_LINKS.sub("", line) for line in blocks[1:])
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"\n{3,}", "\n\n", text)).strip()
