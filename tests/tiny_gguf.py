@@ -16,10 +16,12 @@ def write_gguf(
     rope_freqs: np.ndarray | None = None,
     drop: str | None = None,
     poison: bool = False,
+    quantize: bool = False,
 ) -> Path:
     """Write `model` (LlamaForCausalLM, fp32) and `tokenizer` (byte-level) to `path`.
 
-    `drop` leaves one tensor out, `poison` puts a NaN into another, `scaling` and `rope_freqs` add rotary scaling.
+    `drop` leaves one tensor out, `poison` puts a NaN into another, `scaling` and `rope_freqs` add rotary scaling,
+    `quantize` stores the matrices in 8 bits.
     """
     import gguf
 
@@ -50,7 +52,9 @@ def write_gguf(
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         if poison and "down_proj" in name:
             array[0, 0] = np.nan
-        w.add_tensor(names.get_name(name, (".weight",)), array)
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantize and array.ndim == 2 else None
+        stored = array if kind is None else gguf.quants.quantize(array, kind)
+        w.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=kind)
     if rope_freqs is not None:
         w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
     finish_gguf(w)

@@ -60,6 +60,7 @@ PARTS: dict[str, dict[str, str]] = {
         "mixed_batch": "slimtune.extras.mixed_batch:MixedBatchCallsMixin",
         "activated_lora": "slimtune.methods.lora.alora_calls:ActivatedLoraCallsMixin",
         "lora_conversion": "slimtune.extras.lora_conversion:PeftModelToLoraMixin",
+        "trained_base": "slimtune.extras.trained_base_check:TrainedBaseCheckMixin",
         "adapter_upload": "slimtune.extras.adapter_upload:AdapterUploadMixin",
     },
     "slimtune.folder_writers": {"model_card": "slimtune.extras.model_card:write_model_card"},

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from hand_results import complete_json
+from rich.console import Console
 from train_results import make_train_result
 
-from slimtune.cli import COMMANDS
-from slimtune.cli.common import print_fields
+from slimtune.cli import COMMANDS, common
+from slimtune.cli.common import ConsoleLogHandler, print_fields
 from slimtune.cli.generate_command import AnswerPrinter
 from slimtune.cli.json_schemas import make_json_schema
 from slimtune.core.adapters.config_fields import list_settings
@@ -500,3 +502,12 @@ def test_long_values_keep_their_labels(capsys, monkeypatch):
     assert lines[0] == "first label  " + "a" * 90
     assert lines[1].startswith("second       word word")
     assert lines[2].startswith("             word")
+
+
+def test_messages_of_the_library_are_lines_of_whole_words(monkeypatch):
+    monkeypatch.setattr(common, "make_error_console", lambda: Console(file=out, width=20, force_terminal=True))
+    out = io.StringIO()
+    ConsoleLogHandler(logging.WARNING).emit(
+        logging.makeLogRecord({"msg": "a base %s", "args": ("without a template",)})
+    )
+    assert out.getvalue() == "a base without a \ntemplate\n"

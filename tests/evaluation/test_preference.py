@@ -31,3 +31,12 @@ def test_measures_by_hand():
     assert not PreferenceComparison.list_reasons_not_better(make_sft_result(preference=found).measures)
     same = measure_preferences(pairs, base, base, compare)
     assert len(PreferenceComparison.list_reasons_not_better(make_sft_result(preference=same).measures)) == 1
+
+
+def test_pairs_that_keep_their_sides_are_no_improvement():
+    pairs, compare = [pair(2, 2), pair(2, 2)], partial(paired_bootstrap, draws=200)
+    grown = measure_preferences(pairs, [[-6, -4], [-4, -6]], [[-6, -5], [-4, -7]], compare)
+    (reason,) = PreferenceComparison.list_reasons_not_better(make_sft_result(preference=grown).measures)
+    assert "no pair changed sides" in reason
+    right = measure_preferences(pairs, [[-4, -6], [-4, -6]], [[-4, -7], [-4, -7]], compare)
+    assert not PreferenceComparison.list_reasons_not_better(make_sft_result(preference=right).measures)

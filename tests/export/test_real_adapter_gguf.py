@@ -15,7 +15,9 @@ from gemma_base import join_gemma_gguf
 from slimtune import LoraConfig, get_peft_model
 from slimtune.core.models.loader import load_base
 from slimtune.core.training.trained_model import TrainedModel
+from slimtune.errors import AdapterError
 from slimtune.export import expected_logps, gguf, merge
+from slimtune.export.adapter_file_check import require_trained_adapter_in_gguf
 from slimtune.export.expected_logps import ADAPTER_TOLERANCES, AdapterReference, make_reference_texts
 from slimtune.generation.inference_engines import InProcessLlamaCppEngine
 
@@ -85,6 +87,30 @@ def test_changed_matrices_are_noticed(real_base, tmp_path, factor):
     for weight in changed:
         weight.data.div_(factor)
     assert judge(real_base, tmp_path / "a.gguf").passed is False
+
+
+def test_merged_in_float32_it_is_the_adapter(real_base):
+    """The embedding that Gemma scales and both bases share with their heads stays as it is."""
+    model, reference, _ = real_base
+    model.merge_adapter()
+    merged = reference.differences(reference.score(reference.engine, "merged"))
+    model.unmerge_adapter()
+    assert reference.effect > 0.1
+    assert merged.abs().max() < 1e-4
+
+
+def test_half_of_a_single_matrix_is_named(real_base, tmp_path):
+    """For every kind of module. The log-probabilities of SmolLM2 do not see it: its effect is within their noise."""
+    model = real_base[0]
+    gguf.write_adapter_gguf(tmp_path / "a.gguf", model)
+    require_trained_adapter_in_gguf(tmp_path / "a.gguf", model)
+    matrices = {n: p for n, p in model.named_parameters() if ".layers.9." in n and "lora_" in n}
+    assert len(matrices) == 14
+    for name, weight in matrices.items():
+        weight.data.mul_(0.5)
+        with pytest.raises(AdapterError, match=name.split(".adapters.")[0].replace(".", r"\.")):
+            require_trained_adapter_in_gguf(tmp_path / "a.gguf", model)
+        weight.data.mul_(2)
 
 
 def test_rows_in_another_order_are_noticed(real_base, tmp_path, monkeypatch):

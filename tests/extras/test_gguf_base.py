@@ -50,17 +50,67 @@ def write(tmp_path, tiny_llama, tiny_tokenizer):
     return write
 
 
-def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeypatch):
-    def describe():
-        config = load_base_config(str(file)).config.to_dict()
-        written = ("dtype", "transformers_version", "quantization_config", "architectures")
-        return {k: v for k, v in config.items() if k not in written and not k.endswith("_name_or_path")}
+def describe(config):
+    written = ("dtype", "transformers_version", "quantization_config", "architectures")
+    return {k: v for k, v in config.to_dict().items() if k not in written and not k.endswith("_name_or_path")}
 
+
+def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeypatch):
     file = write()
-    parsed = describe()
+    parsed = describe(load_base_config(str(file)).config)
     get_or_make_hf_folder_and_seconds(file)
     monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
-    assert describe() == parsed
+    assert describe(load_base_config(str(file)).config) == parsed
+
+
+def test_config_of_a_base_without_a_folder_is_parsed_once(write, cache, monkeypatch):
+    file = write()
+    parsed = gguf.read_config(file)
+    monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
+    assert describe(gguf.read_config(file)) == describe(parsed)
+    assert [f.name.endswith(".config.json") for f in cache.iterdir()] == [True]
+
+
+def test_a_changed_file_has_another_config(write):
+    assert gguf.read_config(write()).tie_word_embeddings
+    assert not gguf.read_config(write(tied=False)).tie_word_embeddings
+
+
+def test_a_damaged_cached_config_is_made_again(write, cache):
+    file = write()
+    parsed = gguf.read_config(file)
+    (config,) = cache.iterdir()
+    config.write_text(config.read_text()[:100])
+    assert describe(gguf.read_config(file)) == describe(parsed)
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(write, cache):
+    file = write()
+    cache.parent.parent.mkdir(exist_ok=True)
+    cache.parent.write_text("no folder")
+    assert gguf.read_config(file).hidden_size == 32
+
+
+def test_a_file_is_parsed_once_for_config_weights_and_tokenizer(write, monkeypatch):
+    file, opened = write(), []
+    original = gguf.import_gguf().GGUFReader.__init__
+
+    def count(reader, *args, **options):
+        opened.append(reader)
+        original(reader, *args, **options)
+
+    monkeypatch.setattr(gguf.import_gguf().GGUFReader, "__init__", count)
+    get_or_make_hf_folder_and_seconds(file)
+    assert len(opened) == 1
+
+
+def test_the_tokenizer_of_a_cached_base_is_read_without_parsing_the_file(write, monkeypatch):
+    file = write()
+    first = load_tokenizer(str(file))
+    monkeypatch.setattr(gguf, "open_gguf_reader", lambda _: pytest.fail("the file was parsed"))
+    again = load_tokenizer(str(file))
+    assert again.get_vocab() == first.get_vocab()
+    assert again("say 12")["input_ids"] == first("say 12")["input_ids"]
 
 
 def test_cache_needs_no_locks(write, monkeypatch):

@@ -177,6 +177,30 @@ def test_text_prompt_in_one_answer_is_kept_and_is_an_error_if_it_is_frequent(tex
     assert issues(*sound, pair)["prompt-in-answer"]["severity"] == "warning"
 
 
+@pytest.mark.parametrize("rejected", ["A fish.", "What is a lion? A fish."])
+def test_text_answer_that_quotes_the_question_of_a_chat_is_told(texts, issues, rejected):
+    pair = {"prompt": TALK, "chosen": "What is a lion? A big cat.", "rejected": rejected}
+    assert [learned for _, learned in texts(pair)] == [f"{pair[c]}<|im_end|>" for c in ("chosen", "rejected")]
+    assert issues(pair)["prompt-in-answer"]["severity"] == "error"
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_turn_of_weight_zero_in_an_answer_is_refused(refusal, column):
+    answers = {"chosen": [YES | {"weight": 0}, MORE, LAST], "rejected": [NO | {"weight": 0}, MORE, LAST]}
+    other = {c: [NO] for c in ("chosen", "rejected") if c != column}
+    found = refusal({"prompt": TALK, column: answers[column], **other})
+    assert (found.line, found.code) == (1, "bad-weight")
+
+
+def test_weights_of_the_prompts_turns_and_of_learned_ones_change_nothing(texts):
+    before = [USER | {"weight": 0}, YES | {"weight": 0}, MORE]
+    for row in (
+        {"chosen": [*before, LAST | {"weight": 1}], "rejected": [*before, NO]},
+        {"prompt": before, "chosen": [LAST | {"weight": 1}], "rejected": [NO]},
+    ):
+        assert [learned for _, learned in texts(row)] == ["A rodent.<|im_end|>", "A fish.<|im_end|>"]
+
+
 def test_word_that_begins_like_the_prompt_repeats_nothing(texts):
     pair = {"prompt": "A", "chosen": "Apple", "rejected": "Ant"}
     assert [text for text, _ in texts(pair)] == ["AApple<|im_end|>", "AAnt<|im_end|>"]

@@ -11,6 +11,7 @@ from changed_since_training import CHANGES, FORMS, USES, FolderBackup, expect
 from error_facts import has_code
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_gguf import write_gguf
 from tiny_run import distance, recipe_of, train_until, write_rows, write_settings
 
 from slimtune.core.config import Recipe
@@ -148,7 +149,7 @@ def test_run_that_was_stopped_before_its_first_step_has_the_record(workshop, mon
     assert (run / "fingerprint.json").read_text() == (workshop.home / "whole/fingerprint.json").read_text()
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"version": 1, "weights": 3}'])
+@pytest.mark.parametrize("damage", [None, b"", b"{", b'{"version": 1, "weights": 3}', b'{"version": 1}'])
 @pytest.mark.parametrize("name", ["result.json", "fingerprint.json"])
 def test_lost_or_damaged_file_of_the_run_never_turns_the_check_off(workshop, name, damage):
     for run in ("whole", "stopped"):
@@ -230,6 +231,31 @@ def test_run_of_an_older_version_is_not_proven_and_peft_files_are_silent(worksho
     assert caplog.text == ""
     load_run(workshop.home / "whole")
     assert [record.module for record in caplog.records] == ["training_fingerprint"]
+
+
+def test_changed_value_of_a_quantized_gguf_is_refused(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])
+    file = write_gguf(tmp_path / "q8.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer, quantize=True)
+    data = {"train": str(write_rows(tmp_path / "train.jsonl", 12))}
+    settings = {"model": {"name": str(file), "dtype": "float32"}, "data": data, "output_dir": str(tmp_path / "run")}
+    recipe = recipe_of({**settings, "method": {"name": "lora"}, "train": {"batch_size": 6, "save_steps": 1}})
+    train_until(recipe, monkeypatch, 1)
+    train(recipe_of({**recipe.to_dict(), "output_dir": str(tmp_path / "whole")}))
+    load_run(tmp_path / "whole")
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 0x40
+    file.write_bytes(content)
+    for path in (tmp_path / "whole", tmp_path / "whole/adapter"):
+        with pytest.raises(AdapterError, check=has_code("wrong-base")):
+            load_run(path)
+    with pytest.raises(UsageError, check=has_code("wrong-base")):
+        train(recipe, resume=True)
+    start = recipe_of({**recipe.to_dict(), "output_dir": str(tmp_path / "next")})
+    with pytest.raises(AdapterError, check=has_code("wrong-base")):
+        train(start, init_adapter=tmp_path / "whole")
 
 
 def test_peft_loads_the_file(workshop):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from change_kinds import CHANGE_KINDS
 from mutations import HUGE_INT, NASTY_VALUES, dump_json, mutate_bytes, mutate_json, mutate_text
 from row_kinds import ROW_KINDS
 from safetensors import SafetensorError
@@ -427,4 +428,5 @@ KINDS: dict[str, Callable[[random.Random, Path, int], Work]] = {
     "template": make_template,
     "gguf": make_gguf,
     **ROW_KINDS,
+    **CHANGE_KINDS,
 }

@@ -119,6 +119,16 @@ def test_a_layer_has_its_own_rank(method, tensor):
         get_peft_model(llama(), make(target_modules=["q_proj"], rank_pattern={"v_proj": 2}))
 
 
+@pytest.mark.parametrize(
+    "method", [m for m in list_methods() if "rank" in getattr(get_method_config_class(m), "short_names", {})]
+)
+def test_rank_that_dwarfs_the_layers_is_refused_before_memory_is_taken(method):
+    config_class = get_method_config_class(method)
+    rank = config_class.short_names["rank"]
+    with pytest.raises(ConfigError, match=rf"{rank}\W.*10,?000,?000\b"):
+        get_peft_model(llama(), config_class(**{rank: 10**7}, target_modules=["q_proj"]))
+
+
 def test_peft_version_names_the_format_and_the_writer(tmp_path, monkeypatch):
     LoraConfig().save_pretrained(tmp_path)
     written = Version(json.loads((tmp_path / "adapter_config.json").read_text())["peft_version"].partition("@")[0])

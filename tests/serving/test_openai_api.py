@@ -1,5 +1,6 @@
 """The endpoints, as OpenAI's own client sees them."""
 
+import threading
 import time
 
 import openai
@@ -159,17 +160,35 @@ def test_client_raises_openais_errors(ask):
         ask(temperature=-1)
 
 
-def test_dropped_client_frees_its_slot(ask, server):
-    for streamed in (True, False):
-        if streamed:
-            stream = ask(max_tokens=400, stream=True)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_dropped_client_frees_its_slot(ask, server, monkeypatch, streamed):
+    decode, before, seen = server.runner.decode, server.queue.generated_tokens, threading.Event()
+    monkeypatch.setattr(server.runner, "decode", lambda batch: (seen.wait(20), time.sleep(0.005), decode(batch))[2])
+    if streamed:
+        with ask(max_tokens=400, stream=True) as stream:
             next(stream)
-            stream.close()
-        else:
-            with pytest.raises(openai.APITimeoutError):
-                ask(max_tokens=480, n=4, timeout=0.05)
-        wait_until(lambda: server.queue.count()["running"] == 0, seconds=1)
-    assert server.queue.count()["cached_tokens"] == 0
+            wait_until(lambda: server.queue.count()["running"] == 1)
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            ask(max_tokens=400, n=4, timeout=0.5)
+        wait_until(lambda: server.queue.count()["running"] == 4)
+    seen.set()
+    wait_until(lambda: server.queue.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+    assert server.queue.generated_tokens - before < 400
+
+
+def test_dropped_client_that_waits_takes_no_place(ask, server, monkeypatch):
+    prefill, seen = server.runner.prefill, threading.Event()
+    monkeypatch.setattr(server.runner, "prefill", lambda *args: (seen.wait(20), prefill(*args))[1])
+    with ask(stream=True) as first:
+        next(first)
+        wait_until(lambda: server.queue.count()["running"] == 1)
+        for _ in range(2):
+            with ask(n=4, stream=True) as waiting:
+                next(waiting)
+                assert server.queue.count()["waiting"] == 4
+            wait_until(lambda: server.queue.count()["waiting"] == 0)
+        seen.set()
 
 
 def test_stopping_ends_answers_with_an_error(serve, run, monkeypatch):

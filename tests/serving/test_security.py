@@ -3,7 +3,9 @@
 import json
 import socket
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving_client import connect, make_client, send
@@ -225,3 +227,102 @@ def test_a_client_that_does_not_read_is_disconnected(serve, run, monkeypatch):
     unread.sendall(head.encode() + b"\r\n\r\n" + body)
     wait_until(lambda: server.queue.count()["running"] == 4)
     wait_until(lambda: server.queue.count()["running"] == 0 and not server._uvicorn.server_state.tasks)
+
+
+def make_head(path, content=b"", more="", method="POST"):
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
+    return head.encode() + (f"Content-Length: {len(content)}\r\n" if content else "").encode() + b"\r\n" + content
+
+
+CHUNKED = "Transfer-Encoding: chunked\r\n"
+LONG = json.dumps({**ASK, "max_tokens": 470, "stream": True}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "then"),
+    [
+        (make_head(CHAT, more=CHUNKED) + b"zz\r\n", b""),
+        (make_head(CHAT, more=CHUNKED).replace(b"localhost", b"evil") + b"5\r\nabcde\r\nzz\r\n", b""),
+        (make_head(CHAT, more=CHUNKED).replace(b"localhost", b"evil") + b"5\r\nabcde\r\n", b"zz\r\n"),
+        (make_head(CHAT, LONG, "Connection: close\r\n") + b"more", b""),
+        (make_head(CHAT, LONG, "Connection: close\r\n"), b"more"),
+        (make_head(CHAT, json.dumps(ASK).encode()) + b"\0\xff\r\n\r\n", b""),
+        (make_head("/health", more="Connection: upgrade\r\nUpgrade: websocket\r\n", method="GET"), b"\0\r\n\r\n"),
+    ],
+)
+def test_what_is_no_http_leaves_no_traceback(serve, run, caplog, data, then):
+    server = serve([run])
+    (client,) = open_connections(server, 1, data)
+    if then:
+        assert client.recv(1000).startswith(b"HTTP/1.1 ")
+        client.sendall(then)
+    assert is_closed(client)
+    wait_until(lambda: server.queue.count()["running"] == 0 and not server._uvicorn.server_state.tasks)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith(("uvicorn", "asyncio"))] == []
+
+
+def test_pipelined_requests_are_answered_in_turn(server):
+    health = make_head("/health", method="GET")
+    data = (
+        health * 50
+        + make_head(CHAT, json.dumps(ASK).encode())
+        + health.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    )
+    (client,) = open_connections(server, 1, data)
+    answers = b""
+    while part := client.recv(1 << 16):
+        answers += part
+    assert answers.count(b"HTTP/1.1 200 OK") == 52
+    assert answers.index(b"chat.completion") > answers.index(b'"status": "ok"')
+    assert answers.endswith(b"}")
+
+
+@pytest.mark.parametrize("more", [b"GET /health", b"x" * 200_000])
+def test_a_client_that_leaves_after_its_next_request_frees_its_slot(serve, run, monkeypatch, more):
+    server = serve([run])
+    decode = server.runner.decode
+    monkeypatch.setattr(server.runner, "decode", lambda batch: (time.sleep(0.01), decode(batch))[1])
+    (client,) = open_connections(server, 1, make_head(CHAT, LONG.replace(b"true", b"false")))
+    wait_until(lambda: server.queue.count()["running"] == 1)
+    client.sendall(more)
+    time.sleep(0.1)
+    client.close()
+    wait_until(lambda: server.queue.count()["running"] == 0)
+    assert server.queue.generated_tokens < 400
+
+
+def test_a_bug_is_logged_and_not_shown(server, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("secret")
+
+    for place in ("parse_request_body", "_count_usage"):
+        caplog.clear()
+        monkeypatch.setattr(app, place, fail)
+        status, answer = send(server, "POST", CHAT, ASK)
+        monkeypatch.undo()
+        assert (status, answer["error"]["code"]) == (500, "internal_error")
+        assert "secret" not in answer["error"]["message"]
+        assert "secret" in caplog.text
+
+
+def test_large_answers_are_written_beside_other_requests(server, monkeypatch):
+    writing, go_on, count_usage = threading.Event(), threading.Event(), app._count_usage
+
+    def wait(choices):
+        writing.set()
+        assert go_on.wait(20)
+        return count_usage(choices)
+
+    monkeypatch.setattr(app, "_count_usage", wait)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(send, server, "POST", CHAT, ASK)
+        assert writing.wait(20)
+        assert send(server, "GET", "/health")[0] == 200
+        go_on.set()
+        assert asked.result()[0] == 200
+
+
+def test_a_models_name_may_have_slashes(serve, run):
+    server = serve([f"org/captain={run}"])
+    assert send(server, "GET", "/v1/models/org/captain")[1]["id"] == "org/captain"
+    assert make_client(server).models.retrieve("org/captain").id == "org/captain"

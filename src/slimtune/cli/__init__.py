@@ -19,7 +19,7 @@ from .bench_command import bench_machine
 from .choose_command import choose_machine, cost_of_training_run
 from .command_examples import EXAMPLES
 from .command_help import CommandWithOptionGroups, add_flags_of_loaded_runs
-from .common import CommandGroup
+from .common import CommandGroup, ConsoleLogHandler
 from .compare_command import compare_methods, tune_settings
 from .data_command import data_report
 from .doctor_command import doctor
@@ -118,6 +118,7 @@ def main() -> None:
         WriteErrorIgnoringStream(sys.stderr),
         WriteErrorIgnoringStream(sys.stdout, {errno.EIO}),
     )
+    logging.lastResort = ConsoleLogHandler(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries fill a log; read when tqdm is imported
     app(args=sys.argv[1:], prog_name="slimtune")

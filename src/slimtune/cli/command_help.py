@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +37,16 @@ AcceptFlag = Annotated[
 
 
 class CommandWithOptionGroups(TyperCommand):
-    """A command whose help lists its options by group."""
+    """A command whose help lists its options by group, and whose numbers are finite."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the flags; raise UsageError for one that is NaN or Inf: no comparison would refuse NaN."""
+        rest = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{param.opts[0]} is {value:g}", "a finite number")
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one list of options for each group."""

@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import os
 import sys
 import textwrap
@@ -236,6 +237,14 @@ def make_error_console() -> Console:
     return make_console(stderr=True)
 
 
+class ConsoleLogHandler(logging.Handler):
+    """Prints the messages of loggers without a handler; Python's own prints lines that a terminal cuts within words."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message on stderr."""
+        make_error_console().print(record.getMessage())
+
+
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
     make_error_console().print(text, style="dim")
@@ -253,7 +262,7 @@ def show_progress() -> Iterator[None]:
     # rich's own are yellow and light green, which cannot be read on white.
     screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
     with Progress(*columns, console=screen, transient=True) as bars:
-        task = bars.add_task("", total=None)
+        task = bars.add_task("loading", total=None)
         shown = ""
 
         def display(what: str, done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_cons
 from .input_checks import require_base_exists, require_row_files_exist
 from .options import add_recipe_flags
 from .planned_jobs import ROW_SETTINGS
+from .row_checks import has_valid_first_row
 
 if TYPE_CHECKING:
     from ..evaluation.data_report.data_report import DataReport
@@ -74,10 +75,11 @@ def data_report(
     data, train = sections["data"], sections["train"]
     tokenizer, model = None, None
     if "model.name" in settings or "model" in settings:
-        from ..core.training.base_model import load_base_tokenizer
+        model = sections["model"].name
+        if has_valid_first_row(data):  # otherwise nothing is tokenized, and a base's tokenizer takes long to load
+            from ..core.training.base_model import load_base_tokenizer
 
-        base = sections["model"]
-        tokenizer, model = load_base_tokenizer(base, data.chat_template), base.name
+            tokenizer = load_base_tokenizer(sections["model"], data.chat_template)
     report = make_data_report(
         file,
         tokenizer,

@@ -48,7 +48,7 @@ def eval_run(
         str,
         Option(help="Text to measure forgetting on: a .txt or JSONL file, shipped (with slimtune), or none."),
     ] = "shipped",
-    forgetting_budget: Annotated[float, Option(help="Nats a token that may be lost on it, at least 0.")] = 0.1,
+    forgetting_budget: Annotated[float, Option(min=0, help="Nats a token that may be lost on it.")] = 0.1,
     generate: Annotated[int, Option(help="Held-out prompts that base and tuned model answer.")] = 0,
     max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 128,
     check: Annotated[

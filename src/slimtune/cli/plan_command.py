@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,8 +66,8 @@ def plan_run(
     serving: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if serving and not serve:
         raise UsageError(f"--{next(iter(serving))} describes how the tuned model is served", hint="add --serve")
-    if price is not None and not 0 < price < inf:
-        raise UsageError(f"--price is {price:g}", "dollars an hour, above 0", "leave it out to use published prices")
+    if price == 0:
+        raise UsageError("--price is 0", "dollars an hour, above 0", "leave it out to use published prices")
     if gpus is not None and len(gpus) > 1:
         raise UsageError(f"--gpu is given {len(gpus)} times: {', '.join(gpus)}", "one GPU", "plan for each by itself")
     gpu = gpus[0] if gpus else None

@@ -32,3 +32,19 @@ def require_valid_first_rows(data: DataSettings, objective: Objective, files: Se
         rows = open_rows_for_objective(file, data, objective)
         if any(isinstance(row, InvalidRow) for row in itertools.islice(rows, CHECKED_ROWS)):
             deque(rows.require_valid_rows(), maxlen=0)
+
+
+def has_valid_first_row(data: DataSettings) -> bool:
+    """Return whether one of the first training rows is valid.
+
+    An error is raised where the format of training or validation rows is not known.
+    """
+    from ..core.data.rows import InvalidRow
+    from ..extras.row_files import open_rows
+
+    opened = [
+        open_rows(file, format=data.format, columns=data.columns, ignore_columns=data.ignore_columns)
+        for file in (data.train, data.validation)
+        if file is not None
+    ]
+    return any(not isinstance(row, InvalidRow) for row in itertools.islice(opened[0], CHECKED_ROWS))

@@ -25,6 +25,7 @@ PUBLIC = {
     ),
     "core.adapters.peft_config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
     "extras.lora_conversion": ("convert_to_lora", "save_as_lora"),
+    "extras.accepted_changes": ("accept_changes",),
     "extras.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "core.adapters.peft_model": ("PeftModel", "find_modules_without_gradient", "get_peft_model"),
     "compat.model_names": (

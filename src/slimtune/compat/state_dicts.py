@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.adapters.adapted_layer import ADDED_CHILDREN
 from ..core.adapters.adapter_files import (
-    read_adapter_tensors_and_base_fingerprint,
+    read_adapter_tensors_and_metadata,
     rename_keys,
     require_valid_hub_arguments,
 )
@@ -29,7 +29,10 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
         low_cpu_mem_usage: ignored: an adapter on the meta device is put on its layers' devices in either case.
     """
-    return load_adapter_tensors(model, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
+    tensors = peft_model_state_dict
+    result = load_adapter_tensors(model, adapter_name, tensors, "the state dict", ignore_mismatched_sizes)
+    model.adapter_state.training_fingerprints.pop(adapter_name, None)  # where these tensors were trained is not known
+    return result
 
 
 def load_peft_weights(
@@ -47,7 +50,7 @@ def load_peft_weights(
         hub: subfolder, revision, token, …
     """
     require_valid_hub_arguments(hub)
-    tensors, _ = read_adapter_tensors_and_base_fingerprint(model_id, **hub)
+    tensors, _ = read_adapter_tensors_and_metadata(model_id, **hub)
     return {k: t.to(device or "cpu") for k, t in rename_keys(tensors, key_mapping).items()}
 
 

@@ -329,6 +329,16 @@ class LmEvalTaskScores:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NextStep:
+    """A command that may mend an evaluation which does not pass."""
+
+    why: str
+    """What it does about it."""
+    command: str
+    """The command, with numbers from the run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalVerdict:
     """Whether an evaluation passes, and why not."""
@@ -338,7 +348,9 @@ class EvalVerdict:
     reasons: Sequence[str] = ()
     """Why not, one sentence each."""
     warning: str = ""
-    """What a pass over few rows does not prove; empty: nothing."""
+    """What a pass does not prove; empty: nothing."""
+    next_steps: Sequence[NextStep] = ()
+    """What mends it if it does not pass, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
-from .eval_result import EvalResult, EvalVerdict, TextEvalResult
+from .eval_result import EvalResult, EvalVerdict, TextEvalResult, TextOrPairEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
@@ -56,6 +56,7 @@ from .generated_answers import (
 from .judge import add_judge_verdicts, build_answer_judge, compute_win_rate_and_biases
 from .lm_eval import load_lm_eval_task_manager, score_base_and_tuned_by_lm_eval
 from .model_comparison import ModelComparison
+from .next_steps import list_next_steps
 from .output_files import resolve_output_file
 from .preference_comparison import KTOEvaluator, PreferenceComparison
 from .run_report import write_run_report_and_list_damage
@@ -200,6 +201,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
         result = replace(result, verdict=make_pass_fail_eval_verdict(result, reasons), seconds=seconds)
+        next_steps = list_next_steps(result, None if run_dir is None else trained.recipe)
+        result = replace(result, verdict=replace(result.verdict, next_steps=next_steps))
         if run_dir is not None:
             write_json(run_dir.evaluation_file(name), result)
             write_json(run_dir.scores_file(name), scores, indent=None)
@@ -276,11 +279,14 @@ def make_pass_fail_eval_verdict(result: EvalResult, reasons_not_improved: Sequen
             )
         if answers and not any(answer.tuned.strip() for answer in answers):
             reasons.append(f"all {len(answers)} answers of the tuned model are empty")
-    warning, different = "", result.measures.different_rows
-    if not reasons and different < FEW_EVAL_ROWS:
+    warnings, different = [], result.measures.different_rows
+    preference = result.measures.preference if isinstance(result, TextOrPairEvalResult) else None
+    if preference is not None and preference.accuracy_gain.low <= 0 and preference.base_accuracy.value < 1:
+        warnings.append("by margins alone: that more pairs prefer the chosen answer is not shown")
+    if different < FEW_EVAL_ROWS:
         advice = "; read some answers: --generate 5" if unread else ""
-        warning = f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}"
-    return EvalVerdict(passed=not reasons, reasons=reasons, warning=warning)
+        warnings.append(f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}")
+    return EvalVerdict(passed=not reasons, reasons=reasons, warning="" if reasons else "; ".join(warnings))
 
 
 def _load_unseen_rows(

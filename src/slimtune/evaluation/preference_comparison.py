@@ -65,9 +65,18 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
 
     @staticmethod
     def list_reasons_not_better(measures: SFTMeasures) -> list[str]:
-        assert measures.preference is not None
+        preference = measures.preference
+        assert preference is not None
         # The loss of the chosen answers may rise while they are preferred more.
-        low, high = measures.preference.margin_gain.ci95
+        low, high = preference.margin_gain.ci95
+        same = all(gain.ci95 == (0, 0) for gain in (preference.accuracy_gain, preference.token_accuracy_gain))
+        if low > 0 and same and preference.base_accuracy.value < 1:
+            before = f"{100 * preference.base_accuracy.value:.1f} %"
+            grown = format_interval(low, high)
+            return [
+                f"no pair changed sides: the margin grew by {grown} nats per pair, and {before} of the pairs "
+                "prefer the chosen answer, as by the base"
+            ]
         if low > 0:
             return []
         if low == high == 0:
@@ -152,6 +161,13 @@ class KTOEvaluator(ModelComparison[KTOMeasures]):
     def list_reasons_not_better(measures: KTOMeasures) -> list[str]:
         preferences = measures.unpaired_preference
         low, high = preferences.reward_auc.ci95
+        gains = (preferences.auc_gain, preferences.token_auc_gain)
+        if low > 0.5 and all(gain.low <= 0 for gain in gains):
+            base, tuned = preferences.base_auc.value, preferences.tuned_auc.value
+            return [
+                "the tuned model is not shown to tell good answers from bad ones better than the base: the probability "
+                f"that a good answer has the higher log p was {base:.3f} and is {tuned:.3f}"
+            ]
         if low > 0.5:
             return []
         if preferences.good_reward == preferences.bad_reward == 0:

@@ -30,6 +30,7 @@ from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..core.training.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ..core.training.run_dir import RunDir
 from ..errors import RecipeError, UsageError
+from ..extras.row_digest import hash_rows
 from ..extras.row_files import list_missing_data_file_errors
 from .candidates import ComparisonCandidate
 
@@ -195,7 +196,11 @@ def build_comparison_grid(
         candidates=tuple(with_rate(c) for c in candidates if c.label not in excluded),
         excluded=excluded,
         example_lengths=tuple(rows.train.example_lengths),
-        digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
+        digests={
+            "train": hash_rows(rows.train),
+            "validation": hash_rows(rows.validation),
+            "test": hash_rows(test_rows),
+        },
     )
 
 

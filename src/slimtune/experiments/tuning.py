@@ -21,6 +21,7 @@ from ..core.foundation.formatting import format_duration
 from ..core.training.datasets import load_training_datasets
 from ..core.training.default_learning_rate import fill_in_learning_rate
 from ..errors import UsageError
+from ..extras.row_digest import hash_rows
 from ..extras.row_files import list_missing_data_file_errors
 from .candidates import ComparisonCandidate
 from .comparison_chart import write_tune_trials_chart
@@ -97,7 +98,7 @@ def run_tuning(
     settings = {
         **{name: value for name, value in recipe.to_dict().items() if name != "output_dir"},
         "over": {r.path: str(r) for r in ranges},
-        "rows (SHA-256)": {"train": rows.train.digest(), "validation": rows.validation.digest()},
+        "rows (SHA-256)": {"train": hash_rows(rows.train), "validation": hash_rows(rows.validation)},
     }
 
     def build_evaluated(values: Mapping[str, Any], run: Path) -> Recipe:

@@ -97,6 +97,7 @@ class GgufFormat(ExportFormat):
 
     def write(self, job: ExportJob) -> WrittenExport:
         """Write adapter.gguf or model.gguf."""
+        from .adapter_file_check import require_trained_adapter_in_gguf
         from .gguf import quantize_gguf_on_exit, write_adapter_gguf
         from .merge import write_merged_gguf
 
@@ -113,6 +114,8 @@ class GgufFormat(ExportFormat):
             conversion = LoraConversion(model.peft_config[adapter].name, error=report.error)
             adapter = report.adapter
         facts = write_adapter_gguf(job.folder / ADAPTER_GGUF, model, adapter, self.precision or "f32")
+        if conversion is not None and job.verify:  # the engine is compared with the trained adapter, not with this LoRA
+            require_trained_adapter_in_gguf(job.folder / ADAPTER_GGUF, model, adapter)
         source = job.loaded.base.source
         base = source.path if source.kind == "gguf" else "BASE.gguf"
         command = shlex.join(["llama-cli", "-m", base, "--lora", str(job.out / ADAPTER_GGUF)])
@@ -140,6 +143,7 @@ class GgufFormat(ExportFormat):
         if self.kind != GgufFormat.kind:  # Ollama reads the same files
             return
         from ..generation.inference_engines import InProcessLlamaCppEngine
+        from .adapter_file_check import require_trained_adapter_in_gguf
         from .expected_logps import ADAPTER_TOLERANCES
         from .gguf import write_adapter_gguf
         from .merge import write_merged_gguf
@@ -149,6 +153,7 @@ class GgufFormat(ExportFormat):
 
         def open_adapter() -> ModelInInferenceEngine:
             write_adapter_gguf(adapter, verifier.model)
+            require_trained_adapter_in_gguf(adapter, verifier.model)
             return verifier.open_beside_base(adapter)
 
         def open_whole() -> ModelInInferenceEngine:

@@ -40,6 +40,7 @@ from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, RunError
 from ..evaluation.run_results import RunResults
 from ..extras.model_card import render_model_card
+from ..extras.training_fingerprint import mark_as_compared
 from ..generation.inference_engines import TransformersInferenceEngine
 from ..generation.multi_run_loading import load_runs_on_one_base
 from ..planning.meta_model import build_adapted_meta_model
@@ -225,6 +226,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
             _save_checkpoint(loaded, weights, Path(folder), trained)
             base = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_code(loaded))
+            mark_as_compared(base.model, loaded.adapter_folder)  # its files are the base's, rounded
             yield dataclasses.replace(
                 loaded,
                 model=PeftModel.from_pretrained(base.model, loaded.adapter_folder),

@@ -167,7 +167,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = load_run_results(run_dir) if run_dir is not None else RunResults()
     recipe = results.recipe
-    tensors, fingerprint = adapter_files.read_adapter_tensors_and_base_fingerprint(folder)
+    tensors, metadata = adapter_files.read_adapter_tensors_and_metadata(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(
@@ -184,6 +184,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
         )
     notes += _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
+    fingerprint = metadata.get(adapter_files.BASE_FINGERPRINT)
     info = fetch_base_model_info(
         name, given_hub_id=base, trained_fingerprint=fingerprint, revision=revision, token=token
     )

@@ -29,6 +29,7 @@ from ..generation.inference_engines import (
 )
 from ..generation.run_requirements import require_causal_lm_run
 from . import merge as merging
+from .adapter_file_check import require_trained_adapter_in_gguf, require_trained_adapter_in_model
 from .expected_logps import (
     ADAPTER_TOLERANCES,
     AdapterReference,
@@ -147,7 +148,7 @@ class ExportVerifier:
         self, name: str, adapter: Path, precision: str, tolerance: EngineTolerance | None, served_base: str | None
     ) -> EngineVerdict:
         """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
-        served = ServedBase()
+        served, is_converted = ServedBase(), tolerance is not None
         tolerance = tolerance or ADAPTER_TOLERANCES.get(precision)
         if served_base is not None:
             served = resolve_matching_ollama_base(
@@ -158,6 +159,8 @@ class ExportVerifier:
             tolerance = get_loosest_tolerance(precision)
 
         def open_engine() -> ModelInInferenceEngine:
+            if not is_converted:
+                require_trained_adapter_in_gguf(adapter, self.model, self.loaded.adapter_name)
             return self.open_beside_base(adapter) if file is None else self.open_llama_cpp(file, adapter)
 
         verdict = self.verify_engine(name, precision, open_engine, tolerance, InProcessLlamaCppEngine.without_adapter)
@@ -217,11 +220,13 @@ class ExportVerifier:
             )
         return TransformersInferenceEngine("merged folder", base.model, base.tokenizer)
 
-    def open_adapter(self, folder: Path) -> ModelInInferenceEngine:
+    def open_adapter(self, folder: Path, *, is_converted: bool = False) -> ModelInInferenceEngine:
         base = self.loaded.base
         how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
         loaded = load_run(folder, **how, dequantize=True)
         model: Any = loaded.model
+        if not is_converted:
+            require_trained_adapter_in_model(model, self.model, self.loaded.adapter_name)
         model.to(self.model.dtype)
         if self.model.dtype.itemsize > 2:
             merging.restore_embedding_scales(model)

@@ -90,7 +90,7 @@ class VllmFormat(ExportFormat):
         verdict = verifier.verify_engine(
             "adapter folder, read back",
             "f32",
-            lambda: verifier.open_adapter(folder),
+            lambda: verifier.open_adapter(folder, is_converted=facts.conversion is not None),
             find_lora_conversion_tolerance(facts),
         )
         return verifier.note_quantized_base(verdict)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..core.foundation.cpu import count_usable_cpus
 from ..core.foundation.files import write_atomic
@@ -46,7 +47,15 @@ def find_base_folder(base: LoadedBase) -> Path:
     """
     if base.source.kind != "hub":
         return base.download_weights()
-    return Path(snapshot_download(base.source.path, revision=base.revision, local_files_only=True))
+    return find_cached_snapshot(base.source.path, base.revision)
+
+
+def find_cached_snapshot(hub_id: str, revision: str | None) -> Path:
+    """Return the folder of a model in the Hub's cache; raise OSError or ValueError if it is not there."""
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(f"its files are not in the Hub's cache, revision {revision or 'main'}") from None
 
 
 def hash_weights_by_kind(folder: Path) -> dict[str, str]:

@@ -153,5 +153,5 @@ def _require_jinja(tokenizer: Any) -> None:
 
 @cache
 def _log_once(base_name: str, template_name: str) -> None:
-    text = "%s has no chat template: chats use the built-in one %s (--chat-template NAME or FILE takes another)"
+    text = "%s has no chat template: chats use the built-in one %s (another for training: --chat-template NAME or FILE)"
     log.warning(text, base_name, template_name)

@@ -1,7 +1,10 @@
 """Whether a config.json can be one, and which of its fields is damaged."""
 
 import copy
+import math
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,42 @@ MOST_BYTES, MOST_FIELDS, MOST_LEVELS = 8 << 20, 1000, 12
 transformers copies all values several times, and while it checks types it writes the text of every part for each part
 around it: 28 nested `text_config` took 1.3 s, and the time grew by n ** 2.5.
 """
+_RANGES: tuple[tuple[re.Pattern[str], str, Callable[[float], bool]], ...] = (
+    (
+        re.compile(r"(drop|dropout)(_prob|_rate|_p)?$"),
+        "a probability, at least 0 and at most 1",
+        lambda value: 0 <= value <= 1,
+    ),
+    (re.compile(r"(_eps|_epsilon|^rope_theta)$"), "a finite number above 0", lambda value: 0 < value < math.inf),
+)
+"""Fields by their names in all families, which transformers takes with any number: the first step would fail by it, or
+compute NaN."""
 
 
 def read_config_fields(location: str, **options: Any) -> JsonObject:
-    """Return the fields of a config; raise ModelError for a pipe, damaged JSON, or more than any model has.
+    """Return the fields of a config.
+
+    Raises:
+        ModelError: it is a pipe, damaged JSON, more than any model has, or a field is out of its range.
 
     Args:
         location: a folder, a config.json, or a Hub id, whose config is not checked.
         options: of transformers, such as `revision`.
     """
     _require_plausible_config_file(location)
-    return PreTrainedConfig.get_config_dict(location, **options)[0]
+    fields = PreTrainedConfig.get_config_dict(location, **options)[0]
+    _require_fields_in_range(fields, location)
+    return fields
+
+
+def _require_fields_in_range(fields: JsonObject, location: str, prefix: str = "") -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _require_fields_in_range(value, location, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            for pattern, expected, is_in_range in _RANGES:
+                if pattern.search(name) and not is_in_range(value):
+                    raise ModelError(f"the config of {location!r} has {prefix}{name} = {value!r}", expected, HINT)
 
 
 def _require_plausible_config_file(location: str) -> None:

@@ -127,7 +127,8 @@ def read_config(path: Path) -> PreTrainedConfig:
         if _is_complete(folder):
             return read_config_file(folder / "config.json")
         if (config_file := _name_config_file(folder)).is_file():
-            return read_config_file(config_file)
+            with contextlib.suppress(ModelError):  # damaged: it is made again
+                return read_config_file(config_file)
     reader = open_checked_gguf_reader(path)
     with silence_and_translate_load_errors(str(path)), _parse_once(reader):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)

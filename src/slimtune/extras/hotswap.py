@@ -98,7 +98,7 @@ def hotswap_adapter(
         raise UsageError(
             f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first", code="merge-differs"
         )
-    tensors, config = read_adapter_for_model(model, model_name_or_path, None, False, hub)
+    tensors, config, metadata = read_adapter_for_model(model, model_name_or_path, None, False, hub)
     types = [str(c.peft_type) for c in (model.peft_config[adapter_name], config)]
     if types[0] != types[1]:
         raise AdapterError(f"{model_name_or_path} is an adapter of {types[1]}, and {adapter_name!r} of {types[0]}")
@@ -115,6 +115,7 @@ def hotswap_adapter(
                 live.copy_(new)
     finally:
         model.detach_adapter(temporary)
+    model.note_loaded_adapter(adapter_name, str(model_name_or_path), metadata)
 
 
 def _match_tensors(model: PeftModel, live: str, new: str, where: Any, compiled: bool) -> list[tuple[Tensor, Tensor]]:

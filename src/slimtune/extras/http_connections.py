@@ -5,6 +5,7 @@ uvicorn sets no limit on the time in which a request's header, or a client that 
 
     a connection without a complete header is closed after `HEADER_SECONDS`
     a client that does not read its answer is disconnected after `UNREAD_SECONDS`
+    a client that goes away is noticed even if it has sent its next request, up to `MAX_PIPELINED` bytes of it
     a connection that would be one too many takes the place of the one that has kept the server waiting longest
 """
 
@@ -16,7 +17,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_SECONDS, UNREAD_SECONDS = 10, 60
+HEADER_SECONDS, UNREAD_SECONDS, MAX_PIPELINED = 10, 60, 1 << 16
 
 
 class GuardedHttpConnection(H11Protocol):
@@ -30,12 +31,18 @@ class GuardedHttpConnection(H11Protocol):
         """Begin to wait for the first request; where there are too many connections, close another one."""
         super().connection_made(transport)
         self._limit_header_time(HEADER_SECONDS)
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            waiting = [c for c in self.connections if isinstance(c, GuardedHttpConnection) and c.waits_for_client()]
-            if waiting:
-                slowest = min(waiting, key=lambda connection: connection._waits_since)
-                self.connections.discard(slowest)
-                slowest.transport.abort()
+        if self.limit_concurrency is None:
+            return
+        if len(self.connections) >= self.limit_concurrency:
+            others = [c for c in self.connections if isinstance(c, GuardedHttpConnection) and c is not self]
+            waiting = [connection for connection in others if connection.waits_for_client()]
+            if not waiting:
+                return  # uvicorn refuses its request
+            slowest = min(waiting, key=lambda connection: connection._waits_since)
+            self.connections.discard(slowest)
+            slowest.transport.abort()
+        # It has its place. uvicorn would still count the requests of connections that were closed just now.
+        self.limit_concurrency = None
 
     def waits_for_client(self) -> bool:
         """Return whether the client has not sent a whole request, or none."""
@@ -46,6 +53,22 @@ class GuardedHttpConnection(H11Protocol):
         super().data_received(data)
         if self._has_request():
             self._stop_header_timer()
+            if self.conn.their_state is h11.DONE:  # uvicorn reads nothing until the answer ends, not even the end
+                if len(self.conn.trailing_data[0]) > MAX_PIPELINED:
+                    self.transport.abort()
+                else:
+                    self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, unless an answer has begun; the request that it is a part of has no other answer."""
+        has_begun = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
+        if self._has_request():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if has_begun:
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request."""

@@ -146,6 +146,9 @@ class PeftModelToLoraMixin(PeftModel):
             svd_driver: cuSOLVER method on CUDA; see `torch.linalg.svd`.
             density: fraction in (0, 1] of the values that pruning keeps.
             majority_sign_method: for "ties": the sign of the sum ("total") or the most frequent sign ("frequency").
+
+        Raises:
+            AdapterError: the adapters' files say that they were trained on different bases.
         """
         names = [self.require_adapter(n) for n in adapters]
         self.require_free_name(adapter_name)
@@ -167,8 +170,10 @@ class PeftModelToLoraMixin(PeftModel):
         is_method = majority_sign_method in ("total", "frequency")
         _require(is_method, f"majority_sign_method is {majority_sign_method!r}", "'total' or 'frequency'")
         self.require_unmerged()
+        fingerprint = _find_what_was_trained_on(self, names, adapter_name)
         if kind == "svd" and svd_rank is None and all(self.peft_config[n].sums_parameters for n in names):
             _add_parameter_sum(self, adapter_name, list(zip(names, weights, strict=True)))
+            self.adapter_state.training_fingerprints |= fingerprint
             return
         with self.disable_adapter():
             shared = _find_shared_fields([self.peft_config[n] for n in names])
@@ -191,6 +196,7 @@ class PeftModelToLoraMixin(PeftModel):
             for name, module in self.adapter_modules(adapter_name).items():
                 if module.replaced_rows() and "trainable_token_indices" in shared:
                     _sum_token_rows(self, module, name, zip(names, weights, strict=True))
+        self.adapter_state.training_fingerprints |= fingerprint
 
     def to_lora(
         self, adapter_name: str, rank: float, new_name: str | None = None, progressbar: bool = False
@@ -215,6 +221,7 @@ class PeftModelToLoraMixin(PeftModel):
             layers = tqdm(deltas.items(), desc="Converting to LoRA", disable=not progressbar)
             found = {n: _approximate(d, rank) for n, d in layers}
             _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()}, {})
+        self.adapter_state.training_fingerprints |= _find_what_was_trained_on(self, [adapter_name], new_name)
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
         ranks = {n: f.A.shape[0] for n, f in found.items()}
         errors = {n: math.sqrt(f.squared_error / f.squared_norm) if f.squared_norm else 0.0 for n, f in found.items()}
@@ -424,6 +431,20 @@ def _add_lora(
                 A.copy_(pairs[layer_name][0])
                 B.copy_(pairs[layer_name][1] / (module.scale if factors is None else factors[2]))
     _copy_modules_to_save(model, name, sources)
+
+
+def _find_what_was_trained_on(model: Any, sources: Sequence[str], name: str) -> dict[str, str]:
+    """Return what adapters that become the adapter `name` were trained on, by that name; {} if none says so.
+
+    Raises:
+        AdapterError: they were trained on different bases.
+    """
+    known = model.adapter_state.training_fingerprints
+    if not any(source in known for source in sources):
+        return {}
+    from .training_fingerprint import combine_training_fingerprints  # imports what a training needs
+
+    return {name: combine_training_fingerprints({source: known.get(source) for source in sources})}
 
 
 def _copy_modules_to_save(model: Any, name: str, sources: Sequence[str]) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import difflib
+import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import Any
 from ..core.data.messages import RowError
 from ..core.data.rows import ROW_FORMATS, InvalidRow, Record, Row, RowFormat
 from ..errors import DataError, UsageError, format_names, suggest
+from .column_guesses import (
+    list_hinted_roles,
+    make_column_flags,
+    suggest_format_by_names,
+)
 from .message_parsing import parse_list_or_json_array
 
 
@@ -34,6 +40,7 @@ def parse_row_or_error(record: Record, format: str, line: int, file: str | None 
         return InvalidRow(line, str(error), error.code, file, error.hint)
 
 
+MOST_HINTED_FORMATS = 2  # that a task takes, if a hint names the columns of the first; cross-entropy takes many
 _RATED = "rows that it rates low would be learned like the others"
 _MEDIA = "only text is learned"
 _TREE = "each row is one message of a conversation, not a text of its own"
@@ -70,6 +77,13 @@ class ColumnMapping:
                 with contextlib.suppress(RowError):  # `parse_row_or_error` says it
                     chosen[column] = [_drop_key(turn, key) for turn in parse_list_or_json_array(chosen[column], column)]
         return chosen
+
+    def use_file_names(self, cause: str) -> str:
+        """Return what is wrong with a row with the file's own names of its columns."""
+        for role, column in self.columns.items():
+            cause = re.sub(rf"^{re.escape(role)}(?=\[)", lambda _, name=column: name, cause)
+            cause = cause.replace(repr(role), repr(column))
+        return cause
 
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
         """Return those of a record's columns that a format does not use and that are not left out by name."""
@@ -115,11 +129,18 @@ def require_known_format_and_roles(format: str | None, columns_by_role: Mapping[
 
 
 def detect_row_format(
-    path: Path, records: Iterable[Record], column_mapping: ColumnMapping, format: str | None = None
+    path: Path,
+    records: Iterable[Record],
+    column_mapping: ColumnMapping,
+    format: str | None = None,
+    task_formats: Sequence[str] = (),
 ) -> str:
-    """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
+    """Return the format of a file from its first records; if it is given, only its columns are checked.
 
-    Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, or several do.
+    `task_formats` are those that a task takes; if they are few, a hint names the columns of the first.
+
+    Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, several do, or no
+    record has the columns of the given one.
     """
     records = list(records)
     present = list(dict.fromkeys(key for record in records for key in record))
@@ -127,11 +148,14 @@ def detect_row_format(
         if column not in present:
             problem = f"--column {role}={column}: {path} has no column {column!r}{suggest(column, present)}"
             raise UsageError(problem, f"one of {format_names(present)}")
-    if format is not None:
-        return format
-    records = list(map(column_mapping.apply, records))
-    present = list(dict.fromkeys(key for record in records for key in record))
     known = load_row_formats()
+    found_columns, read = present, [*map(column_mapping.apply, records)]
+    present = list(dict.fromkeys(key for record in read for key in record))
+    if format is not None:
+        if not known[format].fits(present):
+            raise _make_missing_columns_error(path, format, records, column_mapping)
+        return format
+    file_records, records = records, read
     fitting = [name for name, f in known.items() if not f.by_name_only and f.fits(present)]
     if len(fitting) > 1:  # a misspelled column in one row is the fault of that row, which reading names
         most = [n for n in fitting if 2 * sum(known[n].fits(list(record)) for record in records) > len(records)]
@@ -147,11 +171,50 @@ def detect_row_format(
     if fitting:
         problem = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
         raise DataError(problem, expected, f"--format {fitting[0]}, or another of them")
-    flags, misspelled = _suggest_flags(present)
+    hinted_format = task_formats[0] if 0 < len(task_formats) <= MOST_HINTED_FORMATS else None
+    flags, misspelled = _suggest_flags(present) if hinted_format is None else ([], [])
+    if hinted_format is not None:
+        columns_of_formats = "; ".join(f"{name}: {known[name]}" for name in task_formats)
+        expected = f"rows of the task ({columns_of_formats})"
     hints = "".join(f"; did you mean {role!r} for {column!r}?" for role, column in misspelled)
-    problem = f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}"
-    hint = "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …"
+    problem = f"{path} has no known format: its rows have {format_names(found_columns) or 'no columns'}{hints}"
+    hint = _make_format_hint(hinted_format, file_records, column_mapping)
     raise DataError(problem, expected, f"try {', or '.join(flags)}" if flags else hint)
+
+
+def _make_format_hint(format: str | None, records: list[Record], mapping: ColumnMapping) -> str:
+    """Return flags with which a file has a format: the given one, or the one that fits the names of its columns."""
+    roles = {name: list_hinted_roles(name, f.required) for name, f in load_row_formats().items()}
+    chosen = format or suggest_format_by_names(roles, records) or "instruction"
+    flags, unsure = _make_flags(chosen, records, mapping)
+    named = f"--format {chosen} " if format is None else ""
+    others = "; conversations: --column messages=COLUMN" if format is None and "COLUMN" in flags else ""
+    return f"try {named}{flags}{f' ({unsure})' * bool(unsure)}{others}"
+
+
+def _make_flags(format: str, records: list[Record], mapping: ColumnMapping) -> tuple[str, str]:
+    """Return the flags for a format's columns, those that are given among them, and what is unsure about them."""
+    roles = list_hinted_roles(format, load_row_formats()[format].required)
+    given = {role: column for role, column in mapping.columns.items() if role in roles}
+    rest = [{k: v for k, v in r.items() if k not in (*given.values(), *mapping.ignored)} for r in records]
+    flags, unsure = make_column_flags(format, [role for role in roles if role not in given], rest)
+    kept = [f"--column {shlex.quote(f'{role}={column}')}" for role, column in given.items()]
+    return " ".join([*kept, *([flags] if flags else [])]), unsure
+
+
+def _make_missing_columns_error(path: Path, format: str, records: list[Record], mapping: ColumnMapping) -> DataError:
+    """Return the error for a file no row of which has the columns of the format that it is to be read as."""
+    known = load_row_formats()[format]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    present = {*columns, *mapping.columns}
+    missing = [repr(column) for column in known.required if column not in present]
+    if known.either and present.isdisjoint(known.either):
+        missing.append(" or ".join(map(repr, known.either)))
+    problem = f"{path} has no column {', '.join(missing)}: its rows have {format_names(columns) or 'no columns'}"
+    flags, unsure = _make_flags(format, records, mapping)
+    return DataError(
+        problem, f"rows of the format {format}: {known}", f"name its columns: {flags}{f' ({unsure})' * bool(unsure)}"
+    )
 
 
 def _suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:

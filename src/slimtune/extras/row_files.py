@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -111,6 +111,8 @@ class RowFileReader(RowIterable):
                             column.line, column.file = line, file
                         column.rows += 1
                 row = parse_row_or_error(self._choice.apply(record), self.format, line, file)
+                if self._choice.columns and isinstance(row, InvalidRow):
+                    row = dataclasses.replace(row, cause=self._choice.use_file_names(row.cause))
                 if not self._split_special_tokens and isinstance(row, Row):
                     row = dataclasses.replace(row, special_tokens_as_text=False)
                 yield row
@@ -194,12 +196,13 @@ def open_rows(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
     split_special_tokens: bool = True,
+    expected_formats: Sequence[str] = (),
 ) -> RowFileReader:
     """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
     `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
     did not have them; `messages.key` leaves a key out of messages. `split_special_tokens` says whether special tokens
-    typed in a document are ordinary text.
+    typed in a document are ordinary text. `expected_formats` are those that a task takes, for the hint of an error.
 
     Raises:
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
@@ -216,7 +219,8 @@ def open_rows(
     for file, read in parts:
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
-            formats.setdefault(detect_row_format(path / file if file else path, records, choice, format), file)
+            where = path / file if file else path
+            formats.setdefault(detect_row_format(where, records, choice, format, expected_formats), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")

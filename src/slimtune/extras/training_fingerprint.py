@@ -8,6 +8,8 @@ file that the run writes, so in every checkpoint, and in result.json (the weight
     run or adapter folder, used    weights, config, tokenizer, template; by `eval` rows, too, if it takes held-out ones
                                    from the file that was trained on
     --init-adapter                 weights, config; another tokenizer or template is told
+    PeftModel.from_pretrained      weights, config of the model that is given: told (trained_base_check.py)
+    adapters that become one       weights, config of each; another tokenizer or template is told
 
 What differs is refused; `--accept-changed PARTS` goes on all the same. What cannot change results is not compared:
 paths, times, dtype, device and quantization of a load, how the weights are divided into files.
@@ -16,10 +18,13 @@ paths, times, dtype, device and quantization of a load, how the weights are divi
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 from ..core.adapters.adapter_files import TRAINING_FINGERPRINT, WEIGHTS_FILE
 from ..core.config import Recipe
@@ -33,13 +38,17 @@ from ..errors import AdapterError, SlimtuneError, UsageError, format_names
 from .accepted_changes import BASE_PARTS, PARTS, combine_with_accepted_changes
 from .base_digests import (
     find_base_folder,
+    find_cached_snapshot,
     hash_text,
     hash_tokenizer_by_part,
     hash_weights_by_kind,
     read_safetensors_header,
 )  # fmt: skip
+from .row_digest import hash_rows
 
 log = logging.getLogger(__name__)
+_compared_folders: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""Folders of the adapters that were compared with the files of a model in memory."""
 
 CONFIG_FIELDS_WITHOUT_EFFECT = frozenset({
     "dtype", "torch_dtype", "transformers_version", "architectures", "auto_map", "quantization_config", "use_cache",
@@ -73,6 +82,10 @@ class TrainingFingerprint:
     """Number of rows and hash of their tokens, labels and order, of "training", "validation" and "test" rows."""
     recipe: dict[str, Any] | None = None
     """Settings by dotted path."""
+
+    def get_base_parts(self) -> Self:
+        """Return the fingerprint without rows and recipe."""
+        return dataclasses.replace(self, rows=None, recipe=None)
 
     def to_json(self) -> str:
         """Return the fingerprint as JSON, the same text for the same fingerprint."""
@@ -138,7 +151,7 @@ def describe_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
 def fingerprint_rows(data: RunDatasets) -> dict[str, list[Any]]:
     """Return number and hash of a run's rows, by what they are for; parts without rows are left out."""
     parts = {"training": data.train, "validation": data.validation, "test": data.test}
-    return {name: [len(rows.documents), rows.documents.digest()[:32]] for name, rows in parts.items() if len(rows)}
+    return {name: [len(rows.documents), hash_rows(rows.documents)[:32]] for name, rows in parts.items() if len(rows)}
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -270,7 +283,7 @@ def fingerprint_run(
             _require_unchanged_run(run, compare_fingerprints(before, without_recipe), accept)
         write_atomic(run.fingerprint_file, now.to_json())
     elif init_adapter is not None and (before := read_adapter_fingerprint(find_adapter_folder(init_adapter))):
-        differences = compare_fingerprints(before, dataclasses.replace(now, rows=None, recipe=None))
+        differences = compare_fingerprints(before, now.get_base_parts())
         needed = ("weights", "config")
         _require_unchanged_base(init_adapter, base, [d for d in differences if d.part in needed], accept)
         if told := [d.text for d in differences if d.part not in needed and d.part not in accept]:
@@ -278,8 +291,13 @@ def fingerprint_run(
     return now
 
 
-def require_trained_base(path: Path, base: LoadedBase, accept: Collection[str] = ()) -> str | None:
-    """Return the fingerprint in an adapter's file, None without one; raise AdapterError if the base has changed.
+def mark_as_compared(model: Any, adapter_folder: Path) -> None:
+    """Note that an adapter is compared with the base `model` elsewhere: putting it on says nothing more."""
+    _compared_folders.setdefault(model, set()).add(str(adapter_folder))
+
+
+def require_trained_base(path: Path, base: LoadedBase, accept: Collection[str] = ()) -> None:
+    """Raise AdapterError if the base has changed since an adapter was trained on it.
 
     `path` is a run folder or an adapter folder. What is in `accept` may have changed; if that is everything, nothing
     of the base is read.
@@ -290,10 +308,82 @@ def require_trained_base(path: Path, base: LoadedBase, accept: Collection[str] =
         if folder != path:  # of an older version; adapters of other libraries never have one
             text = f"{path} does not say what it was trained on: whether its base has changed is not proven"
             log.warning(text)
-        return None
+        return
+    mark_as_compared(base.model, folder)
     if not frozenset(BASE_PARTS) <= combine_with_accepted_changes(accept):
         _require_unchanged_base(path, base, compare_fingerprints(before, fingerprint_base(base)), accept)
-    return before.to_json()
+
+
+def describe_changed_model(model: Any, config: Any, source: str, before: TrainingFingerprint) -> list[str]:
+    """Return what of a model in memory differs from what the adapter `source` was trained on, and what is not proven.
+
+    `config` is the config of the model's base. Weights are compared in the files that the model was loaded from. What
+    `require_trained_base` has compared for this model is not compared again.
+    """
+    if source in _compared_folders.get(model, ()):
+        return []
+    accepted = combine_with_accepted_changes(())
+    name = getattr(model, "name_or_path", None) or f"this {type(model).__name__}"
+    now, texts = TrainingFingerprint(), []
+    if "config" not in accepted and hasattr(config, "to_dict"):
+        now = TrainingFingerprint(config=describe_config(config.to_dict()))
+    if "weights" not in accepted and before.weights:
+        try:
+            now = dataclasses.replace(now, weights=_hash_files_of_model(model, config))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            texts.append(f"whether {name} has the weights that {source} was trained on is not proven: {error}")
+    if found := compare_fingerprints(before, now):
+        parts = tuple(difference.part for difference in found)
+        texts.append(
+            f"the base {name} has changed since {source} was trained on it: {'; '.join(d.text for d in found)}; its "
+            f"answers may be wrong. `with slimtune.accept_changes({parts}):` loads without this warning"
+        )
+    return texts
+
+
+def _hash_files_of_model(model: Any, config: Any) -> dict[str, str]:
+    name = getattr(model, "name_or_path", None)
+    if not name:
+        raise LookupError("it was not loaded from files")
+    folder = Path(name) if os.path.isdir(name) else find_cached_snapshot(name, getattr(config, "_commit_hash", None))
+    if not (weights := hash_weights_by_kind(folder)):
+        raise LookupError(f"{folder} contains no safetensors")
+    return weights
+
+
+def combine_training_fingerprints(texts: Mapping[str, str | None]) -> str:
+    """Return what adapters that become one were trained on, as JSON, from that of each by its name; None: not known.
+
+    Base, tokenizer and template are those of the adapters that say so; rows and recipe are left out unless all have
+    the same.
+
+    Raises:
+        AdapterError: two of them were trained on bases with other weights or another config.
+    """
+    accepted = combine_with_accepted_changes(())
+    known = {name: TrainingFingerprint.from_json(text) for name, text in texts.items() if text is not None}
+    first, combined = next(iter(known.items()))
+    left_out = {
+        part
+        for part in ("rows", "recipe")
+        if len(known) < len(texts) or any(getattr(other, part) != getattr(combined, part) for other in known.values())
+    }
+    for name, other in known.items():
+        differences = compare_fingerprints(combined.get_base_parts(), other.get_base_parts())
+        if refused := [d.text for d in differences if d.part in ("weights", "config") and d.part not in accepted]:
+            raise AdapterError(
+                f"the adapters {first!r} and {name!r} were trained on different bases: {'; '.join(refused)}",
+                "adapters that were trained on one base",
+                "train one again on the base of the other; `with slimtune.accept_changes(…):` goes on all the same",
+                code="wrong-base",
+            )
+        if differences:
+            different = "; ".join(d.text for d in differences)
+            log.warning(f"the adapters {first!r} and {name!r} were not trained with the same: {different}")
+        left_out |= {d.part for d in differences}
+        missing = {part: getattr(other, part) for part in BASE_PARTS if getattr(combined, part) is None}
+        combined = dataclasses.replace(combined, **missing)
+    return dataclasses.replace(combined, **dict.fromkeys(left_out)).to_json()
 
 
 def require_rows_of_run(path: Path, data: RunDatasets) -> None:
@@ -314,12 +404,15 @@ def require_rows_of_run(path: Path, data: RunDatasets) -> None:
 
 
 def read_run_fingerprint(run: RunDir) -> TrainingFingerprint | None:
-    """Return what a run was started with: from its folder, else from its newest adapter file; None if none says so."""
-    try:
-        return TrainingFingerprint.from_json(to_json(read_json_object(run.fingerprint_file)))
-    except (SlimtuneError, ValueError, TypeError):  # not there, or damaged
-        folders = [*reversed(list_checkpoints(run.checkpoints)), run.adapter]
-        return next((found for folder in folders if (found := read_adapter_fingerprint(folder)) is not None), None)
+    """Return what a run was started with, from its folder, what that lacks from its adapter files; None: not known."""
+    found = TrainingFingerprint()
+    with suppress(SlimtuneError, ValueError, TypeError):  # not there, or damaged
+        found = TrainingFingerprint.from_json(to_json(read_json_object(run.fingerprint_file)))
+    for folder in (*reversed(list_checkpoints(run.checkpoints)), run.adapter):
+        if (other := read_adapter_fingerprint(folder)) is not None:
+            lacking = [part for part in PARTS if getattr(found, part) is None]
+            found = dataclasses.replace(found, **{part: getattr(other, part) for part in lacking})
+    return found if found != TrainingFingerprint() else None
 
 
 def read_adapter_fingerprint(folder: Path) -> TrainingFingerprint | None:

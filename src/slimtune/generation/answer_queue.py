@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import RunError, UsageError
 from .generation_models import GenerationModel
 from .incremental_detokenizer import IncrementalDetokenizer
+from .step_watchdog import StepWatchdog
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ Logits that are divided by a tiny number become Inf, and their softmax NaN. The 
 likely token, so greedy is right and a client that sends 1e-10 for it gets no error. vLLM also raises temperatures from
 1e-5 to 0.01 to 0.01; here logits are fp32, of which none up to 1e33 becomes Inf, and they are taken as they are.
 """
+
+CLOSE_SECONDS = 3.0
+"""How long a queue that is closed waits for the step that runs."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class AnswerQueue:
         self._waiting: deque[GeneratedAnswer] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
+        self.watchdog = StepWatchdog()
         self.failure: BaseException | None = None
         """What ended a thread that generates; the queue then takes no more answers."""
 
@@ -165,6 +170,19 @@ class AnswerQueue:
         with self._changed:
             for answer in answers:
                 answer.cancelled = True
+            self._waiting = deque(answer for answer in self._waiting if not answer.cancelled)
+
+    def _drop_unwanted_waiting(self) -> None:
+        """Remove the waiting answers that are cancelled or too late.
+
+        They get their error without the lock, which `submit` needs: a receiver that hangs must stop nobody else.
+        """
+        with self._changed:
+            waiting = [*self._waiting]
+        dropped = {answer for answer in waiting if answer.end_if_dropped()}
+        if dropped:
+            with self._changed:
+                self._waiting = deque(answer for answer in self._waiting if answer not in dropped)
 
     def _end_all(self, running: Sequence[GeneratedAnswer], failure: BaseException) -> None:
         """End all answers with an error, because a thread that generates cannot go on."""
@@ -180,9 +198,15 @@ class AnswerQueue:
                 answer.add_piece(AnswerPiece(error=GenerationThreadEnded(message)))
 
     def count(self) -> dict[str, int]:
-        """Return how many answers run and wait, and how many tokens the caches hold, padding included."""
+        """Return how many answers run and wait, and how many tokens the caches hold, padding included.
+
+        It takes no lock, so that it returns whatever hangs; an answer that begins just now may count twice.
+        """
         raise NotImplementedError
 
     def close(self) -> None:
-        """End the threads after the step that runs; answers that are not finished get an error."""
+        """End the threads after the step that runs, or leave them if it lasts longer than `CLOSE_SECONDS`.
+
+        Answers that are not finished get an error.
+        """
         raise NotImplementedError

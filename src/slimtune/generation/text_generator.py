@@ -16,7 +16,6 @@ answers (a command, an evaluation, a training).
 import logging
 import threading
 import traceback
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -29,7 +28,7 @@ from transformers import TopPLogitsWarper
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.device import release_unused_memory
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
-from .answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
+from .answer_queue import CLOSE_SECONDS, AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
 log = logging.getLogger(__name__)
@@ -108,16 +107,15 @@ class TextGenerator(AnswerQueue):
             pass
 
     def count(self) -> dict[str, int]:
-        with self._changed:
-            counts = {"running": len(self._running), "waiting": len(self._waiting)}
-            return {**counts, "cached_tokens": self._cached_tokens}
+        waiting = len(self._waiting)  # first: none is missed that begins meanwhile
+        return {"running": len(self._running), "waiting": waiting, "cached_tokens": self._cached_tokens}
 
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
         for answer in [*self._waiting, *self._running.values()]:
             if not answer.is_ended:
                 answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
@@ -138,7 +136,9 @@ class TextGenerator(AnswerQueue):
             try:
                 self._drop_unwanted_rows(batch)
                 if batch.rows:
-                    self._add_tokens(batch, self.runner.decode(batch))
+                    num_tokens = batch.rows[0].length if batch.cache is None else len(batch.rows)
+                    with self.watchdog.measure_step(num_tokens):
+                        self._add_tokens(batch, self.runner.decode(batch))
             except Exception as error:
                 failure = error
             else:
@@ -152,11 +152,13 @@ class TextGenerator(AnswerQueue):
         failures = 0  # one after another, in other places than a pass
         try:
             while True:
+                self.watchdog.stop()
                 with self._changed:
                     while not (self._waiting or self._running or self._is_closed):
                         self._changed.wait()
                     if self._is_closed:
                         return
+                self.watchdog.start()
                 try:
                     self.step()
                     failures = 0
@@ -178,10 +180,11 @@ class TextGenerator(AnswerQueue):
             first = self._running[rows[0]]
             tokens += len(first.prompt)
             try:
-                logits, batch = self.runner.prefill(rows[0], first.prompt)
-                if rows[1:]:
-                    batch.repeat(rows[1:])
-                self._add_tokens(batch, logits.expand(len(rows), -1))
+                with self.watchdog.measure_step(len(first.prompt)):
+                    logits, batch = self.runner.prefill(rows[0], first.prompt)
+                    if rows[1:]:
+                        batch.repeat(rows[1:])
+                    self._add_tokens(batch, logits.expand(len(rows), -1))
             except Exception as error:
                 failure = error
             else:
@@ -235,16 +238,17 @@ class TextGenerator(AnswerQueue):
                     self._running.pop(row, None)
                     continue
             try:
-                logits, batch = self.runner.prefill(row, answer.prompt, answer.token_ids)
-                self._add_tokens(batch, logits)
+                with self.watchdog.measure_step(len(answer.prompt) + len(answer.token_ids)):
+                    logits, batch = self.runner.prefill(row, answer.prompt, answer.token_ids)
+                    self._add_tokens(batch, logits)
                 self._batches += [batch] if batch.rows else []
             except Exception as own_error:
                 self._end_with_error([row], own_error)
 
     def _take_rows_with_one_prompt(self) -> list[GenerationRow]:
         """Let the next answer run, if there is room, and those behind it that share its prompt's pass."""
+        self._drop_unwanted_waiting()
         with self._changed:
-            self._waiting = deque(answer for answer in self._waiting if not answer.end_if_dropped())
             rows: list[GenerationRow] = []
             while self._waiting and len(self._running) < self.max_batch:
                 answer, first = self._waiting[0], self._running[rows[0]] if rows else None

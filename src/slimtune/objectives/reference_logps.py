@@ -21,6 +21,7 @@ from ..core.training.prepared_run import PreparedRun
 from ..core.training.run_dir import RunDir
 from ..core.training.validation_scores import make_data_parallel_sharder, score_across_processes
 from ..errors import RunError
+from ..extras.row_digest import hash_rows
 
 
 def add_reference_logps(prepared: PreparedRun) -> None:
@@ -30,7 +31,7 @@ def add_reference_logps(prepared: PreparedRun) -> None:
     """
     run, data, model, say = prepared.run, prepared.data, prepared.model, prepared.logger.say
     parts = {"train": data.train, "validation": data.validation}
-    digests = {name: rows.digest() for name, rows in parts.items()}
+    digests = {name: hash_rows(rows) for name, rows in parts.items()}
     values = _load_reference(run, digests, say)
     if values is None:
         say("computing the reference log-probabilities of all rows, once")

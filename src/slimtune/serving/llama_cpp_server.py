@@ -26,6 +26,7 @@ from ..core.models.base_config import load_checkpoint_config
 from ..core.training.run_dir import RunDir, find_adapter_folder
 from ..core.training.trained_model import TrainedModel
 from ..errors import AdapterError, RunError, SlimtuneError, UsageError
+from ..export.adapter_file_check import require_trained_adapter_in_gguf
 from ..export.export_results import EngineVerdict
 from ..export.exporter import refuse_adapter_bound_to_quantized_base
 from ..export.gguf import (
@@ -38,7 +39,14 @@ from ..export.gguf import (
 from ..export.merge import load_runs_for_export, write_base_gguf
 from ..export.served_base import read_gguf_majority_precision
 from ..export.verify import ExportVerifier
-from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
+from ..generation.answer_queue import (
+    CLOSE_SECONDS,
+    AnswerPiece,
+    AnswerQueue,
+    GeneratedAnswer,
+    ServerClosing,
+    TokenLogprob,
+)
 from ..generation.inference_engines import InProcessLlamaCppEngine
 from ..generation.model_runner import MultiAdapterRunner
 from ..generation.run_requirements import require_causal_lm_run
@@ -110,6 +118,8 @@ def start_llama_cpp_server(
             for run, trained, file in zip(runs.values(), loaded, adapters, strict=True):
                 refuse_adapter_bound_to_quantized_base(trained, run)
                 write_adapter_gguf(file, model, trained.adapter_name)
+                if verify:
+                    require_trained_adapter_in_gguf(file, model, trained.adapter_name)
         engine = InProcessLlamaCppEngine(
             base, *adapters, max_tokens=longest, slots=max_batch, cache="f16", gpu_layers=0 if device == "cpu" else 999
         )
@@ -176,25 +186,29 @@ class LlamaCppAnswerQueue(AnswerQueue):
     def __init__(self, engines: Mapping[str, InProcessLlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
         super().__init__(max_batch, max_waiting)
         self._engines = dict(engines)
-        self._running: set[GeneratedAnswer] = set()
+        self._running: dict[GeneratedAnswer, int] = {}  # tokens that llama.cpp computes until its next event
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(max_batch)]
         for thread in self._threads:
             thread.start()
 
     def count(self) -> dict[str, int]:
-        with self._changed:
-            tokens = sum(len(answer.prompt) + answer.num_tokens for answer in self._running)
-            return {"running": len(self._running), "waiting": len(self._waiting), "cached_tokens": tokens}
+        waiting, running = len(self._waiting), [*self._running]
+        tokens = sum(len(answer.prompt) + answer.num_tokens for answer in running)
+        return {"running": len(running), "waiting": waiting, "cached_tokens": tokens}
 
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        end = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join()
-        for answer in self._waiting:
-            answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
+            thread.join(max(0, end - time.monotonic()))
+        for answer in [*self._waiting, *self._running]:
+            if not answer.is_ended:
+                answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
         self._waiting.clear()
+        if self._running:
+            return  # a server that hangs does not end
         while self._engines:  # they share the server
             self._engines.popitem()[1].close()
 
@@ -209,30 +223,42 @@ class LlamaCppAnswerQueue(AnswerQueue):
                             log.exception("llama.cpp failed", exc_info=error)
                         answer.add_piece(AnswerPiece(error=error))
                 with self._changed:
-                    self._running.remove(answer)
+                    del self._running[answer]
+                    if not self._running:
+                        self.watchdog.stop()
                     self._changed.notify_all()
         except BaseException as error:
             self._end_all([*self._running], error)
 
     def _wait_for_answer(self) -> GeneratedAnswer | None:
         """Return the next answer that may begin; None: the queue is closed."""
-        with self._changed:
-            while (answer := self._take()) is None:
-                if self._is_closed:
-                    return None
+        while True:
+            self._drop_unwanted_waiting()
+            with self._changed:
+                if (answer := self._take()) is not None or self._is_closed:
+                    return answer
                 self._changed.wait(1)  # answers that wait can be too late
-            return answer
 
     def _take(self) -> GeneratedAnswer | None:
         """Return the next answer to generate, if it may begin."""
-        while self._waiting and self._waiting[0].end_if_dropped():
-            self._waiting.popleft()
         adapters = {answer.model.adapter for answer in self._running}
         if self._is_closed or not self._waiting or adapters - {self._waiting[0].model.adapter}:
             return None
         answer = self._waiting.popleft()
-        self._running.add(answer)
+        count = len(answer.prompt)
+        if self._running:
+            self.watchdog.add_tokens(count)
+        else:
+            self.watchdog.start(count)
+        self._running[answer] = count
         return answer
+
+    def _note_event(self, answer: GeneratedAnswer) -> None:
+        """Begin the next step of llama.cpp, which gives every answer a token, or begins it."""
+        with self._changed:
+            self._running[answer] = 1
+            self.watchdog.finish()
+            self.watchdog.start(sum(self._running.values()))
 
     def _generate(self, answer: GeneratedAnswer) -> None:
         params, logprobs = answer.params, answer.params.top_logprobs
@@ -248,6 +274,7 @@ class LlamaCppAnswerQueue(AnswerQueue):
         reported, reason = 0, None
         with closing(self._engines[answer.model.adapter].stream(answer.prompt, timeout=timeout, **settings)) as events:
             for event in events:
+                self._note_event(answer)
                 if self._is_closed:
                     raise ServerClosing("the server is shutting down")
                 if answer.end_if_dropped():

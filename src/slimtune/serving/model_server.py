@@ -88,6 +88,7 @@ class ModelServer:
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",  # each request that is no HTTP would be a warning
             access_log=False,
             server_header=False,
             proxy_headers=False,

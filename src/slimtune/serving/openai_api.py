@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
@@ -50,6 +51,8 @@ from .openai_protocol import (
     to_api_error,
 )
 from .served_models import ServedModel
+
+log = logging.getLogger(__name__)
 
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 BODY_SECONDS, MAX_BODY = 30, 2**20
@@ -206,7 +209,7 @@ class OpenAiApi:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.list_models, methods=["GET"]),
-            Route("/v1/models/{name}", self.show_model, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.show_model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_error, ApiError: _answer_error})
@@ -235,9 +238,13 @@ class OpenAiApi:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def health(self, request: Request) -> Response:
-        """Answer how many requests run and wait; 503 if no answer can be generated any more."""
-        is_ok = self.queue.failure is None
-        return _make_response({"status": "ok" if is_ok else "failed", **self.queue.count()}, 200 if is_ok else 503)
+        """Answer how many requests run and wait; 503 and why if no answer is generated: the thread ended, or hangs."""
+        status, reason = "hangs", self.queue.watchdog.describe_hang()
+        if self.queue.failure is not None:
+            status, reason = "failed", "the thread that generates answers has ended by an error"
+        if reason is None:
+            return _make_response({"status": "ok", **self.queue.count()})
+        return _make_response({"status": status, "reason": reason, **self.queue.count()}, 503)
 
     async def list_models(self, request: Request) -> Response:
         """Answer the models."""
@@ -315,12 +322,14 @@ class OpenAiApi:
                 return EventStreamResponse(events, release)
             if not await _run_while_connected(_collect(choices, pieces), request.receive):
                 return Response(status_code=499)  # nobody reads it
-            shown = [form.format_choice(choice) for choice in choices]
-            return _make_response({**head, "object": form.object, "choices": shown, "usage": _count_usage(choices)})
-        except ApiError:
-            raise
+
+            def respond() -> Response:
+                shown = [form.format_choice(choice) for choice in choices]
+                return _make_response({**head, "object": form.object, "choices": shown, "usage": _count_usage(choices)})
+
+            return await run_in_threadpool(respond)  # log-probabilities of long answers take seconds
         except Exception as error:
-            raise to_api_error(error) from error
+            raise _log_and_convert(error) from error
         finally:
             if not is_streaming:
                 release()
@@ -390,7 +399,7 @@ class OpenAiApi:
                 yield format_server_sent_event({**head, "choices": [], "usage": _count_usage(choices)})
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            yield format_server_sent_event(to_api_error(error).to_json())
+            yield format_server_sent_event(_log_and_convert(error).to_json())
 
 
 def _tokenize_chat(model: ServedModel, asked: ChatRequest) -> tuple[list[dict[str, Any]] | None, list[int]]:
@@ -434,11 +443,19 @@ async def _add_next_piece(choices: list[AnswerChoice], pieces: asyncio.Queue) ->
     remaining = choices[0].answer.deadline + LATE_SECONDS - time.monotonic()
     choice, piece = await asyncio.wait_for(pieces.get(), remaining)
     if piece.error is not None:
-        raise piece.error
+        raise to_api_error(piece.error) from piece.error  # the thread that generates has logged it
     choice.text += piece.text
     choice.logprobs += piece.logprobs
     choice.finish_reason = piece.finish_reason
     return choice, piece
+
+
+def _log_and_convert(error: Exception) -> ApiError:
+    """Return what a client gets for an exception, and log one that is a bug."""
+    converted = to_api_error(error)
+    if converted is not error and converted.code == "internal_error":
+        log.exception("a request failed", exc_info=error)
+    return converted
 
 
 async def _collect(choices: list[AnswerChoice], pieces: asyncio.Queue) -> None:

@@ -49,7 +49,7 @@ def serve_web_page(
     pages = UiPages(WorkspaceFolder(folder), gpus=plannable_gpus)
     app = RequestGuard(build_web_app(pages), token, host, port, max_upload)
     settings = uvicorn.Config(
-        app, http=GuardedHttpConnection, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS,
+        app, http=GuardedHttpConnection, log_level="error", access_log=False, limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30, ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
     )  # fmt: skip
     url = f"{format_server_address(sock)}/?token={token}"

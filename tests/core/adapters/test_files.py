@@ -133,6 +133,8 @@ def test_no_folder_to_save_to_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"save_directory is {folder!r}"):
         get_peft_model(llama(), LoraConfig(r=2)).save_pretrained(folder)
+    with pytest.raises(UsageError, match=f"save_directory is {folder!r}"):
+        LoraConfig().save_pretrained(folder)
     assert not list(tmp_path.iterdir())
 
 

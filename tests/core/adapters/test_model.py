@@ -2,6 +2,7 @@
 
 import re
 import threading
+import warnings
 from contextlib import nullcontext
 
 import models_zoo as zoo
@@ -28,7 +29,7 @@ from slimtune import (
     set_peft_model_state_dict,
 )
 from slimtune.core.adapters.adapter_module import MergeUnsupported
-from slimtune.errors import TargetError, UnsupportedTargetError, UsageError
+from slimtune.errors import PeftWarning, TargetError, UnsupportedTargetError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -230,6 +231,18 @@ def test_failed_attachment_leaves_no_trace():
     assert list(model.peft_config) == ["default"]
     assert not any("second" in n for n, _ in model.named_parameters())
     assert type(model[0]) is nn.Linear
+
+
+def test_training_while_merged_is_told():
+    model, ids = adapt(llama()).train(), tokens()
+    model.merge_adapter()
+    with pytest.warns(PeftWarning, match="merged"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(ids)
+        model.train().unmerge_adapter()
+        model(ids).logits.sum().backward()
 
 
 def test_wrong_calls_are_refused():

@@ -141,10 +141,11 @@ def test_rating_is_read(read, tmp_path, label):
     assert KTO().prepare_rows(rows)[0]["label"] is (label in (True, "true"))
 
 
-@pytest.mark.parametrize("label", [1, 0, "good", None, "", [True], 0.0])
-def test_rating_that_is_no_boolean_is_named_with_its_line(read, label):
-    with pytest.raises(DataError, match=r"a\.jsonl:2: 'label' .*true"):
+@pytest.mark.parametrize("label", [2, -1, "goood", None, "", [True], 0.5])
+def test_word_that_is_no_rating_is_named_with_its_line_and_the_ratings(read, label):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: 'label' ") as caught:
         read(rate(0, True), rate(1, label), **RATINGS)
+    assert "true, yes, good, up, 1 or 👍" in caught.value.hint
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", [], None])

@@ -306,6 +306,18 @@ def test_damaged_field_is_named(tmp_path, name, value):
     assert "Error" not in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("attention_dropout", 2), ("attention_dropout", -0.1), ("classifier_dropout", float("nan")), ("resid_pdrop", 1.5),
+     ("hidden_dropout_prob", float("inf")), ("rms_norm_eps", float("nan")), ("rms_norm_eps", -1e-6), ("rope_theta", 0)],
+)  # fmt: skip
+def test_field_out_of_its_range_is_named(tmp_path, name, value):
+    for fields, path in (({name: value}, name), ({"text_config": {name: value}}, f"text_config.{name}")):
+        with pytest.raises(ModelError) as error:
+            load_base_config(write_config(tmp_path / "config.json", **{**LLAMA, **fields}))
+        assert error.value.message.endswith(f" has {path} = {value!r}")
+
+
 def test_unknown_config():
     with pytest.raises(UsageError, match=r"'lama-3\.1-8b'.*'llama-3\.1-8b'"):
         load_base_config("lama-3.1-8b")

@@ -30,7 +30,7 @@ from .peft_config import PeftConfig, get_or_download_file, write_adapter_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_FINGERPRINT = "base_config"
+BASE_FINGERPRINT = "base_config"
 TRAINING_FINGERPRINT = "training_fingerprint"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 _IGNORED_ARGUMENTS = (
@@ -46,10 +46,10 @@ _UNCOMPARED_FIELDS = {
 """Fields of a config that do not change what a trained adapter's tensors mean."""
 
 
-def read_adapter_tensors_and_base_fingerprint(
+def read_adapter_tensors_and_metadata(
     path: str | os.PathLike, subfolder: str | None = None, **hub: Any
-) -> tuple[dict[str, Tensor], str | None]:
-    """Return an adapter file's tensors and the fingerprint of its base (None if another library wrote the file).
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return an adapter file's tensors and metadata (`BASE_FINGERPRINT`, `TRAINING_FINGERPRINT`, if slimtune wrote it).
 
     Raises:
         UsageError: the folder or repository does not exist or contains no adapter.
@@ -63,7 +63,7 @@ def read_adapter_tensors_and_base_fingerprint(
     file = get_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
     try:
         with safe_open(str(file), framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
         message = f"{file} ({file.stat().st_size} bytes) is not a valid safetensors file: {e}"
         raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None
@@ -74,7 +74,7 @@ def get_adapter_tensors_and_metadata(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the content of an adapter's file: tensors by key, on their current device, and the metadata."""
     training_fingerprint = model.adapter_state.training_fingerprints.get(adapter)
-    known = {"format": "pt", _FINGERPRINT: _base_fingerprint(model), TRAINING_FINGERPRINT: training_fingerprint}
+    known = {"format": "pt", BASE_FINGERPRINT: _base_fingerprint(model), TRAINING_FINGERPRINT: training_fingerprint}
     tensors = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=save_embedding_layers)
     return tensors, {name: text for name, text in known.items() if text}
 
@@ -150,22 +150,22 @@ def require_compatible_config(attached: PeftConfig, loaded: PeftConfig, source: 
 
 def read_adapter_for_model(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub_arguments: dict[str, Any]
-) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
+) -> tuple[dict[str, Tensor], PeftConfig, dict[str, str]]:
+    """Return an adapter's tensors, config and metadata, read from a folder or the Hub, if it belongs to this base."""
     # Models written for transformers 4 whose modules were renamed have a mapping from the names of older checkpoints.
     key_mapping = hub_arguments.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub_arguments = {k: v for k, v in hub_arguments.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     require_valid_hub_arguments(hub_arguments)
-    tensors, fingerprint = read_adapter_tensors_and_base_fingerprint(path, **hub_arguments)
+    tensors, metadata = read_adapter_tensors_and_metadata(path, **hub_arguments)
     tensors = rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub_arguments)
-    here = _base_fingerprint(model)
+    fingerprint, here = metadata.get(BASE_FINGERPRINT), _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
         raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json", code="wrong-base")
     config.inference_mode = not is_trainable
     require_plausible_config_size(model, config, tensors, path)
-    return tensors, config
+    return tensors, config, metadata
 
 
 def require_valid_hub_arguments(hub_arguments: Mapping[str, Any]) -> None:
@@ -210,10 +210,16 @@ def _rename_older_keys(tensors: dict[str, Tensor], model: Any) -> dict[str, Tens
 
 def _base_fingerprint(model: Any) -> str | None:
     """Return the fingerprint of a transformers model's config, None for other modules."""
+    config = get_base_config(model)
+    return config_fingerprint(config) if hasattr(config, "to_dict") else None
+
+
+def get_base_config(model: Any) -> Any:
+    """Return the config of the base below a model's adapters, None if it has none."""
     config = getattr(model, "config", None)
     state = vars(model).get("_slimtune")
     change = None if state is None else state.base_layer_replication
     if config is not None and change is not None:
         config = copy.deepcopy(config)
         vars(config.get_text_config()).update(change.config_values)
-    return config_fingerprint(config) if hasattr(config, "to_dict") else None
+    return config

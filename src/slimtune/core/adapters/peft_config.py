@@ -277,7 +277,7 @@ class PeftConfig(DeclaredSettings, metaclass=_ConfigMeta):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
         """Write `adapter_config.json` into the folder."""
-        folder = Path(save_directory)
+        folder = require_folder_to_save_to(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter_config(folder, self.to_dict())
 
@@ -443,6 +443,13 @@ class RankPatternConfig(TargetedConfig):
 
     def get_alpha(self, layer_name: str) -> float:
         return get_value_by_pattern(self.alpha_pattern, layer_name, getattr(self, self.alpha_name))
+
+
+def require_folder_to_save_to(save_directory: str | os.PathLike) -> Path:
+    """Return the path of a folder; raise UsageError for an empty one, which would be the working folder."""
+    if not save_directory:
+        raise UsageError(f"save_directory is {save_directory!r}", "a folder", "'.' is the one you are in")
+    return Path(save_directory)
 
 
 def write_adapter_config(folder: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Tokenized rows in an Arrow file outside memory, which the operating system pages in and out."""
 
 import copy
-import hashlib
 import itertools
 import mmap
 import tempfile
@@ -123,19 +122,6 @@ class TokenizedDataset(Sequence[Example]):
     def hashes(self) -> list[int]:
         """Return a hash of the tokens of each row, which is the same in every process."""
         return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self.indices]  # of integers: not salted
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the rows' tokens, of which of them are learned, and of their order.
-
-        Windows of documents and selections of answers have the digest of the rows that they are taken from.
-        """
-        digest = hashlib.sha256()
-        for i in self.indices:
-            ids, supervised = self._read_arrays(i)
-            digest.update(np.int64(len(ids)).tobytes() + np.where(supervised, ~ids, ids).tobytes())
-            digest.update("\0".join(self.table["classes"][i].as_py() or []).encode())
-            digest.update(str(self.table["row_scores"][i].as_py() or "").encode())
-        return digest.hexdigest()
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
         """Return one example, or its tokens from `start` to `end`."""

@@ -22,6 +22,7 @@ from ..models.lm_head import get_classifier_head
 from ..models.loader import LoadedBase
 from .base_model import LoadBase, require_finite_weights
 from .datasets import RunDatasets
+from .fingerprint_checks import FINGERPRINT_CHECKS
 from .memory_savings import apply_memory_savings, shard_base_with_fsdp
 from .run_dir import find_adapter_folder
 
@@ -76,7 +77,9 @@ def _attach_adapter(
     if head is not None and base.new_weights:  # as transformers does, here with the run's seed
         torch.nn.init.normal_(head.weight, std=getattr(base.model.config.get_text_config(), "initializer_range", 0.02))
     if init_adapter is not None:
-        model = PeftModel.from_pretrained(base.model, find_adapter_folder(init_adapter), is_trainable=True)
+        folder = find_adapter_folder(init_adapter)
+        FINGERPRINT_CHECKS.load("files").mark_as_compared(base.model, folder)  # `fingerprint_run` compares it
+        model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     else:
         config: Any = recipe.method_config()
         initialize = config.defer_initialization()

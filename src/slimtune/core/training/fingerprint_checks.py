@@ -5,7 +5,7 @@ A part does both (extras/training_fingerprint.py). `accept` are the names of wha
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config import Recipe
 from ..foundation.registry import Registry
@@ -30,7 +30,8 @@ class FingerprintChecks(Protocol):
         self, run: RunDir, recipe: Recipe, data: RunDatasets, base: LoadedBase, resume: bool,
         init_adapter: Path | None, accept: Collection[str],
     ) -> TrainingFingerprint: ...  # fmt: skip
-    def require_trained_base(self, path: Path, base: LoadedBase, accept: Collection[str]) -> str | None: ...
+    def mark_as_compared(self, model: Any, adapter_folder: Path) -> None: ...
+    def require_trained_base(self, path: Path, base: LoadedBase, accept: Collection[str]) -> None: ...
 
 
 FINGERPRINT_CHECKS: Registry[FingerprintChecks] = Registry("slimtune.fingerprint_checks", "fingerprint")

@@ -142,7 +142,7 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
 
 def load_checkpoint_adapter_weights(model: Any, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model."""
-    tensors, _ = adapter_files.read_adapter_tensors_and_base_fingerprint(folder)
+    tensors, _ = adapter_files.read_adapter_tensors_and_metadata(folder)
     load_adapter_tensors(model, "default", tensors, source=str(folder))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError
-from ..adapters.adapter_files import read_adapter_tensors_and_base_fingerprint
+from ..adapters.adapter_files import read_adapter_tensors_and_metadata
 from ..adapters.peft_config import PeftConfig
 from ..adapters.peft_model import PeftModel
 from ..config import Recipe
@@ -65,7 +65,7 @@ def _read_class_labels(folder: Path) -> ClassLabels:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():
         return ClassLabels.from_config(read_json_object(folder / CONFIG_FILE))
-    tensors, _ = read_adapter_tensors_and_base_fingerprint(folder)
+    tensors, _ = read_adapter_tensors_and_metadata(folder)
     heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
     if not heads:
         raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")
@@ -97,10 +97,8 @@ def _load_run(
         raise AdapterError(
             f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json", code="wrong-base"
         )
-    fingerprint = FINGERPRINT_CHECKS.load("files").require_trained_base(path, base, accept_changed)
+    FINGERPRINT_CHECKS.load("files").require_trained_base(path, base, accept_changed)
     if dequantize and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)
-    if fingerprint is not None:
-        model.adapter_state.training_fingerprints["default"] = fingerprint
     return TrainedModel(model, base, folder, recipe, classes)

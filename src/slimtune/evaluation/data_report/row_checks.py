@@ -74,7 +74,7 @@ FINDING_TYPES = {
         "pairs of texts that both begin with the text of their prompt: it is read once",
         "leave the prompt out of the answers; if they should begin with these words, put the prompt before them twice"),
     "prompt-in-answer": FindingType(
-        "pairs of which one text begins with the words of its prompt: they are learned as a part of that answer",
+        "pairs of which a text begins with the words of its prompt, or its question: they are learned in that answer",
         "if the prompt is repeated, remove it from the answer", 0.1),
     "prompt-in-completion": FindingType(
         "rows whose completion begins with the words of its prompt: they are learned, too",

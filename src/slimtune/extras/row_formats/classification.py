@@ -73,4 +73,6 @@ def format_cell_for_error(value: Any) -> str:
     return "empty" if value in (None, "", {}) else f"{get_json_type_name(value)}: {str(value)[:40]}"
 
 
-CLASSIFICATION = RowFormat(("label",), ("text", "messages", "tools"), _read_classification, by_name_only=True)
+CLASSIFICATION = RowFormat(
+    ("label",), ("text", "messages", "tools"), _read_classification, either=("text", "messages"), by_name_only=True
+)

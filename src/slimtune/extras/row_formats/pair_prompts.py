@@ -123,9 +123,13 @@ def _split_given_messages(
     shared = min(count_common_prefix(own[0], chat) for chat in own)
     asked = next((i for i in range(shared) if own[0][i]["role"] == "assistant"), shared)
     found = _make_checked_prompt([[*prompt, *chat] for chat in own], len(prompt) + asked, names)
-    if all(isinstance(answer, str) for answer in answers):
-        return found._replace(answers=[*answers])
-    return found
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    if len(texts) < len(answers):
+        return found
+    question = prompt[-1].get("content") or ""
+    repeated = [name for name, text in zip(names, texts, strict=True) if repeats_text(question, text)]
+    quoted = [("prompt-in-answer", f"{repeated[0]}: {question[:SHOWN_CHARACTERS]!r}")] if repeated else []
+    return found._replace(answers=[*texts], findings=(*found.findings, *quoted))
 
 
 def _make_checked_prompt(chats: list[Messages], size: int, names: Sequence[str]) -> PromptWithAnswers:

@@ -9,6 +9,7 @@ from ...core.data.messages import Messages, RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
 from ..message_parsing import parse_list_or_json_array, parse_messages_and_train_mask, require_text
+from ..ratings import RATING_HINT, parse_rating, suggest_rating
 from .chats import parse_tools
 from .classification import format_cell_for_error
 from .pair_prompts import IGNORE_PROMPT_HINT, PromptWithAnswers, split_prompt_off_answers
@@ -20,7 +21,7 @@ SCORE_KEYS = ("score", "overall_score", "rank")
 
 def _read_preference(record: Record) -> Fields:
     columns = ("chosen", "rejected")
-    found = _split_answers(record, [_parse_answer(record[column], column) for column in columns], columns)
+    found = _split_answers(record, [record[column] for column in columns], columns)
     return _make_fields(record, found) | dict(zip(columns, found.answers, strict=True))
 
 
@@ -60,31 +61,28 @@ def _read_ranked_preference(record: Record) -> Fields:
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     if isinstance(record["prompt"], str) and not all(isinstance(answer, str) for answer in answers):
         raise RowError("'prompt' is a text, and an answer is none: wanted texts, or a list of messages", "wrong-type")
-    parsed = [_parse_answer(answer, f"answer {i}") for i, answer in enumerate(answers, 1)]
-    split = _split_answers(record, [parsed[i] for i in order], [f"answer {i + 1}" for i in order])
+    split = _split_answers(record, [answers[i] for i in order], [f"answer {i + 1}" for i in order])
     ranking: Fields = {"answers": tuple(split.answers), "scores": tuple(scores[i] for i in order)}
     return _make_fields(record, split) | ranking
 
 
 def _read_unpaired_preference(record: Record) -> Fields:
     label = record["label"]
-    named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
-    if not isinstance(named, bool):
-        wanted = "wanted true for a good answer, false for a bad one"
-        raise RowError(f"'label' is {format_cell_for_error(label)}: {wanted}", "bad-label")
+    if (is_good := parse_rating(label)) is None:
+        cause = f"'label' is {format_cell_for_error(label)}{suggest_rating(label)}"
+        raise RowError(cause, "bad-label", RATING_HINT)
     if not record["prompt"] or (isinstance(record["prompt"], str) and not record["prompt"].strip()):
         raise RowError("'prompt' is empty: KTO compares answers to prompts", "empty-content")
-    return parse_prompt_completion_fields(record) | {"is_good": named}
+    return parse_prompt_completion_fields(record) | {"is_good": is_good}
 
 
-def _parse_answer(value: Any, name: str) -> Messages | str:
-    if isinstance(value, str):
-        return require_text(value, name)
-    return parse_messages_and_train_mask(value, name)[0]
+def _parse_answer(value: Any, name: str) -> tuple[Messages | str, tuple[bool, ...]]:
+    return (require_text(value, name), ()) if isinstance(value, str) else parse_messages_and_train_mask(value, name)
 
 
-def _split_answers(record: Record, answers: list[Messages | str], names: Sequence[str]) -> PromptWithAnswers:
-    """Return the prompt and the answers of a record; raise RowError for an empty prompt."""
+def _split_answers(record: Record, values: Sequence[Any], names: Sequence[str]) -> PromptWithAnswers:
+    """Return the prompt and the answers of a record; raise RowError for an empty prompt, or a turn of weight 0."""
+    answers, masks = zip(*map(_parse_answer, values, names), strict=True)
     prompt = record.get("prompt")
     if isinstance(prompt, str):
         require_text(prompt, "'prompt'")
@@ -92,7 +90,13 @@ def _split_answers(record: Record, answers: list[Messages | str], names: Sequenc
         prompt, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
         if not prompt:
             raise RowError("'prompt' is empty", "empty-content", IGNORE_PROMPT_HINT)
-    return split_prompt_off_answers(prompt, answers, names)
+    found = split_prompt_off_answers(prompt, answers, names)
+    for name, own, learned in zip(names, found.answers, masks, strict=True):
+        for message, is_learned in zip(own[::-1], learned[::-1], strict=False):
+            if isinstance(message, dict) and message["role"] == "assistant" and not is_learned:
+                cause = f"{name} has an assistant turn of weight 0: all turns of an answer are compared"
+                raise RowError(cause, "bad-weight", "leave the weight out, or end the prompt after that turn")
+    return found
 
 
 def _make_fields(record: Record, found: PromptWithAnswers) -> Fields:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ...core.adapters.config_fields import FieldError
 from ...core.adapters.peft_config import TargetedConfig, config_field
 from ...errors import ConfigError, TargetError, format_names
+from ...extras.rank_limits import require_rank_of_layer_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,4 +162,5 @@ class BottleneckConfig(TargetedConfig):
             message = f"reduction_factor has no value for layer {layer}"
             raise ConfigError(message, "a value for each layer, or a 'default'")
         size = self.bottleneck_size or max(1, int(sizes[1] // factor))  # type: ignore[operator]
+        require_rank_of_layer_size(site, size, "bottleneck_size")
         return Bottleneck(site, sizes[0] if self.is_parallel else sizes[1], size, sizes[1], self)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...core.adapters.peft_config import RankPatternConfig, config_field
 from ...errors import ConfigError
+from ...extras.rank_limits import require_rank_of_layer_size
 
 if TYPE_CHECKING:
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite
@@ -58,4 +59,5 @@ class LoHaConfig(LycorisConfig):
     def build(self, site: AdapterSite) -> AdapterModule:
         from .loha_modules import ConvLoHa, LinearLoHa
 
+        require_rank_of_layer_size(site, self.get_rank(site.name))
         return (ConvLoHa if site.kind == "conv" else LinearLoHa)(site, self)

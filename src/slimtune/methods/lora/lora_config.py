@@ -19,6 +19,7 @@ from ...core.adapters.peft_config import (
     config_field,
 )
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, suggest
+from ...extras.rank_limits import require_rank_of_layer_size
 from ..trainable_tokens.trainable_tokens_config import are_valid_unique_token_ids
 from .init_configs import NAMED_INITS, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, is_valid_lora_init
 
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
     from ...core.adapters.adapter_module import AdapterModule, AdapterSite, SiteKind, UndoableLayerReplication
     from ..trainable_tokens.trainable_tokens_modules import TrainableRowsSpec
-
-
-MOST_FREE_RANK, RANKS_PER_WIDTH = 4096, 16
-"""A rank above both, 4096 and 16 times a layer's larger side, is a typing error: no LoRA of a layer needs more ranks
-than its smaller side."""
 
 
 @dataclass
@@ -332,8 +328,7 @@ class LoraConfig(RankPatternConfig):
             return ParameterLora(site, self, names)
         weight = f"{site.name}.weight"
         name = weight if matches_regex_or_names(self.target_parameters or [], weight) else site.name
-        r, alpha = self.get_rank(name), self.get_alpha(name)
-        _require_rank_of_layer_size(site, r)
+        r, alpha = require_rank_of_layer_size(site, self.get_rank(name)), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.skip_init:
             what = f"lora_bias is True, and {site.name}, a {type(site.module).__name__}, has no bias"
@@ -417,18 +412,6 @@ _INIT_CONFIGS: tuple[tuple[str, str, Any], ...] = (
 def _find_init_config_errors(name: str, cls: Any, given: Mapping[str, Any]) -> list[FieldError]:
     _, errors = read_section_and_errors(map_settings_by_name(cls), given, name)
     return [e if e.sentence else e._replace(sentence=f"{e.field}: {e.problem}") for e in errors]
-
-
-def _require_rank_of_layer_size(site: AdapterSite, r: int) -> None:
-    """Raise ConfigError for a rank whose A and B dwarf the layer; one above its width is legal, and useless."""
-    largest = max(MOST_FREE_RANK, RANKS_PER_WIDTH * max(site.in_features, site.out_features))
-    if r > largest:
-        width = min(site.in_features, site.out_features)
-        raise ConfigError(
-            f"r is {r:,} for {site.name}, a layer of {site.in_features:,} inputs and {site.out_features:,} outputs",
-            f"up to {largest:,}; more than {width:,} change nothing more",
-            field="r",
-        )
 
 
 def _is_range(pair: Any) -> bool:
