@@ -59,7 +59,7 @@ def _require_no_differences(differences: list[str]) -> None:
     if differences:
         more = f" and {len(differences) - 3} others" if len(differences) > 3 else ""
         raise AdapterError(
-            f"the file differs from the trained adapter: {'; '.join(differences[:3])}{more}",
+            f"{len(differences)} of the file's matrices are wrong: {'; '.join(differences[:3])}{more}",
             "each A, and each B with its scale, as it was trained",
             "export again",
         )
