@@ -71,6 +71,7 @@ PARTS: dict[str, dict[str, str]] = {
     "slimtune.template_renderers": {"jinja": "slimtune.extras.template_sandbox:render_sandboxed_template"},
     "slimtune.fingerprint_checks": {"files": "slimtune.extras.training_fingerprint"},
     "slimtune.chat_template_setters": {"files": "slimtune.extras.chat_templates:set_chat_template"},
+    "slimtune.tool_hints": {"bases": "slimtune.extras.known_models:make_tools_hint"},
     "slimtune.chat_templates": {
         "chatml": "slimtune.extras.chat_templates:CHATML",
         "llama3": "slimtune.extras.chat_templates:LLAMA3",

@@ -40,6 +40,7 @@ COMMAND_LINES = {
     "GenerateResult": "generate run hello --side-by-side --max-new-tokens 2",
     "ChatResult": "chat run --max-new-tokens 2",
     "TextPrediction": "predict {classification} wave",
+    "TextPredictions": "predict {classification} wave wood",
     "FilePredictions": "predict {classification} --data classification.jsonl --out {new}.jsonl",
     "ExportResult": "export run --to vllm --out {new}",
     "VerifyResult": "verify run",

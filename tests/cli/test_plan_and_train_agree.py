@@ -29,6 +29,7 @@ FLAGS: dict[str, list[str]] = {
     "data.train_on": ["--train-on=last_assistant"],
     "data.max_seq_len": ["--max-seq-len=99"],
     "data.on_overlong": ["--on-overlong=truncate"],
+    "data.apply_chat_template": ["--no-apply-chat-template"],
     "data.chat_template": ["--chat-template=t.jinja"],
     "task.name": [f"--task={name}" for name in list_objectives()],
     "method.name": [f"--method={name}" for name in (*list_methods(), "LoRA")],

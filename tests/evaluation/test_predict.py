@@ -14,7 +14,7 @@ from slimtune.cli import app
 from slimtune.cli.json_types import make_command_output_schema
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.errors import DataError, UsageError
-from slimtune.evaluation.predict import predict_file
+from slimtune.evaluation.predict import _read_inputs, predict_file, predict_records
 
 TEXTS = ["wave salt sail", "tram", "oak fern moss and more", "a"]
 KINDS = {"classes": {"problem_type": "single_label_classification"},
@@ -62,6 +62,35 @@ def test_predictions_are_those_of_transformers(adapter, tmp_path, request):
         [n for n, p in zip(names, row, strict=True) if p > 0.5] for row in found]  # fmt: skip
     assert [r["predicted"] for r in rows] == chosen
     assert sum(result.classes.values()) == sum(len(c) if kind == "labels" else 1 for c in chosen)
+
+
+@pytest.mark.parametrize("adapter", ["classes"], indirect=True)
+def test_columns_of_a_recipe_count_where_a_row_has_them_and_given_ones_everywhere(adapter, tmp_path):
+    data = write_jsonl(tmp_path / "new.jsonl", [{"mail": "tram"}, {"text": "oak"}])
+    assert [row.prompt for row, _ in _read_inputs(data, {"text": "mail", "label": "kind"}, is_given=False)] == [
+        "tram", "oak",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"new\.jsonl:2: .*'mail'"):
+        predict_records(adapter[0], data, columns={"text": "mail"}, device="cpu")
+
+
+def test_a_hint_guesses_the_column_of_the_text(tmp_path):
+    data = write_jsonl(tmp_path / "new.jsonl", [{"mail body": f"text {i}", "nr": i} for i in range(3)])
+    with pytest.raises(DataError) as caught:
+        _read_inputs(data, {}, is_given=False)
+    assert caught.value.hint == "--column 'text=mail body'"
+
+
+@pytest.mark.parametrize("adapter", ["classes"], indirect=True)
+def test_predictions_are_printed_without_out_and_several_texts_are_taken(adapter, tmp_path):
+    data = write_jsonl(tmp_path / "new.jsonl", [{"mail": "tram"}, {"mail": "oak"}])
+    run = CliRunner().invoke(app, ["predict", str(adapter[0]), "--data", str(data), "--column", "text=mail"])
+    assert [json.loads(line).keys() for line in run.stdout.splitlines()] == [
+        {"mail", "predicted", "probabilities"}
+    ] * 2  # fmt: skip
+    run = CliRunner().invoke(app, ["predict", str(adapter[0]), "tram", "oak", "--json"])
+    jsonschema.validate(json.loads(run.stdout), make_command_output_schema("predict"))
+    assert [t["text"] for t in json.loads(run.stdout)["texts"]] == ["tram", "oak"]
 
 
 @pytest.mark.parametrize("adapter", ["classes"], indirect=True)

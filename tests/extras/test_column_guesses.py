@@ -50,13 +50,13 @@ def test_flags_are_quoted_and_columns_that_nobody_can_guess_are_left_open():
     assert make_column_flags("instruction", ("instruction", "output"), SHOP)[0] == (
         "--column 'instruction=Customer asks' --column 'output=We reply'"
     )
-    assert "label=COLUMN" in make_column_flags("classification", ("text", "label"), [{"t": "one text"}])[0]
+    assert "label=COLUMN" in make_column_flags("classification", ("text", "label"), [{"t": "abc"}])[0]
 
 
 def test_a_hint_says_when_only_the_order_tells_the_better_answer():
     records = [{"q": f"x {i}?", "A": f"one {i}", "B": f"two {i}"} for i in range(4)]
     flags, unsure = make_column_flags("preference", ("prompt", "chosen", "rejected"), records)
-    assert ("chosen=A" in flags, unsure) == (True, "which answer is the better one is a guess")
+    assert ("chosen=A" in flags, bool(unsure)) == (True, True)
 
 
 def test_a_given_format_without_its_columns_is_answered_once_with_flags_to_paste(tmp_path):
@@ -74,17 +74,16 @@ def test_the_hint_of_a_task_names_the_columns_of_its_rows(tmp_path):
     formats = ("preference", "ranked-preference")
     with pytest.raises(DataError) as caught:
         open_rows(write(tmp_path, PAIRS), expected_formats=formats)
-    assert caught.value.hint == "try --column prompt=Question --column chosen=good --column rejected=bad"
+    assert caught.value.hint.endswith(" --column prompt=Question --column chosen=good --column rejected=bad")
 
 
 def test_flags_that_are_given_stay_in_the_hint(tmp_path):
     with pytest.raises(DataError) as caught:
         open_rows(write(tmp_path, PAIRS), format="preference", columns={"chosen": "bad"})
-    assert caught.value.hint == "name its columns: --column chosen=bad --column prompt=Question --column rejected=good"
+    assert caught.value.hint.endswith("--column chosen=bad --column prompt=Question --column rejected=good")
 
 
 def test_errors_of_a_cell_speak_of_the_files_own_column(tmp_path):
     path = write(tmp_path, [{**SHOP[0], "We reply": ""}, {"Customer asks": "x"}, SHOP[2]])
     rows = list(open_rows(path, columns={"instruction": "Customer asks", "output": "We reply"}))
-    assert rows[0].cause == "'We reply' is empty"
-    assert rows[1].cause.startswith("has no 'We reply'")
+    assert [("'We reply'" in row.cause, "'output'" in row.cause) for row in rows[:2]] == [(True, False)] * 2

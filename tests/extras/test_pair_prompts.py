@@ -158,20 +158,25 @@ def test_pair_without_any_prompt_is_a_finding(issues):
     assert issues({"chosen": "yes", "rejected": "no"})["no-prompt"]["lines"] == [1]
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
+# --- texts, read as they are: as chats test_text_chats.py has them ----------------------------------------------------
+
+PLAIN = {"apply_chat_template": False}
 
 
 def test_text_prompt_that_all_answers_repeat_stands_once_and_is_told(texts, issues):
     pair = {"prompt": "Q: who?", "chosen": "Q: who? A cat.", "rejected": "Q: who? A fish."}
-    assert texts(pair) == [(f"Q: who?{a}<|im_end|>", f"{a}<|im_end|>") for a in (" A cat.", " A fish.")]
+    assert texts(pair, **PLAIN) == [(f"Q: who?{a}<|im_end|>", f"{a}<|im_end|>") for a in (" A cat.", " A fish.")]
     assert issues(pair)["repeated-prompt"]["lines"] == [1]
     ranked = {"prompt": "Q:", "responses": ["Q: a", "Q: b", "Q: c"], "scores": [1, 3, 2]}
-    assert [text for text, _ in texts(ranked)] == ["Q: b<|im_end|>", "Q: c<|im_end|>", "Q: a<|im_end|>"]
+    assert [text for text, _ in texts(ranked, **PLAIN)] == ["Q: b<|im_end|>", "Q: c<|im_end|>", "Q: a<|im_end|>"]
 
 
 def test_text_prompt_in_one_answer_is_kept_and_is_an_error_if_it_is_frequent(texts, issues):
     pair = {"prompt": "Q: who?", "chosen": " A cat.", "rejected": "Q: who? A fish."}
-    assert [text for text, _ in texts(pair)] == ["Q: who? A cat.<|im_end|>", "Q: who?Q: who? A fish.<|im_end|>"]
+    assert [text for text, _ in texts(pair, **PLAIN)] == [
+        "Q: who? A cat.<|im_end|>",
+        "Q: who?Q: who? A fish.<|im_end|>",
+    ]
     assert issues(pair)["prompt-in-answer"]["severity"] == "error"
     sound = [{"prompt": f"{i}?", "chosen": " yes", "rejected": " no"} for i in range(20)]
     assert issues(*sound, pair)["prompt-in-answer"]["severity"] == "warning"
@@ -203,7 +208,7 @@ def test_weights_of_the_prompts_turns_and_of_learned_ones_change_nothing(texts):
 
 def test_word_that_begins_like_the_prompt_repeats_nothing(texts):
     pair = {"prompt": "A", "chosen": "Apple", "rejected": "Ant"}
-    assert [text for text, _ in texts(pair)] == ["AApple<|im_end|>", "AAnt<|im_end|>"]
+    assert [text for text, _ in texts(pair, **PLAIN)] == ["AApple<|im_end|>", "AAnt<|im_end|>"]
 
 
 def test_completion_that_begins_with_its_prompt_is_told(issues):

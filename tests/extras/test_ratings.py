@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimtune.extras.ratings import parse_rating
+from slimtune.extras.ratings import RATING_HINT, RATINGS, parse_rating, suggest_rating
 from slimtune.extras.row_columns import parse_row_or_error
 
 
@@ -23,5 +23,9 @@ def test_anything_else_is_no_rating(label):
 
 def test_a_wrong_label_is_answered_with_the_nearest_and_the_list():
     row = parse_row_or_error({"prompt": "q", "completion": "a", "label": "dwn"}, "unpaired-preference", 7)
-    assert row.cause == "'label' is a string: dwn; did you mean 'down'?"
-    assert all(part in row.hint for part in ("true, yes, good, up, 1 or 👍", "false, no, bad, down, 0 or 👎"))
+    assert suggest_rating("dwn") in row.cause
+    assert (row.code, row.hint) == ("bad-label", RATING_HINT)
+
+
+def test_the_hint_has_every_word_but_the_long_ones():
+    assert all(word in RATING_HINT for word in RATINGS if " " not in word)

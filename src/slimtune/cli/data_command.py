@@ -88,6 +88,7 @@ def data_report(
         columns=data.columns,
         ignore_columns=data.ignore_columns,
         split_special_tokens=data.split_special_tokens,
+        apply_chat_template=data.apply_chat_template,
         train_on=data.train_on,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,

@@ -5,6 +5,7 @@
 
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typer import Argument, Option
 from ..core.foundation.formatting import escape_control_characters
 from ..core.foundation.json_results import INLINE, OMIT_NONE
 from ..errors import DataError, UsageError, suggest
+from .column_flags import parse_column_flags
 from .common import Device, Json, Run, make_console, make_error_console, make_table, show_progress
 from .input_checks import require_row_files_exist, require_run_and_base_exist
 
@@ -25,6 +27,8 @@ MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
 SideBySide = Annotated[bool, Option("--side-by-side", help="Show the base's answer, too.")]
 System = Annotated[str | None, Option(help="System message.")]
+SHOWN_TEXT = 60
+"""Characters of a text over its prediction, if there are several."""
 NAMES = ("/new", "/help", "/exit")
 COMMANDS = "/new starts over, /help shows this, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 _WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"
@@ -122,42 +126,73 @@ def chat_with_run(
 
 def predict_rows(
     run: Run,
-    text: Annotated[str | None, Argument(metavar="TEXT", help="A text.", show_default=False)] = None,
+    texts: Annotated[list[str] | None, Argument(metavar="[TEXT]...", help="Texts.", show_default=False)] = None,
     data: Annotated[Path | None, Option(help="Rows with a text or messages, in place of TEXT.")] = None,
-    out: Annotated[Path | None, Option(help="File for the rows of --data with their predictions, JSONL.")] = None,
+    out: Annotated[
+        Path | None,
+        Option(help="File for the rows of --data with their predictions, JSONL. [default: print them]"),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        Option(help="Name of a column in --data: text=COLUMN. Repeatable. [default: those of the run's recipe]"),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> Any:
     """Predict the classes or rewards of new texts."""
-    if (text is None) == (data is None) or (data is None) != (out is None):
+    if bool(texts) == (data is not None) or (data is None and (out is not None or column)):
         raise UsageError(
-            "predict takes a text, or --data and --out",
-            hint=f"slimtune predict {run} --data new.jsonl --out predicted.jsonl",
+            "predict takes texts, or --data",
+            hint=f"slimtune predict {shlex.quote(str(run))} --data new.jsonl --out predicted.jsonl",
         )
+    if as_json and data is not None and out is None:
+        raise UsageError("--json with --data counts the rows that --out gets", "--out", "leave out --json: it is JSONL")
+    columns = parse_column_flags(column or ())
     require_run_and_base_exist(run)
     require_row_files_exist(data)
     from ..core.data.rows import InvalidRow
+    from ..core.foundation.files import to_json
     from ..core.training.trained_model import load_run
-    from ..evaluation.predict import TextPrediction, parse_row_to_classify_or_error, predict, predict_file
+    from ..evaluation.predict import (
+        PredictedText,
+        TextPrediction,
+        TextPredictions,
+        parse_row_to_classify_or_error,
+        predict,
+        predict_file,
+        predict_records,
+    )
 
+    if data is not None and out is None:
+        with show_progress():
+            records = predict_records(run, data, columns=columns, device=device)
+        sys.stdout.write("".join(to_json(record) + "\n" for record in records))
+        return None
     if data is not None and out is not None:
         with show_progress():
-            result = predict_file(run, data, out, device=device)
+            result = predict_file(run, data, out, columns=columns, device=device)
         if not as_json:
             rows = [(name, str(count)) for name, count in (result.classes or {}).items()]
             if result.mean_reward is not None:
                 rows = [("mean reward", f"{result.mean_reward:.4f}")]
             make_console().print(make_table(f"{result.rows} rows in {out}", "", rows=rows))
         return result
-    row = parse_row_to_classify_or_error({"text": text})
-    if isinstance(row, InvalidRow):
-        raise DataError(f"the text {row.cause}", "a text")
-    (prediction,) = predict(load_run(run, device=device), [row])
-    if not as_json:
-        shares = prediction.probabilities or {"reward": float(prediction.reward or 0)}
+    rows_to_classify = []
+    for text in texts or ():
+        row = parse_row_to_classify_or_error({"text": text})
+        if isinstance(row, InvalidRow):
+            raise DataError(f"the text {row.cause}", "a text")
+        rows_to_classify.append(row)
+    found = predict(load_run(run, device=device), rows_to_classify)
+    predicted = [PredictedText(text, prediction) for text, prediction in zip(texts or (), found, strict=True)]
+    for each in predicted if not as_json else ():
+        shares = each.prediction.probabilities or {"reward": float(each.prediction.reward or 0)}
         ordered = sorted(shares.items(), key=lambda item: -item[1])
-        make_console().print(make_table("", "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
-    return TextPrediction(run=str(run), text=str(text), prediction=prediction)
+        heading = escape_control_characters(each.text)[:SHOWN_TEXT] if len(predicted) > 1 else ""
+        make_console().print(make_table(heading, "", rows=[(name, f"{value:.4f}") for name, value in ordered]))
+    if len(predicted) == 1:
+        return TextPrediction(run=str(run), text=predicted[0].text, prediction=predicted[0].prediction)
+    return TextPredictions(run=str(run), texts=predicted)
 
 
 def _converse(

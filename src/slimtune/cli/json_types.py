@@ -36,7 +36,11 @@ JSON_TYPES: dict[str, Sequence[str]] = {
     "report": ("cli.eval_command:RunReportResult",),
     "generate": ("cli.generate_command:GenerateResult",),
     "chat": ("cli.generate_command:ChatResult",),
-    "predict": ("evaluation.predict:TextPrediction", "evaluation.predict:FilePredictions"),
+    "predict": (
+        "evaluation.predict:TextPrediction",
+        "evaluation.predict:TextPredictions",
+        "evaluation.predict:FilePredictions",
+    ),
     "export": ("export.export_results:ExportResult",),
     "verify": ("export.export_results:VerifyResult",),
     "merge": ("export.export_results:MergeResult",),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.foundation.remote_code import allow_remote_code
-from ..errors import UsageError
+from .column_flags import parse_column_flags
 from .command_help import CommandWithOptionGroups, refuse_repeated_flags
 
 if TYPE_CHECKING:
@@ -134,11 +134,7 @@ def _read_settings(given: Mapping[str, Any], paths: Collection[str]) -> dict[str
         if value is None or value == []:
             continue
         if metavar == "ROLE=COLUMN":
-            for pair in value:
-                role, _, column = (part.strip() for part in pair.partition("="))
-                if not role or not column:
-                    raise UsageError(f"--column got {pair!r}", "role=column", "for example --column messages=dialog")
-                values[f"{setting.path}.{role}"] = column
+            values |= {f"{setting.path}.{role}": column for role, column in parse_column_flags(value).items()}
         elif kind is not str or (metavar in ("PATH", "TEXT") and value != "null"):
             values[setting.path] = value
         else:

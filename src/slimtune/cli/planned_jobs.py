@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROW_SETTINGS = (
     "data.format", "data.columns", "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong",
-    "data.chat_template",
+    "data.apply_chat_template", "data.chat_template",
 )  # fmt: skip
 """The settings that say how rows are read: commands that read rows have the same flags for them."""
 JOB_SETTINGS = (

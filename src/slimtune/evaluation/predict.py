@@ -1,8 +1,9 @@
 """Predictions for new texts: the class of each by a trained classifier, or its reward by a reward model."""
 
+import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from ..core.foundation.json_results import INLINE, OMIT_NONE, to_json_dict
 from ..core.foundation.sequences import IGNORE_INDEX
 from ..core.models.base_config import get_max_positions
 from ..core.training.loss import build_run_collator, compute_row_logits, score_examples_by_number
+from ..core.training.run_dir import RunDir
 from ..core.training.trained_model import TrainedModel, load_run
 from ..errors import AdapterError, UsageError
-from ..extras.row_columns import parse_row_or_error
+from ..extras.column_guesses import make_column_flags
+from ..extras.row_columns import ColumnMapping, parse_row_or_error
 from ..extras.row_files import list_dataset_file_names_with_readers
 from .output_files import resolve_output_file
+
+INPUT_ROLES = ("text", "messages")
+HINT_ROWS = 20
+"""Records from whose columns a hint guesses which one is the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,25 @@ class TextPrediction:
     prediction: Prediction = field(metadata=INLINE)
 
 
+@dataclass(frozen=True)
+class PredictedText:
+    """A text with its prediction."""
+
+    text: str
+    """The text."""
+    prediction: Prediction = field(metadata=INLINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPredictions:
+    """What `slimtune predict RUN TEXT TEXT … --json` prints."""
+
+    run: str
+    """The run folder or adapter folder."""
+    texts: list[PredictedText]
+    """The texts with their predictions, in order."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilePredictions:
     """What `slimtune predict RUN --data FILE --json` prints."""
@@ -69,42 +95,72 @@ class FilePredictions:
     """Time of the command."""
 
 
-def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None) -> FilePredictions:
+def predict_file(
+    run: Path, data: Path, out: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
+) -> FilePredictions:
     """Write the rows of a file as JSONL, each with the prediction that `predict` adds to it.
 
-    Raises:
-        UsageError: no such run or file, or the run is no classifier.
-        DataError: a row is neither a text nor messages; nothing is written.
+    Arguments and errors are those of `predict_records`; nothing is written if one is raised.
     """
     start = time.perf_counter()
     run, data, out = Path(run), Path(data), resolve_output_file(Path(out))
-    rows = _read_inputs(data)
-    found = predict(load_run(run, device=device), [row for row, _ in rows])
-    records = ({**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True))
+    records = predict_records(run, data, columns=columns, device=device)
     write_atomic(out, "".join(to_json(record) + "\n" for record in records))
-    names = [str(name) for p in found if p.predicted is not None for name in np.atleast_1d(np.array(p.predicted))]
-    rewards = [p.reward for p in found if p.reward is not None]
+    names = [str(name) for r in records if "predicted" in r for name in np.atleast_1d(np.array(r["predicted"]))]
+    rewards = [r["reward"] for r in records if "predicted" not in r]
     return FilePredictions(
         run=str(run),
         data=str(data),
         out=str(out),
-        rows=len(rows),
+        rows=len(records),
         classes=None if rewards else dict(Counter(names).most_common()),
         mean_reward=float(np.mean(rewards)) if rewards else None,
         seconds=round(time.perf_counter() - start, 3),
     )
 
 
-def _read_inputs(path: Path) -> list[tuple[Row, Record]]:
+def predict_records(
+    run: Path, data: Path, *, columns: Mapping[str, str] | None = None, device: str | None = None
+) -> list[Record]:
+    """Return the records of a file, each with the prediction that `predict` adds to it.
+
+    `columns` names the columns of the text or the messages by these roles; None or {}: as the run's recipe does, for
+    rows that have such a column.
+
+    Raises:
+        UsageError: no such run or file, or the run is no classifier.
+        DataError: a row is neither a text nor messages.
+    """
+    run, data = Path(run), Path(data)
+    own = RunDir(run)
+    known = own.load_recipe().data.columns if not columns and own.recipe_file.is_file() else columns or {}
+    rows = _read_inputs(data, known, is_given=bool(columns))
+    found = predict(load_run(run, device=device), [row for row, _ in rows])
+    return [{**record, **to_json_dict(new)} for (_, record), new in zip(rows, found, strict=True)]
+
+
+def _read_inputs(path: Path, columns: Mapping[str, str], *, is_given: bool) -> list[tuple[Row, Record]]:
     """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
     rows: list[tuple[Row, Record]] = []
-    errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
+    names = {role: column for role, column in columns.items() if role in INPUT_ROLES}
+    errors = RowErrorCollector(path, f"rows with {' or '.join(repr(names.get(role, role)) for role in INPUT_ROLES)}")
+    first: list[Record] = []
     for file, read in list_dataset_file_names_with_readers(path):
         for found in read():
-            row = found if isinstance(found, InvalidRow) else parse_row_to_classify_or_error(found[1], found[0], file)
+            row = found
+            if not isinstance(found, InvalidRow):
+                first += [found[1]] if len(first) < HINT_ROWS else []
+                # A recipe's column counts where a row has it: new rows may have the format's own names.
+                used = {role: c for role, c in names.items() if is_given or c in found[1]}
+                mapping = ColumnMapping(used)
+                row = parse_row_to_classify_or_error(mapping.apply(found[1]), found[0], file)
+                if isinstance(row, InvalidRow):
+                    row = dataclasses.replace(row, cause=mapping.use_file_names(row.cause))
             if isinstance(row, InvalidRow):
-                errors.add(row.line, row.cause, row.file, row.hint)
-            elif not isinstance(found, InvalidRow):
+                is_other_column = row.code == "bad-text" and first
+                hint = make_column_flags("classification", ("text",), first)[0] if is_other_column else row.hint
+                errors.add(row.line, row.cause, row.file, hint)
+            elif isinstance(row, Row) and not isinstance(found, InvalidRow):
                 rows.append((row, found[1]))
             if errors.full:
                 errors.check()

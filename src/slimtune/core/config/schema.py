@@ -114,6 +114,9 @@ class DataSettings(RecipeSection):
     )
     max_seq_len: int = config_field(1024, "longest row, or longest window of a document, in tokens", ge=2, le=10**8)
     on_overlong: Literal["error", "drop", "truncate"] = config_field("drop", "what happens to a longer row")
+    apply_chat_template: bool = config_field(
+        True, "pairs, lists and ratings of texts: read a prompt as the user's turn, an answer as the assistant's"
+    )
     chat_template: PathLike | None = config_field(None, "chat template's name, or Jinja file", when_null="the base's")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from ...errors import DataError, ModelError
-from ..foundation.chat_rendering import render_chat_template
+from ..foundation.chat_rendering import TOOL_HINTS, render_chat_template
 from .assistant_mask import MARK, Span, find_assistant_spans, replace_tool_call_arguments
 from .messages import Message, Messages
 
@@ -235,7 +235,7 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
     except ValueError as error:
         several = isinstance(tokenizer.chat_template, dict)
         problem = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
-        hint = "give one: data.chat_template: NAME or FILE.jinja in the recipe, or --chat-template NAME or FILE.jinja"
+        hint = "give one: data.chat_template: NAME or FILE.jinja (--chat-template); texts: --no-apply-chat-template"
         raise ModelError(problem, "one chat template", hint, code="chat-template-missing") from error
 
 
@@ -290,7 +290,7 @@ def _render_complete(messages: Messages, tools: Tools, render: Callable[[Message
             _check_complete(variant, tools, text)
             return variant, text
     if incomplete is not None:
-        raise _left_out_error(f"tool calls of messages[{incomplete}]", "them")
+        raise _left_out_error(f"tool calls of messages[{incomplete}]")
     raise refusal if isinstance(refusal, TemplateError) else TemplateError(str(refusal))
 
 
@@ -330,10 +330,10 @@ def _check_complete(messages: Messages, tools: Tools, text: str) -> None:
             continue  # `find_assistant_spans` checks its content
         content = message.get("content", "").strip()
         if content not in text and not (message["role"] == "tool" and _contains_json(text, content)):
-            raise _left_out_error(f"messages[{i}] ({message['role']})", "that message")
+            raise _left_out_error(f"messages[{i}] ({message['role']})", "remove that message")
     for tool in tools or ():
         if (name := tool["function"]["name"]) not in text:
-            raise _left_out_error(f"the tool {name!r}", "the tools")
+            raise _left_out_error(f"the tool {name!r}")
 
 
 def _contains_json(text: str, content: str) -> bool:
@@ -345,6 +345,6 @@ def _contains_json(text: str, content: str) -> bool:
     return any(variant in text for variant in variants)
 
 
-def _left_out_error(what: str, remove: str) -> DataError:
-    hint = f"remove {remove}, or use another chat template (data.chat_template)"
+def _left_out_error(what: str, remove: str = "") -> DataError:
+    hint = f"{remove}, or use another chat template (data.chat_template)" if remove else TOOL_HINTS.load("bases")()
     return DataError(f"the chat template leaves out {what}", hint=hint)

@@ -150,7 +150,7 @@ def tokenize_rows_with_errors(
             return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
         except DataError as error:
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
-            return InvalidRow(row.line, error.message, code, row.file)
+            return InvalidRow(row.line, error.message, code, row.file, error.hint)
 
     parts = [split_preference_into_rows(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)

@@ -11,6 +11,8 @@ CHAT_TEMPLATES: Registry[Any] = Registry("slimtune.chat_templates", "chat templa
 """The built-in templates; a base without one gets the first that fits its vocabulary."""
 CHAT_TEMPLATE_SETTERS: Registry[Callable[[Any, Any, str], None]] = Registry("slimtune.chat_template_setters", "setter")
 """Functions that give a tokenizer the template that was asked for (its name, file or text, or None) for a base."""
+TOOL_HINTS: Registry[Callable[[], str]] = Registry("slimtune.tool_hints", "hint")
+"""Functions that return what to do about rows with tools if the chat template writes none."""
 
 
 @cache

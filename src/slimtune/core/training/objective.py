@@ -148,7 +148,8 @@ def open_rows_for_objective(path: Path, data: DataSettings, objective: Objective
     """
     formats = (data.format,) if data.format in objective.named_formats else objective.formats
     format = data.format or (formats[0] if len(formats) == 1 else None)
-    options = {name: getattr(data, name) for name in ("columns", "ignore_columns", "split_special_tokens")}
+    names = ("columns", "ignore_columns", "split_special_tokens", "apply_chat_template")
+    options = {name: getattr(data, name) for name in names}
     rows = ROW_SOURCES.load("files")(path, format=format, expected_formats=formats, **options)
     if rows.format not in (*formats, "unknown"):
         tasks = [name for name in list_objectives() if rows.format in load_objective_class(name).formats]

@@ -23,6 +23,7 @@ from .near_duplicates import (
     hash_whitespace_normalized_texts,
 )
 from .row_samples import sample_tokens
+from .swapped_texts import Sides, hash_sides
 from .text_checks import PLAIN_FORMATS, detect_rendered_chat_format, find_encoding_issues, is_placeholder_answer
 
 SAMPLES = 3
@@ -45,6 +46,7 @@ class RowBatchStats:
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
     samples: list[list[tuple[int, str, TokenizedRow]]]  # line, name and tokens of each text of the first rows
+    sides: list[Sides]  # of the rows with one question and one answer
     thinking: list[int]  # turns that think, as `messages.count_thinking_turns_by_use` counts them
 
 
@@ -96,6 +98,7 @@ class TokenizedRowBatchValidator:
             issues,
             find_shared_prefix(ids) if ids else None,
             [sample_tokens(row, tokens) for row, tokens in valid[: self.sample_rows]],
+            [sides for row, _ in found if (sides := hash_sides(row)) is not None],
             [sum(counts) for counts in zip(*(tokens.thinking_turn_counts for _, tokens in found), strict=True)]
             or [0, 0, 0],
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core.data.chat_template import adds_bos
 from ...core.data.parallel import parallel_map
-from ...core.data.rows import InvalidRow, Row
+from ...core.data.rows import InvalidRow, Row, split_preference_into_rows
 from ...core.data.tokenize import BatchTokenizer, TokenizedBatch, batch_rows
 from ...core.foundation.cpu import count_usable_cpus
 from ...errors import suggest
@@ -34,6 +34,7 @@ from .near_duplicates import Array
 from .row_checks import count_pairs_by_longer_answer, find_data_issues
 from .row_facts import AffectedRows, RowFacts, RowFactsCollector
 from .row_samples import SAMPLE_CHARACTERS, decode_with_special_tokens, show_row, show_tokens
+from .swapped_texts import hash_sides
 
 HISTOGRAM_BARS = 16
 
@@ -47,6 +48,7 @@ def make_data_report(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
     split_special_tokens: bool = True,
+    apply_chat_template: bool = True,
     max_seq_len: int = 1024,
     on_overlong: str = "drop",
     train_on: str = "assistant",
@@ -58,7 +60,7 @@ def make_data_report(
     """Return the report on a data set.
 
     Args:
-        path, format, columns, ignore_columns, split_special_tokens: see `open_rows`.
+        path, format, columns, ignore_columns, split_special_tokens, apply_chat_template: see `open_rows`.
         tokenizer, model: of the base that will read the rows; None: only rows and columns are counted.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
@@ -80,7 +82,7 @@ def make_data_report(
         return builder
 
     options: dict[str, Any] = {"format": format, "columns": columns, "ignore_columns": ignore_columns}
-    options["split_special_tokens"] = split_special_tokens
+    options |= {"split_special_tokens": split_special_tokens, "apply_chat_template": apply_chat_template}
     files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     builder = read(files[0])
     other = None if validation is None else (str(validation), read(files[1], builder))
@@ -128,6 +130,8 @@ class DataReportBuilder:
                 self.facts.add_labels([row.line], [row.label_names])
             for code, example in row.findings if isinstance(row, Row) else ():
                 self.facts.add_group(code, [row.line], example)
+            if isinstance(row, Row) and (sides := hash_sides(split_preference_into_rows(row)[0])) is not None:
+                self.facts.sides.append(sides)
             if isinstance(row, Row) and self._sample_rows > 0:
                 self._sample_rows -= 1
                 self._read_samples += show_row(row)
@@ -216,6 +220,11 @@ def describe_row_treatment(facts: RowFacts, eos_token: str | None) -> list[str]:
     if source.has_paragraphs:
         blank = "blank lines separate them" if facts.stats.rows > 1 else "it has no blank line, so it is one row"
         notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
+    if source.texts_as_chats:
+        notes.append(
+            "prompts and answers are texts, read as a chat: the user's turn and the assistant's; "
+            "--no-apply-chat-template (data.apply_chat_template: false) reads them as plain text"
+        )
     good, bad = (facts.labels.get(str(label), AffectedRows()).count for label in (True, False))
     if source.format == "unpaired-preference" and good and bad and not 2 / 3 <= good / bad <= 2:
         # Equation 8 of the paper on KTO: 1 to 4/3 times as much weight on good answers as on bad ones

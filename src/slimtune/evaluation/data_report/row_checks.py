@@ -25,6 +25,7 @@ from .near_duplicates import (
     match_minhash_signatures,
 )
 from .row_facts import PAIR_FORMATS, SHOWN_LINES, AffectedRows, RowFacts
+from .swapped_texts import find_swapped_lines
 
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
@@ -62,7 +63,8 @@ FINDING_TYPES = {
         "remove the token from the text, or break it up", 0.001),
     "already-rendered": FindingType(
         "rows with a message that a chat template has already rendered: it would be rendered twice",
-        "use the messages from before that template", 0.02),
+        "use the messages from before that template; texts of pairs and ratings: --no-apply-chat-template reads them "
+        "as they are", 0.02),
     "special-token-as-text": FindingType(
         "documents with a special token of this base typed in their text, which is read as ordinary text",
         "keep them, if they are about the token; if it should be the token itself: --no-split-special-tokens "
@@ -87,6 +89,9 @@ FINDING_TYPES = {
     "swapped-roles": FindingType(
         "conversations that the assistant begins and the user ends: the roles may be swapped",
         "swap 'user' and 'assistant', if the assistant's turns are the questions", 0.9),
+    "swapped-texts": FindingType(
+        "rows whose question and answer are perhaps swapped: each reads like the other one of the file's other rows",
+        "look at these rows, and swap the two texts if they are"),
     "unbalanced-thinking": FindingType(
         "rows with <think> without </think>, or the other way round; the chat template has no thinking, so that the "
         "tag is learned as text", "complete the tag, or remove it"),
@@ -228,6 +233,11 @@ def _check_duplicates(facts: RowFacts) -> Iterator[RowFinding]:
     new = ~np.isin(near, repeated)
     prefix = f"similarity from {THRESHOLD}: "
     yield from _make_pair_finding("near-duplicate", lines[near[new]], lines[match[new]], prefix)
+
+
+def _check_swapped_texts(facts: RowFacts) -> Iterator[RowFinding]:
+    """Question and answer of some rows are perhaps swapped."""
+    yield from _make_finding("swapped-texts", np.array(find_swapped_lines(facts.sides), np.int64))
 
 
 def _check_contradictions(facts: RowFacts) -> Iterator[RowFinding]:
@@ -420,7 +430,7 @@ def _check_overlap(facts: RowFacts) -> Iterator[RowFinding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    _check_columns, _check_lengths, _check_duplicates, _check_contradictions, _check_same_answers,
+    _check_columns, _check_lengths, _check_duplicates, _check_swapped_texts, _check_contradictions, _check_same_answers,
     _check_contradictory_pairs, _check_answer_lengths, _check_label_count, _check_classes, _check_validation_rows,
     _check_overlap,
 )  # fmt: skip

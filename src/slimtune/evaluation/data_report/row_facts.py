@@ -13,6 +13,7 @@ from ...core.foundation.sequences import find_shared_prefix
 from ...extras.row_files import RowFileReader
 from .batch_stats import ROW_STATS, SAMPLES, RowBatchStats
 from .near_duplicates import HASHES, Array
+from .swapped_texts import Sides
 
 SHOWN_INVALID_ROWS = 100
 SHOWN_LINES = 20
@@ -51,6 +52,7 @@ class RowFacts:
     groups: Mapping[str, AffectedRows]  # by what batches found in them: a code of `FINDING_TYPES` or of an `InvalidRow`
     invalid: Sequence[InvalidRow]  # the first ones
     invalid_count: int
+    sides: Sequence[Sides]  # of the first rows with one question and one answer
     labels: Mapping[str, AffectedRows]  # the rows of each class
     labelled_rows: int
     validation: "tuple[str, RowFacts] | None" = None  # the file of the validation rows, and their facts
@@ -88,6 +90,7 @@ class RowFactsCollector:
         self.groups: dict[str, AffectedRows] = {}
         self.invalid_count = self.packed_tokens = 0
         self.invalid: list[InvalidRow] = []
+        self.sides: list[Sides] = []
         self.labels: dict[str, AffectedRows] = {}
         self.labelled_rows = 0
         self.prefix: list[int] | None = None
@@ -113,6 +116,7 @@ class RowFactsCollector:
             self.packed_tokens += _count_packed_tokens(batch, self.rows_per_step)
         if found.prefix is not None:
             self.prefix = found.prefix if self.prefix is None else find_shared_prefix([self.prefix, found.prefix])
+        self.sides += found.sides
         self.thinking = [a + b for a, b in zip(self.thinking, found.thinking, strict=True)]
         self.samples += found.samples[: self.sample_rows - len(self.samples)]
         self._rows += found.row_stats.tobytes()
@@ -154,6 +158,7 @@ class RowFactsCollector:
             groups=self.groups,
             invalid=self.invalid,
             invalid_count=self.invalid_count,
+            sides=self.sides,
             labels=self.labels,
             labelled_rows=self.labelled_rows,
             validation=validation,
