@@ -147,8 +147,10 @@ def _read_inputs(path: Path, columns: Mapping[str, str], *, is_given: bool) -> l
     first: list[Record] = []
     for file, read in list_dataset_file_names_with_readers(path):
         for found in read():
-            row = found
-            if not isinstance(found, InvalidRow):
+            row: Row | InvalidRow
+            if isinstance(found, InvalidRow):
+                row = found
+            else:
                 first += [found[1]] if len(first) < HINT_ROWS else []
                 # A recipe's column counts where a row has it: new rows may have the format's own names.
                 used = {role: c for role, c in names.items() if is_given or c in found[1]}

@@ -100,7 +100,7 @@ def _list_values(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 def _match_names(roles: Sequence[str], columns: Mapping[str, list[Any]], ratings: bool) -> dict[str, str]:
     """Return the columns whose names have a word of a role; each column has one role, the best pair first."""
-    scores = []
+    scores: list[tuple[bool, int, int, str, str]] = []
     for role in roles:
         fits: Callable[[list[Any]], bool] = _is_text
         if role == "label":

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +80,8 @@ class ColumnMapping:
     def use_file_names(self, cause: str) -> str:
         """Return what is wrong with a row with the file's own names of its columns."""
         for role, column in self.columns.items():
-            cause = re.sub(rf"^{re.escape(role)}(?=\[)", lambda _, name=column: name, cause)
+            if cause.startswith(f"{role}["):  # messages[3] has …
+                cause = column + cause.removeprefix(role)
             cause = cause.replace(repr(role), repr(column))
         return cause
 

@@ -53,7 +53,8 @@ def find_swapped_lines(rows: Sequence[Sides]) -> list[int]:
     rows = list({(prompt, answer): (line, prompt, answer) for line, prompt, answer in reversed(rows)}.values())[::-1]
     if len(rows) < FEWEST_ROWS:
         return []
-    prompts, answers = (Counter(f for row in rows for f in row[side]) for side in (1, 2))
+    prompts = Counter(feature for _, prompt, _ in rows for feature in prompt)
+    answers = Counter(feature for _, _, answer in rows for feature in answer)
     scores = [
         sum(math.log(prompts[f] / (answers[f] + 1)) for f in prompt - answer)
         + sum(math.log(answers[f] / (prompts[f] + 1)) for f in answer - prompt)
