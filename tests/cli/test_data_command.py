@@ -124,18 +124,18 @@ SHOWN = {
     "preference of texts": (
         {"prompt": "Hi?", "chosen": " Hello.", "rejected": " No."},
         (),
-        [("chosen answer", " Hello.<|im_end|>"), ("rejected answer", " No.<|im_end|>")],
+        [("chosen answer", "Hello.<|im_end|>"), ("rejected answer", "No.<|im_end|>")],
     ),
     "ranked-preference": (
         {"prompt": "Hi?", "responses": [" No.", " Hello.", " Hm."], "rankings": [3, 1, 2]},
         (),
-        [("best of 3 answers", " Hello.<|im_end|>"), ("answer 2 of 3", " Hm.<|im_end|>"),
-         ("worst of 3 answers", " No.<|im_end|>")],
+        [("best of 3 answers", "Hello.<|im_end|>"), ("answer 2 of 3", "Hm.<|im_end|>"),
+         ("worst of 3 answers", "No.<|im_end|>")],
     ),
     "unpaired-preference": (
         {"prompt": "Hi?", "completion": " Hello.", "label": True},
         ("--format", "unpaired-preference"),
-        [("good answer", " Hello.<|im_end|>")],
+        [("good answer", "Hello.<|im_end|>")],
     ),
     "classification": ({"text": "Hi?", "label": "a"}, ("--format", "classification"), [("label 'a'", None)]),
     "classification of chats": (
@@ -256,7 +256,7 @@ def test_preferences_are_told_by_their_own_words(tmp_path, tiny_folder, slimtune
         return slimtune("data", file, "--model", tiny_folder, *flags).stdout
 
     pairs = show(lambda i: {"prompt": f"say {i}", "chosen": f" yes {i}", "rejected": f" no {i}"})
-    assert "\nsay 0⟦ yes 0" in pairs
+    assert "⟦yes 0" in pairs
     rated = show(
         lambda i: {"prompt": f"say {i}", "completion": f" yes {i}", "label": i > 1}, "--format", "unpaired-preference"
     )
