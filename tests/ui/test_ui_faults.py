@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from http.cookiejar import CookieJar
@@ -170,3 +172,33 @@ def test_a_run_outlives_a_page_that_is_killed(folder):
         tab.post("/train/stop", RUN)
         wait_until(lambda: "stopped before its end" in tab.get("/live/run?run=runs/first"), "the stop", 60)
         assert 'id="resume-run"' in tab.get("/train?run=runs/first")
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_ends_the_page_and_its_training_goes_on(folder, signals):
+    command = [sys.executable, "-m", "slimtune", "ui", str(folder), "--port", "0"]
+    page = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=take_sigint)
+    url = next(found[0] for line in page.stderr if (found := re.search(r"http://\S+", line)))
+    tab, run = Tab(url), folder / "runs/first"
+    tab.post("/train", RUN)
+    wait_for_checkpoint(run)
+    host, port = urlsplit(url).netloc.split(":")
+    upload = f"POST /upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 999\r\n\r\nhalf"
+    with socket.create_connection((host, int(port))) as client:  # a request that runs
+        client.sendall(upload.encode())
+        for _ in range(signals):
+            page.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        _, errors = page.communicate(timeout=60)
+    trainer = int(re.search(r"still running: slimtune train .*\(process (\d+)\)", errors)[1])
+    try:
+        assert page.returncode == 0, errors
+        assert "Traceback" not in errors
+        before = read_step(run)
+        wait_until(lambda: read_step(run) > before + 20, "a later step", 120)
+    finally:
+        os.killpg(trainer, signal.SIGKILL)
+
+
+def take_sigint():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup a process ignores it

@@ -1,6 +1,9 @@
 """`slimtune serve`: an OpenAI-compatible server for runs and their base."""
 
+import atexit
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ from ..core.foundation.formatting import format_bytes
 from ..errors import UsageError, format_names, suggest
 from ..export.export_results import EngineVerdict
 from .common import (
+    INTERRUPTED,
     WARNING,
     Device,
     Json,
@@ -106,11 +110,31 @@ def serve_runs(
         f"{cache}{format_bytes(server.cache_bytes)} of keys and values"
     )
     screen.print("Ctrl-C ends it")
-    server.run()
+    _run_to_exit(server)
     result = ServeResult(server.queue.finished, server.queue.generated_tokens, engine, server.checks)
     if not as_json:
         screen.print(f"ended after {result.answers} answers with {result.tokens:,} tokens")
     return result
+
+
+def _run_to_exit(server: Any) -> None:
+    """Serve, and see to it that the process ends even if a thread hangs in a step of the model."""
+    code = 1
+    try:
+        server.run()
+        code = 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        raise
+    finally:
+        if not server.has_ended:  # Python's own end would abort the process in the middle of a kernel
+            atexit.register(_exit_at_once, code)
+
+
+def _exit_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _require_engine(engine: str, runs: Sequence[str]) -> None:

@@ -204,9 +204,9 @@ class AnswerQueue:
         """
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End the threads after the step that runs, or leave them if it lasts longer than `CLOSE_SECONDS`.
 
-        Answers that are not finished get an error.
+        Answers that are not finished get an error. Returns whether all threads have ended.
         """
         raise NotImplementedError

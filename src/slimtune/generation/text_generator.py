@@ -110,7 +110,7 @@ class TextGenerator(AnswerQueue):
         waiting = len(self._waiting)  # first: none is missed that begins meanwhile
         return {"running": len(self._running), "waiting": waiting, "cached_tokens": self._cached_tokens}
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -119,6 +119,7 @@ class TextGenerator(AnswerQueue):
         for answer in [*self._waiting, *self._running.values()]:
             if not answer.is_ended:
                 answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
+        return self._thread is None or not self._thread.is_alive()
 
     def step(self) -> None:
         """Run waiting prompts that there is room for, and then one token of every running answer.

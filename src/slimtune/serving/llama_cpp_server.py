@@ -196,7 +196,7 @@ class LlamaCppAnswerQueue(AnswerQueue):
         tokens = sum(len(answer.prompt) + answer.num_tokens for answer in running)
         return {"running": len(running), "waiting": waiting, "cached_tokens": tokens}
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -207,10 +207,11 @@ class LlamaCppAnswerQueue(AnswerQueue):
             if not answer.is_ended:
                 answer.add_piece(AnswerPiece(error=ServerClosing("the server is shutting down")))
         self._waiting.clear()
-        if self._running:
-            return  # a server that hangs does not end
+        if any(thread.is_alive() for thread in self._threads):
+            return False  # a server that hangs does not end
         while self._engines:  # they share the server
             self._engines.popitem()[1].close()
+        return True
 
     def _run(self) -> None:
         try:

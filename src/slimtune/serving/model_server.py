@@ -73,6 +73,7 @@ class ModelServer:
         self.queue: AnswerQueue
         self.unshared: list[ServedModel] = []
         self.checks: list[EngineVerdict] = []
+        self.has_ended = True  # False: a thread hangs in a step, and was left behind
         try:
             if settings.engine == "torch":
                 self._start_torch(named)
@@ -129,13 +130,13 @@ class ModelServer:
         if threading.current_thread() is threading.main_thread():
             # uvicorn raises a signal again after its own shutdown, which would end the process with another exit code.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: None)
+                signal.signal(number, signal.SIG_IGN)  # which holds to the very end of the process, too
         try:
             self._uvicorn.run(sockets=[self._socket])
         finally:
             if self._uvicorn.force_exit:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third Ctrl-C does not wait for the step that runs
-            self.queue.close()
+            self.has_ended = self.queue.close()
         if (failure := self.queue.failure) is not None:
             message = f"the thread that generates answers has ended by an error: {type(failure).__name__}: {failure}"
             raise RunError(message, hint="the lines above say where; start the server again") from failure

@@ -3,6 +3,7 @@
 import importlib
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def serve_web_page(
     except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
         pass
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the page ends already: one more would end it by the signal
         trainings = pages.close()
         sock.close()
     return url, trainings
