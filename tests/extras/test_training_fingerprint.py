@@ -258,6 +258,11 @@ def test_changed_value_of_a_quantized_gguf_is_refused(tmp_path, tiny_llama, tiny
         train(start, init_adapter=tmp_path / "whole")
 
 
+def test_pipe_in_place_of_the_adapter_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    assert read_adapter_fingerprint(tmp_path) is None
+
+
 def test_peft_loads_the_file(workshop):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -167,6 +167,12 @@ def test_prompt_without_room(generator):
     assert f" {prompt} tokens" in caught.value.message
 
 
+@pytest.mark.parametrize("token", ["x", [2, "x"], 2.5, {"a": 1}])
+def test_end_token_that_is_no_id_is_named(tiny_tokenizer, token):
+    with pytest.raises(ModelError, match="has eos_token_id"):
+        find_end_token_ids(types.SimpleNamespace(eos_token_id=token), tiny_tokenizer())
+
+
 def test_template_that_writes_nothing(tiny_tokenizer):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{# nothing #}"

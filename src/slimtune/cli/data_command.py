@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..core.foundation.files import write_atomic
 from ..core.foundation.formatting import escape_control_characters
 from ..errors import DataError
-from ..evaluation.output_files import resolve_output_file
+from ..evaluation.output_files import resolve_page_file
 from .common import ERROR, GOOD, WARNING, Json, NegativeVerdictResult, make_console, print_fields, print_progress
 from .input_checks import require_base_exists, require_row_files_exist
 from .options import add_recipe_flags
@@ -61,7 +61,7 @@ def data_report(
     would refuse them. Without --model, only rows and columns are counted.
     """
     if html is not None:
-        html = resolve_output_file(html.expanduser())
+        html = resolve_page_file(html)
     for rows in (file, settings.get("data.validation")):
         require_row_files_exist(rows, settings.get("data.format"))
     if "model.name" in settings:

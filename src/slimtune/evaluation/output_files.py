@@ -7,6 +7,16 @@ from ..core.foundation.files import refuse_non_regular_file, require_writable
 from ..errors import UsageError
 
 
+def resolve_page_file(path: Path) -> Path:
+    """Return the file for a page, as `resolve_output_file`; raise UsageError for one that exists and is no page."""
+    file = resolve_output_file(path.expanduser())
+    if file.exists() and file.stat().st_size > 0:
+        with file.open("rb") as f:
+            if not f.read(512).lstrip().startswith(b"<"):
+                raise UsageError(f"{path} cannot be written: it exists and is no page", "a .html file", "another name")
+    return file
+
+
 def resolve_output_file(path: Path) -> Path:
     """Return the file that an output at `path` replaces or creates: for a link what it links to, in the same folder.
 

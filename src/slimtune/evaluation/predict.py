@@ -104,6 +104,8 @@ def predict_file(
     """
     start = time.perf_counter()
     run, data, out = Path(run), Path(data), resolve_output_file(Path(out))
+    if out.exists() and data.exists() and out.samefile(data):
+        raise UsageError(f"{out} has the rows, which the answers would replace", "another file")
     records = predict_records(run, data, columns=columns, device=device)
     write_atomic(out, "".join(to_json(record) + "\n" for record in records))
     names = [str(name) for r in records if "predicted" in r for name in np.atleast_1d(np.array(r["predicted"]))]

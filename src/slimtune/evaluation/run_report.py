@@ -43,7 +43,7 @@ from .eval_result import (
     RewardModelMeasures,
     SFTMeasures,
 )
-from .output_files import resolve_output_file
+from .output_files import resolve_page_file
 from .result_lines import (
     ResultTable,
     describe_win_rate,
@@ -59,7 +59,7 @@ def write_run_report_and_list_damage(run: RunDir, out: Path | None = None) -> tu
 
     Returns its path and what is damaged in the run's files, one sentence each.
     """
-    file = run.report_file if out is None else resolve_output_file(out.expanduser())
+    file = run.report_file if out is None else resolve_page_file(out)
     damage: list[str] = []
     write_atomic(file, render_run_report_html(run, damage))
     return file, damage

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..core.foundation.cpu import count_usable_cpus
-from ..core.foundation.files import write_atomic
+from ..core.foundation.files import refuse_non_regular_file, write_atomic
 from ..core.foundation.progress_bars import track_progress
 from ..core.models.loader import LoadedBase
 from ..errors import ModelError
@@ -101,6 +101,7 @@ def hash_text(text: str) -> str:
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and where its data begin; raise ValueError if it has none."""
+    refuse_non_regular_file(path)
     with path.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         if size > MAX_HEADER_BYTES:

@@ -96,9 +96,16 @@ def tokenize_chat_prompt(tokenizer: Any, messages: Sequence[Message], tools: Too
 
 
 def find_end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end an answer for the checkpoint, the tokenizer or the chat template, sorted."""
+    """Return the ids that end an answer for the checkpoint, the tokenizer or the chat template, sorted.
+
+    Raises:
+        ModelError: the checkpoint's generation_config.json names an end token that is no id.
+    """
     stated = getattr(generation_config, "eos_token_id", None)
-    ends = {*(stated if isinstance(stated, list | tuple) else [stated]), tokenizer.eos_token_id}
+    stated = stated if isinstance(stated, list | tuple) else [stated]
+    if any(type(token) is not int for token in stated if token is not None):
+        raise ModelError(f"generation_config.json has eos_token_id = {stated!r}", "a token's id, or a list of ids")
+    ends = {*stated, tokenizer.eos_token_id}
     try:
         chat = encode_chat_with_train_mask(
             tokenizer, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]

@@ -1,7 +1,9 @@
 """An adapter's files: what does not fit is refused by name, and a refused load leaves the model as it was."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import peft
 import pytest
@@ -126,6 +128,15 @@ def test_loading_into_an_adapter_needs_same_settings(folder, setting):
     edit_config(**setting)(folder)
     with unchanged(model), pytest.raises(AdapterError, match=rf"\b{next(iter(setting))}\b"):
         model.load_adapter(folder, "default")
+
+
+def test_adapter_file_that_may_not_be_read_says_so(folder, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        PeftModel.from_pretrained(llama(), folder)
 
 
 @pytest.mark.parametrize("folder", ["", None])

@@ -61,6 +61,7 @@ def read_adapter_tensors_and_metadata(
         message = f"{pickles[0]} is a pickle, which can run arbitrary code when it is read"
         raise AdapterError(message, WEIGHTS_FILE, "save the adapter again with safetensors where it was trained")
     file = get_or_download_file(path, WEIGHTS_FILE, subfolder, **hub)
+    file.open("rb").close()  # safetensors says of a file that may not be read that it does not exist
     try:
         with safe_open(str(file), framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
