@@ -154,7 +154,8 @@ def make_rating(rng: random.Random) -> Record:
 
 def check_ratings(rows: list[Row], records: list[Record], examples: list[dict[str, Any]], report: DataReport) -> str:
     for row, record, example in zip(rows, records, examples, strict=True):
-        if str(row.is_good).casefold() != str(record["label"]).strip().casefold():
+        words = ("true", "yes", "good", "up", "1", "1.0") if row.is_good else ("false", "no", "bad", "down", "0", "0.0")
+        if fold(record["label"]) not in words:
             return f"the label {record['label']!r} was read as {row.is_good}"
         before = next((i for i, label in enumerate(example["labels"]) if label >= 0), 0)
         if not before:
