@@ -1,7 +1,7 @@
 # make demo   set up everything and tune a real model on real text
 # make test   set up everything and pass the tests
 # make slow   the tests that take long: planner against real steps, several processes, HF examples, engines (CI runs them too)
-# make prove  proofs: faulty data files, good and bad adapters, report.html in a browser
+# make prove  proofs: faulty data files, good and bad adapters, the README's commands on Gemma 3 270M, report.html in a browser
 # make faults runs that are killed, stopped, doubled or out of disk
 # make fuzz   10,000 damaged adapters, rows, recipes, templates and GGUF files, and an attacked server (docs/internals/fuzzing.md)
 # make bench  speed of one training step beside HF PEFT and TRL, in turns (under fifteen minutes on two cores)
