@@ -20,8 +20,8 @@ MOST_TEXT = 50_000
 _MOST_QUESTION = 300
 """Characters of a question; a longer text is a log, which only patterns find."""
 _GAP = 300
-_LEAST_SCORE, _LEAST_NEAR = 0.6, 0.55
-"""The score, between 0 and 1, from which on an answer is given, and from which on it is named as perhaps meant."""
+_LEAST_SCORE, _LEAST_NEAR, _SURE_SCORE = 0.6, 0.55, 0.9
+"""The score, between 0 and 1, from which on an answer is given; is named as perhaps meant; outweighs a pattern."""
 _QUOTES = str.maketrans("", "", "\"'`\\")
 
 
@@ -87,7 +87,8 @@ def find_answers(text: str, max_near: int = 2) -> Answers:
         code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints)) for code, page in pages.items()
     }
     by_pattern = sorted((code for code in fits if any(fits[code])), key=lambda code: fits[code], reverse=True)
-    if by_pattern and fits[by_pattern[0]][0]:
+    is_sure = bool(ranked) and scores[ranked[0]] >= _SURE_SCORE
+    if by_pattern and fits[by_pattern[0]][0] and not is_sure:
         first, *others = by_pattern
         others += [name for name in ranked if scores[name] >= _LEAST_SCORE]
     elif ranked and scores[ranked[0]] >= _LEAST_SCORE:
