@@ -100,6 +100,8 @@ INVALID = {
     "arguments a list": (turn(tool_calls=[{"name": "f", "arguments": [1]}]), "bad-tool-call", "an object but a list"),
     "nameless tool": ({**turn(), "tools": [{"type": "function"}]}, "bad-tool", "tools[0] is not the JSON schema"),
     "empty content": (turn(content=" "), "empty-content", "messages[1] (assistant) has empty content"),
+    "invisible content": (turn(content="\u200b \ufeff"), "empty-content", "messages[1] (assistant) has empty content"),
+    "invisible completion": ({"prompt": "a", "completion": "\u2060"}, "empty-content", "'completion' is empty"),
     "unknown role": (turn(role="asistant"), "unknown-role", "did you mean 'assistant'?"),
     "unknown key": (turn(nme="x"), "unknown-key", "messages[1] has keys that are not used: 'nme'"),
     "image part": (turn(content=[{"type": "image_url"}]), "not-text", "content[0] is a part of the type 'image_url'"),

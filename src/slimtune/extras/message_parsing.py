@@ -6,6 +6,7 @@ and never reaches a template. An unknown key is an error, because it would chang
 """
 
 import json
+import re
 import shlex
 from collections import Counter
 from typing import Any
@@ -16,6 +17,14 @@ from ..errors import format_names, suggest
 
 MAX_DEPTH = 100
 """Most levels of lists and objects in a tool or its arguments."""
+_INVISIBLE = (
+    "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+)
+INVISIBLE = re.compile(f"[{_INVISIBLE}]")
+"""Characters that most programs do not show: joiners, marks of direction, variation selectors, blanks as letters."""
+_VISIBLE = re.compile(rf"[^\s{_INVISIBLE}]")
 MESSAGE_KEYS = {
     "system": ("role", "content", "weight"),
     "developer": ("role", "content", "weight"),
@@ -67,7 +76,7 @@ def _validate_message(message: Any, name: str) -> Message:
         known = f"(known: {format_names(MESSAGE_KEYS[role])})"
         raise RowError(f"{name} has keys that are not used: {format_names(unknown)} {known}", "unknown-key", hint)
     content = message.get("content") or ""
-    if not content.strip() and not calls and role != "tool":  # a tool may return an empty text
+    if is_blank(content) and not calls and role != "tool":  # a tool may return an empty text
         raise RowError(f"{name} ({role}) has empty content", "empty-content")
     valid = {"role": role, "content": require_text(content, f"{name} ({role})", allow_empty=True)}
     if calls is not None and calls != []:
@@ -140,11 +149,16 @@ def parse_list_or_json_array(value: Any, name: str) -> list[Any]:
     return value
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text has no character that a reader sees."""
+    return _VISIBLE.search(text) is None
+
+
 def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
     """Return a text; raise RowError if it is not a text, is blank, or contains half of a character."""
     if not isinstance(value, str):
         raise RowError(f"{name} is not a string but {get_json_type_name(value)}", "wrong-type")
-    if not allow_empty and not value.strip():
+    if not allow_empty and is_blank(value):
         raise RowError(f"{name} is empty", "empty-content")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise RowError(f"{name} contains half of a character (a lone \\ud8xx or \\udcxx escape)", "half-character")

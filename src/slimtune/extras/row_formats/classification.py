@@ -1,6 +1,5 @@
 """Texts and conversations with their classes."""
 
-import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +7,14 @@ from typing import Any
 from ...core.data.messages import RowError
 from ...core.data.rows import Fields, Record, RowFormat
 from ...errors import format_names
-from ..message_parsing import get_json_type_name, parse_list_or_json_array, parse_messages_and_train_mask, require_text
+from ..message_parsing import (
+    INVISIBLE,
+    get_json_type_name,
+    is_blank,
+    parse_list_or_json_array,
+    parse_messages_and_train_mask,
+    require_text,
+)
 from .chats import parse_tools
 
 
@@ -37,14 +43,6 @@ def sort_class_names(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
 
 
-INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
-)
-"""Characters that most programs do not show: joiners, marks of direction, variation selectors, blanks as letters."""
-
-
 def normalize_label(name: str) -> str:
     """Return a label as a reader sees it: without case, invisible characters, and forms of letters (NFKC)."""
     visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", name))
@@ -61,7 +59,7 @@ def _parse_label(value: Any) -> str:
     """Return the name of a class: a text, an integer or a boolean; raise RowError for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with gaps is read as one of floats
-    if isinstance(value, str) and INVISIBLE.sub("", value).strip():
+    if isinstance(value, str) and not is_blank(value):
         return require_text(value, "'label'").strip()
     if isinstance(value, bool | int):
         return str(value)
