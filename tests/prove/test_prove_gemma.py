@@ -82,7 +82,7 @@ def test_data(home, slimtune_json):
     prompt = "<bos><start_of_turn>user\n0. Define Hope.<end_of_turn>\n<start_of_turn>model\n"
     assert "".join(p["text"] for p in sample["pieces"] if not p["supervised"]).startswith(prompt)
     learned = "".join(p["text"] for p in sample["pieces"] if p["supervised"])
-    assert learned == "a polite lie that is told at noon.<end_of_turn>"
+    assert learned == f"{SAID[0][1]}<end_of_turn>"
 
 
 @slow
