@@ -169,7 +169,7 @@ def test_prompt_without_room(generator):
 
 @pytest.mark.parametrize("token", ["x", [2, "x"], 2.5, {"a": 1}])
 def test_end_token_that_is_no_id_is_named(tiny_tokenizer, token):
-    with pytest.raises(ModelError, match="has eos_token_id"):
+    with pytest.raises(ModelError, match="eos_token_id"):
         find_end_token_ids(types.SimpleNamespace(eos_token_id=token), tiny_tokenizer())
 
 
