@@ -51,7 +51,7 @@ def test_a_step_hangs_until_it_ends(monkeypatch, fails):
     assert watchdog.describe_hang() is None
     with pytest.raises(RuntimeError) if fails else pytest.MonkeyPatch.context(), watchdog.measure_step(1):
         time.sleep(0.02)
-        assert "has lasted 0 s" in watchdog.describe_hang()
+        assert watchdog.describe_hang() is not None
         if fails:
             raise RuntimeError
     assert watchdog.describe_hang() is None
