@@ -352,7 +352,7 @@ def test_eval_shows_no_table_that_is_too_wide(monkeypatch, slimtune):
 
 
 def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):
-    verdict = {"passed": False, "reasons": ["it is worse", "it forgot"], "warning": ""}
+    verdict = {"passed": False, "reasons": ["it is worse", "it forgot"], "warning": "", "next_steps": []}
     result = {**MEASURED, "prompt_dependence": None, "forgetting": None, "verdict": verdict}
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda run, settings: evaluated(result))
     done = slimtune("eval", "runs/x")

@@ -105,9 +105,10 @@ def test_run_learns_and_resumes_bit_for_bit(make, rows, task, first_loss, beta, 
     assert np.isnan(written["train"]).any() == (rows == "lists")  # of two answers, or three
 
     found, page = evaluate(folder, EvalSettings(split="validation")), (folder / "report.html").read_text()
-    assert found.improved
     if rows == "rated":
         measures = found.measures.unpaired_preference
+        # Higher rewards alone are no separation: the good answers must be likelier than the bad ones more often, too.
+        assert found.improved is (max(measures.auc_gain.value, measures.token_auc_gain.value) > 0)
         assert found.measures.rows == measures.good
         assert measures.reward_auc.value == 1
         assert len(metrics(folder, "kl")) == 3
@@ -115,6 +116,7 @@ def test_run_learns_and_resumes_bit_for_bit(make, rows, task, first_loss, beta, 
         gain = measures.margin
     else:
         measures = found.measures.preference
+        assert found.improved
         assert found.measures.prompt_dependence is None
         assert measures.margin_gain.low > 0
         assert "dpo, beta 0.1" in page

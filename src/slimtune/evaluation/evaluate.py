@@ -43,7 +43,7 @@ from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
-from .eval_result import EvalResult, EvalVerdict, TextEvalResult, TextOrPairEvalResult
+from .eval_result import EvalResult, EvalVerdict, KTOEvalResult, TextEvalResult, TextOrPairEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
@@ -280,9 +280,13 @@ def make_pass_fail_eval_verdict(result: EvalResult, reasons_not_improved: Sequen
         if answers and not any(answer.tuned.strip() for answer in answers):
             reasons.append(f"all {len(answers)} answers of the tuned model are empty")
     warnings, different = [], result.measures.different_rows
-    preference = result.measures.preference if isinstance(result, TextOrPairEvalResult) else None
-    if preference is not None and preference.accuracy_gain.low <= 0 and preference.base_accuracy.value < 1:
+    pairs = result.measures.preference if isinstance(result, TextOrPairEvalResult) else None
+    if pairs is not None and pairs.accuracy_gain.low <= 0 and pairs.base_accuracy.value < 1:
         warnings.append("by margins alone: that more pairs prefer the chosen answer is not shown")
+    if isinstance(result, KTOEvalResult):
+        unpaired = result.measures.unpaired_preference
+        if max(unpaired.auc_gain.low, unpaired.token_auc_gain.low) <= 0 and unpaired.base_auc.value < 1:
+            warnings.append("by rewards alone: that good answers are likelier than bad ones more often is not shown")
     if different < FEW_EVAL_ROWS:
         advice = "; read some answers: --generate 5" if unread else ""
         warnings.append(f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}")

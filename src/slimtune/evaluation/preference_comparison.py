@@ -162,11 +162,11 @@ class KTOEvaluator(ModelComparison[KTOMeasures]):
         preferences = measures.unpaired_preference
         low, high = preferences.reward_auc.ci95
         gains = (preferences.auc_gain, preferences.token_auc_gain)
-        if low > 0.5 and all(gain.low <= 0 for gain in gains):
+        if low > 0.5 and all(gain.value <= 0 for gain in gains) and preferences.base_auc.value < 1:
             base, tuned = preferences.base_auc.value, preferences.tuned_auc.value
             return [
-                "the tuned model is not shown to tell good answers from bad ones better than the base: the probability "
-                f"that a good answer has the higher log p was {base:.3f} and is {tuned:.3f}"
+                "the tuned model tells good answers from bad ones no better than the base: the probability that a good "
+                f"answer has the higher log p was {base:.3f} and is {tuned:.3f}"
             ]
         if low > 0.5:
             return []
