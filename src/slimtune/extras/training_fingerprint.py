@@ -287,7 +287,7 @@ def fingerprint_run(
         needed = ("weights", "config")
         _require_unchanged_base(init_adapter, base, [d for d in differences if d.part in needed], accept)
         if told := [d.text for d in differences if d.part not in needed and d.part not in accept]:
-            log.warning(f"{init_adapter} was trained with another {'; '.join(told)}")
+            log.warning(f"changed since {init_adapter} was trained: {'; '.join(told)}")
     return now
 
 
