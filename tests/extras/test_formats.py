@@ -58,7 +58,8 @@ GOOD = {
     "prompt-completion of messages": ({"prompt": [USER, SAID, USER], "completion": [SAID]},
         Row([USER, SAID, USER, SAID], 1, learned=(False, False, False, True))),
     "text": ({"text": "Once upon"}, Row([], 1, completion="Once upon")),
-    "preference": ({"prompt": "Q", "chosen": "a", "rejected": "b"}, Row([], 1, prompt="Q", chosen="a", rejected="b")),
+    "preference": ({"prompt": "Q", "chosen": "a", "rejected": "b"},
+        Row([{"role": "user", "content": "Q"}], 1, chosen="a", rejected="b")),
     "preference of messages": ({"prompt": [USER], "chosen": [SAID], "rejected": [SAID]},
         Row([USER], 1, chosen=[SAID], rejected=[SAID])),
     "chat with weights": ({"messages": [USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}]},
@@ -345,7 +346,7 @@ def test_developer_message_of_a_template_that_knows_it():
 
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 PAIRS = {
-    "text": ({"prompt": "Q: ", "chosen": "yes", "rejected": "no"}, "Q: ", "yes"),
+    "text": ({"prompt": USER["content"], "chosen": "yes", "rejected": "no"}, None, "yes"),
     "implicit text": ({"chosen": "Q: so yes", "rejected": "Q: so no"}, "Q: so", " yes"),
     "messages": ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, None, "yes"),
     "implicit messages": ({"chosen": [USER, YES], "rejected": [USER, NO]}, None, "yes"),

@@ -43,6 +43,7 @@ def test_corpus(cases, sound_paths):
     elsewhere |= {"repeated-prompt", "prompt-in-answer", "prompt-in-completion"}  # tests/extras/test_pair_prompts.py
     elsewhere |= {"different-turns", "no-prompt"}  # tests/extras/test_pair_prompts.py
     elsewhere |= {"special-token-as-text", "special-token-in-document"}  # tests/extras/test_documents.py
+    elsewhere |= {"swapped-texts"}  # tests/evaluation/test_swapped_texts.py
     elsewhere |= {"swapped-roles", "unbalanced-thinking"}  # tests/evaluation/test_data_report.py, test_thinking.py
     elsewhere |= {"empty-answer"}  # a guard: no row is known that gets there
     labels = {code for code in FINDING_TYPES if "label" in code or "class" in code}  # tests/data/test_label_rows.py

@@ -20,7 +20,6 @@ A name that neither the module nor its class has is PEFT's: the compat hook reso
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MixedBatchError, PeftWarning, TargetError, UnsupportedTargetError
+from ...errors import MixedBatchError, TargetError, UnsupportedTargetError
 from ..kernels.linear_layers import (
     ReadWeight,
     get_base_layer_type,
@@ -94,9 +93,6 @@ class AdaptedLayerMixin(PickledByClassFactory, PeftNameLookupMixin):
     def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's forward `base` with the active adapter modules around it."""
         active = self.active_state
-        if self.original_parameters is not None and self.training and torch.is_grad_enabled():
-            text = "the adapters are merged into the base: training changes none of them; call unmerge_adapter() first"
-            warnings.warn(text, PeftWarning, stacklevel=2)
         if self.original_parameters is not None or not (self.selection.names or active.layer_runner):
             return base(*args, **kwargs)
         if get_base_layer_type(self) == "weight":

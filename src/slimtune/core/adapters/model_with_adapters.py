@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import UsageError, format_names, suggest
+from ...errors import PeftWarning, UsageError, format_names, suggest
 from . import adapted_layer as layer
 from .active_adapters import BASE_ROW, ActiveAdapters
 from .adapter_module import AdapterModule, MergeUnsupported, UndoableLayerReplication
@@ -82,6 +82,12 @@ class AdaptedModelMixin(PickledByClassFactory, PeftNameLookupMixin):
     @property
     def base_model_class(self) -> Any:
         return self.adapter_state.base_class
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and (merged := self.merged_adapters):
+            text = f"{format_names(merged)} is merged into the base: training changes nothing until unmerge_adapter()"
+            warnings.warn(text, PeftWarning, stacklevel=2)
+        return super().train(mode)
 
     def match_report(self, adapter_name: str | None = None) -> TargetMatches:
         """Return which modules an adapter (None: the active one) changes, and which it does not."""
