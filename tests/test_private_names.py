@@ -33,7 +33,6 @@ OF_OBJECTS = {
     "_supports_default_dynamic_cache": "whether a model takes a cache that is made outside it",
     "_attn_implementation": "a getter for what `set_attn_implementation` sets",
     "_attn_implementation_internal": "another attention for one layer",
-    "_commit_hash": "the commit of a base from the Hub",
     "_experts_implementation": "how a model runs its experts",
     "_gradient_checkpointing_func": "offloading what activation checkpointing saves",
     "_hf_hook": "the device of a weight that accelerate offloads",
@@ -63,7 +62,6 @@ def test_names_of_objects():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     hooked = add_hook_to_module(torch.nn.Linear(2, 2), ModelHook())
     names = {*dir(type(model)), *dir(model.config), *vars(model.config), *vars(model.model.layers[0]), *vars(hooked)}
-    names |= vars(type(model.config).from_dict({"_commit_hash": "a"})).keys()
     if find_spec("bitsandbytes") is not None:
         names |= vars(import_module("bitsandbytes.nn").Linear4bit(64, 64)).keys()
         assert OF_OBJECTS.keys() <= names

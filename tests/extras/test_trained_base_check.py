@@ -166,6 +166,14 @@ def test_base_in_the_cache_of_the_hub_is_compared(home, hub_base):
         load_by_hub_id()
 
 
+def test_one_of_several_cached_revisions_is_not_proven(home, hub_base):
+    shutil.copytree(hub_base, hub_base.with_name("1" * 40))
+    model = load_base_model(home)
+    model.name_or_path = "org/tiny"
+    with pytest.warns(PeftWarning, match="proven"):
+        slimtune.PeftModel.from_pretrained(model, home / "whole/adapter")
+
+
 def test_missing_snapshot_is_said_in_one_sentence(hub_base):
     assert find_cached_snapshot("org/tiny", None) == hub_base
     with pytest.raises(OSError, match=r"^[^.]+v2$"):

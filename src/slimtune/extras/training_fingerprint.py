@@ -329,7 +329,7 @@ def describe_changed_model(model: Any, config: Any, source: str, before: Trainin
         now = TrainingFingerprint(config=describe_config(config.to_dict()))
     if "weights" not in accepted and before.weights:
         try:
-            now = dataclasses.replace(now, weights=_hash_files_of_model(model, config))
+            now = dataclasses.replace(now, weights=_hash_files_of_model(model))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             texts.append(f"whether {name} has the weights that {source} was trained on is not proven: {error}")
     if found := compare_fingerprints(before, now):
@@ -341,11 +341,13 @@ def describe_changed_model(model: Any, config: Any, source: str, before: Trainin
     return texts
 
 
-def _hash_files_of_model(model: Any, config: Any) -> dict[str, str]:
+def _hash_files_of_model(model: Any) -> dict[str, str]:
     name = getattr(model, "name_or_path", None)
     if not name:
         raise LookupError("it was not loaded from files")
-    folder = Path(name) if os.path.isdir(name) else find_cached_snapshot(name, getattr(config, "_commit_hash", None))
+    folder = Path(name) if os.path.isdir(name) else find_cached_snapshot(name, None)
+    if not os.path.isdir(name) and len(list(folder.parent.iterdir())) > 1:
+        raise LookupError("several of its revisions are in the Hub's cache, and the model does not say which it is")
     if not (weights := hash_weights_by_kind(folder)):
         raise LookupError(f"{folder} contains no safetensors")
     return weights
