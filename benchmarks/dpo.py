@@ -90,9 +90,9 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     from slimtune.core.foundation.device import disable_malloc_trim
     from slimtune.core.models.loader import load_base
     from slimtune.core.training.loss import (
+        choose_sufficient_micro_batch_tokens,
         forward_backward,
         make_collator,
-        measure_and_choose_micro_batch_tokens,
         score_row_logps_by_example_index,
     )
     from slimtune.core.training.memory_savings import apply_memory_savings
@@ -105,7 +105,7 @@ def run_ours(spec: dict[str, Any], turns: Turns) -> None:
     rows = [Row([], i, **pair) for i, pair in enumerate(spec["pairs"], 1)]
     data, _ = tokenize_dataset(rows, base.tokenizer, max_seq_len=10**6, source_path="pairs")
     collator = make_collator(model, base.tokenizer.pad_token_id)
-    collator.max_tokens = measure_and_choose_micro_batch_tokens(
+    collator.max_tokens = choose_sufficient_micro_batch_tokens(
         model, collator, max(map(max, map(count_tokens_per_row, data.example_lengths)))
     )
     started = time.perf_counter()

@@ -42,7 +42,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
     from slimtune import LoraConfig, get_peft_model
     from slimtune.core.attention import attention_functions as register
     from slimtune.core.models.lm_head import require_matching_lm_head_loss
-    from slimtune.core.training.loss import compute_step_loss, make_collator, measure_and_choose_micro_batch_tokens
+    from slimtune.core.training.loss import choose_sufficient_micro_batch_tokens, compute_step_loss, make_collator
 
     if by_segment:
         register.should_use_flex_attention = lambda *_: False  # type: ignore[assignment]
@@ -52,7 +52,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     collator = make_collator(model, 0)
     require_matching_lm_head_loss(model)
-    room = measure_and_choose_micro_batch_tokens(model, collator, 1024)
+    room = choose_sufficient_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:
         collator.max_tokens = room // parts

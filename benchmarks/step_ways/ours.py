@@ -32,7 +32,7 @@ from slimtune.core.attention.attention_functions import (
 from slimtune.core.data.collator import Collator
 from slimtune.core.foundation.device import disable_malloc_trim
 from slimtune.core.models.loader import load_base
-from slimtune.core.training.loss import compute_step_loss, make_collator, measure_and_choose_micro_batch_tokens
+from slimtune.core.training.loss import choose_sufficient_micro_batch_tokens, compute_step_loss, make_collator
 from slimtune.core.training.memory_savings import apply_memory_savings
 
 OFF = {
@@ -87,7 +87,7 @@ def main() -> None:
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
     collator = Collator(pad) if "layout" in off else make_collator(model, pad, share_prefix="share" not in off)
     assert collator.with_packed_layout != ("layout" in off)
-    collator.max_tokens = measure_and_choose_micro_batch_tokens(model, collator, longest)
+    collator.max_tokens = choose_sufficient_micro_batch_tokens(model, collator, longest)
     assert ran is None or ran, "plain maps were asked for and others ran"
 
     def passes(rows: list[Row]) -> list[tuple[dict[str, Any], int]]:

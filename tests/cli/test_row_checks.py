@@ -22,7 +22,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 @pytest.fixture
 def job(tmp_path, tiny_folder, monkeypatch):
     """Flags of a job whose base cannot be loaded; the rows are valid."""
-    monkeypatch.setattr(loader, "prepare_base_folder_and_config", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(loader, "load_config_and_convert_base", lambda *_, **__: pytest.fail("the base was loaded"))
     rows = write_rows(tmp_path / "rows.jsonl", 12)
     return {"--model": tiny_folder, "--data": rows, "--out": tmp_path / "run"}
 

@@ -4,7 +4,7 @@ import pytest
 
 from slimtune.core.adapters.method_registry import list_methods
 from slimtune.errors import ConfigError, UsageError
-from slimtune.experiments.candidates import build_candidates, separate_recipe_and_candidate_settings
+from slimtune.experiments.candidates import build_candidates, split_settings_by_recipe_section
 from slimtune.experiments.search_space import parse_setting_ranges
 
 LORA = {"method": {"name": "lora", "rank": 16}}
@@ -27,7 +27,7 @@ def test_all_is_every_method():
 
 def test_overrides_of_single_methods():
     pairs = [("train.batch_size", 4), ("model", "m"), ("dora.r", 4), ("lora.learning_rate", "1e-3")]
-    of_recipe, overrides = separate_recipe_and_candidate_settings(pairs)
+    of_recipe, overrides = split_settings_by_recipe_section(pairs)
     assert of_recipe == {"train.batch_size": 4, "model": "m"}
     found = {c.label: c for c in build_candidates(["lora", "dora"], LORA, overrides)}
     assert found["dora"].settings == {"r": 4, "use_dora": True}

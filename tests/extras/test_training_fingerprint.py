@@ -280,21 +280,21 @@ def test_weights_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(base_digests, "RECENT_SECONDS", -1.0)
     save_file({"layers.0.q_proj.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    first = base_digests.hash_weights_by_kind(tmp_path)
+    first = base_digests.hash_weights_by_projection(tmp_path)
     assert list(first) == ["q_proj.weight"]
     with monkeypatch.context() as patch:
         patch.setattr(base_digests, "_hash_tensors", None)
-        assert base_digests.hash_weights_by_kind(tmp_path) == first
+        assert base_digests.hash_weights_by_projection(tmp_path) == first
     for damage in (b"", b"{}", b'{"file": 1, "digests": {}}'):
         for kept in (tmp_path / "cache/digests").iterdir():
             kept.write_bytes(damage)
-        assert base_digests.hash_weights_by_kind(tmp_path) == first
+        assert base_digests.hash_weights_by_projection(tmp_path) == first
 
 
 def test_file_that_changed_a_moment_ago_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     save_file({"layers.0.q_proj.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    base_digests.hash_weights_by_kind(tmp_path)
+    base_digests.hash_weights_by_projection(tmp_path)
     assert not (tmp_path / "cache").exists()
 
 
@@ -303,17 +303,17 @@ def test_weights_replaced_under_an_older_time_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(base_digests, "RECENT_SECONDS", -1.0)
     file = tmp_path / "model.safetensors"
     save_file({"layers.0.q_proj.weight": torch.ones(4, 4)}, file)
-    first, stat = base_digests.hash_weights_by_kind(tmp_path), file.stat()
+    first, stat = base_digests.hash_weights_by_projection(tmp_path), file.stat()
     save_file({"layers.0.q_proj.weight": torch.zeros(4, 4)}, file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert base_digests.hash_weights_by_kind(tmp_path) != first
+    assert base_digests.hash_weights_by_projection(tmp_path) != first
 
 
 def test_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(base_digests, "RECENT_SECONDS", -1.0)
     monkeypatch.setenv("SLIMTUNE_CACHE", "/dev/null/nowhere")
     save_file({"layers.0.q_proj.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    assert base_digests.hash_weights_by_kind(tmp_path)
+    assert base_digests.hash_weights_by_projection(tmp_path)
 
 
 def test_fields_that_one_side_lacks_are_not_compared():

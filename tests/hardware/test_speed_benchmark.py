@@ -119,7 +119,7 @@ def test_real_steps_and_random_files(monkeypatch):
     assert len(steps) == 4
     assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
     monkeypatch.setattr(bench, "DECODED", ((256, 1, 300), (256, 2, 900), (512, 1, 300)))
-    serving = bench.measure_llama_cpp_speed(torch.device("cpu"))
+    serving = bench.measure_and_fit_llama_cpp_serving_speed(torch.device("cpu"))
     assert set(serving.prompt_flops) == set(bench.MEASURED_GGUF_TYPES)
 
 

@@ -145,7 +145,7 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
     collator = make_collator(model, 0)
     needed = step.measure_activation_bytes(model, collator, 120)
     monkeypatch.setattr(step, "count_free_memory", lambda device: 2 * needed)
-    assert step.measure_and_choose_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
+    assert step.choose_sufficient_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
 
 
 def test_layers_share_the_masks_behind_a_prefix():

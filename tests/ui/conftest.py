@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from slimtune.ui.command_jobs import CommandJob
+from slimtune.ui.command_jobs import StartedCommand
 from slimtune.ui.pages import UiPages
 from slimtune.ui.request_security import RequestGuard
 from slimtune.ui.web_app import build_web_app
@@ -98,10 +98,10 @@ def browser(stranger: TestClient) -> TestClient:
 
 
 @pytest.fixture
-def finish(pages: UiPages) -> Callable[[str], CommandJob]:
+def finish(pages: UiPages) -> Callable[[str], StartedCommand]:
     """Wait until a command of a kind has ended, and return it."""
 
-    def wait(kind: str) -> CommandJob:
+    def wait(kind: str) -> StartedCommand:
         job = pages.jobs.get(kind)
         assert job is not None
         job.wait(20)

@@ -135,7 +135,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     if "RANK" in os.environ:
         from ..core.foundation import distributed
 
-        if not distributed.wait_to_claim_error_printing(known):
+        if not distributed.wait_to_claim_printing_new_error(known):
             return known.exit_code, None
     screen = make_error_console()
     screen.print(Text.assemble(("error: ", ERROR), escape_control_characters(known.message)))

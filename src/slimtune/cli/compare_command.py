@@ -70,14 +70,14 @@ def compare_methods(
     from ..experiments.candidates import (
         build_candidates,
         expand_candidate_names,
-        separate_recipe_and_candidate_settings,
+        split_settings_by_recipe_section,
     )
 
     place = None if on is None else parse_executor_spec(on)
     if plot is not None:
         plot = require_figure_path(plot)
     names = [name.strip() for name in (tasks or methods or METHODS).split(",") if name.strip()]
-    recipe_settings, method_settings = separate_recipe_and_candidate_settings(settings.items())
+    recipe_settings, method_settings = split_settings_by_recipe_section(settings.items())
     expand_candidate_names(names, method_settings, names_are_tasks=tasks is not None)
     tree = _load_checked_tree(recipe, recipe_settings)
     if tasks is None:
@@ -116,14 +116,14 @@ def _print_comparison(result: "CompareResult") -> None:
     from ..experiments.comparison_report import (
         describe_comparison_setup,
         format_terminal_row,
-        list_comparison_columns,
+        list_comparison_headings,
         list_comparison_notes,
     )
 
     screen = make_console()
     screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result.methods)
-    columns = list_comparison_columns(result.methods, terminal=True)
+    columns = list_comparison_headings(result.methods, terminal=True)
     methods = make_table(*columns, text_column_indices=[len(columns) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
     if result.methods:

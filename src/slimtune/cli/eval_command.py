@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from ..evaluation.result_lines import ResultHeading, ResultLine, format_eval_result
+from ..evaluation.result_lines import ResultHeading, ResultLine, list_eval_result_lines
 from .common import (
     WARNING,
     Device,
@@ -90,7 +90,7 @@ def eval_run(
     with show_progress():
         result = evaluate(run, settings)
     if not as_json:
-        _print_lines(format_eval_result(result, make_console().width))
+        _print_lines(list_eval_result_lines(result, make_console().width))
     return result if result.verdict.passed else NegativeVerdictResult(result)
 
 

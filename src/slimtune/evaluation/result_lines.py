@@ -57,7 +57,7 @@ ResultLine = str | ResultHeading | ResultTable
 """A sentence ("" for a blank line), a heading, or a table."""
 
 
-def format_eval_result(result: EvalResult, width: int) -> list[ResultLine]:
+def list_eval_result_lines(result: EvalResult, width: int) -> list[ResultLine]:
     """Return what is said of an evaluation, its verdict and what mends a "no" last.
 
     No table but that of losses is wider than `width`.

@@ -137,7 +137,7 @@ def _set_rate(candidate: ComparisonCandidate, given: Any) -> ComparisonCandidate
     return dataclasses.replace(candidate, learning_rate=rate, rate_source="given")
 
 
-def separate_recipe_and_candidate_settings(
+def split_settings_by_recipe_section(
     set_pairs: Iterable[tuple[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split `--set` pairs into those of the recipe and those of single candidates."""

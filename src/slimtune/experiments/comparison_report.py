@@ -265,7 +265,7 @@ def _format_plus_minus(estimate: Estimate, digits: int) -> str:
 
 
 def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
-    """Return a method's cells for 80 columns, one for each of `list_comparison_columns(…, terminal=True)`."""
+    """Return a method's cells for 80 columns, one for each of `list_comparison_headings(…, terminal=True)`."""
     name, _, trains, file, memory, time, loss, *gains, best_for = make_comparison_row_cells(method)
     rate, gain = f"{method.rate:.2g}", _format_plus_minus(method.gain, 3)
     if method.preference is not None:
@@ -274,7 +274,7 @@ def format_terminal_row(method: ComparedMethod) -> tuple[str, ...]:
     return name, rate, trains, file, memory, time, gain, best_for
 
 
-def list_comparison_columns(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
+def list_comparison_headings(methods: Sequence[ComparedMethod], *, terminal: bool = False) -> tuple[str, ...]:
     """Return the heads of the cells of `make_comparison_row_cells`, or of `format_terminal_row`."""
     if not methods or methods[0].preference is None:
         return TERMINAL_COLUMNS if terminal else COLUMNS
@@ -343,7 +343,7 @@ def list_comparison_notes(result: CompareResult) -> list[str]:
 
 def format_comparison_markdown(result: CompareResult) -> str:
     """Return `table.md`."""
-    columns = list_comparison_columns(result.methods)
+    columns = list_comparison_headings(result.methods)
     table = format_markdown_table(
         columns, map(make_comparison_row_cells, result.methods), left_aligned_columns=(0, len(columns) - 1)
     )

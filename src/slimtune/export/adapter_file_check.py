@@ -16,7 +16,12 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..extras.gguf_loading import import_gguf, open_gguf_reader
-from .gguf import get_lora_factors_and_scales, make_gguf_module_name_mapper, reorder_rows_for_llama_cpp, split_gate_up
+from .gguf import (
+    get_lora_factors_and_scales,
+    make_gguf_module_name_mapper,
+    reorder_rows_for_llama_cpp,
+    split_gate_up_by_projection_name,
+)
 
 
 def require_trained_adapter_in_gguf(file: Path, model: Any, adapter: str = "default") -> None:
@@ -30,7 +35,9 @@ def require_trained_adapter_in_gguf(file: Path, model: Any, adapter: str = "defa
         raise AdapterError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
     wrong: list[str] = []
     for module, (A, B, scale) in get_lora_factors_and_scales(model, adapter).items():
-        for part, rows in (split_gate_up(module, B, model.config) if B.dim() == 3 else {module: B}).items():
+        for part, rows in (
+            split_gate_up_by_projection_name(module, B, model.config) if B.dim() == 3 else {module: B}
+        ).items():
             rows = reorder_rows_for_llama_cpp(rows.double(), part, model.config) * scale
             file_scale = alpha / A.shape[-2] if alpha else 1.0
             for letter, trained, factor in (("a", A.double(), 1.0), ("b", rows, file_scale)):

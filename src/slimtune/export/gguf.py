@@ -119,7 +119,7 @@ def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: 
         kind, owner = ("bias", name.removesuffix("_bias")) if leaf.endswith("_bias") else ("weight", name)
         if kind == "weight" and leaf in architecture.transposed:
             weight = weight.mT
-        parts = split_gate_up(owner, weight, config)
+        parts = split_gate_up_by_projection_name(owner, weight, config)
         found = {names(part): tensor for part, tensor in parts.items()}
         return {} if None in found else {f"{part}.{kind}": tensor for part, tensor in found.items()}
     if (module_name := names(module)) is None:
@@ -133,7 +133,7 @@ def convert_to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: 
     return {f"{module_name}.{leaf}": reorder_rows_for_llama_cpp(weight, module, config)}
 
 
-def split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
+def split_gate_up_by_projection_name(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
     """Return experts' output rows `(experts, out, …)`, of a weight or a LoRA's B, by the name of each projection."""
     module, _, leaf = name.rpartition(".")
     if leaf != "gate_up_proj":
@@ -166,7 +166,9 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     layers = {
         part: (A, rows, scale)
         for module, (A, B, scale) in layers.items()
-        for part, rows in (split_gate_up(module, B, model.config) if B.dim() == 3 else {module: B}).items()
+        for part, rows in (
+            split_gate_up_by_projection_name(module, B, model.config) if B.dim() == 3 else {module: B}
+        ).items()
     }
     alphas = {module: scale * A.shape[-2] for module, (A, _, scale) in layers.items()}
     alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)  # the most common one

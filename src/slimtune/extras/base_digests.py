@@ -58,7 +58,7 @@ def find_cached_snapshot(hub_id: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"its files are not in the Hub's cache, revision {revision or 'main'}") from None
 
 
-def hash_weights_by_kind(folder: Path) -> dict[str, str]:
+def hash_weights_by_projection(folder: Path) -> dict[str, str]:
     """Return 32 hex digits for each kind of weight ("q_proj.weight") in a folder's safetensors, over all layers.
 
     They are of the names, dtypes, shapes and all values of the tensors.

@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 from ..core.adapters.adapter_files import TRAINING_FINGERPRINT, WEIGHTS_FILE
 from ..core.config import Recipe
 from ..core.foundation.files import read_json_object, to_json, write_atomic
-from ..core.foundation.fingerprint import get_rope_settings, normalize_config_value
+from ..core.foundation.fingerprint import get_rope_settings, normalize_config_numbers
 from ..core.models.loader import LoadedBase
 from ..core.training.checkpoint import list_checkpoints
 from ..core.training.datasets import RunDatasets
@@ -41,7 +41,7 @@ from .base_digests import (
     find_cached_snapshot,
     hash_text,
     hash_tokenizer_by_part,
-    hash_weights_by_kind,
+    hash_weights_by_projection,
     read_safetensors_header,
 )  # fmt: skip
 from .row_digest import hash_rows
@@ -121,7 +121,7 @@ def fingerprint_base(base: LoadedBase) -> TrainingFingerprint:
     found = TrainingFingerprint(config=describe_config(base.loaded_config), template=hash_template(template))
     try:
         folder = find_base_folder(base)
-        weights, tokenizer = hash_weights_by_kind(folder), hash_tokenizer_by_part(folder, base.tokenizer)
+        weights, tokenizer = hash_weights_by_projection(folder), hash_tokenizer_by_part(folder, base.tokenizer)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning(f"whether {base.source.spec} has changed is not proven: {error}")
         return found
@@ -142,7 +142,7 @@ def describe_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
         if name.endswith("_config") and isinstance(value, Mapping):
             fields |= describe_config(value, f"{prefix}{name}.")
         elif value is not None:
-            fields[prefix + name] = normalize_config_value(value)
+            fields[prefix + name] = normalize_config_numbers(value)
     if rope := get_rope_settings(config):
         fields[f"{prefix}rope"] = rope
     return json.loads(to_json(fields))  # as it is read back
@@ -348,7 +348,7 @@ def _hash_files_of_model(model: Any) -> dict[str, str]:
     folder = Path(name) if os.path.isdir(name) else find_cached_snapshot(name, None)
     if not os.path.isdir(name) and len(list(folder.parent.iterdir())) > 1:
         raise LookupError("several of its revisions are in the Hub's cache, and the model does not say which it is")
-    if not (weights := hash_weights_by_kind(folder)):
+    if not (weights := hash_weights_by_projection(folder)):
         raise LookupError(f"{folder} contains no safetensors")
     return weights
 

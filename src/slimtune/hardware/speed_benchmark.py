@@ -133,7 +133,7 @@ def measure_machine(device: str = "auto") -> MachineMeasurement:
         # A process of its own, as a server is: beside torch's threads, OpenMP lets those of llama.cpp sleep at each
         # barrier, and decoding is a third slower.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_parent) as process:
-            result = process.submit(measure_llama_cpp_speed, picked)
+            result = process.submit(measure_and_fit_llama_cpp_serving_speed, picked)
         try:
             found["serving"]["llama.cpp"] = result.result()
         except ModelError as error:
@@ -274,7 +274,7 @@ def _measure_transformers(clock: DeviceTimer, dtype: torch.dtype) -> ServingSpee
     return fit_decode_token_seconds([name], runs, decoded, {name: operations[0] / prompts[0]})
 
 
-def measure_llama_cpp_speed(device: torch.device) -> ServingSpeedFit:
+def measure_and_fit_llama_cpp_serving_speed(device: torch.device) -> ServingSpeedFit:
     """Return how fast llama.cpp decodes and reads a prompt, for each of `MEASURED_GGUF_TYPES`.
 
     Raises:

@@ -40,7 +40,7 @@ MOST_TOKENS = 1 << 14
 
 
 def extrapolate_step_trace(
-    job: MicroBatchWorkload, meta_model: Any = None, *, stop_after_backward: bool = False
+    job: MicroBatchWorkload, full_meta_model: Any = None, *, stop_after_backward: bool = False
 ) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
@@ -49,7 +49,7 @@ def extrapolate_step_trace(
 
     Args:
         job: what to train.
-        meta_model: the job's model on meta, to check the extrapolated weights against; it may be used up.
+        full_meta_model: the job's model on meta, to check the extrapolated weights against; it may be used up.
         stop_after_backward: as in `trace_training_step`.
 
     Raises:
@@ -61,21 +61,21 @@ def extrapolate_step_trace(
         return load_or_compute_trace(job, traced, backward_only=stop_after_backward)
 
     if job.num_layers <= 3:
-        return trace(job, meta_model)
+        return trace(job, full_meta_model)
     try:
         two, three = (trace(job.with_num_layers(d)) for d in (2, 3))
     except UsageError:
-        return trace(job, meta_model)
+        return trace(job, full_meta_model)
 
     def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
         return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
 
     state = extrapolate(two.state, three.state)
-    if meta_model is not None:
+    if full_meta_model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
-        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(meta_model)}
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in list_module_tensors(full_meta_model)}
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
-            return trace(job, meta_model)
+            return trace(job, full_meta_model)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
     return StepTrace(
         state,

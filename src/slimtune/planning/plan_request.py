@@ -158,7 +158,7 @@ def pick_length_quantiles(ascending_lengths: Sequence[ExampleLength], count: int
 def build_plan_request(
     recipe: Recipe,
     gpu: GpuSpec,
-    lengths: Sequence[ExampleLength] = (),
+    example_lengths: Sequence[ExampleLength] = (),
     processes: int = 1,
     row_composition: DatasetRowComposition = ALL_SUPERVISED,
 ) -> PlanRequest:
@@ -167,7 +167,7 @@ def build_plan_request(
     Args:
         recipe: the run.
         gpu: where it runs.
-        lengths: of every example, if the data were read; else every row has the recipe's maximum length.
+        example_lengths: of every example, if the data were read; else every row has the recipe's maximum length.
         processes: processes that train together.
         row_composition: of the examples, as far as it is known.
 
@@ -180,9 +180,9 @@ def build_plan_request(
     info = load_base_config(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     seq_len, notes = recipe.data.max_seq_len, []
     positions = get_max_positions(info.config)
-    longest = max(map(max, map(count_tokens_per_row, lengths)), default=seq_len)
+    longest = max(map(max, map(count_tokens_per_row, example_lengths)), default=seq_len)
     if positions is not None and longest > positions:
-        if lengths or seq_len != DataSettings.max_seq_len:
+        if example_lengths or seq_len != DataSettings.max_seq_len:
             message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
             raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
         seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]
@@ -192,8 +192,8 @@ def build_plan_request(
     objective = recipe.objective()
     notes += objective.list_plan_notes()
     if not train.share_prefix:
-        lengths, row_composition = (
-            [*map(remove_prefix_sharing, lengths)],
+        example_lengths, row_composition = (
+            [*map(remove_prefix_sharing, example_lengths)],
             row_composition._replace(shared_prefix_tokens=0),
         )
     same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
@@ -208,9 +208,9 @@ def build_plan_request(
         dtype=model.dtype,
         quantization=resolve_quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
-        lengths=tuple(heapq.nlargest(train.batch_size, lengths, key=count_tokens_with_shared_prompt)),
-        quantiles=pick_length_quantiles(sorted(lengths, key=count_tokens_with_shared_prompt), QUANTILES)
-        if lengths
+        lengths=tuple(heapq.nlargest(train.batch_size, example_lengths, key=count_tokens_with_shared_prompt)),
+        quantiles=pick_length_quantiles(sorted(example_lengths, key=count_tokens_with_shared_prompt), QUANTILES)
+        if example_lengths
         else (),
         batch_size=train.batch_size,
         rows_per_example=objective.rows_per_example,

@@ -31,13 +31,13 @@ MAX_LINES, MAX_LINE = 200, 2000
 State = Literal["running", "done", "negative", "failed", "stopped", "killed"]
 
 
-class CommandJob:
+class StartedCommand:
     """A command that was started.
 
     Args:
         kind: what it is for; only one of a kind runs at a time.
         args: of `slimtune`, without `--json`.
-        folder: where it runs.
+        working_folder: where it runs.
         program: `slimtune`.
         subject: the run that it is about.
     """
@@ -157,23 +157,23 @@ class LatestCommandJobs:
 
     def __init__(self, folder: Path, program: Sequence[str] = SLIMTUNE) -> None:
         self.folder, self.program = folder, program
-        self._jobs: dict[str, CommandJob] = {}
+        self._jobs: dict[str, StartedCommand] = {}
         self._lock = threading.Lock()  # two tabs may start a job at once
 
-    def get(self, kind: str) -> CommandJob | None:
+    def get(self, kind: str) -> StartedCommand | None:
         """Return the last job of a kind."""
         return self._jobs.get(kind)
 
-    def start(self, kind: str, args: Sequence[str], subject: str = "") -> CommandJob:
+    def start(self, kind: str, args: Sequence[str], subject: str = "") -> StartedCommand:
         """Start a command; raise UsageError while another of its kind runs."""
         with self._lock:
             job = self._jobs.get(kind)
             if job is not None and job.state == "running":
                 raise UsageError(f"this runs already: {job.command}", "one at a time", "wait until it ends, or stop it")
-            job = self._jobs[kind] = CommandJob(kind, args, self.folder, self.program, subject)
+            job = self._jobs[kind] = StartedCommand(kind, args, self.folder, self.program, subject)
         return job
 
-    def stop_all(self) -> list[CommandJob]:
+    def stop_all(self) -> list[StartedCommand]:
         """Stop every job but trainings, which go on by themselves; return those."""
         running = [job for job in self._jobs.values() if job.state == "running"]
         for job in running:

@@ -18,7 +18,7 @@ from ..evaluation.run_report import make_report_template_functions, render_memor
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
-from .command_jobs import SLIMTUNE, CommandJob, LatestCommandJobs
+from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
 from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_args_except_base_and_rows, make_form_fields
 from .run_pages import (
     ChosenRun,
@@ -98,7 +98,7 @@ class UiPages:
         except SlimtuneError as e:
             self.notice = f"What you chose is not kept for the next start: {e.message}"
 
-    def close(self) -> list[CommandJob]:
+    def close(self) -> list[StartedCommand]:
         """Stop what runs but trainings, and return those."""
         if self.conversation is not None:
             self.conversation.close()

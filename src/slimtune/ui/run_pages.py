@@ -27,7 +27,7 @@ from ..evaluation.run_results import (
     load_run_results,
     read_saved_evaluations,
 )
-from .command_jobs import CommandJob
+from .command_jobs import StartedCommand
 from .workspace import WorkspaceFolder
 
 BIG = 1 << 20
@@ -135,7 +135,7 @@ class RunPageData:
 
     name: str
     """The run."""
-    job: CommandJob | None
+    job: StartedCommand | None
     """The training, if the page started it."""
     active: bool
     """Whether it trains."""
@@ -171,7 +171,7 @@ class JobPageData:
     """What it is for, such as "plan"."""
     state: str
     """Whether it runs, and how it ended."""
-    job: CommandJob
+    job: StartedCommand
     """The command."""
     error: Mapping[str, str]
     """Its error; empty: none."""
@@ -231,7 +231,7 @@ class RunComparisonCharts:
     """Runs that were not measured."""
 
 
-def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: CommandJob | None) -> RunPageData:
+def make_run_page_data(workspace: WorkspaceFolder, name: str, last_job: StartedCommand | None) -> RunPageData:
     """Return what the page of a training shows; `last_job` is the last training that the page started.
 
     Until the base is loaded a run has no folder: then there is only the job.

@@ -12,7 +12,7 @@ import uvicorn
 
 from ..extras.http_connections import GuardedHttpConnection, GuardedHttpServer
 from ..extras.sockets import format_server_address, is_loopback, open_listening_socket
-from .command_jobs import CommandJob
+from .command_jobs import StartedCommand
 from .pages import UiPages
 from .request_security import RequestGuard
 from .web_app import build_web_app
@@ -30,7 +30,7 @@ def serve_web_page(
     max_upload: int,
     announce: Callable[[str, bool], None],
     plannable_gpus: Sequence[tuple[str, int]] = (),
-) -> tuple[str, list[CommandJob]]:
+) -> tuple[str, list[StartedCommand]]:
     """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from slimtune.core.models.base_config import get_max_positions, load_base_config, prepare_base_folder_and_config
+from slimtune.core.models.base_config import get_max_positions, load_base_config, load_config_and_convert_base
 from slimtune.core.models.model_source import ModelSource, find_known_base, resolve_model_source
 from slimtune.errors import ModelError, UsageError
 from slimtune.extras.known_models import PACKAGED, load_known_models_by_alias
@@ -279,7 +279,7 @@ def test_more_than_a_config_is_refused_before_transformers_reads_it(tmp_path, mo
         load_base_config(write_config(tmp_path / "config.json", **fields))
 
 
-@pytest.mark.parametrize("load", [load_base_config, prepare_base_folder_and_config])
+@pytest.mark.parametrize("load", [load_base_config, load_config_and_convert_base])
 def test_config_that_is_a_pipe_is_refused(tmp_path, load):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ModelError, match=r"config\.json .*pipe"):

@@ -224,7 +224,7 @@ def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 def test_other_commands_want_one_process(monkeypatch, slimtune):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("slimtune.core.foundation.distributed.wait_to_claim_error_printing", lambda error: True)
+    monkeypatch.setattr("slimtune.core.foundation.distributed.wait_to_claim_printing_new_error", lambda error: True)
     done = slimtune("methods")
     assert done.exit_code == 2
     assert "4 processes" in done.stderr

@@ -163,7 +163,7 @@ def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
     for name, run, kind, ranks in (
         ("second", distributed.run_on_all_ranks, DataError, [1]),
         ("all", distributed.run_on_all_ranks, UsageError, [0, 1]),
-        ("first", lambda work: distributed.runs_on_main(work)(), DataError, [0]),
+        ("first", lambda work: distributed.runs_on_main_and_broadcasts(work)(), DataError, [0]),
     ):
         try:
             run(raise_in(kind, ranks))
@@ -177,7 +177,7 @@ def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
         half.grad = torch.ones(2, 3)
     distributed.sum_gradients([some, none, half])
     found["sums"] = [some.grad.tolist(), none.grad, half.grad.tolist()]
-    found["main"] = distributed.runs_on_main(distributed.rank)()
+    found["main"] = distributed.runs_on_main_and_broadcasts(distributed.rank)()
     return found
 
 

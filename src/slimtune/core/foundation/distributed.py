@@ -104,7 +104,7 @@ def wait_and_destroy_process_group() -> None:
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
-def runs_on_main(function: Callable[P, T]) -> Callable[P, T]:
+def runs_on_main_and_broadcasts(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that the main process runs alone.
 
     Every process gets what it returns (by pickle), or raises what it raised.
@@ -251,7 +251,7 @@ def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
             time.sleep(SIGTERM_GRACE_SECONDS)
             reason += f", and its step did not end within {SIGTERM_GRACE_SECONDS} seconds"
         error = _peer_gone(reason)
-        if wait_to_claim_error_printing(error):
+        if wait_to_claim_printing_new_error(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the main thread may be printing its own message
@@ -260,7 +260,7 @@ def exit_on_sigterm_with_resume_hint(resume_command: str) -> None:
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
 
-def wait_to_claim_error_printing(error: SlimtuneError) -> bool:
+def wait_to_claim_printing_new_error(error: SlimtuneError) -> bool:
     """Return whether this process prints an error; if so, tell the others.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different

@@ -47,7 +47,7 @@ def get_hashed_config_facts(config: Mapping[str, Any]) -> JsonObject:
     for fact, names in FACTS.items():
         value = next((config[n] for n in names.split() if config.get(n) is not None), None)
         if value is not None:
-            facts[fact] = normalize_config_value(value)
+            facts[fact] = normalize_config_numbers(value)
     # Spelled out by some configs and left to the default by others: the same model either way.
     if isinstance(facts.get("heads"), int):
         facts.setdefault("kv_heads", facts["heads"])
@@ -65,20 +65,20 @@ def get_rope_settings(config: Mapping[str, Any]) -> JsonObject:
     """Return the rotary settings, transformers 4's (`rope_theta` beside `rope_scaling`) spelled as 5's."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if settings and all(isinstance(v, Mapping) for v in settings.values()):  # one set per kind of layer
-        return normalize_config_value(settings)
+        return normalize_config_numbers(settings)
     if config.get("rope_theta") is not None:
         settings.setdefault("rope_theta", config["rope_theta"])
     if settings:
         settings.setdefault("rope_type", settings.get("type", "default"))
-    return normalize_config_value({k: v for k, v in settings.items() if v is not None and k != "type"})
+    return normalize_config_numbers({k: v for k, v in settings.items() if v is not None and k != "type"})
 
 
-def normalize_config_value(value: Any) -> Any:
+def normalize_config_numbers(value: Any) -> Any:
     """Return `value` so that 10000, 10000.0 and a float read back from float32 hash alike."""
     if isinstance(value, Mapping):
-        return {str(k): normalize_config_value(v) for k, v in value.items()}
+        return {str(k): normalize_config_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [normalize_config_value(v) for v in value]
+        return [normalize_config_numbers(v) for v in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else f"{value:.6g}"
     return value

@@ -50,7 +50,7 @@ class PreparedBase(NamedTuple):
     prepare_seconds: float  # spent on making a folder of another format
 
 
-def prepare_base_folder_and_config(
+def load_config_and_convert_base(
     spec: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreparedBase:
     """Find a base and load its config; of another format, such as GGUF, a folder is made in the cache.
@@ -82,8 +82,8 @@ def prepare_base_folder_and_config(
 def load_checkpoint_config(
     spec: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedConfig:
-    """Load the config of a base that can be loaded; as `prepare_base_folder_and_config`."""
-    return prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision).config
+    """Load the config of a base that can be loaded; as `load_config_and_convert_base`."""
+    return load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision).config
 
 
 def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> BaseConfig:
@@ -111,7 +111,7 @@ def load_base_config(spec: str, *, trust_remote_code: bool = False, revision: st
         return BaseConfig(spec.split("/")[-1], loads, AutoConfig.for_model(**known.config), known.source)
     if "/" not in spec:
         raise make_unknown_base_error(spec)
-    model = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
+    model = load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     return BaseConfig(model.source.name, spec, model.config, f"config.json of {spec}")
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ...errors import ModelError, UsageError, format_names, suggest
 from ..foundation.chat_rendering import CHAT_TEMPLATE_SETTERS
 from ..foundation.fingerprint import config_fingerprint
-from .base_config import PreparedBase, get_hidden_size, prepare_base_folder_and_config
+from .base_config import PreparedBase, get_hidden_size, load_config_and_convert_base
 from .dtype import pick_device, pick_dtype
 from .load_errors import silence_and_translate_load_errors
 from .model_source import BASE_READERS, ModelSource
@@ -110,7 +110,7 @@ def load_base(
         raise UsageError(f"unknown task {task!r}{suggest(task, TASKS)}", format_names(TASKS))
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    opened = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
+    opened = load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     start = time.perf_counter()
     tokenizer = _load_tokenizer(opened, chat_template)
     quantization, options = resolve_quantization_and_load_args(opened.config, quantization, dtype, device, spec)
@@ -165,7 +165,7 @@ def load_tokenizer(
     spec: str, *, trust_remote_code: bool = False, chat_template: str | Path | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer alone, no weights; as `load_base`."""
-    opened = prepare_base_folder_and_config(spec, trust_remote_code=trust_remote_code, revision=revision)
+    opened = load_config_and_convert_base(spec, trust_remote_code=trust_remote_code, revision=revision)
     return _load_tokenizer(opened, chat_template)
 
 

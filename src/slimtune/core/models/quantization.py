@@ -20,7 +20,7 @@ LoadOptions = dict[str, Any]
 """Arguments of transformers' `from_pretrained`, which takes any that a quantization library has."""
 
 
-class QuantizedModelLoader(Protocol):
+class QuantizationLibrary(Protocol):
     """How the library that quantizes a base loads it."""
 
     def make_load_options(
@@ -36,7 +36,7 @@ class QuantizedModelLoader(Protocol):
         """Keep the library from repacking weights on a CPU where that would be wrong or fail."""
 
 
-BASE_QUANTIZATIONS: Registry[QuantizedModelLoader] = Registry("slimtune.base_quantizations", "quantization of bases")
+BASE_QUANTIZATIONS: Registry[QuantizationLibrary] = Registry("slimtune.base_quantizations", "quantization of bases")
 
 
 def require_bitsandbytes(feature: str) -> None:

@@ -63,7 +63,7 @@ def _raise_if_stopped(loop: TrainingLoop) -> None:
     raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
 
 
-@distributed.runs_on_main
+@distributed.runs_on_main_and_broadcasts
 def _save_result(loop: TrainingLoop, peak_bytes: int) -> TrainResult:
     """Save the best adapter, then the result and the reports; return the result."""
     run, prepared, state, model = loop.run_dir, loop.prepared, loop.state, loop.model

@@ -76,7 +76,7 @@ def build_run_collator(settings: TrainSettings, model: Any, tokenizer: Any, long
         raise UsageError(message, hint="--set train.packing=null packs where it is exact")
     require_matching_lm_head_loss(model)
     limit = settings.max_tokens_per_micro_batch
-    collator.max_tokens = measure_and_choose_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
+    collator.max_tokens = choose_sufficient_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator
 
 
@@ -265,7 +265,7 @@ def count_supervised_targets(example: Example) -> int:
 # --- what a model supports and needs ----------------------------------------------------------------------------------
 
 
-def measure_and_choose_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:
+def choose_sufficient_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int:
     """Return how many tokens to put into a micro-batch: enough to compute fast, if half of the free memory holds them.
 
     The bytes per token are measured in real forward passes of short rows, apart from what a pass takes whatever its

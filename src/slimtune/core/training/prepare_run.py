@@ -84,7 +84,7 @@ def prepare_run(
         has_budget = recipe.train.forgetting_budget is not None
         general_text = GENERAL_TEXTS.load("files")(recipe.data.general_text) if has_budget else None
         lengths = data.lengths()
-        plan = distributed.runs_on_main(planner)(recipe, lengths, data.train.content)
+        plan = distributed.runs_on_main_and_broadcasts(planner)(recipe, lengths, data.train.content)
 
         base, model = load_base_and_attach_adapter(recipe, data, init_adapter, load_base, allow_faulty_rows)
         loading_peak = count_peak_memory(base.device)
@@ -92,7 +92,7 @@ def prepare_run(
         recipe = fill_in_learning_rate(recipe, len(data.train), base.hidden_size)
         if os.path.isabs(base.source.spec):
             recipe = replace(recipe, model=replace(recipe.model, name=base.source.spec))
-        fingerprint_run = distributed.runs_on_main(FINGERPRINT_CHECKS.load("files").fingerprint_run)
+        fingerprint_run = distributed.runs_on_main_and_broadcasts(FINGERPRINT_CHECKS.load("files").fingerprint_run)
         fingerprint = fingerprint_run(run, recipe, data, base, resume, init_adapter, accept_changed)
         model.adapter_state.training_fingerprints["default"] = fingerprint.to_json()
         if not resume:

@@ -44,7 +44,7 @@ def resolve_recipe_adapter_and_lock_on_resume(
     return (recipe if init_adapter is None else _with_adapter_config(recipe, init_adapter)), init_adapter
 
 
-@distributed.runs_on_main
+@distributed.runs_on_main_and_broadcasts
 def _prepare_resume(run: RunDir, recipe: Recipe, lock: RunLock, accept: Collection[str]) -> Recipe:
     """Lock a run folder to resume it, after checking the recipe, and delete what a killed run left.
 
@@ -82,7 +82,7 @@ def _with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     return dataclasses.replace(recipe, method=MethodSettings(name=config.name, settings=settings))
 
 
-@distributed.runs_on_main
+@distributed.runs_on_main_and_broadcasts
 def create_and_lock_run_dir(
     run: RunDir, recipe: Recipe, lock: RunLock, fingerprint: TrainingFingerprint,
     findings: Mapping[str, RowFindingsSummary | None], init_adapter: Path | None,
@@ -117,7 +117,7 @@ def initialize_or_resume_run_in_place(prepared: PreparedRun, resume: bool) -> No
     torch.manual_seed(settings.seed)
     newest = None
     if resume:
-        find_newest = distributed.runs_on_main(checkpoint.find_newest_undamaged_checkpoint)
+        find_newest = distributed.runs_on_main_and_broadcasts(checkpoint.find_newest_undamaged_checkpoint)
         newest = find_newest(run.checkpoints, prepared.logger.say)
     if newest is not None:  # before the optimizer is built: loading may replace parameters
         load_checkpoint_adapter_weights(prepared.model, newest)
@@ -161,7 +161,7 @@ def _restore_state(prepared: PreparedRun, folder: Path) -> None:
     checkpoint.restore_rng_state(folder)
 
 
-@distributed.runs_on_main
+@distributed.runs_on_main_and_broadcasts
 def report_resume_and_delete_later_metrics(prepared: PreparedRun) -> None:
     """Say where a run continues, and delete the metrics of steps that will be repeated."""
     run, state, say = prepared.run, prepared.state, prepared.logger.say

@@ -31,7 +31,7 @@ class DocumentWindows(TokenizedDataset):
         documents: the tokenized documents.
         max_seq_len: most tokens of a window.
         bos: the token that begins each document, if the tokenizer adds one: so does each window.
-        seed: of the cuts, which `for_epoch` makes; None: the cuts are always the same, with as few windows as possible.
+        cut_seed: of the cuts, which `for_epoch` makes; None: the cuts are always the same, as few windows as possible.
     """
 
     def __init__(

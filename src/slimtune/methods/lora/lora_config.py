@@ -258,10 +258,10 @@ class LoraConfig(RankPatternConfig):
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         from ...core.adapters.targets import map_modules_to_target_parameters
-        from .lora_parameter_modules import find_linears_peft_takes_for_experts
+        from .lora_parameter_modules import find_linears_peft_mistakes_for_experts
 
         parameters: dict[str, SiteKind] = dict.fromkeys(map_modules_to_target_parameters(model, self), "parameters")
-        parameters |= dict.fromkeys(parameters.keys() & find_linears_peft_takes_for_experts(model), "linear")
+        parameters |= dict.fromkeys(parameters.keys() & find_linears_peft_mistakes_for_experts(model), "linear")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
         if both := [name for name in parameters if name in rows]:
             message = f"target_parameters and trainable_token_indices both change {format_names(both)}"

@@ -160,7 +160,7 @@ the model has linear layers of these names, in shared experts and dense layers. 
 """
 
 
-def find_linears_peft_takes_for_experts(model: nn.Module) -> set[str]:
+def find_linears_peft_mistakes_for_experts(model: nn.Module) -> set[str]:
     """Return the names of the linear layers of a model that PEFT takes for experts (`MISREAD_PROJECTIONS`)."""
     families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # what PEFT reads
     if families.get(get_model_type(model)) != "qwen2_moe":
@@ -171,7 +171,7 @@ def find_linears_peft_takes_for_experts(model: nn.Module) -> set[str]:
 
 def move_expert_like_targets_to_parameters(config: Any, model: nn.Module) -> None:
     """Move the targets of a LoraConfig that PEFT takes for experts from target_modules to target_parameters."""
-    misread = find_linears_peft_takes_for_experts(model)
+    misread = find_linears_peft_mistakes_for_experts(model)
     targets = find_target_modules(model, config) if misread else {}
     if not (moved := [name for name in targets if name in misread]):
         return

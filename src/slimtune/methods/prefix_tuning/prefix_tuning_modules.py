@@ -104,10 +104,10 @@ class PrefixProjection(nn.Module):
         return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
 
 
-def find_key_value_shape(model: Any, backbone: str) -> tuple[int, int, int]:
+def find_key_value_shape(model: Any, backbone_name: str) -> tuple[int, int, int]:
     """Return the layers of a backbone, and the heads and the head size of its keys, by the model's config."""
     config = get_text_config(model)
-    decodes = "decoder" in backbone.split(".")
+    decodes = "decoder" in backbone_name.split(".")
     names = ("num_decoder_layers", "decoder_layers") if decodes else ()
     layers = next((v for n in names if (v := getattr(config, n, None))), config.num_hidden_layers)
     all_heads = (getattr(config, "decoder_attention_heads", None) if decodes else None) or config.num_attention_heads

@@ -39,10 +39,10 @@ class TrainableTokensConfig(TargetedConfig):
 
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
-        from .trainable_tokens_modules import find_input_embedding_name
+        from .trainable_tokens_modules import find_or_guess_input_embedding_name
 
         if self.target_modules is None:
-            self.target_modules = find_input_embedding_name(model)
+            self.target_modules = find_or_guess_input_embedding_name(model)
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         """Return the modules that are tied to the targets."""

@@ -22,7 +22,7 @@ class TrainableRowsSpec(NamedTuple):
     """Name of the module it is tied to, whose rows it shares; None: it has its own."""
 
 
-def find_input_embedding_name(model: Any) -> str:
+def find_or_guess_input_embedding_name(model: Any) -> str:
     """Return the full name of the model's input embedding; PEFT's guess for models without get_input_embeddings."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return next((n for n, m in model.named_modules() if m is embedding), "embed_tokens")
@@ -36,7 +36,7 @@ def map_trainable_row_specs_by_module(
     `tokens` are ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
     """
     if not isinstance(tokens, Mapping):
-        tokens = {find_input_embedding_name(model): tokens}
+        tokens = {find_or_guess_input_embedding_name(model): tokens}
     modules: dict[str, Any] = {
         n: m for n, m in model.named_modules() if get_base_layer_type(m) in ("embedding", "linear")
     }
