@@ -137,7 +137,7 @@ WORDS = [
     ),
     (r"target_modules='(.+?)' matches no module", r"Target modules \1 not found in the base model."),
     (r"target_modules=([\[{].+?) matches no module", r"Target modules \1 not found in the base model."),
-    (r"target_modules=.+ without exclude_modules", "All modules were excluded"),
+    (r"matches no module that these settings leave: exclude_modules", "All modules were excluded"),
     (r"trainable_token_indices: ('.+?') matches no", r"Target modules {{\1}} not found in the base model."),
     (
         r"is in modules_to_save and also has trainable tokens",
