@@ -90,7 +90,10 @@ def eval_run(
     with show_progress():
         result = evaluate(run, settings)
     if not as_json:
-        _print_lines(list_eval_result_lines(result, make_console().width))
+        screen = make_console()
+        _print_lines(list_eval_result_lines(result, screen.width))
+        for step in result.verdict.next_steps:
+            screen.print(f"next, to {step.why}:\n  {step.command}", soft_wrap=True)
     return result if result.verdict.passed else NegativeVerdictResult(result)
 
 

@@ -39,7 +39,7 @@ def _list_changes(result: EvalResult, recipe: Recipe) -> Iterator[tuple[str, str
         budget = min(forgetting.budget / 2, (train.forgetting_budget or math.inf) * share)
         yield "keep what the base knows", f"--forgetting-budget {budget:.1g}"
         if rate is not None:
-            yield "or learn more slowly", f"--lr {0.8 * rate * math.sqrt(share):.1g}"
+            yield "learn more slowly", f"--lr {0.8 * rate * math.sqrt(share):.1g}"
     if result.improved:
         return
     has_pairs = isinstance(result, TextOrPairEvalResult) and result.measures.preference is not None

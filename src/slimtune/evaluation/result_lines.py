@@ -58,16 +58,12 @@ ResultLine = str | ResultHeading | ResultTable
 
 
 def list_eval_result_lines(result: EvalResult, width: int) -> list[ResultLine]:
-    """Return what is said of an evaluation, its verdict and what mends a "no" last.
-
-    No table but that of losses is wider than `width`.
-    """
+    """Return what is said of an evaluation, its verdict last; no table but that of losses is wider than `width`."""
     if isinstance(result, TextEvalResult):
         lines, better = [*_list_text_lines(result)], "the tuned model is better"
     else:
         lines, better = [*_list_head_lines(result, width)], "the model is better than its baseline"
-    steps = (f"{step.why}: {step.command}" for step in result.verdict.next_steps)
-    return [*lines, _describe_verdict(result.verdict, better), *steps]
+    return [*lines, _describe_verdict(result.verdict, better)]
 
 
 def _list_text_lines(result: TextEvalResult) -> Iterator[ResultLine]:
