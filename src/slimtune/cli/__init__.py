@@ -6,6 +6,7 @@ Torch and the library's folders are imported inside the commands, so that `slimt
 import errno
 import logging
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -121,4 +122,7 @@ def main() -> None:
     logging.lastResort = ConsoleLogHandler(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries fill a log; read when tqdm is imported
-    app(args=sys.argv[1:], prog_name="slimtune")
+    try:
+        app(args=sys.argv[1:], prog_name="slimtune")
+    finally:  # what has ended must not end by one more Ctrl-C, with another exit code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -127,16 +127,18 @@ class ModelServer:
             RunError: the thread that generates answers has ended by an error.
             KeyboardInterrupt: a second Ctrl-C cut off answers that were still being generated.
         """
+        handlers = {}
         if threading.current_thread() is threading.main_thread():
             # uvicorn raises a signal again after its own shutdown, which would end the process with another exit code.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # which holds to the very end of the process, too
+            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._uvicorn.run(sockets=[self._socket])
         finally:
             if self._uvicorn.force_exit:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a third Ctrl-C does not wait for the step that runs
             self.has_ended = self.queue.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if (failure := self.queue.failure) is not None:
             message = f"the thread that generates answers has ended by an error: {type(failure).__name__}: {failure}"
             raise RunError(message, hint="the lines above say where; start the server again") from failure

@@ -57,13 +57,17 @@ def serve_web_page(
     announce(url, is_loopback(host))
     # The first recipe of a run that is read imports torch, for seconds; nobody has to wait for the address meanwhile.
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
     try:
         GuardedHttpServer(settings).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
         pass
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the page ends already: one more would end it by the signal
         trainings = pages.close()
         sock.close()
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
     return url, trainings
