@@ -199,7 +199,6 @@ def test_ctrl_c_leaves_no_traceback(runs, signals, code):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lock", "loop", "kernel"])
 @pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
 def test_ctrl_c_ends_a_server_whose_thread_hangs(runs, signals, code, how):
