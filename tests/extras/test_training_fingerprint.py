@@ -109,8 +109,8 @@ def what_happens(workshop, change, use, form, slimtune, caplog):
 
 
 def make_cells():
-    """Each change with each use of each form; the fast ones are the three loads that all uses share."""
-    fast = {("resume", "run"), ("generate", "run"), ("generate", "adapter folder"), ("init-adapter", "run")}
+    """Each change with each use of each form; the fast ones are a run that goes on and an adapter that is loaded."""
+    fast = {("resume", "run"), ("generate", "adapter folder")}
     for change in CHANGES:
         for use in USES:
             for form in FORMS if use != "resume" else ("run", "copied run"):
