@@ -183,8 +183,19 @@ def test_a_thread_that_hangs_keeps_no_request(serve, runs, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
 def test_ctrl_c_leaves_no_traceback(runs, signals, code):
-    program = Path(__file__).with_name("slow_serve.py")
-    command = [sys.executable, program, runs[0]]
+    interrupt_while_answering("slow_serve.py", [runs[0]], signals, code, timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lock", "loop", "kernel"])
+@pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
+def test_ctrl_c_ends_a_server_whose_thread_hangs(runs, signals, code, how):
+    interrupt_while_answering("hung_serve.py", [runs[0], how], signals, code, timeout=60)
+
+
+def interrupt_while_answering(program, arguments, signals, code, timeout):
+    """Ask a server's program for an answer, send it Ctrl-C so often, and assert its exit code and no traceback."""
+    command = [sys.executable, Path(__file__).with_name(program), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=take_sigint)
     port = int(process.stdout.readline())
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -193,27 +204,7 @@ def test_ctrl_c_leaves_no_traceback(runs, signals, code):
     for _ in range(signals):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors.decode()
-    assert b"Traceback" not in errors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["lock", "loop", "kernel"])
-@pytest.mark.parametrize(("signals", "code"), [(1, 0), (2, 130)])
-def test_ctrl_c_ends_a_server_whose_thread_hangs(runs, signals, code, how):
-    program = Path(__file__).with_name("hung_serve.py")
-    process = subprocess.Popen(
-        [sys.executable, program, runs[0], how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=take_sigint
-    )
-    port = int(process.stdout.readline())
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(model="says-a", prompt="x", max_tokens=40, stream=True)
-    next(iter(stream))
-    for _ in range(signals):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=timeout)
     assert process.returncode == code, errors.decode()
     assert b"Traceback" not in errors
 

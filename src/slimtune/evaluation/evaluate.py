@@ -43,7 +43,7 @@ from ..objectives.pair_objective import PairObjective
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from .classification_comparison import ClassifierEvaluator, RewardModelEvaluator
-from .eval_result import EvalResult, EvalVerdict, KTOEvalResult, TextEvalResult, TextOrPairEvalResult
+from .eval_result import EvalResult, EvalVerdict, TextEvalResult
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .general_text import build_general_text_examples, read_general_text_pieces
 from .generated_answers import (
@@ -181,6 +181,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
                 str(settings.general_text), general, score_general, budget, **draws
             )
     reasons = [*_list_missing_rows(measures.different_rows), *comparison.list_reasons_not_better(measures)]
+    warnings = comparison.list_warnings(measures)
     result = comparison.result_type(
         run=str(run),
         task=sections.task.name,
@@ -200,7 +201,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> EvalResult:
 
     def save(result: AnyResult) -> AnyResult:
         seconds = round(time.perf_counter() - start, 3)
-        result = replace(result, verdict=make_pass_fail_eval_verdict(result, reasons), seconds=seconds)
+        result = replace(result, verdict=make_pass_fail_eval_verdict(result, reasons, warnings), seconds=seconds)
         next_steps = list_next_steps(result, None if run_dir is None else trained.recipe)
         result = replace(result, verdict=replace(result.verdict, next_steps=next_steps))
         if run_dir is not None:
@@ -265,8 +266,16 @@ def _list_missing_rows(different_rows: int) -> list[str]:
     return [reason] if different_rows < MIN_EVAL_ROWS else []
 
 
-def make_pass_fail_eval_verdict(result: EvalResult, reasons_not_improved: Sequence[str]) -> EvalVerdict:
-    """Return whether a whole result passes; `reasons_not_improved` say why the tuned model is not better."""
+def make_pass_fail_eval_verdict(
+    result: EvalResult, reasons_not_improved: Sequence[str], warnings: Sequence[str] = ()
+) -> EvalVerdict:
+    """Return whether a whole result passes.
+
+    Args:
+        result: the result.
+        reasons_not_improved: why the tuned model is not better.
+        warnings: what its rows do not show although it is.
+    """
     reasons, unread = list(reasons_not_improved), False
     if isinstance(result, TextEvalResult):
         forgetting, answers = result.forgetting, result.generations
@@ -279,14 +288,7 @@ def make_pass_fail_eval_verdict(result: EvalResult, reasons_not_improved: Sequen
             )
         if answers and not any(answer.tuned.strip() for answer in answers):
             reasons.append(f"all {len(answers)} answers of the tuned model are empty")
-    warnings, different = [], result.measures.different_rows
-    pairs = result.measures.preference if isinstance(result, TextOrPairEvalResult) else None
-    if pairs is not None and pairs.accuracy_gain.low <= 0 and pairs.base_accuracy.value < 1:
-        warnings.append("by margins alone: that more pairs prefer the chosen answer is not shown")
-    if isinstance(result, KTOEvalResult):
-        unpaired = result.measures.unpaired_preference
-        if max(unpaired.auc_gain.low, unpaired.token_auc_gain.low) <= 0 and unpaired.base_auc.value < 1:
-            warnings.append("by rewards alone: that good answers are likelier than bad ones more often is not shown")
+    warnings, different = [*warnings], result.measures.different_rows
     if different < FEW_EVAL_ROWS:
         advice = "; read some answers: --generate 5" if unread else ""
         warnings.append(f"over only {different} rows: under about {FEW_EVAL_ROWS} the intervals are too narrow{advice}")

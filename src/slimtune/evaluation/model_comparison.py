@@ -52,6 +52,11 @@ class ModelComparison(Generic[Measures]):
         """Return why measures do not show that the tuned model is better, one sentence each; empty if they do."""
         raise NotImplementedError
 
+    @staticmethod
+    def list_warnings(measures: Measures) -> list[str]:
+        """Return what measures of a model that is better do not show."""
+        return []
+
     @cached_property
     def groups(self) -> np.ndarray:
         """The number of the group of equal rows that each row is in, int64 [N]."""

@@ -84,6 +84,13 @@ class PreferenceComparison(ModelComparison[SFTMeasures]):
         what = "prefers the chosen answers less than the base" if high < 0 else "is not shown to prefer them more"
         return [f"the tuned model {what}: its margin has changed by {format_interval(low, high)} nats per pair"]
 
+    @staticmethod
+    def list_warnings(measures: SFTMeasures) -> list[str]:
+        pairs = measures.preference
+        if pairs is None or pairs.accuracy_gain.low > 0 or pairs.base_accuracy.value >= 1:
+            return []
+        return ["by margins alone: that more pairs prefer the chosen answer is not shown"]
+
 
 def measure_preferences(
     examples: Sequence[Example], base_logps: Logps, tuned_logps: Logps, compare: Callable[..., PairedEstimate]
@@ -175,6 +182,13 @@ class KTOEvaluator(ModelComparison[KTOMeasures]):
         what = "makes bad answers likelier" if high < 0.5 else "is not shown to tell good answers from bad ones"
         interval = f"with a probability of {low:.3f} to {high:.3f}, where chance is 0.5"
         return [f"the tuned model {what}: a good answer has a higher reward than a bad one {interval}"]
+
+    @staticmethod
+    def list_warnings(measures: KTOMeasures) -> list[str]:
+        ratings = measures.unpaired_preference
+        if max(ratings.auc_gain.low, ratings.token_auc_gain.low) > 0 or ratings.base_auc.value >= 1:
+            return []
+        return ["by rewards alone: that good answers are likelier than bad ones more often is not shown"]
 
 
 def _measure_unpaired_preferences(

@@ -345,9 +345,11 @@ def _hash_files_of_model(model: Any) -> dict[str, str]:
     name = getattr(model, "name_or_path", None)
     if not name:
         raise LookupError("it was not loaded from files")
-    folder = Path(name) if os.path.isdir(name) else find_cached_snapshot(name, None)
-    if not os.path.isdir(name) and len(list(folder.parent.iterdir())) > 1:
-        raise LookupError("several of its revisions are in the Hub's cache, and the model does not say which it is")
+    folder = Path(name)
+    if not os.path.isdir(name):
+        folder = find_cached_snapshot(name, None)
+        if len(list(folder.parent.iterdir())) > 1:
+            raise LookupError("several of its revisions are in the Hub's cache, and the model does not say which it is")
     if not (weights := hash_weights_by_projection(folder)):
         raise LookupError(f"{folder} contains no safetensors")
     return weights

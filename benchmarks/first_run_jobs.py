@@ -3,7 +3,7 @@
     for p in dict-foldoc dict-jargon dict-vera dict-elements dict-freedict-fra-eng debian-faq developers-reference \
         fortunes miscfiles r-cran-janeaustenr; do apt-get download $p; done
     for p in *.deb; do dpkg-deb -x $p texts; done
-    python benchmarks/first_run/jobs.py --texts texts --out JOBS
+    python benchmarks/first_run_jobs.py --texts texts --out JOBS
 
 JOBS/NAME/ has the rows as a user has them, `train` and `held_out` (.csv, .jsonl or .txt), and `flags.json`: what the
 user says beside model and data. Jobs are `CHOSEN_BY`, which defaults may be chosen by, or `LEFT_OUT` of that. Rows of
@@ -24,7 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from make_data_sets import AUSTEN, JARGON, read_jargon
+
+ROOT = Path(__file__).parents[1]
 MOST_HELD_OUT = 100
 Rows = list[dict[str, Any]]
 
@@ -44,16 +46,6 @@ def read_foldoc(texts: Path) -> Iterator[tuple[str, str, str]]:
         text = re.sub(r"^<[^>]*>\s*(\([^)]*\)\s*)?", "", text)
         if field and "%" not in found[1] and 60 <= len(text) <= 500 and len(found[1]) <= 40 and text[:1].isupper():
             yield found[1].strip(), field[1], text
-
-
-def read_jargon(texts: Path) -> Iterator[tuple[str, str]]:
-    """Yield hackers' words and the first paragraph of their definitions."""
-    for entry in re.split(r"\n(?=\S)", read(texts, "usr/share/dictd/jargon.dict.dz")):
-        head, _, body = entry.partition("\n")
-        paragraph = re.split(r"\n\s*\n", body.partition("\n    ")[2])[0]
-        answer = re.sub(r"[{}]", "", " ".join(paragraph.split()))
-        if 80 <= len(answer) <= 600 and 2 <= len(head) <= 40 and not head.startswith("00-"):
-            yield head.strip(), answer
 
 
 def read_abbreviations(texts: Path) -> Iterator[tuple[str, str]]:
@@ -105,7 +97,7 @@ def read_novels(texts: Path) -> dict[str, list[str]]:
     sys.path.insert(0, str(ROOT / "examples"))
     from persuasion import read_lines, read_objects
 
-    file = texts / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+    file = texts / AUSTEN
     novels: dict[str, list[str]] = {}
     for lines in map(read_lines, read_objects(file.read_bytes())):
         paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", "\n".join(lines)))
@@ -115,7 +107,7 @@ def read_novels(texts: Path) -> dict[str, list[str]]:
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
-TEMPLATES = json.loads(Path(__file__).with_name("templates.json").read_text())
+TEMPLATES = json.loads((ROOT / "benchmarks/data/first_run_templates.json").read_text())
 """Questions as people ask them and answers uniform in tone, of a shop and of a clinic, and what they are about."""
 NAMES, GOODS, CITIES = (TEMPLATES[key] for key in ("names", "goods", "cities"))
 DAYS = [f"{d} {m}" for m in ("March", "June", "October") for d in range(2, 30, 3)]
@@ -190,7 +182,8 @@ def make_jobs(texts: Path) -> Iterator[tuple[str, bool, Any, dict[str, Any], str
     Rows are those to train on and those held out, or the number of training rows in them.
     """
     draw = random.Random(34)
-    foldoc, jargon, packages = list(read_foldoc(texts)), list(read_jargon(texts)), list(read_packages())
+    foldoc, packages = list(read_foldoc(texts)), list(read_packages())
+    jargon = [(word, text) for word, text in read_jargon(read(texts, JARGON)) if len(text) <= 600]
     devil = list(read_devil("train")) + list(read_devil("validation"))
     devil_test = list(read_devil("test"))
     vera, french = list(read_abbreviations(texts)), list(read_french(texts))

@@ -1,8 +1,8 @@
 """Small real-life jobs run as a user runs them the first time: no flag but model, data and columns; then `eval`.
 
-    python benchmarks/first_run/jobs.py --texts texts --out JOBS
-    python benchmarks/first_run/run.py JOBS --out first_runs.jsonl --base smollm2-135m gemma-3-270m.gguf
-    python benchmarks/first_run/run.py JOBS --out first_runs.jsonl --table
+    python benchmarks/first_run_jobs.py --texts texts --out JOBS
+    python benchmarks/first_runs.py JOBS --out first_runs.jsonl --base smollm2-135m gemma-3-270m.gguf
+    python benchmarks/first_runs.py JOBS --out first_runs.jsonl --table
 
 One line of JSON for each run; a run whose line is in the file is not done again. `--train` and `--eval` add flags,
 under which a run has its own line: `--train=--lr=3e-4`. The verdict is that of `eval` on the held-out rows and the
