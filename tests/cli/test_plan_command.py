@@ -13,6 +13,7 @@ from slimtune.core.foundation.formatting import format_duration
 from slimtune.core.foundation.json_results import to_json_dict
 from slimtune.core.models.loader import load_tokenizer
 from slimtune.core.training.datasets import tokenize_recipe_datasets
+from slimtune.core.training.default_learning_rate import fill_in_learning_rate
 from slimtune.errors import UsageError
 from slimtune.planning import gpu_specs as gpus
 from slimtune.planning.gpu_specs import find_gpu_by_name, make_gpu_with_memory
@@ -119,6 +120,17 @@ def test_rows_give_lengths_and_tokens(requests, slimtune, slimtune_json, tiny_fo
     steps = ("--set", "train.max_steps=6", "--batch-size", 1, "--gradient-accumulation-steps", 2)
     assert slimtune_json(*command, *steps)["cost"]["tokens"] == round(6 * 2 * sum(lengths) / 3)
     assert requests[-1].job().lengths == requests[0].job().lengths[:1]  # the longest row that a micro-batch can hold
+
+
+def test_the_learning_rate_is_what_training_takes(slimtune_json, tiny_folder, rows_file):
+    rows_file.write_text("".join(TALK % f"answer {i}" for i in range(40)))
+    command = ["plan", tiny_folder, "--data", rows_file]
+    recipe = load_recipe(None, {"model.name": str(tiny_folder), "data.train": str(rows_file), "output_dir": "o"})
+    rows = len(tokenize_recipe_datasets(recipe, load_tokenizer(tiny_folder)).train)
+    planned = slimtune_json(*command)["learning_rate"]
+    assert planned == fill_in_learning_rate(recipe, rows, 32).train.learning_rate
+    assert slimtune_json(*command, "--set", "train.learning_rate=5e-4")["learning_rate"] == 5e-4
+    assert slimtune_json("plan", "llama-3.1-8b")["learning_rate"] is None
 
 
 def test_hint_for_unknown_columns_works_as_it_is_written(slimtune, tiny_folder, tmp_path):

@@ -46,6 +46,60 @@ def test_fields_of_a_run_are_chosen_or_typed_as_their_types_say(browser):
         assert f'<{tag} id="f-{path}"' in text
 
 
+def read_field(text, path):
+    """Return the attributes of a field, and what is said to be wrong with it."""
+    tag = re.search(rf'<(?:input|select) id="f-{path}"[^>]*>', text)[0]
+    wrong = re.search(rf'id="e-{path}"[^>]*>([^<]*)<', text)[1]
+    return dict(re.findall(r'([\w-]+)="([^"]*)"', tag)), wrong
+
+
+def test_an_empty_field_names_its_default(browser):
+    defaults = {
+        "train.learning_rate": "automatic",
+        "train.epochs": "3",
+        "train.max_steps": "as many as the epochs have",
+    }
+    text = browser.get("/plan").text
+    assert {path: read_field(text, path)[0]["placeholder"] for path in defaults} == defaults
+
+
+def test_the_automatic_learning_rate_is_shown_once_it_is_planned(browser, commands, finish):
+    commands({**PLAN, "learning_rate": 0.0009})
+    browser.post("/rows", data=FORM)
+    finish("data")
+    browser.post("/plan", data={"method.name": "lora"})
+    finish("plan")
+    assert read_field(browser.get("/plan").text, "train.learning_rate")[0]["placeholder"] == "automatic (0.0009)"
+    browser.post("/rows", data={**FORM, "data.max_seq_len": "64"})  # another run than the one that was planned
+    assert read_field(browser.get("/plan").text, "train.learning_rate")[0]["placeholder"] == "automatic"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "is_wrong"),
+    [("train.batch_size", "ten", True), ("train.batch_size", "0", True), ("train.batch_size", "4", False),
+     ("train.batch_size", "", False), ("train.learning_rate", "1e-3", False), ("train.learning_rate", "auto", False),
+     ("train.learning_rate", "-1", True), ("train.learning_rate", ".inf", True), ("train.epochs", "{[", True),
+     ("train.epochs", "[" * 5000, True), ("model.quantization", "nf5", True), ("no.such.field", "x", False)],
+)  # fmt: skip
+def test_a_field_is_checked_as_it_is_typed(browser, path, text, is_wrong):
+    answer = browser.get(f"/check/{path}", params={path: text})
+    assert answer.status_code == 200
+    assert bool(answer.text) == is_wrong
+
+
+def test_a_wrong_field_starts_no_command_and_says_so_itself(browser, pages, finish):
+    browser.post("/rows", data=FORM)
+    finish("data")
+    answer = browser.post("/plan", data={"train.batch_size": "<b>ten</b>", "train.epochs": "2"})
+    assert answer.status_code == 400
+    assert pages.jobs.get("plan") is None
+    attributes, wrong = read_field(answer.text, "train.batch_size")
+    assert attributes["value"] == "&lt;b&gt;ten&lt;/b&gt;"
+    assert wrong
+    assert read_field(answer.text, "train.epochs")[1] == ""
+    assert browser.post("/train", data={"run": "runs/new"}).status_code == 400
+
+
 def test_a_plan_begins_with_its_verdict(browser, commands, finish):
     commands(PLAN)
     browser.post("/rows", data=FORM)

@@ -108,7 +108,10 @@ def plan_run(
     served = estimate_serving_memory(jobs.model.config, gpu=spec, **serving) if serve else None
 
     estimates, errors = estimate_runs_collecting_errors(jobs, spec, processes=processes)
-    runs = [PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price)) for e in estimates]
+    runs = [
+        PlannedRun(e, _estimate_cost(e, jobs.tokens or MILLION, spec, price), jobs.find_learning_rate(e.method))
+        for e in estimates
+    ]
     unfit = [UnplannedMethod(method, " ".join(error.message.split())) for method, error in errors.items()]
     if write is not None:
         (recipe,) = jobs.recipes.values()

@@ -60,6 +60,17 @@ class RunsToPlan:
     row_composition: DatasetRowComposition  # of the training examples, if rows were read
     tokens: int | None  # of a whole run; None if no rows were read
 
+    def find_learning_rate(self, method: str) -> float | None:
+        """Return the learning rate of a run, the default one as training takes it; None if that depends on rows."""
+        from ..core.models.base_config import get_hidden_size
+        from ..core.training.default_learning_rate import fill_in_learning_rate
+
+        recipe = self.recipes[method]
+        if recipe.train.learning_rate == "auto" and not self.lengths:
+            return None
+        filled = fill_in_learning_rate(recipe, len(self.lengths), get_hidden_size(self.model.config))
+        return float(filled.train.learning_rate)
+
 
 def find_recipe_file(model_or_recipe: str | None) -> Path | None:
     """Return the recipe that an argument names: its file, or the run folder that it is in; None if it names a base."""

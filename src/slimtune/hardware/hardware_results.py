@@ -40,6 +40,8 @@ class PlannedRun:
     """Memory, sizes and speed."""
     cost: PlannedRunCost | None
     """Time, energy and money; null if the speed is unknown."""
+    learning_rate: float | None
+    """Highest learning rate, the default one as training takes it; null: it depends on rows that are not known."""
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield the answer as label and text, the notes last; "" is the label of the verdict's reason."""

@@ -114,6 +114,8 @@ class StartedCommand:
             return "stopped"
         if code < 0:
             return "killed"
+        if self.stop_requested and not self.printed:  # Ctrl-C while Python starts can end it with 1
+            return "stopped"
         return "negative" if code == 1 and self.printed and "error" not in self.printed else "failed"
 
     @property

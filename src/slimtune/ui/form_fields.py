@@ -9,7 +9,8 @@ from ..core.adapters.method_registry import list_methods
 from ..core.config import Recipe
 from ..core.config.objective_registry import list_objectives
 from ..core.config.recipe_loading import parse_override
-from ..errors import UsageError, suggest
+from ..core.foundation.strict_yaml import parse_yaml
+from ..errors import SlimtuneError, UsageError, suggest
 from .workspace import WorkspaceFolder
 
 BASE, ROWS, MORE = "model.name", "data.train", "more"
@@ -32,6 +33,8 @@ RUN_FIELDS = {
     "model.quantization": "Quantization",
 }
 """Label of each setting of the second page that has a field of its own; its last field, `more`, takes all others."""
+NULL_MEANS = {"train.max_steps": "as many as the epochs have"}
+"""What an empty field means where null is the default and the setting itself does not say it."""
 NO_PLAN_FLAG = ("train.learning_rate", "data.validation_fraction")
 """The settings for which `slimtune plan` has no flag; `--set` takes them."""
 
@@ -43,30 +46,67 @@ class FormField(NamedTuple):
     label: str
     options: Sequence[str]  # to choose from; empty: a text or a number
     is_number: bool
+    default: str  # what an empty field means
+    value: str  # what was chosen; empty: the default
+    error: str  # what is wrong with the value; empty: nothing
 
 
-def make_form_fields(labels_by_setting: Mapping[str, str]) -> list[FormField]:
-    """Return the fields of settings with these labels."""
+def make_form_fields(
+    labels_by_setting: Mapping[str, str], choices: Mapping[str, str], learning_rate: float | None = None
+) -> list[FormField]:
+    """Return the fields of settings with these labels.
+
+    Args:
+        labels_by_setting: the label of each setting.
+        choices: what was chosen, by setting.
+        learning_rate: what "auto" is for the run that was planned last; None: not known.
+    """
     known = {s.path: s for s in list_settings(Recipe)}
-    return [_make_field(known[path], label) for path, label in labels_by_setting.items()]
+    fields = []
+    for path, label in labels_by_setting.items():
+        setting, value = known[path], choices.get(path, "")
+        is_number = not {int, float}.isdisjoint(setting.kinds)
+        names = {"method.name": list_methods(), "task.name": list_objectives()}
+        options = () if is_number else names.get(path, setting.list_choices())
+        default = _describe_default(setting, learning_rate if path == "train.learning_rate" else None)
+        fields.append(FormField(setting, label, options, is_number, default, value, find_value_error(path, value)))
+    return fields
 
 
-def _make_field(setting: SettingSpec, label: str) -> FormField:
-    if {int, float} & set(setting.kinds):
-        return FormField(setting, label, (), is_number=True)
-    names = {"method.name": list_methods(), "task.name": list_objectives()}
-    return FormField(setting, label, names.get(setting.path, setting.list_choices()), is_number=False)
+def _describe_default(setting: SettingSpec, automatic: float | None) -> str:
+    """Return what an empty field means: a value, or what null means; `automatic` is what "auto" is."""
+    if setting.default == "auto":
+        return "automatic" if automatic is None else f"automatic ({automatic:g})"
+    if setting.default is None:
+        return NULL_MEANS.get(setting.path) or setting.when_null or "not set"
+    return f"{setting.default:g}" if isinstance(setting.default, float) else str(setting.default)
+
+
+def find_value_error(path: str, text: str) -> str:
+    """Return what is wrong with a value as a person typed it, by the recipe's own checks; empty: nothing."""
+    known = {s.path: s for s in list_settings(Recipe)}
+    if not text.strip() or path not in known or path == "data.columns":  # it has a form of its own here
+        return ""
+    try:
+        value = text if set(known[path].kinds) & {str, Path} else parse_yaml(text, path)
+    except SlimtuneError as e:
+        return e.message
+    error = known[path].find_error(known[path].read(value))
+    return "" if error is None else f"{error.problem}; expected {error.expected}"
 
 
 def make_args_except_base_and_rows(workspace: WorkspaceFolder, choices: Mapping[str, str], command: str) -> list[str]:
     """Return what is chosen, except base and rows, as arguments of `data`, `plan` or `train`.
 
     Raises:
-        UsageError: a setting is not `PATH=VALUE`, unknown, or names a path outside the working folder.
+        UsageError: a value is wrong, or a setting is not `PATH=VALUE`, unknown, or a path outside the working folder.
     """
     known = {s.path: s for s in list_settings(Recipe)}
+    labels = ROWS_FIELDS if command == "data" else {**ROWS_FIELDS, **RUN_FIELDS}
+    if wrong := [label for path, label in labels.items() if find_value_error(path, choices.get(path, ""))]:
+        raise UsageError(f"{' and '.join(wrong)}: another value is needed", hint="each wrong field says what it takes")
     args = []
-    for path in ROWS_FIELDS if command == "data" else {**ROWS_FIELDS, **RUN_FIELDS}:
+    for path in labels:
         value = choices.get(path, "").strip()
         # Columns are several values, `role=column` each.
         for part in (v.strip() for v in value.split(",")) if path == "data.columns" else [value]:

@@ -13,13 +13,22 @@ from starlette.responses import HTMLResponse, Response
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
-from ..evaluation.charts import make_jinja_environment
+from ..evaluation.charts import is_finite_number, make_jinja_environment
 from ..evaluation.run_report import make_report_template_functions, render_memory_charts, render_run_report_html
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
-from .form_fields import BASE, MORE, ROWS, ROWS_FIELDS, RUN_FIELDS, make_args_except_base_and_rows, make_form_fields
+from .form_fields import (
+    BASE,
+    MORE,
+    ROWS,
+    ROWS_FIELDS,
+    RUN_FIELDS,
+    find_value_error,
+    make_args_except_base_and_rows,
+    make_form_fields,
+)
 from .run_pages import (
     ChosenRun,
     JobPageData,
@@ -113,7 +122,7 @@ class UiPages:
             page="rows",
             bases=load_known_models_by_alias(),
             files=self.workspace.list_rows(),
-            fields=make_form_fields(ROWS_FIELDS),
+            fields=make_form_fields(ROWS_FIELDS, self.choices),
             job=self.job_view("data"),
             **values,
         )
@@ -148,7 +157,7 @@ class UiPages:
         return self.render(
             "plan.html.j2",
             page="plan",
-            fields=make_form_fields(RUN_FIELDS),
+            fields=make_form_fields(RUN_FIELDS, self.choices, self.find_automatic_learning_rate()),
             gpus=self.gpus,
             job=self.job_view("plan"),
             **values,
@@ -157,19 +166,29 @@ class UiPages:
     def make_plan(self, form: Form) -> str:
         """Start the plan."""
         self.choose(form, (*RUN_FIELDS, MORE, CARD))
-        base, rows = self.base_and_rows()
-        card = [f"--gpu={card}"] if (card := self.choices[CARD]) else []
-        self.jobs.start(
-            "plan",
-            [
-                "plan",
-                base,
-                f"--data={rows}",
-                *card,
-                *make_args_except_base_and_rows(self.workspace, self.choices, "plan"),
-            ],
-        )
+        self.jobs.start("plan", self.make_plan_args())
         return "/plan#job"
+
+    def make_plan_args(self) -> list[str]:
+        """Return the arguments that plan what is chosen; raise UsageError for a wrong choice."""
+        base, rows = self.base_and_rows()
+        card = [f"--gpu={card}"] if (card := self.choices.get(CARD)) else []
+        settings = make_args_except_base_and_rows(self.workspace, self.choices, "plan")
+        return ["plan", base, f"--data={rows}", *card, *settings]
+
+    def find_automatic_learning_rate(self) -> float | None:
+        """Return the learning rate that training takes by itself; None unless what is chosen was planned so."""
+        job = self.jobs.get("plan")
+        rate = job.printed.get("learning_rate") if job is not None else None
+        try:
+            is_planned = job is not None and job.args == self.make_plan_args()
+        except UsageError:
+            return None
+        return rate if is_planned and is_finite_number(rate) and not self.choices.get("train.learning_rate") else None
+
+    def check_field(self, path: str, text: str) -> Response:
+        """Return what is wrong with the value of a field, to be shown below it."""
+        return self.render("field_error.html.j2", page="", error=find_value_error(path, text))
 
     # --- 3 train ---
 

@@ -66,6 +66,11 @@ def build_web_app(pages: UiPages) -> Starlette:
 
         return Route(path, answer, methods=["POST"])
 
+    async def check(request: Request) -> Response:
+        """Check the value of a field, which is the query parameter of its name."""
+        path = request.path_params["path"]
+        return await run_in_threadpool(pages.check_field, path, request.query_params.get(path, ""))
+
     async def static(request: Request) -> Response:
         found = STATIC.get(request.path_params["name"])
         if found is None:
@@ -107,6 +112,7 @@ def build_web_app(pages: UiPages) -> Starlette:
             get("/live/run", pages.live_run, "run"),
             get("/live/chat", pages.live_chat),
             get("/live/{kind}", pages.live),
+            Route("/check/{path}", check, methods=["GET"]),
             post("/stop/{kind}", pages.stop, pages.rows),
             Route("/static/{name}", static),
         ],
