@@ -62,6 +62,7 @@ def test_config_needs_no_torch(run_with_method):
     run_with_method(CONFIG_WITHOUT_TORCH)
 
 
+@pytest.mark.slow
 def test_names_of_peft_follow_from_the_method(run_with_method):
     assert run_with_method(NAMES_OF_PEFT).split() == ["True", "True", "True"]
 

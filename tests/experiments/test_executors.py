@@ -196,6 +196,7 @@ def flat_losses(monkeypatch):
     return launch
 
 
+@pytest.mark.slow
 def test_search_at_the_same_time_resumes_with_the_same_values(tree, tmp_path, flat_losses):
     def run(out, trials=9):
         ranges = parse_setting_ranges(["train.learning_rate=log:1e-5..1e-2"])

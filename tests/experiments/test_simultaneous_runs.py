@@ -66,6 +66,7 @@ def test_three_runs_equal_runs_alone(make, packed_steps, tmp_path):
             assert getattr(outcome, name) == getattr(alone, name)
 
 
+@pytest.mark.slow
 def test_run_that_is_no_longer_wanted_ends_alone(make, packed_steps, tmp_path):
     recipes = [make("a", learning_rate=1e-2), make("b", learning_rate=1e-3)]
     stopped, kept = train_recipes_together(

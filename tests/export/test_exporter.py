@@ -70,7 +70,7 @@ def test_every_format_has_a_case():
     assert {*FORMATS} == {*EXPORT_FORMATS.built_in_names()}, "one line per format in FORMATS"
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "ollama" else []) for k in FORMATS])
 def test_every_format_is_proven_and_a_damaged_one_is_not(kind, run, tmp_path):
     out = tmp_path / "out"
     if kind == "merged":  # `slimtune merge`, no target of `slimtune export`

@@ -33,7 +33,7 @@ needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is No
 LORA_CONVERTER = Path(os.environ.get("LLAMA_CPP", "."), "convert_lora_to_gguf.py")
 needs_converters = pytest.mark.skipif(not LORA_CONVERTER.is_file(), reason="LLAMA_CPP has no converters")
 VOCABULARY = 320
-FAST = ("llama", "gemma3", "gpt_oss", "lfm2", "gpt_neox", "gpt2")
+FAST = ("llama", "gemma3", "gpt2")
 PATTERNS = {
     "rank_pattern": {"o_proj|c_attn|dense|out_proj": 8},
     "alpha_pattern": {"down_proj|c_fc|fc2|w2|query_key_value": 4},
@@ -114,7 +114,7 @@ def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypatch):
     tokenizer, model = tiny_tokenizer(), adapted(kind)
     base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
@@ -124,7 +124,7 @@ def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypa
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [-1.0, 0.5])
 def test_one_changed_matrix_is_noticed(kind, factor, tmp_path, tiny_tokenizer):
     tokenizer, model = tiny_tokenizer(), adapted(kind)

@@ -81,6 +81,7 @@ def test_a_problem_and_a_stop_end_one_answer_only(process):
     assert process.ask("Hi", "tuned")[1] is None
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_loaded_is_told(tmp_path, worker):
     process = worker(tmp_path / "none")
     assert "none" in process.read()["error"]["message"]

@@ -124,7 +124,9 @@ def test_files_are_the_same(case, tmp_path):
     assert {k: configs[0][k] for k in shared} == {k: configs[1][k] for k in shared}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in LORA])
+@pytest.mark.parametrize(
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES if c not in LORA]
+)
 def test_gradients_are_the_same(case, tmp_path):
     theirs = shake(adapted(peft, case))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)

@@ -56,7 +56,15 @@ def train(model):
     return [loss.item() for loss in losses]
 
 
-@pytest.mark.parametrize(("kind", "method"), [(k, m) for k in KINDS for m in METHODS if k == "nf4" or "+" not in m])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(k, m, marks=[pytest.mark.slow] if k != "nf4" or "+" in m else [])
+        for k in KINDS
+        for m in METHODS
+        if k == "nf4" or "+" not in m
+    ],
+)
 def test_trains_loads_and_merges(method, kind, bases, tmp_path):
     base = bases(kind)
     assert any(map(is_quantized, base.modules()))

@@ -67,7 +67,9 @@ def test_packed_run_equals_padded(make, task):
     assert distance(packed, padded) < 1e-3
 
 
-@pytest.mark.parametrize("task", OBJECTIVE_CASES)
+@pytest.mark.parametrize(
+    "task", [t if t in ("sft", "dpo") else pytest.param(t, marks=pytest.mark.slow) for t in OBJECTIVE_CASES]
+)
 def test_is_planned(make, task):
     recipe = make(task, "run")
     estimate = estimate_resources(

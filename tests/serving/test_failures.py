@@ -90,7 +90,7 @@ def ask_eight(server):
         return [*pool.map(ask, range(8))]
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
 @pytest.mark.parametrize("place", PLACES)
 def test_an_error_ends_no_answer_but_its_own(server, monkeypatch, place, kind, after):
