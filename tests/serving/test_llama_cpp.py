@@ -1,9 +1,12 @@
 """Answers of llama.cpp: each adapter's own, with its log-probabilities; and what is refused without loading weights."""
 
 import importlib.util
+import json
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import openai
 import pytest
 import torch
@@ -21,11 +24,19 @@ from slimtune.core.training.trained_model import load_run
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export import expected_logps as reference
 from slimtune.export import gguf as gguf_module
+from slimtune.generation import answer_grammar
+from slimtune.generation.answer_grammar import CompiledGrammar
 from slimtune.serving import llama_cpp_server as llama_cpp
 from slimtune.serving.model_server import ModelServer, ServeSettings
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 ASK = [{"role": "user", "content": "Define hope."}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "tags": {"type": "array", "items": {"enum": ["a", "é"]}, "maxItems": 2}},
+    "required": ["ok", "tags"],
+    "additionalProperties": False,
+}
 LAYERS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
 
 
@@ -129,6 +140,63 @@ def test_a_sampled_answer_is_that_of_its_seed(server):
     settings = {"model": "tiny", "prompt": "xx", "max_tokens": 12, "temperature": 1.5}
     one, two, other = (client.completions.create(seed=s, **settings).choices[0].text for s in (3, 3, 4))
     assert one == two != other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["says-a", "tiny"])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_matches_its_grammar(server, model, streams, temperature):
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    settings = {"model": model, "messages": ASK, "max_tokens": 200, "temperature": temperature, "stream": streams}
+    answer = make_client(server).chat.completions.create(**settings, response_format=form)
+    choices = [chunk.choices[0] for chunk in answer] if streams else answer.choices
+    text = "".join(c.delta.content or "" for c in choices) if streams else choices[0].message.content
+    jsonschema.validate(json.loads(text), SCHEMA)
+    assert choices[-1].finish_reason == "stop"
+    assert "\n" not in text
+
+
+@pytest.mark.slow
+def test_bound_answers_of_many_clients_match_their_own_grammars(server):
+    client = make_client(server)
+
+    def talk(number):
+        regex = ["[xy]{5}", r"\d{3}-\d{2}", "(yes|no|é)", ".{2,4}"][number % 4]
+        outputs = {"structured_outputs": {"regex": regex}}
+        answer = client.completions.create(model="says-b", prompt="x", max_tokens=40, seed=number, extra_body=outputs)
+        return re.fullmatch(regex, answer.choices[0].text) and answer.choices[0].finish_reason == "stop"
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(talk, range(16)))
+    wait_until(lambda: server.queue.count() == {"running": 0, "waiting": 0, "cached_tokens": 0})
+
+
+@pytest.mark.slow
+def test_log_probabilities_of_bound_answers_are_the_models_own(server):
+    settings = {"model": "says-a", "prompt": "xx", "temperature": 0, "logprobs": 2}
+    free = make_client(server).completions.create(max_tokens=1, **settings).choices[0]
+    outputs = {"structured_outputs": {"choice": ["z"]}}
+    bound = make_client(server).completions.create(max_tokens=9, extra_body=outputs, **settings).choices[0]
+    assert (free.text, bound.text) == ("a", "z")
+    assert bound.logprobs.token_logprobs[0] < free.logprobs.token_logprobs[0]
+    assert bound.logprobs.top_logprobs[0] == pytest.approx(free.logprobs.top_logprobs[0], abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_grammar_that_llama_cpp_cannot_read_ends_the_answer(server, monkeypatch):
+    """It goes on without the grammar; the server notices."""
+    compile_it = answer_grammar.GrammarCompiler.compile_for_bytes
+
+    def compile_for_another_engine(compiler, lark):
+        return CompiledGrammar("start: NOTHING", compile_it(compiler, lark).matcher)
+
+    monkeypatch.setattr(answer_grammar.GrammarCompiler, "compile_for_bytes", compile_for_another_engine)
+    outputs = {"structured_outputs": {"regex": "z{9}"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        make_client(server).completions.create(model="says-a", prompt="x", max_tokens=9, extra_body=outputs)
+    assert caught.value.code == "invalid_grammar"
+    assert make_client(server).completions.create(model="says-a", prompt="x", max_tokens=2).choices
 
 
 @pytest.mark.slow

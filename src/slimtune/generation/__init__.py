@@ -1,6 +1,8 @@
 """One text generator: prompts and batches through a model or an engine, with an adapter for each row.
 
 generation_models        the base or an adapter with its tokenizer and end tokens; conversations become prompts
+answer_grammar           JSON Schemas and regular expressions that bind answers
+grammar_check            a process that compiles such a grammar first
 answer_queue             answers that are asked for, and what arrives of them; sampling settings and log-probabilities
 text_generator           the generator: answers join and leave its batches at every token
 model_runner             prompts and batches through the model, with a cache of keys and values

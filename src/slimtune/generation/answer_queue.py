@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import RunError, UsageError
+from .answer_grammar import AnswerMatcher, CompiledGrammar
 from .generation_models import GenerationModel
 from .incremental_detokenizer import IncrementalDetokenizer
 from .step_watchdog import StepWatchdog
@@ -43,6 +44,7 @@ class SamplingParams:
     seed: int = 0  # of the answer's own random numbers
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
     top_logprobs: int | None = None  # likeliest tokens to report at each position; None: no log-probabilities
+    grammar: CompiledGrammar | None = None  # that the answer matches; None: any text
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,7 +56,10 @@ class SamplingParams:
 
 
 class TokenLogprob(NamedTuple):
-    """A token and its natural log-probability at temperature 1, and the likeliest tokens there with theirs."""
+    """A token and its natural log-probability at temperature 1, and the likeliest tokens there with theirs.
+
+    They are those of the model itself, whatever a grammar allows.
+    """
 
     token: int
     logprob: float
@@ -101,9 +106,12 @@ class GeneratedAnswer:
     finish_reason: str | None = None
     random: Any = None  # the torch.Generator of a sampled answer
     stream: IncrementalDetokenizer = field(init=False)
+    matcher: AnswerMatcher | None = field(init=False)  # of an answer with a grammar
 
     def __post_init__(self) -> None:
         self.stream = IncrementalDetokenizer(self.model.tokenizer, self.params.stop)
+        grammar = self.params.grammar
+        self.matcher = None if grammar is None else grammar.start_answer()
 
     @property
     def text(self) -> str:
@@ -137,6 +145,9 @@ class AnswerQueue:
         max_batch: most answers that are generated at the same time.
         max_waiting: most answers that wait.
     """
+
+    masks_tokens = True
+    """Whether grammars are compiled for the tokens of a model, and not for bytes."""
 
     def __init__(self, max_batch: int, max_waiting: int) -> None:
         self.max_batch, self.max_waiting = max_batch, max_waiting

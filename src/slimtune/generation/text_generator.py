@@ -28,6 +28,7 @@ from transformers import TopPLogitsWarper
 from ..core.adapters.active_adapters import BASE_ROW
 from ..core.foundation.device import release_unused_memory
 from ..errors import AdapterError, ModelError, SlimtuneError, is_out_of_memory
+from .answer_grammar import GrammarError
 from .answer_queue import CLOSE_SECONDS, AnswerPiece, AnswerQueue, GeneratedAnswer, ServerClosing, TokenLogprob
 from .model_runner import CachedBatch, GenerationRow, MultiAdapterRunner
 
@@ -304,7 +305,8 @@ class TextGenerator(AnswerQueue):
 
         An error about one row, its tokenizer's for instance, ends its answer.
         """
-        likeliest = logits.argmax(-1).tolist()
+        choosable, failed = self._mask_by_grammars(batch, logits)
+        likeliest = choosable.argmax(-1).tolist()
         # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
         is_finite = torch.isfinite(logits.amax(-1)).tolist()
         for i, row in enumerate(batch.rows):
@@ -312,14 +314,35 @@ class TextGenerator(AnswerQueue):
             try:
                 if not is_finite[i]:
                     raise _make_not_finite_error(row.adapter)
+                if row in failed:
+                    raise failed[row]
                 is_greedy = answer.params.temperature == 0
-                row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, logits[i : i + 1])
+                row.next_token = likeliest[i] if is_greedy else self._draw_token(answer, choosable[i : i + 1])
                 piece = self._make_piece(answer, row.next_token, logits[i])
             except Exception as error:
                 self._log_unless_expected(error)
                 piece = AnswerPiece(error=error)
             answer.add_piece(piece)
         self._keep(batch, [not self._running[row].is_ended for row in batch.rows])
+
+    def _mask_by_grammars(self, batch: CachedBatch, logits: Tensor) -> tuple[Tensor, dict[GenerationRow, GrammarError]]:
+        """Return the logits with -Inf for tokens that a row's grammar does not allow, and rows that have none left."""
+        failed: dict[GenerationRow, GrammarError] = {}
+        choosable = logits
+        for i, row in enumerate(batch.rows):
+            if (matcher := self._running[row].matcher) is None:
+                continue
+            if choosable is logits:
+                choosable = logits.clone()
+            try:
+                allowed = matcher.find_allowed(logits.shape[-1]).to(logits.device)
+                choosable[i].masked_fill_(~allowed, float("-inf"))
+            except GrammarError as error:
+                failed[row] = error
+            else:
+                if choosable[i].amax() == float("-inf"):
+                    failed[row] = GrammarError("the model gives no probability to what the grammar allows")
+        return choosable, failed
 
     def _draw_token(self, answer: GeneratedAnswer, logits: Tensor) -> int:
         """Draw a token as transformers' `generate` does, with random numbers of the answer's own."""
@@ -336,7 +359,13 @@ class TextGenerator(AnswerQueue):
         answer.num_tokens += 1
         self.generated_tokens += 1
         is_last = answer.num_tokens == params.max_new_tokens
-        reason = "stop" if token in answer.model.end_tokens else "length" if is_last else None
+        is_end = token in answer.model.end_tokens
+        if answer.matcher is not None:
+            is_end = is_end and answer.matcher.can_end  # such a token may be a part of the text, too
+            if not is_end:
+                answer.matcher.accept_token(token)
+                is_end = answer.matcher.must_end
+        reason = "stop" if is_end else "length" if is_last else None
         text = answer.stream.add(token, last=reason is not None)
         if answer.stream.is_stopped:
             reason = "stop"

@@ -39,6 +39,7 @@ from ..export.gguf import (
 from ..export.merge import load_runs_for_export, write_base_gguf
 from ..export.served_base import read_gguf_majority_precision
 from ..export.verify import ExportVerifier
+from ..generation.answer_grammar import AnswerMatcher, GrammarError
 from ..generation.answer_queue import (
     CLOSE_SECONDS,
     AnswerPiece,
@@ -47,6 +48,7 @@ from ..generation.answer_queue import (
     ServerClosing,
     TokenLogprob,
 )
+from ..generation.incremental_detokenizer import INCOMPLETE
 from ..generation.inference_engines import InProcessLlamaCppEngine
 from ..generation.model_runner import MultiAdapterRunner
 from ..generation.run_requirements import require_causal_lm_run
@@ -183,6 +185,8 @@ class LlamaCppAnswerQueue(AnswerQueue):
         max_waiting: most answers that wait.
     """
 
+    masks_tokens = False  # llama.cpp does, by the same library; a matcher of bytes checks it
+
     def __init__(self, engines: Mapping[str, InProcessLlamaCppEngine], *, max_batch: int, max_waiting: int) -> None:
         super().__init__(max_batch, max_waiting)
         self._engines = dict(engines)
@@ -271,6 +275,8 @@ class LlamaCppAnswerQueue(AnswerQueue):
             "seed": params.seed % (2**32 - 1),  # the last one means a random seed
             "n_probs": 0 if logprobs is None else max(1, logprobs),
         }
+        if params.grammar is not None:
+            settings["grammar"] = f"%llguidance {{}}\n{params.grammar.lark}"
         timeout = min(max(answer.deadline - time.monotonic(), 1), 3600)
         reported, reason = 0, None
         with closing(self._engines[answer.model.adapter].stream(answer.prompt, timeout=timeout, **settings)) as events:
@@ -293,6 +299,8 @@ class LlamaCppAnswerQueue(AnswerQueue):
                         "llama.cpp gives no log-probability of a token that ends inside a character, and this answer "
                         "has one", hint="ask without log-probabilities, or serve with --engine torch",
                     )  # fmt: skip
+                if answer.matcher is not None:
+                    reason = _follow_grammar(answer.matcher, event["content"], reason)
                 text = answer.stream.add_text(event["content"], last=reason is not None)
                 if answer.stream.is_stopped:
                     reason = "stop"
@@ -303,6 +311,20 @@ class LlamaCppAnswerQueue(AnswerQueue):
                 if reason is not None:
                     return
         raise RunError("llama.cpp ended an answer without saying why")
+
+
+def _follow_grammar(matcher: AnswerMatcher, text: str, reason: str | None) -> str | None:
+    """Return why a bound answer ends with this text, if it does; raise GrammarError if it leaves the grammar.
+
+    llama.cpp goes on without a grammar that its llguidance, an older one, cannot read, or that takes it too much.
+    """
+    try:
+        matcher.accept_text(text.rstrip(INCOMPLETE) if reason == "length" else text)
+    except GrammarError as error:
+        raise GrammarError("llama.cpp did not follow the grammar", "a simpler one, or --engine torch") from error
+    if reason == "stop" and not matcher.can_end:
+        raise GrammarError("llama.cpp ended the answer before it was complete", "a simpler one, or --engine torch")
+    return "stop" if matcher.must_end else reason
 
 
 def _read_logprob(entry: Mapping[str, Any], count: int) -> TokenLogprob:

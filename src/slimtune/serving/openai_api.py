@@ -13,7 +13,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -29,6 +31,7 @@ from ..errors import DataError, ModelError, UsageError
 from ..extras.message_parsing import parse_messages_and_train_mask, require_text
 from ..extras.row_formats.chats import parse_tools
 from ..extras.sockets import parse_host_header
+from ..generation.answer_grammar import CompiledGrammar, GrammarCompiler, GrammarError
 from ..generation.answer_queue import AnswerPiece, AnswerQueue, GeneratedAnswer, SamplingParams, TokenLogprob
 from ..generation.generation_models import tokenize_chat_prompt
 from .openai_protocol import (
@@ -49,6 +52,7 @@ from .openai_protocol import (
     format_server_sent_event,
     parse_request_body,
     to_api_error,
+    to_grammar_api_error,
 )
 from .served_models import ServedModel
 
@@ -57,6 +61,8 @@ log = logging.getLogger(__name__)
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 BODY_SECONDS, MAX_BODY = 30, 2**20
 """Longest time in which a body must have arrived, and its most bytes."""
+MAX_COMPILERS = 2
+"""Grammars that are compiled at the same time."""
 LATE_SECONDS = 30
 """How long after its deadline a request ends even if the engine, which ends answers at their deadlines, does not."""
 
@@ -180,6 +186,7 @@ class TokenizedRequest:
     prompts: list[Sequence[int]]
     max_tokens: int | None  # None: as many as there is room for
     top_logprobs: int | None
+    grammar_and_field: tuple[str, str] | None  # that binds the answers, and the field that asks for it
 
 
 class OpenAiApi:
@@ -200,6 +207,7 @@ class OpenAiApi:
         self.models = {model.name: model for model in models}
         self.queue, self.hosts, self.timeout = queue, hosts, timeout
         self.api_key, self.started = api_key, int(time.time())
+        self._grammars, self._compilers = GrammarCompiler(), ThreadPoolExecutor(MAX_COMPILERS, "slimtune-grammar")
         # Requests that are being read or tokenized, or wait or run.
         self._requests, self._max_requests = 0, queue.max_batch + queue.max_waiting
 
@@ -269,10 +277,13 @@ class OpenAiApi:
             if asked.top_logprobs and not asked.logprobs:
                 raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
             tools, ids = _tokenize_chat(model, asked)
+            if (grammar := asked.make_grammar(json_on_one_line=not self.queue.masks_tokens)) is not None and tools:
+                message = f"{grammar[1]} with tools is not supported: an answer that a grammar binds calls none"
+                raise ApiError(400, message, grammar[1], "unsupported_value")
             count = (asked.top_logprobs or 0) if asked.logprobs else None
             limit = asked.max_completion_tokens or asked.max_tokens
             return TokenizedRequest(
-                asked, ChatResponseBuilder(model, bool(tools), count is not None), [ids], limit, count
+                asked, ChatResponseBuilder(model, bool(tools), count is not None), [ids], limit, count, grammar
             )
 
         return await self._answer(request, prepare)
@@ -285,7 +296,8 @@ class OpenAiApi:
             model = find_served_model(self.models, asked.model)
             prompts = [_tokenize_text(model, prompt) for prompt in asked.prompt]
             form = CompletionResponseBuilder(model, asked.logprobs is not None)
-            return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs)
+            grammar = asked.make_grammar(json_on_one_line=not self.queue.masks_tokens)
+            return TokenizedRequest(asked, form, prompts, asked.max_tokens or 16, asked.logprobs, grammar)
 
         return await self._answer(request, prepare)
 
@@ -308,7 +320,8 @@ class OpenAiApi:
         try:
             prepared = await run_in_threadpool(prepare, body)
             asked, form = prepared.request, prepared.response_builder
-            choices += self._make_choices(prepared, pieces)
+            compiled = await self._compile_grammar(prepared)
+            choices += self._make_choices(prepared, pieces, compiled)
             self.queue.submit([choice.answer for choice in choices])
             head = {
                 "id": form.prefix + secrets.token_hex(12),
@@ -334,7 +347,25 @@ class OpenAiApi:
             if not is_streaming:
                 release()
 
-    def _make_choices(self, prepared: TokenizedRequest, pieces: asyncio.Queue) -> list[AnswerChoice]:
+    async def _compile_grammar(self, prepared: TokenizedRequest) -> CompiledGrammar | None:
+        """Compile the grammar of a request, in a thread that neither the model nor other requests wait for."""
+        if prepared.grammar_and_field is None:
+            return None
+        lark, field = prepared.grammar_and_field
+        compile_it = self._grammars.compile_for_bytes
+        if self.queue.masks_tokens:
+            model = prepared.response_builder.served_model
+            more = {"tokenizer": model.tokenizer, "end_tokens": model.end_tokens, "vocab_size": model.vocab_size}
+            compile_it = partial(self._grammars.compile_for_tokens, **more)
+        try:
+            compiling = asyncio.get_running_loop().run_in_executor(self._compilers, compile_it, lark)
+            return await asyncio.wait_for(compiling, self.timeout)
+        except GrammarError as error:
+            raise to_grammar_api_error(error, field) from error
+
+    def _make_choices(
+        self, prepared: TokenizedRequest, pieces: asyncio.Queue, grammar: CompiledGrammar | None
+    ) -> list[AnswerChoice]:
         """Return the choices of a request, whose pieces arrive in the queue of this thread's loop."""
         asked, model, limit, prompts = (
             prepared.request,
@@ -365,6 +396,7 @@ class OpenAiApi:
                     seed=(seed + i) % 2**63,
                     stop=tuple(asked.stop or ()),
                     top_logprobs=prepared.top_logprobs,
+                    grammar=grammar,
                 )
                 index = len(choices)
 

@@ -6,13 +6,21 @@ answer, but is not supported, may only have the value that changes nothing: many
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..core.data.messages import RowError, ToolCall
+from ..core.foundation.files import to_json
 from ..errors import SlimtuneError, format_names, is_out_of_memory, suggest
 from ..extras.message_parsing import decode_json_without_duplicate_keys
+from ..generation.answer_grammar import (
+    GrammarError,
+    make_choice_grammar,
+    make_json_schema_grammar,
+    make_regex_grammar,
+)
 from ..generation.answer_queue import GenerationThreadEnded, QueueFull, ServerClosing, TokenLogprob
 from .served_models import ServedModel
 
@@ -160,9 +168,17 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(504, "the answer took too long (--timeout)", code="timeout")
     if is_out_of_memory(error):
         return ApiError(503, "the server has no memory left for this request", code="out_of_memory")
+    if isinstance(error, GrammarError):
+        return ApiError(400, error.message, code="invalid_grammar")
     if isinstance(error, SlimtuneError):
         return ApiError(500, error.message, code=error.code)
     return ApiError(500, "the server failed: its log says why", code="internal_error")
+
+
+def to_grammar_api_error(error: GrammarError, field: str) -> ApiError:
+    """Return what a client gets for a grammar that cannot bind an answer."""
+    more = (f"; expected: {error.expected}" if error.expected else "") + (f" ({error.hint})" if error.hint else "")
+    return ApiError(400, f"{field}: {error.message}{more}", field, "invalid_grammar")
 
 
 def _to_list(value: Any) -> Any:
@@ -175,7 +191,21 @@ def _read_prompts(value: Any) -> Any:
     return [value] if is_one else value
 
 
-Zero = Annotated[float | None, Field(ge=0, le=0)]
+def accept_only(*values: Any) -> BeforeValidator:
+    """Return a check that refuses other values of a field as not supported."""
+
+    def check(value: Any) -> Any:
+        if not any(value == one and (type(value) is bool) == (type(one) is bool) for one in values):
+            *others, last = (to_json(one) for one in values)
+            known = f"{', '.join(others)} and {last}" if others else last
+            raise PydanticCustomError(
+                "unsupported_value", "{value}; it takes only {known}", {"value": to_json(value)[:60], "known": known}
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -187,6 +217,42 @@ class StreamOptions(_Fields):
     """What a stream contains beside the answer."""
 
     include_usage: bool | None = None
+
+
+class JsonSchemaFormat(_Fields):
+    """`response_format.json_schema`; the schema binds the answer whether `strict` is true or not."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Fields):
+    """`response_format`: text, any JSON object, or what a JSON Schema allows."""
+
+    type: Annotated[str, accept_only("text", "json_object", "json_schema")]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _require_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", 'json_schema belongs to the type "json_schema"')
+        return self
+
+
+class StructuredOutputs(_Fields):
+    """`structured_outputs`, vLLM's field: one of a regular expression, a JSON Schema, and a list of choices."""
+
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _require_one(self) -> "StructuredOutputs":
+        if [self.regex, self.json_, self.choice].count(None) != 2:
+            raise PydanticCustomError("one_of", "it needs one of regex, json and choice")
+        return self
 
 
 class GenerationRequest(_Fields):
@@ -201,15 +267,38 @@ class GenerationRequest(_Fields):
     stop: Annotated[Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_to_list)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = None  # names the client's user; nothing depends on it
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0)] = None
+    frequency_penalty: Annotated[float | None, accept_only(0)] = None
+    presence_penalty: Annotated[float | None, accept_only(0)] = None
+    logit_bias: Annotated[dict[str, Any] | None, accept_only({})] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
+    def make_grammar(self, *, json_on_one_line: bool) -> tuple[str, str] | None:
+        """Return the grammar that binds the answers, and the field that asks for it; None: any text.
 
-class ResponseFormat(_Fields):
-    """Answers are plain text."""
-
-    type: Literal["text"]
+        Raises:
+            ApiError: two fields ask for one, or it cannot be one.
+        """
+        form, outputs = self.response_format, self.structured_outputs
+        if form is not None and form.type == "text":
+            form = None
+        if form is not None and outputs is not None:
+            message = "response_format and structured_outputs both say what an answer matches"
+            raise ApiError(400, message, "structured_outputs", "invalid_value")
+        field = "response_format" if form is not None else "structured_outputs"
+        try:
+            if form is not None:
+                schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+                return make_json_schema_grammar(schema, on_one_line=json_on_one_line), field
+            if outputs is None:
+                return None
+            if outputs.regex is not None:
+                return make_regex_grammar(outputs.regex), field
+            if outputs.choice is not None:
+                return make_choice_grammar(outputs.choice), field
+            return make_json_schema_grammar(outputs.json_ or {}, on_one_line=json_on_one_line), field
+        except GrammarError as error:
+            raise to_grammar_api_error(error, field) from error
 
 
 class ChatRequest(GenerationRequest):
@@ -221,9 +310,8 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Annotated[str | None, accept_only("auto", "none")] = None
+    parallel_tool_calls: Annotated[bool | None, accept_only(True)] = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -236,9 +324,9 @@ class CompletionRequest(GenerationRequest):
     ]
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    echo: Annotated[bool | None, accept_only(False)] = None
+    best_of: Annotated[int | None, accept_only(1)] = None
+    suffix: Annotated[str | None, accept_only("")] = None
 
 
 AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
@@ -264,6 +352,8 @@ def parse_request_body(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         known = kind.model_fields if len(first["loc"]) == 1 else {}
         message = f"the server does not support the field {name!r}{suggest(name, known)}"
         raise ApiError(400, message, name, "unknown_field")
+    if first["type"] == "unsupported_value":
+        raise ApiError(400, f"the server does not support {name} {first['msg']}", param, "unsupported_value")
     message = f"{name or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     raise ApiError(400, message, param or None, "invalid_value")
 
