@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from slimtune.extras.column_preview import read_column_preview
 from slimtune.ui.command_jobs import StartedCommand
 from slimtune.ui.pages import UiPages
 from slimtune.ui.request_security import RequestGuard
@@ -76,7 +77,7 @@ def commands(tmp_path: Path) -> Callable[..., None]:
 def pages(folder: Path, tmp_path: Path, commands: Callable[..., None]) -> Iterator[UiPages]:
     (tmp_path / "chat.py").write_text(CHAT)
     slimtune, chat = ((sys.executable, str(tmp_path / name)) for name in ("slimtune.py", "chat.py"))
-    made = UiPages(WorkspaceFolder(folder), slimtune, chat)
+    made = UiPages(WorkspaceFolder(folder), slimtune, chat, read_preview=read_column_preview)
     yield made
     for job in made.close():
         job.stop()

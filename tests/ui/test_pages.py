@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
+from slimtune.ui import column_choices, workspace
 from slimtune.ui import command_jobs as jobs
-from slimtune.ui import workspace
+from slimtune.ui.form_fields import name_page_fields
 
 FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
 REPORT = {
@@ -28,10 +29,11 @@ PLAN = {
 
 def test_rows_are_checked_by_the_command(browser, pages, commands, finish):
     commands(REPORT)
-    form = {**FORM, "data.columns": "instruction=q, output=a", "data.max_seq_len": "64"}
+    form = {**FORM, "column.instruction": "q", "column.output": "a, b=c", "column.input": "", "data.max_seq_len": "64"}
     assert browser.post("/rows", data=form).headers["location"] == "/#job"
     assert finish("data").args == [
-        "data", "rows.jsonl", "--model=smollm2-135m", "--column=instruction=q", "--column=output=a", "--max-seq-len=64",
+        "data", "rows.jsonl", "--model=smollm2-135m", "--max-seq-len=64", "--column=instruction=q",
+        "--column=output=a, b=c",
     ]  # fmt: skip
     text = browser.get("/").text
     assert "&lt;b&gt;hello&lt;/b&gt;" in text
@@ -112,7 +114,7 @@ def test_a_plan_begins_with_its_verdict(browser, commands, finish):
     ]  # fmt: skip
     text = browser.get("/plan").text
     shown = [
-        text.index(part) for part in ("does not fit</span>", PLAN["reason"], "--quantization nf4", "Memory of a step")
+        text.index(part) for part in ("does not fit</span>", PLAN["reason"], "Quantization: nf4", "Memory of a step")
     ]
     assert shown == sorted(shown)
     assert 'href="/train">Next' not in text
@@ -154,8 +156,106 @@ def test_an_error_of_a_command_is_shown_in_words(browser, commands, finish):
     browser.post("/rows", data=FORM)
     assert finish("data").state == "failed"
     text = browser.get("/").text
-    assert "&lt;b&gt;no&lt;/b&gt; format" in text
-    assert "--format chat" in text
+    assert text.count("&lt;b&gt;no&lt;/b&gt; format") == 1
+    assert "Format: chat" in text
+    assert '<pre class="log"' not in text  # what the command wrote on stderr, where the error stands, too
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("--lr sets another", "Learning rate sets another"),
+        ("--quantization nf4 saves 1 GiB", "Quantization: nf4 saves 1 GiB"),
+        ("--max-seq-len 512", "Longest row: 512"),
+        ("--max-seq-len=512;", "Longest row: 512;"),
+        ("--gradient-checkpointing needs less", "More settings: train.gradient_checkpointing=true needs less"),
+        ("--no-packing", "More settings: train.packing=false"),
+        ("--set train.seed=3", "More settings: train.seed=3"),
+        ("--column 'output=We reply'", "output: We reply"),
+        ("name its columns: --column messages=COLUMN", "name its columns: messages: COLUMN"),
+        ("train.batch_size: got 'ten'", "Batch size: got 'ten'"),
+        ("--no-such-flag x", "--no-such-flag x"),
+        ("a -- b, c--d", "a -- b, c--d"),
+    ],
+)
+def test_messages_name_fields_of_the_page(said, shown):
+    assert name_page_fields(said) == shown
+
+
+CSV = "Customer asks,We reply,Agent\n" + "".join(f"Where is {i}?,It is at <b>{i}</b> now,ann\n" for i in range(9))
+
+
+def read_columns(text):
+    """Return the column that is chosen for each role, and the format."""
+    selects = re.findall(r'<select id="(?:column-)?(\w+)"(.*?)</select>', text, re.DOTALL)
+    chosen = {name: re.search(r"<option[^>]* selected>([^<]*)<", options) for name, options in selects}
+    return {name: found[1] for name, found in chosen.items() if found}
+
+
+def test_columns_are_guessed_from_the_uploaded_file(browser, finish):
+    answer = browser.post("/upload", files={"file": ("shop.csv", CSV)})
+    assert answer.headers["location"] == "/#columns"
+    text = browser.get("/").text
+    assert "uploads/shop.csv" in text
+    assert "9 rows, 3 columns" in text
+    assert "It is at &lt;b&gt;0&lt;/b&gt; now" in text
+    assert read_columns(text) == {"format": "instruction", "instruction": "Customer asks", "output": "We reply"}
+    form = {**FORM, "data.train": "uploads/shop.csv", "column.instruction": "Customer asks", "column.output": "Agent"}
+    browser.post("/rows", data=form)
+    finish("data")
+    assert read_columns(browser.get("/").text)["output"] == "Agent"
+    browser.post("/upload", files={"file": ("other.csv", CSV)})
+    assert read_columns(browser.get("/").text)["output"] == "We reply"  # the choice was for another file
+
+
+@pytest.mark.parametrize(
+    ("query", "chosen"),
+    [
+        ({"task.name": "kto"}, {"format": "unpaired-preference", "prompt": "Question", "completion": "Reply"}),
+        ({"task.name": "dpo"}, {"format": "preference", "prompt": "Question"}),
+        ({"data.format": "prompt-completion"}, {"format": "prompt-completion", "prompt": "Question"}),
+        ({"data.format": "no-such"}, {"format": "instruction", "instruction": "Question", "output": "Reply"}),
+        ({"column.output": "gone"}, {"output": "Reply"}),
+        ({"column.output": "Question"}, {"output": "Question"}),
+        ({"column.output": ""}, {}),
+    ],
+)
+def test_the_columns_follow_the_form(browser, folder, query, chosen):
+    (folder / "a.csv").write_text("Question,Reply,Thumb\nWhere is it?,Here,up\nWhat is it?,A box,down\n")
+    answer = browser.get("/columns", params={"data.train": "a.csv", **query})
+    assert answer.status_code == 200
+    assert read_columns(answer.text).items() >= chosen.items()
+
+
+def test_rows_of_another_objective_are_not_read(browser, pages):
+    answer = browser.post("/rows", data={**FORM, "task.name": "dpo", "data.format": "chat"})
+    assert answer.status_code == 400
+    assert pages.jobs.get("data") is None
+
+
+@pytest.mark.parametrize("rows", ["../secret.csv", "/etc/passwd", "gone.csv", "a\0b", "", "x" * 9000, "org/name"])
+def test_columns_of_what_is_not_there(browser, folder, rows):
+    (folder.parent / "secret.csv").write_text("secret,word\n1,2\n")
+    answer = browser.get("/columns", params={"data.train": rows, "data.format": "[", "column.x": "y"})
+    assert answer.status_code == 200
+    assert "secret,word" not in answer.text
+    assert ">word<" not in answer.text
+
+
+def test_a_file_that_ends_the_process_that_looks_into_it_is_an_answer(folder, monkeypatch):
+    monkeypatch.setattr(column_choices, "PREVIEW_SECONDS", 0.001)
+    assert column_choices.run_preview_process(folder / "rows.jsonl").error
+    monkeypatch.setattr(column_choices, "PREVIEW_SECONDS", 30)
+    assert column_choices.run_preview_process(folder / "rows.jsonl").columns == ["text"]
+    monkeypatch.setattr(column_choices.sys, "executable", "/bin/false")
+    assert column_choices.run_preview_process(folder / "rows.jsonl").error
+
+
+def test_what_is_wrong_with_a_field_stands_beside_it(browser, folder):
+    answer = browser.post("/rows", data={**FORM, "data.train": "gone.jsonl"})
+    assert answer.text.count("gone.jsonl&#39; in the working folder") == 1
+    assert answer.text.index('class="wrong" role="alert"') > answer.text.index('id="rows"')
+    assert "in the working folder" in browser.post("/plan", data={}).text  # there is no such field on this page
 
 
 def test_a_negative_verdict_is_a_result(browser, commands, finish):

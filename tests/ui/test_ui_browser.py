@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_report_browser import STICKS_OUT, missing_requirement, open_page
-from walk import WAIT, make_home, serve_page, walk
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "core/models")]
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "core/models", "evaluation")]
+from test_report_browser import STICKS_OUT, missing_requirement, open_page
 from tiny_gguf import write_gguf
 from tiny_run import write_rows
+from walk import WAIT, make_home, serve_page, walk
 
 pytestmark = [
     pytest.mark.prove,
@@ -178,10 +178,12 @@ class Visit:
         """Choose base, rows and settings; the reports, which another test reads, are stopped."""
         self.go("/")
         self.page.get_by_label("Base model").fill("tiny.gguf")
+        self.page.get_by_label("Objective").select_option(task)
         self.page.get_by_label("Rows", exact=True).fill(rows)
+        self.page.get_by_label("Rows", exact=True).press("Tab")
+        self.page.get_by_text("Which column is what").wait_for()
         self.start_and_stop("Check the rows")
         self.go("/plan")
-        self.page.get_by_label("Objective").select_option(task)
         self.page.get_by_role("textbox", name="Steps").fill(str(steps))
         self.page.get_by_label("Validation share").fill("0.2")
         if not self.page.get_by_label("One a line").is_visible():

@@ -52,9 +52,10 @@ def walk(page: Any, url: str, seen: Callable[[str], None], *, steps: int = 2, to
     assert "token" not in page.url
     page.get_by_label("Base model").fill("smollm2-135m")
     page.get_by_label("Rows", exact=True).fill("rows.csv")
-    page.get_by_text("How the rows are read").click()
-    page.get_by_label("Format").select_option("instruction")
-    page.get_by_label("Columns").fill("instruction=question, output=answer")
+    page.get_by_label("Rows", exact=True).press("Tab")
+    page.get_by_text("Which column is what").wait_for()
+    assert page.get_by_label("Instruction").input_value() == "question"
+    assert page.get_by_label("Output").input_value() == "answer"
     page.get_by_role("button", name="Check the rows").click()
     page.get_by_role("button", name="Stop").wait_for()
     page.get_by_role("link", name="Next: plan").wait_for(timeout=WAIT)

@@ -99,8 +99,11 @@ def _list_values(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def _match_names(roles: Sequence[str], columns: Mapping[str, list[Any]], ratings: bool) -> dict[str, str]:
-    """Return the columns whose names have a word of a role; each column has one role, the best pair first."""
-    scores: list[tuple[bool, int, int, str, str]] = []
+    """Return the columns whose names have a word of a role; each column has one role, the best pair first.
+
+    A column of labels is the last choice for a text: who answered, an "agent", is no answer.
+    """
+    scores: list[tuple[bool, bool, int, int, str, str]] = []
     for role in roles:
         fits: Callable[[list[Any]], bool] = _is_text
         if role == "label":
@@ -109,8 +112,8 @@ def _match_names(roles: Sequence[str], columns: Mapping[str, list[Any]], ratings
             words = [name.strip().casefold(), *_split_words(name)]
             places = [ROLE_WORDS[role].index(word) for word in words if word in ROLE_WORDS.get(role, ())]
             if places and fits(values):
-                is_whole = words[0] in ROLE_WORDS[role]
-                scores.append((not is_whole, min(places), len(scores), role, name))
+                is_whole, is_odd = words[0] in ROLE_WORDS[role], role != "label" and _are_labels(values)
+                scores.append((is_odd, not is_whole, min(places), len(scores), role, name))
     found: dict[str, str] = {}
     for *_, role, name in sorted(scores):
         if role not in found and name not in found.values():

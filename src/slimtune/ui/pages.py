@@ -4,20 +4,26 @@ What a page shows lives in the server (`LatestCommandJobs`, `ChatSession`), in t
 every tab and every reload shows the same.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.responses import HTMLResponse, Response
 
+from ..core.config.objective_registry import list_objectives, load_objective_class
 from ..core.foundation.version import __version__
 from ..core.training.run_dir import RunDir
 from ..errors import SlimtuneError, UsageError
 from ..evaluation.charts import is_finite_number, make_jinja_environment
 from ..evaluation.run_report import make_report_template_functions, render_memory_charts, render_run_report_html
 from ..evaluation.run_results import RunResults, find_held_out_evaluation, load_run_results, read_saved_evaluations
+from ..extras.column_preview import ColumnPreview
 from ..extras.known_models import load_known_models_by_alias
 from .chat_session import CHAT_WORKER, MAX_TEXT, ChatSession
+from .column_choices import COLUMN, FORMAT, TASK, ColumnFormBuilder, run_preview_process
 from .command_jobs import SLIMTUNE, LatestCommandJobs, StartedCommand
 from .form_fields import (
     BASE,
@@ -28,6 +34,7 @@ from .form_fields import (
     find_value_error,
     make_args_except_base_and_rows,
     make_form_fields,
+    name_page_fields,
 )
 from .run_pages import (
     ChosenRun,
@@ -62,10 +69,29 @@ TARGETS = {
 }
 """What the page exports to: the target and flags of `slimtune export`, or `slimtune merge`; its title, and which of the
 export formats in a run's result it needs."""
-Form = Mapping[str, str]
+PLAN_FIELDS = {path: label for path, label in RUN_FIELDS.items() if path != TASK}
 CARD, RUN, OUT = "card", "run", "out"
+FIELDS_WITH_ERRORS = {
+    "rows": ("file", BASE, ROWS),
+    "train": (RUN,),
+    "evaluate": ("held_out",),
+    "chat": ("text",),
+    "export": (OUT,),
+}
+"""Names of the fields of each page that show themselves why their form was refused."""
+Form = Mapping[str, str]
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; sandbox"
 """For report.html, which has its style inside and no script."""
+
+
+@contextlib.contextmanager
+def blame_field(name: str) -> Iterator[None]:
+    """Make the field of this name the one that an error is about."""
+    try:
+        yield
+    except SlimtuneError as e:
+        e.field = name
+        raise
 
 
 class UiPages:
@@ -76,6 +102,7 @@ class UiPages:
         program: `slimtune`.
         chat_program: the process of a chat.
         gpus: name and bytes of memory of each GPU that a plan can be made for.
+        read_preview: looks into a file of rows.
     """
 
     def __init__(
@@ -84,14 +111,18 @@ class UiPages:
         program: Sequence[str] = SLIMTUNE,
         chat_program: Sequence[str] = CHAT_WORKER,
         gpus: Sequence[tuple[str, int]] = (),
+        read_preview: Callable[[Path], ColumnPreview] = run_preview_process,
     ) -> None:
         self.workspace, self.jobs = workspace, LatestCommandJobs(workspace.root, program)
         self.chat_program, self.gpus = chat_program, gpus
+        self.column_forms = ColumnFormBuilder(workspace, read_preview)
         self.conversation: ChatSession | None = None
         self.choices = workspace.load_choices()
         self.notice = ""  # what could not be kept, shown until it can
         self.templates = make_jinja_environment("ui/templates")
+        self.templates.filters["fields"] = name_page_fields
         self.templates.globals.update(make_report_template_functions(), version=__version__, pages=PAGES)
+        self.templates.globals["fields_with_errors"] = FIELDS_WITH_ERRORS
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; `values` are what its template shows."""
@@ -122,15 +153,24 @@ class UiPages:
             page="rows",
             bases=load_known_models_by_alias(),
             files=self.workspace.list_rows(),
-            fields=make_form_fields(ROWS_FIELDS, self.choices),
+            tasks={name: load_objective_class(name).summary for name in list_objectives()},
+            columns=self.column_forms.build(self.choices.get(ROWS, ""), self.choices),
+            fields=make_form_fields({p: label for p, label in ROWS_FIELDS.items() if p != FORMAT}, self.choices),
             job=self.job_view("data"),
             **values,
         )
 
     def check_rows(self, form: Form) -> str:
         """Start the report on rows."""
-        self.choose(form, (BASE, ROWS, *ROWS_FIELDS))
+        self.choose_columns(form)
+        self.choose(form, (BASE, ROWS, TASK, *ROWS_FIELDS))
         base, rows = self.base_and_rows()
+        if (chosen := self.choices[FORMAT]) and not load_objective_class(self.choices[TASK] or "sft").takes_format(
+            chosen
+        ):
+            raise UsageError(
+                f"rows of the format {chosen} are not for this objective", hint="look at the columns again"
+            )
         self.jobs.start(
             "data",
             ["data", rows, f"--model={base}", *make_args_except_base_and_rows(self.workspace, self.choices, "data")],
@@ -141,14 +181,30 @@ class UiPages:
         """Keep an uploaded file, and choose it."""
         file = form.get("file")
         if not isinstance(file, UploadFile) or not file.filename:
-            raise UsageError("no file was chosen", "a file of rows")
-        self.choose({ROWS: self.workspace.save_upload(file.filename, file.file)}, (ROWS,))
-        return "/"
+            raise UsageError("no file was chosen", "a file of rows", field="file")
+        with blame_field("file"):
+            rows = self.workspace.save_upload(file.filename, file.file)
+        self.choose_columns({})
+        self.choose({ROWS: rows, "uploaded": rows}, (ROWS, "uploaded", FORMAT))
+        return "/#columns"
+
+    def choose_columns(self, form: Form) -> None:
+        """Keep the columns of a form, in place of those that were chosen before."""
+        others = {name: value for name, value in self.choices.items() if not name.startswith(COLUMN)}
+        columns = {n: str(v) for n, v in form.items() if re.fullmatch(rf"{re.escape(COLUMN)}[a-z]+", n)}
+        self.choices = {**others, **columns}
+
+    def show_columns(self, form: Form) -> Response:
+        """Return the part of the page that asks for the columns, for a form that is not sent yet."""
+        columns = self.column_forms.build(form.get(ROWS, ""), form)
+        return self.render("columns.html.j2", page="rows", columns=columns)
 
     def base_and_rows(self) -> tuple[str, str]:
         """Return the chosen base and rows; raise UsageError if one is missing or outside the working folder."""
-        base = self.workspace.resolve_base(self.choices.get(BASE, ""))
-        return base, self.workspace.resolve_rows(self.choices.get(ROWS, ""))
+        with blame_field(BASE):
+            base = self.workspace.resolve_base(self.choices.get(BASE, ""))
+        with blame_field(ROWS):
+            return base, self.workspace.resolve_rows(self.choices.get(ROWS, ""))
 
     # --- 2 plan ---
 
@@ -157,7 +213,7 @@ class UiPages:
         return self.render(
             "plan.html.j2",
             page="plan",
-            fields=make_form_fields(RUN_FIELDS, self.choices, self.find_automatic_learning_rate()),
+            fields=make_form_fields(PLAN_FIELDS, self.choices, self.find_automatic_learning_rate()),
             gpus=self.gpus,
             job=self.job_view("plan"),
             **values,
@@ -165,7 +221,7 @@ class UiPages:
 
     def make_plan(self, form: Form) -> str:
         """Start the plan."""
-        self.choose(form, (*RUN_FIELDS, MORE, CARD))
+        self.choose(form, (*PLAN_FIELDS, MORE, CARD))
         self.jobs.start("plan", self.make_plan_args())
         return "/plan#job"
 
@@ -211,7 +267,8 @@ class UiPages:
         """Start a training."""
         self.choose({"new_run": form.get(RUN, "")}, ("new_run",))
         base, rows = self.base_and_rows()
-        out = self.workspace.relative(self.workspace.resolve_new(form.get(RUN, "")))
+        with blame_field("run"):
+            out = self.workspace.relative(self.workspace.resolve_new(form.get(RUN, "")))
         self._require_not_training(out)
         force = ["--force"] if form.get("force") else []
         args = [
@@ -269,7 +326,8 @@ class UiPages:
         self.choose(form, (RUN, "split", "held_out", "generate"))
         where = [f"--split={self.choices['split'] or 'test'}"]
         if self.choices["held_out"]:
-            where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
+            with blame_field("held_out"):
+                where = [f"--data={self.workspace.resolve_rows(self.choices['held_out'])}"]
         asks = self.choices["generate"] and not is_classifier_or_reward_model(
             load_run_results(run, raise_if_damaged=False)
         )
@@ -321,7 +379,7 @@ class UiPages:
         """Start the prediction of a classifier or a reward model for a text."""
         run, text = self.open_run(form), form.get("text", "")
         if not text.strip() or len(text) > MAX_TEXT or "\0" in text:
-            raise UsageError(f"the text has {len(text)} characters", f"1 to {MAX_TEXT}, none of them NUL")
+            raise UsageError(f"the text has {len(text)} characters", f"1 to {MAX_TEXT}, none of them NUL", field="text")
         self.choose({RUN: str(run.path)}, (RUN,))
         self.jobs.start("predict", ["predict", str(run.path), "--", text], subject=str(run.path))
         return "/chat#job"
@@ -392,7 +450,8 @@ class UiPages:
         if target not in TARGETS:
             raise UsageError(f"{target[:40]!r} is no target", f"one of {', '.join(TARGETS)}")
         self.choose(form, (RUN, "target", OUT, "require_proof"))
-        out = self.workspace.relative(self.workspace.resolve_new(form.get(OUT, "")))
+        with blame_field("out"):
+            out = self.workspace.relative(self.workspace.resolve_new(form.get(OUT, "")))
         if target == "merge":
             args = ["merge", str(run.path), f"--out={out}"]
         else:
@@ -411,7 +470,11 @@ class UiPages:
             return None
         is_plan = kind == "plan" and job.state == "done"
         charts = render_memory_charts(RunResults(plan=job.printed)) if is_plan else ()
-        return JobPageData(kind, job.state, job, job.error, job.printed, charts)
+        result = job.printed
+        if isinstance(issues := result.get("issues"), list):
+            named = [{**i, "hint": name_page_fields(str(i.get("hint") or ""))} for i in issues if isinstance(i, dict)]
+            result = {**result, "issues": named}
+        return JobPageData(kind, job.state, job, job.error, result, charts)
 
     def live(self, kind: str) -> Response:
         """Return the part of a page that shows a job."""

@@ -71,6 +71,10 @@ def build_web_app(pages: UiPages) -> Starlette:
         path = request.path_params["path"]
         return await run_in_threadpool(pages.check_field, path, request.query_params.get(path, ""))
 
+    async def columns(request: Request) -> Response:
+        """Show the columns for the fields of the form, which are the query."""
+        return await run_in_threadpool(pages.show_columns, dict(request.query_params))
+
     async def static(request: Request) -> Response:
         found = STATIC.get(request.path_params["name"])
         if found is None:
@@ -112,6 +116,7 @@ def build_web_app(pages: UiPages) -> Starlette:
             get("/live/run", pages.live_run, "run"),
             get("/live/chat", pages.live_chat),
             get("/live/{kind}", pages.live),
+            Route("/columns", columns, methods=["GET"]),
             Route("/check/{path}", check, methods=["GET"]),
             post("/stop/{kind}", pages.stop, pages.rows),
             Route("/static/{name}", static),

@@ -10,3 +10,6 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea"))
     event.target.form.requestSubmit();
 });
+document.addEventListener("change", (event) => {
+  if (event.target.matches("[data-send]") && event.target.files.length) event.target.form.requestSubmit();
+});
